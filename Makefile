@@ -1,0 +1,70 @@
+# softcache: run the teacher once, train any number of students from its cache.
+# Variables: CONFIG (a TOML file), CACHE (a path or URL), STUDENT (a model spec), SET ("a.b=v c.d=w").
+
+PYTHON ?= python3
+CONFIG ?= configs/digits.toml
+NAME   := $(basename $(notdir $(CONFIG)))
+CACHE  ?= runs/$(NAME)/cache
+VENV   := .venv
+STAMP  := $(VENV)/.installed
+RUN    := $(VENV)/bin/softcache
+ARGS   := --config $(CONFIG) $(foreach pair,$(SET),--set '$(pair)')
+PICK   := $(if $(STUDENT),--student '$(STUDENT)')
+
+.DEFAULT_GOAL := help
+.PHONY: help setup teacher-logits train-student students compare train-teacher inspect verify test check format clean bench
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo '  variables: CONFIG=$(CONFIG) CACHE=$(CACHE) STUDENT=$(STUDENT) SET=$(SET)'
+
+setup: $(STAMP)  ## make .venv with everything in it
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "softcache needs Python 3.11 or later: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+teacher-logits: setup  ## run the teacher once over CONFIG's data and fill CACHE
+	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)'
+
+train-student: setup  ## train STUDENT from CACHE; makes the cache first if there is none
+	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)' --reuse
+	$(RUN) train-student $(ARGS) --cache '$(CACHE)' $(PICK)
+
+students: setup  ## train several architectures from CACHE, one table
+	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)' --reuse
+	$(RUN) students $(ARGS) --cache '$(CACHE)'
+
+compare: setup  ## cache, live teacher and hard labels over three seeds
+	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)' --reuse
+	$(RUN) compare $(ARGS) --cache '$(CACHE)' $(PICK)
+
+train-teacher: setup  ## train CONFIG's teacher on hard labels
+	$(RUN) train-teacher $(ARGS)
+
+inspect: setup  ## show what is in CACHE
+	$(RUN) inspect '$(CACHE)'
+
+verify: setup  ## check every checksum of CACHE, and the teacher on a sample of rows
+	$(RUN) verify '$(CACHE)' $(ARGS)
+
+bench: setup  ## measure reading and capture against named baselines
+	$(VENV)/bin/python -m benchmarks.foundation
+
+test: setup  ## run the tests
+	$(VENV)/bin/python -m pytest
+
+check: setup  ## lint, format, types and layers
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m pytest tests/test_layers.py
+
+format: setup  ## format the code
+	$(VENV)/bin/ruff check --fix-only --quiet .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove what the other targets made: .venv, runs, tool caches
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis softcache.egg-info
+	find pipeline stages tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,222 @@
+"""Batches of viewed images: what the teacher labels, and what a student must see again.
+
+Both halves of softcache load pixels here and nowhere else, so that a fingerprint taken at capture and one
+taken at training time are of the same thing by construction. `pipeline.token_batches` does the same for text;
+`Batch` and `Dataset` are what the two have in common, and all that capture, reader and training loop know.
+
+Shape suffixes: B batch, C channels, H height, W width, P label rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+
+import numpy as np
+
+from pipeline.errors import SourceError
+from pipeline.identity import fingerprint
+from pipeline.labels import SoftLabels, concat
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.sources.vision import Source
+    from pipeline.views import Views
+
+__all__ = ["Batch", "Dataset", "ImageBatch", "ViewedSource"]
+
+
+class Batch(Protocol):
+    """Some samples of one view, with or without labels.
+
+    Attributes:
+        targets: [P] int64, the ground truth of every label row.
+        samples: [B] int64 (NumPy), sample numbers in the source.
+        view: the view's number.
+        fingerprints: [B] uint64 (NumPy), content fingerprints; 0 where not asked for.
+        unit: the unit of work that the batch belongs to, where there is one.
+        labels: the record of the P rows, where there is one.
+    """
+
+    targets: Any
+    samples: np.ndarray
+    view: int
+    fingerprints: np.ndarray
+    unit: int | None
+    labels: SoftLabels | None
+
+    def __len__(self) -> int:
+        """Returns B, the number of samples."""
+        ...
+
+    @property
+    def num_rows(self) -> int:
+        """P, the number of label rows."""
+        ...
+
+    @property
+    def row_counts(self) -> np.ndarray:
+        """[B] int64, the rows of each sample."""
+        ...
+
+    @property
+    def positions(self) -> np.ndarray:
+        """[P] int64, where in its sample each row is."""
+        ...
+
+    def split(self, pieces: int) -> list[Self]:
+        """Returns the batch in at most so many pieces of whole samples, in order."""
+        ...
+
+    def pin_memory(self) -> Self: ...
+    def to(self, device: torch.device) -> Self: ...
+
+    @classmethod
+    def merge(cls, batches: Sequence[Self]) -> Self:
+        """Returns one batch of all samples, in order."""
+        ...
+
+
+class Dataset(Protocol):
+    """A source as teacher and student see it; picklable, so that loader processes can hold one each."""
+
+    source: Any
+    kind: Literal["image", "tokens"]
+
+    def __len__(self) -> int: ...
+    def identity(self, num_views: int) -> dict[str, dict[str, Any]]: ...
+
+    def load(
+        self, samples: Sequence[int] | np.ndarray, view: int, *, fingerprints: bool | np.ndarray = True
+    ) -> Any:
+        """Returns the batch of `samples`; `fingerprints` may be a mask [B] of those to take."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class ImageBatch:
+    """Images of one view; see `Batch`. One label row per image.
+
+    Attributes:
+        images: [B, C, H, W], uint8 (or what the user's own transform returns).
+        targets: [B] int64, the ground truth.
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    samples: np.ndarray
+    view: int
+    fingerprints: np.ndarray
+    unit: int | None = None
+    labels: SoftLabels | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.samples)
+
+    @property
+    def row_counts(self) -> np.ndarray:
+        return np.ones(len(self), np.int64)
+
+    @property
+    def positions(self) -> np.ndarray:
+        return np.zeros(len(self), np.int64)
+
+    def split(self, pieces: int) -> list[ImageBatch]:
+        size = -(-len(self) // pieces)
+        return [self._slice(slice(start, start + size)) for start in range(0, len(self), size)]
+
+    def _slice(self, rows: slice) -> ImageBatch:
+        return replace(
+            self,
+            images=self.images[rows],
+            targets=self.targets[rows],
+            samples=self.samples[rows],
+            fingerprints=self.fingerprints[rows],
+            labels=self.labels and self.labels.take(rows),
+        )
+
+    def pin_memory(self) -> ImageBatch:
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            targets=self.targets.pin_memory(),
+            labels=self.labels and self.labels.pin_memory(),
+        )
+
+    def to(self, device: torch.device) -> ImageBatch:
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            labels=self.labels and self.labels.to_torch(device, non_blocking=True),
+        )
+
+    @classmethod
+    def merge(cls, batches: Sequence[ImageBatch]) -> ImageBatch:
+        import torch
+
+        labels = [batch.labels for batch in batches if batch.labels is not None]
+        return replace(
+            batches[0],
+            images=torch.cat([batch.images for batch in batches]),
+            targets=torch.cat([batch.targets for batch in batches]),
+            samples=np.concatenate([batch.samples for batch in batches]),
+            fingerprints=np.concatenate([batch.fingerprints for batch in batches]),
+            labels=concat(labels) if labels else None,
+        )
+
+
+class ViewedSource:
+    """A source of images seen through its views; picklable, so that loader processes can hold one each."""
+
+    kind: Literal["image", "tokens"] = "image"
+
+    def __init__(self, source: Source, views: Views) -> None:
+        self.source, self.views = source, views
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def identity(self, num_views: int) -> dict[str, dict[str, Any]]:
+        """Returns what a cache's identity says of the views."""
+        settings = self.views.settings.model_dump(mode="json")
+        return {"views": {"digest": self.views.digest, "num_views": num_views, "settings": settings}}
+
+    def load(
+        self, samples: Sequence[int] | np.ndarray, view: int, *, fingerprints: bool | np.ndarray = True
+    ) -> ImageBatch:
+        """Returns the images of `samples` as the view shows them.
+
+        Args:
+            fingerprints: of which samples to take the fingerprint: all, none, or a mask [B].
+
+        Raises:
+            SourceError: an image cannot be read, or the images differ in shape.
+        """
+        import torch
+
+        images: list[torch.Tensor] = []
+        prints = np.zeros(len(samples), np.uint64)
+        wanted = np.broadcast_to(fingerprints, len(samples))
+        for row, sample in enumerate(samples):
+            key = self.source.key(int(sample))
+            image = self.views.apply(self.source.image(int(sample)), key=key, view=view)
+            if images and image.shape != images[0].shape:
+                raise SourceError(
+                    f"sample {key!r}, view {view}: image of shape {tuple(image.shape)}; expected "
+                    f"{tuple(images[0].shape)} like the others of its batch; set views.size"
+                )
+            images.append(image)
+            if wanted[row]:
+                prints[row] = fingerprint(key, view, image.numpy())
+        samples = np.asarray(samples, np.int64)
+        targets = torch.from_numpy(
+            np.array([self.source.target(int(sample)) for sample in samples], np.int64)
+        )
+        return ImageBatch(torch.stack(images), targets, samples, view, prints)

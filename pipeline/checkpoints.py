@@ -1,0 +1,133 @@
+"""A run's directory on disk: its config, its checkpoint (replaced atomically) and its results.
+
+    OUT/config.json           what the run is; a directory that holds another run is refused
+    OUT/resolved.json         every setting that it ran with, defaults included; to read, not compared
+    OUT/checkpoint/           the last state that can be resumed exactly (accelerate's layout + progress.json)
+    OUT/best.safetensors      the weights of the best epoch so far
+    OUT/model.safetensors     the weights at the end
+    OUT/metrics.json          one JSON object, written last: a run with it is finished
+
+A kill between any two steps leaves the old checkpoint or the new one, never half of one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+
+from pipeline.errors import RunError, StorageError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["RunDirectory"]
+
+
+class RunDirectory:
+    """One training run's directory.
+
+    Raises (from the constructor):
+        RunError: the directory holds a run of another config; each key that differs is named.
+        StorageError: it cannot be written.
+    """
+
+    def __init__(
+        self, path: str | Path, config: dict[str, Any], resolved: dict[str, Any] | None = None
+    ) -> None:
+        self.path = Path(path)
+        config = json.loads(json.dumps(config))
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            stored = self.path / "config.json"
+            if stored.exists():
+                differing = _differences(json.loads(stored.read_text()), config)
+                if differing:
+                    raise RunError(
+                        f"run {self.path}: holds another run (there; this run): {'; '.join(differing)}; "
+                        "choose another --out, or remove the old run if nobody needs it"
+                    )
+            else:
+                if resolved is not None:
+                    self._write_json("resolved.json", resolved)
+                self._write_json("config.json", config)
+        except OSError as error:
+            raise StorageError(
+                f"run {self.path}: cannot be written: {error}; choose another --out"
+            ) from error
+
+    def _write_json(self, name: str, content: Any) -> None:
+        staged = self.path / f".{name}.{os.getpid()}"
+        staged.write_text(json.dumps(content, indent=2) + "\n")
+        staged.replace(self.path / name)
+
+    @property
+    def metrics(self) -> dict[str, Any] | None:
+        """The results of a finished run, else None."""
+        path = self.path / "metrics.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        self._write_json("metrics.json", metrics)
+
+    def save_checkpoint(self, accelerator: Accelerator, progress: dict[str, Any]) -> None:
+        """Saves model, optimizer and random states of all ranks, and where the run stands."""
+        staged, final, old = (self.path / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
+        self._settle(accelerator)
+        if accelerator.is_main_process and staged.exists():
+            shutil.rmtree(staged)
+        accelerator.wait_for_everyone()
+        # Tied weights are stored once, and loaded as they are tied; accelerate would tell the user each time.
+        logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+        accelerator.save_state(str(staged), safe_serialization=True)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (staged / "progress.json").write_text(json.dumps(progress))
+            if old.exists():
+                shutil.rmtree(old)
+            if final.exists():
+                final.rename(old)
+            staged.rename(final)
+            if old.exists():
+                shutil.rmtree(old)
+        accelerator.wait_for_everyone()
+
+    def _settle(self, accelerator: Accelerator) -> None:
+        """Puts the old checkpoint back if a kill came between the two renames of a save."""
+        final, old = self.path / "checkpoint", self.path / "checkpoint.old"
+        if accelerator.is_main_process and old.exists() and not final.exists():
+            old.rename(final)
+        accelerator.wait_for_everyone()
+
+    def load_checkpoint(self, accelerator: Accelerator) -> dict[str, Any] | None:
+        """Restores the last checkpoint; returns its progress, or None if there is none."""
+        final = self.path / "checkpoint"
+        self._settle(accelerator)
+        progress = final / "progress.json"
+        if not progress.exists():
+            return None
+        accelerator.load_state(str(final))
+        return json.loads(progress.read_text())
+
+    def save_weights(self, state: Mapping[str, torch.Tensor], name: str) -> None:
+        """Writes a state dict as NAME.safetensors, atomically."""
+        from safetensors.torch import save_file
+
+        staged = self.path / f".{name}.{os.getpid()}"
+        save_file({key: value.detach().cpu().clone().contiguous() for key, value in state.items()}, staged)
+        staged.replace(self.path / f"{name}.safetensors")
+
+
+def _differences(there: Any, here: Any, prefix: str = "") -> list[str]:
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = sorted(set(there) | set(here))
+        return [
+            line for key in keys for line in _differences(there.get(key), here.get(key), f"{prefix}{key}.")
+        ]
+    return [] if there == here else [f"{prefix.rstrip('.')}: {there!r}; {here!r}"]

@@ -1,0 +1,159 @@
+"""One TOML file per run into strict, frozen tables; every table is owned by the part that it configures.
+
+    config = load_config("configs/digits.toml", ["loss.temperature=2", "student.model=cnn"])
+
+An unknown, missing, mistyped or out-of-range key is refused by its dotted name, with what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
+
+from pipeline.errors import ConfigError
+from pipeline.planning import CaptureSettings
+from pipeline.reader import ReaderSettings
+from pipeline.settings import Settings
+from pipeline.sources import SourceSettings
+from pipeline.sources.text_settings import TextSettings
+from pipeline.sparsify import LabelSettings
+from pipeline.student import StudentSettings, TrainSettings
+from pipeline.tasks import LossSettings
+from pipeline.teacher import TeacherSettings
+from pipeline.views import ViewSettings
+
+__all__ = ["RunConfig", "load_config"]
+
+
+def _modality(source: Any) -> str:
+    return str(source.get("modality", "image") if isinstance(source, dict) else source.modality)
+
+
+AnySource = Annotated[
+    Annotated[SourceSettings, Tag("image")] | Annotated[TextSettings, Tag("text")], Discriminator(_modality)
+]
+
+
+class RunConfig(Settings):
+    """A whole run: what is labelled, by whom, how it is kept, and what is trained on it.
+
+    `name` names the folder under `runs/` (default: the file's stem); `train_teacher` says how
+    `softcache train-teacher` makes the teacher where the user has none.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    source: AnySource
+    views: ViewSettings = ViewSettings()
+    teacher: TeacherSettings | None = None
+    train_teacher: TrainSettings | None = None
+    labels: LabelSettings = LabelSettings()
+    capture: CaptureSettings = CaptureSettings()
+    student: StudentSettings = StudentSettings()
+    loss: LossSettings = LossSettings()
+    train: TrainSettings = TrainSettings()
+    reader: ReaderSettings = ReaderSettings()
+
+    @model_validator(mode="after")
+    def _check_modality(self) -> Self:
+        if isinstance(self.source, TextSettings):
+            if "views" in self.model_fields_set:
+                raise ValueError("views: a table for images; text has one view, the tokens; drop the table")
+            if self.labels.num_views != 1:
+                raise ValueError(f"labels.num_views: text has one view only; found {self.labels.num_views}")
+        elif self.loss.name == "uld":
+            raise ValueError(
+                "loss.name: uld compares the vocabularies of language models; use forward_kl for images"
+            )
+        elif self.train.stop_at is not None and self.train.stop_at > 1:
+            raise ValueError(
+                f"train.stop_at: an accuracy, less than or equal to 1; found {self.train.stop_at}"
+            )
+        return self
+
+    @property
+    def root(self) -> Path:
+        return Path("runs") / self.name
+
+    @property
+    def cache_url(self) -> str:
+        return str(self.root / "cache")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Returns the config of a TOML file with `a.b=v` overrides applied.
+
+    An override's value is read as TOML (`3`, `0.5`, `true`, `["a", "b"]`), or else taken as a string.
+
+    Raises:
+        ConfigError: the file is missing or no TOML, or a key is unknown, missing, mistyped or out of range.
+    """
+    path = Path(path)
+    try:
+        tables = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(
+            f"config {path}: cannot be read: {error.strerror}; see configs/ for examples"
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {path}: not valid TOML: {error}") from error
+    for override in overrides:
+        _apply(tables, override)
+    tables.setdefault("name", path.stem)
+    try:
+        return RunConfig.model_validate(tables)
+    except ValidationError as error:
+        lines = "\n  ".join(_explain(problem) for problem in error.errors())
+        raise ConfigError(f"config {path}:\n  {lines}") from error
+
+
+def _apply(tables: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    if not equals or not all(dotted.split(".")):
+        raise ConfigError(f"--set {override!r}: expected table.key=value, e.g. --set loss.temperature=2")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *parents, key = dotted.split(".")
+    for parent in parents:
+        tables = tables.setdefault(parent, {})
+        if not isinstance(tables, dict):
+            raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a table")
+    tables[key] = value
+
+
+def _explain(problem: Any) -> str:
+    """One readable line for one of pydantic's errors."""
+    loc = problem["loc"]
+    dotted = ".".join(str(part) for part in (loc[:1] + loc[2:] if loc[:1] == ("source",) else loc))
+    if problem["type"] == "extra_forbidden":
+        known = _keys_of(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(known)}"
+        return f"{dotted}: unknown key; {hint}"
+    if problem["type"] == "missing":
+        return f"{dotted}: missing; it has no default"
+    if problem["type"] == "value_error" and not loc:  # of the config as a whole: the message names the key
+        return str(problem["ctx"]["error"])
+    return f"{dotted}: {problem['msg'].lower()}; found {problem['input']!r}"
+
+
+def _keys_of(parents: Sequence[Any]) -> list[str]:
+    model: type[BaseModel] = RunConfig
+    for parent in parents:
+        if parent in _SOURCES and model in _SOURCES.values():
+            model = _SOURCES[parent]
+            continue
+        annotation: Any = model.model_fields[parent].annotation
+        choices = [annotation, *getattr(annotation, "__args__", ())]
+        choices += [inner for choice in choices for inner in getattr(choice, "__args__", ())]
+        model = next(kind for kind in choices if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return list(model.model_fields)
+
+
+_SOURCES: dict[Any, type[BaseModel]] = {"image": SourceSettings, "text": TextSettings}

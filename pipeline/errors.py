@@ -1,0 +1,93 @@
+"""Every error that softcache raises on purpose.
+
+Each error is a `SoftcacheError` and also the builtin that a caller would expect, so
+`except FileNotFoundError` and `except ValueError` keep working. A message names the object and
+the place, what was expected, what was found, and what to do next. The command line prints the
+message alone and exits with 1; anything that is not a `SoftcacheError` is a bug of ours.
+"""
+
+__all__ = [
+    "AlignmentError",
+    "CacheNotFoundError",
+    "ConfigError",
+    "CorruptionError",
+    "IdentityError",
+    "IncompleteCacheError",
+    "LabelError",
+    "ManifestError",
+    "MissingExtraError",
+    "RunError",
+    "SoftcacheError",
+    "SourceError",
+    "SpecError",
+    "StorageError",
+    "TemperatureError",
+]
+
+
+class SoftcacheError(Exception):
+    """Base of all errors that softcache raises on purpose."""
+
+
+class ConfigError(SoftcacheError, ValueError):
+    """A config file or a `--set` holds an unknown, missing, mistyped or out-of-range key."""
+
+
+class SpecError(SoftcacheError, ValueError):
+    """A model or source name does not exist or cannot be built from its arguments."""
+
+
+class SourceError(SoftcacheError, ValueError):
+    """A dataset cannot be read as described: missing files, duplicate keys, broken images."""
+
+
+class MissingExtraError(SoftcacheError, ImportError):
+    """An optional package is needed; the message names the extra that installs it."""
+
+
+class LabelError(SoftcacheError, ValueError):
+    """Logits or a label record break the contract (shape, NaN, +inf, K larger than V).
+
+    Attributes:
+        position: the first offending row of the array that was given, where one row is at fault.
+    """
+
+    def __init__(self, message: str, *, position: int | None = None) -> None:
+        super().__init__(message)
+        self.position = position
+
+
+class TemperatureError(LabelError):
+    """A temperature lies outside of what the record can serve."""
+
+
+class CacheNotFoundError(SoftcacheError, FileNotFoundError):
+    """There is no cache at this place."""
+
+
+class ManifestError(SoftcacheError, ValueError):
+    """A manifest or a unit marker is malformed, of another version, or points out of the cache."""
+
+
+class IdentityError(SoftcacheError, ValueError):
+    """A cache was made from another teacher, source, transform, policy or codec."""
+
+
+class IncompleteCacheError(SoftcacheError, LookupError):
+    """Rows were asked for whose unit is not finished."""
+
+
+class CorruptionError(SoftcacheError, ValueError):
+    """Stored bytes differ from what was written: checksum, size or shape."""
+
+
+class AlignmentError(SoftcacheError, ValueError):
+    """What the student sees is not what the teacher labelled."""
+
+
+class StorageError(SoftcacheError, OSError):
+    """The storage refused: unwritable, full, or gone."""
+
+
+class RunError(SoftcacheError, ValueError):
+    """An output directory holds another run, or a run cannot be resumed."""

@@ -1,0 +1,127 @@
+"""The positions that count: which they are, what belongs to them, and how much each counts.
+
+Shape suffixes: `P` positions, `K` kept classes.
+
+Targets and labels are checked here, before anything is computed: on a GPU the checks and the number of active
+positions together are one wait.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import LabelError
+from pipeline.fused.head import Head
+from pipeline.labels import SoftenedLabels, SoftLabels
+
+__all__ = ["IGNORED", "Rows"]
+
+IGNORED = -100  # of `losses.cross_entropy`
+
+
+class Rows:
+    """The positions with weight: which they are, what belongs to them, and how much each counts.
+
+    Attributes:
+        index_P: their places, or None where all have weight.
+        num_active: how many they are.
+        targets_P: their targets, or None.
+        share_P: their weights over the largest one, or None where all are alike.
+        scale: the largest weight over the sum of all.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        labels: SoftLabels | None,
+        targets_P: Tensor | None,
+        weights_P: Tensor | None,
+    ) -> None:
+        num_positions, device = len(head.tensors[0]), head.tensors[0].device
+        active_P = torch.ones(num_positions, dtype=torch.bool, device=device)
+        self.share_P: Tensor | None = None
+        self.scale: Any = 1.0 / max(1, num_positions)
+        if weights_P is not None and num_positions > 0:
+            weights_P = _per_position("weights", weights_P, num_positions).to(device, head.dtype)
+            active_P, largest, total = weights_P > 0, weights_P.amax(), weights_P.sum()
+            self.scale = largest / total.where(total > 0, 1.0)
+            self.share_P = weights_P / largest
+        if targets_P is not None:
+            targets_P = _per_position("targets", targets_P, num_positions).to(device).long()
+            if labels is None:
+                active_P = active_P & (targets_P != IGNORED)
+        self.num_active = _check_and_count(active_P, targets_P, labels, head.num_classes)
+        self._active_P = active_P
+        self.index_P: Tensor | None = None
+        if self.num_active < num_positions:  # a stable sort, not nonzero, which would wait for the GPU again
+            self.index_P = active_P.byte().argsort(descending=True, stable=True)[: self.num_active]
+        self.share_P = None if self.share_P is None else self.take(self.share_P)
+        self.targets_P = None if targets_P is None else self.take(targets_P)
+
+    def take(self, x: Tensor) -> Tensor:
+        """The active rows of an array over all positions."""
+        return x if self.index_P is None else x.index_select(0, self.index_P)
+
+    def softened(self, labels: SoftLabels, temperature: Any, dtype: torch.dtype) -> SoftenedLabels:
+        """The active rows' labels at the temperature."""
+        whole = labels.at_temperature(temperature)
+        return SoftenedLabels(
+            ids=self.take(whole.ids.long()),
+            log_probs=self.take(whole.log_probs).to(dtype),
+            log_tail=self.take(whole.log_tail).to(dtype),
+        )
+
+    def temperature(self, temperature: Any, dtype: torch.dtype) -> Any:
+        """A number, or a tensor over the active rows."""
+        if not isinstance(temperature, Tensor):
+            return float(temperature)
+        temperature = temperature.detach().to(self._active_P.device, dtype).reshape(-1)
+        return self.take(temperature.expand(len(self._active_P)))
+
+
+def _check_and_count(
+    active_P: Tensor, targets_P: Tensor | None, labels: SoftLabels | None, num_student_classes: int
+) -> int:
+    """Number of active rows; raises if one has an id out of range. All of it is one wait for the GPU."""
+    if len(active_P) == 0:
+        return 0
+    bad_P = torch.zeros_like(active_P)
+    if targets_P is not None:
+        outside_P = (targets_P < 0) | (targets_P >= num_student_classes)
+        bad_P |= outside_P & (targets_P != IGNORED)
+    bad_label_P = torch.zeros_like(active_P)
+    if labels is not None:
+        ids_PK = labels.ids.long()
+        empty_PK = (ids_PK == labels.num_classes) & (labels.log_probs == -torch.inf)
+        bad_label_P = ((ids_PK < 0) | ((ids_PK >= labels.num_classes) & ~empty_PK)).any(dim=1)
+    firsts = [(bad & active_P).int() for bad in (bad_P, bad_label_P)]
+    figures = [active_P.sum(), *(x for bad in firsts for x in (bad.amax(), bad.argmax()))]
+    count, any_target, first_target, any_label, first_label = torch.stack(
+        [x.long() for x in figures]
+    ).tolist()
+    if any_target:
+        assert targets_P is not None
+        raise LabelError(
+            f"targets, position {first_target}: expected a class in [0, {num_student_classes}) or -100; "
+            f"found {int(targets_P[first_target])}; check that targets are in the student's vocabulary",
+            position=first_target,
+        )
+    if any_label:
+        assert labels is not None
+        raise LabelError(
+            f"labels.ids, position {first_label}: expected classes in [0, {labels.num_classes}), or "
+            f"{labels.num_classes} with log_prob -inf in unused slots; found "
+            f"{labels.ids[first_label].long().tolist()}; check the cache with `softcache verify`",
+            position=first_label,
+        )
+    return count
+
+
+def _per_position(name: str, x: Tensor, num_positions: int) -> Tensor:
+    if tuple(x.shape) != (num_positions,):
+        raise LabelError(
+            f"{name}: expected [{num_positions}], one per row of hidden states; found {list(x.shape)}; "
+            "flatten batch and positions as the hidden states are"
+        )
+    return x

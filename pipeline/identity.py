@@ -1,0 +1,90 @@
+"""Names for contents: digests of what a cache was made from, and a fingerprint of every sample.
+
+A digest is sha256 in hex and names something that is compared once per run (source, weights, views). A
+fingerprint is 64 bits and is computed for every (sample, view) on both sides of the cache:
+
+    xxh3_64 over  len(key) uint32 | key utf-8 | view uint32 | len(dtype) uint32 | dtype | ndim uint32
+                  | shape, one uint64 per axis | the values in C order
+
+with seed 0 and all numbers little-endian, the values included; `dtype` is NumPy's name ("uint8"). Every
+variable part is preceded by its length, so no two different inputs are framed alike. For a small image it
+costs about 3 microseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xxhash
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["digest_bytes", "digest_json", "digest_source", "digest_weights", "fingerprint"]
+
+
+def digest_bytes(data: bytes | memoryview) -> str:
+    """Returns the sha256 of `data` in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """Returns the sha256 of a JSON value, written with sorted keys and no spaces."""
+    return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
+
+
+def _framed(parts: Iterable[bytes | memoryview]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(struct.pack("<Q", len(part)))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def digest_source(
+    keys: Sequence[str], targets: Sequence[int] | np.ndarray | None, extra: Mapping[str, Any]
+) -> str:
+    """Returns the digest of a dataset: its keys in order, their ground truth, and what else names its contents.
+
+    Args:
+        keys: [N] stable sample keys, in the order of the source.
+        targets: [N] classes, or None where there is no ground truth.
+        extra: JSON-able facts about the contents, e.g. a digest of the pixels or the files' sizes.
+    """
+    numbers = b"" if targets is None else np.ascontiguousarray(targets, "<i8").tobytes()
+    return _framed([digest_json(list(keys)).encode(), numbers, digest_json(dict(extra)).encode()])
+
+
+def digest_weights(state: Mapping[str, torch.Tensor]) -> str:
+    """Returns the digest of a state dict; it does not depend on the file format or the order of the names."""
+    import torch
+
+    def parts() -> Iterable[bytes | memoryview]:
+        for name in sorted(state):
+            tensor = state[name].detach().cpu().contiguous()
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+            yield tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
+
+    return _framed(parts())
+
+
+def fingerprint(key: str, view: int, content: np.ndarray) -> int:
+    """Returns the unsigned 64-bit fingerprint of one view of one sample.
+
+    Args:
+        key: the sample's stable key.
+        view: the view's number.
+        content: what the teacher saw, e.g. uint8 pixels [C, H, W]; dtype and shape count.
+    """
+    name, dtype = key.encode(), content.dtype.name.encode()
+    head = struct.pack(
+        f"<I{len(name)}sII{len(dtype)}sI", len(name), name, view, len(dtype), dtype, content.ndim
+    )
+    state = xxhash.xxh3_64(head + struct.pack(f"<{content.ndim}Q", *content.shape))
+    state.update(np.ascontiguousarray(content, content.dtype.newbyteorder("<")).data)
+    return state.intdigest()

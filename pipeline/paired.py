@@ -1,0 +1,87 @@
+"""Labels of one tokenizer for a student of another: documents joined by key, rows by their place.
+
+Row r of a document's labels meets row r of the student's own tokens, up to the shorter of the two, as in Universal
+Logit Distillation (Boizard et al. 2024, arXiv 2402.12030, section 3.2): only losses that do not ask which class is
+which make sense of such a pair (`losses.uld`). Samples must be documents (packing = "documents"); of a document longer
+than seq_len its first part is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.cache import Cache
+from pipeline.errors import AlignmentError, SourceError
+from pipeline.reader import SoftLabelDataset
+from pipeline.token_batches import TokenBatch, TokenData
+
+__all__ = ["PairedDataset"]
+
+
+class PairedDataset:
+    """Samples are numbered as in the cache; the labels are checked against the teacher's own tokens.
+
+    Attributes:
+        samples: [S] int64, the samples that both sides have.
+        rows_of: [N] int64, the rows that each sample has on both sides.
+
+    Raises (from the constructor):
+        SourceError: the samples are not documents.
+        AlignmentError: the teacher's side is not what was labelled, or the student's lacks one of its documents.
+    """
+
+    def __init__(self, teacher: TokenData, student: TokenData, cache: Cache, **checks: Any) -> None:
+        for data in (teacher, student):
+            if data.source.packing != "documents":
+                raise SourceError(
+                    f"source {data.source.name}: packing {data.source.packing!r}; labels for another tokenizer are joined "
+                    'document by document; set source.packing = "documents" and make the cache so'
+                )
+        self._labelled, self._student = SoftLabelDataset(teacher, cache, **checks), student
+        self.cache = cache
+        keys, theirs = teacher.source.keys(), {key: n for n, key in enumerate(student.source.keys())}
+        self.samples = np.array([n for n, key in enumerate(keys) if key.endswith("@0")], np.int64)
+        self._partner = np.full(len(keys), -1, np.int64)
+        for sample in self.samples:
+            if keys[sample] not in theirs:
+                raise AlignmentError(
+                    f"cache {cache.url}: document {keys[sample]!r} was labelled, and the student's source "
+                    f"{student.source.name} has no such sample; both must come from the same dataset"
+                )
+            self._partner[sample] = theirs[keys[sample]]
+        self.rows_of = np.minimum(teacher.source.num_rows(), student.source.num_rows()[self._partner])
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: tuple[int, int]) -> TokenBatch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[tuple[int, int]]) -> TokenBatch:
+        samples = np.array([sample for sample, _ in indices], np.int64)
+        labels = self._labelled.__getitems__(list(indices))
+        batch = self._student.load(self._partner[samples], 0, fingerprints=False)
+        counts = self.rows_of[samples]
+        here, there = _first_rows(batch.row_counts, counts), _first_rows(labels.row_counts, counts)
+        return replace(
+            batch,
+            rows=batch.rows[here],
+            targets=batch.targets[here],
+            row_counts=counts,
+            samples=samples,
+            labels=labels.labels.take(there),
+        )
+
+    collate = staticmethod(SoftLabelDataset.collate)
+
+
+def _first_rows(row_counts: np.ndarray, wanted: np.ndarray) -> torch.Tensor:
+    """Returns the numbers of the first `wanted` rows of every sample, in a batch with `row_counts` of them."""
+    starts = np.cumsum(row_counts) - row_counts
+    parts = [np.arange(start, start + count) for start, count in zip(starts, wanted, strict=True)]
+    return torch.from_numpy(np.concatenate(parts))

@@ -1,0 +1,157 @@
+"""The plan of a cache, before a row of it is made: how its source is cut, what its manifest says, and its creation.
+
+A unit of work is a range of samples of one view; a chunk is a part of it that is decoded together.
+A cache is created once: the first writer of `manifest.json` wins, and every later run, whether it captures, imports
+or converts, has to have the same identity as the cache that it finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+from pydantic import Field
+
+from pipeline import __version__
+from pipeline.batches import Dataset as Data
+from pipeline.codec import OpenCodec
+from pipeline.errors import IdentityError, LabelError
+from pipeline.identity import digest_bytes
+from pipeline.manifest import Manifest, Plan, TeacherReport, differences
+from pipeline.settings import Settings
+from pipeline.sparsify import LabelSettings
+from pipeline.stores.objects import Objects
+from pipeline.stores.samples import RowIndex, encode_samples
+from pipeline.stores.units import open_store
+from pipeline.teacher import Dtype, Teacher
+
+__all__ = ["CaptureSettings", "create_cache", "default_plan", "plan_manifest"]
+
+MANIFEST = "manifest.json"
+ROWS = {"image": (16384, 2048), "tokens": (131072, 8192)}
+"""Rows of a unit and of a chunk, by kind, where the settings do not say."""
+CHUNK_ROWS = 2048
+"""Rows of tokens that are compressed together."""
+
+
+class CaptureSettings(Settings):
+    """[capture]: how the teacher is run and how its labels are laid out.
+
+    Without `unit_samples` and `chunk_samples` a unit has about 131,072 rows of tokens or 16,384 images, and a chunk
+    (what is decoded together) about 8,192 rows of tokens or 2,048 images. `chunk_positions` bounds the logits that a
+    language model's head gives at once: chunk_positions x V x 4 bytes, and about five times that while they are made
+    into labels.
+    """
+
+    batch_size: int = Field(256, ge=1)
+    unit_samples: int | None = Field(None, ge=1)
+    chunk_samples: int | None = Field(None, ge=1)
+    chunk_positions: int | None = Field(None, ge=1)
+    device: str = "auto"
+    dtype: Dtype = "float32"
+    store: Literal["zarr", "parquet"] = "zarr"
+    values: Literal["float16", "float32"] = "float16"
+    workers: int = Field(0, ge=0)
+    queue_units: int = Field(2, ge=1)
+    evaluate: bool = True
+
+
+def plan_manifest(
+    data: Data, teacher: Teacher, labels: LabelSettings, settings: CaptureSettings
+) -> tuple[Manifest, bytes]:
+    """Returns the manifest of a cache and the bytes of its sample table.
+
+    Raises:
+        LabelError: K is larger than V.
+    """
+    source, num_classes = data.source, teacher.num_classes
+    k = num_classes if labels.policy == "dense" else labels.k
+    if k > num_classes:
+        raise LabelError(
+            f"labels.k: {k} is more than the {num_classes} classes of source {source.name}; "
+            f'choose k <= {num_classes}, or policy = "dense"'
+        )
+    num_rows: np.ndarray | None = source.num_rows() if data.kind == "tokens" else None
+    plan = default_plan(data, settings, num_views=labels.num_views)
+    codec = OpenCodec(num_classes=num_classes, k=k, temperatures=labels.temperatures, values=settings.values)
+    if num_rows is None:
+        rows, samples = None, encode_samples(source.keys(), source.targets())
+    else:
+        index = RowIndex(plan, num_rows)
+        rows = index.geometry(CHUNK_ROWS)
+        samples = encode_samples(source.keys(), None, num_rows, index.first_rows(rows))
+    manifest = Manifest(
+        softcache_version=__version__,
+        kind=data.kind,
+        identity={
+            "teacher": {
+                "spec": teacher.spec,
+                "weights_digest": teacher.weights_digest,
+                "dtype": teacher.dtype,
+            },
+            "source": {"name": source.name, "digest": source.digest, "num_samples": len(data)},
+            **data.identity(labels.num_views),
+            "labels": {"policy": labels.policy, "k": k, "temperatures": list(labels.temperatures)},
+            "codec": codec.to_dict(),
+        },
+        num_classes=num_classes,
+        class_names=() if num_rows is not None else tuple(source.class_names),
+        codec=codec.to_dict(),
+        plan=plan,
+        rows=rows,
+        store=settings.store,
+        data="labels.zarr" if settings.store == "zarr" else "parquet",
+        samples_sha256=digest_bytes(samples),
+        teacher=TeacherReport(num_parameters=teacher.num_parameters),
+    )
+    return manifest, samples
+
+
+def default_plan(data: Data, settings: CaptureSettings, *, num_views: int = 1) -> Plan:
+    """Returns how a source is cut: a unit is a whole number of chunks, and neither is larger than the source."""
+    mean_rows = data.source.num_rows().mean() if data.kind == "tokens" else 1.0
+    unit, chunk = (max(1, round(rows / mean_rows)) for rows in ROWS[data.kind])
+    unit = min(settings.unit_samples or max(unit, settings.chunk_samples or 1), len(data))
+    chunk = min(settings.chunk_samples or chunk, unit)
+    return Plan(
+        num_samples=len(data),
+        num_views=num_views,
+        unit_samples=chunk * max(1, unit // chunk),
+        chunk_samples=chunk,
+    )
+
+
+def create_cache(
+    objects: Objects,
+    manifest: Manifest,
+    samples: bytes,
+    *,
+    report: Callable[[], TeacherReport] | None = None,
+) -> tuple[Manifest, str]:
+    """Creates the cache, or joins the one that is there; returns its manifest and the manifest's sha256.
+
+    The first writer of `manifest.json` wins; every other run compares itself with what it finds.
+
+    Args:
+        report: called only if there is no cache yet; measures the teacher for the manifest's report.
+
+    Raises:
+        IdentityError: the cache there was made from something else; each field that differs is named.
+    """
+    if objects.size(MANIFEST) is None:
+        if report is not None:
+            manifest = manifest.model_copy(update={"teacher": report()})
+        objects.put_if_absent(manifest.samples, samples)
+        objects.put_if_absent(MANIFEST, manifest.to_bytes())
+    stored = objects.get(MANIFEST)
+    found = Manifest.parse(stored, where=f"cache {objects.url}")
+    differing = differences(manifest, found)
+    if differing:
+        raise IdentityError(
+            f"cache {objects.url}: made from something else than this run (this run; there):\n  "
+            + "\n  ".join(differing)
+            + "\nGive this run another --cache, or remove the old one if nobody needs it"
+        )
+    open_store(found, objects).create()
+    return found, digest_bytes(stored)

@@ -1,0 +1,341 @@
+"""From a config to the things that it names: teacher, cache, trained students, whatever the modality.
+
+The stages (one command each) and the comparisons (many runs each) are written in terms of these.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.cache import Cache, open_cache
+from pipeline.capture import CaptureReport, capture, evaluate_teacher
+from pipeline.config import RunConfig
+from pipeline.errors import ConfigError, IdentityError, IncompleteCacheError
+from pipeline.identity import digest_json
+from pipeline.modalities import Data, open_data
+from pipeline.planning import create_cache, default_plan, plan_manifest
+from pipeline.progress import say, track
+from pipeline.reader import HardLabelDataset, check_alignment
+from pipeline.shuffle import BlockShuffle
+from pipeline.stores.objects import open_objects
+from pipeline.student import Feed, train
+from pipeline.tasks import Task
+from pipeline.teacher import Teacher, TeacherSettings
+
+__all__ = [
+    "Data",
+    "cache_is_ready",
+    "capture_labels",
+    "make_teacher",
+    "open_data",
+    "open_teacher",
+    "train_student",
+    "train_teacher",
+]
+
+LabelsFrom = Literal["cache", "hard", "online"]
+
+
+# -- the teacher -------------------------------------------------------------------------------------------
+
+
+def _teacher_settings(config: RunConfig) -> TeacherSettings:
+    if config.teacher is None:
+        raise ConfigError(
+            f"config {config.name}: table [teacher] is missing; it names the model that labels the data"
+        )
+    return config.teacher
+
+
+def open_teacher(config: RunConfig, data: Data) -> Teacher:
+    """Returns the config's teacher with its weights, on the device and dtype of [capture]."""
+    return data.teacher(config, _teacher_settings(config))
+
+
+def train_teacher(
+    config: RunConfig, data: Data, *, track_with: str | None = None
+) -> tuple[dict[str, Any], Path]:
+    """Trains the teacher of a config on hard labels; returns its metrics and its weights file.
+
+    Raises:
+        ConfigError: there is no [train_teacher] table, or teacher.weights is not where this writes.
+    """
+    teacher = _teacher_settings(config)
+    out = config.root / "teacher"
+    weights = out / "model.safetensors"
+    if config.train_teacher is None:
+        raise ConfigError(
+            f"config {config.name}: table [train_teacher] is missing; it says how to train {teacher.model}"
+        )
+    if teacher.weights is None or Path(teacher.weights) != weights:
+        raise ConfigError(
+            f"config {config.name}: teacher.weights is {teacher.weights!r}, but train-teacher writes {str(weights)!r}; "
+            "set teacher.weights to that, or keep your own weights and skip train-teacher"
+        )
+    settings = config.train_teacher.model_copy(update={"labels": "hard"})
+    run = config.model_copy(update={"train": settings})
+    task = data.task(run, teacher.model)
+    metrics = _fit(
+        run, data, task, teacher.model, out, _hard_feed(run, data), identity={}, track_with=track_with
+    )
+    return metrics, weights
+
+
+def make_teacher(config: RunConfig, data: Data) -> None:
+    """Trains the teacher if its weights file is missing and the config says how."""
+    teacher = _teacher_settings(config)
+    if (
+        config.train_teacher is not None
+        and teacher.weights is not None
+        and not Path(teacher.weights).exists()
+    ):
+        say(f"teacher {teacher.model}: no weights at {teacher.weights} yet; training it once")
+        metrics, _ = train_teacher(config, data)
+        say(
+            f"teacher {teacher.model}: {metrics['num_parameters']:,} parameters, accuracy {metrics['accuracy']:.4f}, "
+            f"loss {metrics['eval_loss']:.4f}"
+        )
+
+
+# -- the cache ---------------------------------------------------------------------------------------------
+
+
+def cache_is_ready(config: RunConfig, data: Data, url: str) -> bool:
+    """Returns whether the config's cache is there and complete; the teacher is not loaded for this.
+
+    Raises:
+        IdentityError, AlignmentError: there is a cache, but of something else.
+    """
+    if open_objects(url).size("manifest.json") is None:
+        return False
+    cache = open_cache(url)
+    _check_said(config, cache)
+    check_alignment(cache, data.train)
+    return not cache.missing_units
+
+
+def _check_said(config: RunConfig, cache: Cache) -> None:
+    """Compares what the config says in so many words with what the cache is; defaults are not compared."""
+    labels, found = config.labels, cache.manifest.identity
+    said = {f"labels.{key}": getattr(labels, key) for key in labels.model_fields_set}
+    there = {f"labels.{key}": value for key, value in found["labels"].items()}
+    there["labels.num_views"] = cache.num_views
+    there["labels.temperatures"] = tuple(there["labels.temperatures"])
+    imported = found["labels"]["policy"] == "imported"
+    if labels.policy == "dense":
+        said.pop("labels.k", None)
+    elif imported:
+        said.pop("labels.policy", None)
+    if config.teacher is not None and not imported:
+        said["teacher.model"], there["teacher.model"] = config.teacher.model, found["teacher"]["spec"]
+    if "store" in config.capture.model_fields_set:
+        said["capture.store"], there["capture.store"] = config.capture.store, cache.manifest.store
+    differing = [
+        f"{key}: {value!r} in the config, {there[key]!r} in the cache"
+        for key, value in said.items()
+        if value != there[key]
+    ]
+    if differing:
+        raise IdentityError(
+            f"cache {cache.url}: made with other settings:\n  "
+            + "\n  ".join(sorted(differing))
+            + "\ndrop the setting to use this cache, or give --cache another place to make a new one"
+        )
+
+
+def capture_labels(config: RunConfig, data: Data, teacher: Teacher, url: str) -> tuple[Cache, CaptureReport]:
+    """Runs the teacher over what is not labelled yet; returns the complete cache and what was done."""
+    objects = open_objects(url, create=True)
+    manifest, samples = plan_manifest(data.train, teacher, config.labels, config.capture)
+
+    def report() -> Any:
+        if not config.capture.evaluate:
+            return manifest.teacher
+        with track("teacher: evaluate", len(data.evaluation)) as advance:
+            return evaluate_teacher(
+                data.evaluation, teacher, batch_size=config.capture.batch_size, progress=advance
+            )
+
+    manifest, digest = create_cache(objects, manifest, samples, report=report)
+    rows_per_view = manifest.rows.num_rows if manifest.rows else manifest.plan.num_samples
+    total = rows_per_view * manifest.plan.num_views
+    with track("teacher: label", total, "rows") as advance:
+        done = capture(
+            objects,
+            manifest,
+            digest,
+            data=data.train,
+            teacher=teacher,
+            labels=config.labels,
+            settings=config.capture,
+            progress=advance,
+        )
+    return open_cache(url), done
+
+
+# -- students ----------------------------------------------------------------------------------------------
+
+
+def train_student(
+    config: RunConfig,
+    data: Data,
+    *,
+    model: str,
+    labels: LabelsFrom,
+    cache: Cache | None = None,
+    teacher: Teacher | None = None,
+    num_views: int | None = None,
+    out: str | Path | None = None,
+    allow_partial: bool = False,
+    track_with: str | None = None,
+) -> dict[str, Any]:
+    """Trains one student; returns its metrics, with `out` and `model` added.
+
+    Args:
+        model: the student's spec.
+        labels: what it learns from; "cache" needs `cache`, "online" needs `teacher`.
+        num_views: of the cache's views, use the first so many; None uses all.
+        out: the run's directory; None makes one under runs/ whose name tells the run apart.
+
+    Raises:
+        IncompleteCacheError: the cache has missing units, and `allow_partial` is off.
+        AlignmentError, IdentityError: the cache is of something else.
+    """
+    config = config.model_copy(update={"train": config.train.model_copy(update={"labels": labels})})
+    identity: dict[str, Any] = {}
+    if labels == "cache":
+        assert cache is not None
+        _check_said(config, cache)
+        num_views = num_views or config.reader.num_views or cache.num_views
+        feed = _cache_feed(config, data, cache, num_views, allow_partial)
+        identity = {"cache": cache.manifest_sha256, "num_views": num_views}
+        if cache.missing_units:
+            identity["missing_units"] = cache.missing_units
+    else:
+        feed = _hard_feed(config, data)
+        if labels == "online":
+            assert teacher is not None
+            identity = {
+                "teacher": {"spec": teacher.spec, "weights": teacher.weights_digest, "dtype": teacher.dtype}
+            }
+    if labels != "hard":
+        identity["loss"] = config.loss.model_dump(mode="json")
+    task = data.task(config, model, teacher if labels == "online" else None)
+    return _fit(config, data, task, model, out, feed, identity=identity, track_with=track_with)
+
+
+def _cache_feed(config: RunConfig, data: Data, cache: Cache, num_views: int, allow_partial: bool) -> Feed:
+    if num_views > cache.num_views:
+        raise ConfigError(
+            f"reader.num_views: {num_views}, but cache {cache.url} holds {cache.num_views}; ask for at most that, or "
+            "make a cache with more (labels.num_views)"
+        )
+    if cache.missing_units:
+        plan = cache.manifest.plan
+        rows = sum(len(cache.samples_in(view)) for view in range(num_views))
+        found = f"{len(cache.missing_units)} of {plan.num_units} units are missing"
+        if not allow_partial or any(not len(cache.samples_in(view)) for view in range(num_views)):
+            raise IncompleteCacheError(
+                f"cache {cache.url}: {found}; rerun `softcache teacher-logits` to finish it, or train on what is "
+                "there with --allow-partial (every view that is used needs at least one finished unit)"
+            )
+        say(
+            f"cache {cache.url}: {found}; training on the {rows:,} of {plan.num_samples * num_views:,} rows there"
+        )
+    dataset, chosen = data.labelled(config, cache)
+
+    def samples_of(view: int) -> np.ndarray:
+        there = cache.samples_in(view)
+        return there if chosen is None else np.intersect1d(there, chosen)
+
+    order = _order(
+        config,
+        samples_of,
+        lambda epoch: epoch % num_views,
+        cache.manifest.plan.chunk_samples,
+        getattr(dataset, "rows_of", data.rows_of),
+    )
+    return Feed(dataset, order, config.reader.workers)
+
+
+def _hard_feed(config: RunConfig, data: Data) -> Feed:
+    data = data.of_student(config)
+    dataset = HardLabelDataset(data.train)
+    everything = np.arange(len(dataset))
+    # Every epoch sees a fresh view (text has one): the baselines get the full strength of the augmentation.
+    fresh = data.train.kind == "image"
+    block = default_plan(data.train, config.capture).chunk_samples
+    order = _order(config, lambda view: everything, lambda epoch: epoch if fresh else 0, block, data.rows_of)
+    return Feed(dataset, order, config.reader.workers)
+
+
+def _order(
+    config: RunConfig,
+    samples_of: Callable[[int], np.ndarray],
+    view_of: Callable[[int], int],
+    chunk_samples: int,
+    rows_of: np.ndarray | None,
+) -> BlockShuffle:
+    from accelerate import PartialState
+
+    state = PartialState(cpu=config.train.device == "cpu")
+    return BlockShuffle(
+        samples_of,
+        batch_size=config.train.batch_size,
+        view_of=view_of,
+        block_samples=config.reader.block_samples or chunk_samples,
+        window_blocks=config.reader.window_blocks,
+        seed=config.train.seed,
+        rank=state.process_index,
+        num_ranks=state.num_processes,
+        rows_of=rows_of,
+    )
+
+
+def _fit(
+    config: RunConfig,
+    data: Data,
+    task: Task,
+    model: str,
+    out: str | Path | None,
+    feed: Feed,
+    *,
+    identity: dict[str, Any],
+    track_with: str | None,
+) -> dict[str, Any]:
+    described = {
+        "model": model,
+        **data.identity(),
+        "student_data": data.of_student(config).identity() if config.student.tokenizer else None,
+        "context": config.student.context,
+        "train": config.train.model_dump(mode="json", exclude={"device", "eval_batch_size"}),
+        "order": {"block_samples": feed.order.block_samples, "window_blocks": feed.order.window_blocks},
+        **identity,
+    }
+    if out is None:
+        slug = re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")
+        out = config.root / "students" / f"{slug}-{config.train.labels}-{digest_json(described)[:8]}"
+    label, finished = f"train {model} ({config.train.labels})", (Path(out) / "metrics.json").exists()
+    follow: AbstractContextManager = nullcontext(lambda samples: None)
+    if finished:
+        say(f"{label}: {out} holds this run, finished; reporting it")
+    else:
+        follow = track(label, config.train.epochs * len(feed.dataset))
+    with follow as advance:
+        metrics = train(
+            task,
+            feed,
+            settings=config.train,
+            out=out,
+            config=described,
+            resolved=config.model_dump(mode="json") | {"student": {"model": model}},
+            track=track_with,
+            on_step=advance,
+        )
+    return metrics | {"model": model, "out": str(out)}

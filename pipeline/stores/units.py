@@ -1,0 +1,158 @@
+"""Units on storage: published whole, marked last, and trusted only by their marker.
+
+publish:  every shard (whole or not at all), then units/NNNNN.json with size and sha256 of each
+trust:    the marker is well-formed, belongs to this very manifest and unit, and its shards match it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from pipeline.codec import Column
+from pipeline.errors import CacheNotFoundError, CorruptionError, ManifestError
+from pipeline.identity import digest_bytes
+from pipeline.manifest import Manifest, Shard, Unit, UnitMarker, marker_path
+from pipeline.stores.objects import Objects
+from pipeline.stores.parquet import ParquetStore
+from pipeline.stores.zarr import ZarrStore
+
+__all__ = ["Store", "alignment_columns", "check_unit", "finished_units", "open_store", "publish_unit", "read_marker"]
+
+Store = ZarrStore | ParquetStore
+
+
+def open_store(manifest: Manifest, objects: Objects) -> Store:
+    """Returns the store that a manifest names; nothing is read or written yet."""
+    kind = ZarrStore if manifest.store == "zarr" else ParquetStore
+    return kind(manifest, objects, [*manifest.build_codec().columns, *alignment_columns(manifest)])
+
+
+def alignment_columns(manifest: Manifest) -> list[Column]:
+    """What a store keeps besides labels, so that they can be joined with their samples."""
+    fingerprint = Column("fingerprint", "uint64", per_sample=True)
+    if manifest.rows is None:
+        return [fingerprint]
+    return [Column("position", "uint32"), Column("num_rows", "uint32", per_sample=True), fingerprint]
+
+
+def _failpoint(name: str) -> None:
+    """Called at every step of a commit; the tests stop the process here."""
+
+
+def publish_unit(
+    objects: Objects, store: Store, manifest_sha256: str, unit: Unit, columns: Mapping[str, np.ndarray]
+) -> UnitMarker:
+    """Writes a unit's shards, then its marker; returns the marker.
+
+    Args:
+        columns: by name, [rows, ...], and those per sample [unit.stop - unit.start, ...].
+
+    Raises:
+        StorageError: the storage refused; the unit stays unmarked.
+    """
+    encoded = store.encode(unit, columns)
+    _failpoint("before_shards")
+    for path, (_, data) in encoded.items():
+        objects.put(path, data)
+        _failpoint("after_shard")
+    marker = UnitMarker(
+        unit=unit.number,
+        view=unit.view,
+        start=unit.start,
+        stop=unit.stop,
+        num_rows=len(columns["ids"]),
+        manifest_sha256=manifest_sha256,
+        shards=tuple(
+            Shard(path=path, column=column, num_bytes=len(data), sha256=digest_bytes(data))
+            for path, (column, data) in encoded.items()
+        ),
+    )
+    _failpoint("before_marker")
+    objects.put(marker_path(unit.number), marker.to_bytes())
+    _failpoint("after_marker")
+    return marker
+
+
+def read_marker(objects: Objects, manifest: Manifest, manifest_sha256: str, number: int) -> UnitMarker | None:
+    """Returns the marker of a unit, or None if the unit is not finished.
+
+    Raises:
+        ManifestError: the marker is malformed, or belongs to another cache or unit.
+    """
+    path = marker_path(number)
+    try:
+        data = objects.get(path)
+    except CacheNotFoundError:
+        return None
+    where = f"cache {objects.url}, {path}"
+    marker = UnitMarker.parse(data, where=where)
+    unit = manifest.plan.unit(number)
+    if marker.manifest_sha256 != manifest_sha256:
+        raise ManifestError(
+            f"{where}: written for another manifest (sha256 {marker.manifest_sha256[:12]}… there, "
+            f"{manifest_sha256[:12]}… here): the manifest was changed, or the marker is of another cache; restore both "
+            "from one copy"
+        )
+    expected = (unit.number, unit.view, unit.start, unit.stop)
+    found = (marker.unit, marker.view, marker.start, marker.stop)
+    room = manifest.rows.shard_rows if manifest.rows else unit.stop - unit.start
+    if found != expected or marker.num_rows > room or (manifest.rows is None and marker.num_rows != room):
+        raise ManifestError(
+            f"{where}: is of unit (number, view, start, stop) {found} with {marker.num_rows} rows; expected {expected} "
+            f"with {room} rows{' at most' if manifest.rows else ''}; delete it and rerun `softcache teacher-logits`"
+        )
+    names = {shard.path: shard.column for shard in marker.shards}
+    wanted = open_store(manifest, objects).objects_of(unit)
+    if names != wanted or len(names) != len(marker.shards):
+        raise ManifestError(
+            f"{where}: names the shards {sorted(names)}; expected {sorted(wanted)} for unit {number}; delete it and "
+            "rerun `softcache teacher-logits`"
+        )
+    return marker
+
+
+def finished_units(objects: Objects, manifest: Manifest, manifest_sha256: str) -> dict[int, UnitMarker]:
+    """Returns the markers of all finished units, by number.
+
+    Raises:
+        ManifestError: a marker is malformed, of another cache, or of a unit that the plan does not have.
+    """
+    markers = {}
+    for path in objects.list("units"):
+        name = path.rsplit("/", 1)[-1]
+        if not name.endswith(".json"):
+            continue
+        number = int(stem) if (stem := name.removesuffix(".json")).isdigit() else -1
+        if not 0 <= number < manifest.plan.num_units or path != marker_path(number):
+            raise ManifestError(
+                f"cache {objects.url}, {path}: is of no unit of the plan (0 to {manifest.plan.num_units - 1}); remove it"
+            )
+        marker = read_marker(objects, manifest, manifest_sha256, number)
+        if marker is not None:
+            markers[number] = marker
+    return markers
+
+
+def check_unit(objects: Objects, marker: UnitMarker) -> None:
+    """Compares every shard of a unit with its marker.
+
+    Raises:
+        CorruptionError: a shard is missing, or of another size or sha256; unit and shard are named.
+    """
+    for shard in marker.shards:
+        where = f"cache {objects.url}: unit {marker.unit} (view {marker.view}), {shard.path}"
+        what_next = f"restore it, or delete {marker_path(marker.unit)} and rerun `softcache teacher-logits`"
+        num_bytes = objects.size(shard.path)
+        if num_bytes is None:
+            raise CorruptionError(f"{where}: missing; {what_next}")
+        if num_bytes != shard.num_bytes:
+            raise CorruptionError(
+                f"{where}: {num_bytes} bytes; {shard.num_bytes} bytes expected; {what_next}"
+            )
+        found = digest_bytes(objects.get(shard.path))
+        if found != shard.sha256:
+            raise CorruptionError(
+                f"{where}: sha256 {found[:12]}…; {shard.sha256[:12]}… expected; {what_next}"
+            )

@@ -1,0 +1,288 @@
+"""Columns as Zarr v3 arrays: one shard per unit, chunked inside, crc32c throughout.
+
+The axes are (view, sample, …), or (row, …) where samples have many rows: unit n's rows then start at a shard.
+
+zarr-python writes the metadata; TensorStore encodes and decodes the chunks. A shard is encoded in memory and
+published whole, so that a reader never sees half of one. Reading takes the geometry from the manifest and
+never from `zarr.json`, which is there for other tools.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.codec import Column
+from pipeline.errors import CorruptionError
+from pipeline.labels import STATS
+from pipeline.manifest import Manifest, Plan, Unit
+from pipeline.stores.objects import Objects
+
+if TYPE_CHECKING:
+    import tensorstore
+
+__all__ = ["ZarrStore"]
+
+COMPRESSION_LEVEL = 3
+
+
+class ZarrStore:
+    """The columns of one cache as a Zarr group."""
+
+    def __init__(self, manifest: Manifest, objects: Objects, columns: Iterable[Column]) -> None:
+        self._manifest, self._objects = manifest, objects
+        self._columns = {column.name: column for column in columns}
+        self._opened: dict[str, tensorstore.TensorStore] = {}
+
+    # -- metadata ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _documents(self) -> dict[str, bytes]:
+        """Every object of the group but the shards, by its path in the cache."""
+        return asyncio.run(_describe(self._manifest, self._columns.values()))
+
+    def create(self) -> None:
+        """Writes the group's metadata; what is there already is left as it is."""
+        for path, data in self._documents.items():
+            self._objects.put_if_absent(path, data)
+
+    def check_metadata(self) -> None:
+        """Compares the metadata that other tools read with what the manifest implies.
+
+        Raises:
+            CorruptionError: an object is missing or says something else.
+        """
+        for path, expected in self._documents.items():
+            found = self._objects.get(path)
+            same = _says_the_same(found, expected) if path.endswith("zarr.json") else found == expected
+            if not same:
+                raise CorruptionError(
+                    f"cache {self._objects.url}: {path} is not what the manifest implies; other tools would read "
+                    "other numbers: restore it, or `softcache convert` the cache to a new place"
+                )
+
+    # -- units ---------------------------------------------------------------------------------------------
+
+    def objects_of(self, unit: Unit) -> dict[str, str | None]:
+        """Returns the paths of a unit's shards, and the column that each holds."""
+        out: dict[str, str | None] = {}
+        for name, column in self._columns.items():
+            place = [unit.view, unit.start // self._manifest.plan.unit_samples]
+            if self._is_ragged(column):
+                place = [unit.number]
+            out["/".join([self._manifest.data, name, "c", *map(str, place), *["0"] * len(column.dims)])] = (
+                name
+            )
+        return out
+
+    def _is_ragged(self, column: Column) -> bool:
+        """Whether an array's first axis is `row`, and not `view` and `sample`."""
+        return self._manifest.rows is not None and not column.per_sample
+
+    def _part(
+        self, array: Any, unit: Unit, column: Column, start: int, stop: int, rows: tuple[int, int]
+    ) -> Any:
+        """Returns the part of an open array that holds samples of a unit, or its rows."""
+        if self._is_ragged(column):
+            assert self._manifest.rows is not None
+            first = unit.number * self._manifest.rows.shard_rows
+            return array[first + rows[0] : first + rows[1]]
+        return array[unit.view, start:stop]
+
+    def encode(self, unit: Unit, columns: Mapping[str, np.ndarray]) -> dict[str, tuple[str | None, bytes]]:
+        """Returns path -> (column, bytes) of a unit's shards; the same columns give the same bytes.
+
+        Args:
+            columns: by name, [rows of the unit, ...]; those per sample [samples of the unit, ...].
+        """
+        return {
+            path: (name, self._encode_shard(unit, self._columns[name], columns[name]))  # type: ignore[index]
+            for path, name in self.objects_of(unit).items()
+        }
+
+    def _encode_shard(self, unit: Unit, column: Column, values: np.ndarray) -> bytes:
+        import tensorstore as ts
+
+        length = unit.stop - unit.start
+        if self._is_ragged(column):
+            assert self._manifest.rows is not None
+            length = min(len(values), self._manifest.rows.shard_rows)
+        shape = (length, *column.shape)
+        if values.shape != shape or values.dtype != np.dtype(column.dtype):
+            raise CorruptionError(
+                f"unit {unit.number}, column {column.name}: expected {column.dtype} {shape}; found {values.dtype} "
+                f"{values.shape}"
+            )
+        context = ts.Context()
+        spec = {
+            "driver": "zarr3",
+            "kvstore": "memory://shard/",
+            "metadata": self._metadata(column),
+            # A shard of nothing but fill values is written too: a missing object always means damage.
+            "store_data_equal_to_fill_value": True,
+        }
+        array = ts.open(spec, create=True, open=True, context=context).result()
+        self._part(array, unit, column, unit.start, unit.stop, (0, length)).write(values).result()
+        shards = ts.KvStore.open("memory://shard/c/", context=context).result()
+        (key,) = shards.list().result()
+        return shards.read(key).result().value
+
+    def read(
+        self,
+        unit: Unit,
+        start: int,
+        stop: int,
+        columns: Iterable[str] | None = None,
+        *,
+        rows: tuple[int, int] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Returns what a unit holds of the samples `start` to `stop` (absolute numbers), by column.
+
+        Args:
+            rows: where samples have many rows: the first and last row of these samples, counted from the unit's first.
+
+        Raises:
+            CorruptionError: a shard is missing or cannot be decoded.
+        """
+        rows = rows or (start - unit.start, stop - unit.start)
+        names = list(self._columns if columns is None else columns)
+        reads = {
+            name: self._part(self._array(name), unit, self._columns[name], start, stop, rows).read()
+            for name in names
+        }
+        out = {}
+        for name, future in reads.items():
+            try:
+                out[name] = future.result()
+            except (ValueError, OSError) as error:
+                raise CorruptionError(
+                    f"cache {self._objects.url}: unit {unit.number} (view {unit.view}, samples {unit.start} to "
+                    f"{unit.stop - 1}), column {name}: cannot be decoded: {error}; delete the unit's marker and rerun "
+                    "`softcache teacher-logits`, or restore the shard"
+                ) from error
+        return out
+
+    def _array(self, name: str) -> tensorstore.TensorStore:
+        """Returns the open array; opened in the process that reads, since TensorStore does not survive a fork."""
+        if name not in self._opened:
+            import tensorstore as ts
+
+            spec = {
+                "driver": "zarr3",
+                "kvstore": self._objects.kvstore(f"{self._manifest.data}/{name}/"),
+                "metadata": self._metadata(self._columns[name]),
+                "fill_missing_data_reads": False,
+            }
+            self._opened[name] = ts.open(spec, open=True, assume_metadata=True).result()
+        return self._opened[name]
+
+    def _metadata(self, column: Column) -> dict[str, Any]:
+        document = json.loads(self._documents[f"{self._manifest.data}/{column.name}/zarr.json"])
+        return {name: document[name] for name in GEOMETRY}
+
+
+GEOMETRY = (
+    "zarr_format",
+    "node_type",
+    "shape",
+    "data_type",
+    "chunk_grid",
+    "chunk_key_encoding",
+    "fill_value",
+    "codecs",
+)
+"""The keys of an array's `zarr.json` that decide what its numbers are."""
+
+
+def _says_the_same(found: bytes, expected: bytes) -> bool:
+    """Whether two `zarr.json` describe the same numbers; what later versions of Zarr may add is left alone."""
+    try:
+        one, other = json.loads(found), json.loads(expected)
+        return all(one.get(key) == other.get(key) for key in (*GEOMETRY, "dimension_names"))
+    except (ValueError, AttributeError):
+        return False
+
+
+async def _describe(manifest: Manifest, columns: Iterable[Column]) -> dict[str, bytes]:
+    """Writes the group into memory with zarr-python; returns every object that it made."""
+    import zarr
+    from zarr.storage import MemoryStore
+
+    memory = MemoryStore()
+    group = await zarr.api.asynchronous.open_group(
+        memory,
+        path=manifest.data,
+        mode="w",
+        zarr_format=3,
+        attributes={"softcache_format": manifest.format_version, "units": "nats", "stats": list(STATS)},
+    )
+    plan, rows = manifest.plan, manifest.rows
+    for column in columns:
+        names, sizes = [name for name, _ in column.dims], list(column.shape)
+        axes, (shape, shards, chunks) = ["view", "sample"], _grid(plan)
+        if rows is not None and not column.per_sample:
+            axes = ["row"]
+            shape, shards, chunks = (
+                (plan.num_units * rows.shard_rows,),
+                (rows.shard_rows,),
+                (rows.chunk_rows,),
+            )
+        await group.create_array(
+            column.name,
+            shape=(*shape, *sizes),
+            dtype=column.dtype,
+            shards=(*shards, *sizes),
+            chunks=(*chunks, *sizes),
+            fill_value=_fill_value(manifest, column),
+            dimension_names=[*axes, *names],
+            compressors=_compressors(column),
+        )
+    grid = np.array(manifest.codec["temperatures"], np.float64)
+    coordinate = await group.create_array(
+        "temperature",
+        shape=grid.shape,
+        chunks=grid.shape,
+        dtype="float64",
+        dimension_names=["temperature"],
+        compressors=None,
+    )
+    await coordinate.setitem(slice(None), grid)
+    paths = [path async for path in memory.list()]
+    prefix = manifest.data + "/"
+    from zarr.core.buffer import default_buffer_prototype
+
+    out = {}
+    for path in sorted(paths):
+        if path.startswith(prefix):
+            value = await memory.get(path, default_buffer_prototype())
+            assert value is not None
+            out[path] = value.to_bytes()
+    return out
+
+
+def _grid(plan: Plan) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Returns shape, shard and chunk of an array with the axes (view, sample)."""
+    return (plan.num_views, plan.num_samples), (1, plan.unit_samples), (1, plan.chunk_samples)
+
+
+def _fill_value(manifest: Manifest, column: Column) -> Any:
+    if column.name == "ids":
+        return manifest.num_classes
+    return 0 if np.dtype(column.dtype).kind == "u" else float("nan")
+
+
+def _compressors(column: Column) -> list[Any]:
+    from zarr.codecs import BloscCodec, Crc32cCodec
+
+    if column.name == "fingerprint":  # random bits by construction
+        return [Crc32cCodec()]
+    size = np.dtype(column.dtype).itemsize
+    return [
+        BloscCodec(cname="zstd", clevel=COMPRESSION_LEVEL, shuffle="bitshuffle", typesize=size),
+        Crc32cCodec(),
+    ]

@@ -1,0 +1,308 @@
+"""Train a student: on cached soft labels, on hard labels, or beside the live teacher, by one and the same loop.
+
+    build the model from its seed, restore the checkpoint if there is one
+    for every epoch: for every batch: split it, sum the weighted gradients, step
+    evaluate on the plain view, keep the best, save a checkpoint, stop early if the goal is reached
+
+The step's learning rate, the order of the samples and the view of an epoch are pure functions of the step,
+and everything else is in the checkpoint: a run that is killed and run again ends with the same weights.
+A batch belongs to the optimizer's step; `accumulation_steps` only says into how many pieces it is split,
+so it never changes which samples meet which labels.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import set_seed
+from pydantic import Field
+from torch.utils.data import DataLoader
+
+from pipeline.checkpoints import RunDirectory
+from pipeline.errors import MissingExtraError
+from pipeline.models import count_parameters
+from pipeline.settings import Settings
+from pipeline.shuffle import BlockShuffle
+from pipeline.tasks import Task
+
+__all__ = ["Feed", "StudentSettings", "TrainSettings", "train"]
+
+
+class StudentSettings(Settings):
+    """[student]: the architecture, and the ones that `softcache students` trains side by side.
+
+    Text: `context` is what the student attends over, where that is less than source.seq_len; `tokenizer` is its own,
+    where it has another one than the teacher (with loss.name = "uld").
+    """
+
+    model: str = "mlp"
+    context: int | None = Field(None, ge=2)
+    tokenizer: str | None = None
+    models: tuple[str, ...] = Field(("linear", "mlp", "cnn"), strict=False)
+
+
+class TrainSettings(Settings):
+    """[train]: the loop. `labels` says what the student learns from.
+
+    `stop_at` ends the run when the accuracy (images) is at least, or the held-out loss (text, nats) at most, so much.
+    """
+
+    labels: Literal["cache", "hard", "online"] = "cache"
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(128, ge=1)
+    eval_batch_size: int = Field(1024, ge=1)
+    lr: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    warmup_share: float = Field(0.05, ge=0, le=1)
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu"] = "auto"
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    accumulation_steps: int = Field(1, ge=1)
+    clip_norm: float | None = Field(None, gt=0)
+    checkpoint_steps: int | None = Field(None, ge=1)
+    stop_at: float | None = Field(None, ge=0)
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where training batches come from.
+
+    Attributes:
+        dataset: takes (sample, view) requests; see `pipeline.reader`.
+        order: the batch sampler that makes the requests.
+        workers: loader processes.
+    """
+
+    dataset: Any
+    order: BlockShuffle
+    workers: int = 0
+
+
+def train(
+    task: Task,
+    feed: Feed,
+    *,
+    settings: TrainSettings,
+    out: str | Path,
+    config: dict[str, Any],
+    resolved: dict[str, Any] | None = None,
+    track: str | None = None,
+    on_step: Callable[[int], None] = lambda samples: None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Trains to the end, or from the last checkpoint to the end; returns the run's metrics.
+
+    A directory with a finished run of the same config is not trained again: its metrics are returned.
+
+    Args:
+        config: what identifies the run; written to OUT/config.json and compared on a rerun.
+        resolved: every setting, written to OUT/resolved.json for who reads it later.
+        track: an accelerate tracker's name, e.g. "tensorboard".
+
+    Raises:
+        RunError: `out` holds another run.
+        SpecError: the student's output is not what the labels need.
+    """
+    directory = RunDirectory(out, config, resolved)
+    if (finished := directory.metrics) is not None:
+        return finished
+    if track:
+        _need_tracker(track)
+    # accelerate keeps the precision of the first run of a process; this one may have another.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        cpu=settings.device == "cpu",
+        mixed_precision=settings.precision,
+        log_with=track,
+        project_dir=str(out) if track else None,
+    )
+    if track:
+        accelerator.init_trackers("softcache")
+    set_seed(settings.seed)
+    loop = _Loop(accelerator, task, feed, settings)
+    progress = directory.load_checkpoint(accelerator) or {
+        "epoch": 0,
+        "step": 0,
+        "history": [],
+        "seconds": 0.0,
+    }
+    metrics = _run(loop, directory, progress, on_step, on_epoch)
+    loop.save_weights(directory, "model")
+    if accelerator.is_main_process:
+        task.export(accelerator.unwrap_model(loop.model), directory.path)
+        directory.write_metrics(metrics)
+    if track:
+        accelerator.end_training()
+    return metrics
+
+
+def _need_tracker(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"--track {name}: {name} is not installed; pip install 'softcache[track]'"
+        ) from error
+
+
+def _run(
+    loop: _Loop,
+    directory: RunDirectory,
+    progress: dict[str, Any],
+    on_step: Callable[[int], None],
+    on_epoch: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Runs the epochs that are left; `progress` is where the run stands and is saved with every checkpoint."""
+    settings, order = loop.settings, loop.feed.order
+    history, started, spent = progress["history"], time.monotonic(), progress["seconds"]
+    order.load_state_dict({"epoch": progress["epoch"], "step": progress["step"]})
+    loop.resume_loss_meter(progress.get("loss"))
+    while order.epoch < settings.epochs and not _reached(loop.task, history, settings.stop_at):
+        for samples in loop.epoch():
+            on_step(samples)
+            if settings.checkpoint_steps and loop.step % settings.checkpoint_steps == 0:
+                state = {
+                    **order.state_dict(),
+                    "history": history,
+                    "seconds": spent + time.monotonic() - started,
+                }
+                directory.save_checkpoint(loop.accelerator, state | {"loss": loop.loss_meter})
+        row = {"epoch": order.epoch, "train_loss": loop.train_loss(), **loop.evaluate()}
+        history.append(row)
+        order.load_state_dict({"epoch": order.epoch + 1, "step": 0})
+        loop.accelerator.log(row, step=order.epoch)
+        if all(_is_better(loop.task, row, past) for past in history[:-1]):
+            loop.save_weights(directory, "best")
+        seconds = spent + time.monotonic() - started
+        directory.save_checkpoint(
+            loop.accelerator, {**order.state_dict(), "history": history, "seconds": seconds, "loss": None}
+        )
+        on_epoch(row)
+    best = history[0]
+    for row in history[1:]:
+        best = row if _is_better(loop.task, row, best) else best
+    return {
+        "labels": settings.labels,
+        "num_parameters": count_parameters(loop.model),
+        **{name: value for name, value in history[-1].items() if name not in ("epoch", "train_loss")},
+        f"best_{loop.task.metric}": best[loop.task.metric],
+        "best_epoch": best["epoch"],
+        "epochs": len(history),
+        "steps": loop.step,
+        "eval_samples": len(loop.task.evaluation),
+        "seconds": round(spent + time.monotonic() - started, 3),
+        "history": history,
+    }
+
+
+def _is_better(task: Task, row: dict[str, Any], other: dict[str, Any]) -> bool:
+    one, two = row[task.metric], other[task.metric]
+    return bool(one > two if task.larger_is_better else one < two)
+
+
+def _reached(task: Task, history: list[dict[str, Any]], goal: float | None) -> bool:
+    if goal is None or not history:
+        return False
+    value = history[-1][task.metric]
+    return bool(value >= goal if task.larger_is_better else value <= goal)
+
+
+class _Loop:
+    """The moving parts of one run: model, optimizer, batches, meters."""
+
+    def __init__(self, accelerator: Accelerator, task: Task, feed: Feed, settings: TrainSettings) -> None:
+        self.accelerator, self.task, self.feed, self.settings = accelerator, task, feed, settings
+        model = task.build()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        self.model, self._optimizer = accelerator.prepare(model, optimizer)
+        self._loss_sum, self._loss_rows = torch.zeros((), device=accelerator.device), 0
+        self._steps = [feed.order.num_steps(epoch) for epoch in range(settings.epochs)]
+        self._loader = DataLoader(
+            feed.dataset,
+            batch_sampler=feed.order,  # type: ignore[arg-type]
+            collate_fn=feed.dataset.collate,
+            num_workers=feed.workers,
+            multiprocessing_context="forkserver" if feed.workers else None,
+            persistent_workers=feed.workers > 0,
+            pin_memory=accelerator.device.type == "cuda",
+            # A loader draws a number whenever it starts; from torch's own stream, a resumed run's dropout would differ.
+            generator=torch.Generator(),
+        )
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done since the start of the run."""
+        return sum(self._steps[: self.feed.order.epoch]) + self.feed.order.step
+
+    def epoch(self) -> Iterator[int]:
+        """Trains on the rest of the current epoch; yields the number of samples after every step."""
+        self.model.train()
+        order = self.feed.order
+        for batch in self._loader:
+            for group in self._optimizer.param_groups:
+                group["lr"] = self.settings.lr * self._schedule(self.step)
+            self._update(batch.to(self.accelerator.device))
+            order.step += 1
+            yield len(batch)
+
+    def _schedule(self, step: int) -> float:
+        """Linear warm-up, then half a cosine down to zero; a factor of the learning rate in (0, 1]."""
+        total = sum(self._steps)
+        warmup = max(1, round(self.settings.warmup_share * total))
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+    def _update(self, batch: Any) -> None:
+        """One optimizer step on one batch, in `accumulation_steps` pieces of exact weight."""
+        local, total = self.feed.order.share()
+        pieces = batch.split(self.settings.accumulation_steps)
+        for number, piece in enumerate(pieces):
+            last = number == len(pieces) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self.task.loss(self.model, piece)
+                # Ranks average their gradients: the weight makes that the mean over the rows of the whole batch.
+                weight = piece.num_rows / total * self.accelerator.num_processes if local else 0.0
+                self.accelerator.backward(loss * weight)
+            if local:
+                self._loss_sum += loss.detach() * piece.num_rows
+                self._loss_rows += piece.num_rows
+        if self.settings.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def save_weights(self, directory: RunDirectory, name: str) -> None:
+        if self.accelerator.is_main_process:
+            directory.save_weights(self.task.weights(self.accelerator.unwrap_model(self.model)), name)
+
+    @property
+    def loss_meter(self) -> tuple[float, int]:
+        """This rank's running sum of the epoch's loss, and the number of rows in it."""
+        return float(self._loss_sum), self._loss_rows
+
+    def resume_loss_meter(self, meter: tuple[float, int] | None) -> None:
+        loss_sum, self._loss_rows = meter or (0.0, 0)
+        self._loss_sum = torch.full_like(self._loss_sum, loss_sum)
+
+    def train_loss(self) -> float:
+        """Returns the epoch's mean loss over all ranks, and starts the next epoch's."""
+        rows = torch.tensor(float(self._loss_rows), device=self._loss_sum.device)
+        total = self.accelerator.reduce(torch.stack([self._loss_sum, rows]), reduction="sum")
+        self.resume_loss_meter(None)
+        return float(total[0] / total[1])
+
+    def evaluate(self) -> dict[str, float]:
+        """Returns the task's figures on the plain view of the evaluation split."""
+        self.model.eval()
+        return self.task.evaluate(self.model, self.accelerator, self.settings.eval_batch_size)

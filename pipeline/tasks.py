@@ -1,0 +1,328 @@
+"""What a student learns and how it is scored, by modality: everything that the training loop leaves open.
+
+A task builds the student, gives the mean loss of a batch's label rows, and evaluates on the plain view of the
+held-out split. The loop (`pipeline.student`) knows nothing of images or tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from pydantic import Field
+from torch import nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from pipeline.batches import Dataset, ImageBatch
+from pipeline.errors import SpecError
+from pipeline.fused import fused_distillation_loss, fused_uld_loss, token_scores
+from pipeline.labels import SoftLabels
+from pipeline.language import check_context, check_split, split
+from pipeline.losses import cross_entropy, distillation_loss, weighted_difference
+from pipeline.models import Normalize
+from pipeline.settings import Settings
+from pipeline.sparsify import dense, whole_record
+from pipeline.teacher import ImageTeacher, LanguageTeacher
+from pipeline.token_batches import TokenBatch, TokenData
+
+__all__ = ["ImageTask", "LossSettings", "Task", "TokenStudent", "TokenTask", "my_share"]
+
+LIVE_ELEMENTS = (
+    2**26
+)  # of a live teacher's logits, up to which a batch is compared at once: 256 MiB in float32
+
+
+class LossSettings(Settings):
+    """[loss]: (1 - alpha) * CE(ground truth) + alpha * T^2 * KL(teacher || student), both at temperature T.
+
+    `name = "uld"` is for a language student with another tokenizer: alpha weighs the distance between the sorted
+    probabilities instead (Boizard et al. 2024, arXiv 2402.12030).
+    """
+
+    name: Literal["forward_kl", "uld"] = "forward_kl"
+    temperature: float = Field(4.0, ge=1, le=100)  # beyond, T^2 only magnifies the rounding of the divergence
+    alpha: float = Field(0.9, ge=0, le=1)
+    tail: Literal["bucket"] = "bucket"
+
+
+class Task(Protocol):
+    """What the training loop needs to know.
+
+    Attributes:
+        metric: the row of an epoch's results by which epochs are compared.
+        larger_is_better: of that metric.
+        evaluation: the held-out split.
+    """
+
+    @property
+    def metric(self) -> str: ...
+    @property
+    def larger_is_better(self) -> bool: ...
+    @property
+    def evaluation(self) -> Dataset: ...
+
+    def build(self) -> nn.Module:
+        """Returns a fresh student; called after the seed is set."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
+        """Returns the mean loss of the batch's label rows, a scalar."""
+        ...
+
+    def evaluate(self, model: nn.Module, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
+        """Returns `eval_loss` (nats), `accuracy` and what else there is, over all ranks."""
+        ...
+
+    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Returns what a weights file of the (unwrapped) model holds."""
+        ...
+
+    def export(self, model: nn.Module, out: Path) -> None:
+        """Writes the finished (unwrapped) model in the form that its users load, where there is one."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """Classification of images.
+
+    Attributes:
+        build_model: makes the student.
+        num_classes: V.
+        teacher: labels the batch on the spot (`labels = "online"`); None otherwise.
+    """
+
+    build_model: Callable[[], nn.Module]
+    evaluation: Dataset
+    normalize: Normalize
+    num_classes: int
+    loss_settings: LossSettings
+    teacher: ImageTeacher | None = None
+
+    metric = "accuracy"
+    larger_is_better = True
+
+    def build(self) -> nn.Module:
+        return self.build_model()
+
+    def loss(self, model: nn.Module, batch: ImageBatch) -> torch.Tensor:
+        labels = batch.labels
+        if self.teacher is not None:
+            labels = dense(self.teacher.logits(batch.images)).to_torch(batch.images.device)
+        return distillation_loss(
+            self._forward(model, batch.images),
+            labels,
+            batch.targets,
+            temperature=self.loss_settings.temperature,
+            alpha=self.loss_settings.alpha if labels is not None else 0.0,
+        )
+
+    def _forward(self, model: nn.Module, images_BCHW: torch.Tensor) -> torch.Tensor:
+        logits = model(self.normalize.to(images_BCHW.device)(images_BCHW))
+        expected = (len(images_BCHW), self.num_classes)
+        if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
+            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise SpecError(
+                f"student: expected logits of shape {expected} (batch, classes of the labels); found {found}; "
+                f"pass --student with {self.num_classes} outputs, or rebuild the cache for its classes"
+            )
+        return logits
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
+        device = accelerator.device
+        accuracy = MulticlassAccuracy(self.num_classes, average="micro").to(device)
+        mean_loss = MeanMetric().to(device)
+        for samples in my_share(len(self.evaluation), batch_size, accelerator):
+            batch = self.evaluation.load(samples, 0, fingerprints=False).to(device)
+            logits_PV = self._forward(model, batch.images).float()
+            accuracy.update(logits_PV, batch.targets)
+            mean_loss.update(cross_entropy(logits_PV, batch.targets))
+        return {"accuracy": float(accuracy.compute()), "eval_loss": float(mean_loss.compute())}
+
+    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return model.state_dict()
+
+    def export(self, model: nn.Module, out: Path) -> None:
+        """Nothing: `model.safetensors` and the spec are all that is needed."""
+
+
+class TokenStudent(nn.Module):
+    """A causal language model whose forward pass is its loss, so that no caller ever sees logits.
+
+    Args:
+        context: tokens that the student attends over; longer samples are cut into windows of so many, each of which
+            starts anew. No label is lost: row t needs the tokens up to t, and its target is known.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: LossSettings, *, context: int, cross_documents: bool = False
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._loss, self._context, self._cross_documents = loss, context, cross_documents
+        self._parts = split(model)
+        check_split(model, self._parts)
+        check_context(self._parts, context, "student")
+
+    def forward(
+        self, batch: TokenBatch, labels: SoftLabels | LanguageTeacher | None, alpha: float
+    ) -> torch.Tensor:
+        """Returns the mean loss of the batch's rows; a teacher in place of labels is asked on the spot."""
+        if isinstance(labels, LanguageTeacher):
+            return self._live_loss(batch, labels, alpha)
+        return self._fused(self._hidden(batch), labels, batch.targets, alpha)
+
+    def _fused(
+        self, hidden_PD: torch.Tensor, labels: SoftLabels | None, targets_P: torch.Tensor, alpha: float
+    ) -> torch.Tensor:
+        loss = fused_uld_loss if self._loss.name == "uld" else fused_distillation_loss
+        how: dict[str, Any] = {} if self._loss.name == "uld" else {"padded_vocabulary": True}
+        return loss(
+            hidden_PD,
+            self._parts.weight,
+            labels,
+            targets_P,
+            temperature=self._loss.temperature,
+            alpha=alpha,
+            bias_V=self._parts.bias,
+            softcap=self._parts.softcap,
+            logit_scale=self._parts.logit_scale,
+            **how,
+        )
+
+    def _live_loss(self, batch: TokenBatch, teacher: LanguageTeacher, alpha: float) -> torch.Tensor:
+        """The same with the teacher's whole distributions, made on the spot.
+
+        A small batch (LIVE_ELEMENTS) is compared at once; of a larger one, each chunk of the teacher's rows goes through
+        the fused loss, so that one chunk of logits is held, and for each a gradient of the head.
+        """
+        hidden_PD, start, terms = self._hidden(batch), 0, []
+        chunks = teacher.chunks(batch)
+        if batch.num_rows * teacher.num_classes <= LIVE_ELEMENTS:
+            return self._dense_loss(hidden_PD, torch.cat(list(chunks)), batch.targets, alpha)
+        for teacher_PV in chunks:
+            rows = slice(start, start + len(teacher_PV))
+            term = self._fused(hidden_PD[rows], whole_record(teacher_PV), batch.targets[rows], alpha)
+            terms.append(term * (len(teacher_PV) / batch.num_rows))
+            start = rows.stop
+        return torch.stack(terms).sum()
+
+    def _dense_loss(
+        self, hidden_PD: torch.Tensor, teacher_PV: torch.Tensor, targets_P: torch.Tensor, alpha: float
+    ) -> torch.Tensor:
+        """Mean of (1 - alpha) * CE + alpha * T^2 * KL of whole distributions.
+
+        Of two heads of other sizes (one tokenizer, padded otherwise) the classes that both have are compared.
+        """
+        T = self._loss.temperature
+        logits_PV = self._parts.logits(hidden_PD)
+        shared = min(logits_PV.shape[1], teacher_PV.shape[1])
+        log_s_PV = (logits_PV / T).log_softmax(-1)[:, :shared]
+        log_p_PV = (teacher_PV[:, :shared] / T).log_softmax(-1)
+        soft = alpha * T**2 * weighted_difference(log_p_PV, log_s_PV).sum(1).mean()
+        return (1 - alpha) * cross_entropy(logits_PV, targets_P).mean() + soft if alpha < 1 else soft
+
+    @torch.no_grad()
+    def scores(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the rows' negative log-likelihoods [P] (nats), and whether the first guess is right [P]."""
+        return token_scores(
+            self._hidden(batch),
+            self._parts.weight,
+            batch.targets,
+            bias_V=self._parts.bias,
+            softcap=self._parts.softcap,
+            logit_scale=self._parts.logit_scale,
+        )
+
+    def _hidden(self, batch: TokenBatch) -> torch.Tensor:
+        """Returns the hidden states [P, D] of the rows."""
+        tokens_BL, segments_BL, rows = batch.tokens, batch.segments, batch.rows
+        length = tokens_BL.shape[1]
+        if length > self._context:
+            # Padded to whole windows, a window is a row of the reshaped batch.
+            added = -length % self._context
+            rows = rows + rows // length * added
+            tokens_BL = nn.functional.pad(tokens_BL, (0, added)).view(-1, self._context)
+            segments_BL = nn.functional.pad(segments_BL, (0, added), mode="replicate").view(-1, self._context)
+        hidden_BLD = self._parts.hidden(tokens_BL, segments_BL, cross_documents=self._cross_documents)
+        return hidden_BLD.flatten(0, 1)[rows]
+
+
+@dataclass(frozen=True)
+class TokenTask:
+    """Next-token prediction.
+
+    Attributes:
+        build_model: makes the student.
+        context: tokens that it attends over.
+        cross_documents: whether attention crosses the documents of a packed sample, as the config says.
+        save_tokenizer: writes the tokenizer beside an exported model.
+        teacher: labels the batch on the spot (`labels = "online"`); None otherwise.
+    """
+
+    build_model: Callable[[], nn.Module]
+    evaluation: TokenData
+    loss_settings: LossSettings
+    context: int
+    cross_documents: bool = False
+    save_tokenizer: Callable[[Path], None] = lambda folder: None
+    teacher: LanguageTeacher | None = None
+
+    metric = "eval_loss"
+    larger_is_better = False
+
+    def build(self) -> nn.Module:
+        return TokenStudent(
+            self.build_model(),
+            self.loss_settings,
+            context=self.context,
+            cross_documents=self.cross_documents,
+        )
+
+    def loss(self, model: nn.Module, batch: TokenBatch) -> torch.Tensor:
+        if self.teacher is not None:
+            return model(batch, self.teacher, self.loss_settings.alpha)
+        return model(batch, batch.labels, self.loss_settings.alpha if batch.labels is not None else 0.0)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
+        student = accelerator.unwrap_model(model)
+        assert isinstance(student, TokenStudent)
+        accuracy, mean_loss = MeanMetric().to(accelerator.device), MeanMetric().to(accelerator.device)
+        for samples in my_share(len(self.evaluation), batch_size, accelerator):
+            batch = self.evaluation.load(samples, 0, fingerprints=False).to(accelerator.device)
+            with accelerator.autocast():
+                loss_P, correct_P = student.scores(batch)
+            mean_loss.update(loss_P.double())
+            accuracy.update(correct_P.double())
+        loss = float(mean_loss.compute())
+        return {"eval_loss": loss, "perplexity": math.exp(loss), "accuracy": float(accuracy.compute())}
+
+    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        assert isinstance(model, TokenStudent)
+        return model.model.state_dict()
+
+    def export(self, model: nn.Module, out: Path) -> None:
+        """Writes OUT/hf, which `AutoModelForCausalLM.from_pretrained` loads, with the tokenizer."""
+        assert isinstance(model, TokenStudent)
+        save: Any = getattr(model.model, "save_pretrained", None)
+        if save is not None:
+            from transformers.utils import logging
+
+            logging.disable_progress_bar()
+            save(out / "hf")
+            self.save_tokenizer(out / "hf")
+
+
+def my_share(num_samples: int, batch_size: int, accelerator: Accelerator) -> list[range]:
+    """Returns this rank's batches of an evaluation split."""
+    step = accelerator.num_processes * batch_size
+    starts = range(accelerator.process_index * batch_size, num_samples, step)
+    return [range(start, min(start + batch_size, num_samples)) for start in starts]

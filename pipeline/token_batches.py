@@ -1,0 +1,205 @@
+"""Batches of token samples: what the teacher labels, and what a student must see again.
+
+The text half of batches.py: both halves of softcache load tokens here and nowhere else, so that a fingerprint
+taken at capture and one taken at training time are of the same thing by construction. A batch is padded to its
+longest sample. A sample of 256 tokens costs about 11 microseconds on one core, 6 of them for its fingerprint.
+
+Shape suffixes: B batch, L positions, P label rows of all samples together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from pipeline.errors import SourceError
+from pipeline.identity import fingerprint
+from pipeline.labels import SoftLabels, concat
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.sources.token_table import TokenSource
+
+__all__ = ["TokenBatch", "TokenData"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenBatch:
+    """Samples of tokens, padded on the right; see `pipeline.batches.Batch`.
+
+    Attributes:
+        tokens: [B, L] int64, padded with 0.
+        segments: [B, L] int64, from 0; padding is one more segment of its own.
+        rows: [P] int64, the flat positions b * L + t that have a label, sample by sample, ascending.
+        targets: [P] int64, the token that each row predicts: that of position t + 1.
+        lengths: [B] int64 (NumPy), the tokens of each sample.
+        row_counts: [B] int64 (NumPy), the rows of each sample.
+        view: always 0; text has one view.
+    """
+
+    tokens: torch.Tensor
+    segments: torch.Tensor
+    rows: torch.Tensor
+    targets: torch.Tensor
+    lengths: np.ndarray
+    row_counts: np.ndarray
+    samples: np.ndarray
+    view: int
+    fingerprints: np.ndarray
+    unit: int | None = None
+    labels: SoftLabels | None = None
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.rows)
+
+    @property
+    def positions(self) -> np.ndarray:
+        return (self.rows % max(self.tokens.shape[1], 1)).cpu().numpy()
+
+    def split(self, pieces: int) -> list[TokenBatch]:
+        size = -(-len(self) // pieces)
+        return [self._slice(start, min(start + size, len(self))) for start in range(0, len(self), size)]
+
+    def _slice(self, start: int, stop: int) -> TokenBatch:
+        samples = slice(start, stop)
+        rows = slice(int(self.row_counts[:start].sum()), int(self.row_counts[:stop].sum()))
+        return replace(
+            self,
+            tokens=self.tokens[samples],
+            segments=self.segments[samples],
+            rows=self.rows[rows] - start * self.tokens.shape[1],
+            targets=self.targets[rows],
+            lengths=self.lengths[samples],
+            row_counts=self.row_counts[samples],
+            samples=self.samples[samples],
+            fingerprints=self.fingerprints[samples],
+            labels=self.labels and self.labels.take(rows),
+        )
+
+    def pin_memory(self) -> TokenBatch:
+        return replace(
+            self,
+            tokens=self.tokens.pin_memory(),
+            segments=self.segments.pin_memory(),
+            rows=self.rows.pin_memory(),
+            targets=self.targets.pin_memory(),
+            labels=self.labels and self.labels.pin_memory(),
+        )
+
+    def to(self, device: torch.device) -> TokenBatch:
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=True),
+            segments=self.segments.to(device, non_blocking=True),
+            rows=self.rows.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+            labels=self.labels and self.labels.to_torch(device, non_blocking=True),
+        )
+
+    @classmethod
+    def merge(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
+        """Returns one batch of all samples, in order, padded to the longest."""
+        import torch
+
+        length = max(batch.tokens.shape[1] for batch in batches)
+        tokens, segments, rows, before = [], [], [], 0
+        for batch in batches:
+            added = length - batch.tokens.shape[1]
+            tokens.append(torch.nn.functional.pad(batch.tokens, (0, added)))
+            # A sample that was not padded yet gets a new segment, one that was has its padding prolonged.
+            is_full_B = torch.from_numpy(batch.lengths == batch.tokens.shape[1]).to(batch.segments.device)
+            padding_B = batch.segments[:, -1] + is_full_B
+            segments.append(torch.cat([batch.segments, padding_B[:, None].expand(-1, added)], 1))
+            rows.append(batch.rows + batch.rows // batch.tokens.shape[1] * added + before * length)
+            before += len(batch)
+        labels = [batch.labels for batch in batches if batch.labels is not None]
+        return replace(
+            batches[0],
+            tokens=torch.cat(tokens),
+            segments=torch.cat(segments),
+            rows=torch.cat(rows),
+            targets=torch.cat([batch.targets for batch in batches]),
+            lengths=np.concatenate([batch.lengths for batch in batches]),
+            row_counts=np.concatenate([batch.row_counts for batch in batches]),
+            samples=np.concatenate([batch.samples for batch in batches]),
+            fingerprints=np.concatenate([batch.fingerprints for batch in batches]),
+            labels=concat(labels) if labels else None,
+        )
+
+
+class TokenData:
+    """A source of tokens in batches; picklable, so that loader processes can hold one each."""
+
+    kind: Literal["image", "tokens"] = "tokens"
+
+    def __init__(self, source: TokenSource, *, cross_documents: bool = False) -> None:
+        self.source, self.cross_documents = source, cross_documents
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def identity(self, num_views: int) -> dict[str, dict[str, Any]]:
+        """Returns what a cache's identity says of the tokenizer, and of attention inside a packed sample.
+
+        Raises:
+            SourceError: there is to be more than one view.
+        """
+        if num_views != 1:
+            raise SourceError(f"source {self.source.name}: {num_views} views; text has one view only")
+        return {
+            "tokenizer": {"digest": self.source.tokenizer_digest, "vocab_size": self.source.vocab_size},
+            "attention": {"digest": "across documents" if self.cross_documents else "inside a document"},
+        }
+
+    def load(
+        self, samples: Sequence[int] | np.ndarray, view: int = 0, *, fingerprints: bool | np.ndarray = True
+    ) -> TokenBatch:
+        """Returns `samples` in the order given.
+
+        Args:
+            fingerprints: of which samples to take the fingerprint: all, none, or a mask [B].
+
+        Raises:
+            SourceError: a view other than 0 is asked for.
+            IndexError: there is no such sample.
+        """
+        import torch
+
+        if view != 0:
+            raise SourceError(f"source {self.source.name}: view {view}; text has one view only, number 0")
+        numbers = np.asarray(samples, np.int64)
+        loaded = [self.source.sample(number) for number in numbers.tolist()]
+        lengths = np.array([len(sample.tokens) for sample in loaded], np.int64)
+        shape = len(loaded), int(lengths.max(initial=0))
+        tokens_BL, segments_BL = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        learnt_BL = np.zeros(shape, bool)
+        for row, (sample, length) in enumerate(zip(loaded, lengths.tolist(), strict=True)):
+            tokens_BL[row, :length] = sample.tokens
+            segments_BL[row, :length] = sample.segments
+            segments_BL[row, length:] = sample.segments[-1] + 1
+            learnt_BL[row, :length] = sample.learnt
+        labelled_BL = np.zeros(shape, bool)
+        labelled_BL[:, :-1] = (segments_BL[:, 1:] == segments_BL[:, :-1]) & learnt_BL[:, 1:]
+        rows_P = np.flatnonzero(labelled_BL)
+        prints = np.zeros(len(loaded), np.uint64)
+        for row in np.flatnonzero(np.broadcast_to(fingerprints, len(loaded))).tolist():
+            prints[row] = fingerprint(self.source.key(int(numbers[row])), view, loaded[row].content)
+        return TokenBatch(
+            tokens=torch.from_numpy(tokens_BL),
+            segments=torch.from_numpy(segments_BL),
+            rows=torch.from_numpy(rows_P),
+            targets=torch.from_numpy(tokens_BL.reshape(-1)[rows_P + 1]),
+            lengths=lengths,
+            row_counts=labelled_BL.sum(1),
+            samples=numbers,
+            view=view,
+            fingerprints=prints,
+        )

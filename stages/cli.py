@@ -1,0 +1,55 @@
+"""The `softcache` command: one subcommand per stage.
+
+Exit codes: 0 done, 1 a softcache error (one readable message on stderr), 2 wrong usage.
+"""
+
+import sys
+
+import click
+
+from pipeline import __version__
+from pipeline.errors import SoftcacheError
+from stages.compare import compare
+from stages.convert import convert
+from stages.import_labels import import_command
+from stages.inspect import inspect_command
+from stages.students import students
+from stages.teacher_logits import teacher_logits
+from stages.train_student import train_student_command
+from stages.train_teacher import train_teacher_command
+from stages.verify import verify
+
+__all__ = ["main", "softcache"]
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="softcache")
+def softcache() -> None:
+    """Offline soft-label caching for knowledge distillation: one teacher pass, many students."""
+
+
+for command in (
+    teacher_logits,
+    train_student_command,
+    students,
+    compare,
+    train_teacher_command,
+    inspect_command,
+    verify,
+    convert,
+    import_command,
+):
+    softcache.add_command(command)
+
+
+def main() -> None:
+    sys.path.insert(0, "")  # so that `module:factory` finds the user's own modules, as `python -m` would
+    try:
+        softcache(standalone_mode=True)
+    except SoftcacheError as error:
+        click.echo(f"softcache: {error}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Every claim in one command: the same student from the cache, beside the live teacher, and on hard labels.
+
+make compare
+softcache compare --config configs/fashion-mnist.toml --seeds 3
+"""
+
+import json
+import statistics
+from typing import Any
+
+import click
+
+from pipeline.cache import Cache, open_cache
+from pipeline.config import RunConfig, load_config
+from pipeline.runs import open_data, open_teacher, train_student
+from stages.options import cache_option, config_options, print_table
+from stages.rows import headline, score
+
+__all__ = ["compare"]
+
+
+@click.command()
+@config_options
+@cache_option
+@click.option(
+    "--student", "model", metavar="SPEC", help="The architecture [default: student.model of the config]."
+)
+@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="Runs of every kind.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object instead.")
+def compare(
+    config_path: str,
+    overrides: tuple[str, ...],
+    url: str | None,
+    model: str | None,
+    seeds: int,
+    as_json: bool,
+) -> None:
+    """Compare cache (1 view, all views), live teacher and hard labels over several seeds.
+
+    \b
+    Example:
+      softcache compare --config configs/digits.toml --seeds 3
+    """
+    config = load_config(config_path, overrides)
+    data = open_data(config)
+    cache = open_cache(
+        url or config.cache_url, window_blocks=config.reader.window_blocks, verify=config.reader.verify
+    )
+    model = model or config.student.model
+    teacher = open_teacher(config, data)
+    kinds: dict[str, dict[str, Any]] = {"hard labels": {"labels": "hard"}}
+    for num_views in sorted({1, cache.num_views}):
+        views = f", {num_views} view{'s' * (num_views > 1)}" if cache.manifest.kind == "image" else ""
+        name = f"cache{views}"
+        kinds[name] = {"labels": "cache", "cache": cache, "num_views": num_views}
+    kinds["live teacher"] = {"labels": "online", "teacher": teacher}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
+    for seed in range(seeds):  # seeds outside, so that a drift of the machine touches every kind alike
+        for name, how in kinds.items():
+            run = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
+            results[name].append(train_student(run, data, model=model, **how))
+    _print(config, model, cache, results, as_json)
+
+
+def _print(
+    config: RunConfig,
+    model: str,
+    cache: Cache,
+    results: dict[str, list[dict[str, Any]]],
+    as_json: bool,
+) -> None:
+    kind = cache.manifest.kind
+    metric, _ = headline(kind)
+    report = cache.manifest.teacher
+    teacher = report.eval_accuracy if kind == "image" else report.eval_loss
+    figures = {
+        name: {
+            metric: [run[metric] for run in runs],
+            "mean": statistics.mean(run[metric] for run in runs),
+            "std": statistics.stdev(run[metric] for run in runs) if len(runs) > 1 else None,
+            "seconds": statistics.median(run["seconds"] for run in runs),
+        }
+        for name, runs in results.items()
+    }
+    if as_json:
+        click.echo(
+            json.dumps({"config": config.name, "student": model, "teacher": teacher, "students": figures})
+        )
+        return
+    rows: list[tuple[str, ...]] = [("teacher", score(kind, teacher), "", "", "")]
+    for name, row in figures.items():
+        spread = "-" if row["std"] is None else f"{row['std'] * (100 if kind == 'image' else 1):.4f}"
+        rows.append((name, score(kind, row["mean"]), spread, str(len(row[metric])), f"{row['seconds']:.1f}"))
+    columns = ("accuracy", "std (points)") if kind == "image" else ("held-out loss (nats)", "std")
+    print_table(f"{model} on {config.name}", ("learns from", *columns, "seeds", "seconds"), rows)

@@ -1,0 +1,32 @@
+"""Copy a cache into the other store, losslessly.
+
+softcache convert runs/digits/cache runs/digits/cache-parquet --store parquet
+"""
+
+import click
+
+from pipeline.cache import open_cache
+from pipeline.convert import convert_cache
+from pipeline.progress import track
+
+__all__ = ["convert"]
+
+
+@click.command()
+@click.argument("source_url", metavar="CACHE")
+@click.argument("target_url", metavar="OUT")
+@click.option("--store", type=click.Choice(["zarr", "parquet"]), required=True, help="The store to write.")
+def convert(source_url: str, target_url: str, store: str) -> None:
+    """Copy CACHE to OUT in another store; every value stays the same, bit for bit.
+
+    Killed and run again, it goes on where it was; OUT is refused if it holds something else.
+
+    \b
+    Example:
+      softcache convert runs/digits/cache runs/digits/cache-parquet --store parquet
+    """
+    cache = open_cache(source_url)
+    plan = cache.manifest.plan
+    with track("convert", plan.num_samples * plan.num_views, "rows") as advance:
+        copied = convert_cache(cache, target_url, store=store, progress=advance)
+    click.echo(f"cache {target_url}: {len(copied.markers)} of {plan.num_units} units, store {store}")

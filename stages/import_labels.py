@@ -1,0 +1,82 @@
+"""Make a cache from the log-probabilities that a vLLM or OpenAI-compatible server gave.
+
+softcache import responses.jsonl --config runs/my.toml --cache runs/my/cache
+"""
+
+from pathlib import Path
+
+import click
+
+from pipeline.config import load_config
+from pipeline.errors import ConfigError
+from pipeline.importing import find_responses, import_labels
+from pipeline.progress import say, track
+from pipeline.sources.text import TextSettings, open_text
+from pipeline.token_batches import TokenData
+from stages.options import cache_option, config_options
+
+__all__ = ["import_command"]
+
+
+@click.command("import")
+@click.argument("responses", metavar="RESPONSES...", nargs=-1, required=True)
+@config_options
+@cache_option
+@click.option("--k", type=click.IntRange(1), help="Tokens kept per row [default: labels.k of the config].")
+@click.option("--model-name", metavar="TEXT", help="The teacher's name [default: the responses' `model`].")
+@click.option(
+    "--allow-missing", is_flag=True, help="Import the units whose samples are all there; others can follow."
+)
+def import_command(
+    responses: tuple[str, ...],
+    config_path: str,
+    overrides: tuple[str, ...],
+    url: str | None,
+    k: int | None,
+    model_name: str | None,
+    allow_missing: bool,
+) -> None:
+    """Make a cache from RESPONSES: JSON lines with a server's log-probabilities over the config's text.
+
+    Every answer is compared, token by token, with the source. The labels serve temperature 1 only; see
+    docs/how-to/import-logprobs.md for the request and the accepted shapes. Killed and run again, it completes
+    what is missing.
+
+    \b
+    Example:
+      softcache import responses.jsonl --config my.toml --cache runs/my/cache --k 20
+    """
+    config = load_config(config_path, overrides)
+    url = url or config.cache_url
+    if not isinstance(config.source, TextSettings):
+        raise ConfigError(
+            f"config {config_path}: source.modality is image; a server's log-probabilities are of text"
+        )
+    if config.labels.policy == "dense":
+        raise ConfigError(
+            f"config {config_path}: labels.policy: dense; an import keeps the labels.k most likely tokens"
+        )
+    source = open_text(config.source, split="train")
+    data = TokenData(source, cross_documents=config.source.cross_documents)
+    num_bytes = sum(Path(path).stat().st_size for path in responses if Path(path).is_file())
+    with track("import: find the samples", num_bytes, "bytes") as advance:
+        found = find_responses(responses, source, any_model=model_name is not None, progress=advance)
+    if found.num_failed:
+        say(f"import: {found.num_failed} requests had failed, the first: {found.first_failed}")
+    with track("import: write labels", int(source.num_rows().sum()), "rows") as advance:
+        cache, report = import_labels(
+            found,
+            data,
+            url,
+            k=k or config.labels.k,
+            settings=config.capture,
+            model_name=model_name,
+            allow_missing=allow_missing,
+            progress=advance,
+        )
+    plan, rows = cache.manifest.plan, sum(marker.num_rows for marker in cache.markers.values())
+    click.echo(
+        f"cache {url}: {rows:,} rows of {cache.manifest.identity['teacher']['spec']}, K={cache.manifest.codec['k']} of "
+        f"{cache.num_classes} classes, at temperature 1; {report.units_done} units made now, {report.units_found} were "
+        f"there, {len(cache.missing_units)} of {plan.num_units} missing; {report.seconds:.1f} s"
+    )

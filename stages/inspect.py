@@ -1,0 +1,132 @@
+"""What is in a cache: identity, progress, bytes, and how much of the teacher it holds at each temperature.
+
+softcache inspect runs/digits/cache
+"""
+
+import json
+from collections import defaultdict
+from typing import Any
+
+import click
+import numpy as np
+
+from pipeline.cache import Cache, open_cache
+from pipeline.labels import STATS, SoftLabels
+from stages.options import print_table
+from stages.rows import percent
+
+__all__ = ["inspect_command"]
+
+TEMPERATURES = (1.0, 2.0, 4.0)
+PERCENTILES = (1, 10, 50, 90)
+
+
+@click.command("inspect")
+@click.argument("url", metavar="CACHE")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+def inspect_command(url: str, as_json: bool) -> None:
+    """Show what CACHE is and how much of the teacher's distribution it keeps.
+
+    \b
+    Example:
+      softcache inspect runs/digits/cache
+    """
+    cache = open_cache(url)
+    report = {**_identity(cache), **_storage(cache), **_labels(cache)}
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    for name in report["identity"]:
+        if name == "codec":
+            continue
+        shown = {
+            key: value
+            for key, value in report["identity"][name].items()
+            if not isinstance(value, dict | list)
+        }
+        short = (
+            f"{key} {value[:12]}…" if len(str(value)) == 64 else f"{key} {value}"
+            for key, value in shown.items()
+        )
+        click.echo(f"{name:9} {', '.join(short)}")
+    click.echo(
+        f"store     {report['store']}, {report['num_bytes']:,} bytes in {report['units_done']} of {report['units']} units"
+    )
+    if not report["rows"]:
+        return
+    print_table(
+        "bytes per row", ("column", "bytes"), [(k, f"{v:.2f}") for k, v in report["bytes_per_row"].items()]
+    )
+    columns = ("kept mass at", "mean", *(f"p{p}" for p in PERCENTILES))
+    rows = [(f"T={t}", *(f"{v:.4f}" for v in mass.values())) for t, mass in report["kept_mass"].items()]
+    print_table("share of the teacher's mass in the kept classes", columns, rows)
+    if report["entropy_nats"] is not None:
+        click.echo(f"entropy   {report['entropy_nats']['mean']:.4f} nats on average")
+    click.echo(
+        f"teacher agrees with the ground truth on {percent(report['agreement'])} of {report['rows']:,} rows"
+    )
+
+
+def _identity(cache: Cache) -> dict[str, Any]:
+    return {"cache": cache.url, "identity": cache.manifest.identity, "store": cache.manifest.store}
+
+
+def _storage(cache: Cache) -> dict[str, Any]:
+    by_column: dict[str, int] = defaultdict(int)
+    for marker in cache.markers.values():
+        for shard in marker.shards:
+            by_column[shard.column or "all columns"] += shard.num_bytes
+    rows = sum(marker.num_rows for marker in cache.markers.values())
+    return {
+        "units": cache.manifest.plan.num_units,
+        "units_done": len(cache.markers),
+        "rows": rows,
+        "num_bytes": sum(by_column.values()),
+        "bytes_per_row": {name: size / rows for name, size in by_column.items()}
+        | {"total": sum(by_column.values()) / max(rows, 1)},
+    }
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    return {"mean": float(values.mean())} | {
+        f"p{p}": float(value)
+        for p, value in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)
+    }
+
+
+def _labels(cache: Cache) -> dict[str, Any]:
+    """Reads every finished row once; a few numbers per row are kept."""
+    targets, highest = cache.samples_table().targets, cache.manifest.codec.get("max_temperature")
+    temperatures = [t for t in TEMPERATURES if highest is None or t <= highest]
+    mass: dict[float, list[np.ndarray]] = {t: [] for t in temperatures}
+    entropy: list[np.ndarray] = []
+    num_rows, hits = 0, 0
+    for view in range(cache.num_views):
+        samples = cache.samples_in(view)
+        rows = int(cache.rows.counts(samples).sum())
+        for part in np.array_split(samples, max(1, rows // 65536)):
+            if not len(part):
+                continue
+            labels = cache.read(part, view)
+            num_rows += len(labels)
+            for t in temperatures:
+                mass[t].append(np.asarray(labels.kept_mass(t)))
+            if labels.stats is not None:
+                entropy.append(labels.stats[:, STATS.index("entropy")])
+            hits += _agreeing(labels, targets[part] if len(targets) else None)
+    if not num_rows:
+        return {}
+    return {
+        "kept_mass": {t: _summary(np.concatenate(values)) for t, values in mass.items()},
+        "entropy_nats": _summary(np.concatenate(entropy)) if entropy else None,
+        "agreement": hits / num_rows,
+    }
+
+
+def _agreeing(labels: SoftLabels, targets: np.ndarray | None) -> int:
+    """Returns how many rows have the ground truth as the teacher's first guess."""
+    if targets is not None:
+        return int((labels.ids[:, 0] == targets).sum())
+    # A token's ground truth is known by its log-probability alone; one that ties with the first guess counts.
+    assert labels.target_log_prob is not None
+    return int((labels.target_log_prob.astype(labels.log_probs.dtype) >= labels.log_probs[:, 0]).sum())

@@ -1,0 +1,57 @@
+"""Options that several commands share, and how results are printed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["cache_option", "config_options", "print_table", "track_option"]
+
+
+def config_options(command: Callable) -> Callable:
+    """Adds --config and --set."""
+    command = click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="TABLE.KEY=VALUE",
+        help="Override one key of the config; may be given several times.",
+    )(command)
+    return click.option(
+        "--config",
+        "config_path",
+        default="configs/digits.toml",
+        show_default=True,
+        metavar="FILE",
+        help="The run's TOML file.",
+    )(command)
+
+
+def cache_option(command: Callable) -> Callable:
+    return click.option("--cache", "url", metavar="URL", help="The cache [default: runs/NAME/cache].")(
+        command
+    )
+
+
+def track_option(command: Callable) -> Callable:
+    return click.option(
+        "--track",
+        "track_with",
+        type=click.Choice(["tensorboard"]),
+        help="Log the training curves with a tracker.",
+    )(command)
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, note: str = "") -> None:
+    """Prints a table to stdout: text left, everything after the first column right."""
+    table = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)

@@ -1,0 +1,46 @@
+"""Train several architectures from one cache and print one table.
+
+make students
+softcache students --config configs/digits.toml --student mlp --student timm:test_vit?img_size=8&patch_size=2
+"""
+
+import click
+
+from pipeline.cache import open_cache
+from pipeline.config import load_config
+from pipeline.runs import open_data, train_student
+from stages.options import cache_option, config_options, print_table
+from stages.rows import headline, student_columns, student_row, student_title
+
+__all__ = ["students"]
+
+
+@click.command()
+@config_options
+@cache_option
+@click.option(
+    "--student", "models", multiple=True, metavar="SPEC", help="An architecture; may be given several times."
+)
+def students(config_path: str, overrides: tuple[str, ...], url: str | None, models: tuple[str, ...]) -> None:
+    """Train many students from one cache, best first in the table.
+
+    \b
+    Example:
+      softcache students --config configs/digits.toml
+    """
+    config = load_config(config_path, overrides)
+    data = open_data(config)
+    cache = open_cache(
+        url or config.cache_url, window_blocks=config.reader.window_blocks, verify=config.reader.verify
+    )
+    results = []
+    for model in models or config.student.models:
+        cached = train_student(config, data, model=model, labels="cache", cache=cache)
+        results.append((cached, train_student(config, data, model=model, labels="hard")))
+    metric, larger_is_better = headline(cache.manifest.kind)
+    results.sort(key=lambda pair: pair[0][metric], reverse=larger_is_better)
+    print_table(
+        student_title(cache),
+        student_columns(cache.manifest.kind),
+        [student_row(cache, *pair) for pair in results],
+    )

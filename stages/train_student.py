@@ -1,0 +1,70 @@
+"""Train a student from the cache, and the same student on hard labels beside it.
+
+make train-student                        # embedded data; makes the cache if there is none
+make train-student STUDENT=cnn            # another student, the same cache, no teacher loaded
+softcache train-student --config configs/digits.toml --student timm:test_resnet
+"""
+
+import click
+
+from pipeline.cache import open_cache
+from pipeline.config import load_config
+from pipeline.runs import open_data, train_student
+from stages.options import cache_option, config_options, print_table, track_option
+from stages.rows import student_columns, student_row, student_title
+
+__all__ = ["train_student_command"]
+
+
+@click.command("train-student")
+@config_options
+@cache_option
+@track_option
+@click.option(
+    "--student", "model", metavar="SPEC", help="The architecture [default: student.model of the config]."
+)
+@click.option("--out", metavar="DIR", help="The run's directory [default: one under runs/NAME/students].")
+@click.option(
+    "--baseline/--no-baseline", default=True, show_default=True, help="Also train it on hard labels."
+)
+@click.option(
+    "--allow-partial", is_flag=True, help="Train on what is there if units of the cache are missing."
+)
+def train_student_command(
+    config_path: str,
+    overrides: tuple[str, ...],
+    url: str | None,
+    track_with: str | None,
+    model: str | None,
+    out: str | None,
+    baseline: bool,
+    allow_partial: bool,
+) -> None:
+    """Train one student from the cache; the teacher is not loaded.
+
+    A run that was killed goes on from its last checkpoint; one that is finished is reported, not repeated.
+
+    \b
+    Example:
+      softcache train-student --config configs/digits.toml --student cnn --set loss.temperature=2
+    """
+    config = load_config(config_path, overrides)
+    data = open_data(config)
+    cache = open_cache(
+        url or config.cache_url, window_blocks=config.reader.window_blocks, verify=config.reader.verify
+    )
+    model = model or config.student.model
+    cached = train_student(
+        config,
+        data,
+        model=model,
+        labels="cache",
+        cache=cache,
+        out=out,
+        allow_partial=allow_partial,
+        track_with=track_with,
+    )
+    hard = train_student(config, data, model=model, labels="hard") if baseline else None
+    columns = student_columns(cache.manifest.kind)
+    print_table(student_title(cache), columns, [student_row(cache, cached, hard)])
+    click.echo(f"weights, metrics and config: {cached['out']}")

@@ -1,0 +1,30 @@
+"""Train the teacher of a config on hard labels, for users who have none.
+
+softcache train-teacher --config configs/digits.toml     # seconds on a CPU
+"""
+
+import click
+
+from pipeline.config import load_config
+from pipeline.runs import open_data, train_teacher
+from stages.options import config_options, track_option
+
+__all__ = ["train_teacher_command"]
+
+
+@click.command("train-teacher")
+@config_options
+@track_option
+def train_teacher_command(config_path: str, overrides: tuple[str, ...], track_with: str | None) -> None:
+    """Train the config's teacher on hard labels, as its [train_teacher] table says.
+
+    \b
+    Example:
+      softcache train-teacher --config configs/fashion-mnist.toml
+    """
+    config = load_config(config_path, overrides)
+    metrics, weights = train_teacher(config, open_data(config), track_with=track_with)
+    click.echo(
+        f"teacher {metrics.get('model')}: {metrics['num_parameters']:,} parameters, accuracy {metrics['accuracy']:.4f}, "
+        f"loss {metrics['eval_loss']:.4f} on {metrics['eval_samples']:,} samples; weights in {weights}"
+    )

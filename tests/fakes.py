@@ -1,0 +1,63 @@
+"""Teachers whose answers are known: pure functions of the pixels, no weights file, no training."""
+
+import torch
+from torch import nn
+
+
+class KnownTeacher(nn.Module):
+    """Logits are fixed cosines of the image: the same on every run, different for every image and class."""
+
+    def __init__(self, num_classes: int, size: int, scale: float = 3.0) -> None:
+        super().__init__()
+        grid = torch.arange(num_classes * size, dtype=torch.float32).reshape(num_classes, size)
+        self.register_buffer("weight", torch.cos(grid * 0.7) * scale / size**0.5)
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return images_BCHW.flatten(1) @ self.weight.T
+
+
+class FaultyTeacher(KnownTeacher):
+    """Gives a bad logit to one image in `every`, chosen by its content."""
+
+    def __init__(self, num_classes: int, size: int, value: float) -> None:
+        super().__init__(num_classes, size)
+        self.value = value
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        logits = super().forward(images_BCHW)
+        chosen = images_BCHW.flatten(1).sum(1) == images_BCHW.flatten(1).sum(1).max()
+        logits[chosen, 0] = self.value
+        return logits
+
+
+def known(num_classes, input_shape):
+    channels, height, width = input_shape
+    return KnownTeacher(num_classes, channels * height * width)
+
+
+def known_scaled(num_classes, input_shape):
+    channels, height, width = input_shape
+    return KnownTeacher(num_classes, channels * height * width, scale=4.0)
+
+
+def nan_teacher(num_classes, input_shape):
+    channels, height, width = input_shape
+    return FaultyTeacher(num_classes, channels * height * width, float("nan"))
+
+
+def inf_teacher(num_classes, input_shape):
+    channels, height, width = input_shape
+    return FaultyTeacher(num_classes, channels * height * width, float("inf"))
+
+
+def masking_teacher(num_classes, input_shape):
+    channels, height, width = input_shape
+    return FaultyTeacher(num_classes, channels * height * width, float("-inf"))
+
+
+def wrong_head(num_classes, input_shape):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes + 2))
+
+
+def inverting_transform():
+    return lambda image: 255 - image
