@@ -18,7 +18,15 @@ from pipeline.stores.objects import Objects
 from pipeline.stores.parquet import ParquetStore
 from pipeline.stores.zarr import ZarrStore
 
-__all__ = ["Store", "alignment_columns", "check_unit", "finished_units", "open_store", "publish_unit", "read_marker"]
+__all__ = [
+    "Store",
+    "alignment_columns",
+    "check_unit",
+    "finished_units",
+    "open_store",
+    "publish_unit",
+    "read_marker",
+]
 
 Store = ZarrStore | ParquetStore
 
