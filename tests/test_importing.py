@@ -759,9 +759,12 @@ def test_the_python_of_the_how_to_makes_what_is_imported(served, tmp_path, toml,
         def log_message(self, *arguments):
             pass
 
+    class ManyAtOnce(http.server.ThreadingHTTPServer):
+        request_queue_size = 128  # the how-to asks from many threads, and the default of 5 resets some of them
+
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/how-to/import-logprobs.md").read_text(), re.S)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+    with ManyAtOnce(("127.0.0.1", 0), Server) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         code = code.replace("localhost:8000", f"127.0.0.1:{server.server_port}").replace(
             "my.toml", "mine.toml"
