@@ -12,7 +12,7 @@ ARGS   := --config $(CONFIG) $(foreach pair,$(SET),--set '$(pair)')
 PICK   := $(if $(STUDENT),--student '$(STUDENT)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-logits train-student students compare train-teacher inspect verify test check format clean bench
+.PHONY: help setup teacher-logits train-student students compare train-teacher inspect verify fidelity test check format clean bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ inspect: setup  ## show what is in CACHE
 
 verify: setup  ## check every checksum of CACHE, and the teacher on a sample of rows
 	$(RUN) verify '$(CACHE)' $(ARGS)
+
+fidelity: setup  ## measure CACHE against its teacher, and draw bytes against error
+	$(RUN) fidelity '$(CACHE)' $(ARGS)
 
 bench: setup  ## measure reading and capture against named baselines
 	$(VENV)/bin/python -m benchmarks.foundation

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from pipeline.stores.objects import open_objects
 from pipeline.stores.samples import RowIndex, SampleTable, read_samples
 from pipeline.stores.units import alignment_columns, check_unit, finished_units, open_store, read_marker
 
-__all__ = ["Cache", "open_cache"]
+__all__ = ["Cache", "StoredRows", "open_cache"]
 
 MANIFEST = "manifest.json"
 
@@ -47,6 +47,22 @@ def open_cache(url: str, *, window_blocks: int = 16, verify: bool = True) -> Cac
         ManifestError: the manifest is malformed or of another format version.
     """
     return Cache(url, window_blocks=window_blocks, verify=verify)
+
+
+class StoredRows(NamedTuple):
+    """What a cache holds of some samples.
+
+    Attributes:
+        labels: [P] of all their rows, sample by sample.
+        fingerprints: [B] uint64.
+        counts: [B] int64, the rows of each sample.
+        positions: [P] where in its sample each row is; None where each sample has one row.
+    """
+
+    labels: SoftLabels
+    fingerprints: np.ndarray
+    counts: np.ndarray
+    positions: np.ndarray | None
 
 
 class Cache:
@@ -97,6 +113,11 @@ class Cache:
     @property
     def num_classes(self) -> int:
         return self.manifest.num_classes
+
+    @property
+    def skips_positions(self) -> bool:
+        """Whether only some of a sample's rows have a label: its `labels.positions` were not "all"."""
+        return "positions" in self.manifest.identity["labels"]
 
     @property
     def markers(self) -> dict[int, UnitMarker]:
@@ -158,6 +179,10 @@ class Cache:
 
     def read_rows(self, samples: Sequence[int] | np.ndarray, view: int = 0) -> tuple[SoftLabels, np.ndarray]:
         """Returns the labels [P] and the content fingerprints [len(samples)] uint64 of `samples`."""
+        return self.read_stored(samples, view)[:2]
+
+    def read_stored(self, samples: Sequence[int] | np.ndarray, view: int = 0) -> StoredRows:
+        """Returns all that there is of `samples`, in that order; raises as `read` does."""
         samples = np.asarray(samples, np.int64)
         if not 0 <= view < self.num_views:
             raise IndexError(f"cache {self.url}: view {view}; expected 0 to {self.num_views - 1}")
@@ -186,8 +211,13 @@ class Cache:
                     out[name][target] = column[source]
         if not len(blocks):
             out = {name: column[:0] for name, column in self._block(view, 0).items()}
-        prints = out["fingerprint"]
-        return self._codec.decode(out), prints
+        return StoredRows(self._codec.decode(out), out["fingerprint"], counts, out.get("position"))
+
+    def read_positions(self, number: int) -> np.ndarray:
+        """Returns where in its sample each row of a finished unit is; of a cache of tokens."""
+        unit = self.manifest.plan.unit(number)
+        rows = self.rows.span(unit, unit.start, unit.stop)
+        return self._opened_store().read(unit, unit.start, unit.stop, ["position"], rows=rows)["position"]
 
     def _block(self, view: int, block: int) -> dict[str, np.ndarray]:
         """Returns one decoded chunk of samples, from the window or from the store."""
@@ -209,6 +239,7 @@ class Cache:
             self._checked.add(unit.number)
         stop = min(start + plan.chunk_samples, unit.stop)
         columns = self._opened_store().read(unit, start, stop, rows=self.rows.span(unit, start, stop))
+        columns = self._codec.unpack(columns)
         self._blocks[view, block] = columns
         while len(self._blocks) > self._window_blocks:
             self._blocks.popitem(last=False)

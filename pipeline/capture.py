@@ -26,11 +26,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.batches import Batch
 from pipeline.batches import Dataset as Data
-from pipeline.codec import OpenCodec
+from pipeline.codec import Codec
 from pipeline.errors import LabelError
-from pipeline.labels import SoftLabels, concat
+from pipeline.labels import STATS, SoftLabels, concat
 from pipeline.manifest import Manifest, TeacherReport, Unit
 from pipeline.planning import CaptureSettings
+from pipeline.positions import PositionSettings, chosen_rows, highest_rows
 from pipeline.sparsify import LabelSettings, describe_fault
 from pipeline.stores.objects import Objects
 from pipeline.stores.units import finished_units, open_store, publish_unit, read_marker
@@ -59,14 +60,21 @@ class CaptureReport:
 
 
 class _UnitBatches(Dataset):
-    """Loads (unit, view, first, last) requests; runs in this process or in loader processes."""
+    """Loads (unit, view, first, last) requests; runs in this process or in loader processes.
 
-    def __init__(self, data: Data) -> None:
-        self._data = data
+    Rows that are known to get no label are left out, so that the teacher's head does not run on them.
+    """
+
+    def __init__(self, data: Data, positions: PositionSettings) -> None:
+        self._data, self._positions = data, positions
 
     def __getitem__(self, request: tuple[int, int, int, int]) -> Any:
         unit, view, start, stop = request
-        return replace(self._data.load(range(start, stop), view), unit=unit)
+        batch = replace(self._data.load(range(start, stop), view), unit=unit)
+        if not self._positions.known_before:
+            return batch
+        keys = [self._data.source.key(sample) for sample in range(start, stop)]
+        return batch.select(chosen_rows(self._positions, keys, batch.row_counts, batch.positions))
 
 
 @dataclass
@@ -94,7 +102,7 @@ class _OpenUnit:
     def num_rows(self) -> int:
         return sum(map(len, self.positions))
 
-    def columns(self, codec: OpenCodec, *, ragged: bool) -> dict[str, np.ndarray]:
+    def columns(self, codec: Codec, *, ragged: bool) -> dict[str, np.ndarray]:
         columns = codec.encode(concat(self.labels))
         columns["fingerprint"] = np.concatenate(self.fingerprints)
         if ragged:
@@ -140,8 +148,12 @@ class _Writer:
 class _InFlight:
     """A record on its way from the device to host memory, started but not waited for."""
 
-    def __init__(self, batch: Any, labels: SoftLabels, faults_P: torch.Tensor) -> None:
+    def __init__(
+        self, batch: Any, labels: SoftLabels, faults_P: torch.Tensor, chosen: torch.Tensor | None
+    ) -> None:
         self.batch = replace(batch, labels=None)
+        self._chosen = None if chosen is None else chosen.to("cpu", non_blocking=True)
+        labels = labels if chosen is None else labels.take(chosen)
         self._labels = labels.to_torch("cpu", non_blocking=True)
         self._faults_P = faults_P.to("cpu", non_blocking=True)
         self._event = torch.cuda.Event() if faults_P.is_cuda else None
@@ -149,7 +161,7 @@ class _InFlight:
             self._event.record()
 
     def wait(self, data: Data) -> SoftLabels:
-        """Returns the labels as NumPy; raises LabelError naming the first sample with a bad row."""
+        """Returns the labels as NumPy, `batch` being theirs; raises LabelError naming the first sample with a bad row."""
         if self._event is not None:
             self._event.synchronize()
         faults_P = self._faults_P.numpy()
@@ -163,6 +175,8 @@ class _InFlight:
                 'class); try capture.dtype = "float32", or check the teacher\'s weights. The unit was not marked done',
                 position=row,
             )
+        if self._chosen is not None:
+            self.batch = self.batch.select(self._chosen.numpy())
         return self._labels.to_numpy()
 
 
@@ -264,12 +278,13 @@ def _label_units(
 
     def finish(flight: _InFlight) -> None:
         item = open_units[flight.batch.unit]  # type: ignore[index]
-        item.add(flight.batch, flight.wait(data))
+        found = flight.wait(data)
+        item.add(flight.batch, found)
         if item.num_samples == item.unit.stop - item.unit.start:
             writer.put(open_units.pop(item.unit.number))
 
     loader = DataLoader(
-        _UnitBatches(data),
+        _UnitBatches(data, labels.positions),
         batch_size=None,
         sampler=requests(),  # type: ignore[arg-type]
         num_workers=settings.workers,
@@ -279,7 +294,8 @@ def _label_units(
     in_flight: deque[_InFlight] = deque()
     try:
         for batch in loader:
-            in_flight.append(_InFlight(batch, *teacher.label(batch, labels)))
+            record, faults_P = teacher.label(batch, labels)
+            in_flight.append(_InFlight(batch, record, faults_P, _most_uncertain(batch, record, labels)))
             if len(in_flight) > 1:
                 finish(in_flight.popleft())
         while in_flight:
@@ -287,6 +303,15 @@ def _label_units(
     finally:
         for item in open_units.values():
             item.claim.close()
+
+
+def _most_uncertain(batch: Batch, record: SoftLabels, settings: LabelSettings) -> torch.Tensor | None:
+    """Returns which rows are kept, on the device, where the teacher's entropy decides; None where all are."""
+    if settings.positions.policy != "entropy":
+        return None
+    assert record.stats is not None
+    entropy_P: Any = record.stats[:, STATS.index("entropy")]
+    return highest_rows(entropy_P, batch.row_counts, settings.positions.counts(batch.row_counts))
 
 
 def evaluate_teacher(

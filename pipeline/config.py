@@ -16,6 +16,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.losses import KINDS
 from pipeline.planning import CaptureSettings
 from pipeline.reader import ReaderSettings
 from pipeline.settings import Settings
@@ -65,6 +66,11 @@ class RunConfig(Settings):
                 raise ValueError("views: a table for images; text has one view, the tokens; drop the table")
             if self.labels.num_views != 1:
                 raise ValueError(f"labels.num_views: text has one view only; found {self.labels.num_views}")
+        elif self.labels.positions.policy != "all":
+            raise ValueError(
+                f"labels.positions: {self.labels.positions.policy!r} chooses among the positions of a text; an image has "
+                "one row; drop the table"
+            )
         elif self.loss.name == "uld":
             raise ValueError(
                 "loss.name: uld compares the vocabularies of language models; use forward_kl for images"
@@ -72,6 +78,16 @@ class RunConfig(Settings):
         elif self.train.stop_at is not None and self.train.stop_at > 1:
             raise ValueError(
                 f"train.stop_at: an accuracy, less than or equal to 1; found {self.train.stop_at}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_drawn(self) -> Self:
+        if self.labels.sampling is not None and self.loss.alpha > 0 and not KINDS[self.loss.name].linear:
+            able = ", ".join(sorted(name for name, kind in KINDS.items() if kind.linear))
+            raise ValueError(
+                f"loss.name: {self.loss.name} cannot be estimated from classes drawn at random (labels.policy = "
+                f'"{self.labels.policy}"); use one of {able}, or a policy that draws none'
             )
         return self
 

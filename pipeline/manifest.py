@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.codec import OpenCodec, codec_from_dict
+from pipeline.codec import Codec, codec_from_dict
 from pipeline.errors import ManifestError
 
 __all__ = [
@@ -195,6 +195,8 @@ class Manifest(_Document):
         data: where the columns are, relative to the cache.
         rows: None where every sample has one row.
         samples: the table of keys and ground truth, relative to the cache.
+        slimmed_from: sha256 of the manifest of the bigger cache that this one was made of (`pipeline.slim`); like the
+            teacher's report not compared between runs.
     """
 
     format_version: Literal[1] = 1
@@ -211,6 +213,7 @@ class Manifest(_Document):
     samples: Path = "samples.parquet"
     samples_sha256: Digest
     teacher: TeacherReport
+    slimmed_from: Digest | None = Field(None, exclude_if=_is_none)
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
@@ -232,7 +235,7 @@ class Manifest(_Document):
                 raise ValueError(f"identity.{part} must have {', '.join(fields)}")
         return self
 
-    def build_codec(self) -> OpenCodec:
+    def build_codec(self) -> Codec:
         return codec_from_dict(self.codec)
 
 

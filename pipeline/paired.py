@@ -29,6 +29,7 @@ class PairedDataset:
     Attributes:
         samples: [S] int64, the samples that both sides have.
         rows_of: [N] int64, the rows that each sample has on both sides.
+        labelled_of: [N] int64, how many of them have a label; None: all.
 
     Raises (from the constructor):
         SourceError: the samples are not documents.
@@ -55,6 +56,20 @@ class PairedDataset:
                 )
             self._partner[sample] = theirs[keys[sample]]
         self.rows_of = np.minimum(teacher.source.num_rows(), student.source.num_rows()[self._partner])
+        self.labelled_of = self._count_labels(teacher) if cache.skips_positions else None
+
+    def _count_labels(self, teacher: TokenData) -> np.ndarray:
+        """Returns how many labels of each finished sample are for rows of both sides; reads all positions once."""
+        counted = np.zeros(len(self.rows_of), np.int64)
+        for number in self.cache.markers:
+            unit = self.cache.manifest.plan.unit(number)
+            samples = np.arange(unit.start, unit.stop)
+            batch, label_counts = teacher.load(samples, fingerprints=False), self.cache.rows.counts(samples)
+            rows_Q = batch.rows_at(self.cache.read_positions(number), label_counts)
+            sample_Q, place_Q = _places(rows_Q, batch.row_counts, label_counts)
+            kept_Q = place_Q < self.rows_of[samples][sample_Q]
+            counted[samples] = np.bincount(sample_Q[kept_Q], minlength=len(samples))
+        return counted
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -64,24 +79,38 @@ class PairedDataset:
 
     def __getitems__(self, indices: Sequence[tuple[int, int]]) -> TokenBatch:
         samples = np.array([sample for sample, _ in indices], np.int64)
-        labels = self._labelled.__getitems__(list(indices))
+        labelled = self._labelled.__getitems__(list(indices))
         batch = self._student.load(self._partner[samples], 0, fingerprints=False)
         counts = self.rows_of[samples]
-        here, there = _first_rows(batch.row_counts, counts), _first_rows(labels.row_counts, counts)
+        batch = replace(batch.select(_first_rows(batch.row_counts, counts)), samples=samples)
+        rows_Q, label_counts = np.arange(labelled.num_rows), labelled.row_counts
+        if labelled.labelled is not None:
+            rows_Q, label_counts = labelled.labelled.numpy(), labelled.label_counts
+        sample_Q, place_Q = _places(rows_Q, labelled.row_counts, label_counts)
+        kept = np.flatnonzero(place_Q < counts[sample_Q])
+        batch = replace(batch, labels=labelled.labels.take(kept))
+        if len(kept) == batch.num_rows:
+            return batch
+        starts_B = np.cumsum(counts) - counts
         return replace(
             batch,
-            rows=batch.rows[here],
-            targets=batch.targets[here],
-            row_counts=counts,
-            samples=samples,
-            labels=labels.labels.take(there),
+            labelled=torch.from_numpy((starts_B[sample_Q] + place_Q)[kept]),
+            label_counts=np.bincount(sample_Q[kept], minlength=len(samples)),
         )
 
     collate = staticmethod(SoftLabelDataset.collate)
 
 
-def _first_rows(row_counts: np.ndarray, wanted: np.ndarray) -> torch.Tensor:
+def _places(
+    rows_Q: np.ndarray, row_counts: np.ndarray, label_counts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns of each labelled row its sample in the batch, and its number among that sample's rows."""
+    sample_Q = np.repeat(np.arange(len(row_counts)), label_counts)
+    return sample_Q, rows_Q - (np.cumsum(row_counts) - row_counts)[sample_Q]
+
+
+def _first_rows(row_counts: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Returns the numbers of the first `wanted` rows of every sample, in a batch with `row_counts` of them."""
     starts = np.cumsum(row_counts) - row_counts
     parts = [np.arange(start, start + count) for start, count in zip(starts, wanted, strict=True)]
-    return torch.from_numpy(np.concatenate(parts))
+    return np.concatenate(parts)

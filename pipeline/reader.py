@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.batches import Dataset, ViewedSource
-from pipeline.cache import Cache
+from pipeline.cache import Cache, StoredRows
 from pipeline.errors import AlignmentError, ManifestError
 from pipeline.settings import Settings
 
@@ -30,6 +30,7 @@ __all__ = [
     "cached_views",
     "check_alignment",
     "joined_data",
+    "with_labels",
 ]
 
 
@@ -131,7 +132,7 @@ def _source_difference(cache: Cache, data: Dataset) -> str:
         if data.kind == "tokens"
         else ("ground truth", table.targets, source.targets())
     )
-    for sample in np.flatnonzero(then != now)[:1]:
+    for sample in np.flatnonzero(then != now)[:1] if not cache.skips_positions else ():
         return f"sample {keys[sample]!r} had {fact} {then[sample]} when labelled and has {now[sample]} now"
     for samples in np.array_split(cache.samples_in(0), max(1, len(source) // 256)):
         stored = cache.read_rows(samples, 0)[1]
@@ -139,6 +140,35 @@ def _source_difference(cache: Cache, data: Dataset) -> str:
         if len(changed):
             return f"the contents of sample {keys[samples[changed[0]]]!r} changed since it was labelled"
     return f"the contents of source {source.name} changed since it was labelled (in samples not finished yet)"
+
+
+def with_labels(batch: Any, stored: StoredRows, cache: Cache, data: Dataset) -> Any:
+    """Returns the batch with its labels, each at the row of its own position.
+
+    Raises:
+        AlignmentError: the samples do not have the rows that were labelled; the first sample at fault is named.
+    """
+    if batch.num_rows != len(stored.labels) and not cache.skips_positions:
+        raise AlignmentError(
+            f"cache {cache.url}: {len(stored.labels)} rows of labels for {batch.num_rows} rows of samples "
+            f"{batch.samples[:8].tolist()}…, view {batch.view}; the source changed since the cache was made"
+        )
+    labels = stored.labels.to_torch()
+    if stored.positions is None:
+        return replace(batch, labels=labels)
+    import torch
+
+    rows_Q = batch.rows_at(stored.positions, stored.counts)
+    for place in np.flatnonzero(rows_Q < 0)[:1]:
+        sample = int(np.repeat(batch.samples, stored.counts)[place])
+        raise AlignmentError(
+            f"cache {cache.url}: sample {data.source.key(sample)!r} has a label for position "
+            f"{int(stored.positions[place])}, where the source has nothing to predict, or a label already; the source "
+            "changed since the cache was made; restore it, or rebuild the cache"
+        )
+    if len(rows_Q) < batch.num_rows:
+        batch = replace(batch, labelled=torch.from_numpy(rows_Q), label_counts=stored.counts)
+    return replace(batch, labels=labels)
 
 
 class SoftLabelDataset:
@@ -151,6 +181,9 @@ class SoftLabelDataset:
 
     `source` is a `Source` of images, a `TokenSource`, or either already wrapped in `ViewedSource` or `TokenData`.
     A batch is an `ImageBatch` (images, targets, labels, samples) or, for a source of text, a `TokenBatch`.
+
+    Attributes:
+        labelled_of: [N] int64, the rows of each sample that have a label; None: all of them.
 
     Raises (from the constructor and on every fetch):
         AlignmentError: the source or the transform is not what was labelled; the sample is named.
@@ -169,6 +202,7 @@ class SoftLabelDataset:
         self._data = joined_data(source, cache, views)
         check_alignment(cache, self._data)
         self.cache, self.view = cache, view
+        self.labelled_of = cache.rows.counts(np.arange(len(cache))) if cache.skips_positions else None
         self._check_share, self._check_first = check_share, check_first
 
     def __len__(self) -> int:
@@ -187,7 +221,8 @@ class SoftLabelDataset:
         return self._load(np.array([sample for sample, _ in pairs], np.int64), view)
 
     def _load(self, samples: np.ndarray, view: int) -> Any:
-        labels, stored_B = self.cache.read_rows(samples, view)
+        stored = self.cache.read_stored(samples, view)
+        stored_B = stored.fingerprints
         chosen_B = _chosen(stored_B, self._check_share)
         if self._check_first > 0:
             chosen_B[:] = True
@@ -199,12 +234,7 @@ class SoftLabelDataset:
                 f"saw content {int(stored_B[row]):016x}, the student would see {int(batch.fingerprints[row]):016x}; the "
                 "data, its decoder or the transform changed since the cache was made; restore them, or rebuild the cache"
             )
-        if batch.num_rows != len(labels):
-            raise AlignmentError(
-                f"cache {self.cache.url}: {len(labels)} rows of labels for {batch.num_rows} rows of samples "
-                f"{samples[:8].tolist()}…, view {view}; the source changed since the cache was made"
-            )
-        return replace(batch, labels=labels.to_torch())
+        return with_labels(batch, stored, self.cache, self._data)
 
     @staticmethod
     def collate(items: Any) -> Any:

@@ -123,23 +123,24 @@ def cache_is_ready(config: RunConfig, data: Data, url: str) -> bool:
 def _check_said(config: RunConfig, cache: Cache) -> None:
     """Compares what the config says in so many words with what the cache is; defaults are not compared."""
     labels, found = config.labels, cache.manifest.identity
-    said = {f"labels.{key}": getattr(labels, key) for key in labels.model_fields_set}
+    said = {f"labels.{key}": getattr(labels, key) for key in labels.model_fields_set & labels.read_fields}
     there = {f"labels.{key}": value for key, value in found["labels"].items()}
     there["labels.num_views"] = cache.num_views
     there["labels.temperatures"] = tuple(there["labels.temperatures"])
+    if "labels.positions" in said:
+        said["labels.positions"] = labels.positions.identity()
+        there.setdefault("labels.positions", {"policy": "all"})
     imported = found["labels"]["policy"] == "imported"
-    if labels.policy == "dense":
-        said.pop("labels.k", None)
-    elif imported:
+    if imported:
         said.pop("labels.policy", None)
     if config.teacher is not None and not imported:
         said["teacher.model"], there["teacher.model"] = config.teacher.model, found["teacher"]["spec"]
     if "store" in config.capture.model_fields_set:
         said["capture.store"], there["capture.store"] = config.capture.store, cache.manifest.store
     differing = [
-        f"{key}: {value!r} in the config, {there[key]!r} in the cache"
+        f"{key}: {value!r} in the config, {there.get(key)!r} in the cache"
         for key, value in said.items()
-        if value != there[key]
+        if value != there.get(key)
     ]
     if differing:
         raise IdentityError(
@@ -260,6 +261,7 @@ def _cache_feed(config: RunConfig, data: Data, cache: Cache, num_views: int, all
         lambda epoch: epoch % num_views,
         cache.manifest.plan.chunk_samples,
         getattr(dataset, "rows_of", data.rows_of),
+        dataset.labelled_of,
     )
     return Feed(dataset, order, config.reader.workers)
 
@@ -281,6 +283,7 @@ def _order(
     view_of: Callable[[int], int],
     chunk_samples: int,
     rows_of: np.ndarray | None,
+    labelled_of: np.ndarray | None = None,
 ) -> BlockShuffle:
     from accelerate import PartialState
 
@@ -295,6 +298,7 @@ def _order(
         rank=state.process_index,
         num_ranks=state.num_processes,
         rows_of=rows_of,
+        labelled_of=labelled_of,
     )
 
 

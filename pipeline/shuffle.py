@@ -29,7 +29,8 @@ class BlockShuffle:
         window_blocks: blocks that are mixed with each other.
         seed: of the order.
         rank: this process; of `num_ranks`.
-        rows_of: [N] label rows of every sample; None where each has one.
+        rows_of: [N] rows of every sample; None where each has one.
+        labelled_of: [N] how many of them have a label; None: all.
     """
 
     def __init__(
@@ -44,12 +45,13 @@ class BlockShuffle:
         rank: int = 0,
         num_ranks: int = 1,
         rows_of: np.ndarray | None = None,
+        labelled_of: np.ndarray | None = None,
     ) -> None:
         self._samples_of, self._view_of = samples_of, view_of
         self._batch_size = batch_size
         self.block_samples, self.window_blocks = block_samples, window_blocks
         self._seed, self._rank, self._num_ranks = seed, rank, num_ranks
-        self._rows_of = rows_of
+        self._rows_of, self._labelled_of = rows_of, labelled_of
         self._last_order: tuple[int, np.ndarray] | None = None
         self.epoch, self.step = 0, 0
 
@@ -68,16 +70,28 @@ class BlockShuffle:
         return -(-len(self._samples_of(self._view_of(epoch))) // self._batch_size)
 
     def share(self) -> tuple[int, int]:
-        """Returns how many label rows of the current step are this rank's, and how many all ranks have."""
+        """Returns how many rows of the current step are this rank's, and how many all ranks have."""
         if self._rows_of is None:
             num_samples = len(self._samples_of(self._view_of(self.epoch)))
             total = min(self._batch_size, num_samples - self.step * self._batch_size)
             first, last = self._slice(total)
             return last - first, total
-        start = self.step * self._batch_size
-        rows = self._rows_of[self._current_order()[start : start + self._batch_size]]
+        rows = self._rows_of[self._current_samples()]
         first, last = self._slice(len(rows))
         return int(rows[first:last].sum()), int(rows.sum())
+
+    def label_share(self) -> float | None:
+        """Returns which share of the current step's rows, over all ranks, has a label; None: each has one."""
+        if self._labelled_of is None:
+            return None
+        samples = self._current_samples()
+        num_rows = len(samples) if self._rows_of is None else self._rows_of[samples].sum()
+        return float(self._labelled_of[samples].sum() / num_rows)
+
+    def _current_samples(self) -> np.ndarray:
+        """The current step's samples, of all ranks."""
+        start = self.step * self._batch_size
+        return self._current_order()[start : start + self._batch_size]
 
     def _current_order(self) -> np.ndarray:
         if self._last_order is None or self._last_order[0] != self.epoch:

@@ -266,11 +266,12 @@ class _Loop:
     def _update(self, batch: Any) -> None:
         """One optimizer step on one batch, in `accumulation_steps` pieces of exact weight."""
         local, total = self.feed.order.share()
+        label_share = self.feed.order.label_share()
         pieces = batch.split(self.settings.accumulation_steps)
         for number, piece in enumerate(pieces):
             last = number == len(pieces) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self.task.loss(self.model, piece)
+                loss = self.task.loss(self.model, piece, label_share=label_share)
                 # Ranks average their gradients: the weight makes that the mean over the rows of the whole batch.
                 weight = piece.num_rows / total * self.accelerator.num_processes if local else 0.0
                 self.accelerator.backward(loss * weight)

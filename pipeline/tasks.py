@@ -10,23 +10,21 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from pydantic import Field
 from torch import nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from pipeline.batches import Dataset, ImageBatch
 from pipeline.errors import SpecError
-from pipeline.fused import fused_distillation_loss, fused_uld_loss, token_scores
+from pipeline.fused import fused_distillation_loss, token_scores
 from pipeline.labels import SoftLabels
 from pipeline.language import check_context, check_split, split
-from pipeline.losses import cross_entropy, distillation_loss, weighted_difference
+from pipeline.losses import LossSettings, cross_entropy, distillation_loss, weighted_difference
 from pipeline.models import Normalize
-from pipeline.settings import Settings
 from pipeline.sparsify import dense, whole_record
 from pipeline.teacher import ImageTeacher, LanguageTeacher
 from pipeline.token_batches import TokenBatch, TokenData
@@ -36,19 +34,6 @@ __all__ = ["ImageTask", "LossSettings", "Task", "TokenStudent", "TokenTask", "my
 LIVE_ELEMENTS = (
     2**26
 )  # of a live teacher's logits, up to which a batch is compared at once: 256 MiB in float32
-
-
-class LossSettings(Settings):
-    """[loss]: (1 - alpha) * CE(ground truth) + alpha * T^2 * KL(teacher || student), both at temperature T.
-
-    `name = "uld"` is for a language student with another tokenizer: alpha weighs the distance between the sorted
-    probabilities instead (Boizard et al. 2024, arXiv 2402.12030).
-    """
-
-    name: Literal["forward_kl", "uld"] = "forward_kl"
-    temperature: float = Field(4.0, ge=1, le=100)  # beyond, T^2 only magnifies the rounding of the divergence
-    alpha: float = Field(0.9, ge=0, le=1)
-    tail: Literal["bucket"] = "bucket"
 
 
 class Task(Protocol):
@@ -71,8 +56,13 @@ class Task(Protocol):
         """Returns a fresh student; called after the seed is set."""
         ...
 
-    def loss(self, model: nn.Module, batch: Any) -> torch.Tensor:
-        """Returns the mean loss of the batch's label rows, a scalar."""
+    def loss(self, model: nn.Module, batch: Any, *, label_share: float | None = None) -> torch.Tensor:
+        """Returns the mean loss of the batch's rows, a scalar.
+
+        Args:
+            label_share: of all rows of the optimizer step that the batch is a piece of, the share with a label: summed
+                by their rows, the pieces' losses are then the step's. None: the batch is the step, or each row has one.
+        """
         ...
 
     def evaluate(self, model: nn.Module, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
@@ -111,7 +101,7 @@ class ImageTask:
     def build(self) -> nn.Module:
         return self.build_model()
 
-    def loss(self, model: nn.Module, batch: ImageBatch) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: ImageBatch, *, label_share: float | None = None) -> torch.Tensor:
         labels = batch.labels
         if self.teacher is not None:
             labels = dense(self.teacher.logits(batch.images)).to_torch(batch.images.device)
@@ -121,6 +111,7 @@ class ImageTask:
             batch.targets,
             temperature=self.loss_settings.temperature,
             alpha=self.loss_settings.alpha if labels is not None else 0.0,
+            loss=self.loss_settings.loss,
         )
 
     def _forward(self, model: nn.Module, images_BCHW: torch.Tensor) -> torch.Tensor:
@@ -172,19 +163,50 @@ class TokenStudent(nn.Module):
         check_context(self._parts, context, "student")
 
     def forward(
-        self, batch: TokenBatch, labels: SoftLabels | LanguageTeacher | None, alpha: float
+        self,
+        batch: TokenBatch,
+        labels: SoftLabels | LanguageTeacher | None,
+        alpha: float,
+        label_share: float | None = None,
     ) -> torch.Tensor:
-        """Returns the mean loss of the batch's rows; a teacher in place of labels is asked on the spot."""
+        """Returns the mean loss of the batch's rows; a teacher in place of labels is asked on the spot.
+
+        Cross-entropy is the mean over all rows, the soft part that over the rows with a label: of the batch, or with
+        `label_share` of the step that the batch is a piece of (`Task.loss`).
+        """
         if isinstance(labels, LanguageTeacher):
             return self._live_loss(batch, labels, alpha)
-        return self._fused(self._hidden(batch), labels, batch.targets, alpha)
+        if labels is None or (batch.labelled is None and label_share is None):
+            return self._fused(self._hidden(batch), labels, batch.targets, alpha)
+        return self._sparse_loss(batch, labels, alpha, label_share or batch.num_labelled / batch.num_rows)
+
+    def _sparse_loss(
+        self, batch: TokenBatch, labels: SoftLabels, alpha: float, label_share: float
+    ) -> torch.Tensor:
+        """Mean over all rows of (1 - alpha) * CE + (alpha / label_share) * soft part, which unlabelled rows lack.
+
+        Labelled and unlabelled rows go through the head apart, so that each goes once.
+        """
+        hidden_PD, targets_P = self._hidden(batch), batch.targets
+        soft = alpha / label_share if label_share else alpha  # without any label, the soft part is 0 anyway
+        weight = 1 - alpha + soft
+        if batch.labelled is None:
+            return weight * self._fused(hidden_PD, labels, targets_P, soft / weight)
+        # A stable sort and not nonzero, which would wait for a GPU.
+        is_bare_P = torch.ones(batch.num_rows, dtype=torch.int8, device=hidden_PD.device)
+        is_bare_P[batch.labelled] = 0
+        bare = is_bare_P.argsort(descending=True, stable=True)[: batch.num_rows - batch.num_labelled]
+        share = batch.num_labelled / batch.num_rows
+        loss = self._fused(hidden_PD[batch.labelled], labels, targets_P[batch.labelled], soft / weight)
+        loss = share * weight * loss
+        if alpha == 1:
+            return loss
+        return loss + (1 - share) * (1 - alpha) * self._fused(hidden_PD[bare], None, targets_P[bare], 0.0)
 
     def _fused(
         self, hidden_PD: torch.Tensor, labels: SoftLabels | None, targets_P: torch.Tensor, alpha: float
     ) -> torch.Tensor:
-        loss = fused_uld_loss if self._loss.name == "uld" else fused_distillation_loss
-        how: dict[str, Any] = {} if self._loss.name == "uld" else {"padded_vocabulary": True}
-        return loss(
+        return fused_distillation_loss(
             hidden_PD,
             self._parts.weight,
             labels,
@@ -194,7 +216,8 @@ class TokenStudent(nn.Module):
             bias_V=self._parts.bias,
             softcap=self._parts.softcap,
             logit_scale=self._parts.logit_scale,
-            **how,
+            padded_vocabulary=True,
+            loss=self._loss.loss,
         )
 
     def _live_loss(self, batch: TokenBatch, teacher: LanguageTeacher, alpha: float) -> torch.Tensor:
@@ -204,7 +227,8 @@ class TokenStudent(nn.Module):
         the fused loss, so that one chunk of logits is held, and for each a gradient of the head.
         """
         hidden_PD, start, terms = self._hidden(batch), 0, []
-        chunks = teacher.chunks(batch)
+        # Of two heads of other sizes (one tokenizer, padded otherwise), the classes that both have are compared.
+        chunks = (logits_PV[:, : self._parts.weight.shape[0]] for logits_PV in teacher.chunks(batch))
         if batch.num_rows * teacher.num_classes <= LIVE_ELEMENTS:
             return self._dense_loss(hidden_PD, torch.cat(list(chunks)), batch.targets, alpha)
         for teacher_PV in chunks:
@@ -217,15 +241,21 @@ class TokenStudent(nn.Module):
     def _dense_loss(
         self, hidden_PD: torch.Tensor, teacher_PV: torch.Tensor, targets_P: torch.Tensor, alpha: float
     ) -> torch.Tensor:
-        """Mean of (1 - alpha) * CE + alpha * T^2 * KL of whole distributions.
-
-        Of two heads of other sizes (one tokenizer, padded otherwise) the classes that both have are compared.
-        """
-        T = self._loss.temperature
+        """Mean of (1 - alpha) * CE + alpha * T^2 * soft loss of whole distributions."""
+        T, loss = self._loss.temperature, self._loss.loss
         logits_PV = self._parts.logits(hidden_PD)
-        shared = min(logits_PV.shape[1], teacher_PV.shape[1])
-        log_s_PV = (logits_PV / T).log_softmax(-1)[:, :shared]
-        log_p_PV = (teacher_PV[:, :shared] / T).log_softmax(-1)
+        if loss.name != "forward_kl" or loss.standardize:
+            return distillation_loss(
+                logits_PV,
+                whole_record(teacher_PV),
+                targets_P,
+                temperature=T,
+                alpha=alpha,
+                padded_vocabulary=True,
+                loss=loss,
+            )
+        log_s_PV = (logits_PV / T).log_softmax(-1)[:, : teacher_PV.shape[1]]
+        log_p_PV = (teacher_PV / T).log_softmax(-1)
         soft = alpha * T**2 * weighted_difference(log_p_PV, log_s_PV).sum(1).mean()
         return (1 - alpha) * cross_entropy(logits_PV, targets_P).mean() + soft if alpha < 1 else soft
 
@@ -286,10 +316,11 @@ class TokenTask:
             cross_documents=self.cross_documents,
         )
 
-    def loss(self, model: nn.Module, batch: TokenBatch) -> torch.Tensor:
+    def loss(self, model: nn.Module, batch: TokenBatch, *, label_share: float | None = None) -> torch.Tensor:
         if self.teacher is not None:
             return model(batch, self.teacher, self.loss_settings.alpha)
-        return model(batch, batch.labels, self.loss_settings.alpha if batch.labels is not None else 0.0)
+        alpha = self.loss_settings.alpha if batch.labels is not None else 0.0
+        return model(batch, batch.labels, alpha, label_share)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, accelerator: Accelerator, batch_size: int) -> dict[str, float]:

@@ -20,7 +20,7 @@ from pipeline.labels import SoftLabels, collect
 from pipeline.language import build_language_model, check_split, split
 from pipeline.models import Normalize, build_model, count_parameters, load_weights, parse_spec
 from pipeline.settings import Settings
-from pipeline.sparsify import LabelSettings, logit_faults, sparsify
+from pipeline.sparsify import LabelSettings, logit_faults, row_seeds, sparsify
 from pipeline.token_batches import TokenBatch
 
 __all__ = [
@@ -81,13 +81,16 @@ class Teacher(ABC):
         """Returns the batch's record and the faults [P] uint8 of its logits, on the device, waiting for nothing."""
         targets_P = batch.targets.to(self.device, non_blocking=True)
         faults_P = torch.zeros(batch.num_rows, dtype=torch.uint8, device=self.device)
+        seeds_P = row_seeds(batch.fingerprints, batch.row_counts, batch.positions, settings.seed)
 
         def records() -> Iterator[SoftLabels]:
             start = 0
             for logits_PV in self.chunks(batch):
                 rows = slice(start, start + len(logits_PV))
                 faults_P[rows] = logit_faults(logits_PV)
-                yield sparsify(logits_PV, settings, targets_P=targets_P[rows], check=False)
+                yield sparsify(
+                    logits_PV, settings, targets_P=targets_P[rows], seeds_P=seeds_P[rows], check=False
+                )
                 start = rows.stop
 
         return collect(records(), batch.num_rows), faults_P

@@ -4,7 +4,7 @@ The text half of batches.py: both halves of softcache load tokens here and nowhe
 taken at capture and one taken at training time are of the same thing by construction. A batch is padded to its
 longest sample. A sample of 256 tokens costs about 11 microseconds on one core, 6 of them for its fingerprint.
 
-Shape suffixes: B batch, L positions, P label rows of all samples together.
+Shape suffixes: B batch, L positions, P rows of all samples together, Q those of them that have a label.
 """
 
 from __future__ import annotations
@@ -34,11 +34,14 @@ class TokenBatch:
     Attributes:
         tokens: [B, L] int64, padded with 0.
         segments: [B, L] int64, from 0; padding is one more segment of its own.
-        rows: [P] int64, the flat positions b * L + t that have a label, sample by sample, ascending.
+        rows: [P] int64, the flat positions b * L + t that have something to predict, sample by sample, ascending.
         targets: [P] int64, the token that each row predicts: that of position t + 1.
         lengths: [B] int64 (NumPy), the tokens of each sample.
         row_counts: [B] int64 (NumPy), the rows of each sample.
         view: always 0; text has one view.
+        labels: the record of the rows that have a label, where there is one.
+        labelled: [Q] int64, which of the P rows they are, ascending; None: all of them.
+        label_counts: [B] int64 (NumPy), how many each sample has; None: `row_counts`.
     """
 
     tokens: torch.Tensor
@@ -52,6 +55,8 @@ class TokenBatch:
     fingerprints: np.ndarray
     unit: int | None = None
     labels: SoftLabels | None = None
+    labelled: torch.Tensor | None = None
+    label_counts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -59,6 +64,11 @@ class TokenBatch:
     @property
     def num_rows(self) -> int:
         return len(self.rows)
+
+    @property
+    def num_labelled(self) -> int:
+        """Q, of a batch with labels."""
+        return self.num_rows if self.labelled is None else len(self.labelled)
 
     @property
     def positions(self) -> np.ndarray:
@@ -70,7 +80,8 @@ class TokenBatch:
 
     def _slice(self, start: int, stop: int) -> TokenBatch:
         samples = slice(start, stop)
-        rows = slice(int(self.row_counts[:start].sum()), int(self.row_counts[:stop].sum()))
+        rows = _span(self.row_counts, start, stop)
+        labelled = rows if self.label_counts is None else _span(self.label_counts, start, stop)
         return replace(
             self,
             tokens=self.tokens[samples],
@@ -81,7 +92,9 @@ class TokenBatch:
             row_counts=self.row_counts[samples],
             samples=self.samples[samples],
             fingerprints=self.fingerprints[samples],
-            labels=self.labels and self.labels.take(rows),
+            labels=self.labels and self.labels.take(labelled),
+            labelled=None if self.labelled is None else self.labelled[labelled] - rows.start,
+            label_counts=None if self.label_counts is None else self.label_counts[samples],
         )
 
     def pin_memory(self) -> TokenBatch:
@@ -92,6 +105,7 @@ class TokenBatch:
             rows=self.rows.pin_memory(),
             targets=self.targets.pin_memory(),
             labels=self.labels and self.labels.pin_memory(),
+            labelled=None if self.labelled is None else self.labelled.pin_memory(),
         )
 
     def to(self, device: torch.device) -> TokenBatch:
@@ -102,7 +116,44 @@ class TokenBatch:
             rows=self.rows.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             labels=self.labels and self.labels.to_torch(device, non_blocking=True),
+            labelled=None if self.labelled is None else self.labelled.to(device, non_blocking=True),
         )
+
+    def select(self, chosen: np.ndarray) -> TokenBatch:
+        """Returns the batch with some of its rows only, without labels.
+
+        Args:
+            chosen: int64, which of the P rows, ascending.
+        """
+        import torch
+
+        index = torch.from_numpy(chosen).to(self.rows.device)
+        sample_P = np.repeat(np.arange(len(self)), self.row_counts)
+        return replace(
+            self,
+            rows=self.rows[index],
+            targets=self.targets[index],
+            row_counts=np.bincount(sample_P[chosen], minlength=len(self)),
+            labels=None,
+            labelled=None,
+            label_counts=None,
+        )
+
+    def rows_at(self, positions: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Returns which of the P rows are at these positions, int64; -1 where there is none, or not in order.
+
+        Args:
+            positions: of some rows of each sample, ascending, sample by sample.
+            counts: [B] how many of them each sample has.
+        """
+        length, rows_P = self.tokens.shape[1], self.rows.cpu().numpy()
+        flat = np.repeat(np.arange(len(self)), counts) * length + positions.astype(np.int64)
+        found = np.searchsorted(rows_P, flat)
+        good = found < len(rows_P)
+        good[good] = rows_P[found[good]] == flat[good]
+        good &= positions < length  # beyond, it would be a position of the next sample
+        good[1:] &= np.diff(flat) > 0
+        return np.where(good, found, -1)
 
     @classmethod
     def merge(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
@@ -121,6 +172,7 @@ class TokenBatch:
             rows.append(batch.rows + batch.rows // batch.tokens.shape[1] * added + before * length)
             before += len(batch)
         labels = [batch.labels for batch in batches if batch.labels is not None]
+        labelled, label_counts = _merged_labelled(batches)
         return replace(
             batches[0],
             tokens=torch.cat(tokens),
@@ -132,6 +184,8 @@ class TokenBatch:
             samples=np.concatenate([batch.samples for batch in batches]),
             fingerprints=np.concatenate([batch.fingerprints for batch in batches]),
             labels=concat(labels) if labels else None,
+            labelled=labelled,
+            label_counts=label_counts,
         )
 
 
@@ -203,3 +257,25 @@ class TokenData:
             view=view,
             fingerprints=prints,
         )
+
+
+def _merged_labelled(batches: Sequence[TokenBatch]) -> tuple[torch.Tensor | None, np.ndarray | None]:
+    """`labelled` and `label_counts` of the batches together."""
+    import torch
+
+    if all(batch.labelled is None for batch in batches):
+        return None, None
+    labelled, counts, before = [], [], 0
+    for batch in batches:
+        here = batch.labelled
+        if here is None:
+            here = torch.arange(batch.num_rows, device=batch.rows.device)
+        labelled.append(here + before)
+        counts.append(batch.row_counts if batch.label_counts is None else batch.label_counts)
+        before += batch.num_rows
+    return torch.cat(labelled), np.concatenate(counts)
+
+
+def _span(counts: np.ndarray, start: int, stop: int) -> slice:
+    """The rows of the samples `start` to `stop`, of so many rows each."""
+    return slice(int(counts[:start].sum()), int(counts[:stop].sum()))

@@ -10,10 +10,10 @@ import torch
 
 from pipeline.batches import Dataset
 from pipeline.cache import Cache
-from pipeline.errors import SoftcacheError
+from pipeline.errors import AlignmentError, SoftcacheError
 from pipeline.labels import SoftLabels
 from pipeline.losses import forward_kl
-from pipeline.reader import check_alignment
+from pipeline.reader import check_alignment, with_labels
 from pipeline.teacher import Teacher
 
 __all__ = ["verify_against_teacher", "verify_units"]
@@ -73,14 +73,21 @@ def verify_against_teacher(
 def _compare(
     cache: Cache, data: Dataset, teacher: Teacher, samples: np.ndarray, view: int, threshold_nats: float
 ) -> Iterator[str]:
-    labels, prints = cache.read_rows(samples, view)
-    batch = data.load(samples, view)
-    kl_P = _divergence(labels.to_torch(), batch, teacher)
+    stored = cache.read_stored(samples, view)
+    try:
+        batch = with_labels(data.load(samples, view), stored, cache, data)
+    except AlignmentError as error:
+        yield str(error)
+        return
+    labels = batch.labels
+    if getattr(batch, "labelled", None) is not None:
+        batch = batch.select(batch.labelled.numpy())  # the teacher need not say the rest
+    kl_P = _divergence(labels, batch, teacher)
     worst_B = np.maximum.reduceat(kl_P, np.cumsum(batch.row_counts) - batch.row_counts)
     for row, sample in enumerate(samples):
         unit = cache.manifest.plan.locate(view, int(sample))
         where = f"unit {unit.number}, row {int(sample) - unit.start} (sample {data.source.key(int(sample))!r}, view {view})"
-        if prints[row] != batch.fingerprints[row]:
+        if stored.fingerprints[row] != batch.fingerprints[row]:
             yield f"{where}: the content changed since it was labelled"
         elif not worst_B[row] <= threshold_nats:
             yield (
@@ -91,10 +98,27 @@ def _compare(
 
 @torch.inference_mode()
 def _divergence(labels: SoftLabels, batch: Any, teacher: Teacher) -> np.ndarray:
-    """Returns KL(record || teacher now) [P] at T=1, chunk by chunk."""
+    """Returns KL(record || teacher now) [P] at T=1, chunk by chunk.
+
+    Of classes that were drawn at random, half the mean of (log p - log q)^2 over them: what KL is for small
+    differences. The estimate of KL itself may be negative.
+    """
     parts, start = [], 0
     for logits_PV in teacher.chunks(batch):
         rows = labels.take(slice(start, start + len(logits_PV)))
-        parts.append(forward_kl(logits_PV.cpu(), rows, temperature=1.0, padded_vocabulary=True).numpy())
+        if labels.sampling is None:
+            kl_P = forward_kl(logits_PV.cpu(), rows, temperature=1.0, padded_vocabulary=True)
+        else:
+            kl_P = _drawn_difference(logits_PV.cpu(), rows)
+        parts.append(kl_P.numpy())
         start += len(logits_PV)
     return np.concatenate(parts)
+
+
+def _drawn_difference(logits_PV: torch.Tensor, labels: SoftLabels) -> torch.Tensor:
+    record = labels.at_temperature(1.0)
+    used_PK = record.log_probs > -torch.inf
+    ids_PK = record.ids.long().where(used_PK, 0)
+    difference_PK = record.log_probs - logits_PV.float().log_softmax(1).gather(1, ids_PK)
+    mass_PK = (record.log_probs + record.log_weights).exp()
+    return (mass_PK * difference_PK.square()).where(used_PK, 0.0).sum(1) / 2

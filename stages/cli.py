@@ -11,8 +11,10 @@ from pipeline import __version__
 from pipeline.errors import SoftcacheError
 from stages.compare import compare
 from stages.convert import convert
+from stages.fidelity import fidelity
 from stages.import_labels import import_command
 from stages.inspect import inspect_command
+from stages.slim import slim
 from stages.students import students
 from stages.teacher_logits import teacher_logits
 from stages.train_student import train_student_command
@@ -36,7 +38,9 @@ for command in (
     train_teacher_command,
     inspect_command,
     verify,
+    fidelity,
     convert,
+    slim,
     import_command,
 ):
     softcache.add_command(command)

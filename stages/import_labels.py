@@ -56,6 +56,11 @@ def import_command(
         raise ConfigError(
             f"config {config_path}: labels.policy: dense; an import keeps the labels.k most likely tokens"
         )
+    if config.labels.positions.policy != "all":
+        raise ConfigError(
+            f"config {config_path}: labels.positions: {config.labels.positions.policy!r}; an import takes every position "
+            "that a server answered for; drop the table"
+        )
     source = open_text(config.source, split="train")
     data = TokenData(source, cross_documents=config.source.cross_documents)
     num_bytes = sum(Path(path).stat().st_size for path in responses if Path(path).is_file())

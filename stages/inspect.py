@@ -3,6 +3,7 @@
 softcache inspect runs/digits/cache
 """
 
+import itertools
 import json
 from collections import defaultdict
 from typing import Any
@@ -44,6 +45,9 @@ def inspect_command(url: str, as_json: bool) -> None:
             for key, value in report["identity"][name].items()
             if not isinstance(value, dict | list)
         }
+        if positions := report["identity"][name].get("positions"):
+            told = " ".join(map(str, itertools.chain(*positions.items())))
+            shown["positions"] = told.removeprefix("policy ")
         short = (
             f"{key} {value[:12]}…" if len(str(value)) == 64 else f"{key} {value}"
             for key, value in shown.items()
@@ -62,9 +66,10 @@ def inspect_command(url: str, as_json: bool) -> None:
     print_table("share of the teacher's mass in the kept classes", columns, rows)
     if report["entropy_nats"] is not None:
         click.echo(f"entropy   {report['entropy_nats']['mean']:.4f} nats on average")
-    click.echo(
-        f"teacher agrees with the ground truth on {percent(report['agreement'])} of {report['rows']:,} rows"
-    )
+    if report["agreement"] is not None:
+        click.echo(
+            f"teacher agrees with the ground truth on {percent(report['agreement'])} of {report['rows']:,} rows"
+        )
 
 
 def _identity(cache: Cache) -> dict[str, Any]:
@@ -119,7 +124,8 @@ def _labels(cache: Cache) -> dict[str, Any]:
     return {
         "kept_mass": {t: _summary(np.concatenate(values)) for t, values in mass.items()},
         "entropy_nats": _summary(np.concatenate(entropy)) if entropy else None,
-        "agreement": hits / num_rows,
+        # The likeliest class that was drawn need not be the teacher's first guess.
+        "agreement": None if cache.manifest.codec.get("sampling") else hits / num_rows,
     }
 
 

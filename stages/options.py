@@ -10,7 +10,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["cache_option", "config_options", "print_table", "track_option"]
+from pipeline.errors import TemperatureError
+
+__all__ = ["cache_option", "config_options", "parse_temperatures", "print_table", "track_option"]
 
 
 def config_options(command: Callable) -> Callable:
@@ -45,6 +47,23 @@ def track_option(command: Callable) -> Callable:
         type=click.Choice(["tensorboard"]),
         help="Log the training curves with a tracker.",
     )(command)
+
+
+def parse_temperatures(given: str) -> tuple[float, ...]:
+    """Returns the numbers of an option `T,T,…`.
+
+    Raises:
+        TemperatureError: it holds something else, or a number below 1.
+    """
+    try:
+        found = tuple(float(part) for part in given.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(1.0 <= t < float("inf") for t in found):
+        raise TemperatureError(
+            f"--temperatures: expected numbers of at least 1, with commas between them; found {given!r}; such as 1,2,4"
+        )
+    return found
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, note: str = "") -> None:

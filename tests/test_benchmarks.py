@@ -4,7 +4,7 @@ import json
 
 from click.testing import CliRunner
 
-from benchmarks import fused, teacher_memory
+from benchmarks import fused, quality, teacher_memory
 
 
 def test_fused_benchmark_runs(tmp_path):
@@ -24,3 +24,33 @@ def test_teacher_memory_benchmark_runs(tmp_path):
     done = CliRunner().invoke(teacher_memory.main, how)
     assert done.exit_code == 0, done.output
     assert json.loads(path.read_text())[0]["length"] == 96
+
+
+def test_quality_benchmark_trains_from_every_record_once(tmp_path):
+    config = tmp_path / "digits.toml"
+    config.write_text(
+        """
+        [source]
+        name = "digits"
+        max_train_samples = 120
+        max_eval_samples = 40
+        [teacher]
+        model = "tests.fakes:known"
+        [student]
+        model = "linear"
+        [train]
+        epochs = 1
+        """
+    )
+    how = ["--config", str(config), "--out", str(tmp_path / "out"), "--seeds", "0,1"]
+    for record in ("hard", "live", "top_k:2:ignore", "top_k:4", "sample:5", "hybrid:2:3", "top_p:0.9:4"):
+        how += ["--record", record]
+    done = CliRunner().invoke(quality.main, how)
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert len(rows) == 14
+    assert {row["bytes"] is None for row in rows if row["record"] in ("hard", "live")} == {True}
+    sizes = {row["record"]: row["bytes"] for row in rows}
+    assert sizes["top_k:2:ignore"] < sizes["top_k:4"]
+    CliRunner().invoke(quality.main, how)
+    assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 14

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import load_config
+from pipeline.config import RunConfig, load_config
 from pipeline.errors import ConfigError
 from tests.caches import ROOT
 
@@ -208,3 +208,16 @@ def test_the_last_override_wins_and_the_rest_of_the_table_stays(small):
 def test_a_wrong_override_is_named(small, override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(small, [override])
+
+
+def test_drawn_labels_need_a_loss_that_they_estimate(tmp_path):
+    """At once, not at the first batch after the teacher has run."""
+    table = {
+        "name": "x",
+        "source": {"name": "digits"},
+        "student": {"model": "linear"},
+        "labels": {"policy": "sample", "draws": 5},
+    }
+    assert RunConfig.model_validate(table).labels.draws == 5
+    with pytest.raises(ValueError, match="reverse_kl cannot be estimated from classes drawn at random"):
+        RunConfig.model_validate({**table, "loss": {"name": "reverse_kl"}})

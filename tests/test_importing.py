@@ -760,7 +760,9 @@ def test_the_python_of_the_how_to_makes_what_is_imported(served, tmp_path, toml,
             pass
 
     class ManyAtOnce(http.server.ThreadingHTTPServer):
-        request_queue_size = 128  # the how-to asks from many threads, and the default of 5 resets some of them
+        request_queue_size = (
+            128  # the how-to asks from many threads, and the default of 5 resets some of them
+        )
 
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/how-to/import-logprobs.md").read_text(), re.S)

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 FLOORS = [
     {"errors", "settings", "progress"},
-    {"tail", "shuffle", "identity", "view_ops"},
+    {"tail", "shuffle", "identity", "view_ops", "positions"},
     {"labels"},
     {"views", "sources", "models", "sparsify", "losses", "codec"},
     {"manifest", "batches", "token_batches", "language", "fused"},
@@ -17,13 +17,13 @@ FLOORS = [
     {"planning"},
     {"capture", "cache"},
     {"reader", "checkpoints", "tasks"},
-    {"student", "verify", "convert", "paired", "trainer", "importing"},
+    {"student", "verify", "convert", "slim", "fidelity", "paired", "trainer", "importing"},
     {"config"},
     {"modalities"},
     {"runs"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-WRITING = {"sparsify", "teacher", "planning", "capture"}
+WRITING = {"positions", "sparsify", "teacher", "planning", "capture"}
 READING = {"cache", "reader", "shuffle", "losses", "fused"}
 
 

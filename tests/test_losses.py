@@ -15,6 +15,7 @@ from pipeline.losses import cross_entropy, distillation_loss, fit_vocabulary, fo
 from pipeline.sparsify import dense, top_k
 
 INF = math.inf
+GRID = (1.0, 1.5, 2.5, 4.0)  # of labels that are compared with the truth: on it nothing is interpolated
 
 
 def make_logits(num_positions: int, num_classes: int, seed: int, scale: float = 3.0) -> torch.Tensor:
@@ -63,7 +64,7 @@ def test_with_every_class_kept_it_is_the_dense_divergence(num_classes, temperatu
 @pytest.mark.parametrize(("num_classes", "k"), [(10, 1), (10, 3), (10, 9), (100, 10), (1000, 20)])
 def test_agrees_with_loops_over_buckets(num_classes, k, temperature):
     teacher, student = make_logits(5, num_classes, 2), make_logits(5, num_classes, 3)
-    labels = top_k(teacher, k=k)
+    labels = top_k(teacher, k=k, temperatures=GRID)
     found = forward_kl(student, labels, temperature=temperature)
     for position in range(5):
         expected = bucket_kl(
@@ -79,7 +80,7 @@ def test_masked_classes_of_teacher_and_student_contribute_nothing():
     student[1, 8:10] = -INF
     student.requires_grad_()
     for k in (3, 6, 8, 12):
-        labels = top_k(teacher, k=k)
+        labels = top_k(teacher, k=k, temperatures=GRID)
         found = forward_kl(student, labels, temperature=2.5)
         for position in range(4):
             kept = labels.ids[position].tolist()
@@ -195,7 +196,7 @@ def test_factor_of_temperature_squared_is_in_value_and_gradient_alike():
 
 def test_distillation_loss_is_the_masked_mean_of_its_parts():
     teacher, student, targets = make_logits(4, 9, 19), make_logits(4, 9, 20), torch.tensor([1, 2, 3, 4])
-    labels, weights = top_k(teacher, k=3), [0.0, 1.0, 0.5, 2.0]
+    labels, weights = top_k(teacher, k=3, temperatures=GRID), [0.0, 1.0, 0.5, 2.0]
     total = 0.0
     for position, weight in enumerate(weights):
         row = student[position].tolist()
@@ -303,7 +304,7 @@ def padded_kl(teacher: list[float], student: list[float], kept: list[int], tempe
 @pytest.mark.parametrize("k", [1, 4])
 def test_padded_vocabularies_agree_with_loops_over_buckets(k, num_student_classes, temperature):
     teacher, student = make_logits(5, 12, 40), make_logits(5, num_student_classes, 41)
-    labels = top_k(teacher, k=k)
+    labels = top_k(teacher, k=k, temperatures=GRID)
     assert num_student_classes > 7 or (labels.ids >= 7).any(), "some class must be folded"
     found = forward_kl(student, labels, temperature=temperature, padded_vocabulary=True)
     for position in range(5):
@@ -361,7 +362,7 @@ def obvious_uld(teacher: list[float], student: list[float], k: int, temperature:
 @pytest.mark.parametrize("k", [1, 5, 12])
 def test_uld_agrees_with_the_obvious_loop(k, num_student_classes, temperature):
     teacher, student = make_logits(4, 12, 50), make_logits(4, num_student_classes, 51)
-    found = uld(student, top_k(teacher, k=k), temperature=temperature)
+    found = uld(student, top_k(teacher, k=k, temperatures=GRID), temperature=temperature)
     whole = uld(student, dense(teacher), temperature=temperature)
     for position in range(4):
         rows = teacher[position].tolist(), student[position].tolist()
@@ -397,9 +398,9 @@ def test_numpy_labels_unknown_tails_and_low_temperatures_raise():
     student, labels = make_logits(3, 9, 31), top_k(make_logits(3, 9, 32), k=2)
     with pytest.raises(LabelError, match=r"call labels\.to_torch"):
         forward_kl(student, labels.to_numpy(), temperature=1.0)
-    with pytest.raises(LabelError, match="expected 'bucket'; found 'drop'"):
+    with pytest.raises(LabelError, match=r"expected 'bucket', .*; found 'drop'"):
         forward_kl(student, labels, temperature=1.0, tail="drop")
-    with pytest.raises(TemperatureError, match=r"at least 1\.0"):
+    with pytest.raises(TemperatureError, match=r"temperature 0\.5: below 1 the mass of the dropped"):
         forward_kl(student, labels, temperature=0.5)
 
 
@@ -440,7 +441,7 @@ def test_a_truncated_divergence_goes_negative_where_ours_does_not():
 )
 def test_is_never_negative_and_bounded_by_the_full_divergence(rows, k, temperature):
     teacher, student = (torch.tensor([row], dtype=torch.float64) for row in rows)
-    labels = top_k(teacher, k=min(k, len(rows[0])))
+    labels = top_k(teacher, k=min(k, len(rows[0])), temperatures=GRID)
     found = forward_kl(student, labels, temperature=temperature).item()
     assert found >= -1e-12
     on_grid = forward_kl(student, labels, temperature=4.0).item()

@@ -315,13 +315,13 @@ def test_a_cache_of_every_class_trains_as_the_live_teacher_does(tmp_path):
 
 @pytest.mark.parametrize(("num_views", "used"), [(None, [0, 1, 0]), (1, [0, 0, 0]), (2, [0, 1, 0])])
 def test_an_epoch_uses_its_view(tmp_path, shared_cache, monkeypatch, num_views, used):
-    read, views = Cache.read_rows, []
+    read, views = Cache.read_stored, []
 
     def spy(self, samples, view=0):
         views.append(view)
         return read(self, samples, view)
 
-    monkeypatch.setattr(Cache, "read_rows", spy)
+    monkeypatch.setattr(Cache, "read_stored", spy)
     fit(shared_cache[2], tmp_path, num_views=num_views)
     assert views == [view for view in used for _ in range(6)]
 

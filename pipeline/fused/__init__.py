@@ -5,12 +5,14 @@
 
     rows.py           the positions that count: checked once, and how much each weighs
     head.py           a chunk of hidden states to logits
+    soft.py           the soft losses: a student's masses in the labels' buckets to a value and its slopes
     mixture.py        a chunk of logits to its loss and, in place, to the gradient of that loss
     gradients.py      that gradient to those of hidden states, weight and bias, all in the forward pass
 
 Beside the gradients themselves, kept in float32, that takes, with P positions, width D and V classes,
 
-    chunk x V x 4 bytes x (1 + 1 where both parts are on at T != 1 + 1 for a softcap + 1/2 in half precision)
+    chunk x V x 4 bytes x (1 + 1 where both parts are on at T != 1, or the tail is spread + 1 for a softcap
+                             + 1 for standardised logits + 1/2 in half precision)
 
 where chunk x V is 2^23: at most 32 or 64 MiB in the usual cases, whatever P. (In half precision the product
 that is added to the head's gradient is one more [V, D] of 2 bytes, and the head under autocast is another.)

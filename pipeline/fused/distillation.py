@@ -3,7 +3,6 @@
 Shape suffixes: `P` positions, `D` width of the hidden state, `V` classes.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,10 +11,15 @@ from torch import Tensor
 from pipeline.errors import LabelError
 from pipeline.fused.gradients import HeadLoss
 from pipeline.fused.head import Head
-from pipeline.fused.mixture import BucketKl, Mixture, Soft, Uld
+from pipeline.fused.mixture import Mixture
 from pipeline.fused.rows import Rows
-from pipeline.labels import SoftenedLabels, SoftLabels
-from pipeline.losses import check_alpha, check_vocabulary
+from pipeline.fused.soft import Buckets, Soft, Uld
+from pipeline.labels import SoftLabels
+from pipeline.losses import Loss, check_vocabulary
+from pipeline.losses.mixing import check_needs
+from pipeline.losses.registry import as_loss
+from pipeline.losses.standardize import teacher_temperature
+from pipeline.losses.truth import dropped_log_probs, teacher_log_probs
 
 __all__ = ["fused_distillation_loss", "fused_uld_loss"]
 
@@ -34,8 +38,9 @@ def fused_distillation_loss(
     weights_P: Tensor | None = None,
     padded_vocabulary: bool = False,
     chunk_positions: int | None = None,
+    loss: Loss | str = "forward_kl",
 ) -> Tensor:
-    """Weighted mean of (1 - alpha) * cross-entropy + alpha * T^2 * forward KL, without the logits.
+    """Weighted mean of (1 - alpha) * cross-entropy + alpha * T^2 * soft loss, without the logits.
 
     Equal to `losses.distillation_loss` of logits = (hidden @ weight.T + bias) * logit_scale, then softcap *
     tanh(logits / softcap), with weights_P for a mask. A position of weight 0 is not computed at all, so it
@@ -48,7 +53,7 @@ def fused_distillation_loss(
         weight_VD: [V, D] floating point, the head's weight; may be the input embedding too (tied).
         labels: torch record of the P positions on the same device; may be None when alpha is 0.
         targets_P: [P] integer classes; a position with -100 has no cross-entropy, but counts in the mean, and
-            so does its forward KL. May be None when alpha is 1.
+            so does its soft loss (dkd and nkd have none there). May be None when alpha is 1, but for dkd and nkd.
         temperature: a number or a tensor [P] that needs no gradient; not read when alpha is 0.
         alpha: weight of the soft part, in [0, 1].
         bias_V: [V], or None.
@@ -58,6 +63,9 @@ def fused_distillation_loss(
         padded_vocabulary: accept a head of another number of classes than the labels'; what that means is in
             `losses.fit_vocabulary`.
         chunk_positions: rows of logits held at once; None picks 2^23 / V. Only rounding depends on it.
+        loss: the soft part: a name, or what `losses.make_loss` gives; all of them, with every tail mode. "uniform"
+            and labels of all classes need about ten chunks' memory; `standardize` one more, and one more wait for a
+            GPU.
 
     Returns:
         Scalar, float32 (float64 for float64 hidden states); 0 with zero gradients where nothing has weight.
@@ -84,15 +92,11 @@ def fused_distillation_loss(
         Hinton, Vinyals, Dean 2015, arXiv 1503.02531, eq. (1) and section 2.1 (T^2).
         Hsu et al. 2024, "Liger Kernel", arXiv 2410.10989, section 3.2 (gradients in the forward pass).
     """
-    if labels is not None and alpha > 0.0:
-        check_vocabulary(labels.num_classes, weight_VD.shape[0], padded_vocabulary=padded_vocabulary)
-
-    def divergence(softened: SoftenedLabels) -> Soft:
-        assert labels is not None
-        return BucketKl(softened, labels.num_classes, weight_VD.shape[0])
-
     head = Head(hidden_PD, weight_VD, bias_V, softcap, logit_scale, chunk_positions)
-    return _mean_loss(head, labels, targets_P, weights_P, temperature, alpha, divergence)
+    loss = as_loss(loss)
+    if labels is not None and alpha > 0.0 and loss.name != "uld":
+        check_vocabulary(labels.num_classes, head.num_classes, padded_vocabulary=padded_vocabulary)
+    return _mean_loss(head, loss, labels, targets_P, weights_P, temperature, alpha)
 
 
 def fused_uld_loss(
@@ -138,20 +142,21 @@ def fused_uld_loss(
         Boizard, El Haddad, Hudelot, Colombo 2024, arXiv 2402.12030, eqs. (4) and (5).
     """
     head = Head(hidden_PD, weight_VD, bias_V, softcap, logit_scale, chunk_positions)
-    return _mean_loss(head, labels, targets_P, weights_P, temperature, alpha, Uld)
+    return _mean_loss(head, as_loss("uld"), labels, targets_P, weights_P, temperature, alpha)
 
 
 def _checked_parts(
-    alpha: float, labels: SoftLabels | None, targets_P: Tensor | None, temperature: Any, num_positions: int
+    loss: Loss,
+    alpha: float,
+    labels: SoftLabels | None,
+    targets_P: Tensor | None,
+    temperature: Any,
+    num_positions: int,
 ) -> tuple[SoftLabels | None, Tensor | None]:
-    """Labels and targets, each None where alpha leaves it out."""
-    check_alpha(alpha)
-    if alpha < 1.0 and targets_P is None:
-        raise LabelError("fused loss: expected targets for alpha below 1; found None; pass them or alpha=1")
-    if alpha == 0.0:
+    """Labels and targets, each None where the mixture leaves it out."""
+    check_needs(loss, labels, targets_P, alpha, "fused loss")
+    if alpha == 0.0 or labels is None:
         return None, targets_P
-    if labels is None:
-        raise LabelError("fused loss: expected labels for alpha above 0; found None; pass them or alpha=0")
     if not labels.is_torch:
         raise LabelError(
             "labels: expected torch tensors; found NumPy arrays; call labels.to_torch(device) first"
@@ -166,30 +171,70 @@ def _checked_parts(
             "loss.temperature: expected a constant; found a tensor that requires a gradient; "
             "detach it, or use losses.distillation_loss, which differentiates in the temperature"
         )
-    return labels, targets_P if alpha < 1.0 else None
+    loss.check_labels(labels)
+    return labels, targets_P if alpha < 1.0 or loss.kind.needs_target else None
 
 
 def _mean_loss(
     head: Head,
+    loss: Loss,
     labels: SoftLabels | None,
     targets_P: Tensor | None,
     weights_P: Tensor | None,
     temperature: Any,
     alpha: float,
-    soft_loss: Callable[[SoftenedLabels], Soft],
 ) -> Tensor:
     hidden_PD, weight_VD, bias_V = head.tensors
-    labels, targets_P = _checked_parts(alpha, labels, targets_P, temperature, len(hidden_PD))
-    rows = Rows(head, labels, targets_P, weights_P)
-    soft, T = None, 1.0
+    labels, targets_P = _checked_parts(loss, alpha, labels, targets_P, temperature, len(hidden_PD))
+    rows = Rows(head, labels, targets_P, weights_P, needs_truth=loss.kind.needs_target)
+    mixture = Mixture(rows.targets_P, 0.0, None, 1.0)
     if labels is not None:
         with torch.no_grad():
-            soft = soft_loss(rows.softened(labels, temperature, head.dtype))
-        T = rows.temperature(temperature, head.dtype)
+            mixture = _mixture(loss, labels, targets_P, rows, head, temperature, alpha)
     needs = tuple(
         x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden_PD, weight_VD, bias_V)
     )
-    loss: Tensor = HeadLoss.apply(
-        hidden_PD, weight_VD, bias_V, head, rows, Mixture(rows, alpha, soft, T), needs
+    value: Tensor = HeadLoss.apply(hidden_PD, weight_VD, bias_V, head, rows, mixture, needs)
+    return value
+
+
+def _mixture(
+    loss: Loss,
+    labels: SoftLabels,
+    targets_P: Tensor | None,
+    rows: Rows,
+    head: Head,
+    temperature: Any,
+    alpha: float,
+) -> Mixture:
+    """The loss of a chunk of the active rows, where there is a soft part."""
+    T, dtype = temperature, head.dtype
+    if loss.standardize:
+        T = teacher_temperature(labels, temperature, active_P=rows.active_P)
+    softened = labels.at_temperature(T)
+    log_dropped_P = truth_P = None
+    if loss.kind.needs_target:
+        assert targets_P is not None
+        log_dropped_P = rows.take(dropped_log_probs(labels, softened, T)).to(dtype)
+        if loss.kind.weighs_truth:
+            targets_P = targets_P.to(softened.ids.device).long()
+            truth_P = rows.take(teacher_log_probs(labels, targets_P)).to(dtype).exp()
+    soft: Soft = (
+        Uld(rows.of(softened, dtype))
+        if loss.name == "uld"
+        else Buckets(
+            loss,
+            rows.of(softened, dtype),
+            (labels.num_classes, head.num_classes),
+            rows.targets_P,
+            log_dropped_P,
+        )
     )
-    return loss
+    return Mixture(
+        rows.targets_P if alpha < 1.0 or loss.kind.weighs_truth else None,
+        alpha,
+        soft,
+        rows.temperature(temperature, dtype),
+        standardize=loss.standardize,
+        truth_P=truth_P,
+    )

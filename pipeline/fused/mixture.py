@@ -9,120 +9,83 @@ rounding):
 
     d(T^2 KL) / dz_k = T (P s_k - p_k)                          k kept
     d(T^2 KL) / dz_j = T (P s_tail - p_tail) s_j / s_tail       j dropped
+
+With standardised logits T is the base temperature times the row's standard deviation, itself a function of the logits:
+a gradient g at a fixed T, and z less their mean, make
+
+    dL / dz_j = g_j - z_j (sum g z) / (V std^2)
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pipeline.fused.head import Head
-from pipeline.fused.rows import IGNORED, Rows
-from pipeline.labels import SoftenedLabels
-from pipeline.losses import fit_vocabulary, weighted_difference
+from pipeline.fused.soft import Masses, Soft
+from pipeline.losses.standardize import LEAST_STD
+from pipeline.losses.truth import IGNORED
 
-__all__ = ["BucketKl", "Mixture", "Soft", "Uld"]
-
-
-class Soft(Protocol):
-    """A loss of the student's masses in K kept buckets and the bucket of all other classes."""
-
-    temperature_power: int  # the loss is multiplied by T to this power
-
-    def kept(self, logits_PV: Tensor, part: slice) -> Tensor:
-        """[P, K] int64 ids of the kept classes of a chunk; V in unused slots."""
-
-    def value_and_slopes(
-        self, log_kept_PK: Tensor, log_tail_P: Tensor, part: slice
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss [P] and its derivatives by the student's log-masses [P, K] and [P], -inf where empty."""
-
-
-class BucketKl:
-    """`losses.forward_kl`."""
-
-    temperature_power = 2
-
-    def __init__(self, softened: SoftenedLabels, num_classes: int, num_student_classes: int) -> None:
-        self._softened, self._sizes = softened, (num_classes, num_student_classes)
-        self._chunk = softened
-
-    def kept(self, logits_PV: Tensor, part: slice) -> Tensor:
-        whole = self._softened
-        chunk = SoftenedLabels(whole.ids[part], whole.log_probs[part], whole.log_tail[part])
-        self._chunk = fit_vocabulary(chunk, *self._sizes)
-        return self._chunk.ids
-
-    def value_and_slopes(
-        self, log_kept_PK: Tensor, log_tail_P: Tensor, part: slice
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        log_p_PK, log_p_P = self._chunk.log_probs, self._chunk.log_tail
-        value_P = weighted_difference(log_p_PK, log_kept_PK).sum(dim=1)
-        value_P += weighted_difference(log_p_P, log_tail_P)
-        return value_P, -log_p_PK.exp(), -log_p_P.exp()
-
-
-class Uld:
-    """`losses.uld`: the kept classes are the student's own K largest."""
-
-    temperature_power = 0
-
-    def __init__(self, softened: SoftenedLabels) -> None:
-        self._probs_PK = softened.log_probs.exp().sort(dim=1, descending=True).values
-        self._tail_P = softened.log_tail.exp()
-
-    def kept(self, logits_PV: Tensor, part: slice) -> Tensor:
-        num_kept = min(self._probs_PK.shape[1], logits_PV.shape[1])
-        return logits_PV.topk(num_kept, dim=1).indices
-
-    def value_and_slopes(
-        self, log_kept_PK: Tensor, log_tail_P: Tensor, part: slice
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        probs_PK, num_kept = self._probs_PK[part], log_kept_PK.shape[1]
-        student_PK, student_P = log_kept_PK.exp(), log_tail_P.exp()
-        more_PK, more_P = student_PK - probs_PK[:, :num_kept], student_P - self._tail_P[part]
-        value_P = more_PK.abs().sum(dim=1) + probs_PK[:, num_kept:].sum(dim=1) + more_P.abs()
-        return value_P, more_PK.sign() * student_PK, more_P.sign() * student_P
-
-
-class _Masses(NamedTuple):
-    """A student's log-masses at one temperature, its logits' log-sum-exp being log_z."""
-
-    kept_PK: Tensor
-    tail_P: Tensor
-    log_z_P: Tensor
+__all__ = ["Mixture"]
 
 
 class _Term(NamedTuple):
-    """A part of the loss, [P], and its gradient: by the kept logits, and by the tail's as a whole."""
+    """A part of the loss, [P], and its gradient: by the kept logits, and by the tail's as a whole.
+
+    Where there is an `even_P`, every logit gets so much beside, the kept ones too.
+    """
 
     loss_P: Tensor
     kept_PK: Tensor
     tail_P: Tensor
+    even_P: Tensor | None = None
 
 
 class Mixture:
-    """hard_weight * cross-entropy + soft_weight * T^power * soft loss of a chunk, and its gradient.
+    """hard weight * cross-entropy + alpha * T^power * soft loss of a chunk, and its gradient.
 
     With s the student's masses at T and u the soft loss's derivatives by log s, the gradient is (u_k - s_k
     sum(u)) / T for a kept class; the dropped ones share (u_tail - s_tail sum(u)) / T as the student shares
     its tail among them.
+
+    Args:
+        targets_P: of the active rows; None for a loss without cross-entropy.
+        alpha: weight of the soft loss.
+        soft: None for cross-entropy alone.
+        T: a number, or a tensor over the active rows.
+        standardize: T is to be multiplied by the standard deviation of the row's logits.
+        truth_P: of the active rows, what the soft loss adds to the weight of their cross-entropy, over alpha; or None.
     """
 
-    def __init__(self, rows: Rows, alpha: float, soft: Soft | None, T: Any) -> None:
-        self._targets_P, self._alpha, self._soft, self._T = rows.targets_P, alpha, soft, T
+    def __init__(
+        self,
+        targets_P: Tensor | None,
+        alpha: float,
+        soft: Soft | None,
+        T: Any,
+        *,
+        standardize: bool = False,
+        truth_P: Tensor | None = None,
+    ) -> None:
+        self._targets_P, self._alpha, self._soft, self._T = targets_P, alpha, soft, T
+        self._standardize, self._truth_P = standardize and soft is not None, truth_P
 
     def __call__(
         self, head: Head, logits_PV: Tensor, part: slice, needs_gradient: bool
     ) -> tuple[Tensor, Tensor]:
         """The loss [P] and, if needed, the gradient [P, V]; both overwrite the logits."""
-        soft, T = self._soft, self._T[part, None] if isinstance(self._T, Tensor) else self._T
+        soft, base = self._soft, self._T[part, None] if isinstance(self._T, Tensor) else self._T
         targets_P = None if self._targets_P is None else self._targets_P[part]
         at_target_P = None if targets_P is None else _pick(logits_PV, targets_P)
+        scores, T = None, base
+        if self._standardize:
+            scores = _Scores(head, logits_PV)
+            T = base * scores.std_P1
         if soft is None:
             ids_PK = torch.empty((len(logits_PV), 0), dtype=torch.int64, device=logits_PV.device)
         else:
             ids_PK = soft.kept(logits_PV, part)
+        dropped = _Dropped(head, logits_PV, ids_PK) if soft is not None and soft.even else None
         ids_PK, kept_PK, peak_P1 = _take_out(logits_PV, ids_PK)
 
         terms: list[tuple[Tensor, _Term]] = []  # each with what its tail is shared out by
@@ -130,43 +93,104 @@ class Mixture:
             apart = soft is not None and not _is_one(T)
             within_PV = head.buffer("second", len(logits_PV)) if apart else logits_PV
             masses = _soften(logits_PV, kept_PK, peak_P1, within_PV)
-            terms.append((within_PV, self._hard_term(masses, targets_P, at_target_P)))
+            weight_P = self._hard_weight(part, targets_P, at_target_P.dtype)
+            terms.append((within_PV, _hard_term(masses, weight_P, at_target_P)))
+        correction = None
         if soft is not None:
             if not terms or not _is_one(T):
                 logits_PV.mul_(1.0 / T)
                 masses = _soften(logits_PV, kept_PK / T, peak_P1 / T, logits_PV)
-            terms.append((logits_PV, self._soft_term(masses, part, T)))
-        loss_P = torch.stack([term.loss_P for _, term in terms]).sum(dim=0)
+            term = self._soft_term(masses, part, base, T, dropped)
+            terms.append((logits_PV, term))
+            if scores is not None and needs_gradient:
+                correction = scores.slope(ids_PK, term.kept_PK, logits_PV, term.tail_P)
+        loss_P = _summed([term.loss_P for _, term in terms])
         if not needs_gradient:
             return loss_P, logits_PV
         gradient_PV = _shared_out(terms)
-        gradient_PV.scatter_add_(1, ids_PK, torch.stack([term.kept_PK for _, term in terms]).sum(dim=0))
+        if dropped is not None and term.even_P is not None:
+            gradient_PV.add_(term.even_P[:, None])
+        gradient_PV.scatter_add_(1, ids_PK, _summed([term.kept_PK for _, term in terms]))
         if targets_P is not None:
-            one_P = (1.0 - self._alpha) * (targets_P != IGNORED).to(loss_P.dtype)
+            one_P = self._hard_weight(part, targets_P, loss_P.dtype)
             gradient_PV.scatter_add_(1, targets_P.clamp(min=0)[:, None], -one_P[:, None])
+        if scores is not None and correction is not None:
+            gradient_PV.addcmul_(scores.centred_PV, correction)
         return loss_P, gradient_PV
 
-    def _hard_term(self, masses: _Masses, targets_P: Tensor, at_target_P: Tensor) -> _Term:
-        counts_P = targets_P != IGNORED
-        factor_P = (1.0 - self._alpha) * counts_P.to(at_target_P.dtype)
-        return _Term(
-            loss_P=factor_P * (masses.log_z_P - at_target_P).where(counts_P, 0.0),
-            kept_PK=factor_P[:, None] * masses.kept_PK.exp(),
-            tail_P=factor_P * masses.tail_P.exp(),
-        )
+    def _hard_weight(self, part: slice, targets_P: Tensor, dtype: torch.dtype) -> Tensor:
+        weight_P = (1.0 - self._alpha) * (targets_P != IGNORED).to(dtype)
+        if self._truth_P is None:
+            return weight_P
+        return weight_P + (self._alpha * self._truth_P[part]).where(targets_P != IGNORED, 0.0)
 
-    def _soft_term(self, masses: _Masses, part: slice, T: Any) -> _Term:
+    def _soft_term(self, masses: Masses, part: slice, base: Any, T: Any, dropped: "_Dropped | None") -> _Term:
         assert self._soft is not None
-        value_P, slope_PK, slope_P = self._soft.value_and_slopes(masses.kept_PK, masses.tail_P, part)
-        total_P = slope_PK.sum(dim=1) + slope_P
-        factor = self._alpha * T**self._soft.temperature_power  # a number, or [P, 1]
-        kept_PK = (slope_PK - masses.kept_PK.exp() * total_P[:, None]) * (factor / T)
-        tail_P = (slope_P - masses.tail_P.exp() * total_P)[:, None] * (factor / T)
+        if dropped is not None:
+            mean_P = (dropped.mean_P1 / T)[:, 0] - masses.log_z_P
+            masses = masses._replace(mean_P=mean_P, num_dropped_P=dropped.num_P)
+        slopes = self._soft.slopes(masses, part)
+        total_P = slopes.kept_PK.sum(dim=1) + slopes.tail_P
+        total_P = total_P if slopes.mean_P is None else total_P + slopes.mean_P
+        factor = self._alpha * base**self._soft.temperature_power  # a number, or [P, 1]
+        kept_PK = (slopes.kept_PK - masses.kept_PK.exp() * total_P[:, None]) * (factor / T)
+        tail_P = (slopes.tail_P - masses.tail_P.exp() * total_P)[:, None] * (factor / T)
+        even_P = None
+        if dropped is not None and slopes.mean_P is not None:
+            even_P = ((slopes.mean_P / dropped.num_P.clamp(min=1))[:, None] * (factor / T))[:, 0]
+            kept_PK = kept_PK - even_P[:, None] * dropped.used_PK
         return _Term(
-            loss_P=(value_P[:, None] * factor)[:, 0],
+            loss_P=(slopes.value_P[:, None] * factor)[:, 0],
             kept_PK=kept_PK,
             tail_P=tail_P[:, 0].where(masses.tail_P > -torch.inf, 0.0),
+            even_P=even_P,
         )
+
+
+def _hard_term(masses: Masses, weight_P: Tensor, at_target_P: Tensor) -> _Term:
+    return _Term(
+        loss_P=weight_P * (masses.log_z_P - at_target_P).where(weight_P > 0, 0.0),
+        kept_PK=weight_P[:, None] * masses.kept_PK.exp(),
+        tail_P=weight_P * masses.tail_P.exp(),
+    )
+
+
+class _Scores:
+    """A chunk's logits less their means, and their standard deviations, over the classes that are not masked."""
+
+    def __init__(self, head: Head, logits_PV: Tensor) -> None:
+        self.centred_PV = head.buffer("centred", len(logits_PV)).copy_(logits_PV)
+        masked_PV = logits_PV == -torch.inf
+        count_P1 = (logits_PV.shape[1] - masked_PV.sum(dim=1, keepdim=True)).clamp(min=1).to(logits_PV.dtype)
+        self.centred_PV.masked_fill_(masked_PV, 0.0)
+        self.centred_PV.sub_(self.centred_PV.sum(dim=1, keepdim=True) / count_P1).masked_fill_(masked_PV, 0.0)
+        std_P1 = torch.linalg.vector_norm(self.centred_PV, dim=1, keepdim=True) / count_P1.sqrt()
+        self.std_P1 = std_P1.clamp(min=LEAST_STD)
+        # By d std / dz_j = z_j / (V std), and d loss / d std = -(sum g z) / std.
+        self._share_P1 = torch.where(std_P1 > LEAST_STD, -1.0 / (count_P1 * self.std_P1.square()), 0.0)
+
+    def slope(self, ids_PK: Tensor, kept_PK: Tensor, shares_PV: Tensor, tail_P: Tensor) -> Tensor:
+        """What the centred logits count in the gradient, [P, 1], of a soft term's gradient at a fixed temperature."""
+        of_kept_P = (kept_PK * self.centred_PV.gather(1, ids_PK)).sum(dim=1)
+        of_tail_P = tail_P * torch.einsum("pv,pv->p", shares_PV, self.centred_PV)
+        return (of_kept_P + of_tail_P)[:, None] * self._share_P1
+
+
+class _Dropped:
+    """Of a chunk's dropped classes the number [P], and the mean of the logits [P, 1], -inf where one is masked."""
+
+    def __init__(self, head: Head, logits_PV: Tensor, ids_PK: Tensor) -> None:
+        num_classes, dtype = logits_PV.shape[1], logits_PV.dtype
+        self.used_PK = ids_PK < num_classes
+        kept_PK = logits_PV.gather(1, ids_PK.where(self.used_PK, 0)).where(self.used_PK, 0.0)
+        finite_PV = torch.nan_to_num(logits_PV, neginf=0.0, out=head.buffer("second", len(logits_PV)))
+        total_P1 = finite_PV.sum(dim=1, keepdim=True) - kept_PK.nan_to_num(neginf=0.0).sum(
+            dim=1, keepdim=True
+        )
+        num_masked_P = (logits_PV == -torch.inf).sum(dim=1) - (kept_PK == -torch.inf).sum(dim=1)
+        self.num_P = (num_classes - self.used_PK.sum(dim=1)).to(dtype)
+        mean_P1 = total_P1 / self.num_P.clamp(min=1)[:, None]
+        self.mean_P1 = mean_P1.masked_fill(num_masked_P[:, None] > 0, -torch.inf)
 
 
 def _take_out(logits_PV: Tensor, ids_PK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -182,7 +206,7 @@ def _take_out(logits_PV: Tensor, ids_PK: Tensor) -> tuple[Tensor, Tensor, Tensor
     return ids_PK, kept_PK, peak_P1
 
 
-def _soften(logits_PV: Tensor, kept_PK: Tensor, peak_P1: Tensor, out_PV: Tensor) -> _Masses:
+def _soften(logits_PV: Tensor, kept_PK: Tensor, peak_P1: Tensor, out_PV: Tensor) -> Masses:
     """Softmax of the dropped classes alone, into `out_PV`, and the masses of all.
 
     The log-sum-exp of the dropped ones is their largest logit, less the log of its softmax: exact however
@@ -191,7 +215,7 @@ def _soften(logits_PV: Tensor, kept_PK: Tensor, peak_P1: Tensor, out_PV: Tensor)
     torch.softmax(logits_PV, dim=1, out=out_PV)
     tail_P1 = peak_P1 - out_PV.amax(dim=1, keepdim=True).log()
     log_z_P1 = torch.cat([kept_PK, tail_P1], dim=1).logsumexp(dim=1, keepdim=True)
-    return _Masses(kept_PK - log_z_P1, (tail_P1 - log_z_P1)[:, 0], log_z_P1[:, 0])
+    return Masses(kept_PK - log_z_P1, (tail_P1 - log_z_P1)[:, 0], log_z_P1[:, 0])
 
 
 def _shared_out(terms: list[tuple[Tensor, _Term]]) -> Tensor:
@@ -203,6 +227,11 @@ def _shared_out(terms: list[tuple[Tensor, _Term]]) -> Tensor:
     for other_PV, other in others:
         first_PV.addcmul_(other_PV, other.tail_P[:, None])
     return first_PV
+
+
+def _summed(parts: list[Tensor]) -> Tensor:
+    """The sum of one or two parts."""
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
 def _pick(logits_PV: Tensor, targets_P: Tensor) -> Tensor:

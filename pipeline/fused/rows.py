@@ -6,6 +6,7 @@ Targets and labels are checked here, before anything is computed: on a GPU the c
 positions together are one wait.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +15,9 @@ from torch import Tensor
 from pipeline.errors import LabelError
 from pipeline.fused.head import Head
 from pipeline.labels import SoftenedLabels, SoftLabels
+from pipeline.losses.truth import IGNORED, unknown_target, unknown_targets
 
-__all__ = ["IGNORED", "Rows"]
-
-IGNORED = -100  # of `losses.cross_entropy`
+__all__ = ["Rows"]
 
 
 class Rows:
@@ -25,8 +25,9 @@ class Rows:
 
     Attributes:
         index_P: their places, or None where all have weight.
+        active_P: [P] bool, the same over all positions.
         num_active: how many they are.
-        targets_P: their targets, or None.
+        targets_P: their targets, or None; checked, with `needs_truth` also against what the labels know.
         share_P: their weights over the largest one, or None where all are alike.
         scale: the largest weight over the sum of all.
     """
@@ -37,6 +38,8 @@ class Rows:
         labels: SoftLabels | None,
         targets_P: Tensor | None,
         weights_P: Tensor | None,
+        *,
+        needs_truth: bool = False,
     ) -> None:
         num_positions, device = len(head.tensors[0]), head.tensors[0].device
         active_P = torch.ones(num_positions, dtype=torch.bool, device=device)
@@ -51,8 +54,8 @@ class Rows:
             targets_P = _per_position("targets", targets_P, num_positions).to(device).long()
             if labels is None:
                 active_P = active_P & (targets_P != IGNORED)
-        self.num_active = _check_and_count(active_P, targets_P, labels, head.num_classes)
-        self._active_P = active_P
+        self.num_active = _check_and_count(active_P, targets_P, labels, head.num_classes, needs_truth)
+        self.active_P = active_P
         self.index_P: Tensor | None = None
         if self.num_active < num_positions:  # a stable sort, not nonzero, which would wait for the GPU again
             self.index_P = active_P.byte().argsort(descending=True, stable=True)[: self.num_active]
@@ -63,25 +66,25 @@ class Rows:
         """The active rows of an array over all positions."""
         return x if self.index_P is None else x.index_select(0, self.index_P)
 
-    def softened(self, labels: SoftLabels, temperature: Any, dtype: torch.dtype) -> SoftenedLabels:
-        """The active rows' labels at the temperature."""
-        whole = labels.at_temperature(temperature)
-        return SoftenedLabels(
-            ids=self.take(whole.ids.long()),
-            log_probs=self.take(whole.log_probs).to(dtype),
-            log_tail=self.take(whole.log_tail).to(dtype),
-        )
+    def of(self, softened: SoftenedLabels, dtype: torch.dtype) -> SoftenedLabels:
+        """The active rows of labels at one temperature."""
+        softened = replace(softened, ids=softened.ids.long())
+        return softened.map_arrays(lambda x: self.take(x).to(dtype if x.is_floating_point() else x.dtype))
 
     def temperature(self, temperature: Any, dtype: torch.dtype) -> Any:
         """A number, or a tensor over the active rows."""
         if not isinstance(temperature, Tensor):
             return float(temperature)
-        temperature = temperature.detach().to(self._active_P.device, dtype).reshape(-1)
-        return self.take(temperature.expand(len(self._active_P)))
+        temperature = temperature.detach().to(self.active_P.device, dtype).reshape(-1)
+        return self.take(temperature.expand(len(self.active_P)))
 
 
 def _check_and_count(
-    active_P: Tensor, targets_P: Tensor | None, labels: SoftLabels | None, num_student_classes: int
+    active_P: Tensor,
+    targets_P: Tensor | None,
+    labels: SoftLabels | None,
+    num_student_classes: int,
+    needs_truth: bool,
 ) -> int:
     """Number of active rows; raises if one has an id out of range. All of it is one wait for the GPU."""
     if len(active_P) == 0:
@@ -95,11 +98,13 @@ def _check_and_count(
         ids_PK = labels.ids.long()
         empty_PK = (ids_PK == labels.num_classes) & (labels.log_probs == -torch.inf)
         bad_label_P = ((ids_PK < 0) | ((ids_PK >= labels.num_classes) & ~empty_PK)).any(dim=1)
-    firsts = [(bad & active_P).int() for bad in (bad_P, bad_label_P)]
+    unknown_P = torch.zeros_like(active_P)
+    if needs_truth and labels is not None and targets_P is not None:
+        unknown_P = unknown_targets(labels, targets_P)
+    firsts = [(bad & active_P).int() for bad in (bad_P, bad_label_P, unknown_P)]
     figures = [active_P.sum(), *(x for bad in firsts for x in (bad.amax(), bad.argmax()))]
-    count, any_target, first_target, any_label, first_label = torch.stack(
-        [x.long() for x in figures]
-    ).tolist()
+    found = torch.stack([x.long() for x in figures]).tolist()
+    count, any_target, first_target, any_label, first_label, any_unknown, first_unknown = found
     if any_target:
         assert targets_P is not None
         raise LabelError(
@@ -115,6 +120,9 @@ def _check_and_count(
             f"{labels.ids[first_label].long().tolist()}; check the cache with `softcache verify`",
             position=first_label,
         )
+    if any_unknown:
+        assert targets_P is not None
+        raise unknown_target(first_unknown, int(targets_P[first_unknown]))
     return count
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.codec import OpenCodec
+from pipeline.codec import Codec
 from pipeline.errors import AlignmentError, LabelError
 from pipeline.importing.answers import Answer
 from pipeline.importing.formats import read_given
@@ -21,7 +21,7 @@ from pipeline.token_batches import TokenBatch
 __all__ = ["label_batch"]
 
 
-def label_batch(batch: TokenBatch, source: TokenSource, responses: Responses, codec: OpenCodec) -> SoftLabels:
+def label_batch(batch: TokenBatch, source: TokenSource, responses: Responses, codec: Codec) -> SoftLabels:
     """Returns the labels of a batch's rows."""
     ends = np.cumsum(batch.row_counts)
     positions_P, targets_P = batch.positions, batch.targets.numpy()

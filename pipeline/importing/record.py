@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.codec import OpenCodec
+from pipeline.codec import Codec
 from pipeline.errors import LabelError
 from pipeline.labels import SoftLabels
 
@@ -26,7 +26,7 @@ ROUNDING = 1e-3  # of a log-probability above 0, and of a sum above 1: float16 n
 LEAST_TAIL = 2.0**-24
 
 
-def make_record(rows: list[dict[int, float]], targets_R: np.ndarray, codec: OpenCodec) -> SoftLabels:
+def make_record(rows: list[dict[int, float]], targets_R: np.ndarray, codec: Codec) -> SoftLabels:
     """Returns the K most likely of each row's tokens, ties by lower id, and what is left of 1.
 
     Raises:

@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.cache import Cache, open_cache
 from pipeline.capture import CaptureReport
-from pipeline.codec import OpenCodec
+from pipeline.codec import Codec
 from pipeline.errors import LabelError, SourceError
 from pipeline.importing.labels import label_batch
 from pipeline.importing.responses import Responses
@@ -95,7 +95,7 @@ def import_labels(
 
 
 def _unit_columns(
-    unit: Unit, data: TokenData, responses: Responses, codec: OpenCodec, batch_size: int
+    unit: Unit, data: TokenData, responses: Responses, codec: Codec, batch_size: int
 ) -> dict[str, np.ndarray]:
     parts = []
     for start in range(unit.start, unit.stop, batch_size):

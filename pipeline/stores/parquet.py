@@ -34,6 +34,10 @@ class ParquetStore:
         self._schema = _schema(manifest, self._columns.values())
         self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
 
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return tuple(self._columns.values())
+
     def create(self) -> None:
         """Does nothing: every file describes itself."""
 
@@ -63,10 +67,14 @@ class ParquetStore:
                     f"unit {unit.number}, column {name}: expected {column.dtype} {(rows, *column.shape)}; found "
                     f"{values.dtype} {values.shape}"
                 )
+            if column.planar:
+                arrays.append(_records(np.ascontiguousarray(values)))
+                continue
             flat = pa.array(np.ascontiguousarray(values).reshape(-1))
             for size in reversed(column.shape):
                 flat = pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(_item(flat.type), size))
             arrays.append(flat)
+        planar = [name for name, column in self._columns.items() if column.planar]
         sink = io.BytesIO()
         pq.write_table(
             pa.table(arrays, schema=self._schema),
@@ -74,6 +82,9 @@ class ParquetStore:
             row_group_size=self._chunk_rows,
             compression="zstd",
             use_dictionary=False,
+            use_byte_stream_split=planar,
+            # The smallest of records that are bytes says nothing, and would stand, unchecked, in every page's header.
+            write_statistics=[name for name in self._schema.names if name not in planar] if planar else True,
             write_page_checksum=True,
         )
         ((path, column_of),) = self.objects_of(unit).items()
@@ -137,9 +148,24 @@ class ParquetStore:
         if chunked.null_count:
             raise ValueError(f"column {column.name} has nulls")
         array = pa.concat_arrays(chunked.chunks) if chunked.num_chunks else pa.array([], chunked.type)
+        if column.planar:
+            return _bytes_of(array, rows, *column.shape)
         for _ in column.shape:
             array = array.flatten()
         return array.to_numpy(zero_copy_only=False).reshape(rows, *column.shape)
+
+
+def _records(values: np.ndarray) -> pa.Array:
+    """Rows of bytes as one fixed-size binary value each."""
+    rows, size = values.shape
+    return pa.Array.from_buffers(pa.binary(size), rows, [None, pa.py_buffer(values)])
+
+
+def _bytes_of(array: pa.Array, rows: int, size: int) -> np.ndarray:
+    buffer = array.buffers()[1]
+    if buffer is None:
+        return np.zeros((0, size), np.uint8)
+    return np.frombuffer(buffer, np.uint8)[array.offset * size :][: rows * size].reshape(rows, size)
 
 
 def _item(kind: pa.DataType) -> pa.Field:
@@ -149,6 +175,9 @@ def _item(kind: pa.DataType) -> pa.Field:
 def _schema(manifest: Manifest, columns: Iterable[Column]) -> pa.Schema:
     fields = [pa.field("view", pa.uint32(), nullable=False), pa.field("sample", pa.int64(), nullable=False)]
     for column in columns:
+        if column.planar:
+            fields.append(pa.field(column.name, pa.binary(*column.shape), nullable=False))
+            continue
         kind = pa.from_numpy_dtype(np.dtype(column.dtype))
         for size in reversed(column.shape):
             kind = pa.list_(_item(kind), size)

@@ -45,6 +45,10 @@ def alignment_columns(manifest: Manifest) -> list[Column]:
     return [Column("position", "uint32"), Column("num_rows", "uint32", per_sample=True), fingerprint]
 
 
+def _first_column(store: Store) -> str:
+    return next(column.name for column in store.columns if not column.per_sample)
+
+
 def _failpoint(name: str) -> None:
     """Called at every step of a commit; the tests stop the process here."""
 
@@ -70,7 +74,7 @@ def publish_unit(
         view=unit.view,
         start=unit.start,
         stop=unit.stop,
-        num_rows=len(columns["ids"]),
+        num_rows=len(columns[_first_column(store)]),
         manifest_sha256=manifest_sha256,
         shards=tuple(
             Shard(path=path, column=column, num_bytes=len(data), sha256=digest_bytes(data))

@@ -41,7 +41,8 @@ __all__ = ["DistillTrainer"]
 class DistillTrainer(Trainer):
     """A `transformers.Trainer` whose student learns from a softcache token cache.
 
-    (1 - alpha) * CE(next token) + alpha * T^2 * KL(teacher || student), mean over the label rows.
+    (1 - alpha) * CE(next token) + alpha * T^2 * KL(teacher || student), each a mean: CE over all rows, KL over those that
+    the cache labels (all, unless it was made with labels.positions).
 
     Args:
         model: a causal language model of the cache's tokenizer; or `model_init` instead.
@@ -179,19 +180,26 @@ class DistillTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | None]:
-        """Returns the batches of one optimizer step, and the label rows in all of them, over all ranks.
+        """Returns the batches of one optimizer step, and the rows in all of them, over all ranks.
 
-        A batch is {"batch": TokenBatch, "input_ids": [B, L], "attention_mask": [B, L]}; by the last two the Trainer
-        counts tokens and operations.
+        A batch is {"batch": TokenBatch, "label_share": of the step's rows, "input_ids": [B, L], "attention_mask": [B, L]};
+        by the last two the Trainer counts tokens and operations.
         """
         batches: list[TokenBatch] = [
             batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)
         ]
-        rows = torch.tensor(sum(batch.num_rows for batch in batches), device=device)
+        counts = [(batch.num_rows, batch.num_labelled) for batch in batches]
+        rows, labelled = torch.tensor(counts, dtype=torch.int64, device=device).reshape(-1, 2).sum(0)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            rows = self.accelerator.reduce(rows, reduction="sum")
+            rows, labelled = self.accelerator.reduce(torch.stack([rows, labelled]), reduction="sum")
+        label_share = float(labelled / rows) if self._cache.skips_positions else None
         return [
-            {"batch": batch, "input_ids": batch.tokens, "attention_mask": is_token(batch)}
+            {
+                "batch": batch,
+                "label_share": label_share,
+                "input_ids": batch.tokens,
+                "attention_mask": is_token(batch),
+            }
             for batch in batches
         ], rows
 
@@ -207,11 +215,13 @@ class DistillTrainer(Trainer):
         Args:
             model: `self.model`, or what the Trainer wrapped around it.
             inputs: of `get_batch_samples`.
-            num_items_in_batch: label rows of all batches of the step; None: this batch is the step.
+            num_items_in_batch: rows of all batches of the step; None: this batch is the step.
         """
         student = self._student()
         batch: TokenBatch = inputs["batch"].to(self.args.device)
-        loss = model(Call(partial(student, batch, batch.labels, self._loss.alpha)))
+        # Without a number of rows this batch is all there is, whatever step it came from.
+        label_share = None if num_items_in_batch is None else inputs.get("label_share")
+        loss = model(Call(partial(student, batch, batch.labels, self._loss.alpha, label_share)))
         if num_items_in_batch is not None:
             # Ranks average their gradients, and the logged losses: times their number, the mean is a sum.
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1

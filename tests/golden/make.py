@@ -1,18 +1,21 @@
-"""Freeze two tiny caches and the numbers in them, for tests/test_golden.py.
+"""Freeze two tiny caches and the numbers in them, for tests/test_golden.py and tests/test_golden_packed.py.
 
     .venv/bin/python -m tests.golden.make
+    .venv/bin/python -m tests.golden.make packed
 
-Run once per format version, never to refresh a failing test: if today's code no longer reads what is frozen,
+Run once per format version and codec, never to refresh a failing test: if today's code no longer reads what is frozen,
 users' caches are no longer read either, and the code is at fault. The caches go to tests/golden/vN, where N is
-the format version, and a folder that exists is never written to. The expected numbers are taken from the files
-by zarr-python and pyarrow, not by softcache.
+the format version, or tests/golden/vN-packed, and a folder that exists is never written to. The expected numbers are taken from the files
+by zarr-python and pyarrow, not by softcache; packed records are decoded by tests/plain_packed.py.
 
 Both label the first 24 digits with a teacher whose answers are known. Between them they use every step of a
 view, both stores and both dtypes of the values.
 """
 
+import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +25,11 @@ import zarr
 from pipeline.config import RunConfig
 from pipeline.manifest import FORMAT_VERSION
 from pipeline.runs import capture_labels, open_data, open_teacher
+from tests.plain_packed import decode
 
-COLUMNS = ("ids", "log_probs", "log_tail", "target_log_prob", "stats", "fingerprint")
+ARRAYS = ("ids", "log_probs", "log_tail", "target_log_prob", "stats")
+COLUMNS = (*ARRAYS, "fingerprint")
+PACKED_COLUMNS = ("record", "fingerprint")
 NUM_SAMPLES, NUM_VIEWS, K = 24, 2, 3
 
 # Nothing here is shared with the other tests, whose settings may change.
@@ -43,22 +49,25 @@ VIEWS = {
     },
 }
 VALUES = {"zarr": "float16", "parquet": "float32"}
+TEMPERATURES = [1.0, 1.1, 1.25, 1.5, 1.8, 2.5, 4.0, 8.0]
+STEP = 1 / 64
 
 
-def config(store: str) -> RunConfig:
+def config(store: str, **capture) -> RunConfig:
     return RunConfig.model_validate(
         {
             "name": f"golden-{store}",
             "source": {"name": "digits", "max_train_samples": NUM_SAMPLES, "max_eval_samples": 6},
             "views": VIEWS[store],
             "teacher": {"model": "tests.fakes:known"},
-            "labels": {"k": K, "num_views": NUM_VIEWS},
+            "labels": {"k": K, "num_views": NUM_VIEWS, "temperatures": TEMPERATURES},
             "capture": {
                 "store": store,
                 "values": VALUES[store],
                 "unit_samples": 16,
                 "chunk_samples": 8,
                 "device": "cpu",
+                **capture,
             },
             "student": {"model": "linear"},
             "train": {"epochs": 2, "batch_size": 8, "device": "cpu"},
@@ -66,15 +75,23 @@ def config(store: str) -> RunConfig:
     )
 
 
-def read_plainly(url: Path) -> dict[str, np.ndarray]:
-    """Returns every column [view, sample, …] of a cache, read without softcache."""
+def packed_config(store: str) -> RunConfig:
+    return config(store, codec="packed", step=STEP)
+
+
+def read_plainly(url: Path, names: tuple[str, ...] = COLUMNS) -> dict[str, np.ndarray]:
+    """Returns columns [view, sample, …] of a cache, read without softcache."""
     if (url / "labels.zarr").exists():
         group = zarr.open_group(url / "labels.zarr", mode="r")
-        return {name: np.asarray(group[name]) for name in COLUMNS}
+        return {name: np.asarray(group[name]) for name in names}
     table = pq.read_table(url / "parquet").sort_by([("view", "ascending"), ("sample", "ascending")])
     columns = {}
-    for name in COLUMNS:
+    for name in names:
         rows = table[name].combine_chunks()
+        if name == "record":
+            joined = np.frombuffer(b"".join(rows.to_pylist()), np.uint8)
+            columns[name] = joined.reshape(NUM_VIEWS, NUM_SAMPLES, -1)
+            continue
         inner = rows.flatten() if hasattr(rows, "flatten") else rows
         columns[name] = inner.to_numpy(zero_copy_only=False).reshape(NUM_VIEWS, NUM_SAMPLES, -1)
         if inner is rows or len(inner) == len(rows):
@@ -82,19 +99,53 @@ def read_plainly(url: Path) -> dict[str, np.ndarray]:
     return columns
 
 
-def main() -> None:
-    folder = Path(__file__).parent / f"v{FORMAT_VERSION}"
-    if folder.exists():
-        sys.exit(f"{folder} exists and is never written again; see the docstring of {__file__}")
+def decode_plainly(url: Path) -> dict[str, np.ndarray]:
+    """Returns what the records [view, sample] of a packed cache say, read and decoded without softcache."""
+    described = json.loads((url / "manifest.json").read_text())["codec"]
+    records = read_plainly(url, PACKED_COLUMNS)["record"]
+    rows = [decode(described, bytes(record)) for record in records.reshape(-1, records.shape[-1])]
+    return {
+        name: np.array([row[name] for row in rows], "uint16" if name == "ids" else "float32").reshape(
+            NUM_VIEWS, NUM_SAMPLES, *np.shape(rows[0][name])
+        )
+        for name in ARRAYS
+    }
+
+
+def capture(run: RunConfig, url: Path) -> None:
+    data = open_data(run)
+    capture_labels(run, data, open_teacher(run, data), str(url))
+    shutil.rmtree(url / ".staging")
+
+
+def freeze_open(folder: Path) -> None:
     expected = {}
     for store in VIEWS:
-        run = config(store)
-        data = open_data(run)
-        capture_labels(run, data, open_teacher(run, data), str(folder / store))
-        shutil.rmtree(folder / store / ".staging")
+        capture(config(store), folder / store)
         expected |= {f"{store}/{name}": values for name, values in read_plainly(folder / store).items()}
     np.savez_compressed(folder / "expected.npz", **expected)
 
 
+def freeze_packed(folder: Path) -> None:
+    """STORE/NAME are the columns and what they say; STORE/whole/NAME the labels, in float32, that were packed."""
+    expected = {}
+    for store in VIEWS:
+        capture(packed_config(store), folder / store)
+        found = read_plainly(folder / store, PACKED_COLUMNS) | decode_plainly(folder / store)
+        with tempfile.TemporaryDirectory() as whole:
+            capture(config(store, values="float32"), Path(whole) / "cache")
+            found |= {f"whole/{n}": v for n, v in read_plainly(Path(whole) / "cache", ARRAYS).items()}
+        expected |= {f"{store}/{name}": values for name, values in found.items()}
+    np.savez_compressed(folder / "expected_packed.npz", **expected)
+
+
+def main(arguments: list[str]) -> None:
+    freeze, suffix = {(): (freeze_open, ""), ("packed",): (freeze_packed, "-packed")}[tuple(arguments)]
+    folder = Path(__file__).parent / f"v{FORMAT_VERSION}{suffix}"
+    if folder.exists():
+        sys.exit(f"{folder} exists and is never written again; see the docstring of {__file__}")
+    freeze(folder)
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -14,48 +14,26 @@ torch only when it is asked for torch. Half-precision `log_probs` (float16, bflo
 before any maths; float64 stays float64.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from array_api_compat import array_namespace, is_numpy_array, is_torch_array
 
 from pipeline.errors import LabelError, TemperatureError
-from pipeline.tail import (
-    check_temperatures,
-    interpolate_log_tail,
-    inverse_temperature,
-    log_sum_exp,
-    working_dtype,
-)
+from pipeline.labels.sampling import Sampling
+from pipeline.labels.softening import SoftenedLabels, soften
+from pipeline.tail import check_temperatures, log_sum_exp
 
-__all__ = ["DEFAULT_TEMPERATURES", "STATS", "SoftLabels", "SoftenedLabels", "collect", "concat"]
+__all__ = ["ARRAYS", "STATS", "Array", "SoftLabels"]
 
 STATS = ("entropy", "logit_mean", "logit_std", "support")
 """Columns of `SoftLabels.stats`: entropy of p at T=1 (nats); mean and population standard deviation, over the
 classes with p > 0, of the logits shifted so that their logsumexp is 0; support, the number of classes with p
 > 0."""
 
-DEFAULT_TEMPERATURES = (1.0, 1.1, 1.25, 1.5, 1.8, 2.5, 4.0, 8.0)
-
 Array = Any  # a NumPy array or a torch tensor
-_ARRAYS = ("ids", "log_probs", "log_tail", "target_log_prob", "stats")
-
-
-@dataclass(frozen=True, eq=False)
-class SoftenedLabels:
-    """A record at one temperature: kept classes and the rest, normalised together.
-
-    Attributes:
-        ids: [P, K] integer, the kept classes; an unused slot holds the number of classes.
-        log_probs: [P, K] float32 or float64, log of the softened probability, nats; -inf stays -inf.
-        log_tail: [P] float, log of the softened mass of all classes that were not kept, nats; -inf where none
-            was dropped.
-    """
-
-    ids: Array
-    log_probs: Array
-    log_tail: Array
+ARRAYS = ("ids", "log_probs", "log_tail", "target_log_prob", "stats", "counts", "log_threshold")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +52,12 @@ class SoftLabels:
         max_temperature: the highest temperature at which the record is known; None for no limit. Labels that were
             imported from a server's log-probabilities are known at T=1 only: nothing says how the mass outside of the
             kept classes is spread.
+        sampling: how the classes behind the first `sampling.exact` were drawn; None where none were. The tail then
+            holds all classes but the exact ones, drawn or not.
+        counts: [P, K] integer, how often each class was drawn, 0 in exact and unused slots; with
+            `sampling.replacement` only.
+        log_threshold: [P] float, log of the priority above which a class was taken, -inf where all were; with
+            `sampling` without replacement only.
 
     Raises:
         LabelError: a shape, dtype or kind of array breaks the contract.
@@ -100,6 +84,9 @@ class SoftLabels:
     target_log_prob: Array | None = None
     stats: Array | None = None
     max_temperature: float | None = None
+    sampling: Sampling | None = None
+    counts: Array | None = None
+    log_threshold: Array | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
@@ -135,14 +122,14 @@ class SoftLabels:
             A record with one position per index; a slice shares memory.
         """
         if not self.is_torch:
-            return self._map(lambda x: x[indices])
+            return self.map_arrays(lambda x: x[indices])
         import torch
 
         if isinstance(indices, slice):
-            return self._map(lambda x: x[indices])
+            return self.map_arrays(lambda x: x[indices])
         index = torch.as_tensor(indices, device=self.ids.device)
         index = index if index.dtype == torch.bool else index.to(torch.int64)
-        return self._map(lambda x: _torch_rows(x, index))
+        return self.map_arrays(lambda x: _torch_rows(x, index))
 
     def to_torch(self, device: Any = None, *, non_blocking: bool = False) -> Self:
         """The record as torch tensors.
@@ -162,7 +149,7 @@ class SoftLabels:
                 x = torch.from_numpy(x if x.flags.writeable else x.copy())
             return x if device is None else x.to(device, non_blocking=non_blocking)
 
-        return self._map(convert)
+        return self.map_arrays(convert)
 
     def to_numpy(self) -> Self:
         """The record as NumPy arrays, detached; on the CPU it shares memory. bfloat16 becomes float32."""
@@ -173,11 +160,11 @@ class SoftLabels:
             x = x.detach().cpu()
             return (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
 
-        return self._map(convert)
+        return self.map_arrays(convert)
 
     def pin_memory(self) -> Self:
         """The record in page-locked memory (what a torch `DataLoader(pin_memory=True)` calls)."""
-        return self._map(lambda x: x.pin_memory()) if self.is_torch else self.to_torch().pin_memory()
+        return self.map_arrays(lambda x: x.pin_memory()) if self.is_torch else self.to_torch().pin_memory()
 
     def at_temperature(self, T: Any) -> SoftenedLabels:
         """The distribution softened to temperature T: log p_j^(1/T) - log Z(T), kept classes and tail.
@@ -186,8 +173,10 @@ class SoftLabels:
         precision of the stored values.
 
         Args:
-            T: a number, or an array [P] (or a scalar array) of the record's kind; at least `temperatures[0]`,
-                finite. An array on a GPU costs one synchronisation, to check its range; a number costs none.
+            T: a number, or an array [P] (or a scalar array) of the record's kind; above 0 and finite. Below 1 it is
+                served where the record pins the tail's mass down to `MASS_TOLERANCE`: where nothing was dropped at
+                any T, else close to 1 (`pipeline.tail` says how close). An array, or a T below 1, costs one
+                synchronisation on a GPU; another number costs none.
 
         Returns:
             log_probs [P, K] and log_tail [P], float32 (float64 if any input is). Differentiable in T,
@@ -195,160 +184,39 @@ class SoftLabels:
             gradient of 0.
 
         Raises:
-            TemperatureError: T below the grid or above `max_temperature`, not finite, or of a shape other than []
-                or [P].
+            TemperatureError: T is lower than the record can serve or above `max_temperature`, not finite, or of a
+                shape other than [] or [P].
 
         References:
             Hinton, Vinyals, Dean 2015, arXiv 1503.02531, eq. (1).
         """
-        xp = array_namespace(self.ids)
-        beta = inverse_temperature(T, self.temperatures, like=self.log_probs)
-        _check_known(T, self.max_temperature)
-        dtype = working_dtype(self.log_probs, self.log_tail, beta)
-        log_probs = xp.astype(self.log_probs, dtype)
-        log_support, end_slopes = self._tail_ends(log_probs)
-        tail = interpolate_log_tail(
-            self.log_tail, self.temperatures, T, log_support_P=log_support, end_slopes_P=end_slopes
-        )
-        beta_PK = beta if isinstance(beta, float) else xp.reshape(xp.astype(beta, dtype), (-1, 1))
-        alive = log_probs > -xp.inf  # -inf * beta has a NaN gradient, so scale a stand-in
-        scaled = xp.where(alive, xp.where(alive, log_probs, 0.0) * beta_PK, -xp.inf)
-        log_z = log_sum_exp(xp.concat((scaled, tail[:, None]), axis=1))
-        dropped = tail > -xp.inf
-        return SoftenedLabels(
-            ids=self.ids,
-            log_probs=xp.where(alive, scaled - log_z[:, None], -xp.inf),
-            log_tail=xp.where(dropped, tail - log_z, -xp.inf),
-        )
+        return soften(self, T)
 
     def kept_mass(self, T: Any) -> Array:
-        """Mass of the kept classes at temperature T, [P] in [0, 1]; see `at_temperature`."""
-        log_mass = log_sum_exp(self.at_temperature(T).log_probs)
-        xp = array_namespace(log_mass)
+        """Mass of the kept classes at temperature T, [P] in [0, 1]; see `at_temperature`. Drawn classes do not count."""
+        log_probs = self.at_temperature(T).log_probs
+        xp = array_namespace(log_probs)
+        if self.exact(log_probs).shape[1] == 0:
+            return xp.zeros_like(log_probs[:, 0])
+        log_mass = log_sum_exp(self.exact(log_probs))
         return xp.exp(
             xp.where(log_mass > 0, 0.0, log_mass)
         )  # the sum of a normalised row may round to above 1
 
-    def _tail_ends(self, log_probs: Array) -> tuple[Array, tuple[Array, Array] | None]:
-        """What `interpolate_log_tail` can know beside the grid: the count of dropped classes and two slopes,
-        [P] each.
+    def exact(self, x: Array) -> Array:
+        """The slots of an array [P, K] that were not drawn."""
+        return x if self.sampling is None else x[:, : self.sampling.exact]
 
-        Without `stats` every class without a slot counts and the slopes are not known, so with masked (-inf)
-        classes the tail above the last grid temperature is overestimated. Not meaningful where nothing was
-        dropped.
-        """
-        xp = array_namespace(self.ids)
-        if self.stats is None:
-            used = xp.astype(self.ids, xp.int64) < self.num_classes
-            count = self.num_classes - xp.sum(xp.astype(used, log_probs.dtype), axis=1)
-            return xp.log(xp.clip(count, min=1.0)), None
-        stats = xp.astype(self.stats, log_probs.dtype)
-        alive = log_probs > -xp.inf
-        finite = xp.where(alive, log_probs, 0.0)
-        count = xp.clip(stats[:, 3] - xp.sum(xp.astype(alive, log_probs.dtype), axis=1), min=1.0)
-        slope_at_zero = (stats[:, 1] * stats[:, 3] - xp.sum(finite, axis=1)) / count
-        log_mass = xp.astype(self.log_tail[:, 0], log_probs.dtype)
-        mass = xp.exp(xp.where(log_mass > -xp.inf, log_mass, 0.0))
-        slope_at_one = (-stats[:, 0] - xp.sum(xp.exp(log_probs) * finite, axis=1)) / xp.clip(mass, min=1e-30)
-        return xp.log(count), (slope_at_zero, slope_at_one)
-
-    def _map(self, function: Callable[[Array], Array]) -> Self:
-        values: dict[str, Any] = {name: getattr(self, name) for name in _ARRAYS}
+    def map_arrays(self, function: Callable[[Array], Array]) -> Self:
+        """The record with a function applied to each of its arrays."""
+        values: dict[str, Any] = {name: getattr(self, name) for name in ARRAYS}
         mapped: dict[str, Any] = {name: None if x is None else function(x) for name, x in values.items()}
         return replace(self, **mapped)
 
 
-def concat(records: Sequence[SoftLabels]) -> SoftLabels:
-    """One record of all positions, in order.
-
-    Args:
-        records: at least one; all of one kind, K, number of classes, grid and `max_temperature`, with the same optional
-            columns.
-
-    Returns:
-        A record of sum(P) positions; the arrays are new.
-
-    Raises:
-        LabelError: no records, or records that differ in more than their positions.
-    """
-    if not records:
-        raise LabelError(
-            "concat: expected at least one label record; found none; check that the source is not empty"
-        )
-    first = records[0]
-    for index, record in enumerate(records):
-        for name in ("num_classes", "temperatures", "max_temperature", "k", "is_torch"):
-            expected, found = getattr(first, name), getattr(record, name)
-            if expected != found:
-                raise LabelError(
-                    f"concat, record {index}: expected {name} {expected} as in record 0; found {found}; "
-                    "join only records of one cache or one label policy"
-                )
-    columns: dict[str, Array] = {}
-    xp = array_namespace(first.ids)
-    for name in _ARRAYS:
-        arrays = [getattr(record, name) for record in records]
-        present = [x is not None for x in arrays]
-        if any(present) and not all(present):
-            raise LabelError(
-                f"concat: expected {name} in every record or in none; record {present.index(False)} has none"
-                f"; drop it with dataclasses.replace(record, {name}=None) or compute it for all"
-            )
-        columns[name] = xp.concat(arrays, axis=0) if all(present) else None
-    return replace(first, **columns)
-
-
-def _check_known(T: Any, highest: float | None) -> None:
-    """Raises above the highest temperature at which a record is known; T has been checked otherwise."""
-    is_array = is_numpy_array(T) or is_torch_array(T)
-    if highest is None or (is_array and 0 in T.shape):
-        return
-    hottest = float(array_namespace(T).max(T) if is_array else T)
-    if hottest <= highest:
-        return
-    raise TemperatureError(
-        f"temperature: at most {highest:g} for these labels; found {hottest:g}. They were "
-        f"imported from a server's log-probabilities, which fix T={highest:g} only: how the mass outside of the kept "
-        f"classes is spread is not known. Set loss.temperature = {highest:g}, or capture with "
-        "`softcache teacher-logits` for other temperatures"
-    )
-
-
-def collect(records: Iterable[SoftLabels], num_positions: int) -> SoftLabels:
-    """One record of all positions, in order, each copied into its place as it comes.
-
-    Like `concat`, but no part is kept: small parts that stay behind between large temporaries would keep the allocator
-    from using their memory again (seen: 9 GB where 70 MB are needed).
-
-    Args:
-        records: torch records of one K, number of classes and grid, with the same optional columns.
-        num_positions: of all together.
-
-    Raises:
-        LabelError: no records, or not so many positions.
-    """
-    whole: SoftLabels | None = None
-    start = 0
-    for record in records:
-        if len(record) == num_positions:
-            return record
-        if whole is None:
-            whole = record._map(lambda x: x.new_empty((num_positions, *x.shape[1:])))
-        stop = start + len(record)
-        for name in _ARRAYS:
-            if (array := getattr(record, name)) is not None and stop <= num_positions:
-                getattr(whole, name)[start:stop] = array
-        start = stop
-    if whole is None or start != num_positions:
-        raise LabelError(
-            f"collect: expected records of {num_positions} positions; found {start}; check the chunks"
-        )
-    return whole
-
-
 def _check_kinds(labels: SoftLabels) -> None:
     is_kind = is_torch_array if is_torch_array(labels.ids) else is_numpy_array
-    for name in _ARRAYS:
+    for name in ARRAYS:
         array = getattr(labels, name)
         if array is None:
             continue
@@ -359,8 +227,8 @@ def _check_kinds(labels: SoftLabels) -> None:
                 "convert with torch.from_numpy or Tensor.numpy"
             )
         is_integer = array_namespace(array).isdtype(array.dtype, "integral")
-        if is_integer != (name == "ids"):
-            wanted = "an integer" if name == "ids" else "a floating-point"
+        if is_integer != (name in ("ids", "counts")):
+            wanted = "a floating-point" if is_integer else "an integer"
             raise LabelError(
                 f"SoftLabels.{name}: expected {wanted} dtype; found {array.dtype}; cast it first"
             )
@@ -378,12 +246,15 @@ def _check_shapes(labels: SoftLabels) -> None:
             f"SoftLabels: expected at most num_classes ({labels.num_classes}) kept classes; "
             f"found K = {num_kept}; lower k or use the dense policy"
         )
+    _check_sampling(labels)
     grid = len(labels.temperatures)
     wanted = {
         "log_probs": (num_positions, num_kept),
         "log_tail": (num_positions, grid),
         "target_log_prob": (num_positions,),
         "stats": (num_positions, len(STATS)),
+        "counts": (num_positions, num_kept),
+        "log_threshold": (num_positions,),
     }
     for name, expected in wanted.items():
         array = getattr(labels, name)
@@ -392,6 +263,25 @@ def _check_shapes(labels: SoftLabels) -> None:
                 f"SoftLabels.{name}: expected shape {list(expected)} (ids {list(shape)}, {grid} temperatures)"
                 f"; found {list(array.shape)}; give one row per position"
             )
+
+
+def _check_sampling(labels: SoftLabels) -> None:
+    sampling = labels.sampling
+    wanted = {
+        "counts": sampling is not None and sampling.replacement,
+        "log_threshold": sampling is not None and not sampling.replacement,
+    }
+    for name, needed in wanted.items():
+        if (getattr(labels, name) is not None) != needed:
+            raise LabelError(
+                f"SoftLabels.{name}: expected {'an array' if needed else 'None'} with sampling = {sampling}; "
+                f"found {'None' if needed else 'an array'}; give both as the policy made them"
+            )
+    if sampling is not None and sampling.exact > labels.k:
+        raise LabelError(
+            f"SoftLabels.sampling: expected at most K = {labels.k} exact slots; found {sampling.exact}; "
+            "give it as the policy made it"
+        )
 
 
 def _torch_rows(x: Array, index: Array) -> Array:

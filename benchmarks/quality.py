@@ -1,0 +1,132 @@
+"""What a student learns from a record, against the bytes of the record: the same student, loop and seeds from each.
+
+    python -m benchmarks.quality --config configs/stdlib-lm.toml --record hard --record live \
+        --record top_k:12 --record top_k:12:ignore --record sample:17 --record hybrid:4:8
+
+A record is `hard`, `live`, `dense`, `top_k:K`, `top_p:P:K`, `sample:N` or `hybrid:K:N`, and for top_k at the end, if not
+the bucket, what becomes of the tail. Caches of top_k are slimmed from the one of the largest K. The teacher is trained
+first if the config says how and its weights are missing. Results are added to OUT/results.jsonl one by one; a run that
+is there already is not repeated, so several processes may share the seeds, and a killed one goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.cache import Cache
+from pipeline.config import RunConfig, load_config
+from pipeline.modalities import Data
+from pipeline.progress import say
+from pipeline.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
+from pipeline.slim import SlimSettings, slim_cache
+from stages.options import config_options, print_table
+
+
+def settings_of(record: str, largest: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the tables [labels] and [loss] of a record, the first as captured: with the largest K of all."""
+    kind, *numbers = record.split(":")
+    if kind == "top_k":
+        return {"policy": kind, "k": largest}, {"tail": numbers[1]} if len(numbers) > 1 else {}
+    names = {"top_p": ("p", "k"), "sample": ("draws",), "hybrid": ("k", "draws"), "dense": ()}
+    if kind not in names or len(numbers) != len(names[kind]):
+        raise click.BadParameter(
+            f"{record!r}: see python -m benchmarks.quality --help", param_hint="--record"
+        )
+    given = {name: float(x) if name == "p" else int(x) for name, x in zip(names[kind], numbers, strict=True)}
+    return {"policy": kind, **given}, {}
+
+
+def make_cache(config: RunConfig, data: Data, record: str, out: Path, largest: int | None) -> Cache:
+    labels, _ = settings_of(record, largest)
+    name = record if labels["policy"] != "top_k" else f"top_k:{largest}"
+    url = out / name.replace(":", "-")
+    run = config.model_copy(update={"labels": config.labels.model_copy(update=labels)})
+    capture = run.capture.model_copy(update={"evaluate": False})
+    cache, _ = capture_labels(
+        run.model_copy(update={"capture": capture}), data, open_teacher(run, data), str(url)
+    )
+    if labels["policy"] == "top_k" and (k := int(record.split(":")[1])) != largest:
+        cache = slim_cache(cache, str(out / f"top_k-{k}"), SlimSettings(k=k))
+    return cache
+
+
+def bytes_per_row(cache: Cache) -> float:
+    markers = cache.markers.values()
+    num_bytes = sum(shard.num_bytes for marker in markers for shard in marker.shards)
+    return num_bytes / sum(marker.num_rows for marker in markers)
+
+
+@click.command()
+@config_options
+@click.option("--record", "records", multiple=True, required=True, help="A record; may be repeated.")
+@click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of the students.")
+@click.option("--out", type=click.Path(path_type=Path), default="runs/quality", show_default=True)
+@click.option("--table", is_flag=True, help="Print the table of what is there, and run nothing.")
+def main(
+    config_path: str, overrides: tuple[str, ...], records: tuple[str, ...], seeds: str, out: Path, table: bool
+) -> None:
+    """Train the same student from several records; print its score against bytes per row."""
+    out.mkdir(parents=True, exist_ok=True)
+    results = out / "results.jsonl"
+    config = load_config(config_path, overrides)
+    if not table:
+        _run(config, records, [int(x) for x in seeds.split(",")], out, results)
+    _print(_read(results), records)
+
+
+def _run(config: RunConfig, records: tuple[str, ...], seeds: list[int], out: Path, results: Path) -> None:
+    data = open_data(config)
+    make_teacher(config, data)
+    sizes = [int(record.split(":")[1]) for record in records if record.startswith("top_k:")]
+    for seed in seeds:
+        for record in records:
+            if any(row["record"] == record and row["seed"] == seed for row in _read(results)):
+                continue
+            say(f"{record}, seed {seed}")
+            how: dict[str, Any] = {"labels": "hard"}
+            loss, size = {}, None
+            if record == "live":
+                how = {"labels": "online", "teacher": open_teacher(config, data)}
+            elif record != "hard":
+                cache = make_cache(config, data, record, out, max(sizes, default=None))
+                loss, size = settings_of(record, max(sizes, default=None))[1], bytes_per_row(cache)
+                how = {"labels": "cache", "cache": cache}
+            run = config.model_copy(
+                update={
+                    "train": config.train.model_copy(update={"seed": seed}),
+                    "loss": type(config.loss).model_validate({**config.loss.model_dump(), **loss}),
+                }
+            )
+            found = train_student(run, data, model=config.student.model, **how)
+            row = {"record": record, "seed": seed, "bytes": size}
+            row |= {name: found[name] for name in ("accuracy", "eval_loss")}
+            with results.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def _read(results: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+
+
+def _print(rows: list[dict[str, Any]], records: tuple[str, ...]) -> None:
+    lines = []
+    for record in records:
+        runs = [row for row in rows if row["record"] == record]
+        if not runs:
+            continue
+        shown = [record, "" if runs[0]["bytes"] is None else f"{runs[0]['bytes']:.1f}"]
+        for metric, digits in (("eval_loss", 3), ("accuracy", 4)):
+            values = [row[metric] for row in runs]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            shown.append(f"{statistics.mean(values):.{digits}f}{spread}")
+        lines.append((*shown, str(len(runs))))
+    print_table("students", ("record", "bytes per row", "held-out loss", "accuracy", "seeds"), lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Distillation losses between a student's logits and cached soft labels: pure, per position, the caller
+reduces.
+
+A loss over the kept classes alone is not a divergence: it goes negative, and the mass that the student puts
+elsewhere is free. So all dropped classes count as one more bucket, on both sides. The result is a true divergence
+(of the two distributions over K + 1 buckets), a lower bound of the full one, and equal to it at K = V. Each loss costs
+a few [P, V] temporaries beside the student's logits; `pipeline.fused` computes the same without logits.
+
+    divergences.py   forward and reverse KL, JSD, skew and adaptive KL, total variation, soft cross-entropy
+    targets.py       DKD and NKD, which read the ground-truth class
+    ranks.py         ULD, which compares ranks
+    standardize.py   z-scores in place of logits, for every loss
+    mixing.py        a student's loss: cross-entropy and a soft part
+    settings.py      `[loss]`
+
+    formulas.py      each loss as a function of two distributions over buckets
+    registry.py      the losses by name, with their parameters and where their maths holds
+    buckets.py       a student's logits in a record's buckets, also where it has more classes or fewer
+    tails.py         what becomes of the dropped classes
+    truth.py         the ground-truth class as a bucket of its own
+    comparing.py     all of that together
+"""
+
+from pipeline.losses.buckets import check_vocabulary, fit_vocabulary
+from pipeline.losses.divergences import (
+    adaptive_kl,
+    forward_kl,
+    jsd,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    soft_cross_entropy,
+    total_variation,
+)
+from pipeline.losses.formulas import weighted_difference
+from pipeline.losses.mixing import check_alpha, cross_entropy, distillation_loss
+from pipeline.losses.ranks import uld
+from pipeline.losses.registry import KINDS, Loss, make_loss
+from pipeline.losses.settings import LossSettings
+from pipeline.losses.standardize import standardized
+from pipeline.losses.targets import dkd, nkd
+
+__all__ = [
+    "KINDS",
+    "Loss",
+    "LossSettings",
+    "adaptive_kl",
+    "check_alpha",
+    "check_vocabulary",
+    "cross_entropy",
+    "distillation_loss",
+    "dkd",
+    "fit_vocabulary",
+    "forward_kl",
+    "jsd",
+    "make_loss",
+    "nkd",
+    "reverse_kl",
+    "skew_kl",
+    "skew_reverse_kl",
+    "soft_cross_entropy",
+    "standardized",
+    "total_variation",
+    "uld",
+    "weighted_difference",
+]

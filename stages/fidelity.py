@@ -1,0 +1,162 @@
+"""How much of its teacher a cache holds, per temperature and per byte, and the frontier that it stands on.
+
+make fidelity
+softcache fidelity runs/digits/cache --config configs/digits.toml --rows 512
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.cache import Cache, open_cache
+from pipeline.config import load_config
+from pipeline.fidelity import draw_frontier, measure_cache, num_points, rerun_teacher
+from pipeline.progress import track
+from pipeline.runs import open_data, open_teacher
+from stages.options import parse_temperatures, print_table
+from stages.rows import percent
+
+__all__ = ["fidelity"]
+
+TEMPERATURES = (1.0, 1.3, 2.0, 4.0, 8.0)
+
+
+@click.command()
+@click.argument("url", metavar="CACHE")
+@click.option(
+    "--config", "config_path", required=True, metavar="FILE", help="The TOML file of the run that made CACHE."
+)
+@click.option(
+    "--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a key of the config."
+)
+@click.option(
+    "--rows",
+    default=512,
+    show_default=True,
+    type=click.IntRange(1),
+    help="Rows that the teacher labels again.",
+)
+@click.option(
+    "--temperatures",
+    metavar="T,T,…",
+    help="Where to measure [default: 1,1.3,2,4,8, as far as CACHE reaches]. The figure is drawn at the first.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the choice of rows.")
+@click.option(
+    "--out", metavar="DIR", help="Where the report and the figure go [default: runs/NAME/fidelity]."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object instead.")
+def fidelity(
+    url: str,
+    config_path: str,
+    overrides: tuple[str, ...],
+    rows: int,
+    temperatures: str | None,
+    seed: int,
+    out: str | None,
+    as_json: bool,
+) -> None:
+    """Measure CACHE against its own teacher, and every other policy and codec beside it.
+
+    Writes fidelity.json, frontier.png and frontier.svg.
+
+    \b
+    Example:
+      softcache fidelity runs/digits/cache --config configs/digits.toml
+    """
+    cache = open_cache(url)
+    config = load_config(config_path, overrides)
+    wanted = _temperatures(cache, temperatures)
+    data = open_data(config)
+    teacher = open_teacher(config, data)
+    with track("fidelity: teacher", rows, "rows") as advance:
+        rerun = rerun_teacher(cache, data.train, teacher, num_rows=rows, seed=seed, progress=advance)
+    with track("fidelity: frontier", num_points(cache.num_classes), "points") as advance:
+        report, points = measure_cache(cache, rerun, temperatures=wanted, progress=advance)
+    report = {"config": config.name, "seed": seed, **report}
+    folder = Path(out) if out else config.root / "fidelity"
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / "fidelity.json"]
+    written[0].write_text(json.dumps(report, indent=2) + "\n")
+    written += draw_frontier(
+        points, folder, title=_title(report), temperature=wanted[0], own=_own(report, wanted[0])
+    )
+    if as_json:
+        click.echo(json.dumps(report))
+        return
+    _print(report)
+    for path in written:
+        click.echo(f"wrote {path}")
+
+
+def _temperatures(cache: Cache, given: str | None) -> list[float]:
+    if given is None:
+        highest = cache.manifest.codec.get("max_temperature")
+        return [t for t in TEMPERATURES if highest is None or t <= highest]
+    return list(dict.fromkeys(parse_temperatures(given)))
+
+
+def _kind(report: dict[str, Any]) -> str:
+    """The cache's policy in the figure's words."""
+    labels = report["labels"]
+    policy = labels["policy"]
+    if policy == "hybrid":
+        return f"hybrid, K={labels['k']}+{labels['draws']}"
+    if policy == "sample":
+        return f"sample, N={labels['draws']}"
+    number = f"p={labels['p']}" if policy == "top_p" else f"K={labels['k']}"
+    return f"{policy.replace('_', '-')}, {number}"
+
+
+def _codec(report: dict[str, Any]) -> str:
+    codec = report["codec"]
+    return f"packed 1/{1 / codec['step']:.0f}" if codec.get("step") else f"{codec['name']} {codec['values']}"
+
+
+def _own(report: dict[str, Any], temperature: float) -> dict[str, Any]:
+    found = report["temperatures"][f"{temperature:g}"]
+    return {
+        "label": f"{_kind(report)}, {_codec(report)}",
+        "codec": _codec(report),
+        "bytes": report["bytes_per_position"]["total"],
+        "kl_nats": found.get("kl_mean_nats"),
+        "gradient_error": found["gradient_error"],
+    }
+
+
+def _title(report: dict[str, Any]) -> str:
+    return (
+        f"{report['config']} ({report['source']}), teacher {report['teacher']['spec']}, V = {report['num_classes']:,}, "
+        f"{report['rows']:,} positions of {report['samples']:,} samples"
+    )
+
+
+def _print(report: dict[str, Any]) -> None:
+    drawn = "total_mass_mean" in next(iter(report["temperatures"].values()))
+    columns = ["at", "kept mass", "top-1", "gradient error"]
+    columns += ["total mass", "its std"] if drawn else ["KL mean", "KL max", "bucket KL", "tail error", "max"]
+    rows = []
+    for t, found in report["temperatures"].items():
+        row = [
+            f"T={t}",
+            f"{found['kept_mass']:.4f}",
+            percent(found["top1_agreement"]),
+            f"{found['gradient_error']:.2e}",
+        ]
+        if drawn:
+            row += [f"{found['total_mass_mean']:.4f}", f"{found['total_mass_std']:.4f}"]
+        else:
+            names = (
+                "kl_mean_nats",
+                "kl_max_nats",
+                "bucket_kl_mean_nats",
+                "tail_error_mean",
+                "tail_error_max",
+            )
+            row += [f"{found[name]:.2e}" for name in names]
+        rows.append(row)
+    print_table(f"{_title(report)}: {_kind(report)}, {_codec(report)}", columns, rows)
+    sizes = [(name, f"{size:.2f}") for name, size in report["bytes_per_position"].items()]
+    print_table("bytes per position", ("column", "bytes"), sizes)

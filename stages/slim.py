@@ -1,0 +1,72 @@
+"""A smaller cache from a bigger one, as if it had been captured so; the teacher is not run.
+
+softcache slim runs/stdlib-lm/cache runs/stdlib-lm/cache-16 --k 16
+softcache slim runs/stdlib-lm/cache runs/stdlib-lm/cache-packed --codec packed --step 0.03125
+"""
+
+from typing import Any
+
+import click
+
+from pipeline.cache import open_cache
+from pipeline.codec import COARSEST, FINEST
+from pipeline.progress import track
+from pipeline.slim import SlimSettings, slim_cache
+from stages.options import parse_temperatures
+
+__all__ = ["slim"]
+
+
+@click.command()
+@click.argument("source_url", metavar="CACHE")
+@click.argument("target_url", metavar="OUT")
+@click.option(
+    "--policy",
+    type=click.Choice(["top_k", "top_p", "sample", "hybrid"]),
+    help="[default: as CACHE]",
+)
+@click.option("--k", type=click.IntRange(1), help="Classes kept in each row.")
+@click.option("--p", type=click.FloatRange(0, 1, min_open=True), help="Mass that top_p keeps.")
+@click.option("--draws", type=click.IntRange(1, 65535), help="Draws of sample and hybrid.")
+@click.option(
+    "--proposal-exponent",
+    type=click.FloatRange(0, 1, min_open=True),
+    help="Draws follow p to this power.",
+)
+@click.option("--seed", type=click.IntRange(0), help="Of the draws.")
+@click.option("--temperatures", metavar="T,T,…", help="Grid temperatures to keep.")
+@click.option("--views", "num_views", type=click.IntRange(1), help="Keep the first so many views.")
+@click.option(
+    "--codec", type=click.Choice(["open", "packed"]), help="How rows become columns [default: as CACHE]."
+)
+@click.option(
+    "--values", type=click.Choice(["float16", "float32"]), help="Precision of the log-probabilities."
+)
+@click.option("--step", type=click.FloatRange(FINEST, COARSEST), help="Nats between values of codec packed.")
+@click.option("--tail", type=click.Choice(["fixed", "float32"]), help="Precision of codec packed's tail.")
+@click.option(
+    "--store", type=click.Choice(["zarr", "parquet"]), help="The store to write [default: as CACHE]."
+)
+def slim(source_url: str, target_url: str, temperatures: str | None, **changes: Any) -> None:
+    """Make a smaller cache OUT from CACHE: fewer classes, views or temperatures, another codec or store.
+
+    OUT is what a capture with these settings would have made; teacher-logits and train-student take it as such. What
+    cannot be made of CACHE is refused. Killed and run again, it goes on where it was.
+
+    \b
+    Example:
+      softcache slim runs/digits/cache runs/digits/cache-4 --k 4
+    """
+    cache = open_cache(source_url)
+    settings = SlimSettings(
+        **changes, temperatures=parse_temperatures(temperatures) if temperatures else None
+    )
+    total = sum(marker.num_rows for marker in cache.markers.values())
+    with track("slim", total, "rows") as advance:
+        smaller = slim_cache(cache, target_url, settings, progress=advance)
+    before, after = (sum(s.num_bytes for m in c.markers.values() for s in m.shards) for c in (cache, smaller))
+    plan, labels = smaller.manifest.plan, smaller.manifest.identity["labels"]
+    click.echo(
+        f"cache {target_url}: {len(smaller.markers)} of {plan.num_units} units, {labels['policy']}, k {labels['k']}, "
+        f"codec {smaller.manifest.codec['name']}; {after:,} bytes of {before:,}"
+    )
