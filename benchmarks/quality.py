@@ -89,15 +89,17 @@ def _run(config: RunConfig, records: tuple[str, ...], seeds: list[int], out: Pat
                 continue
             say(f"{record}, seed {seed}")
             how: dict[str, Any] = {"labels": "hard"}
-            loss, size = {}, None
+            labels, loss, size = {}, {}, None
             if record == "live":
                 how = {"labels": "online", "teacher": open_teacher(config, data)}
             elif record != "hard":
                 cache = make_cache(config, data, record, out, max(sizes, default=None))
-                loss, size = settings_of(record, max(sizes, default=None))[1], bytes_per_row(cache)
+                labels, loss = settings_of(record, cache.manifest.codec["k"])
+                size = bytes_per_row(cache)
                 how = {"labels": "cache", "cache": cache}
             run = config.model_copy(
                 update={
+                    "labels": config.labels.model_copy(update=labels),
                     "train": config.train.model_copy(update={"seed": seed}),
                     "loss": type(config.loss).model_validate({**config.loss.model_dump(), **loss}),
                 }

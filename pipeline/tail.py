@@ -12,8 +12,7 @@ that their errors cancel.
 The tail's mass after normalisation is promised within 2e-3, T = 1 to 1e6, V = 10 to 262144, K = 1 to 256, default grid, on
 flat, Zipf, peaky, near one-hot, N(0, 8^2) and bimodal (clusters 5 to 15 apart) logits; the worst seen was 1.9e-3, on
 N(0, 8^2). Not promised: clusters 20 to 40 apart (4.2e-3), Student t(2) (3e-2). Eight points, so that 1, 2, 4 and 8 are
-on the grid; with ten (10/10, 10/9, ... 10/1) the three figures are 1e-3, 1.1e-3 and 3e-2. The table:
-`python -m benchmarks.tail --seeds 8`.
+on the grid; ten (10/10, ... 10/1) give 1e-3, 1.1e-3 and 3e-2. The table: `python -m benchmarks.tail --seeds 8`.
 """
 
 import math

@@ -36,6 +36,9 @@ def test_quality_benchmark_trains_from_every_record_once(tmp_path):
         max_eval_samples = 40
         [teacher]
         model = "tests.fakes:known"
+        [labels]
+        policy = "top_k"
+        k = 7
         [student]
         model = "linear"
         [train]
