@@ -249,6 +249,13 @@ def _cache_feed(config: RunConfig, data: Data, cache: Cache, num_views: int, all
         say(
             f"cache {cache.url}: {found}; training on the {rows:,} of {plan.num_samples * num_views:,} rows there"
         )
+    sampling = cache.manifest.build_codec().sampling
+    if sampling is not None and config.loss.temperature > 1.001 / sampling.exponent:
+        say(
+            f"cache {cache.url}: its classes were drawn for T = {1 / sampling.exponent:g}; at loss.temperature = "
+            f"{config.loss.temperature:g} they are right on average, and far noisier. Set loss.temperature = "
+            f"{1 / sampling.exponent:g}, or capture with labels.proposal_exponent = {1 / config.loss.temperature:g}"
+        )
     dataset, chosen = data.labelled(config, cache)
 
     def samples_of(view: int) -> np.ndarray:
