@@ -29,6 +29,7 @@ import numpy as np
 import xxhash
 from pydantic import Field, model_validator
 
+from pipeline.counters import STEP, mixed
 from pipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 
 __all__ = ["PositionSettings", "chosen_rows", "highest_rows"]
 
-GOLDEN, MIX_1, MIX_2 = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 ROUNDING = 1e-9
 """Of share * n: 0.07 * 100 is 7.000000000000001, and means 7."""
 
@@ -107,11 +107,7 @@ def chosen_rows(
         starts_B = np.cumsum(row_counts) - row_counts
         return np.repeat(starts_B, wanted_B) + settings.every * _count_up(wanted_B)
     assert settings.policy == "random"
-    import torch
-
-    numbers_P = _random_numbers(settings.seed, keys, row_counts, positions)
-    # torch sorts signed numbers only; half of 2^64 values are enough.
-    scores_P = torch.from_numpy((numbers_P >> np.uint64(1)).astype(np.int64))
+    scores_P = _random_numbers(settings.seed, keys, row_counts, positions)
     return highest_rows(scores_P, row_counts, wanted_B).numpy()
 
 
@@ -151,10 +147,11 @@ def _count_up(counts: np.ndarray) -> np.ndarray:
 
 def _random_numbers(
     seed: int, keys: Sequence[str], row_counts: np.ndarray, positions: np.ndarray
-) -> np.ndarray:
-    """[P] uint64, by splitmix64 (Steele, Lea, Flood 2014)."""
+) -> torch.Tensor:
+    """[P] int64, from 0 on: the upper 63 bits, because torch sorts signed numbers only."""
+    import torch
+
     bases_B = np.array([xxhash.xxh3_64_intdigest(key.encode(), seed) for key in keys], np.uint64)
-    z_P = np.repeat(bases_B, row_counts) + (positions.astype(np.uint64) + np.uint64(1)) * GOLDEN
-    z_P = (z_P ^ (z_P >> np.uint64(30))) * MIX_1
-    z_P = (z_P ^ (z_P >> np.uint64(27))) * MIX_2
-    return z_P ^ (z_P >> np.uint64(31))
+    bases_P = torch.from_numpy(np.repeat(bases_B, row_counts).view(np.int64))
+    counters_P = bases_P + (torch.from_numpy(positions.astype(np.int64)) + 1) * STEP
+    return (mixed(counters_P) >> 1) & (2**63 - 1)

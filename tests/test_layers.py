@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = [
-    {"errors", "settings", "progress"},
+    {"errors", "settings", "progress", "counters"},
     {"tail", "shuffle", "identity", "view_ops", "positions"},
     {"labels"},
     {"views", "sources", "models", "sparsify", "losses", "codec"},

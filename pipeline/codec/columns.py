@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
 from pipeline.errors import LabelError
-from pipeline.labels import STATS, Sampling, SoftLabels
+from pipeline.labels import ARRAYS, STATS, Sampling, SoftLabels
 
-__all__ = ["Column", "checked_arrays", "ids_dtype", "optional_parameters", "sampling_column"]
+__all__ = ["Column", "checked_arrays", "ids_dtype", "optional_parameters", "record_of", "sampling_column"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,17 @@ def checked_arrays(codec: Any, labels: SoftLabels) -> dict[str, np.ndarray]:
         _refuse(where, name, values, most)
         arrays[name] = values
     return arrays
+
+
+def record_of(codec: Any, arrays: Mapping[str, np.ndarray]) -> SoftLabels:
+    """Returns the record whose arrays these are, with what its codec knows of it; nothing is copied or converted."""
+    return SoftLabels(
+        **{name: arrays[name] for name in ARRAYS if name in arrays},
+        num_classes=codec.num_classes,
+        temperatures=codec.temperatures,
+        max_temperature=codec.max_temperature,
+        sampling=codec.sampling,
+    )
 
 
 def _refuse(where: str, name: str, values: np.ndarray, most: float) -> None:

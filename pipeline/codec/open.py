@@ -13,7 +13,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.codec.columns import Column, checked_arrays, ids_dtype, optional_parameters, sampling_column
+from pipeline.codec.columns import (
+    Column,
+    checked_arrays,
+    ids_dtype,
+    optional_parameters,
+    record_of,
+    sampling_column,
+)
 from pipeline.labels import STATS, Sampling, SoftLabels
 
 __all__ = ["OpenCodec"]
@@ -79,13 +86,7 @@ class OpenCodec:
 
     def decode(self, columns: Mapping[str, np.ndarray]) -> SoftLabels:
         """Returns the record of columns [P, ...]; nothing is copied or converted."""
-        return SoftLabels(
-            **{column.name: columns[column.name] for column in self.columns},
-            num_classes=self.num_classes,
-            temperatures=self.temperatures,
-            max_temperature=self.max_temperature,
-            sampling=self.sampling,
-        )
+        return record_of(self, self.unpack(columns))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what a manifest says."""

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.codec.columns import Column, checked_arrays, optional_parameters
+from pipeline.codec.columns import Column, checked_arrays, optional_parameters, record_of
 from pipeline.codec.layout import Layout, layout_of
 from pipeline.errors import LabelError
 from pipeline.labels import Sampling, SoftLabels
@@ -120,15 +120,7 @@ class PackedCodec:
 
     def decode(self, columns: Mapping[str, np.ndarray]) -> SoftLabels:
         """Returns the record of columns [P, ...]."""
-        arrays = self.unpack(columns)
-        names = ("ids", "log_probs", "log_tail", "target_log_prob", "stats", "counts", "log_threshold")
-        return SoftLabels(
-            **{name: arrays[name] for name in names if name in arrays},
-            num_classes=self.num_classes,
-            temperatures=self.temperatures,
-            max_temperature=self.max_temperature,
-            sampling=self.sampling,
-        )
+        return record_of(self, self.unpack(columns))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what a manifest says."""

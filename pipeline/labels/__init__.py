@@ -8,13 +8,14 @@ slimming.py    a record of fewer classes from one of more
 """
 
 from pipeline.labels.joining import collect, concat
-from pipeline.labels.record import STATS, SoftLabels
+from pipeline.labels.record import ARRAYS, STATS, SoftLabels
 from pipeline.labels.sampling import Sampling
 from pipeline.labels.slimming import slimmed
 from pipeline.labels.softening import SoftenedLabels
 from pipeline.tail import DEFAULT_TEMPERATURES
 
 __all__ = [
+    "ARRAYS",
     "DEFAULT_TEMPERATURES",
     "STATS",
     "Sampling",

@@ -75,7 +75,7 @@ def forward_kl(
 
     References:
         Hinton, Vinyals, Dean 2015, arXiv 1503.02531, eq. (1) and section 2.1.
-        Anshumann et al. 2025, "Sparse logit sampling", arXiv 2503.16870, section 3.4 (drawn classes).
+        Anshumann et al. 2025, "Sparse logit sampling", arXiv 2503.16870 (drawn classes).
     """
     loss = make_loss("forward_kl", tail=tail)
     return compare(
@@ -277,7 +277,7 @@ def soft_cross_entropy(
 
     References:
         Hinton, Vinyals, Dean 2015, arXiv 1503.02531, section 2.
-        Anshumann et al. 2025, "Sparse logit sampling", arXiv 2503.16870, section 3.4.
+        Anshumann et al. 2025, "Sparse logit sampling", arXiv 2503.16870.
     """
     loss = make_loss("cross_entropy", tail=tail)
     return compare(

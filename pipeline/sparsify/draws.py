@@ -3,8 +3,8 @@
 Shape suffixes: `P` positions, `V` classes, `K` slots, `N` draws.
 
 `sample` draws with replacement (random-sampling distillation); `hybrid` keeps the most likely classes as they are and
-draws each of the others at most once, by priority sampling: of all schemes with so many draws, in effect, the one with
-the least variance. Either way a class of the sum over all classes is in the record with a weight whose mean over the
+draws each of the others at most once, by priority sampling, whose variance is at most that of any scheme with one draw
+less (Szegedy 2006). Either way a class of the sum over all classes is in the record with a weight whose mean over the
 draws is 1, at every temperature (`pipeline.labels.Sampling`).
 
 Draws are a function of the row's seed and of the class or the number of the draw (splitmix64), so a rerun draws the
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.counters import STEP, mixed
 from pipeline.errors import LabelError
 from pipeline.labels import DEFAULT_TEMPERATURES, Sampling, SoftLabels
 from pipeline.sparsify.assembly import Chosen, assemble, largest
@@ -23,7 +24,6 @@ from pipeline.sparsify.checks import check_arguments
 __all__ = ["hybrid", "row_seeds", "sample"]
 
 _CHUNK_ELEMENTS = 2**21  # a draw holds 64-bit numbers beside the log-probabilities
-_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def row_seeds(
@@ -40,9 +40,9 @@ def row_seeds(
     Returns:
         [P] int64 on the CPU.
     """
-    mixed_B = _mixed(torch.from_numpy(np.ascontiguousarray(fingerprints_B).view(np.int64)) ^ _signed(seed))
+    mixed_B = mixed(torch.from_numpy(np.ascontiguousarray(fingerprints_B).view(np.int64)) ^ seed)
     rows_P = mixed_B.repeat_interleave(torch.from_numpy(np.asarray(row_counts_B, np.int64)))
-    return _mixed(rows_P + torch.from_numpy(np.asarray(positions_P, np.int64)) * _signed(_GOLDEN))
+    return mixed(rows_P + torch.from_numpy(np.asarray(positions_P, np.int64)) * STEP)
 
 
 def sample(
@@ -77,7 +77,7 @@ def sample(
         TemperatureError: a malformed grid, or one without 1 / exponent.
 
     References:
-        Anshumann et al. 2025, "Sparse logit sampling", arXiv 2503.16870, section 3.4.
+        Anshumann et al. 2025, "Sparse logit sampling", arXiv 2503.16870.
     """
     sampling = Sampling(exact=0, draws=draws, exponent=exponent, replacement=True)
     sampling.proposal_index(temperatures)
@@ -88,7 +88,7 @@ def sample(
         weights_PV = (log_probs_PV.double() * exponent).exp()
         reached_PV = weights_PV.cumsum(dim=1)
         number_N = torch.arange(1, draws + 1, device=log_probs_PV.device)
-        uniform_PN = _uniform(seeds_P[part, None] + number_N * _signed(_GOLDEN))
+        uniform_PN = _uniform(seeds_P[part, None] + number_N * STEP)
         wanted_PN = uniform_PN * reached_PV[:, -1:]
         # The first class whose cumulative weight is above the draw; it never has weight 0.
         drawn_PN = torch.searchsorted(reached_PV, wanted_PN, right=True)
@@ -150,8 +150,7 @@ def hybrid(
         TemperatureError: a malformed grid.
 
     References:
-        Duffield, Lund, Thorup 2007, "Priority sampling for estimation of arbitrary subset sums", J. ACM 54(6), section
-        1.2.
+        Duffield, Lund, Thorup 2007, "Priority sampling for estimation of arbitrary subset sums", J. ACM 54(6).
     """
     sampling = Sampling(exact=k, draws=draws, exponent=exponent, replacement=False)
     check_arguments(logits_PV, k + draws, targets_P)
@@ -160,7 +159,7 @@ def hybrid(
 
     def choose(chunk_PV: Tensor, log_probs_PV: Tensor, part: slice) -> Chosen:
         ids_PK = largest(chunk_PV, k)
-        class_V = torch.arange(1, num_classes + 1, device=log_probs_PV.device) * _signed(_GOLDEN)
+        class_V = torch.arange(1, num_classes + 1, device=log_probs_PV.device) * STEP
         log_uniform_PV = _uniform(seeds_P[part, None] + class_V).log().to(log_probs_PV.dtype)
         priority_PV = (log_probs_PV * exponent).sub_(log_uniform_PV).scatter_(1, ids_PK, -torch.inf)
         found = priority_PV.topk(min(draws + 1, num_classes), dim=1)
@@ -207,17 +206,5 @@ def _checked_seeds(seeds_P: Tensor, logits_PV: Tensor) -> Tensor:
 
 def _uniform(counter: Tensor) -> Tensor:
     """float64 in (0, 1) of 64-bit counters."""
-    high_bits = (_mixed(counter) >> 12) & (2**52 - 1)
+    high_bits = (mixed(counter) >> 12) & (2**52 - 1)
     return (high_bits.double() + 0.5) * 2.0**-52
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """The finaliser of splitmix64 (Steele, Lea, Flood 2014), on int64 that wraps; shifts are made logical."""
-    x = (x ^ ((x >> 30) & (2**34 - 1))) * _signed(_MIX_1)
-    x = (x ^ ((x >> 27) & (2**37 - 1))) * _signed(_MIX_2)
-    return x ^ ((x >> 31) & (2**33 - 1))
-
-
-def _signed(x: int) -> int:
-    """A 64-bit pattern as a signed number."""
-    return x - 2**64 if x >= 2**63 else x
