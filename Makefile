@@ -12,7 +12,7 @@ ARGS   := --config $(CONFIG) $(foreach pair,$(SET),--set '$(pair)')
 PICK   := $(if $(STUDENT),--student '$(STUDENT)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-logits train-student students compare train-teacher inspect verify fidelity test check format clean bench
+.PHONY: help setup teacher-logits train-student students compare train-teacher inspect verify fidelity thaw test check format clean bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,8 +52,11 @@ verify: setup  ## check every checksum of CACHE, and the teacher on a sample of 
 fidelity: setup  ## measure CACHE against its teacher, and draw bytes against error
 	$(RUN) fidelity '$(CACHE)' $(ARGS)
 
-bench: setup  ## measure reading and capture against named baselines
-	$(VENV)/bin/python -m benchmarks.foundation
+thaw: setup  ## decode CACHE into local memory maps, which all students of this machine share
+	$(RUN) thaw '$(CACHE)'
+
+bench: setup  ## measure capture, reading, training and opening against named baselines
+	$(VENV)/bin/python -m benchmarks
 
 test: setup  ## run the tests
 	$(VENV)/bin/python -m pytest

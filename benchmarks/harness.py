@@ -34,15 +34,22 @@ class Figure:
     max: float
 
 
-def measure(contenders: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
+def measure(
+    contenders: dict[str, Callable[[], int]],
+    rounds: int,
+    *,
+    prepare: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[float]]:
     """Returns things per second of each contender, one number per interleaved round.
 
     Args:
         contenders: by name, a function that does its work and returns how many things it did.
+        prepare: called with the name before each run, outside of the time.
     """
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name, run in contenders.items():
+            prepare(name)
             started = time.perf_counter()
             count = run()
             rates[name].append(count / (time.perf_counter() - started))

@@ -56,7 +56,8 @@ class DistillKit:
         self.name, self.k, self.bits = "DistillKit", k, (num_classes - 1).bit_length()
         self._powers = np.log1p(np.arange(self.EXACT, k))[:, None] ** np.arange(3)
 
-    def pack(self, ids: np.ndarray, log_probs: np.ndarray) -> bytes:
+    def records(self, ids: np.ndarray, log_probs: np.ndarray) -> np.ndarray:
+        """Returns the bytes [P, R] of rows, not compressed."""
         exact, others = log_probs[:, : self.EXACT].astype(np.float16), log_probs[:, self.EXACT :]
         found = np.linalg.lstsq(self._powers, others.T.astype(np.float64), rcond=None)[0]
         coefficients = np.ascontiguousarray(found.T, np.float32)
@@ -64,12 +65,17 @@ class DistillKit:
         scale = np.maximum(np.abs(rest).max(axis=1, keepdims=True), 1e-4).astype(np.float16)
         steps = np.clip(np.floor((rest / scale + 1) * 2), 0, 3).astype(np.int64)
         numbers = [exact.view(np.uint8), coefficients.view(np.uint8), scale.view(np.uint8)]
-        return _ZSTD.encode(
-            np.concatenate([*numbers, pack_bits(steps, self.BITS), pack_bits(ids, self.bits)], axis=1)
-        )
+        return np.concatenate([*numbers, pack_bits(steps, self.BITS), pack_bits(ids, self.bits)], axis=1)
+
+    def pack(self, ids: np.ndarray, log_probs: np.ndarray) -> bytes:
+        return _ZSTD.encode(self.records(ids, log_probs))
 
     def unpack(self, data: bytes, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        raw, others = np.frombuffer(_ZSTD.decode(data), np.uint8).reshape(rows, -1), self.k - self.EXACT
+        return self.unpack_records(np.frombuffer(_ZSTD.decode(data), np.uint8).reshape(rows, -1))
+
+    def unpack_records(self, raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns ids and log-probabilities [P, K] of such bytes."""
+        others = self.k - self.EXACT
         sizes = [2 * self.EXACT, 12, 2, -(-others * self.BITS // 8)]
         exact, coefficients, scale, steps, ids = map(
             np.ascontiguousarray, np.split(raw, np.cumsum(sizes), axis=1)

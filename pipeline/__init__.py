@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockSampler",
     "Cache",
     "DistillTrainer",
     "SoftLabelDataset",
+    "SoftLabelLoader",
     "SoftLabels",
+    "ThawSettings",
     "__version__",
     "losses",
     "open_cache",
@@ -20,14 +23,20 @@ if TYPE_CHECKING:
     from pipeline import losses, sparsify
     from pipeline.cache import Cache, open_cache
     from pipeline.labels import SoftLabels
+    from pipeline.loader import SoftLabelLoader
     from pipeline.reader import SoftLabelDataset
+    from pipeline.samplers import BlockSampler
+    from pipeline.thaw import ThawSettings
     from pipeline.trainer import DistillTrainer
 
 _HOMES = {
+    "BlockSampler": "pipeline.samplers",
     "Cache": "pipeline.cache",
     "DistillTrainer": "pipeline.trainer",
     "SoftLabelDataset": "pipeline.reader",
+    "SoftLabelLoader": "pipeline.loader",
     "SoftLabels": "pipeline.labels",
+    "ThawSettings": "pipeline.thaw",
     "open_cache": "pipeline.cache",
 }
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 import numpy as np
 
 from pipeline.errors import SourceError
-from pipeline.identity import fingerprint
+from pipeline.identity import fingerprints as content_fingerprints
 from pipeline.labels import SoftLabels, concat
 
 if TYPE_CHECKING:
@@ -128,6 +128,8 @@ class ImageBatch:
         return np.zeros(len(self), np.int64)
 
     def split(self, pieces: int) -> list[ImageBatch]:
+        if pieces == 1:
+            return [self]
         size = -(-len(self) // pieces)
         return [self._slice(slice(start, start + size)) for start in range(0, len(self), size)]
 
@@ -179,6 +181,7 @@ class ViewedSource:
 
     def __init__(self, source: Source, views: Views) -> None:
         self.source, self.views = source, views
+        self._targets: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -201,22 +204,33 @@ class ViewedSource:
         """
         import torch
 
-        images: list[torch.Tensor] = []
-        prints = np.zeros(len(samples), np.uint64)
-        wanted = np.broadcast_to(fingerprints, len(samples))
-        for row, sample in enumerate(samples):
-            key = self.source.key(int(sample))
-            image = self.views.apply(self.source.image(int(sample)), key=key, view=view)
-            if images and image.shape != images[0].shape:
-                raise SourceError(
-                    f"sample {key!r}, view {view}: image of shape {tuple(image.shape)}; expected "
-                    f"{tuple(images[0].shape)} like the others of its batch; set views.size"
-                )
-            images.append(image)
-            if wanted[row]:
-                prints[row] = fingerprint(key, view, image.numpy())
-        samples = np.asarray(samples, np.int64)
-        targets = torch.from_numpy(
-            np.array([self.source.target(int(sample)) for sample in samples], np.int64)
-        )
-        return ImageBatch(torch.stack(images), targets, samples, view, prints)
+        from pipeline.sources.image_source import images_of
+
+        numbers = np.asarray(samples, np.int64)
+        keys = [self.source.key(sample) for sample in numbers.tolist()]
+        viewed = self.views.apply_batch(images_of(self.source, numbers), keys=keys, view=view)
+        if not isinstance(viewed, torch.Tensor):
+            _check_shapes(viewed, keys, view)
+            viewed = torch.stack(viewed)
+        prints = np.zeros(len(numbers), np.uint64)
+        wanted = np.flatnonzero(np.broadcast_to(fingerprints, len(numbers)))
+        if len(wanted) == len(numbers):
+            prints = content_fingerprints(keys, view, viewed.numpy())
+        elif len(wanted):
+            chosen = [keys[row] for row in wanted.tolist()]
+            prints[wanted] = content_fingerprints(chosen, view, viewed.numpy()[wanted])
+        if self._targets is None:
+            self._targets = np.asarray(self.source.targets(), np.int64)
+        return ImageBatch(viewed, torch.from_numpy(self._targets[numbers]), numbers, view, prints)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_targets": None}
+
+
+def _check_shapes(images: Sequence[torch.Tensor], keys: Sequence[str], view: int) -> None:
+    for image, key in zip(images, keys, strict=True):
+        if image.shape != images[0].shape:
+            raise SourceError(
+                f"sample {key!r}, view {view}: image of shape {tuple(image.shape)}; expected "
+                f"{tuple(images[0].shape)} like the others of its batch; set views.size"
+            )

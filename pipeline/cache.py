@@ -5,26 +5,35 @@
 
 Reading needs no torch. Random single rows through a chunked, compressed store are slow, so whole chunks
 are decoded and the last few are kept: a reader whose order is shuffled by blocks (`pipeline.shuffle`)
-decodes every chunk once per window.
+decodes every chunk once per window. Given where, a cache is thawed instead (`pipeline.thaw`): a view is decoded once
+into a memory map, and reading is a gather.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.errors import CacheNotFoundError, CorruptionError, IncompleteCacheError
-from pipeline.identity import digest_bytes
+from pipeline.blocks import DecodedBlocks
+from pipeline.errors import CacheNotFoundError, CorruptionError, IncompleteCacheError, StorageError
+from pipeline.identity import digest_bytes, digest_json
 from pipeline.labels import SoftLabels
 from pipeline.manifest import Manifest, UnitMarker
+from pipeline.progress import say
 from pipeline.stores.objects import open_objects
-from pipeline.stores.samples import RowIndex, SampleTable, read_samples
+from pipeline.stores.samples import RowIndex, SampleTable, read_row_counts, read_samples
 from pipeline.stores.units import alignment_columns, check_unit, finished_units, open_store, read_marker
+from pipeline.thaw import Record, ThawedFile, ThawedPlan, ThawFolder, ThawSettings
 
-__all__ = ["Cache", "StoredRows", "open_cache"]
+__all__ = ["DEFAULT_WINDOW_BLOCKS", "Cache", "StoredRows", "open_cache"]
+
+DEFAULT_WINDOW_BLOCKS = 16
+"""Chunks that are mixed with each other, and kept decoded for it, where a view is read by chunks."""
 
 MANIFEST = "manifest.json"
 
@@ -35,18 +44,26 @@ def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
 
 
-def open_cache(url: str, *, window_blocks: int = 16, verify: bool = True) -> Cache:
+def open_cache(
+    url: str,
+    *,
+    window_blocks: int = DEFAULT_WINDOW_BLOCKS,
+    verify: bool = True,
+    thaw: ThawSettings | None = None,
+) -> Cache:
     """Returns the cache at a path or URL, its manifest validated.
 
     Args:
         window_blocks: decoded blocks that are kept; the shuffle's window should fit.
         verify: compare each unit with its marker's sha256 before its first row is trusted.
+        thaw: decode a view into a local memory map when it is first read, if the cache fits and the view is finished,
+            or use the one that is there; None reads the cache's own chunks.
 
     Raises:
         CacheNotFoundError: there is no manifest there.
         ManifestError: the manifest is malformed or of another format version.
     """
-    return Cache(url, window_blocks=window_blocks, verify=verify)
+    return Cache(url, window_blocks=window_blocks, verify=verify, thaw=thaw)
 
 
 class StoredRows(NamedTuple):
@@ -76,8 +93,16 @@ class Cache:
         manifest_sha256: the digest of the manifest's bytes; it names this very cache.
     """
 
-    def __init__(self, url: str, *, window_blocks: int = 16, verify: bool = True) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        window_blocks: int = DEFAULT_WINDOW_BLOCKS,
+        verify: bool = True,
+        thaw: ThawSettings | None = None,
+    ) -> None:
         self.url, self._window_blocks, self._verify = str(url), window_blocks, verify
+        self._thaw = thaw
         self._objects = open_objects(self.url)
         if self._objects.size(MANIFEST) is None:
             raise CacheNotFoundError(
@@ -92,13 +117,24 @@ class Cache:
         self._store: Any = None
         self._markers: dict[int, UnitMarker] | None = None
         self._checked: set[int] = set()
-        self._blocks: OrderedDict[tuple[int, int], dict[str, np.ndarray]] = OrderedDict()
+        self._unit_locks: dict[int, threading.Lock] = {}
+        this = weakref.ref(self)  # without a circle, the last user of a cache takes files and locks along
+        self._blocks: DecodedBlocks[tuple[int, int], dict[str, np.ndarray]] = DecodedBlocks(
+            lambda key: this()._decode_block(key),  # type: ignore[union-attr]
+            keep=self._window_blocks,
+        )
         self._codec = self.manifest.build_codec()
         self._per_sample = {column.name for column in alignment_columns(self.manifest) if column.per_sample}
         self._rows: RowIndex | None = None
+        self._thawed: dict[int, ThawedFile | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"url": self.url, "window_blocks": self._window_blocks, "verify": self._verify}
+        return {
+            "url": self.url,
+            "window_blocks": self._window_blocks,
+            "verify": self._verify,
+            "thaw": self._thaw,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -190,12 +226,15 @@ class Cache:
             raise IndexError(
                 f"cache {self.url}: sample {samples.min()}..{samples.max()}; it holds {len(self)}"
             )
+        if (thawed := self.thawed(view)) is not None:
+            return self._gather(thawed, samples)
         size, index = self.manifest.plan.chunk_samples, self.rows
         counts = index.counts(samples)
         offsets = np.concatenate([[0], np.cumsum(counts)])
         out: dict[str, np.ndarray] = {}
         blocks, inverse = np.unique(samples // size, return_inverse=True)
-        for number, block in enumerate(blocks):
+        for number in self._blocks.kept_first([(view, int(block)) for block in blocks]):
+            block = blocks[number]
             chosen = np.flatnonzero(inverse == number)
             within = samples[chosen] - block * size
             first = index.starts(samples[chosen], int(block) * size)
@@ -213,6 +252,109 @@ class Cache:
             out = {name: column[:0] for name, column in self._block(view, 0).items()}
         return StoredRows(self._codec.decode(out), out["fingerprint"], counts, out.get("position"))
 
+    @property
+    def fits_thawed(self) -> bool:
+        """Whether settings and size let every view be thawed, so that any order is as cheap as another.
+
+        A function of the cache and of `thaw` alone: an order that is chosen by it is the same on every machine.
+        """
+        if self._thaw is None or self.missing_units:
+            return False
+        plan = self.thawed_plan(0)
+        return plan is not None and plan.num_bytes * self.num_views <= self._thaw.limit_bytes
+
+    # -- thawed --------------------------------------------------------------------------------------------
+
+    def thawed(
+        self,
+        view: int,
+        *,
+        limit_bytes: int | None = None,
+        progress: Callable[[int], None] = lambda rows: None,
+    ) -> ThawedFile | None:
+        """Returns a view's memory map, made on the first call; None where the cache is read by chunks.
+
+        Args:
+            limit_bytes: make it if this view alone fits, rather than all views together.
+            progress: called with a number of rows that are in the map.
+
+        Raises:
+            CorruptionError: the stored bytes are not what was written; unit and object are named.
+            StorageError: the folder of thawed views cannot be written, and `thaw.required` is on.
+        """
+        if view not in self._thawed:
+            self._thawed[view] = self._open_thawed(view, limit_bytes, progress)
+        return self._thawed[view]
+
+    def thawed_plan(self, view: int) -> ThawedPlan | None:
+        """Returns what the memory map of a view holds, made or not; None while units of the view are missing."""
+        units = [unit for unit in self.manifest.plan.units() if unit.view == view]
+        markers = [marker for unit in units if (marker := self.markers.get(unit.number)) is not None]
+        if len(markers) < len(units):
+            return None
+        content = [[shard.path, shard.sha256] for marker in markers for shard in marker.shards]
+        return ThawedPlan(
+            key=digest_json([self.manifest_sha256, view, content])[:32],
+            about=f"{self.url}, view {view}",
+            record=self._thawed_record(),
+            num_rows=self.manifest.rows.num_rows if self.manifest.rows else len(self),
+            num_samples=len(self) if self.manifest.rows else 0,
+        )
+
+    def _thawed_record(self) -> Record:
+        """Returns how a row lies in memory: its decoded columns, and where it is (or, one row a sample, whose)."""
+        beside = "position" if self.manifest.rows else "fingerprint"
+        columns = [*self._codec.columns, *alignment_columns(self.manifest)]
+        kept = [column for column in columns if column.name == beside or column in self._codec.columns]
+        return Record(self._codec.unpack({c.name: np.zeros((0, *c.shape), c.dtype) for c in kept}))
+
+    def _open_thawed(
+        self, view: int, limit_bytes: int | None, progress: Callable[[int], None]
+    ) -> ThawedFile | None:
+        if self._thaw is None or (plan := self.thawed_plan(view)) is None:
+            return None
+        folder = ThawFolder(self._thaw.folder)
+        fits = plan.num_bytes <= limit_bytes if limit_bytes is not None else self.fits_thawed
+        if not fits and not folder.holds(plan):
+            return None
+
+        def fill() -> Iterator[np.ndarray]:
+            fingerprints = []
+            for block in range(-(-len(self) // self.manifest.plan.chunk_samples)):
+                columns = self._block(view, block)
+                if plan.num_samples:
+                    fingerprints.append(columns["fingerprint"])
+                rows_PR = plan.record.pack(columns)
+                yield rows_PR
+                progress(len(rows_PR))
+            yield from fingerprints
+
+        what = f"cache {self.url}, view {view}"
+        try:
+            if not self._verify:  # the map is trusted by every process that comes after this one
+                for unit in self.manifest.plan.units():
+                    if unit.view == view:
+                        check_unit(self._objects, self.markers[unit.number])
+            return folder.open(plan, fill, limit_bytes=limit_bytes or self._thaw.limit_bytes, what=what)
+        except StorageError as error:
+            if self._thaw.required:
+                raise
+            say(f"{error}. Decoding into this process's own memory instead")
+            self._thaw = None
+            self._blocks.keep = self.manifest.plan.num_samples  # any order is asked for: keep all
+            return None
+
+    def _gather(self, thawed: ThawedFile, samples: np.ndarray) -> StoredRows:
+        if not self.rows.ragged:
+            columns = thawed.record.columns(thawed.take(samples))
+            counts = np.ones(len(samples), np.int64)
+            return StoredRows(self._codec.decode(columns), columns["fingerprint"], counts, None)
+        counts = self.rows.counts(samples)
+        columns = thawed.record.columns(thawed.take_runs(self.rows.starts(samples, 0), counts))
+        return StoredRows(
+            self._codec.decode(columns), thawed.fingerprints[samples], counts, columns["position"]
+        )
+
     def read_positions(self, number: int) -> np.ndarray:
         """Returns where in its sample each row of a finished unit is; of a cache of tokens."""
         unit = self.manifest.plan.unit(number)
@@ -221,9 +363,33 @@ class Cache:
 
     def _block(self, view: int, block: int) -> dict[str, np.ndarray]:
         """Returns one decoded chunk of samples, from the window or from the store."""
-        if (view, block) in self._blocks:
-            self._blocks.move_to_end((view, block))
-            return self._blocks[view, block]
+        return self._blocks.get((view, block))
+
+    def expect(self, windows: Sequence[tuple[int, np.ndarray]]) -> None:
+        """Says which samples will be read next, so that their chunks are decoded ahead by threads.
+
+        It replaces what was said before. As many chunks as the largest of the windows has are kept from then on, and as
+        many decoded ahead. A chunk that cannot be read raises where it is read.
+
+        Args:
+            windows: pairs (view, sample numbers), in order; the samples of one are read in any order.
+        """
+        if any(self.thawed(view) is not None for view in {view for view, _ in windows}):
+            return
+        chunks = [
+            [(view, block) for block in np.unique(samples // self.manifest.plan.chunk_samples).tolist()]
+            for view, samples in windows
+        ]
+        self._blocks.keep = max([self._blocks.keep, *map(len, chunks)])
+        self._blocks.expect([key for keys in chunks for key in keys])
+
+    def close(self) -> None:
+        """Forgets decoded chunks and ends the threads that decode; reading again starts anew."""
+        self._blocks.close()
+
+    def _decode_block(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
+        """Returns one decoded chunk from the store, its unit checked; called by several threads."""
+        view, block = key
         plan = self.manifest.plan
         start = block * plan.chunk_samples
         unit = plan.locate(view, start)
@@ -234,32 +400,35 @@ class Cache:
                 f"is not finished; {len(self.missing_units)} of {plan.num_units} units are missing; rerun "
                 "`softcache teacher-logits`, or train on what is there with --allow-partial"
             )
-        if self._verify and unit.number not in self._checked:
-            check_unit(self._objects, marker)
-            self._checked.add(unit.number)
+        with self._unit_locks.setdefault(unit.number, threading.Lock()):
+            if self._verify and unit.number not in self._checked:
+                check_unit(self._objects, marker)
+                self._checked.add(unit.number)
         stop = min(start + plan.chunk_samples, unit.stop)
         columns = self._opened_store().read(unit, start, stop, rows=self.rows.span(unit, start, stop))
-        columns = self._codec.unpack(columns)
-        self._blocks[view, block] = columns
-        while len(self._blocks) > self._window_blocks:
-            self._blocks.popitem(last=False)
-        return columns
+        return self._codec.unpack(columns)
 
     def _opened_store(self) -> Any:
-        if self._store is None:
-            self._store = open_store(self.manifest, self._objects)
-        return self._store
+        if (
+            self._store is None or self._store[0] != os.getpid()
+        ):  # open files are not shared with a forked child
+            self._store = os.getpid(), open_store(self.manifest, self._objects)
+        return self._store[1]
 
     @property
     def rows(self) -> RowIndex:
         """Which rows each sample has; loads the table of samples where there is not one for each."""
         if self._rows is None:
             ragged = self.manifest.rows is not None
-            self._rows = RowIndex(self.manifest.plan, self.samples_table().num_rows if ragged else None)
+            counts = read_row_counts(self._stored_samples()) if ragged else None
+            self._rows = RowIndex(self.manifest.plan, counts)
         return self._rows
 
     def samples_table(self) -> SampleTable:
         """Returns keys, ground truth and number of rows of every sample, as the teacher's side saw them."""
+        return read_samples(self._stored_samples())
+
+    def _stored_samples(self) -> bytes:
         stored = self._objects.get(self.manifest.samples)
         if digest_bytes(stored) != self.manifest.samples_sha256:
             raise CorruptionError(
@@ -267,4 +436,4 @@ class Cache:
                 f"(sha256 {self.manifest.samples_sha256[:12]}… expected, {digest_bytes(stored)[:12]}… found); "
                 "restore it, or rebuild the cache"
             )
-        return read_samples(stored)
+        return stored

@@ -2,10 +2,11 @@
 
     for every unit without a marker: claim it, run the teacher over it, publish it, mark it
 
-The cache is planned and created before that, by `pipeline.planning`. Computing and writing overlap: finished units wait
-in a bounded queue for one writer thread, and a writer that dies stops the run with its error. Batches never straddle
-units, so a unit's content does not depend on what was interrupted before. On CUDA the record (top-k, log-sum-exp grid,
-stats) is made on the device and copied back while the next batch runs.
+The cache is planned and created before that, by `pipeline.planning`. Three things overlap: the teacher runs on a batch
+while the last one's logits are made into records (`pipeline.labelling`), and finished units wait in a bounded queue for
+one writer thread, which encodes and publishes them; a thread that fails stops the run with its error. So memory holds
+`queue_units` + 2 units of labels, however many samples there are. Batches never straddle units, so a unit's content
+does not depend on what was interrupted before.
 """
 
 from __future__ import annotations
@@ -21,18 +22,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import DataLoader, Dataset
 
 from pipeline.batches import Batch
 from pipeline.batches import Dataset as Data
 from pipeline.codec import Codec
-from pipeline.errors import LabelError
-from pipeline.labels import STATS, SoftLabels, concat
+from pipeline.labelling import InFlight, Labeller
+from pipeline.labels import SoftLabels, concat
 from pipeline.manifest import Manifest, TeacherReport, Unit
 from pipeline.planning import CaptureSettings
-from pipeline.positions import PositionSettings, chosen_rows, highest_rows
-from pipeline.sparsify import LabelSettings, describe_fault
+from pipeline.positions import PositionSettings, chosen_rows
+from pipeline.sparsify import LabelSettings
 from pipeline.stores.objects import Objects
 from pipeline.stores.units import finished_units, open_store, publish_unit, read_marker
 from pipeline.teacher import Teacher
@@ -145,41 +145,6 @@ class _Writer:
         self.raise_error()
 
 
-class _InFlight:
-    """A record on its way from the device to host memory, started but not waited for."""
-
-    def __init__(
-        self, batch: Any, labels: SoftLabels, faults_P: torch.Tensor, chosen: torch.Tensor | None
-    ) -> None:
-        self.batch = replace(batch, labels=None)
-        self._chosen = None if chosen is None else chosen.to("cpu", non_blocking=True)
-        labels = labels if chosen is None else labels.take(chosen)
-        self._labels = labels.to_torch("cpu", non_blocking=True)
-        self._faults_P = faults_P.to("cpu", non_blocking=True)
-        self._event = torch.cuda.Event() if faults_P.is_cuda else None
-        if self._event is not None:
-            self._event.record()
-
-    def wait(self, data: Data) -> SoftLabels:
-        """Returns the labels as NumPy, `batch` being theirs; raises LabelError naming the first sample with a bad row."""
-        if self._event is not None:
-            self._event.synchronize()
-        faults_P = self._faults_P.numpy()
-        if faults_P.any():
-            row = int(np.flatnonzero(faults_P)[0])
-            sample = np.repeat(self.batch.samples, self.batch.row_counts)[row]
-            place = f", position {self.batch.positions[row]}" if data.kind == "tokens" else ""
-            raise LabelError(
-                f"teacher logits of sample {data.source.key(int(sample))!r}{place}, view {self.batch.view} (unit "
-                f"{self.batch.unit}): {describe_fault(int(faults_P[row]))}; expected finite logits (-inf for a masked "
-                'class); try capture.dtype = "float32", or check the teacher\'s weights. The unit was not marked done',
-                position=row,
-            )
-        if self._chosen is not None:
-            self.batch = self.batch.select(self._chosen.numpy())
-        return self._labels.to_numpy()
-
-
 def capture(
     objects: Objects,
     manifest: Manifest,
@@ -276,7 +241,7 @@ def _label_units(
             for start in range(unit.start, unit.stop, settings.batch_size):
                 yield unit.number, unit.view, start, min(start + settings.batch_size, unit.stop)
 
-    def finish(flight: _InFlight) -> None:
+    def finish(flight: InFlight) -> None:
         item = open_units[flight.batch.unit]  # type: ignore[index]
         found = flight.wait(data)
         item.add(flight.batch, found)
@@ -291,27 +256,18 @@ def _label_units(
         multiprocessing_context="forkserver" if settings.workers else None,
         pin_memory=teacher.device.type == "cuda",
     )
-    in_flight: deque[_InFlight] = deque()
+    in_flight: deque[Callable[[], InFlight]] = deque()
     try:
-        for batch in loader:
-            record, faults_P = teacher.label(batch, labels)
-            in_flight.append(_InFlight(batch, record, faults_P, _most_uncertain(batch, record, labels)))
-            if len(in_flight) > 1:
-                finish(in_flight.popleft())
-        while in_flight:
-            finish(in_flight.popleft())
+        with Labeller(teacher, labels) as labeller:
+            for batch in loader:
+                in_flight.append(labeller.start(batch))
+                if len(in_flight) > 1:
+                    finish(in_flight.popleft()())
+            while in_flight:
+                finish(in_flight.popleft()())
     finally:
         for item in open_units.values():
             item.claim.close()
-
-
-def _most_uncertain(batch: Batch, record: SoftLabels, settings: LabelSettings) -> torch.Tensor | None:
-    """Returns which rows are kept, on the device, where the teacher's entropy decides; None where all are."""
-    if settings.positions.policy != "entropy":
-        return None
-    assert record.stats is not None
-    entropy_P: Any = record.stats[:, STATS.index("entropy")]
-    return highest_rows(entropy_P, batch.row_counts, settings.positions.counts(batch.row_counts))
 
 
 def evaluate_teacher(

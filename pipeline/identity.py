@@ -8,7 +8,7 @@ fingerprint is 64 bits and is computed for every (sample, view) on both sides of
 
 with seed 0 and all numbers little-endian, the values included; `dtype` is NumPy's name ("uint8"). Every
 variable part is preceded by its length, so no two different inputs are framed alike. For a small image it
-costs about 3 microseconds.
+costs 3 microseconds alone, and 0.2 in a batch (`fingerprints`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,7 @@ import xxhash
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["digest_bytes", "digest_json", "digest_source", "digest_weights", "fingerprint"]
+__all__ = ["digest_bytes", "digest_json", "digest_source", "digest_weights", "fingerprint", "fingerprints"]
 
 
 def digest_bytes(data: bytes | memoryview) -> str:
@@ -81,10 +82,32 @@ def fingerprint(key: str, view: int, content: np.ndarray) -> int:
         view: the view's number.
         content: what the teacher saw, e.g. uint8 pixels [C, H, W]; dtype and shape count.
     """
-    name, dtype = key.encode(), content.dtype.name.encode()
-    head = struct.pack(
-        f"<I{len(name)}sII{len(dtype)}sI", len(name), name, view, len(dtype), dtype, content.ndim
-    )
-    state = xxhash.xxh3_64(head + struct.pack(f"<{content.ndim}Q", *content.shape))
+    name = key.encode()
+    state = xxhash.xxh3_64(struct.pack("<I", len(name)) + name + _frame(view, content.dtype, content.shape))
     state.update(np.ascontiguousarray(content, content.dtype.newbyteorder("<")).data)
     return state.intdigest()
+
+
+def fingerprints(keys: Sequence[str], view: int, contents: np.ndarray) -> np.ndarray:
+    """Returns the fingerprints [B] uint64 of one view of B samples of one shape: `fingerprint` of each.
+
+    Args:
+        keys: [B] stable keys.
+        view: the view's number.
+        contents: [B, ...], e.g. uint8 pixels [B, C, H, W].
+    """
+    if not len(keys):
+        return np.zeros(0, np.uint64)
+    from pipeline import hashes
+
+    plain = np.ascontiguousarray(contents, contents.dtype.newbyteorder("<"))
+    return hashes.fingerprints(
+        keys, _frame(view, contents.dtype, contents.shape[1:]), plain.reshape(len(keys), -1).view(np.uint8)
+    )
+
+
+@lru_cache
+def _frame(view: int, dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
+    """What stands between a key and the values."""
+    name = dtype.name.encode()  # it takes longer than hashing a small image
+    return struct.pack(f"<II{len(name)}sI{len(shape)}Q", view, len(name), name, len(shape), *shape)

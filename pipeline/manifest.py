@@ -63,25 +63,30 @@ class _Document(BaseModel):
             ManifestError: it is not JSON, of another version, or a field is wrong; `where` and field are named.
         """
         try:
+            # JSON mode: lists are tuples there; every other type stays strict.
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise cls._fault(data, error, where) from error
+
+    @staticmethod
+    def _fault(data: bytes, error: ValidationError, where: str) -> ManifestError:
+        """Returns what is wrong with a document that was refused, the most telling first."""
+        try:
             content = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise ManifestError(f"{where}: not JSON: {error}; restore it from a copy") from error
+        except (ValueError, RecursionError) as not_json:
+            return ManifestError(f"{where}: not JSON: {not_json}; restore it from a copy")
         version = (
             content.get("format_version", FORMAT_VERSION) if isinstance(content, dict) else FORMAT_VERSION
         )
         if version != FORMAT_VERSION:
-            raise ManifestError(
+            return ManifestError(
                 f"{where}: format_version {version!r}; this softcache reads {FORMAT_VERSION}; upgrade softcache"
             )
-        try:
-            # JSON mode: lists are tuples there; every other type stays strict.
-            return cls.model_validate_json(data)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            field = ".".join(map(str, problem["loc"]))
-            raise ManifestError(
-                f"{where}: {field or 'document'}: {problem['msg']}; found {str(problem['input'])[:80]!r}"
-            ) from error
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"]))
+        return ManifestError(
+            f"{where}: {field or 'document'}: {problem['msg']}; found {str(problem['input'])[:80]!r}"
+        )
 
 
 class Unit(NamedTuple):

@@ -10,17 +10,45 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from pipeline.cache import Cache
+from pipeline.cache import Cache, StoredRows
 from pipeline.errors import AlignmentError, SourceError
-from pipeline.reader import SoftLabelDataset
+from pipeline.reader import SoftLabelDataset, Unlabelled
+from pipeline.shuffle import Request
 from pipeline.token_batches import TokenBatch, TokenData
 
 __all__ = ["PairedDataset"]
+
+
+class PairedBatch(NamedTuple):
+    """The same samples as the teacher and as the student sees them."""
+
+    teacher: TokenBatch
+    student: TokenBatch
+
+    def pin_memory(self) -> PairedBatch:
+        return PairedBatch(self.teacher, self.student.pin_memory())
+
+
+class _Unlabelled:
+    """What a loader process does: the tokens of both sides, without labels."""
+
+    def __init__(
+        self, teacher: Unlabelled, student: TokenData, partner: np.ndarray, rows_of: np.ndarray
+    ) -> None:
+        self._teacher, self._student, self._partner, self._rows_of = teacher, student, partner, rows_of
+
+    def __getitems__(self, request: Request) -> PairedBatch:
+        return self.load(request.samples)
+
+    def load(self, samples: np.ndarray) -> PairedBatch:
+        batch = self._student.load(self._partner[samples], 0, fingerprints=False)
+        batch = batch.select(_first_rows(batch.row_counts, self._rows_of[samples]))
+        return PairedBatch(self._teacher.load(samples, 0), replace(batch, samples=samples))
 
 
 class PairedDataset:
@@ -30,6 +58,7 @@ class PairedDataset:
         samples: [S] int64, the samples that both sides have.
         rows_of: [N] int64, the rows that each sample has on both sides.
         labelled_of: [N] int64, how many of them have a label; None: all.
+        unlabelled: the half of the work that needs no cache.
 
     Raises (from the constructor):
         SourceError: the samples are not documents.
@@ -57,6 +86,7 @@ class PairedDataset:
             self._partner[sample] = theirs[keys[sample]]
         self.rows_of = np.minimum(teacher.source.num_rows(), student.source.num_rows()[self._partner])
         self.labelled_of = self._count_labels(teacher) if cache.skips_positions else None
+        self.unlabelled = _Unlabelled(self._labelled.unlabelled, student, self._partner, self.rows_of)
 
     def _count_labels(self, teacher: TokenData) -> np.ndarray:
         """Returns how many labels of each finished sample are for rows of both sides; reads all positions once."""
@@ -79,21 +109,27 @@ class PairedDataset:
 
     def __getitems__(self, indices: Sequence[tuple[int, int]]) -> TokenBatch:
         samples = np.array([sample for sample, _ in indices], np.int64)
-        labelled = self._labelled.__getitems__(list(indices))
-        batch = self._student.load(self._partner[samples], 0, fingerprints=False)
-        counts = self.rows_of[samples]
-        batch = replace(batch.select(_first_rows(batch.row_counts, counts)), samples=samples)
+        return self.join(self.unlabelled.load(samples), self.read(samples))
+
+    def read(self, samples: np.ndarray, view: int = 0) -> StoredRows:
+        """Returns what the cache holds of `samples`, for the teacher's tokens."""
+        return self._labelled.read(samples, view)
+
+    def join(self, batch: PairedBatch, stored: StoredRows) -> TokenBatch:
+        """Returns the student's tokens with the labels of their places; raises as `SoftLabelDataset.join`."""
+        labelled = self._labelled.join(batch.teacher, stored)
+        samples, counts = labelled.samples, self.rows_of[labelled.samples]
         rows_Q, label_counts = np.arange(labelled.num_rows), labelled.row_counts
         if labelled.labelled is not None:
             rows_Q, label_counts = labelled.labelled.numpy(), labelled.label_counts
         sample_Q, place_Q = _places(rows_Q, labelled.row_counts, label_counts)
         kept = np.flatnonzero(place_Q < counts[sample_Q])
-        batch = replace(batch, labels=labelled.labels.take(kept))
-        if len(kept) == batch.num_rows:
-            return batch
+        joined = replace(batch.student, labels=labelled.labels.take(kept))
+        if len(kept) == joined.num_rows:
+            return joined
         starts_B = np.cumsum(counts) - counts
         return replace(
-            batch,
+            joined,
             labelled=torch.from_numpy((starts_B[sample_Q] + place_Q)[kept]),
             label_counts=np.bincount(sample_Q[kept], minlength=len(samples)),
         )

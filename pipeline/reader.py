@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field
 
 from pipeline.batches import Dataset, ViewedSource
-from pipeline.cache import Cache, StoredRows
+from pipeline.cache import DEFAULT_WINDOW_BLOCKS, Cache, StoredRows, open_cache
+from pipeline.counters import STEP, mixed
 from pipeline.errors import AlignmentError, ManifestError
 from pipeline.settings import Settings
+from pipeline.shuffle import Request
+from pipeline.thaw import ThawSettings
 
 if TYPE_CHECKING:
     from pipeline.views import Views
@@ -27,6 +30,7 @@ __all__ = [
     "HardLabelDataset",
     "ReaderSettings",
     "SoftLabelDataset",
+    "Unlabelled",
     "cached_views",
     "check_alignment",
     "joined_data",
@@ -40,15 +44,28 @@ class ReaderSettings(Settings):
     `check_share` is the share of (sample, view) pairs whose content is compared with the fingerprint that
     the teacher's side took; the first `check_first` samples of every loader process always are. `verify`
     compares each unit with its marker's sha256 the first time that a process reads from it.
+
+    With `thaw` "auto" a view is decoded once into a memory map in `thaw_folder` (see `pipeline.thaw`), if the whole
+    cache takes at most `thaw_limit_bytes` there. The order is then a full shuffle, else it is one of windows of
+    16 chunks; `window_blocks` and `block_samples` say otherwise.
     """
 
     workers: int = Field(0, ge=0)
     block_samples: int | None = Field(None, ge=1)
-    window_blocks: int = Field(16, ge=1)
+    window_blocks: int | None = Field(None, ge=1)
+    thaw: Literal["auto", "never"] = "auto"
+    thaw_limit_bytes: int = Field(8 << 30, ge=0)
+    thaw_folder: str | None = None
     check_share: float = Field(1.0, ge=0, le=1)
     check_first: int = Field(1024, ge=0)
     verify: bool = True
     num_views: int | None = Field(None, ge=1)
+
+    def open_cache(self, url: str) -> Cache:
+        """Returns the cache at a path or URL, to be read as these settings say; raises as `pipeline.cache.open_cache`."""
+        thaw = ThawSettings(self.thaw_limit_bytes, self.thaw_folder) if self.thaw == "auto" else None
+        window = self.window_blocks or DEFAULT_WINDOW_BLOCKS
+        return open_cache(url, window_blocks=window, verify=self.verify, thaw=thaw)
 
 
 def cached_views(cache: Cache) -> Views:
@@ -171,6 +188,38 @@ def with_labels(batch: Any, stored: StoredRows, cache: Cache, data: Dataset) -> 
     return replace(batch, labels=labels)
 
 
+class Unlabelled:
+    """What a loader process does of a batch: pixels or tokens with their fingerprints, and no labels.
+
+    Which samples are fingerprinted is a function of (sample, view), so this needs no cache and travels light.
+    """
+
+    def __init__(self, data: Dataset, *, check_share: float = 1.0, check_first: int = 1024) -> None:
+        self.data, self._check_share, self._check_first = data, check_share, check_first
+
+    def __getitems__(self, request: Request) -> Any:
+        return self.load(request.samples, request.view)
+
+    def load(self, samples: np.ndarray, view: int) -> Any:
+        """Returns the batch of `samples`, without labels; the first ones of every process are all fingerprinted."""
+        chosen: bool | np.ndarray = True
+        if self._check_first > 0:
+            self._check_first -= len(samples)
+        else:
+            chosen = self.is_checked(samples, view)
+        return self.data.load(samples, view, fingerprints=chosen)
+
+    def is_checked(self, samples: np.ndarray, view: int) -> np.ndarray:
+        """Returns [B] bool, which samples have their content checked whenever they are seen."""
+        if self._check_share in (0.0, 1.0):
+            return np.full(len(samples), self._check_share == 1.0)
+        import torch
+
+        counters_B = torch.from_numpy(np.asarray(samples, np.int64) + 1) * STEP
+        drawn_B = mixed(mixed(counters_B) + torch.tensor(view) * STEP).numpy().view(np.uint64)
+        return (drawn_B >> np.uint64(32)).astype(np.float64) < self._check_share * 2.0**32
+
+
 class SoftLabelDataset:
     """A map-style torch dataset: samples as the teacher saw them, with their soft labels.
 
@@ -179,11 +228,16 @@ class SoftLabelDataset:
 
         DataLoader(dataset, batch_size=256, shuffle=True, collate_fn=dataset.collate)
 
+    `SoftLabelLoader` is faster with loader processes: they load what they are good at, and labels are read once.
+
     `source` is a `Source` of images, a `TokenSource`, or either already wrapped in `ViewedSource` or `TokenData`.
     A batch is an `ImageBatch` (images, targets, labels, samples) or, for a source of text, a `TokenBatch`.
 
     Attributes:
+        cache: where the labels are.
+        view: of an index that names none.
         labelled_of: [N] int64, the rows of each sample that have a label; None: all of them.
+        unlabelled: the half of the work that needs no cache.
 
     Raises (from the constructor and on every fetch):
         AlignmentError: the source or the transform is not what was labelled; the sample is named.
@@ -203,7 +257,7 @@ class SoftLabelDataset:
         check_alignment(cache, self._data)
         self.cache, self.view = cache, view
         self.labelled_of = cache.rows.counts(np.arange(len(cache))) if cache.skips_positions else None
-        self._check_share, self._check_first = check_share, check_first
+        self.unlabelled = Unlabelled(self._data, check_share=check_share, check_first=check_first)
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -211,28 +265,35 @@ class SoftLabelDataset:
     def __getitem__(self, index: int | tuple[int, int]) -> Any:
         return self.__getitems__([index])
 
-    def __getitems__(self, indices: Sequence[int | tuple[int, int]]) -> Any:
-        """Returns one batch; torch's DataLoader calls it once per batch."""
-        pairs = [index if isinstance(index, tuple) else (index, self.view) for index in indices]
-        views = {view for _, view in pairs}
-        if len(views) > 1:
-            return self.collate([self.__getitems__([pair]) for pair in pairs])
-        view = views.pop() if views else self.view
-        return self._load(np.array([sample for sample, _ in pairs], np.int64), view)
+    def __getitems__(self, indices: Request | np.ndarray | Sequence[int | tuple[int, int]]) -> Any:
+        """Returns one batch; torch's DataLoader calls it once per batch.
 
-    def _load(self, samples: np.ndarray, view: int) -> Any:
-        stored = self.cache.read_stored(samples, view)
-        stored_B = stored.fingerprints
-        chosen_B = _chosen(stored_B, self._check_share)
-        if self._check_first > 0:
-            chosen_B[:] = True
-            self._check_first -= len(stored_B)
-        batch = self._data.load(samples, view, fingerprints=chosen_B)
-        for row in np.flatnonzero(chosen_B & (batch.fingerprints != stored_B)):
+        Args:
+            indices: sample numbers, of `view`; or pairs (sample, view); an array of either is the fast way.
+        """
+        batches = []
+        for request in _requests(indices, self.view):
+            stored = self.read(*request)
+            batches.append(self.join(self.unlabelled.load(*request), stored))
+        return batches[0] if len(batches) == 1 else self.collate(batches)
+
+    def read(self, samples: np.ndarray, view: int) -> StoredRows:
+        """Returns what the cache holds of `samples`; raises as `Cache.read` does."""
+        return self.cache.read_stored(samples, view)
+
+    def join(self, batch: Any, stored: StoredRows) -> Any:
+        """Returns an unlabelled batch with its labels, its contents compared with what the teacher saw.
+
+        Raises:
+            AlignmentError: a sample's content or rows are not what was labelled; the sample is named.
+        """
+        taken_B = self.unlabelled.is_checked(batch.samples, batch.view) | (batch.fingerprints != 0)
+        for row in np.flatnonzero(taken_B & (batch.fingerprints != stored.fingerprints)):
             raise AlignmentError(
-                f"cache {self.cache.url}: sample {self._data.source.key(int(samples[row]))!r}, view {view}: the teacher "
-                f"saw content {int(stored_B[row]):016x}, the student would see {int(batch.fingerprints[row]):016x}; the "
-                "data, its decoder or the transform changed since the cache was made; restore them, or rebuild the cache"
+                f"cache {self.cache.url}: sample {self._data.source.key(int(batch.samples[row]))!r}, view {batch.view}: "
+                f"the teacher saw content {int(stored.fingerprints[row]):016x}, the student would see "
+                f"{int(batch.fingerprints[row]):016x}; the data, its decoder or the transform changed since the cache "
+                "was made; restore them, or rebuild the cache"
             )
         return with_labels(batch, stored, self.cache, self._data)
 
@@ -243,25 +304,46 @@ class SoftLabelDataset:
 
 
 class HardLabelDataset:
-    """The same samples in the same batches, with the ground truth only: for baselines and live teachers."""
+    """The same samples in the same batches, with the ground truth only: for baselines and live teachers.
+
+    Attributes:
+        cache: None; there is nothing to join.
+        unlabelled: the work of a loader process, which is all there is.
+    """
+
+    cache: None = None
 
     def __init__(self, data: Dataset) -> None:
-        self._data = data
+        self.unlabelled = Unlabelled(data, check_share=0.0, check_first=0)
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self.unlabelled.data)
 
     def __getitem__(self, index: tuple[int, int]) -> Any:
         return self.__getitems__([index])
 
-    def __getitems__(self, indices: Sequence[tuple[int, int]]) -> Any:
-        samples, view = np.array([sample for sample, _ in indices], np.int64), indices[0][1]
-        return self._data.load(samples, view, fingerprints=False)
+    def __getitems__(self, indices: Request | np.ndarray | Sequence[tuple[int, int]]) -> Any:
+        batches = [self.unlabelled.load(*request) for request in _requests(indices, 0)]
+        return batches[0] if len(batches) == 1 else self.collate(batches)
 
     collate = staticmethod(SoftLabelDataset.collate)
 
 
-def _chosen(stored_B: np.ndarray, share: float) -> np.ndarray:
-    # A fingerprint is a uniform 64-bit number: comparing its high half with the share picks the same
-    # samples in every epoch, process and run.
-    return (stored_B >> np.uint64(32)).astype(np.float64) < share * 2.0**32
+def _requests(indices: Any, view: int) -> list[tuple[np.ndarray, int]]:
+    """Returns (samples [B] int64, view) of each run of indices of one view; of no index, one empty run."""
+    if isinstance(indices, Request):
+        return [(indices.samples, indices.view)]
+    if not isinstance(indices, np.ndarray) and any(isinstance(index, tuple) for index in indices):
+        indices = [index if isinstance(index, tuple) else (index, view) for index in indices]
+    array = np.asarray(indices)
+    if not array.size:
+        return [(np.zeros(0, np.int64), view)]
+    if array.dtype.kind not in "iu" or array.shape[1:] not in ((), (2,)):
+        raise TypeError(
+            f"indices: {array.dtype} of shape {array.shape}; expected sample numbers [B], or pairs (sample, view) [B, 2]"
+        )
+    array = array.astype(np.int64, copy=False)
+    if array.ndim == 1:
+        return [(array, view)]
+    runs = np.split(array, np.flatnonzero(np.diff(array[:, 1])) + 1)
+    return [(run[:, 0], int(run[0, 1])) for run in runs]

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pipeline.cache import Cache, open_cache
+from pipeline.cache import DEFAULT_WINDOW_BLOCKS, Cache, open_cache
 from pipeline.capture import CaptureReport, capture, evaluate_teacher
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, IdentityError, IncompleteCacheError
@@ -269,6 +269,7 @@ def _cache_feed(config: RunConfig, data: Data, cache: Cache, num_views: int, all
         cache.manifest.plan.chunk_samples,
         getattr(dataset, "rows_of", data.rows_of),
         dataset.labelled_of,
+        window_blocks=config.reader.window_blocks or (None if cache.fits_thawed else DEFAULT_WINDOW_BLOCKS),
     )
     return Feed(dataset, order, config.reader.workers)
 
@@ -280,7 +281,14 @@ def _hard_feed(config: RunConfig, data: Data) -> Feed:
     # Every epoch sees a fresh view (text has one): the baselines get the full strength of the augmentation.
     fresh = data.train.kind == "image"
     block = default_plan(data.train, config.capture).chunk_samples
-    order = _order(config, lambda view: everything, lambda epoch: epoch if fresh else 0, block, data.rows_of)
+    order = _order(
+        config,
+        lambda view: everything,
+        lambda epoch: epoch if fresh else 0,
+        block,
+        data.rows_of,
+        window_blocks=config.reader.window_blocks,
+    )
     return Feed(dataset, order, config.reader.workers)
 
 
@@ -291,6 +299,8 @@ def _order(
     chunk_samples: int,
     rows_of: np.ndarray | None,
     labelled_of: np.ndarray | None = None,
+    *,
+    window_blocks: int | None,
 ) -> BlockShuffle:
     from accelerate import PartialState
 
@@ -300,7 +310,7 @@ def _order(
         batch_size=config.train.batch_size,
         view_of=view_of,
         block_samples=config.reader.block_samples or chunk_samples,
-        window_blocks=config.reader.window_blocks,
+        window_blocks=window_blocks,
         seed=config.train.seed,
         rank=state.process_index,
         num_ranks=state.num_processes,

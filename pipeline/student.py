@@ -26,10 +26,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from pydantic import Field
-from torch.utils.data import DataLoader
 
 from pipeline.checkpoints import RunDirectory
 from pipeline.errors import MissingExtraError
+from pipeline.loader import SoftLabelLoader
 from pipeline.models import count_parameters
 from pipeline.settings import Settings
 from pipeline.shuffle import BlockShuffle
@@ -78,8 +78,8 @@ class Feed:
     """Where training batches come from.
 
     Attributes:
-        dataset: takes (sample, view) requests; see `pipeline.reader`.
-        order: the batch sampler that makes the requests.
+        dataset: of `pipeline.reader`, or one like it; see `pipeline.loader.JoinedDataset`.
+        order: which samples make a batch.
         workers: loader processes.
     """
 
@@ -165,9 +165,10 @@ def _run(
     """Runs the epochs that are left; `progress` is where the run stands and is saved with every checkpoint."""
     settings, order = loop.settings, loop.feed.order
     history, started, spent = progress["history"], time.monotonic(), progress["seconds"]
-    order.load_state_dict({"epoch": progress["epoch"], "step": progress["step"]})
+    order.load_state_dict(progress)
     loop.resume_loss_meter(progress.get("loss"))
     while order.epoch < settings.epochs and not _reached(loop.task, history, settings.stop_at):
+        epoch = order.epoch  # the loader goes on to the next at its end
         for samples in loop.epoch():
             on_step(samples)
             if settings.checkpoint_steps and loop.step % settings.checkpoint_steps == 0:
@@ -177,9 +178,8 @@ def _run(
                     "seconds": spent + time.monotonic() - started,
                 }
                 directory.save_checkpoint(loop.accelerator, state | {"loss": loop.loss_meter})
-        row = {"epoch": order.epoch, "train_loss": loop.train_loss(), **loop.evaluate()}
+        row = {"epoch": epoch, "train_loss": loop.train_loss(), **loop.evaluate()}
         history.append(row)
-        order.load_state_dict({"epoch": order.epoch + 1, "step": 0})
         loop.accelerator.log(row, step=order.epoch)
         if all(_is_better(loop.task, row, past) for past in history[:-1]):
             loop.save_weights(directory, "best")
@@ -227,16 +227,8 @@ class _Loop:
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self._loss_sum, self._loss_rows = torch.zeros((), device=accelerator.device), 0
         self._steps = [feed.order.num_steps(epoch) for epoch in range(settings.epochs)]
-        self._loader = DataLoader(
-            feed.dataset,
-            batch_sampler=feed.order,  # type: ignore[arg-type]
-            collate_fn=feed.dataset.collate,
-            num_workers=feed.workers,
-            multiprocessing_context="forkserver" if feed.workers else None,
-            persistent_workers=feed.workers > 0,
-            pin_memory=accelerator.device.type == "cuda",
-            # A loader draws a number whenever it starts; from torch's own stream, a resumed run's dropout would differ.
-            generator=torch.Generator(),
+        self._loader = SoftLabelLoader(
+            feed.dataset, feed.order, workers=feed.workers, pin_memory=accelerator.device.type == "cuda"
         )
 
     @property
@@ -247,12 +239,12 @@ class _Loop:
     def epoch(self) -> Iterator[int]:
         """Trains on the rest of the current epoch; yields the number of samples after every step."""
         self.model.train()
-        order = self.feed.order
         for batch in self._loader:
             for group in self._optimizer.param_groups:
-                group["lr"] = self.settings.lr * self._schedule(self.step)
+                group["lr"] = self.settings.lr * self._schedule(
+                    self.step - 1
+                )  # the loader has counted the batch
             self._update(batch.to(self.accelerator.device))
-            order.step += 1
             yield len(batch)
 
     def _schedule(self, step: int) -> float:
@@ -265,8 +257,9 @@ class _Loop:
 
     def _update(self, batch: Any) -> None:
         """One optimizer step on one batch, in `accumulation_steps` pieces of exact weight."""
-        local, total = self.feed.order.share()
-        label_share = self.feed.order.label_share()
+        order = self.feed.order
+        local, total = order.share(order.step - 1)
+        label_share = order.label_share(order.step - 1)
         pieces = batch.split(self.settings.accumulation_steps)
         for number, piece in enumerate(pieces):
             last = number == len(pieces) - 1

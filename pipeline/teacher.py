@@ -6,7 +6,7 @@ A chunk is as many rows of logits as are held at once: for images a whole batch,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -77,20 +77,30 @@ class Teacher(ABC):
         """
 
     @torch.inference_mode()
-    def label(self, batch: Any, settings: LabelSettings) -> tuple[SoftLabels, torch.Tensor]:
-        """Returns the batch's record and the faults [P] uint8 of its logits, on the device, waiting for nothing."""
+    def label(
+        self, batch: Any, settings: LabelSettings, *, chunks: Iterable[torch.Tensor] | None = None
+    ) -> tuple[SoftLabels, torch.Tensor]:
+        """Returns the batch's record and the faults [P] uint8 of its logits, on the device, waiting for nothing.
+
+        Args:
+            chunks: the logits, where another thread runs the model; None runs it here.
+        """
         targets_P = batch.targets.to(self.device, non_blocking=True)
         faults_P = torch.zeros(batch.num_rows, dtype=torch.uint8, device=self.device)
-        seeds_P = row_seeds(batch.fingerprints, batch.row_counts, batch.positions, settings.seed)
+        seeds_P: torch.Tensor | None = None
+        if settings.sampling is not None:
+            seeds_P = row_seeds(batch.fingerprints, batch.row_counts, batch.positions, settings.seed)
 
         def records() -> Iterator[SoftLabels]:
             start = 0
-            for logits_PV in self.chunks(batch):
+            for logits_PV in self.chunks(batch) if chunks is None else chunks:
                 rows = slice(start, start + len(logits_PV))
-                faults_P[rows] = logit_faults(logits_PV)
-                yield sparsify(
-                    logits_PV, settings, targets_P=targets_P[rows], seeds_P=seeds_P[rows], check=False
-                )
+                seeds = None if seeds_P is None else seeds_P[rows]
+                record = sparsify(logits_PV, settings, targets_P=targets_P[rows], seeds_P=seeds, check=False)
+                # A bad logit makes its row's statistics NaN; what it was is asked only then, where asking waits for nothing.
+                if logits_PV.device.type != "cpu" or bool(record.stats.isnan().any()):  # type: ignore[union-attr]
+                    faults_P[rows] = logit_faults(logits_PV)
+                yield record
                 start = rows.stop
 
         return collect(records(), batch.num_rows), faults_P

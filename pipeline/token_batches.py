@@ -75,6 +75,8 @@ class TokenBatch:
         return (self.rows % max(self.tokens.shape[1], 1)).cpu().numpy()
 
     def split(self, pieces: int) -> list[TokenBatch]:
+        if pieces == 1:
+            return [self]
         size = -(-len(self) // pieces)
         return [self._slice(start, min(start + size, len(self))) for start in range(0, len(self), size)]
 

@@ -17,6 +17,7 @@ from stages.inspect import inspect_command
 from stages.slim import slim
 from stages.students import students
 from stages.teacher_logits import teacher_logits
+from stages.thaw import thaw
 from stages.train_student import train_student_command
 from stages.train_teacher import train_teacher_command
 from stages.verify import verify
@@ -41,6 +42,7 @@ for command in (
     fidelity,
     convert,
     slim,
+    thaw,
     import_command,
 ):
     softcache.add_command(command)

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from pipeline.cache import Cache, open_cache
+from pipeline.cache import Cache
 from pipeline.config import RunConfig, load_config
 from pipeline.runs import open_data, open_teacher, train_student
 from stages.options import cache_option, config_options, print_table
@@ -43,9 +43,7 @@ def compare(
     """
     config = load_config(config_path, overrides)
     data = open_data(config)
-    cache = open_cache(
-        url or config.cache_url, window_blocks=config.reader.window_blocks, verify=config.reader.verify
-    )
+    cache = config.reader.open_cache(url or config.cache_url)
     model = model or config.student.model
     teacher = open_teacher(config, data)
     kinds: dict[str, dict[str, Any]] = {"hard labels": {"labels": "hard"}}

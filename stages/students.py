@@ -6,7 +6,6 @@ softcache students --config configs/digits.toml --student mlp --student timm:tes
 
 import click
 
-from pipeline.cache import open_cache
 from pipeline.config import load_config
 from pipeline.runs import open_data, train_student
 from stages.options import cache_option, config_options, print_table
@@ -30,9 +29,7 @@ def students(config_path: str, overrides: tuple[str, ...], url: str | None, mode
     """
     config = load_config(config_path, overrides)
     data = open_data(config)
-    cache = open_cache(
-        url or config.cache_url, window_blocks=config.reader.window_blocks, verify=config.reader.verify
-    )
+    cache = config.reader.open_cache(url or config.cache_url)
     results = []
     for model in models or config.student.models:
         cached = train_student(config, data, model=model, labels="cache", cache=cache)

@@ -7,7 +7,6 @@ softcache train-student --config configs/digits.toml --student timm:test_resnet
 
 import click
 
-from pipeline.cache import open_cache
 from pipeline.config import load_config
 from pipeline.runs import open_data, train_student
 from stages.options import cache_option, config_options, print_table, track_option
@@ -50,9 +49,7 @@ def train_student_command(
     """
     config = load_config(config_path, overrides)
     data = open_data(config)
-    cache = open_cache(
-        url or config.cache_url, window_blocks=config.reader.window_blocks, verify=config.reader.verify
-    )
+    cache = config.reader.open_cache(url or config.cache_url)
     model = model or config.student.model
     cached = train_student(
         config,

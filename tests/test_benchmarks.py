@@ -4,7 +4,7 @@ import json
 
 from click.testing import CliRunner
 
-from benchmarks import fused, quality, teacher_memory
+from benchmarks import epochs, fused, quality, shuffle_quality, teacher_memory
 
 
 def test_fused_benchmark_runs(tmp_path):
@@ -57,3 +57,27 @@ def test_quality_benchmark_trains_from_every_record_once(tmp_path):
     assert sizes["top_k:2:ignore"] < sizes["top_k:4"]
     CliRunner().invoke(quality.main, how)
     assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 14
+
+
+def test_shuffle_quality_benchmark_runs(tmp_path):
+    path = tmp_path / "figures.json"
+    how = ["--config", "configs/digits.toml", "--block", "16", "--seeds", "1", "--json", str(path)]
+    for change in ("source.max_train_samples=200", "source.max_eval_samples=50", "train.epochs=1"):
+        how += ["--set", change]
+    done = CliRunner().invoke(shuffle_quality.main, how)
+    assert done.exit_code == 0, done.output
+    rows = {row["window"]: row["of_full_shuffle"] for row in json.loads(path.read_text())["results"]}
+    assert rows["no shuffle"] <= rows["1 block"] < rows["4 blocks"] < rows["all blocks"] == 1.0
+
+
+def test_epochs_benchmark_runs(tmp_path):
+    path, plot = tmp_path / "figures.json", tmp_path / "figures.svg"
+    done = CliRunner().invoke(epochs.main, ["--quick", "--json", str(path), "--plot", str(plot)])
+    assert done.exit_code == 0, done.output
+    images, text, accuracy = json.loads(path.read_text())["results"].values()
+    for figures in (images, text):
+        assert [figure["name"] for figure in figures[:2]] == ["hard labels", "hard labels, again"]
+        assert figures[0]["ratio"] == 1.0
+        assert {figure["name"] for figure in figures[2:]} == {"cache, T = 1", "cache, T = 4", "cache, T = 3"}
+    assert [figure["name"] for figure in accuracy] == ["live teacher", "cache"]
+    assert plot.exists()

@@ -14,6 +14,7 @@ import torch
 
 from pipeline import sparsify
 from pipeline.cache import open_cache
+from pipeline.capture import _OpenUnit
 from pipeline.errors import IdentityError, LabelError, StorageError
 from pipeline.runs import capture_labels, open_data, open_teacher
 from pipeline.stores import units
@@ -170,6 +171,50 @@ def test_a_dead_writer_stops_the_run_with_its_error(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert len(open_cache(tmp_path / "cache").markers) == 2, "what was published before stays valid"
     assert_same(run(tmp_path / "cache"), run(tmp_path / "other"))
+
+
+def test_at_most_so_many_units_wait_for_the_writer(tmp_path, monkeypatch):
+    """The writer is held up until the teacher cannot go on; then only the queue, its unit and one more were labelled."""
+    released, batches = threading.Event(), []
+    real_publish, real_add = units.publish_unit, _OpenUnit.add
+
+    def slow(*args, **kwargs):
+        released.wait(30)
+        return real_publish(*args, **kwargs)
+
+    def counted(self, batch, labels):
+        batches.append(self.unit.number)
+        real_add(self, batch, labels)
+
+    monkeypatch.setattr("pipeline.capture.publish_unit", slow)
+    monkeypatch.setattr(_OpenUnit, "add", counted)
+    found = []
+
+    def release():
+        seen = -1
+        while seen != len(batches) or not batches:  # nothing new for half a second: everything is full
+            seen = len(batches)
+            time.sleep(0.5)
+        found.append(len(set(batches)))
+        released.set()
+
+    thread = threading.Thread(target=release)
+    thread.start()
+    cache = run(tmp_path / "cache", capture={"queue_units": 1})
+    thread.join()
+    assert not cache.missing_units
+    assert found == [3], "one that is published, one that waits, one that does not fit; of ten"
+
+
+def test_an_error_while_labels_are_made_is_the_runs_own_and_frees_every_claim(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("labels cannot be made")
+
+    monkeypatch.setattr("pipeline.teacher.sparsify", broken)
+    with pytest.raises(RuntimeError, match="labels cannot be made"):
+        run(tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "units").glob("*"))
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("softcache")]
 
 
 def test_loader_processes_give_the_same_cache(tmp_path, shared_cache):

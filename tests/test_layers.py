@@ -8,22 +8,23 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = [
-    {"errors", "settings", "progress", "counters"},
-    {"tail", "shuffle", "identity", "view_ops", "positions"},
+    {"errors", "settings", "progress", "counters", "blocks", "hashes"},
+    {"tail", "shuffle", "identity", "view_ops", "positions", "moving"},
     {"labels"},
     {"views", "sources", "models", "sparsify", "losses", "codec"},
     {"manifest", "batches", "token_batches", "language", "fused"},
-    {"stores", "teacher"},
-    {"planning"},
+    {"stores", "teacher", "thaw"},
+    {"planning", "labelling"},
     {"capture", "cache"},
     {"reader", "checkpoints", "tasks"},
+    {"loader", "samplers"},
     {"student", "verify", "convert", "slim", "fidelity", "paired", "trainer", "importing"},
     {"config"},
     {"modalities"},
     {"runs"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-WRITING = {"positions", "sparsify", "teacher", "planning", "capture"}
+WRITING = {"positions", "sparsify", "teacher", "planning", "labelling", "capture"}
 READING = {"cache", "reader", "shuffle", "losses", "fused"}
 
 

@@ -1,6 +1,7 @@
 """The label record: a teacher's distributions, kept in a few numbers, good at every temperature.
 
 record.py      the record
+checks.py      what its arrays must be
 softening.py   the record at one temperature
 sampling.py    records whose classes were drawn at random, and what a drawn class weighs
 joining.py     several records made into one

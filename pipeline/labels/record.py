@@ -20,20 +20,15 @@ from typing import Any, Self
 
 from array_api_compat import array_namespace, is_numpy_array, is_torch_array
 
-from pipeline.errors import LabelError, TemperatureError
+from pipeline.errors import TemperatureError
+from pipeline.labels.checks import ARRAYS, STATS, check_grid, check_kinds, check_shapes
 from pipeline.labels.sampling import Sampling
-from pipeline.labels.softening import SoftenedLabels, soften
-from pipeline.tail import check_temperatures, log_sum_exp
+from pipeline.labels.softening import SoftenedLabels, soften, soften_buckets, soften_masses
+from pipeline.tail import log_sum_exp
 
 __all__ = ["ARRAYS", "STATS", "Array", "SoftLabels"]
 
-STATS = ("entropy", "logit_mean", "logit_std", "support")
-"""Columns of `SoftLabels.stats`: entropy of p at T=1 (nats); mean and population standard deviation, over the
-classes with p > 0, of the logits shifted so that their logsumexp is 0; support, the number of classes with p
-> 0."""
-
 Array = Any  # a NumPy array or a torch tensor
-ARRAYS = ("ids", "log_probs", "log_tail", "target_log_prob", "stats", "counts", "log_threshold")
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,14 +85,14 @@ class SoftLabels:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
-        check_temperatures(self.temperatures)
+        check_grid(self.temperatures)
         if self.max_temperature is not None and not self.max_temperature >= self.temperatures[-1]:
             raise TemperatureError(
                 f"SoftLabels.max_temperature: expected at least {self.temperatures[-1]}, the last of the grid; "
                 f"found {self.max_temperature}; raise it, or shorten the grid"
             )
-        _check_kinds(self)
-        _check_shapes(self)
+        check_kinds(self)
+        check_shapes(self)
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
@@ -121,12 +116,12 @@ class SoftLabels:
         Returns:
             A record with one position per index; a slice shares memory.
         """
+        if isinstance(indices, slice):
+            return self._derived(lambda x: x[indices])
         if not self.is_torch:
             return self.map_arrays(lambda x: x[indices])
         import torch
 
-        if isinstance(indices, slice):
-            return self.map_arrays(lambda x: x[indices])
         index = torch.as_tensor(indices, device=self.ids.device)
         index = index if index.dtype == torch.bool else index.to(torch.int64)
         return self.map_arrays(lambda x: _torch_rows(x, index))
@@ -149,7 +144,7 @@ class SoftLabels:
                 x = torch.from_numpy(x if x.flags.writeable else x.copy())
             return x if device is None else x.to(device, non_blocking=non_blocking)
 
-        return self.map_arrays(convert)
+        return self._derived(convert)
 
     def to_numpy(self) -> Self:
         """The record as NumPy arrays, detached; on the CPU it shares memory. bfloat16 becomes float32."""
@@ -160,11 +155,11 @@ class SoftLabels:
             x = x.detach().cpu()
             return (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
 
-        return self.map_arrays(convert)
+        return self._derived(convert)
 
     def pin_memory(self) -> Self:
         """The record in page-locked memory (what a torch `DataLoader(pin_memory=True)` calls)."""
-        return self.map_arrays(lambda x: x.pin_memory()) if self.is_torch else self.to_torch().pin_memory()
+        return self._derived(lambda x: x.pin_memory()) if self.is_torch else self.to_torch().pin_memory()
 
     def at_temperature(self, T: Any) -> SoftenedLabels:
         """The distribution softened to temperature T: log p_j^(1/T) - log Z(T), kept classes and tail.
@@ -192,6 +187,28 @@ class SoftLabels:
         """
         return soften(self, T)
 
+    def buckets_at(self, T: float) -> Array:
+        """The distribution softened to temperature T as one array: kept classes, and the tail as the last column.
+
+        `at_temperature` for losses that take all buckets alike; the same values, in a fifth of the operations where T
+        is on the grid. Not for records whose classes were drawn.
+
+        Args:
+            T: a number.
+
+        Returns:
+            log-probabilities [P, K + 1], float32 (float64 if any input is), nats; constants.
+
+        Raises:
+            TemperatureError: as `at_temperature`.
+        """
+        return soften_buckets(self, T)
+
+    def masses_at(self, T: float) -> tuple[Array, Array]:
+        """`buckets_at` before it is normalised: log p^(1/T) of kept classes [P, K] and the tail [P], up to a number per
+        row; of a torch record, as constants."""
+        return soften_masses(self, T)
+
     def kept_mass(self, T: Any) -> Array:
         """Mass of the kept classes at temperature T, [P] in [0, 1]; see `at_temperature`. Drawn classes do not count."""
         log_probs = self.at_temperature(T).log_probs
@@ -213,75 +230,16 @@ class SoftLabels:
         mapped: dict[str, Any] = {name: None if x is None else function(x) for name, x in values.items()}
         return replace(self, **mapped)
 
-
-def _check_kinds(labels: SoftLabels) -> None:
-    is_kind = is_torch_array if is_torch_array(labels.ids) else is_numpy_array
-    for name in ARRAYS:
-        array = getattr(labels, name)
-        if array is None:
-            continue
-        if not is_kind(array):
-            raise LabelError(
-                f"SoftLabels.{name}: expected arrays of one kind, all NumPy or all torch; "
-                f"found {type(array).__name__} beside ids of {type(labels.ids).__name__}; "
-                "convert with torch.from_numpy or Tensor.numpy"
-            )
-        is_integer = array_namespace(array).isdtype(array.dtype, "integral")
-        if is_integer != (name in ("ids", "counts")):
-            wanted = "a floating-point" if is_integer else "an integer"
-            raise LabelError(
-                f"SoftLabels.{name}: expected {wanted} dtype; found {array.dtype}; cast it first"
-            )
-
-
-def _check_shapes(labels: SoftLabels) -> None:
-    shape = tuple(labels.ids.shape)
-    if len(shape) != 2 or shape[1] < 1:
-        raise LabelError(
-            f"SoftLabels.ids: expected shape [P, K] with K >= 1; found {list(shape)}; reshape it"
-        )
-    num_positions, num_kept = shape
-    if labels.num_classes < num_kept:
-        raise LabelError(
-            f"SoftLabels: expected at most num_classes ({labels.num_classes}) kept classes; "
-            f"found K = {num_kept}; lower k or use the dense policy"
-        )
-    _check_sampling(labels)
-    grid = len(labels.temperatures)
-    wanted = {
-        "log_probs": (num_positions, num_kept),
-        "log_tail": (num_positions, grid),
-        "target_log_prob": (num_positions,),
-        "stats": (num_positions, len(STATS)),
-        "counts": (num_positions, num_kept),
-        "log_threshold": (num_positions,),
-    }
-    for name, expected in wanted.items():
-        array = getattr(labels, name)
-        if array is not None and tuple(array.shape) != expected:
-            raise LabelError(
-                f"SoftLabels.{name}: expected shape {list(expected)} (ids {list(shape)}, {grid} temperatures)"
-                f"; found {list(array.shape)}; give one row per position"
-            )
-
-
-def _check_sampling(labels: SoftLabels) -> None:
-    sampling = labels.sampling
-    wanted = {
-        "counts": sampling is not None and sampling.replacement,
-        "log_threshold": sampling is not None and not sampling.replacement,
-    }
-    for name, needed in wanted.items():
-        if (getattr(labels, name) is not None) != needed:
-            raise LabelError(
-                f"SoftLabels.{name}: expected {'an array' if needed else 'None'} with sampling = {sampling}; "
-                f"found {'None' if needed else 'an array'}; give both as the policy made them"
-            )
-    if sampling is not None and sampling.exact > labels.k:
-        raise LabelError(
-            f"SoftLabels.sampling: expected at most K = {labels.k} exact slots; found {sampling.exact}; "
-            "give it as the policy made it"
-        )
+    def _derived(self, function: Callable[[Array], Array]) -> Self:
+        """`map_arrays` without the checks, which take longer than the rest of a small batch; for functions that keep
+        shapes (but for the number of rows, alike for all) and kinds of dtype."""
+        values = dict(self.__dict__)
+        for name in ARRAYS:
+            if values[name] is not None:
+                values[name] = function(values[name])
+        derived = object.__new__(type(self))
+        derived.__dict__.update(values)
+        return derived
 
 
 def _torch_rows(x: Array, index: Array) -> Array:

@@ -27,7 +27,7 @@ from pipeline.tail import (
 if TYPE_CHECKING:
     from pipeline.labels.record import SoftLabels
 
-__all__ = ["MASS_TOLERANCE", "SoftenedLabels", "soften"]
+__all__ = ["MASS_TOLERANCE", "SoftenedLabels", "soften", "soften_buckets", "soften_masses"]
 
 MASS_TOLERANCE = 2e-3
 """How far, at most, the mass of the dropped classes may be from the truth below T = 1, for a record to be served."""
@@ -84,9 +84,48 @@ def soften(labels: SoftLabels, T: Any) -> SoftenedLabels:
     )
 
 
+def soften_buckets(labels: SoftLabels, T: float) -> Array:
+    """See `SoftLabels.buckets_at`."""
+    import torch
+
+    log_masses, log_tail = soften_masses(labels, T)
+    return torch.cat((log_masses, log_tail[:, None]), dim=1).log_softmax(dim=1)
+
+
+def soften_masses(labels: SoftLabels, T: float) -> tuple[Array, Array]:
+    """See `SoftLabels.masses_at`."""
+    place = _on_grid(labels, T)
+    import torch
+
+    if place is None:
+        if labels.ids.device.type == "cpu":  # two hundred small operations, each of which NumPy begins sooner
+            softened = soften(labels.to_numpy(), T)
+            return torch.from_numpy(softened.log_probs), torch.from_numpy(softened.log_tail)
+        softened = soften(labels, T)
+        return softened.log_probs, softened.log_tail
+
+    _check_known(T, labels.max_temperature)
+    dtype = torch.promote_types(
+        torch.float32, torch.promote_types(labels.log_probs.dtype, labels.log_tail.dtype)
+    )
+    log_probs = labels.log_probs.to(dtype)
+    return log_probs if T == 1 else log_probs * (1.0 / float(T)), labels.log_tail[:, place].to(dtype)
+
+
+def _on_grid(labels: SoftLabels, T: float) -> int | None:
+    """Where on the grid T is, for a torch record whose tail can be read off there."""
+    if not labels.is_torch or T not in labels.temperatures:
+        return None
+    return labels.temperatures.index(T)
+
+
 def _log_tail(labels: SoftLabels, log_probs: Array, T: Any, beta: Any, scaled_exact: Array) -> Array:
     """Log of the sum of p^beta over the classes without an exact slot, [P]."""
     xp = array_namespace(log_probs)
+    if isinstance(beta, float) and float(T) in labels.temperatures:  # as the interpolation would give it
+        stored = labels.log_tail[:, labels.temperatures.index(float(T))]
+        alive = xp.all(labels.log_tail != -xp.inf, axis=1)
+        return xp.where(alive, xp.astype(stored, log_probs.dtype), -xp.inf)
     log_support, ends = _tail_ends(labels, log_probs)
     slopes, curvature = (None, None) if ends is None else (ends[:2], ends[2])
 

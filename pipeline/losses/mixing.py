@@ -5,7 +5,6 @@ Shape suffixes: `P` positions, `V` classes.
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from pipeline.errors import LabelError
 from pipeline.labels import SoftLabels
 from pipeline.losses.buckets import promoted
 from pipeline.losses.comparing import compare
+from pipeline.losses.direct import direct_loss, is_direct
 from pipeline.losses.ranks import uld
 from pipeline.losses.registry import Loss, as_loss
 from pipeline.losses.standardize import standardized
@@ -64,7 +64,8 @@ def distillation_loss(
         loss: the soft part: a name, or what `make_loss` gives. With "uld" the labels' classes may be others.
 
     Returns:
-        Scalar; 0 with a zero gradient where the mask is empty.
+        Scalar; 0 with a zero gradient where the mask is empty. In the usual case (`losses.direct`) it is one operation
+        of autograd, and not twice differentiable.
 
     Raises:
         LabelError: alpha out of range, labels or targets missing where needed, or as the soft loss raises.
@@ -84,10 +85,24 @@ def distillation_loss(
     """
     loss = as_loss(loss)
     check_needs(loss, labels, targets, alpha, "distillation_loss")
+    if (
+        mask is None
+        and alpha > 0.0
+        and labels is not None
+        and is_direct(loss, student_logits, labels, temperature)
+    ):
+        return direct_loss(
+            student_logits,
+            labels,
+            targets if alpha < 1.0 else None,
+            temperature=temperature,
+            alpha=alpha,
+        )
     terms = []
     if alpha < 1.0:
         assert targets is not None
-        terms.append((1.0 - alpha) * cross_entropy(student_logits, targets))
+        hard_P = cross_entropy(student_logits, targets)
+        terms.append(hard_P if alpha == 0.0 else (1.0 - alpha) * hard_P)
     if alpha > 0.0:
         assert labels is not None
         terms.append(
@@ -103,7 +118,9 @@ def distillation_loss(
             )
         )
     loss_P = terms[0] if len(terms) == 1 else terms[0] + terms[1]
-    weight_P = torch.ones_like(loss_P) if mask is None else mask.to(loss_P.dtype)
+    if mask is None:
+        return loss_P.sum() / max(1, len(loss_P))
+    weight_P = mask.to(loss_P.dtype)
     total = weight_P.sum()
     return (loss_P * weight_P).where(weight_P > 0, 0.0).sum() / total.where(total > 0, 1.0)
 

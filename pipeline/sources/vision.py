@@ -21,7 +21,7 @@ import torch
 from pipeline.errors import SourceError, SpecError
 from pipeline.identity import digest_source
 from pipeline.sources.image_folders import open_image_folder
-from pipeline.sources.image_source import InMemorySource, Source, SourceSettings, Split
+from pipeline.sources.image_source import InMemorySource, Source, SourceSettings, Split, images_of
 from pipeline.sources.torchvision_data import TORCHVISION, open_torchvision
 
 __all__ = ["Source", "SourceSettings", "open_source"]
@@ -91,6 +91,11 @@ class FirstSamples:
 
     def image(self, sample: int) -> torch.Tensor:
         return self._source.image(range(self._count)[sample])
+
+    def images(self, samples: np.ndarray) -> torch.Tensor | list[torch.Tensor]:
+        if len(samples) and samples.max() >= self._count:
+            raise IndexError(f"source {self.name}: sample {samples.max()} of {self._count}")
+        return images_of(self._source, samples)
 
 
 _MEMBERS = (

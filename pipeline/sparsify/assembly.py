@@ -3,23 +3,47 @@
 Shape suffixes: `P` positions, `V` classes, `K` slots, `G` grid of temperatures.
 
 The mass of the classes outside the record is summed from those classes themselves, at every grid temperature; 1 -
-sum(kept) would lose all its digits on confident rows. Positions are worked on in chunks, so beside the logits
-about 20 bytes times chunk x V are held (at the default chunk under 100 MB, whatever P). Nothing here waits
-for a GPU unless `check` is on.
+sum(kept) would lose all its digits on confident rows. Rows of float32 on the CPU go through compiled code, which holds
+24 bytes times V beside the logits. Others are worked on in chunks by torch, and there about 20 bytes times chunk x V are
+held (at the default chunk under 100 MB, whatever P). Nothing here waits for a GPU unless `check` is on.
 """
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.labels import Sampling, SoftLabels, collect
 from pipeline.sparsify.checks import checked_targets, raise_on_fault
 
-__all__ = ["Chosen", "assemble", "largest"]
+__all__ = ["Chosen", "Rows", "assemble", "largest"]
 
 _CHUNK_ELEMENTS = 2**22
+
+
+class Rows:
+    """Some rows of logits, for a policy to choose from.
+
+    Attributes:
+        logits_PV: float32, or float64 where the logits are.
+        part: where among all rows they are.
+    """
+
+    def __init__(self, logits_PV: Tensor, part: slice) -> None:
+        self.logits_PV, self.part = logits_PV, part
+
+    @cached_property
+    def log_probs_PV(self) -> Tensor:
+        if not _is_compiled(self.logits_PV):
+            return self.logits_PV.log_softmax(dim=-1)
+        from pipeline.sparsify.kernels import fill_log_probs
+
+        log_probs_PV = torch.empty(self.logits_PV.shape)
+        fill_log_probs(self.logits_PV.contiguous().numpy(), log_probs_PV.numpy())
+        return log_probs_PV
 
 
 class Chosen(NamedTuple):
@@ -38,7 +62,7 @@ class Chosen(NamedTuple):
 
 def assemble(
     logits_PV: Tensor,
-    choose: Callable[[Tensor, Tensor, slice], Chosen],
+    choose: Callable[[Rows], Chosen] | int,
     *,
     temperatures: tuple[float, ...],
     targets_P: Tensor | None,
@@ -46,11 +70,11 @@ def assemble(
     check: bool,
     sampling: Sampling | None = None,
 ) -> SoftLabels:
-    """Makes the record of the classes that `choose(logits_PV, log_probs_PV, rows)` names, chunk by chunk of rows.
+    """Makes the record of the classes that `choose` names, chunk by chunk of rows.
 
     Args:
         logits_PV: [P, V] floating point, checked for shape by the caller.
-        choose: names the slots of a chunk.
+        choose: names the slots of a chunk; or a number, for so many of the most likely classes.
         temperatures: grid of the tail.
         targets_P: [P] integer classes in [0, V), or None.
         chunk_positions: rows worked on at once; None picks 2^22 / V.
@@ -68,15 +92,58 @@ def assemble(
 
     def chunk(part: slice) -> SoftLabels:
         dtype = torch.float64 if logits_PV.dtype == torch.float64 else torch.float32
-        chunk_PV = logits_PV[part].to(dtype)
-        log_probs_PV = chunk_PV.log_softmax(dim=-1)
-        chosen = choose(chunk_PV, log_probs_PV, part)
+        chunk = Rows(logits_PV[part].detach().to(dtype), part)
         targets_p = None if targets is None else targets[part]
-        return _record(log_probs_PV, chosen, temperatures, targets_p, sampling)
+        if _is_compiled(chunk.logits_PV):
+            return _compiled_record(chunk, choose, temperatures, targets_p, sampling)
+        chosen = Chosen(largest(chunk.logits_PV, choose)) if isinstance(choose, int) else choose(chunk)
+        return _record(chunk.log_probs_PV, chosen, temperatures, targets_p, sampling)
 
     with torch.no_grad():
         starts = range(0, max(num_positions, 1), rows)
         return collect((chunk(slice(i, i + rows)) for i in starts), num_positions)
+
+
+def _is_compiled(values_PV: Tensor) -> bool:
+    return values_PV.device.type == "cpu" and values_PV.dtype == torch.float32
+
+
+def _compiled_record(
+    chunk: Rows,
+    choose: Callable[[Rows], Chosen] | int,
+    temperatures: tuple[float, ...],
+    targets_P: Tensor | None,
+    sampling: Sampling | None,
+) -> SoftLabels:
+    from pipeline.sparsify.kernels import fill_records
+
+    rows, num_classes = chunk.logits_PV.shape
+    is_number = not callable(choose)
+    chosen = choose(chunk) if callable(choose) else Chosen(torch.empty((rows, choose), dtype=torch.int64))
+    ids_PK, beta_G = chosen.ids_PK.contiguous(), 1.0 / np.array(temperatures)
+    log_probs_PK = torch.empty(ids_PK.shape)
+    log_tail_PG = torch.empty((rows, len(temperatures)))
+    target_log_prob, stats = torch.empty(rows), torch.empty((rows, 4))
+    wanted_P = torch.zeros(rows, dtype=torch.int64) if targets_P is None else targets_P.contiguous()
+    fill_records(
+        chunk.logits_PV.contiguous().numpy(),
+        is_number,
+        ids_PK.shape[1] if sampling is None else sampling.exact,
+        beta_G,
+        *(array.numpy() for array in (ids_PK, wanted_P, log_probs_PK, log_tail_PG, target_log_prob, stats)),
+    )
+    return SoftLabels(
+        ids=ids_PK,
+        log_probs=log_probs_PK,
+        log_tail=log_tail_PG,
+        num_classes=num_classes,
+        temperatures=temperatures,
+        target_log_prob=None if targets_P is None else target_log_prob,
+        stats=stats,
+        sampling=sampling,
+        counts=chosen.counts_PK,
+        log_threshold=chosen.log_threshold_P,
+    )
 
 
 def _record(
@@ -115,6 +182,12 @@ def _record(
 
 def largest(values_PV: Tensor, k: int) -> Tensor:
     """Ids of the k largest values, descending; equal values by ascending id (`topk` leaves ties open)."""
+    if _is_compiled(values_PV):
+        from pipeline.sparsify.kernels import fill_largest
+
+        ids_PK = torch.empty((len(values_PV), k), dtype=torch.int64)
+        fill_largest(values_PV.contiguous().numpy(), ids_PK.numpy())
+        return ids_PK
     if values_PV.dtype == torch.float64:
         return values_PV.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     # Unique sort keys: the float's bits, made monotone, above the reversed id. Adding 0 turns -0.0 into 0.0.

@@ -18,7 +18,7 @@ from torch import Tensor
 from pipeline.counters import STEP, mixed
 from pipeline.errors import LabelError
 from pipeline.labels import DEFAULT_TEMPERATURES, Sampling, SoftLabels
-from pipeline.sparsify.assembly import Chosen, assemble, largest
+from pipeline.sparsify.assembly import Chosen, Rows, assemble, largest
 from pipeline.sparsify.checks import check_arguments
 
 __all__ = ["hybrid", "row_seeds", "sample"]
@@ -84,11 +84,12 @@ def sample(
     check_arguments(logits_PV, 1, targets_P)
     seeds_P = _checked_seeds(seeds_P, logits_PV)
 
-    def choose(_: Tensor, log_probs_PV: Tensor, part: slice) -> Chosen:
+    def choose(rows: Rows) -> Chosen:
+        log_probs_PV = rows.log_probs_PV
         weights_PV = (log_probs_PV.double() * exponent).exp()
         reached_PV = weights_PV.cumsum(dim=1)
         number_N = torch.arange(1, draws + 1, device=log_probs_PV.device)
-        uniform_PN = _uniform(seeds_P[part, None] + number_N * STEP)
+        uniform_PN = _uniform(seeds_P[rows.part, None] + number_N * STEP)
         wanted_PN = uniform_PN * reached_PV[:, -1:]
         # The first class whose cumulative weight is above the draw; it never has weight 0.
         drawn_PN = torch.searchsorted(reached_PV, wanted_PN, right=True)
@@ -157,10 +158,10 @@ def hybrid(
     seeds_P = _checked_seeds(seeds_P, logits_PV)
     num_classes = logits_PV.shape[1]
 
-    def choose(chunk_PV: Tensor, log_probs_PV: Tensor, part: slice) -> Chosen:
-        ids_PK = largest(chunk_PV, k)
+    def choose(rows: Rows) -> Chosen:
+        log_probs_PV, ids_PK = rows.log_probs_PV, largest(rows.logits_PV, k)
         class_V = torch.arange(1, num_classes + 1, device=log_probs_PV.device) * STEP
-        log_uniform_PV = _uniform(seeds_P[part, None] + class_V).log().to(log_probs_PV.dtype)
+        log_uniform_PV = _uniform(seeds_P[rows.part, None] + class_V).log().to(log_probs_PV.dtype)
         priority_PV = (log_probs_PV * exponent).sub_(log_uniform_PV).scatter_(1, ids_PK, -torch.inf)
         found = priority_PV.topk(min(draws + 1, num_classes), dim=1)
         taken_PN = found.indices[:, :draws].where(found.values[:, :draws] > -torch.inf, num_classes)

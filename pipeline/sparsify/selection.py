@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pipeline.errors import LabelError
 from pipeline.labels import DEFAULT_TEMPERATURES, SoftLabels
-from pipeline.sparsify.assembly import Chosen, assemble, largest
+from pipeline.sparsify.assembly import Chosen, Rows, assemble, largest
 from pipeline.sparsify.checks import check_arguments
 
 __all__ = ["dense", "top_k", "top_p", "whole_record"]
@@ -46,7 +46,7 @@ def top_k(
     check_arguments(logits_PV, k, targets_P)
     return assemble(
         logits_PV,
-        lambda chunk_PV, *_: Chosen(largest(chunk_PV, k)),
+        k,
         temperatures=temperatures,
         targets_P=targets_P,
         chunk_positions=chunk_positions,
@@ -87,13 +87,13 @@ def top_p(
     if not 0.0 < p <= 1.0:
         raise LabelError(f"labels.p: expected a mass in (0, 1]; found {p}; 0.9 keeps nine tenths of it")
 
-    def choose(chunk_PV: Tensor, log_probs_PV: Tensor, _: slice) -> Chosen:
-        ids_PK = largest(chunk_PV, max_k)
-        probs_PK = log_probs_PV.gather(1, ids_PK).exp()
+    def choose(rows: Rows) -> Chosen:
+        ids_PK = largest(rows.logits_PV, max_k)
+        probs_PK = rows.log_probs_PV.gather(1, ids_PK).exp()
         before_PK = probs_PK.cumsum(dim=1) - probs_PK
         wanted_PK = before_PK < p
         wanted_PK[:, 0] = True
-        return Chosen(ids_PK.where(wanted_PK, log_probs_PV.shape[1]))
+        return Chosen(ids_PK.where(wanted_PK, rows.logits_PV.shape[1]))
 
     return assemble(
         logits_PV,

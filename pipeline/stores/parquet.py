@@ -6,6 +6,7 @@ What is known per sample is repeated on each of its rows.
 from __future__ import annotations
 
 import io
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 
@@ -33,6 +34,7 @@ class ParquetStore:
         self._chunk_rows = manifest.rows.chunk_rows if manifest.rows else manifest.plan.chunk_samples
         self._schema = _schema(manifest, self._columns.values())
         self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+        self._lock = threading.Lock()  # a file is read at one place at a time, and stays open meanwhile
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -111,10 +113,11 @@ class ParquetStore:
         first_row, last_row = rows or (start - unit.start, stop - unit.start)
         group, last_group = first_row // self._chunk_rows, -(-last_row // self._chunk_rows)
         try:
-            file = self._open(unit)
-            table = file.read_row_groups(
-                list(range(group, last_group)), ["view", "sample", *names], use_threads=False
-            ).slice(first_row - group * self._chunk_rows, last_row - first_row)
+            with self._lock:
+                table = self._open(unit).read_row_groups(
+                    list(range(group, last_group)), ["view", "sample", *names], use_threads=False
+                )
+            table = table.slice(first_row - group * self._chunk_rows, last_row - first_row)
             samples, firsts = np.unique(table["sample"].to_numpy(), return_index=True)
             if len(table) != last_row - first_row or not (
                 np.array_equal(samples, np.arange(start, stop))

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import CorruptionError
 from pipeline.manifest import Plan, RaggedRows, Unit
 
-__all__ = ["RowIndex", "SampleTable", "encode_samples", "read_samples"]
+__all__ = ["RowIndex", "SampleTable", "encode_samples", "read_row_counts", "read_samples"]
 
 SCHEMA = pa.schema(
     [
@@ -80,20 +80,52 @@ def read_samples(data: bytes) -> SampleTable:
         CorruptionError: it is no Parquet file, or of other columns.
     """
     try:
-        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
-        numbers, keys, targets = (table[field.name].cast(field.type) for field in SCHEMA)
-        if not np.array_equal(numbers.to_numpy(), np.arange(len(table))):
-            raise ValueError("its samples are not numbered 0, 1, 2, …")
+        table = _checked_table(data, None)
+        keys, targets = (table[name].cast(SCHEMA.field(name).type) for name in ("key", "target"))
         ragged = "num_rows" in table.column_names
         return SampleTable(
             keys.to_pylist(),
-            np.zeros(0, np.int64) if targets.null_count else targets.to_numpy().astype(np.int64),
-            table["num_rows"].to_numpy().astype(np.int64) if ragged else np.zeros(0, np.int64),
+            np.zeros(0, np.int64) if targets.null_count else _numbers(targets),
+            _row_counts(table) if ragged else np.zeros(0, np.int64),
         )
-    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise CorruptionError(
-            f"sample table: cannot be read: {error}; restore it, or rebuild the cache"
-        ) from error
+    except _UNREADABLE as error:
+        raise _damage(error) from error
+
+
+def read_row_counts(data: bytes) -> np.ndarray:
+    """Returns the rows [N] int64 of each sample, without the keys: of a million samples in a tenth of the time.
+
+    Raises:
+        CorruptionError: as `read_samples`.
+    """
+    try:
+        return _row_counts(_checked_table(data, ["sample", "num_rows"]))
+    except _UNREADABLE as error:
+        raise _damage(error) from error
+
+
+_UNREADABLE = (pa.ArrowException, OSError, KeyError, ValueError)
+
+
+def _checked_table(data: bytes, columns: list[str] | None) -> pa.Table:
+    # Not `pq.read_table`, nor `to_numpy`: they import half a second of other code, pandas among it.
+    table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(columns)
+    if not np.array_equal(_numbers(table["sample"]), np.arange(len(table))):
+        raise ValueError("its samples are not numbered 0, 1, 2, …")
+    return table
+
+
+def _row_counts(table: pa.Table) -> np.ndarray:
+    return _numbers(table["num_rows"])
+
+
+def _numbers(column: pa.ChunkedArray) -> np.ndarray:
+    chunks = [np.from_dlpack(chunk) for chunk in column.cast(pa.int64()).chunks]
+    return np.concatenate([np.zeros(0, np.int64), *chunks])
+
+
+def _damage(error: Exception) -> CorruptionError:
+    return CorruptionError(f"sample table: cannot be read: {error}; restore it, or rebuild the cache")
 
 
 class RowIndex:

@@ -93,6 +93,12 @@ def read_marker(objects: Objects, manifest: Manifest, manifest_sha256: str, numb
     Raises:
         ManifestError: the marker is malformed, or belongs to another cache or unit.
     """
+    return _checked_marker(objects, manifest, manifest_sha256, number, open_store(manifest, objects))
+
+
+def _checked_marker(
+    objects: Objects, manifest: Manifest, manifest_sha256: str, number: int, store: Store
+) -> UnitMarker | None:
     path = marker_path(number)
     try:
         data = objects.get(path)
@@ -116,7 +122,7 @@ def read_marker(objects: Objects, manifest: Manifest, manifest_sha256: str, numb
             f"with {room} rows{' at most' if manifest.rows else ''}; delete it and rerun `softcache teacher-logits`"
         )
     names = {shard.path: shard.column for shard in marker.shards}
-    wanted = open_store(manifest, objects).objects_of(unit)
+    wanted = store.objects_of(unit)
     if names != wanted or len(names) != len(marker.shards):
         raise ManifestError(
             f"{where}: names the shards {sorted(names)}; expected {sorted(wanted)} for unit {number}; delete it and "
@@ -131,7 +137,7 @@ def finished_units(objects: Objects, manifest: Manifest, manifest_sha256: str) -
     Raises:
         ManifestError: a marker is malformed, of another cache, or of a unit that the plan does not have.
     """
-    markers = {}
+    markers, store = {}, open_store(manifest, objects)  # one for all markers: it costs as much as reading one
     for path in objects.list("units"):
         name = path.rsplit("/", 1)[-1]
         if not name.endswith(".json"):
@@ -141,7 +147,7 @@ def finished_units(objects: Objects, manifest: Manifest, manifest_sha256: str) -
             raise ManifestError(
                 f"cache {objects.url}, {path}: is of no unit of the plan (0 to {manifest.plan.num_units - 1}); remove it"
             )
-        marker = read_marker(objects, manifest, manifest_sha256, number)
+        marker = _checked_marker(objects, manifest, manifest_sha256, number, store)
         if marker is not None:
             markers[number] = marker
     return markers

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.codec import Column
-from pipeline.errors import CorruptionError
+from pipeline.errors import CorruptionError, StorageError
 from pipeline.labels import STATS
 from pipeline.manifest import Manifest, Plan, Unit
 from pipeline.stores.objects import Objects
@@ -112,8 +113,7 @@ class ZarrStore:
         }
 
     def _encode_shard(self, unit: Unit, column: Column, values: np.ndarray) -> bytes:
-        import tensorstore as ts
-
+        ts = _tensorstore(self._objects.url)
         length = unit.stop - unit.start
         if self._is_ragged(column):
             assert self._manifest.rows is not None
@@ -179,8 +179,7 @@ class ZarrStore:
     def _array(self, name: str) -> tensorstore.TensorStore:
         """Returns the open array; opened in the process that reads, since TensorStore does not survive a fork."""
         if name not in self._opened:
-            import tensorstore as ts
-
+            ts = _tensorstore(self._objects.url)
             spec = {
                 "driver": "zarr3",
                 "kvstore": self._objects.kvstore(f"{self._manifest.data}/{name}/"),
@@ -193,6 +192,28 @@ class ZarrStore:
     def _metadata(self, column: Column) -> dict[str, Any]:
         document = json.loads(self._documents[f"{self._manifest.data}/{column.name}/zarr.json"])
         return {name: document[name] for name in GEOMETRY}
+
+
+_used_in: set[int] = set()
+"""The processes, of this one and those that it was forked from, in which TensorStore has run."""
+
+
+def _tensorstore(url: str) -> Any:
+    """Returns the module, where it can run: it ends a forked child whose parent has used it, without a word of ours.
+
+    Raises:
+        StorageError: this process is such a child.
+    """
+    import tensorstore
+
+    if _used_in - {os.getpid()}:
+        raise StorageError(
+            f"cache {url}: this process was forked from one that had read or written a Zarr cache, and TensorStore does "
+            'not survive a fork; start processes with multiprocessing_context="forkserver" or "spawn" (of a DataLoader), '
+            "or thaw the cache before"
+        )
+    _used_in.add(os.getpid())
+    return tensorstore
 
 
 GEOMETRY = (

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
+from pipeline.cache import DEFAULT_WINDOW_BLOCKS
 from pipeline.shuffle import BlockShuffle
 
 if TYPE_CHECKING:
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
 
 
 __all__ = ["BlockOrder", "SetEpoch"]
-
-WINDOW_BLOCKS = 16
-"""Chunks that are mixed with each other: as many as a cache keeps decoded."""
 
 
 class BlockOrder(Sampler[int]):
@@ -30,7 +28,7 @@ class BlockOrder(Sampler[int]):
             batch_size=1,
             view_of=lambda epoch: 0,
             block_samples=cache.manifest.plan.chunk_samples,
-            window_blocks=WINDOW_BLOCKS,
+            window_blocks=None if cache.fits_thawed else DEFAULT_WINDOW_BLOCKS,
             seed=seed,
         )
 

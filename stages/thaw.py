@@ -1,0 +1,112 @@
+"""Decode a cache into local memory maps, so that any order of reading is as fast as another.
+
+softcache thaw runs/digits/cache
+softcache thaw s3-copy/cache --limit 64GiB
+softcache thaw --list
+softcache thaw --clear
+"""
+
+from datetime import datetime
+
+import click
+from pydantic import ByteSize, TypeAdapter, ValidationError
+
+from pipeline.cache import open_cache
+from pipeline.errors import IncompleteCacheError, StorageError
+from pipeline.progress import track
+from pipeline.thaw import ThawFolder, ThawSettings
+from stages.options import print_table
+
+__all__ = ["thaw"]
+
+
+@click.command()
+@click.argument("url", metavar="CACHE", required=False)
+@click.option("--views", "num_views", type=click.IntRange(1), help="The first so many views [default: all].")
+@click.option(
+    "--limit", default="8GiB", show_default=True, metavar="SIZE", help="Of all files in the folder together."
+)
+@click.option(
+    "--folder",
+    metavar="DIR",
+    help="Where [default: $SOFTCACHE_THAW_DIR, or ~/.cache/softcache/thaw].",
+)
+@click.option("--list", "listing", is_flag=True, help="List what is thawed on this machine.")
+@click.option("--clear", is_flag=True, help="Remove every thawed view that nobody uses.")
+def thaw(
+    url: str | None, num_views: int | None, limit: str, folder: str | None, listing: bool, clear: bool
+) -> None:
+    """Decode CACHE once into a local memory map, which all students and loader processes of this machine share.
+
+    train-student does so by itself if CACHE fits reader.thaw_limit_bytes. What is there already is only checked.
+    Views that were not used for longest are removed when the limit is reached; those in use are not.
+
+    \b
+    Example:
+      softcache thaw runs/digits/cache
+    """
+    if (url is None) != (listing or clear):
+        raise click.UsageError("give either CACHE, or --list or --clear")
+    place = ThawFolder(folder)
+    if clear:
+        _clear(place)
+    if listing:
+        _list(place)
+    if url is not None:
+        _thaw(url, num_views, _bytes(limit), place)
+
+
+def _thaw(url: str, num_views: int | None, limit: int, place: ThawFolder) -> None:
+    cache = open_cache(url, thaw=ThawSettings(limit, str(place.root), required=True))
+    views = range(min(num_views or cache.num_views, cache.num_views))
+    plans = [cache.thawed_plan(view) for view in views]
+    rows, total = [], 0
+    for view, plan in enumerate(plans):
+        if plan is None:
+            raise IncompleteCacheError(
+                f"cache {url}: view {view} is not finished; rerun `softcache teacher-logits`, then thaw it"
+            )
+        total += plan.num_bytes
+        rows.append(
+            [view, f"{plan.num_rows:,}", f"{plan.num_bytes:,}", "there" if place.holds(plan) else "made"]
+        )
+    if total > limit:
+        raise StorageError(
+            f"cache {url}: {len(rows)} views take {total:,} bytes thawed; the limit is {limit:,}; raise --limit, or thaw "
+            "fewer --views"
+        )
+    with track("thaw", sum(plan.num_rows for plan in plans if plan), "rows") as advance:
+        for view in views:
+            cache.thawed(view, limit_bytes=limit, progress=advance)
+    print_table(f"{url}, thawed in {place.root}", ("view", "rows", "bytes", ""), rows)
+
+
+def _list(place: ThawFolder) -> None:
+    entries = place.entries()
+    rows = [
+        (entry.about, f"{entry.num_bytes:,}", datetime.fromtimestamp(entry.used).isoformat(" ", "seconds"))
+        for entry in reversed(entries)
+    ]
+    total = sum(entry.num_bytes for entry in entries)
+    print_table(
+        f"thawed in {place.root}: {len(rows)} views, {total:,} bytes", ("of", "bytes", "last used"), rows
+    )
+
+
+def _clear(place: ThawFolder) -> None:
+    entries = place.entries()
+    gone = [entry for entry in entries if place.remove(entry)]
+    kept = len(entries) - len(gone)
+    click.echo(
+        f"{place.root}: removed {len(gone)} views, {sum(entry.num_bytes for entry in gone):,} bytes"
+        + (f"; {kept} in use were kept" if kept else "")
+    )
+
+
+def _bytes(text: str) -> int:
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(text))
+    except ValidationError as error:
+        raise click.BadParameter(
+            f"{text!r}; expected a number of bytes, such as 64GiB", param_hint="--limit"
+        ) from error
