@@ -15,6 +15,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -222,7 +223,8 @@ class Cache:
         samples = np.asarray(samples, np.int64)
         if not 0 <= view < self.num_views:
             raise IndexError(f"cache {self.url}: view {view}; expected 0 to {self.num_views - 1}")
-        if len(samples) and not (samples.min() >= 0 and samples.max() < len(self)):
+        # A negative number, read as one without a sign, is a very large one.
+        if len(samples) and samples.view(np.uint64).max() >= len(self):
             raise IndexError(
                 f"cache {self.url}: sample {samples.min()}..{samples.max()}; it holds {len(self)}"
             )
@@ -345,15 +347,20 @@ class Cache:
             return None
 
     def _gather(self, thawed: ThawedFile, samples: np.ndarray) -> StoredRows:
-        if not self.rows.ragged:
+        if self.manifest.rows is None:
             columns = thawed.record.columns(thawed.take(samples))
             counts = np.ones(len(samples), np.int64)
-            return StoredRows(self._codec.decode(columns), columns["fingerprint"], counts, None)
+            return StoredRows(self._pattern.with_arrays(columns), columns["fingerprint"], counts, None)
         counts = self.rows.counts(samples)
         columns = thawed.record.columns(thawed.take_runs(self.rows.starts(samples, 0), counts))
-        return StoredRows(
-            self._codec.decode(columns), thawed.fingerprints[samples], counts, columns["position"]
-        )
+        labels = self._pattern.with_arrays(columns)
+        return StoredRows(labels, thawed.fingerprints[samples], counts, columns["position"])
+
+    @cached_property
+    def _pattern(self) -> SoftLabels:
+        """A record without rows, checked once in the place of every batch that a thawed view gives."""
+        record = self._thawed_record()
+        return self._codec.decode(record.columns(np.zeros((0, record.num_bytes), np.uint8)))
 
     def read_positions(self, number: int) -> np.ndarray:
         """Returns where in its sample each row of a finished unit is; of a cache of tokens."""

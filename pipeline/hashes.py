@@ -53,15 +53,14 @@ _0, _1, _8, _16, _24, _32 = (np.uint64(x) for x in (0, 1, 8, 16, 24, 32))
 _LOW = np.uint64(0xFFFFFFFF)
 _P64_1, _P64_2, _P64_3 = (np.uint64(x) for x in (0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9))
 _MX1, _MX2 = np.uint64(0x165667919E3779F9), np.uint64(0x9FB21C651E98DF25)
-_SECRET = np.frombuffer(
-    bytes.fromhex(
-        "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221"
-        "b8084674f743248ee03590e6813a264c3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8"
-        "a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcdb45931c89f7ec9d9787364eac5ac8334d3ebc3c581a0fffa1363eb"
-        "170ddd51b7f0da49d316552629d4689e2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
-    ),
-    np.uint8,
+_SECRET_BYTES = bytes.fromhex(
+    "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671fcb79e64eccc0e578825ad07dccff7221"
+    "b8084674f743248ee03590e6813a264c3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8"
+    "a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcdb45931c89f7ec9d9787364eac5ac8334d3ebc3c581a0fffa1363eb"
+    "170ddd51b7f0da49d316552629d4689e2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
 )
+# The eight bytes from each place on, as numbers: a word of the secret is then one load.
+_SECRET = np.array([int.from_bytes(_SECRET_BYTES[at : at + 8], "little") for at in range(185)], np.uint64)
 
 
 @compiled
@@ -120,7 +119,7 @@ def _avalanche_64(x):  # type: ignore[no-untyped-def]
 
 @compiled
 def _mixed(low, high, secret, at):  # type: ignore[no-untyped-def]
-    return _folded(low ^ _word(secret, at), high ^ _word(secret, at + 8))
+    return _folded(low ^ secret[at], high ^ secret[at + 8])
 
 
 @compiled
@@ -128,11 +127,11 @@ def _xxh3_short(data, length, secret):  # type: ignore[no-untyped-def]
     """Up to 16 bytes."""
     size = np.uint64(length)
     if length > 8:
-        low = _word(data, 0) ^ (_word(secret, 24) ^ _word(secret, 32))
-        high = _word(data, length - 8) ^ (_word(secret, 40) ^ _word(secret, 48))
+        low = _word(data, 0) ^ (secret[24] ^ secret[32])
+        high = _word(data, length - 8) ^ (secret[40] ^ secret[48])
         return _avalanche(size + _swapped(low) + high + _folded(low, high))
     if length >= 4:
-        keyed = (_half(data, length - 4) + (_half(data, 0) << _32)) ^ (_word(secret, 8) ^ _word(secret, 16))
+        keyed = (_half(data, length - 4) + (_half(data, 0) << _32)) ^ (secret[8] ^ secret[16])
         x = keyed ^ ((keyed << np.uint64(49)) | (keyed >> np.uint64(15)))
         x = (x ^ ((keyed << _24) | (keyed >> np.uint64(40)))) * _MX2
         x = (x ^ ((x >> np.uint64(35)) + size)) * _MX2
@@ -140,8 +139,8 @@ def _xxh3_short(data, length, secret):  # type: ignore[no-untyped-def]
     if length > 0:
         first, middle, last = np.uint64(data[0]), np.uint64(data[length >> 1]), np.uint64(data[length - 1])
         combined = (first << _16) | (middle << _24) | last | (size << _8)
-        return _avalanche_64(combined ^ (_half(secret, 0) ^ _half(secret, 4)))
-    return _avalanche_64(_word(secret, 56) ^ _word(secret, 64))
+        return _avalanche_64(combined ^ ((secret[0] & _LOW) ^ (secret[0] >> _32)))
+    return _avalanche_64(secret[56] ^ secret[64])
 
 
 @compiled
@@ -234,12 +233,10 @@ def fingerprints(names: Sequence[str], fixed: bytes, content_BL: np.ndarray) -> 
     longest = int(np.diff(ends_B, prepend=0).max(initial=0))
     if 4 + longest + len(fixed) + content_BL.shape[1] <= LONGEST:
         return _fingerprints(names_N, ends_B, np.frombuffer(fixed, np.uint8), content_BL, _SECRET)
-    digest, out = xxhash.xxh3_64_intdigest, np.empty(len(names), np.uint64)
-    for row, name in enumerate(names):
-        encoded = name.encode()
-        head = len(encoded).to_bytes(4, "little") + encoded + fixed
-        out[row] = digest(head + content_BL[row].tobytes())
-    return out
+    digest, size, whole = xxhash.xxh3_64_intdigest, content_BL.shape[1], content_BL.tobytes()
+    heads = [len(name).to_bytes(4, "little") + name + fixed for name in (name.encode() for name in names)]
+    found = [digest(head + whole[row * size : (row + 1) * size]) for row, head in enumerate(heads)]
+    return np.array(found, np.uint64)
 
 
 # -- Philox ------------------------------------------------------------------------------------------------

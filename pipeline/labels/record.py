@@ -14,7 +14,7 @@ torch only when it is asked for torch. Half-precision `log_probs` (float16, bflo
 before any maths; float64 stays float64.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -233,12 +233,18 @@ class SoftLabels:
     def _derived(self, function: Callable[[Array], Array]) -> Self:
         """`map_arrays` without the checks, which take longer than the rest of a small batch; for functions that keep
         shapes (but for the number of rows, alike for all) and kinds of dtype."""
-        values = dict(self.__dict__)
-        for name in ARRAYS:
-            if values[name] is not None:
-                values[name] = function(values[name])
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        return self.with_arrays({name: function(x) for name, x in arrays.items() if x is not None})
+
+    def with_arrays(self, arrays: Mapping[str, Array]) -> Self:
+        """The same record of other positions, unchecked: for arrays of the kinds and inner shapes that it has.
+
+        Args:
+            arrays: by name, all that the record has; other names are ignored.
+        """
         derived = object.__new__(type(self))
-        derived.__dict__.update(values)
+        derived.__dict__.update(self.__dict__)
+        derived.__dict__.update({name: arrays[name] for name in ARRAYS if name in arrays})
         return derived
 
 

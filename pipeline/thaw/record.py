@@ -30,28 +30,29 @@ class Record:
             end += columns[name].dtype.itemsize * int(np.prod(columns[name].shape[1:]))
         self.num_bytes = -(-end // 8) * 8
         self._fields = [
-            (name, offset, columns[name].dtype, columns[name].shape[1:])
+            (name, offset, columns[name].dtype, columns[name].shape[1:], self._strides(columns[name]))
             for name, offset in zip(names, offsets, strict=True)
         ]
 
+    def _strides(self, column: np.ndarray) -> tuple[int, ...]:
+        inner = [column.dtype.itemsize]
+        for length in reversed(column.shape[2:]):
+            inner.insert(0, inner[0] * length)
+        return (self.num_bytes, *(inner if column.ndim > 1 else ()))
+
     def describe(self) -> list[list[Any]]:
         """Returns [name, offset, dtype, inner shape] of every field, for the header."""
-        return [[name, offset, dtype.str, list(shape)] for name, offset, dtype, shape in self._fields]
+        return [[name, offset, dtype.str, list(shape)] for name, offset, dtype, shape, _ in self._fields]
 
     def columns(self, rows_PR: np.ndarray) -> dict[str, np.ndarray]:
         """Returns the columns of some records [P, R] uint8 in C order, by name: views, nothing is copied."""
-        num_rows, size, out = len(rows_PR), self.num_bytes, {}
+        num_rows = len(rows_PR)
         if not num_rows:
-            return {name: np.empty((0, *shape), dtype) for name, _, dtype, shape in self._fields}
-        for name, offset, dtype, shape in self._fields:
-            strides, inner = [], dtype.itemsize
-            for length in reversed(shape):
-                strides.append(inner)
-                inner *= length
-            out[name] = np.ndarray(
-                (num_rows, *shape), dtype, rows_PR, offset=offset, strides=(size, *reversed(strides))
-            )
-        return out
+            return {name: np.empty((0, *shape), dtype) for name, _, dtype, shape, _ in self._fields}
+        return {
+            name: np.ndarray((num_rows, *shape), dtype, rows_PR, offset, strides)
+            for name, offset, dtype, shape, strides in self._fields
+        }
 
     def pack(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
         """Returns the records [P, R] uint8 of columns [P, ...]."""
