@@ -115,9 +115,9 @@ def draw(path: str | Path, results: dict[str, list[Figure]]) -> None:
         ax.axvline(1.0, color="#333333", linewidth=0.8)
         ax.set_title(title, loc="left", fontsize=10)
         ax.tick_params(labelsize=8)
-        for place, value in enumerate(values):
+        for place, (value, reach) in enumerate(zip(values, spread[1], strict=True)):
             ax.annotate(
-                f"{value:.2f}", (value, place), xytext=(4, -3), textcoords="offset points", fontsize=8
+                f"{value:.2f}", (value + reach, place), xytext=(4, -3), textcoords="offset points", fontsize=8
             )
         if max(values) > 20 * min(values):
             ax.set_xscale("log")
