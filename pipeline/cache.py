@@ -83,6 +83,13 @@ class StoredRows(NamedTuple):
     positions: np.ndarray | None
 
 
+class _Decoded(NamedTuple):
+    """A chunk: its rows' records as uint64 [rows, R / 8], and the fingerprints [samples]."""
+
+    rows: np.ndarray
+    fingerprints: np.ndarray
+
+
 class Cache:
     """Soft labels on storage, read by (sample, view).
 
@@ -120,12 +127,11 @@ class Cache:
         self._checked: set[int] = set()
         self._unit_locks: dict[int, threading.Lock] = {}
         this = weakref.ref(self)  # without a circle, the last user of a cache takes files and locks along
-        self._blocks: DecodedBlocks[tuple[int, int], dict[str, np.ndarray]] = DecodedBlocks(
+        self._blocks: DecodedBlocks[tuple[int, int], _Decoded] = DecodedBlocks(
             lambda key: this()._decode_block(key),  # type: ignore[union-attr]
             keep=self._window_blocks,
         )
         self._codec = self.manifest.build_codec()
-        self._per_sample = {column.name for column in alignment_columns(self.manifest) if column.per_sample}
         self._rows: RowIndex | None = None
         self._thawed: dict[int, ThawedFile | None] = {}
 
@@ -233,26 +239,24 @@ class Cache:
         size, index = self.manifest.plan.chunk_samples, self.rows
         counts = index.counts(samples)
         offsets = np.concatenate([[0], np.cumsum(counts)])
-        out: dict[str, np.ndarray] = {}
+        rows = np.empty((int(offsets[-1]), self._record.num_bytes // 8), np.uint64)
+        fingerprints = np.empty(len(samples), np.uint64)
         blocks, inverse = np.unique(samples // size, return_inverse=True)
         for number in self._blocks.kept_first([(view, int(block)) for block in blocks]):
-            block = blocks[number]
+            block = int(blocks[number])
             chosen = np.flatnonzero(inverse == number)
-            within = samples[chosen] - block * size
-            first = index.starts(samples[chosen], int(block) * size)
+            first = index.starts(samples[chosen], block * size)
             source, target = _ranges(first, counts[chosen]), _ranges(offsets[chosen], counts[chosen])
-            for name, column in self._block(view, int(block)).items():
-                per_sample = name in self._per_sample
-                if name not in out:
-                    length = len(samples) if per_sample else int(offsets[-1])
-                    out[name] = np.empty((length, *column.shape[1:]), column.dtype)
-                if per_sample:
-                    out[name][chosen] = column[within]
-                else:
-                    out[name][target] = column[source]
-        if not len(blocks):
-            out = {name: column[:0] for name, column in self._block(view, 0).items()}
-        return StoredRows(self._codec.decode(out), out["fingerprint"], counts, out.get("position"))
+            decoded = self._blocks.get((view, block))
+            rows[target] = decoded.rows[source]
+            fingerprints[chosen] = decoded.fingerprints[samples[chosen] - block * size]
+        return self._stored(rows.view(np.uint8), fingerprints, counts)
+
+    def _stored(self, rows_PR: np.ndarray, fingerprints: np.ndarray | None, counts: np.ndarray) -> StoredRows:
+        columns = self._record.columns(rows_PR)
+        if fingerprints is None:
+            fingerprints = columns["fingerprint"]
+        return StoredRows(self._pattern.with_arrays(columns), fingerprints, counts, columns.get("position"))
 
     @property
     def fits_thawed(self) -> bool:
@@ -298,13 +302,14 @@ class Cache:
         return ThawedPlan(
             key=digest_json([self.manifest_sha256, view, content])[:32],
             about=f"{self.url}, view {view}",
-            record=self._thawed_record(),
+            record=self._record,
             num_rows=self.manifest.rows.num_rows if self.manifest.rows else len(self),
             num_samples=len(self) if self.manifest.rows else 0,
         )
 
-    def _thawed_record(self) -> Record:
-        """Returns how a row lies in memory: its decoded columns, and where it is (or, one row a sample, whose)."""
+    @cached_property
+    def _record(self) -> Record:
+        """How a row lies in memory: its decoded columns, and where it is (or, one row a sample, whose)."""
         beside = "position" if self.manifest.rows else "fingerprint"
         columns = [*self._codec.columns, *alignment_columns(self.manifest)]
         kept = [column for column in columns if column.name == beside or column in self._codec.columns]
@@ -323,12 +328,11 @@ class Cache:
         def fill() -> Iterator[np.ndarray]:
             fingerprints = []
             for block in range(-(-len(self) // self.manifest.plan.chunk_samples)):
-                columns = self._block(view, block)
+                decoded = self._blocks.get((view, block))
                 if plan.num_samples:
-                    fingerprints.append(columns["fingerprint"])
-                rows_PR = plan.record.pack(columns)
-                yield rows_PR
-                progress(len(rows_PR))
+                    fingerprints.append(decoded.fingerprints)
+                yield decoded.rows
+                progress(len(decoded.rows))
             yield from fingerprints
 
         what = f"cache {self.url}, view {view}"
@@ -348,29 +352,21 @@ class Cache:
 
     def _gather(self, thawed: ThawedFile, samples: np.ndarray) -> StoredRows:
         if self.manifest.rows is None:
-            columns = thawed.record.columns(thawed.take(samples))
-            counts = np.ones(len(samples), np.int64)
-            return StoredRows(self._pattern.with_arrays(columns), columns["fingerprint"], counts, None)
+            return self._stored(thawed.take(samples), None, np.ones(len(samples), np.int64))
         counts = self.rows.counts(samples)
-        columns = thawed.record.columns(thawed.take_runs(self.rows.starts(samples, 0), counts))
-        labels = self._pattern.with_arrays(columns)
-        return StoredRows(labels, thawed.fingerprints[samples], counts, columns["position"])
+        rows_PR = thawed.take_runs(self.rows.starts(samples, 0), counts)
+        return self._stored(rows_PR, thawed.fingerprints[samples], counts)
 
     @cached_property
     def _pattern(self) -> SoftLabels:
-        """A record without rows, checked once in the place of every batch that a thawed view gives."""
-        record = self._thawed_record()
-        return self._codec.decode(record.columns(np.zeros((0, record.num_bytes), np.uint8)))
+        """A record without rows, checked once in the place of every batch that is read."""
+        return self._codec.decode(self._record.columns(np.zeros((0, self._record.num_bytes), np.uint8)))
 
     def read_positions(self, number: int) -> np.ndarray:
         """Returns where in its sample each row of a finished unit is; of a cache of tokens."""
         unit = self.manifest.plan.unit(number)
         rows = self.rows.span(unit, unit.start, unit.stop)
         return self._opened_store().read(unit, unit.start, unit.stop, ["position"], rows=rows)["position"]
-
-    def _block(self, view: int, block: int) -> dict[str, np.ndarray]:
-        """Returns one decoded chunk of samples, from the window or from the store."""
-        return self._blocks.get((view, block))
 
     def expect(self, windows: Sequence[tuple[int, np.ndarray]]) -> None:
         """Says which samples will be read next, so that their chunks are decoded ahead by threads.
@@ -394,7 +390,7 @@ class Cache:
         """Forgets decoded chunks and ends the threads that decode; reading again starts anew."""
         self._blocks.close()
 
-    def _decode_block(self, key: tuple[int, int]) -> dict[str, np.ndarray]:
+    def _decode_block(self, key: tuple[int, int]) -> _Decoded:
         """Returns one decoded chunk from the store, its unit checked; called by several threads."""
         view, block = key
         plan = self.manifest.plan
@@ -413,7 +409,8 @@ class Cache:
                 self._checked.add(unit.number)
         stop = min(start + plan.chunk_samples, unit.stop)
         columns = self._opened_store().read(unit, start, stop, rows=self.rows.span(unit, start, stop))
-        return self._codec.unpack(columns)
+        fingerprints = columns["fingerprint"]
+        return _Decoded(self._record.pack(self._codec.unpack(columns)).view(np.uint64), fingerprints)
 
     def _opened_store(self) -> Any:
         if (
