@@ -346,7 +346,8 @@ class Cache:
             if self._thaw.required:
                 raise
             say(f"{error}. Decoding into this process's own memory instead")
-            self._thaw = None
+            # No view is tried again; `fits_thawed`, and with it the order of what is trained, stays as it was.
+            self._thawed = dict.fromkeys(range(self.num_views))
             self._blocks.keep = self.manifest.plan.num_samples  # any order is asked for: keep all
             return None
 

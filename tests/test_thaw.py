@@ -223,6 +223,9 @@ def test_a_full_disk_stops_the_thaw_and_leaves_nothing(images, tmp_path, monkeyp
     automatic = open_cache(images, thaw=ThawSettings(folder=str(tmp_path)))
     same(automatic.read_stored([7, 3]), open_cache(images).read_stored([7, 3]))
     assert "into this process's own memory instead" in capsys.readouterr().err
+    assert automatic.fits_thawed, "the order is chosen by it, and must not depend on the disk"
+    automatic.read([0], view=1)
+    assert not capsys.readouterr().err, "said once"
 
 
 def test_a_folder_that_cannot_be_written_is_named(images, tmp_path):
