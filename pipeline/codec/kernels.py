@@ -9,25 +9,16 @@ this file, or in the user's cache folder; importing this module takes numba alon
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
-from numba import njit
+
+from pipeline.hashes import compiled
 
 __all__ = ["BLOCK", "fill_from", "ids", "log_probs", "numbers", "planes_of", "tails"]
 
 BLOCK = 64
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    try:
-        return njit(cache=True, nogil=True, boundscheck=False)(function)
-    except RuntimeError:  # no folder can be written: compile once for each process
-        return njit(nogil=True, boundscheck=False)(function)
-
-
-@_compiled
+@compiled
 def planes_of(record_PR):  # type: ignore[no-untyped-def]
     """Returns planes [R, P'] of records [P, R], P' the next multiple of `BLOCK`; what is added is undefined."""
     rows, size = record_PR.shape
@@ -41,7 +32,7 @@ def planes_of(record_PR):  # type: ignore[no-untyped-def]
     return planes_RP
 
 
-@_compiled
+@compiled
 def numbers(planes_RP, rows, start, slots, width):  # type: ignore[no-untyped-def]
     """Returns the numbers of a field, [S, P] int64."""
     out_SP = np.empty((slots, rows), np.int64)
@@ -58,7 +49,7 @@ def numbers(planes_RP, rows, start, slots, width):  # type: ignore[no-untyped-de
 # instructions, and write to a tile; the tile is turned on its way out.
 
 
-@_compiled
+@compiled
 def ids(planes_RP, start, width, high_start, high_bits, out_PK):  # type: ignore[no-untyped-def]
     """Writes ids [P, K]."""
     rows, slots = out_PK.shape
@@ -85,7 +76,7 @@ def ids(planes_RP, start, width, high_start, high_bits, out_PK):  # type: ignore
                     out_K[slot] = tile[slot, row]
 
 
-@_compiled
+@compiled
 def log_probs(planes_RP, start, width, anchor_P, step, out_PK):  # type: ignore[no-untyped-def]
     """Writes log-probabilities [P, K] float32: the anchor less all steps so far."""
     rows, slots = out_PK.shape
@@ -112,7 +103,7 @@ def log_probs(planes_RP, start, width, anchor_P, step, out_PK):  # type: ignore[
                     out_K[slot] = tile[slot, row]
 
 
-@_compiled
+@compiled
 def fill_from(first_P, value, out_PK):  # type: ignore[no-untyped-def]
     """Writes a value into the slots of each row from the given one on."""
     for row in range(len(first_P)):
@@ -120,7 +111,7 @@ def fill_from(first_P, value, out_PK):  # type: ignore[no-untyped-def]
             out_PK[row, slot] = value
 
 
-@_compiled
+@compiled
 def tails(zigzag_SP, log_count_P, mean_P, log_mass_P, weights, step, out_PG):  # type: ignore[no-untyped-def]
     """Writes the tail [P, G] at all temperatures but the first, from the highest down; see `prediction`."""
     rows, grid = out_PG.shape

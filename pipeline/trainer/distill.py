@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.cache import Cache
 
 
+from pipeline.samplers import BlockSampler
 from pipeline.trainer.checks import (
     check_cache,
     check_classes,
@@ -33,7 +34,7 @@ from pipeline.trainer.checks import (
     tokenizer_digest,
 )
 from pipeline.trainer.forward import Call, taught
-from pipeline.trainer.order import BlockOrder, SetEpoch
+from pipeline.trainer.order import SetEpoch
 
 __all__ = ["DistillTrainer"]
 
@@ -104,9 +105,8 @@ class DistillTrainer(Trainer):
         )
         self._refuse_untested()
         self.model_accepts_loss_kwargs = True  # says the same as loss_is_scaled_for_ga to older versions
-        self._order = BlockOrder(
-            cache, self.args.seed if self.args.data_seed is None else self.args.data_seed
-        )
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._order = BlockSampler(cache, seed=seed)
         self.add_callback(SetEpoch(self._order))
         self._student()
 
