@@ -45,25 +45,44 @@ def full_logits(hidden, weight, bias=None, softcap=None, logit_scale=1.0):
 
 def assert_same(parts, labels, targets, *, weights=None, head=None, padded=False, **how):
     """Fused and unfused agree in value and in every gradient."""
-    head, bias = head or {}, parts[2] if len(parts) > 2 else None
+    head = head or {}
     wanted = distillation_loss(
         full_logits(*parts, **head), labels, targets, mask=weights, padded_vocabulary=padded, **how
     )
-    found = fused_distillation_loss(
-        *parts[:2],
-        labels,
-        targets,
-        bias_V=bias,
-        weights_P=weights,
-        chunk_positions=4,
-        padded_vocabulary=padded,
-        **head,
-        **how,
-    )
+
+    def run(parts):
+        return fused_distillation_loss(
+            *parts[:2],
+            labels,
+            targets,
+            bias_V=parts[2] if len(parts) > 2 else None,
+            weights_P=weights,
+            chunk_positions=4,
+            padded_vocabulary=padded,
+            **head,
+            **how,
+        )
+
+    found = run(parts)
     assert found.dtype == torch.float64
     torch.testing.assert_close(found, wanted, rtol=1e-11, atol=1e-13)
-    for one, other in zip(torch.autograd.grad(found, parts), torch.autograd.grad(wanted, parts), strict=True):
+    slopes = torch.autograd.grad(wanted, parts, retain_graph=True)
+    for one, other in zip(torch.autograd.grad(found, parts), slopes, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-13)
+    assert_narrow_same(run, parts, wanted)
+
+
+def assert_narrow_same(run, parts, wanted):
+    """`run` on float32 inputs, which a CPU does by compiled rows, gives the float64 value and gradients to rounding."""
+    narrow = [x.detach().float().requires_grad_() for x in parts]
+    found = run(narrow)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted.detach(), rtol=2e-5, atol=2e-6)
+    slopes = torch.autograd.grad(wanted, parts)
+    for one, other in zip(torch.autograd.grad(found, narrow), slopes, strict=True):
+        torch.testing.assert_close(
+            one.double(), other, rtol=1e-4, atol=2e-5 * max(1.0, float(other.abs().max()))
+        )
 
 
 # -- the same as the unfused loss --------------------------------------------------------------------------
@@ -154,6 +173,35 @@ def test_every_kept_class_of_a_row_may_be_folded():
     logits[::2, V - 2 :] += 20.0  # both kept classes of these rows lie beyond the student
     parts = make_case(num_classes=V - 2)
     assert_same(parts, top_k(logits, k=2), make_targets(V - 2), padded=True, temperature=2.0, alpha=0.5)
+
+
+def test_compiled_rows_are_the_same_on_any_number_of_threads():
+    parts = [x.detach().float().requires_grad_() for x in make_case()]
+    labels, before, results = make_labels(4), torch.get_num_threads(), []
+    try:
+        for num_threads in (1, 2, 3, P + 5):
+            torch.set_num_threads(num_threads)
+            loss = fused_distillation_loss(*parts, labels, make_targets(), temperature=3.0, alpha=0.5)
+            results.append([loss.detach(), *torch.autograd.grad(loss, parts)])
+    finally:
+        torch.set_num_threads(before)
+    for found in results[1:]:
+        for one, other in zip(found, results[0], strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_a_nan_of_the_student_stays_one(temperature):
+    hidden, weight = (x.detach().float() for x in make_case())
+    hidden[3] = math.nan
+    hidden.requires_grad_()
+    loss = fused_distillation_loss(
+        hidden, weight, make_labels(4), make_targets(), temperature=temperature, alpha=0.5
+    )
+    assert loss.isnan()
+    (slope,) = torch.autograd.grad(loss, hidden)
+    assert slope[3].isnan().all()
+    assert slope[[0, 1, 2, *range(4, P)]].isfinite().all()
 
 
 def test_tied_embedding_receives_both_gradients():

@@ -15,6 +15,7 @@ from tests.test_fused import (
     LargestTensor,
     P,
     V,
+    assert_narrow_same,
     full_logits,
     make,
     make_case,
@@ -41,16 +42,24 @@ def labels_of(k, targets, seed=5, num_classes=V, **changes):
 
 
 def assert_same(parts, labels, targets, loss, *, weights=None, head=None, padded=False, **how):
-    head, bias = head or {}, parts[2] if len(parts) > 2 else None
+    head = head or {}
     how = {"padded_vocabulary": padded, "loss": loss, **how}
     wanted = distillation_loss(full_logits(*parts, **head), labels, targets, mask=weights, **how)
-    found = fused_distillation_loss(
-        *parts[:2], labels, targets, bias_V=bias, weights_P=weights, chunk_positions=4, **head, **how
-    )
+
+    def run(parts):
+        bias = parts[2] if len(parts) > 2 else None
+        return fused_distillation_loss(
+            *parts[:2], labels, targets, bias_V=bias, weights_P=weights, chunk_positions=4, **head, **how
+        )
+
+    found = run(parts)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
-    for one, other in zip(torch.autograd.grad(found, parts), torch.autograd.grad(wanted, parts), strict=True):
+    slopes = torch.autograd.grad(wanted, parts, retain_graph=True)
+    for one, other in zip(torch.autograd.grad(found, parts), slopes, strict=True):
         assert one.isfinite().all()
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-11)
+    if loss.kind.linear:
+        assert_narrow_same(run, parts, wanted)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5, ODD_TEMPERATURES], ids=["1", "2.5", "per position"])

@@ -12,6 +12,7 @@ from pipeline.fused import fused_distillation_loss
 from pipeline.labels import Sampling, SoftLabels
 from pipeline.losses import KINDS, distillation_loss, make_loss, soft_cross_entropy
 from pipeline.sparsify import dense, hybrid, row_seeds, sample, top_k
+from tests.test_fused import assert_narrow_same
 from tests.test_losses import make_logits
 
 GRID = (1.0, 2.0)
@@ -157,11 +158,18 @@ def test_fused_equals_unfused(name, policy, standardize, num_student_classes):
     how = {"temperature": 2.0, "alpha": 0.6, "loss": make_loss(name, standardize=standardize)}
     how["padded_vocabulary"] = True
     targets = torch.arange(6)
-    found = fused_distillation_loss(hidden, weight, labels, targets, chunk_positions=4, **how)
+
+    def run(parts):
+        return fused_distillation_loss(*parts, labels, targets, chunk_positions=4, **how)
+
+    parts = (hidden, weight)
+    found = run(parts)
     wanted = distillation_loss(hidden @ weight.T, labels, targets, **how)
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
-    for one, other in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (found, wanted)), strict=True):
+    slopes = torch.autograd.grad(wanted, parts, retain_graph=True)
+    for one, other in zip(torch.autograd.grad(found, parts), slopes, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-12)
+    assert_narrow_same(run, parts, wanted)
 
 
 def test_the_sampled_cross_entropy_is_the_papers():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import LabelError
+from pipeline.fused.compiled import CompiledMixture, is_compiled
 from pipeline.fused.gradients import HeadLoss
 from pipeline.fused.head import Head
 from pipeline.fused.mixture import Mixture
@@ -191,10 +192,11 @@ def _mean_loss(
     if labels is not None:
         with torch.no_grad():
             mixture = _mixture(loss, labels, targets_P, rows, head, temperature, alpha)
+    run = CompiledMixture(mixture) if is_compiled(head, mixture) else mixture
     needs = tuple(
         x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden_PD, weight_VD, bias_V)
     )
-    value: Tensor = HeadLoss.apply(hidden_PD, weight_VD, bias_V, head, rows, mixture, needs)
+    value: Tensor = HeadLoss.apply(hidden_PD, weight_VD, bias_V, head, rows, run, needs)
     return value
 
 

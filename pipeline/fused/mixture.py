@@ -67,18 +67,18 @@ class Mixture:
         standardize: bool = False,
         truth_P: Tensor | None = None,
     ) -> None:
-        self._targets_P, self._alpha, self._soft, self._T = targets_P, alpha, soft, T
-        self._standardize, self._truth_P = standardize and soft is not None, truth_P
+        self.targets_P, self.alpha, self.soft, self.T = targets_P, alpha, soft, T
+        self.standardize, self.truth_P = standardize and soft is not None, truth_P
 
     def __call__(
         self, head: Head, logits_PV: Tensor, part: slice, needs_gradient: bool
     ) -> tuple[Tensor, Tensor]:
         """The loss [P] and, if needed, the gradient [P, V]; both overwrite the logits."""
-        soft, base = self._soft, self._T[part, None] if isinstance(self._T, Tensor) else self._T
-        targets_P = None if self._targets_P is None else self._targets_P[part]
+        soft, base = self.soft, self.T[part, None] if isinstance(self.T, Tensor) else self.T
+        targets_P = None if self.targets_P is None else self.targets_P[part]
         at_target_P = None if targets_P is None else _pick(logits_PV, targets_P)
         scores, T = None, base
-        if self._standardize:
+        if self.standardize:
             scores = _Scores(head, logits_PV)
             T = base * scores.std_P1
         if soft is None:
@@ -119,20 +119,20 @@ class Mixture:
         return loss_P, gradient_PV
 
     def _hard_weight(self, part: slice, targets_P: Tensor, dtype: torch.dtype) -> Tensor:
-        weight_P = (1.0 - self._alpha) * (targets_P != IGNORED).to(dtype)
-        if self._truth_P is None:
+        weight_P = (1.0 - self.alpha) * (targets_P != IGNORED).to(dtype)
+        if self.truth_P is None:
             return weight_P
-        return weight_P + (self._alpha * self._truth_P[part]).where(targets_P != IGNORED, 0.0)
+        return weight_P + (self.alpha * self.truth_P[part]).where(targets_P != IGNORED, 0.0)
 
     def _soft_term(self, masses: Masses, part: slice, base: Any, T: Any, dropped: "_Dropped | None") -> _Term:
-        assert self._soft is not None
+        assert self.soft is not None
         if dropped is not None:
             mean_P = (dropped.mean_P1 / T)[:, 0] - masses.log_z_P
             masses = masses._replace(mean_P=mean_P, num_dropped_P=dropped.num_P)
-        slopes = self._soft.slopes(masses, part)
+        slopes = self.soft.slopes(masses, part)
         total_P = slopes.kept_PK.sum(dim=1) + slopes.tail_P
         total_P = total_P if slopes.mean_P is None else total_P + slopes.mean_P
-        factor = self._alpha * base**self._soft.temperature_power  # a number, or [P, 1]
+        factor = self.alpha * base**self.soft.temperature_power  # a number, or [P, 1]
         kept_PK = (slopes.kept_PK - masses.kept_PK.exp() * total_P[:, None]) * (factor / T)
         tail_P = (slopes.tail_P - masses.tail_P.exp() * total_P)[:, None] * (factor / T)
         even_P = None

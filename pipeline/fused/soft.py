@@ -117,17 +117,30 @@ class Buckets:
 
     def _linear_slopes(self, masses: Masses) -> Slopes:
         loss, chunk = self._loss, self._chunk
-        nothing_P = torch.zeros_like(masses.tail_P)
         if masses.mean_P is not None and masses.num_dropped_P is not None:
             formula, num_P = loss.kind.formula, masses.num_dropped_P
             assert formula is not None
             value_P = formula(chunk.log_probs, masses.kept_PK).sum(dim=1)
             value_P += num_P * formula(chunk.log_tail - num_P.clamp(min=1).log(), masses.mean_P)
-            return Slopes(value_P, -chunk.log_probs.exp(), nothing_P, -chunk.log_tail.exp())
-        value_P = bucket_values(loss, chunk, masses.kept_PK, masses.tail_P, None)
+            return Slopes(value_P, -chunk.log_probs.exp(), torch.zeros_like(value_P), -chunk.log_tail.exp())
+        weights_PK, weight_P = self.linear_weights()
+        return Slopes(self.value(masses), -weights_PK, -weight_P)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the loss is a weighted sum of the student's log-masses in the buckets, and a constant."""
+        return self._loss.kind.linear and not self.even
+
+    def linear_weights(self) -> tuple[Tensor, Tensor]:
+        """Those weights, with the sign turned, of the kept classes [P, K] and of the tail [P], of the last chunk."""
+        chunk = self._chunk
         if chunk.log_weights is not None:  # the drawn classes stand for the tail, which has no bucket then
-            return Slopes(value_P, -(chunk.log_weights + chunk.log_probs).exp(), nothing_P)
-        return Slopes(value_P, -chunk.log_probs.exp(), -chunk.log_tail.exp())
+            return (chunk.log_weights + chunk.log_probs).exp(), torch.zeros_like(chunk.log_tail)
+        return chunk.log_probs.exp(), chunk.log_tail.exp()
+
+    def value(self, masses: Masses) -> Tensor:
+        """The loss [P] of the last chunk, where it `is_linear`."""
+        return bucket_values(self._loss, self._chunk, masses.kept_PK, masses.tail_P, None)
 
 
 class Uld:

@@ -3,8 +3,7 @@
 For 256 rows of 10 classes torch's thirty operations take several times as long as the numbers in them; this takes
 about as long as `F.cross_entropy`. With many classes torch, which may use several threads, is the faster one.
 
-Exponentials are a polynomial (Cephes' expf, Moshier 1984; within 2e-7 of the true value), which a compiler turns into
-vector instructions. Importing this module takes numba along, so import it where it is used.
+Importing this module takes numba along, so import it where it is used.
 
 Shape suffixes: `P` positions, `V` classes, `K` kept classes.
 """
@@ -16,58 +15,9 @@ import math
 import numpy as np
 
 from pipeline.hashes import compiled
+from pipeline.losses.vectors import exponentials, largest, total
 
 __all__ = ["mixed_loss"]
-
-_NONE = np.float32(-np.inf)
-_LEAST, _LOG2E, _HALF = np.float32(-87.0), np.float32(1.44269504), np.float32(0.5)
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_C5, _C4, _C3 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
-_C2, _C1, _C0 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(0.5)
-_ONE, _ZERO = np.float32(1), np.float32(0)
-
-
-@compiled
-def _exponentials(x_V, shift, out_V):  # type: ignore[no-untyped-def]
-    """Writes e^(x - shift), 0 below e^-87; x at most `shift`, or NaN."""
-    for j in range(len(x_V)):
-        t = x_V[j] - shift
-        bounded = _LEAST if t < _LEAST else t
-        whole = np.float32(np.floor(bounded * _LOG2E + _HALF))
-        r = bounded - whole * _LN2_HIGH - whole * _LN2_LOW
-        series = ((((_C5 * r + _C4) * r + _C3) * r + _C2) * r + _C1) * r + _C0
-        power = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
-        value = (series * r * r + r + _ONE) * power
-        out_V[j] = _ZERO if t < _LEAST else value
-
-
-@compiled
-def _sum(x_V):  # type: ignore[no-untyped-def]
-    a, b, c, d = 0.0, 0.0, 0.0, 0.0
-    whole = len(x_V) // 4 * 4
-    for j in range(0, whole, 4):
-        a += x_V[j]
-        b += x_V[j + 1]
-        c += x_V[j + 2]
-        d += x_V[j + 3]
-    for j in range(whole, len(x_V)):
-        a += x_V[j]
-    return (a + b) + (c + d)
-
-
-@compiled
-def _largest(x_V):  # type: ignore[no-untyped-def]
-    """Of those that are numbers; -inf of none."""
-    a = b = c = d = _NONE
-    whole = len(x_V) // 4 * 4
-    for j in range(0, whole, 4):
-        a = x_V[j] if x_V[j] > a else a
-        b = x_V[j + 1] if x_V[j + 1] > b else b
-        c = x_V[j + 2] if x_V[j + 2] > c else c
-        d = x_V[j + 3] if x_V[j + 3] > d else d
-    for j in range(whole, len(x_V)):
-        a = x_V[j] if x_V[j] > a else a
-    return max(max(a, b), max(c, d))
 
 
 @compiled
@@ -88,7 +38,7 @@ def mixed_loss(  # type: ignore[no-untyped-def]
         out_PV: [P, V] float32.
     """
     rows, classes = z_PV.shape
-    slots, beta, total = ids_PK.shape[1], np.float32(1.0 / T), 0.0
+    slots, beta, whole = ids_PK.shape[1], np.float32(1.0 / T), 0.0
     soft, slope, hard = alpha * T * T / rows, alpha * T / rows, (1.0 - alpha) / rows
     rest_V, second_V = np.empty(classes, np.float32), np.empty(classes, np.float32)
     log_s_K, p_K, s_K = np.empty(slots), np.empty(slots), np.empty(slots)
@@ -106,17 +56,17 @@ def mixed_loss(  # type: ignore[no-untyped-def]
             log_s_K[slot] = z_V[number] * beta if number < classes else -np.inf
             top = max(top, log_s_K[slot])
             if number < classes:
-                rest_V[number] = _NONE
+                rest_V[number] = np.float32(-np.inf)
         mass = math.exp(log_tail_P[row] - peak)
         for slot in range(slots):
             p_K[slot] = math.exp(log_probs_PK[row, slot] - peak)
             mass += p_K[slot]
         log_mass = peak + math.log(mass)
         # The student's rest by itself, right however little it weighs, then its normaliser over kept and rest.
-        rest_peak = _largest(rest_V)
-        shift = rest_peak if rest_peak > _NONE else _ZERO
-        _exponentials(rest_V, shift, out_V)
-        rest = _sum(out_V)
+        rest_peak = largest(rest_V)
+        shift = rest_peak if rest_peak > np.float32(-np.inf) else np.float32(0)
+        exponentials(rest_V, shift, out_V)
+        rest = total(out_V)
         log_rest = -np.inf if rest == 0.0 else shift + math.log(rest)
         top = max(top, float(log_rest))
         norm = math.exp(log_rest - top)
@@ -139,19 +89,19 @@ def mixed_loss(  # type: ignore[no-untyped-def]
                 out_V[number] = slope * (s_K[slot] / norm - p)
                 if p > 0.0:
                     value += p * ((log_probs_PK[row, slot] - log_mass) - (log_s_K[slot] - log_norm))
-        total += soft * value
+        whole += soft * value
 
         if len(targets_P) == 0 or targets_P[row] == -100:
             continue
         target = targets_P[row]
         if target < 0 or target >= classes:
             return 0.0, row
-        highest = _largest(z_V)
-        _exponentials(z_V, highest, second_V)
-        norm = _sum(second_V)
-        total += hard * (highest + math.log(norm) - z_V[target])
+        highest = largest(z_V)
+        exponentials(z_V, highest, second_V)
+        norm = total(second_V)
+        whole += hard * (highest + math.log(norm) - z_V[target])
         share = np.float32(hard / norm)
         for j in range(classes):
             out_V[j] += share * second_V[j]
         out_V[target] -= hard
-    return total, -1
+    return whole, -1

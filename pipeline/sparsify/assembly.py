@@ -183,7 +183,7 @@ def _record(
 def largest(values_PV: Tensor, k: int) -> Tensor:
     """Ids of the k largest values, descending; equal values by ascending id (`topk` leaves ties open)."""
     if _is_compiled(values_PV):
-        from pipeline.sparsify.kernels import fill_largest
+        from pipeline.sparsify.largest import fill_largest
 
         ids_PK = torch.empty((len(values_PV), k), dtype=torch.int64)
         fill_largest(values_PV.contiguous().numpy(), ids_PK.numpy())

@@ -1,0 +1,164 @@
+"""Rows of logits into their gradients, compiled for CPUs: two or three passes over a row that stays in the cache.
+
+A loss that is linear in the student's log-masses, with weights w of the kept classes and of the tail and W their sum,
+and cross-entropy of weight h:
+
+    loss    = factor (- sum w_k log s_k - w_tail log s_tail) + h (log Z - z_y)
+    d / d z = (factor / T) (W s_k - w_k) + h (q_k - [k = y])                              k kept
+              (factor / T) (W s_tail - w_tail) s_j / s_tail + h (q_j - [j = y])           j dropped
+
+s is the student at T and q at 1. The dropped classes are summed by themselves, so that they are right however little
+they weigh. At T = 1 one exponential serves both parts; at 2, 4 and 8 the other one is a power of the first.
+
+Importing this module takes numba along, so import it where it is used.
+
+Shape suffixes: `P` positions, `V` classes, `K` kept classes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from pipeline.hashes import compiled
+from pipeline.losses.vectors import exponentials, largest, total
+
+__all__ = ["mix_rows"]
+
+
+@compiled
+def _normalise(log_rest, kept_K, shares_K):  # type: ignore[no-untyped-def]
+    """Writes the kept classes' shares and returns the log of the normaliser, of float32 logits of kept and rest."""
+    top = max(np.float64(largest(kept_K)), log_rest)
+    if not top > -np.inf:
+        top = 0.0  # all masked: a NaN or -inf, as the definition has it
+    exponentials(kept_K, np.float32(top), shares_K)
+    # The peak was rounded to float32: the rest is taken against the same one.
+    top = np.float64(np.float32(top))
+    norm = total(shares_K) + math.exp(log_rest - top)
+    for slot in range(len(shares_K)):
+        shares_K[slot] /= norm
+    return top + math.log(norm)
+
+
+@compiled
+def _soften(z_V, scaled_V, beta, peak, out_V):  # type: ignore[no-untyped-def]
+    """Writes e^(beta (z - peak)) of the classes that are not taken out; returns their sum."""
+    if beta == 1.0:
+        exponentials(z_V, peak, out_V)
+    else:
+        for j in range(len(z_V)):
+            scaled_V[j] = (z_V[j] - peak) * beta
+        exponentials(scaled_V, np.float32(0), out_V)
+    return total(out_V)
+
+
+@compiled
+def _raise(soft_V, times, out_V):  # type: ignore[no-untyped-def]
+    """Writes soft^(2^times); returns the sum."""
+    for j in range(len(soft_V)):
+        square = soft_V[j] * soft_V[j]
+        out_V[j] = square
+    for _ in range(times - 1):
+        for j in range(len(out_V)):
+            out_V[j] *= out_V[j]
+    return total(out_V)
+
+
+@compiled
+def mix_rows(  # type: ignore[no-untyped-def]
+    z_PV,
+    ids_PK,
+    weights_PK,
+    weight_tail_P,
+    factor,
+    T,
+    hard_P,
+    targets_P,
+    log_s_PK,
+    log_tail_P,
+    hard_loss_P,
+    first,
+    stop,
+):
+    """Turns rows [first, stop) of logits into gradients, in place.
+
+    Args:
+        z_PV: [P, V] float32, contiguous.
+        ids_PK: [P, K] int64; V in unused slots; otherwise each at most once a row.
+        weights_PK: [P, K] float32, w; 0 in unused slots.
+        weight_tail_P: [P] float32.
+        factor: of the soft part.
+        T: temperature of the soft part.
+        hard_P: [P] float32, the weight of cross-entropy; where it is 0 the target is not read.
+        targets_P: [P] int64.
+        log_s_PK, log_tail_P: out, float32, the student's log-masses at T.
+        hard_loss_P: out, float32, the weighted cross-entropy.
+    """
+    classes, slots = z_PV.shape[1], ids_PK.shape[1]
+    beta, slope, none = np.float32(1.0 / T), factor / T, np.float32(-np.inf)
+    doublings = 1 if T == 2.0 else 2 if T == 4.0 else 3 if T == 8.0 else 0
+    soft_V, hard_V, scaled_V = (
+        np.empty(classes, np.float32),
+        np.empty(classes, np.float32),
+        np.empty(classes, np.float32),
+    )
+    kept_K, scaled_K = np.empty(slots, np.float32), np.empty(slots, np.float32)
+    s_K, q_K = np.empty(slots, np.float32), np.empty(slots, np.float32)
+    for row in range(first, stop):
+        z_V, hard, target = z_PV[row], np.float64(hard_P[row]), targets_P[row]
+        at_target = np.float64(z_V[target]) if hard > 0.0 else 0.0
+        weight = np.float64(weight_tail_P[row])
+        for slot in range(slots):
+            number = ids_PK[row, slot]
+            kept_K[slot] = z_V[number] if number < classes else none
+            scaled_K[slot] = kept_K[slot] * beta
+            weight += weights_PK[row, slot]
+        for slot in range(slots):
+            if ids_PK[row, slot] < classes:
+                z_V[ids_PK[row, slot]] = none
+        peak = largest(z_V)
+        peak = peak if peak > none else np.float32(0)
+
+        rest = _soften(z_V, scaled_V, beta, peak, soft_V)
+        log_rest = np.float64(peak * beta) + math.log(rest) if rest != 0.0 else -np.inf
+        log_norm = _normalise(log_rest, scaled_K, s_K)
+        for slot in range(slots):
+            log_s_PK[row, slot] = scaled_K[slot] - log_norm
+        log_tail_P[row] = log_rest - log_norm
+        by_soft = 0.0
+        if rest != 0.0:  # also where it is NaN
+            by_soft = slope * (weight * math.exp(log_rest - log_norm) - weight_tail_P[row]) / rest
+
+        by_hard = 0.0
+        if hard > 0.0:
+            if beta == 1.0:
+                log_z, q_K = log_norm, s_K
+                by_soft += hard * math.exp(log_rest - log_norm) / rest if rest != 0.0 else 0.0
+            else:
+                if doublings > 0:
+                    rest = _raise(soft_V, doublings, hard_V)
+                else:
+                    rest = _soften(z_V, scaled_V, np.float32(1), peak, hard_V)
+                log_rest = np.float64(peak) + math.log(rest) if rest != 0.0 else -np.inf
+                log_z = _normalise(log_rest, kept_K, q_K)
+                by_hard = hard * math.exp(log_rest - log_z) / rest if rest != 0.0 else 0.0
+            hard_loss_P[row] = hard * (log_z - at_target)
+        else:
+            hard_loss_P[row] = 0.0
+
+        to_soft, to_hard = np.float32(by_soft), np.float32(by_hard)
+        if by_hard != 0.0:
+            for j in range(classes):
+                z_V[j] = to_soft * soft_V[j] + to_hard * hard_V[j]
+        else:
+            for j in range(classes):
+                z_V[j] = to_soft * soft_V[j]
+        for slot in range(slots):
+            number = ids_PK[row, slot]
+            if number < classes:
+                of_soft = slope * (weight * s_K[slot] - weights_PK[row, slot])
+                z_V[number] = of_soft + (hard * q_K[slot] if hard > 0.0 else 0.0)
+        if hard > 0.0:
+            z_V[target] -= np.float32(hard)
