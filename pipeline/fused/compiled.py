@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.fused.head import Head
 from pipeline.fused.mixture import Mixture
-from pipeline.fused.soft import Buckets, Masses
+from pipeline.fused.soft import Buckets
 from pipeline.losses.truth import IGNORED
 
 __all__ = ["CompiledMixture", "is_compiled"]
@@ -48,27 +48,23 @@ class CompiledMixture:
         mixture = self._mixture
         soft, T, num_rows = mixture.soft, mixture.T, len(logits_PV)
         assert isinstance(soft, Buckets)
-        ids_PK = soft.kept(logits_PV, part).contiguous()
-        weights_PK, weight_tail_P = soft.linear_weights()
+        ids_PK = soft.kept(logits_PV, part)
         targets_P = torch.zeros(num_rows, dtype=torch.int64)
         hard_P = torch.zeros(num_rows)
         if mixture.targets_P is not None:
             targets_P = mixture.targets_P[part]
             hard_P = (1.0 - mixture.alpha) * (targets_P != IGNORED).to(torch.float32)
         factor = mixture.alpha * T**soft.temperature_power
-        log_s_PK, log_tail_P, hard_loss_P = torch.empty_like(weights_PK), hard_P.clone(), hard_P.clone()
-        soft_arguments = (ids_PK, weights_PK.contiguous(), weight_tail_P, factor, T)
-        results = (log_s_PK, log_tail_P, hard_loss_P)
-        _mix((logits_PV, *soft_arguments, hard_P, targets_P, *results))
-        value_P = soft.value(Masses(log_s_PK, log_tail_P, log_tail_P))
-        return hard_loss_P + factor * value_P, logits_PV
+        loss_P = torch.empty(num_rows)
+        _mix((logits_PV, ids_PK, *soft.linear_terms(), factor, T, hard_P, targets_P, loss_P))
+        return loss_P, logits_PV
 
 
 def _mix(arguments: tuple[Tensor | float, ...]) -> None:
     """Runs the kernel over the rows, shared out over as many threads as torch would take."""
     from pipeline.fused.kernels import mix_rows
 
-    arrays = [x.numpy() if isinstance(x, Tensor) else x for x in arguments]
+    arrays = [x.contiguous().numpy() if isinstance(x, Tensor) else x for x in arguments]
     num_rows = len(arrays[0])  # type: ignore[arg-type]
     count = max(1, min(torch.get_num_threads(), num_rows))
     bounds = [num_rows * number // count for number in range(count + 1)]

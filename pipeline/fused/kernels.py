@@ -1,9 +1,9 @@
 """Rows of logits into their gradients, compiled for CPUs: two or three passes over a row that stays in the cache.
 
 A loss that is linear in the student's log-masses, with weights w of the kept classes and of the tail and W their sum,
-and cross-entropy of weight h:
+constants o of each, and cross-entropy of weight h:
 
-    loss    = factor (- sum w_k log s_k - w_tail log s_tail) + h (log Z - z_y)
+    loss    = factor (sum w_k (o_k - log s_k) + w_tail (o_tail - log s_tail)) + h (log Z - z_y)
     d / d z = (factor / T) (W s_k - w_k) + h (q_k - [k = y])                              k kept
               (factor / T) (W s_tail - w_tail) s_j / s_tail + h (q_j - [j = y])           j dropped
 
@@ -70,15 +70,15 @@ def _raise(soft_V, times, out_V):  # type: ignore[no-untyped-def]
 def mix_rows(  # type: ignore[no-untyped-def]
     z_PV,
     ids_PK,
+    own_PK,
+    own_tail_P,
     weights_PK,
     weight_tail_P,
     factor,
     T,
     hard_P,
     targets_P,
-    log_s_PK,
-    log_tail_P,
-    hard_loss_P,
+    loss_P,
     first,
     stop,
 ):
@@ -87,14 +87,13 @@ def mix_rows(  # type: ignore[no-untyped-def]
     Args:
         z_PV: [P, V] float32, contiguous.
         ids_PK: [P, K] int64; V in unused slots; otherwise each at most once a row.
-        weights_PK: [P, K] float32, w; 0 in unused slots.
-        weight_tail_P: [P] float32.
+        own_PK, own_tail_P: [P, K] and [P] float32, o; not read where w is 0.
+        weights_PK, weight_tail_P: [P, K] and [P] float32, w; 0 in unused slots.
         factor: of the soft part.
         T: temperature of the soft part.
         hard_P: [P] float32, the weight of cross-entropy; where it is 0 the target is not read.
         targets_P: [P] int64.
-        log_s_PK, log_tail_P: out, float32, the student's log-masses at T.
-        hard_loss_P: out, float32, the weighted cross-entropy.
+        loss_P: out, float32.
     """
     classes, slots = z_PV.shape[1], ids_PK.shape[1]
     beta, slope, none = np.float32(1.0 / T), factor / T, np.float32(-np.inf)
@@ -124,9 +123,12 @@ def mix_rows(  # type: ignore[no-untyped-def]
         rest = _soften(z_V, scaled_V, beta, peak, soft_V)
         log_rest = np.float64(peak * beta) + math.log(rest) if rest != 0.0 else -np.inf
         log_norm = _normalise(log_rest, scaled_K, s_K)
+        value = 0.0
         for slot in range(slots):
-            log_s_PK[row, slot] = scaled_K[slot] - log_norm
-        log_tail_P[row] = log_rest - log_norm
+            if weights_PK[row, slot] != 0.0:
+                value += weights_PK[row, slot] * (np.float64(own_PK[row, slot]) - (scaled_K[slot] - log_norm))
+        if weight_tail_P[row] != 0.0:
+            value += weight_tail_P[row] * (np.float64(own_tail_P[row]) - (log_rest - log_norm))
         by_soft = 0.0
         if rest != 0.0:  # also where it is NaN
             by_soft = slope * (weight * math.exp(log_rest - log_norm) - weight_tail_P[row]) / rest
@@ -144,9 +146,9 @@ def mix_rows(  # type: ignore[no-untyped-def]
                 log_rest = np.float64(peak) + math.log(rest) if rest != 0.0 else -np.inf
                 log_z = _normalise(log_rest, kept_K, q_K)
                 by_hard = hard * math.exp(log_rest - log_z) / rest if rest != 0.0 else 0.0
-            hard_loss_P[row] = hard * (log_z - at_target)
+            loss_P[row] = factor * value + hard * (log_z - at_target)
         else:
-            hard_loss_P[row] = 0.0
+            loss_P[row] = factor * value
 
         to_soft, to_hard = np.float32(by_soft), np.float32(by_hard)
         if by_hard != 0.0:

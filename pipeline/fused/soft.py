@@ -123,24 +123,23 @@ class Buckets:
             value_P = formula(chunk.log_probs, masses.kept_PK).sum(dim=1)
             value_P += num_P * formula(chunk.log_tail - num_P.clamp(min=1).log(), masses.mean_P)
             return Slopes(value_P, -chunk.log_probs.exp(), torch.zeros_like(value_P), -chunk.log_tail.exp())
-        weights_PK, weight_P = self.linear_weights()
-        return Slopes(self.value(masses), -weights_PK, -weight_P)
+        _, _, weights_PK, weight_P = self.linear_terms()
+        return Slopes(bucket_values(loss, chunk, masses.kept_PK, masses.tail_P, None), -weights_PK, -weight_P)
 
     @property
     def is_linear(self) -> bool:
-        """Whether the loss is a weighted sum of the student's log-masses in the buckets, and a constant."""
+        """Whether the loss is a sum over the buckets of w (o - log s), s being the student's mass."""
         return self._loss.kind.linear and not self.even
 
-    def linear_weights(self) -> tuple[Tensor, Tensor]:
-        """Those weights, with the sign turned, of the kept classes [P, K] and of the tail [P], of the last chunk."""
+    def linear_terms(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of the last chunk, where `is_linear`: o of the kept classes [P, K] and of the tail [P], w of both."""
         chunk = self._chunk
+        own_PK, own_P = chunk.log_probs, chunk.log_tail
+        if self._loss.name == "cross_entropy":
+            own_PK, own_P = torch.zeros_like(own_PK), torch.zeros_like(own_P)
         if chunk.log_weights is not None:  # the drawn classes stand for the tail, which has no bucket then
-            return (chunk.log_weights + chunk.log_probs).exp(), torch.zeros_like(chunk.log_tail)
-        return chunk.log_probs.exp(), chunk.log_tail.exp()
-
-    def value(self, masses: Masses) -> Tensor:
-        """The loss [P] of the last chunk, where it `is_linear`."""
-        return bucket_values(self._loss, self._chunk, masses.kept_PK, masses.tail_P, None)
+            return own_PK, own_P, (chunk.log_weights + chunk.log_probs).exp(), torch.zeros_like(own_P)
+        return own_PK, own_P, chunk.log_probs.exp(), chunk.log_tail.exp()
 
 
 class Uld:
