@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 from safetensors.torch import save_file
 
 from benchmarks.harness import Figure, compare, draw, measure, save, show
+from benchmarks.repeated import Repeated
 from pipeline.batches import ViewedSource
 from pipeline.config import RunConfig
 from pipeline.modalities import Data
@@ -46,33 +46,6 @@ STORES: dict[str, dict[str, Any]] = {
     "Parquet, open": {"store": "parquet", "codec": "open"},
 }
 GROWTH = (1, 4, 16)
-
-
-class Repeated:
-    """Images many times over, under keys of their own: enough rows to time."""
-
-    def __init__(self, source: Any, copies: int) -> None:
-        self._source, self._size, self._copies = source, len(source), copies
-        self.name, self.digest = f"{source.name} x {copies}", f"{copies:064d}"
-        self.num_classes, self.class_names = source.num_classes, source.class_names
-
-    def __len__(self) -> int:
-        return self._size * self._copies
-
-    def key(self, sample: int) -> str:
-        return f"{sample // self._size}/{self._source.key(sample % self._size)}"
-
-    def keys(self) -> list[str]:
-        return [self.key(sample) for sample in range(len(self))]
-
-    def target(self, sample: int) -> int:
-        return self._source.target(sample % self._size)
-
-    def targets(self) -> np.ndarray:
-        return np.tile(self._source.targets(), self._copies)
-
-    def image(self, sample: int) -> torch.Tensor:
-        return self._source.image(sample % self._size)
 
 
 # -- what is measured --------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 
 from benchmarks import break_even
 from benchmarks.harness import Figure, draw, measure, save
+from benchmarks.repeated import Repeated
 from pipeline.batches import ViewedSource
 from pipeline.cache import Cache
 from pipeline.config import RunConfig
@@ -36,45 +37,12 @@ from pipeline.modalities import Data
 from pipeline.models import build_model
 from pipeline.progress import say
 from pipeline.runs import _cache_feed, _hard_feed, capture_labels, open_data, open_teacher
-from pipeline.sources.image_source import images_of
 from pipeline.student import _Loop
 from stages.options import print_table
 
 TEMPERATURES = (1.0, 4.0, 3.0)
 FASHION = "/usr/share/datasets/fashion-mnist"
 BASELINE = "hard labels"
-
-
-class Repeated:
-    """Images many times over, under keys of their own: enough of them for many batches."""
-
-    def __init__(self, source: Any, copies: int) -> None:
-        self._source, self._size = source, len(source)
-        self.name, self.digest = f"{source.name} x {copies}", f"{copies:064d}"
-        self.num_classes, self.class_names = source.num_classes, source.class_names
-        self._keys = [f"{copy}/{key}" for copy in range(copies) for key in source.keys()]  # noqa: SIM118
-        self._targets = np.tile(source.targets(), copies)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    def key(self, sample: int) -> str:
-        return self._keys[sample]
-
-    def keys(self) -> list[str]:
-        return self._keys
-
-    def target(self, sample: int) -> int:
-        return int(self._targets[sample])
-
-    def targets(self) -> np.ndarray:
-        return self._targets
-
-    def image(self, sample: int) -> torch.Tensor:
-        return self._source.image(sample % self._size)
-
-    def images(self, samples: np.ndarray) -> Any:
-        return images_of(self._source, samples % self._size)
 
 
 # -- cases -------------------------------------------------------------------------------------------------

@@ -431,15 +431,25 @@ def test_targets_out_of_range_raise(target, found):
         token_scores(*make_case(), targets)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("bad", [V, V + 1, -1])
-def test_kept_classes_out_of_range_raise(bad):
+def test_kept_classes_out_of_range_raise(bad, weighted, dtype):
     labels = make_labels(4)
     ids = labels.ids.clone()
     ids[6, 1] = bad
-    with pytest.raises(LabelError, match=r"labels\.ids, position 6: expected classes in \[0, 17\)"):
+    weights = (torch.arange(P) > 1).to(dtype) if weighted else None
+    with pytest.raises(LabelError, match=r"labels\.ids, position 6: expected classes in \[0, 17\)") as error:
         fused_distillation_loss(
-            *make_case(), dataclasses.replace(labels, ids=ids), make_targets(), temperature=1.0, alpha=0.5
+            *(x.detach().to(dtype) for x in make_case()),
+            dataclasses.replace(labels, ids=ids),
+            make_targets(),
+            temperature=1.0,
+            alpha=0.5,
+            weights_P=weights,
+            chunk_positions=4,
         )
+    assert error.value.position == 6
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import LabelError
-from pipeline.fused.compiled import CompiledMixture, is_compiled
+from pipeline.fused.compiled import CompiledMixture, RecordMixture, is_compiled, is_record
 from pipeline.fused.gradients import HeadLoss
 from pipeline.fused.head import Head
 from pipeline.fused.mixture import Mixture
@@ -187,12 +187,19 @@ def _mean_loss(
 ) -> Tensor:
     hidden_PD, weight_VD, bias_V = head.tensors
     labels, targets_P = _checked_parts(loss, alpha, labels, targets_P, temperature, len(hidden_PD))
-    rows = Rows(head, labels, targets_P, weights_P, needs_truth=loss.kind.needs_target)
-    mixture = Mixture(rows.targets_P, 0.0, None, 1.0)
-    if labels is not None:
-        with torch.no_grad():
-            mixture = _mixture(loss, labels, targets_P, rows, head, temperature, alpha)
-    run = CompiledMixture(mixture) if is_compiled(head, mixture) else mixture
+    as_it_is = labels is not None and is_record(head, loss, labels, temperature)
+    rows = Rows(
+        head, labels, targets_P, weights_P, needs_truth=loss.kind.needs_target, checks_ids=not as_it_is
+    )
+    with torch.no_grad():
+        run: Mixture | CompiledMixture | RecordMixture
+        if labels is not None and as_it_is:
+            run = RecordMixture(loss, labels, rows, float(temperature), alpha)
+        else:
+            run = Mixture(rows.targets_P, 0.0, None, 1.0)
+            if labels is not None:
+                run = _mixture(loss, labels, targets_P, rows, head, temperature, alpha)
+            run = CompiledMixture(run) if is_compiled(head, run) else run
     needs = tuple(
         x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden_PD, weight_VD, bias_V)
     )

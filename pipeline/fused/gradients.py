@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.fused.compiled import CompiledMixture
+from pipeline.fused.compiled import CompiledMixture, RecordMixture
 from pipeline.fused.head import Head
 from pipeline.fused.mixture import Mixture
 from pipeline.fused.rows import Rows
@@ -77,7 +77,7 @@ class HeadLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         head: Head,
         rows: Rows,
-        mixture: Mixture | CompiledMixture,
+        mixture: Mixture | CompiledMixture | RecordMixture,
         needs: tuple[bool, bool, bool],
     ) -> Tensor:
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden_PD, weight_VD, bias_V)]

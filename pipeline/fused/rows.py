@@ -17,7 +17,7 @@ from pipeline.fused.head import Head
 from pipeline.labels import SoftenedLabels, SoftLabels
 from pipeline.losses.truth import IGNORED, unknown_target, unknown_targets
 
-__all__ = ["Rows"]
+__all__ = ["Rows", "kept_out_of_range"]
 
 
 class Rows:
@@ -30,6 +30,8 @@ class Rows:
         targets_P: their targets, or None; checked, with `needs_truth` also against what the labels know.
         share_P: their weights over the largest one, or None where all are alike.
         scale: the largest weight over the sum of all.
+
+    `checks_ids` says whether the kept classes' range is checked here, or by who reads them.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Rows:
         weights_P: Tensor | None,
         *,
         needs_truth: bool = False,
+        checks_ids: bool = True,
     ) -> None:
         num_positions, device = len(head.tensors[0]), head.tensors[0].device
         active_P = torch.ones(num_positions, dtype=torch.bool, device=device)
@@ -54,7 +57,8 @@ class Rows:
             targets_P = _per_position("targets", targets_P, num_positions).to(device).long()
             if labels is None:
                 active_P = active_P & (targets_P != IGNORED)
-        self.num_active = _check_and_count(active_P, targets_P, labels, head.num_classes, needs_truth)
+        checked = labels if checks_ids else None
+        self.num_active = _check_and_count(active_P, targets_P, checked, head.num_classes, needs_truth)
         self.active_P = active_P
         self.index_P: Tensor | None = None
         if self.num_active < num_positions:  # a stable sort, not nonzero, which would wait for the GPU again
@@ -114,16 +118,21 @@ def _check_and_count(
         )
     if any_label:
         assert labels is not None
-        raise LabelError(
-            f"labels.ids, position {first_label}: expected classes in [0, {labels.num_classes}), or "
-            f"{labels.num_classes} with log_prob -inf in unused slots; found "
-            f"{labels.ids[first_label].long().tolist()}; check the cache with `softcache verify`",
-            position=first_label,
-        )
+        raise kept_out_of_range(labels, first_label)
     if any_unknown:
         assert targets_P is not None
         raise unknown_target(first_unknown, int(targets_P[first_unknown]))
     return count
+
+
+def kept_out_of_range(labels: SoftLabels, position: int) -> LabelError:
+    """The error of a record whose kept classes at a position are none of its classes."""
+    return LabelError(
+        f"labels.ids, position {position}: expected classes in [0, {labels.num_classes}), or "
+        f"{labels.num_classes} with log_prob -inf in unused slots; found "
+        f"{labels.ids[position].long().tolist()}; check the cache with `softcache verify`",
+        position=position,
+    )
 
 
 def _per_position(name: str, x: Tensor, num_positions: int) -> Tensor:
