@@ -134,6 +134,7 @@ class Cache:
         self._codec = self.manifest.build_codec()
         self._rows: RowIndex | None = None
         self._thawed: dict[int, ThawedFile | None] = {}
+        self._one_each = np.ones(0, np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -353,10 +354,17 @@ class Cache:
 
     def _gather(self, thawed: ThawedFile, samples: np.ndarray) -> StoredRows:
         if self.manifest.rows is None:
-            return self._stored(thawed.take(samples), None, np.ones(len(samples), np.int64))
+            return self._stored(thawed.take(samples), None, self._ones(len(samples)))
         counts = self.rows.counts(samples)
         rows_PR = thawed.take_runs(self.rows.starts(samples, 0), counts)
         return self._stored(rows_PR, thawed.fingerprints[samples], counts)
+
+    def _ones(self, count: int) -> np.ndarray:
+        """Row counts of samples of one row; not to be written to."""
+        if len(self._one_each) < count:
+            self._one_each = np.ones(2 * count, np.int64)
+            self._one_each.flags.writeable = False
+        return self._one_each[:count]
 
     @cached_property
     def _pattern(self) -> SoftLabels:

@@ -1,0 +1,53 @@
+"""One loop of a benchmark for so many seconds, for a profiler to look at.
+
+    pip install py-spy
+    python -m benchmarks.profiled images --seconds 40 &
+    py-spy record --function --threads --duration 10 -o docs/figures/flame-images.svg --pid $!      # once it says "running"
+
+*images* reads shuffled batches of 256 from a thawed cache (`benchmarks.reading`); *capture* labels texts, V = 4,096, K = 128,
+and writes them (`benchmarks.capture`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from benchmarks.capture import text_config
+from benchmarks.reading import direct_contenders, made_images
+from pipeline.runs import capture_labels, open_data, open_teacher
+
+
+def images(folder: Path) -> Callable[[int], object]:
+    (thawed,) = (x for x in direct_contenders(made_images(folder, 300_000)) if x.name == "cache, thawed")
+    return thawed.run
+
+
+def capture(folder: Path) -> Callable[[int], object]:
+    config = text_config(str(folder), 320, {"k": 128}, quick=False)
+    data = open_data(config)
+    teacher = open_teacher(config, data)
+    return lambda number: capture_labels(config, data, teacher, f"{folder}/{number}")
+
+
+@click.command()
+@click.argument("what", type=click.Choice(["images", "capture"]))
+@click.option("--seconds", default=15.0, show_default=True)
+def main(what: str, seconds: float) -> None:
+    """Run a loop over and over."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = {"images": images, "capture": capture}[what](Path(folder))
+        run(0)
+        click.echo("running")
+        number, end = 1, time.monotonic() + seconds
+        while time.monotonic() < end:
+            run(number)
+            number += 1
+
+
+if __name__ == "__main__":
+    main()
