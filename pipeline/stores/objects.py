@@ -1,32 +1,31 @@
-"""Objects under a root: put whole, get whole, claim. The four operations that a file system and a bucket share.
+"""Objects under a root: put whole, get whole or in ranges, claim. What a file system and a bucket share.
 
-On a file system an object is written to ROOT/.staging, flushed to the disk, and renamed into place, so it
-is there whole or not at all. A claim is an flock: the kernel releases it when its process dies.
+A path or file:// is a folder (`local_objects`); s3://, gs:// and az:// are buckets (`cloud_objects`).
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import os
-import uuid
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 
-from pipeline.errors import CacheNotFoundError, StorageError
+from pipeline.errors import StorageError
+from pipeline.stores.cloud_objects import SCHEMES, CloudObjects
+from pipeline.stores.local_objects import LocalObjects
 
-__all__ = ["LocalObjects", "Objects", "open_objects"]
-
-STAGING = ".staging"
+__all__ = ["LocalObjects", "Objects", "is_bucket", "open_objects"]
 
 
 class Objects(Protocol):
-    """A place for objects, addressed by relative paths."""
+    """A place for objects, addressed by relative paths.
+
+    Raises (from every method):
+        StorageError: a path that leads out, or a storage that refuses or does not answer.
+    """
 
     url: str
 
@@ -34,14 +33,40 @@ class Objects(Protocol):
         """Writes an object whole, replacing one of that name."""
 
     def put_if_absent(self, path: str, data: bytes) -> bool:
-        """Writes an object unless there is one; of many writers at once exactly one is told True."""
+        """Writes an object unless there is one; of many writers at once at most one is told True.
 
-    def get(self, path: str) -> bytes: ...
-    def size(self, path: str) -> int | None: ...
-    def list(self, prefix: str) -> list[str]: ...
-    def delete(self, path: str) -> None: ...
-    def kvstore(self, prefix: str) -> dict[str, str]:
-        """TensorStore's description of the objects under a prefix."""
+        A bucket whose answer was lost on the way leaves its winner untold: the object is there, and nobody has True.
+        """
+
+    def get(self, path: str) -> bytes:
+        """Returns an object whole; raises CacheNotFoundError where there is none."""
+
+    def get_many(self, paths: Sequence[str]) -> Iterator[bytes | None]:
+        """Yields objects in the order of `paths`, None for one that is not there; a bucket is asked for many at once."""
+
+    def get_sized(self, sizes: Mapping[str, int]) -> Iterator[bytes | int | None]:
+        """Yields objects of a known size [bytes], in order: the bytes, the size found if it is another, None if missing.
+
+        They will be read again in ranges: a bucket's are kept in memory, as far as it is set aside for that.
+        """
+
+    def get_ends(self, lengths: Mapping[str, int]) -> Sequence[tuple[bytes, int]]:
+        """Returns the last bytes of objects, so many as `lengths` says, and how long each object is."""
+
+    def get_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Sequence[bytes]:
+        """Returns parts (path, start, stop) of objects, in order; what lies beyond an object's end is left out."""
+
+    def size(self, path: str) -> int | None:
+        """Returns an object's bytes, or None if there is none."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Returns the paths of all objects below a folder, sorted."""
+
+    def delete(self, path: str) -> None:
+        """Removes an object, if it is there."""
+
+    def kvstore(self, prefix: str) -> dict[str, str] | None:
+        """TensorStore's description of the objects under a prefix; None where it is to be given bytes of `get_ranges`."""
 
     def open(self, path: str) -> pa.NativeFile:
         """Opens an object for reading at random places."""
@@ -50,193 +75,26 @@ class Objects(Protocol):
         """A context manager that yields whether the claim is ours; it ends with the context or the process."""
 
 
-def open_objects(url: str, *, create: bool = False) -> LocalObjects:
-    """Returns the objects under a local path or a file:// URL.
+def is_bucket(url: str) -> bool:
+    """Whether a URL names a bucket, and not a local folder."""
+    return "://" in str(url) and urlsplit(str(url)).scheme in SCHEMES
+
+
+def open_objects(url: str, *, create: bool = False) -> LocalObjects | CloudObjects:
+    """Returns the objects under a local path, a file:// URL, or s3://, gs:// or az:// with bucket and prefix.
+
+    A bucket is not asked for anything yet, and has to be there; a folder is made if `create` is on.
 
     Raises:
-        StorageError: another scheme, or a root that cannot be made.
+        StorageError: another scheme, no bucket, or a root that cannot be made.
+        MissingExtraError: a bucket, and obstore is not installed.
     """
     parts = urlsplit(str(url))
+    if is_bucket(url):
+        return CloudObjects(str(url))
     if parts.scheme and parts.scheme != "file" and "://" in str(url):
         raise StorageError(
-            f"{url}: {parts.scheme}:// is not served by this version; use a local path or file://"
+            f"{url}: {parts.scheme}:// is not served; use a local path, file://, "
+            + ", ".join(f"{scheme}://" for scheme in SCHEMES)
         )
     return LocalObjects(Path(unquote(parts.path)) if parts.scheme == "file" else Path(url), create=create)
-
-
-class LocalObjects:
-    """Objects in a folder."""
-
-    def __init__(self, root: str | Path, *, create: bool = False) -> None:
-        self.root, self.url = Path(root), str(root)
-        if create:
-            with _explained(self.root):
-                (self.root / STAGING).mkdir(parents=True, exist_ok=True)
-
-    def path(self, relative: str) -> Path:
-        """Returns where an object is.
-
-        Raises:
-            StorageError: the path, or a link on the way, leads out of the root.
-        """
-        path = self.root / relative
-        parts = relative.split("/")
-        if not relative or path.is_absolute() != self.root.is_absolute() or {"", ".", ".."} & set(parts):
-            raise StorageError(f"{self.root}: object {relative!r} is no path inside of it")
-        if self._has_link(parts) and not path.resolve().is_relative_to(self.root.resolve()):
-            raise StorageError(
-                f"{path}: a link leads out of {self.root}; a cache holds no links to elsewhere"
-            )
-        return path
-
-    def _has_link(self, parts: list[str]) -> bool:
-        """Whether one of the names on the way from the root is a link; resolving each path costs four times as much."""
-        where = os.fspath(self.root)
-        for part in parts:
-            where = f"{where}/{part}"
-            if os.path.islink(where):
-                return True
-        return False
-
-    @contextmanager
-    def _staged(self, path: Path, data: bytes) -> Iterator[Path]:
-        """A file with the data, safe on the disk, in the staging folder; gone afterwards."""
-        staged = self.root / STAGING / uuid.uuid4().hex
-        try:
-            staged.parent.mkdir(parents=True, exist_ok=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with staged.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            yield staged
-            _sync_folder(path.parent)
-        finally:
-            with suppress(OSError):
-                staged.unlink(missing_ok=True)
-
-    def put(self, path: str, data: bytes) -> None:
-        target = self.path(path)
-        with _explained(target), self._staged(target, data) as staged:
-            staged.replace(target)
-
-    def put_if_absent(self, path: str, data: bytes) -> bool:
-        target = self.path(path)
-        with _explained(target), self._staged(target, data) as staged:
-            try:
-                os.link(staged, target)
-            except FileExistsError:
-                return False
-            return True
-
-    def get(self, path: str) -> bytes:
-        target = self.path(path)
-        try:
-            return target.read_bytes()
-        except FileNotFoundError as error:
-            raise CacheNotFoundError(
-                f"{target}: missing; restore it, or run the stage that writes it"
-            ) from error
-        except OSError as error:
-            raise StorageError(f"{target}: cannot be read: {error.strerror}") from error
-
-    def size(self, path: str) -> int | None:
-        try:
-            return self.path(path).stat().st_size
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-
-    def list(self, prefix: str) -> list[str]:
-        folder = self.path(prefix)
-        start = len(os.path.join(self.root, ""))
-        return sorted(path[start:] for path in _files(os.fspath(folder)))
-
-    def kvstore(self, prefix: str) -> dict[str, str]:
-        return {"driver": "file", "path": f"{self.path(prefix.rstrip('/')).absolute()}/"}
-
-    def open(self, path: str) -> pa.NativeFile:
-        target = self.path(path)
-        try:
-            return pa.OSFile(str(target))
-        except FileNotFoundError as error:
-            raise CacheNotFoundError(
-                f"{target}: missing; restore it, or run the stage that writes it"
-            ) from error
-        except OSError as error:
-            raise StorageError(f"{target}: cannot be read: {error}") from error
-
-    def delete(self, path: str) -> None:
-        with _explained(self.path(path)):
-            self.path(path).unlink(missing_ok=True)
-
-    @contextmanager
-    def claim(self, path: str) -> Iterator[bool]:
-        target = self.path(path)
-        with _explained(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle = _lock(target)
-        if handle is None:
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            with suppress(OSError):
-                target.unlink()  # before the lock goes, so that nobody locks a name that is about to vanish
-            os.close(handle)
-
-
-def _files(folder: str) -> Iterator[str]:
-    """Returns the paths of all files below a folder; links to folders are not followed."""
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    yield from _files(entry.path)
-                elif entry.is_file():
-                    yield entry.path
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as error:
-        raise StorageError(f"{folder}: cannot be listed: {error.strerror}; make it readable") from error
-
-
-def _lock(path: Path) -> int | None:
-    """Returns a handle that holds the lock on `path`, or None if somebody else holds it."""
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The last holder may have unlinked this very file between our open and our lock: then try again.
-            if os.fstat(handle).st_ino == os.stat(path).st_ino:
-                return handle
-        except BlockingIOError:
-            os.close(handle)
-            return None
-        except FileNotFoundError:
-            pass
-        os.close(handle)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, StorageError):
-            raise
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        hint = (
-            "free some space and rerun: finished units are kept"
-            if full
-            else "choose a place that can be written"
-        )
-        raise StorageError(f"{path}: cannot be written: {error.strerror or error}; {hint}") from error

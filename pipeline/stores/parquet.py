@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.codec import Column
-from pipeline.errors import CacheNotFoundError, CorruptionError
+from pipeline.errors import CacheNotFoundError, CorruptionError, StorageError
 from pipeline.labels import STATS
 from pipeline.manifest import Manifest, Unit
 from pipeline.stores.objects import Objects
@@ -125,6 +125,8 @@ class ParquetStore:
             ):
                 raise ValueError("its rows are of other samples")
             out = {name: self._values(table[name], self._columns[name], len(table)) for name in names}
+        except StorageError:  # not of the bytes: the storage does not answer
+            raise
         except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, CacheNotFoundError) as error:
             raise CorruptionError(
                 f"cache {self._objects.url}: unit {unit.number} (view {unit.view}, samples {unit.start} to "
@@ -138,7 +140,7 @@ class ParquetStore:
     def _open(self, unit: Unit) -> pq.ParquetFile:
         (path,) = self.objects_of(unit)
         if path not in self._files:
-            file = pq.ParquetFile(self._objects.open(path), page_checksum_verification=True)
+            file = pq.ParquetFile(self._objects.open(path), page_checksum_verification=True, pre_buffer=True)
             if not file.schema_arrow.equals(self._schema):
                 raise ValueError(f"its columns are {file.schema_arrow}; expected {self._schema}")
             self._files[path] = file

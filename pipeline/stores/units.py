@@ -93,17 +93,22 @@ def read_marker(objects: Objects, manifest: Manifest, manifest_sha256: str, numb
     Raises:
         ManifestError: the marker is malformed, or belongs to another cache or unit.
     """
-    return _checked_marker(objects, manifest, manifest_sha256, number, open_store(manifest, objects))
+    try:
+        data = objects.get(marker_path(number))
+    except CacheNotFoundError:
+        return None
+    return _checked_marker(objects, manifest, manifest_sha256, number, open_store(manifest, objects), data)
 
 
 def _checked_marker(
-    objects: Objects, manifest: Manifest, manifest_sha256: str, number: int, store: Store
-) -> UnitMarker | None:
+    objects: Objects,
+    manifest: Manifest,
+    manifest_sha256: str,
+    number: int,
+    store: Store,
+    data: bytes,
+) -> UnitMarker:
     path = marker_path(number)
-    try:
-        data = objects.get(path)
-    except CacheNotFoundError:
-        return None
     where = f"cache {objects.url}, {path}"
     marker = UnitMarker.parse(data, where=where)
     unit = manifest.plan.unit(number)
@@ -137,7 +142,7 @@ def finished_units(objects: Objects, manifest: Manifest, manifest_sha256: str) -
     Raises:
         ManifestError: a marker is malformed, of another cache, or of a unit that the plan does not have.
     """
-    markers, store = {}, open_store(manifest, objects)  # one for all markers: it costs as much as reading one
+    numbers: dict[str, int] = {}
     for path in objects.list("units"):
         name = path.rsplit("/", 1)[-1]
         if not name.endswith(".json"):
@@ -147,10 +152,13 @@ def finished_units(objects: Objects, manifest: Manifest, manifest_sha256: str) -
             raise ManifestError(
                 f"cache {objects.url}, {path}: is of no unit of the plan (0 to {manifest.plan.num_units - 1}); remove it"
             )
-        marker = _checked_marker(objects, manifest, manifest_sha256, number, store)
-        if marker is not None:
-            markers[number] = marker
-    return markers
+        numbers[path] = number
+    store = open_store(manifest, objects)  # one for all markers: it costs as much as reading one
+    return {
+        number: _checked_marker(objects, manifest, manifest_sha256, number, store, data)
+        for number, data in zip(numbers.values(), objects.get_many(list(numbers)), strict=True)
+        if data is not None
+    }
 
 
 def check_unit(objects: Objects, marker: UnitMarker) -> None:
@@ -159,18 +167,16 @@ def check_unit(objects: Objects, marker: UnitMarker) -> None:
     Raises:
         CorruptionError: a shard is missing, or of another size or sha256; unit and shard are named.
     """
-    for shard in marker.shards:
+    sizes = {shard.path: shard.num_bytes for shard in marker.shards}
+    for shard, found in zip(marker.shards, objects.get_sized(sizes), strict=True):
         where = f"cache {objects.url}: unit {marker.unit} (view {marker.view}), {shard.path}"
         what_next = f"restore it, or delete {marker_path(marker.unit)} and rerun `softcache teacher-logits`"
-        num_bytes = objects.size(shard.path)
-        if num_bytes is None:
+        if found is None:
             raise CorruptionError(f"{where}: missing; {what_next}")
-        if num_bytes != shard.num_bytes:
+        if isinstance(found, int):
+            raise CorruptionError(f"{where}: {found} bytes; {shard.num_bytes} bytes expected; {what_next}")
+        digest = digest_bytes(found)
+        if digest != shard.sha256:
             raise CorruptionError(
-                f"{where}: {num_bytes} bytes; {shard.num_bytes} bytes expected; {what_next}"
-            )
-        found = digest_bytes(objects.get(shard.path))
-        if found != shard.sha256:
-            raise CorruptionError(
-                f"{where}: sha256 {found[:12]}…; {shard.sha256[:12]}… expected; {what_next}"
+                f"{where}: sha256 {digest[:12]}…; {shard.sha256[:12]}… expected; {what_next}"
             )

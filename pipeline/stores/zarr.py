@@ -23,6 +23,7 @@ from pipeline.errors import CorruptionError, StorageError
 from pipeline.labels import STATS
 from pipeline.manifest import Manifest, Plan, Unit
 from pipeline.stores.objects import Objects
+from pipeline.stores.zarr_shards import ShardCutter, WantedChunks
 
 if TYPE_CHECKING:
     import tensorstore
@@ -41,6 +42,7 @@ class ZarrStore:
         self._manifest, self._objects = manifest, objects
         self._columns = {column.name: column for column in columns}
         self._opened: dict[str, tensorstore.TensorStore] = {}
+        self._cutter = ShardCutter(objects)
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -157,37 +159,81 @@ class ZarrStore:
         """
         rows = rows or (start - unit.start, stop - unit.start)
         names = list(self._columns if columns is None else columns)
-        reads = {
-            name: self._part(self._array(name), unit, self._columns[name], start, stop, rows).read(
-                # Planes stay together, as they are stored: turning them costs as much as decompressing them.
-                order="F" if self._columns[name].planar else "C"
-            )
+        out, name = {}, ""
+        try:
+            arrays = self._cut_arrays(unit, names, start, stop, rows) or {n: self._array(n) for n in names}
+            reads = {
+                name: self._part(arrays[name], unit, self._columns[name], start, stop, rows).read(
+                    # Planes stay together, as they are stored: turning them costs as much as decompressing them.
+                    order="F" if self._columns[name].planar else "C"
+                )
+                for name in names
+            }
+            for name, future in reads.items():
+                out[name] = future.result()
+        except StorageError:  # not of the bytes: the bucket does not answer
+            raise
+        except (ValueError, OSError) as error:
+            raise CorruptionError(
+                f"cache {self._objects.url}: unit {unit.number} (view {unit.view}, samples {unit.start} to "
+                f"{unit.stop - 1}){f', column {name}' if name else ''}: cannot be decoded: {error}; delete the unit's "
+                "marker and rerun `softcache teacher-logits`, or restore the shard"
+            ) from error
+        return out
+
+    def _cut_arrays(
+        self, unit: Unit, names: list[str], start: int, stop: int, rows: tuple[int, int]
+    ) -> dict[str, tensorstore.TensorStore]:
+        """Returns the arrays with nothing in them but what is asked for, from a bucket; none of a local cache.
+
+        TensorStore has clients of its own for S3 and Google, with other credentials, endpoints and retries than those that
+        wrote the cache, and none for Azure. So the bytes come through `objects`, and TensorStore decodes them in memory.
+        """
+        if self._objects.kvstore(self._manifest.data) is not None:
+            return {}
+        ts = _tensorstore(self._objects.url)
+        paths = {name: path for path, name in self.objects_of(unit).items()}
+        wanted = {}
+        for name in names:
+            first, last = (start - unit.start, stop - unit.start)
+            shard, chunk = self._manifest.plan.unit_samples, self._manifest.plan.chunk_samples
+            if self._is_ragged(self._columns[name]):
+                assert self._manifest.rows is not None
+                (first, last), shard, chunk = (
+                    rows,
+                    self._manifest.rows.shard_rows,
+                    self._manifest.rows.chunk_rows,
+                )
+            wanted[paths[name]] = WantedChunks(shard // chunk, first // chunk, -(-last // chunk))
+        context = ts.Context()
+        memory = ts.KvStore.open("memory://cut/", context=context).result()
+        for path, data in self._cutter.cut(wanted).items():
+            memory.write(path, data).result()
+        return {
+            name: ts.open(
+                self._spec(name, f"memory://cut/{self._manifest.data}/{name}/"),
+                open=True,
+                assume_metadata=True,
+                context=context,
+            ).result()
             for name in names
         }
-        out = {}
-        for name, future in reads.items():
-            try:
-                out[name] = future.result()
-            except (ValueError, OSError) as error:
-                raise CorruptionError(
-                    f"cache {self._objects.url}: unit {unit.number} (view {unit.view}, samples {unit.start} to "
-                    f"{unit.stop - 1}), column {name}: cannot be decoded: {error}; delete the unit's marker and rerun "
-                    "`softcache teacher-logits`, or restore the shard"
-                ) from error
-        return out
 
     def _array(self, name: str) -> tensorstore.TensorStore:
         """Returns the open array; opened in the process that reads, since TensorStore does not survive a fork."""
         if name not in self._opened:
             ts = _tensorstore(self._objects.url)
-            spec = {
-                "driver": "zarr3",
-                "kvstore": self._objects.kvstore(f"{self._manifest.data}/{name}/"),
-                "metadata": self._metadata(self._columns[name]),
-                "fill_missing_data_reads": False,
-            }
+            spec = self._spec(name, self._objects.kvstore(f"{self._manifest.data}/{name}/"))
             self._opened[name] = ts.open(spec, open=True, assume_metadata=True).result()
         return self._opened[name]
+
+    def _spec(self, name: str, kvstore: Any) -> dict[str, Any]:
+        return {
+            "driver": "zarr3",
+            "kvstore": kvstore,
+            "metadata": self._metadata(self._columns[name]),
+            "fill_missing_data_reads": False,
+        }
 
     def _metadata(self, column: Column) -> dict[str, Any]:
         document = json.loads(self._documents[f"{self._manifest.data}/{column.name}/zarr.json"])
