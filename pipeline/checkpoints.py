@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import Accelerator
 
 from pipeline.errors import RunError, StorageError
+from pipeline.mirror import RunMirror
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,7 @@ __all__ = ["RunDirectory"]
 
 
 class RunDirectory:
-    """One training run's directory.
+    """One training run's directory, and its mirror in a bucket, if it has one.
 
     Raises (from the constructor):
         RunError: the directory holds a run of another config; each key that differs is named.
@@ -39,9 +40,14 @@ class RunDirectory:
     """
 
     def __init__(
-        self, path: str | Path, config: dict[str, Any], resolved: dict[str, Any] | None = None
+        self,
+        path: str | Path,
+        config: dict[str, Any],
+        resolved: dict[str, Any] | None = None,
+        *,
+        mirror: RunMirror | None = None,
     ) -> None:
-        self.path = Path(path)
+        self.path, self._mirror = Path(path), mirror
         config = json.loads(json.dumps(config))
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -75,6 +81,8 @@ class RunDirectory:
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         self._write_json("metrics.json", metrics)
+        if self._mirror is not None:
+            self._mirror.finish()
 
     def save_checkpoint(self, accelerator: Accelerator, progress: dict[str, Any]) -> None:
         """Saves model, optimizer and random states of all ranks, and where the run stands."""
@@ -96,6 +104,8 @@ class RunDirectory:
             staged.rename(final)
             if old.exists():
                 shutil.rmtree(old)
+            if self._mirror is not None:
+                self._mirror.send()
         accelerator.wait_for_everyone()
 
     def _settle(self, accelerator: Accelerator) -> None:

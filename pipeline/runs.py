@@ -18,12 +18,13 @@ from pipeline.capture import CaptureReport, capture, evaluate_teacher
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, IdentityError, IncompleteCacheError
 from pipeline.identity import digest_json
+from pipeline.mirror import RunMirror
 from pipeline.modalities import Data, open_data
 from pipeline.planning import create_cache, default_plan, plan_manifest
 from pipeline.progress import say, track
 from pipeline.reader import HardLabelDataset, check_alignment
 from pipeline.shuffle import BlockShuffle
-from pipeline.stores.objects import open_objects
+from pipeline.stores.objects import is_bucket, open_objects
 from pipeline.student import Feed, train
 from pipeline.tasks import Task
 from pipeline.teacher import Teacher, TeacherSettings
@@ -202,7 +203,7 @@ def train_student(
         model: the student's spec.
         labels: what it learns from; "cache" needs `cache`, "online" needs `teacher`.
         num_views: of the cache's views, use the first so many; None uses all.
-        out: the run's directory; None makes one under runs/ whose name tells the run apart.
+        out: the run's directory, a path or the URL of a bucket; None makes one under runs/ whose name tells it apart.
 
     Raises:
         IncompleteCacheError: the cache has missing units, and `allow_partial` is off.
@@ -330,6 +331,8 @@ def _fit(
     identity: dict[str, Any],
     track_with: str | None,
 ) -> dict[str, Any]:
+    from accelerate import PartialState
+
     described = {
         "model": model,
         **data.identity(),
@@ -342,7 +345,12 @@ def _fit(
     if out is None:
         slug = re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")
         out = config.root / "students" / f"{slug}-{config.train.labels}-{digest_json(described)[:8]}"
-    label, finished = f"train {model} ({config.train.labels})", (Path(out) / "metrics.json").exists()
+    mirror = RunMirror(str(out)) if is_bucket(str(out)) else None
+    folder = mirror.folder if mirror else Path(out)
+    if mirror is not None:
+        with PartialState(cpu=config.train.device == "cpu").local_main_process_first():
+            mirror.fetch()
+    label, finished = f"train {model} ({config.train.labels})", (folder / "metrics.json").exists()
     follow: AbstractContextManager = nullcontext(lambda samples: None)
     if finished:
         say(f"{label}: {out} holds this run, finished; reporting it")
@@ -353,8 +361,9 @@ def _fit(
             task,
             feed,
             settings=config.train,
-            out=out,
+            out=folder,
             config=described,
+            mirror=mirror,
             resolved=config.model_dump(mode="json") | {"student": {"model": model}},
             track=track_with,
             on_step=advance,

@@ -30,6 +30,7 @@ from pydantic import Field
 from pipeline.checkpoints import RunDirectory
 from pipeline.errors import MissingExtraError
 from pipeline.loader import SoftLabelLoader
+from pipeline.mirror import RunMirror
 from pipeline.models import count_parameters
 from pipeline.settings import Settings
 from pipeline.shuffle import BlockShuffle
@@ -96,6 +97,7 @@ def train(
     out: str | Path,
     config: dict[str, Any],
     resolved: dict[str, Any] | None = None,
+    mirror: RunMirror | None = None,
     track: str | None = None,
     on_step: Callable[[int], None] = lambda samples: None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
@@ -107,13 +109,14 @@ def train(
     Args:
         config: what identifies the run; written to OUT/config.json and compared on a rerun.
         resolved: every setting, written to OUT/resolved.json for who reads it later.
+        mirror: where in a bucket `out` is sent to, after every checkpoint and at the end.
         track: an accelerate tracker's name, e.g. "tensorboard".
 
     Raises:
         RunError: `out` holds another run.
         SpecError: the student's output is not what the labels need.
     """
-    directory = RunDirectory(out, config, resolved)
+    directory = RunDirectory(out, config, resolved, mirror=mirror)
     if (finished := directory.metrics) is not None:
         return finished
     if track:

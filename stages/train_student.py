@@ -22,7 +22,11 @@ __all__ = ["train_student_command"]
 @click.option(
     "--student", "model", metavar="SPEC", help="The architecture [default: student.model of the config]."
 )
-@click.option("--out", metavar="DIR", help="The run's directory [default: one under runs/NAME/students].")
+@click.option(
+    "--out",
+    metavar="DIR",
+    help="The run's directory, or its URL in a bucket [default: one under runs/NAME/students].",
+)
 @click.option(
     "--baseline/--no-baseline", default=True, show_default=True, help="Also train it on hard labels."
 )

@@ -14,7 +14,7 @@ FLOORS = [
     {"views", "sources", "models", "sparsify", "losses", "codec"},
     {"manifest", "batches", "token_batches", "language", "fused"},
     {"stores", "teacher", "thaw"},
-    {"planning", "labelling"},
+    {"planning", "labelling", "mirror"},
     {"capture", "cache"},
     {"reader", "checkpoints", "tasks"},
     {"loader", "samplers"},

@@ -58,7 +58,6 @@ _NO_CREDENTIALS = (
 )
 _REFUSED = re.compile(r"\b(401 Unauthorized|403 Forbidden)\b")
 _STATUS = re.compile(r"Server returned (?:non-2xx status code|error response): (\d{3} [^:\n]*)")
-_RETRIES = re.compile(r"in [\d.]+[a-zµ]+, after \d+ retries")
 
 
 def is_passing(error: Exception) -> bool:
@@ -77,13 +76,14 @@ def is_beyond(error: Exception) -> bool:
     return "416 Range Not Satisfiable" in str(error)
 
 
-def explained(error: Exception, *, url: str, path: str, doing: str) -> SoftcacheError:
+def explained(error: Exception, *, url: str, path: str, doing: str, tried: str = "") -> SoftcacheError:
     """Returns the error to raise for one of obstore's.
 
     Args:
         url: of the root.
         path: of the object, "" for the root itself.
         doing: what could not be done, such as "read".
+        tried: how often, and for how long.
     """
     scheme, rest = url.split("://", 1)
     provider, bucket = PROVIDERS[scheme], f"{scheme}://{rest.split('/')[0]}"
@@ -112,7 +112,7 @@ def explained(error: Exception, *, url: str, path: str, doing: str) -> Softcache
         )
     if is_passing(error):
         return StorageError(
-            f"{where}: cannot be {doing}: {said}; check the network and {provider.endpoint}, then rerun: what is "
+            f"{where}: cannot be {doing}: {said}{tried}; check the network and {provider.endpoint}, then rerun: what is "
             "finished is kept"
         )
     return StorageError(f"{where}: cannot be {doing}: {said}")
@@ -121,12 +121,9 @@ def explained(error: Exception, *, url: str, path: str, doing: str) -> Softcache
 def _said(text: str) -> str:
     """Returns what the server or the network said, in one short line."""
     status, code = _STATUS.search(text), re.search(r"<Code>([^<]*)</Code>", text)
-    tries = _RETRIES.search(text)
     if status is not None:
-        said = f"{status[1].strip()}{', ' + code[1] if code else ''}"
-    elif code is not None:
-        said = code[1]
-    else:
-        first = text.split("\n", 1)[0]
-        said = "no answer: " + first.rsplit("HTTP error: ", 1)[1] if "HTTP error: " in first else first
-    return f"{said} {tries[0]}" if tries else said
+        return f"{status[1].strip()}{', ' + code[1] if code else ''}"
+    if code is not None:
+        return code[1]
+    first = text.split("\n", 1)[0]
+    return "no answer: " + first.rsplit("HTTP error: ", 1)[1] if "HTTP error: " in first else first

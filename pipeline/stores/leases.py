@@ -25,17 +25,21 @@ from typing import Protocol
 
 from pipeline.errors import CacheNotFoundError, SoftcacheError
 
-__all__ = ["LEASE_SECONDS", "Lease", "LeaseBoard"]
+__all__ = ["LEASE_SECONDS", "Lease", "LeaseBoard", "Tag"]
 
 LEASE_SECONDS = 60.0
 RENEWALS = 3
 """Per lease: two may fail in a row."""
 
 
+Tag = dict[str, str]
+"""What tells an object from those that were there before it."""
+
+
 class _Tagged(Protocol):
-    def put_where(self, path: str, data: bytes, e_tag: str | None) -> str | None: ...
-    def get_tagged(self, path: str) -> tuple[bytes, str]: ...
-    def delete(self, path: str) -> None: ...
+    def put_where(self, path: str, data: bytes, tag: Tag | None) -> Tag | None: ...
+    def get_tagged(self, path: str, *, patient: bool = True) -> tuple[bytes, Tag]: ...
+    def delete(self, path: str, *, patient: bool = True) -> None: ...
 
 
 def _wall_clock() -> float:
@@ -47,17 +51,17 @@ class LeaseBoard:
 
     def __init__(self, objects: _Tagged) -> None:
         self.objects = objects
-        self._seen: dict[str, tuple[str, float]] = {}
+        self._seen: dict[str, tuple[Tag, float]] = {}
         self._lock = threading.Lock()
 
-    def unchanged_seconds(self, path: str, e_tag: str) -> float:
-        """Returns for how long a lease has had this e-tag, since it was first asked for here."""
+    def unchanged_seconds(self, path: str, tag: Tag) -> float:
+        """Returns for how long a lease has had this tag, since it was first asked for here."""
         now = time.monotonic()
         with self._lock:
-            tag, since = self._seen.get(path, ("", now))
-            if tag != e_tag:
+            seen, since = self._seen.get(path, (tag, now))
+            if seen != tag:
                 since = now
-            self._seen[path] = (e_tag, since)
+            self._seen[path] = (tag, since)
             return now - since
 
     def forget(self, path: str) -> None:
@@ -75,7 +79,7 @@ class Lease:
     def __init__(self, board: LeaseBoard, path: str, *, seconds: float | None = None) -> None:
         self._board, self._objects, self._path = board, board.objects, path
         self._seconds = LEASE_SECONDS if seconds is None else seconds
-        self._owner, self._e_tag = uuid.uuid4().hex, ""
+        self._owner, self._tag = uuid.uuid4().hex, Tag()
         self._ended, self._thread = threading.Event(), threading.Thread(target=self._renew, daemon=True)
 
     def acquire(self) -> bool:
@@ -89,7 +93,7 @@ class Lease:
             tag = self._take_over()
         if tag is None:
             return False
-        self._e_tag = tag
+        self._tag = tag
         self._board.forget(self._path)
         self._thread.start()
         return True
@@ -97,10 +101,12 @@ class Lease:
     def release(self) -> None:
         """Ends the claim; one that cannot be deleted runs out by itself."""
         self._ended.set()
-        self._thread.join()
+        self._thread.join(
+            timeout=1.0
+        )  # it may be waiting for a bucket that does not answer; what it does is conditional
         with suppress(SoftcacheError):
-            if self._read()[0].get("owner") == self._owner:
-                self._objects.delete(self._path)
+            if self._read(patient=False)[0].get("owner") == self._owner:
+                self._objects.delete(self._path, patient=False)
 
     def _body(self) -> bytes:
         said = {
@@ -112,17 +118,17 @@ class Lease:
         }
         return (json.dumps(said) + "\n").encode()
 
-    def _read(self) -> tuple[dict, str]:
-        """Returns what the lease there says, {} if that cannot be understood, and its e-tag."""
-        data, tag = self._objects.get_tagged(self._path)
+    def _read(self, *, patient: bool = True) -> tuple[dict, Tag]:
+        """Returns what the lease there says, {} if that cannot be understood, and its tag."""
+        data, tag = self._objects.get_tagged(self._path, patient=patient)
         with suppress(ValueError):
             found = json.loads(data)
             if isinstance(found, dict):
                 return found, tag
         return {}, tag
 
-    def _take_over(self) -> str | None:
-        """Returns the e-tag of our lease in the place of one that has run out; None if it is somebody's."""
+    def _take_over(self) -> Tag | None:
+        """Returns the tag of our lease in the place of one that has run out; None if it is somebody's."""
         try:
             found, tag = self._read()
         except CacheNotFoundError:
@@ -140,11 +146,11 @@ class Lease:
     def _renew(self) -> None:
         while not self._ended.wait(self._seconds / RENEWALS):
             try:
-                tag = self._objects.put_where(self._path, self._body(), self._e_tag)
+                tag = self._objects.put_where(self._path, self._body(), self._tag)
                 if tag is None:  # somebody's; or ours, and the answer to the last renewal got lost
                     found, tag = self._read()
                     if found.get("owner") != self._owner:
                         return
-                self._e_tag = tag
+                self._tag = tag
             except SoftcacheError:
                 continue  # what is not renewed may run out, and is then made twice

@@ -135,9 +135,10 @@ class LocalObjects:
             return None
 
     def list(self, prefix: str) -> list[str]:
-        folder = self.path(prefix)
+        folder = self.path(prefix) if prefix else self.root
         start = len(os.path.join(self.root, ""))
-        return sorted(path[start:] for path in _files(os.fspath(folder)))
+        found = (path[start:] for path in _files(os.fspath(folder)))
+        return sorted(path for path in found if not path.startswith(f"{STAGING}/"))
 
     def kvstore(self, prefix: str) -> dict[str, str]:
         return {"driver": "file", "path": f"{self.path(prefix.rstrip('/')).absolute()}/"}

@@ -14,7 +14,8 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 
 from pipeline.errors import StorageError
-from pipeline.stores.cloud_objects import SCHEMES, CloudObjects
+from pipeline.stores.cloud_client import SCHEMES
+from pipeline.stores.cloud_objects import CloudObjects
 from pipeline.stores.local_objects import LocalObjects
 
 __all__ = ["LocalObjects", "Objects", "is_bucket", "open_objects"]
@@ -60,7 +61,7 @@ class Objects(Protocol):
         """Returns an object's bytes, or None if there is none."""
 
     def list(self, prefix: str) -> list[str]:
-        """Returns the paths of all objects below a folder, sorted."""
+        """Returns the paths of all objects below a folder, sorted; "" is the root."""
 
     def delete(self, path: str) -> None:
         """Removes an object, if it is there."""

@@ -49,6 +49,7 @@ class Contract:
         for name in ("units/1.json", "units/deep/2.json", "units2/3.json", "unit"):
             objects.put(name, b"x")
         assert objects.list("units") == ["units/1.json", "units/deep/2.json"]
+        assert objects.list("") == ["unit", "units/1.json", "units/deep/2.json", "units2/3.json"]
 
     def test_many_objects_come_in_the_order_in_which_they_were_asked_for(self, objects):
         for number in range(50):
