@@ -12,7 +12,7 @@ ARGS   := --config $(CONFIG) $(foreach pair,$(SET),--set '$(pair)')
 PICK   := $(if $(STUDENT),--student '$(STUDENT)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-logits train-student students compare train-teacher inspect verify fidelity thaw test check format clean bench
+.PHONY: help setup teacher-logits train-student students compare train-teacher inspect verify fidelity thaw gc test check format clean bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ fidelity: setup  ## measure CACHE against its teacher, and draw bytes against er
 
 thaw: setup  ## decode CACHE into local memory maps, which all students of this machine share
 	$(RUN) thaw '$(CACHE)'
+
+gc: setup  ## list what dead runs left in CACHE; DELETE=1 removes it
+	$(RUN) gc '$(CACHE)' $(if $(DELETE),--delete)
 
 bench: setup  ## measure capture, reading, training and opening against named baselines
 	$(VENV)/bin/python -m benchmarks

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pipeline.cache import Cache, open_cache
 from pipeline.planning import create_cache
 from pipeline.stores.objects import open_objects
-from pipeline.stores.units import check_unit, finished_units, open_store, publish_unit
+from pipeline.stores.units import check_unit, claimed_units, finished_units, open_store, publish_unit
 
 __all__ = ["convert_cache"]
 
@@ -33,12 +33,13 @@ def convert_cache(
     manifest, digest = create_cache(objects, manifest, source_objects.get(origin.samples))
     reading, writing = open_store(origin, source_objects), open_store(manifest, objects)
     finished = finished_units(objects, manifest, digest)
-    for number, marker in cache.markers.items():
-        unit = origin.plan.unit(number)
-        if number not in finished:
-            check_unit(source_objects, marker)
-            rows = cache.rows.span(unit, unit.start, unit.stop)
-            columns = reading.read(unit, unit.start, unit.stop, rows=rows)
-            publish_unit(objects, writing, digest, unit, columns)
+    progress(sum(marker.num_rows for number, marker in cache.markers.items() if number in finished))
+    pending = [origin.plan.unit(number) for number in cache.markers if number not in finished]
+    for unit in claimed_units(objects, manifest, digest, pending):
+        marker = cache.markers[unit.number]
+        check_unit(source_objects, marker)
+        rows = cache.rows.span(unit, unit.start, unit.stop)
+        columns = reading.read(unit, unit.start, unit.stop, rows=rows)
+        publish_unit(objects, writing, digest, unit, columns)
         progress(marker.num_rows)
     return open_cache(target_url)

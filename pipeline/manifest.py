@@ -25,6 +25,7 @@ __all__ = [
     "TeacherReport",
     "Unit",
     "UnitMarker",
+    "claim_path",
     "differences",
     "marker_path",
 ]
@@ -289,3 +290,8 @@ class UnitMarker(_Document):
 
 def marker_path(number: int) -> str:
     return f"units/{number:05d}.json"
+
+
+def claim_path(number: int) -> str:
+    """Returns what is claimed by whoever makes a unit, or removes what is left of one."""
+    return f"units/{number:05d}.lock"

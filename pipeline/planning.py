@@ -168,7 +168,7 @@ def create_cache(
     if objects.size(MANIFEST) is None:
         if report is not None:
             manifest = manifest.model_copy(update={"teacher": report()})
-        objects.put_if_absent(manifest.samples, samples)
+        manifest = _put_samples(objects, manifest, samples)
         objects.put_if_absent(MANIFEST, manifest.to_bytes())
     stored = objects.get(MANIFEST)
     found = Manifest.parse(stored, where=f"cache {objects.url}")
@@ -181,3 +181,16 @@ def create_cache(
         )
     open_store(found, objects).create()
     return found, digest_bytes(stored)
+
+
+def _put_samples(objects: Objects, manifest: Manifest, samples: bytes) -> Manifest:
+    """Writes the table of samples; returns the manifest that names it.
+
+    A run of something else may have died between its table and its manifest, or may be about to write the latter: its
+    table stays, and ours goes under a name of its own.
+    """
+    if objects.put_if_absent(manifest.samples, samples) or objects.get(manifest.samples) == samples:
+        return manifest
+    named = f"samples-{manifest.samples_sha256[:16]}.parquet"
+    objects.put_if_absent(named, samples)
+    return manifest.model_copy(update={"samples": named})

@@ -37,7 +37,7 @@ from pipeline.planning import create_cache
 from pipeline.settings import Settings
 from pipeline.sparsify import LabelSettings, row_seeds, sparsify
 from pipeline.stores.objects import open_objects
-from pipeline.stores.units import check_unit, finished_units, open_store, publish_unit
+from pipeline.stores.units import check_unit, claimed_units, finished_units, open_store, publish_unit
 
 __all__ = ["SlimSettings", "slim_cache", "slim_manifest"]
 
@@ -105,21 +105,21 @@ def slim_cache(
     codec = manifest.build_codec()
     own = {column.name for column in origin.build_codec().columns}
     finished = finished_units(objects, manifest, digest)
-    for number, marker in cache.markers.items():
-        if number >= manifest.plan.num_units:  # of a view that is left out
-            continue
-        unit = manifest.plan.unit(number)
-        if number not in finished:
-            check_unit(source_objects, marker)
-            records: list[SoftLabels] = []
-            others: list[dict[str, np.ndarray]] = []
-            for part in _parts(unit, origin.plan.chunk_samples):
-                columns = reading.read(unit, *part, rows=cache.rows.span(unit, *part))
-                records.append(_slim(cache, columns, labels))
-                others.append({name: column for name, column in columns.items() if name not in own})
-            joined = {name: np.concatenate([other[name] for other in others]) for name in others[0]}
-            publish_unit(objects, writing, digest, unit, {**codec.encode(concat(records)), **joined})
-        progress(marker.num_rows)
+    # Views that are left out have the highest numbers.
+    wanted = {number: cache.markers[number] for number in cache.markers if number < manifest.plan.num_units}
+    progress(sum(marker.num_rows for number, marker in wanted.items() if number in finished))
+    pending = [manifest.plan.unit(number) for number in wanted if number not in finished]
+    for unit in claimed_units(objects, manifest, digest, pending):
+        check_unit(source_objects, wanted[unit.number])
+        records: list[SoftLabels] = []
+        others: list[dict[str, np.ndarray]] = []
+        for part in _parts(unit, origin.plan.chunk_samples):
+            columns = reading.read(unit, *part, rows=cache.rows.span(unit, *part))
+            records.append(_slim(cache, columns, labels))
+            others.append({name: column for name, column in columns.items() if name not in own})
+        joined = {name: np.concatenate([other[name] for other in others]) for name in others[0]}
+        publish_unit(objects, writing, digest, unit, {**codec.encode(concat(records)), **joined})
+        progress(wanted[unit.number].num_rows)
     return open_cache(target_url)
 
 

@@ -12,6 +12,7 @@ from pipeline.errors import SoftcacheError
 from stages.compare import compare
 from stages.convert import convert
 from stages.fidelity import fidelity
+from stages.gc import gc
 from stages.import_labels import import_command
 from stages.inspect import inspect_command
 from stages.slim import slim
@@ -43,6 +44,7 @@ for command in (
     convert,
     slim,
     thaw,
+    gc,
     import_command,
 ):
     softcache.add_command(command)

@@ -18,7 +18,7 @@ FLOORS = [
     {"capture", "cache"},
     {"reader", "checkpoints", "tasks"},
     {"loader", "samplers"},
-    {"student", "verify", "convert", "slim", "fidelity", "paired", "trainer", "importing"},
+    {"student", "verify", "convert", "slim", "fidelity", "paired", "trainer", "importing", "gc"},
     {"config"},
     {"modalities"},
     {"runs"},

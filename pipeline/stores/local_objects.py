@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -59,17 +60,24 @@ class LocalObjects:
 
     @contextmanager
     def _staged(self, path: Path, data: bytes) -> Iterator[Path]:
-        """A file with the data, safe on the disk, in the staging folder; gone afterwards."""
-        staged = self.root / STAGING / uuid.uuid4().hex
+        """A file with the data, safe on the disk, in the staging folder; gone afterwards.
+
+        Its lock is held until then: a staged file whose lock is free was left by a process that died.
+        """
+        folder = self.path(STAGING)
+        folder.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = None
+        while handle is None:  # who collects what the dead left may hold the lock for a moment
+            staged = folder / uuid.uuid4().hex
+            handle = _lock(staged)
         try:
-            staged.parent.mkdir(parents=True, exist_ok=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with staged.open("xb") as file:
+            with open(handle, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
-            yield staged
-            _sync_folder(path.parent)
+                os.fsync(handle)
+                yield staged
+                _sync_folder(path.parent)
         finally:
             with suppress(OSError):
                 staged.unlink(missing_ok=True)
@@ -91,7 +99,8 @@ class LocalObjects:
     def get(self, path: str) -> bytes:
         target = self.path(path)
         try:
-            return target.read_bytes()
+            with open(target, "rb", opener=_open_plain) as file:
+                return file.read()
         except FileNotFoundError as error:
             raise CacheNotFoundError(
                 f"{target}: missing; restore it, or run the stage that writes it"
@@ -140,12 +149,23 @@ class LocalObjects:
         found = (path[start:] for path in _files(os.fspath(folder)))
         return sorted(path for path in found if not path.startswith(f"{STAGING}/"))
 
+    def dead_writes(self, *, remove: bool) -> dict[str, int]:
+        found = {}
+        for path in _files(os.fspath(self.path(STAGING))):
+            with _explained(Path(path)), _lock_of_the_dead(path) as dead:
+                if dead is not None:
+                    found[os.path.relpath(path, self.root)] = dead
+                    if remove:
+                        os.unlink(path)
+        return found
+
     def kvstore(self, prefix: str) -> dict[str, str]:
         return {"driver": "file", "path": f"{self.path(prefix.rstrip('/')).absolute()}/"}
 
     def open(self, path: str) -> pa.NativeFile:
         target = self.path(path)
         try:
+            os.close(_open_plain(os.fspath(target), os.O_RDONLY))
             return pa.OSFile(str(target))
         except FileNotFoundError as error:
             raise CacheNotFoundError(
@@ -193,18 +213,50 @@ def _files(folder: str) -> Iterator[str]:
 def _lock(path: Path) -> int | None:
     """Returns a handle that holds the lock on `path`, or None if somebody else holds it."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not _is_free(handle):
+                os.close(handle)
+                return None
             # The last holder may have unlinked this very file between our open and our lock: then try again.
             if os.fstat(handle).st_ino == os.stat(path).st_ino:
                 return handle
-        except BlockingIOError:
-            os.close(handle)
-            return None
         except FileNotFoundError:
             pass
         os.close(handle)
+
+
+@contextmanager
+def _lock_of_the_dead(path: str) -> Iterator[int | None]:
+    """Yields the size of a staged file, locked meanwhile; None if its writer lives, or has just finished."""
+    try:
+        # No link is followed: it would lock, and count, a file elsewhere.
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        yield os.fstat(handle).st_size if _is_free(handle) and os.fstat(handle).st_nlink else None
+    finally:
+        os.close(handle)
+
+
+def _is_free(handle: int) -> bool:
+    """Takes the lock of an open file, unless somebody else holds it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _open_plain(path: str, flags: int) -> int:
+    """Opens a file, but neither waits for a pipe nor reads a device that somebody put in its place."""
+    handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "no regular file")
+    return handle
 
 
 def _sync_folder(folder: Path) -> None:

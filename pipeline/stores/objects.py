@@ -61,10 +61,16 @@ class Objects(Protocol):
         """Returns an object's bytes, or None if there is none."""
 
     def list(self, prefix: str) -> list[str]:
-        """Returns the paths of all objects below a folder, sorted; "" is the root."""
+        """Returns the paths of all objects below a folder, sorted; "" is the root. Writes under way are left out."""
 
     def delete(self, path: str) -> None:
         """Removes an object, if it is there."""
+
+    def dead_writes(self, *, remove: bool) -> dict[str, int]:
+        """Returns the bytes of writes whose process died, by path; removes them if told so. Live ones are not touched.
+
+        A bucket has none: an object is there when its one PUT is.
+        """
 
     def kvstore(self, prefix: str) -> dict[str, str] | None:
         """TensorStore's description of the objects under a prefix; None where it is to be given bytes of `get_ranges`."""

@@ -40,6 +40,10 @@ class ParquetStore:
     def columns(self) -> tuple[Column, ...]:
         return tuple(self._columns.values())
 
+    def described(self) -> tuple[str, ...]:
+        """Returns nothing: every file describes itself."""
+        return ()
+
     def create(self) -> None:
         """Does nothing: every file describes itself."""
 

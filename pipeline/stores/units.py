@@ -6,14 +6,15 @@ trust:    the marker is well-formed, belongs to this very manifest and unit, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
 from pipeline.codec import Column
 from pipeline.errors import CacheNotFoundError, CorruptionError, ManifestError
 from pipeline.identity import digest_bytes
-from pipeline.manifest import Manifest, Shard, Unit, UnitMarker, marker_path
+from pipeline.manifest import Manifest, Shard, Unit, UnitMarker, claim_path, marker_path
 from pipeline.stores.objects import Objects
 from pipeline.stores.parquet import ParquetStore
 from pipeline.stores.zarr import ZarrStore
@@ -22,6 +23,7 @@ __all__ = [
     "Store",
     "alignment_columns",
     "check_unit",
+    "claimed_units",
     "finished_units",
     "open_store",
     "publish_unit",
@@ -29,6 +31,7 @@ __all__ = [
 ]
 
 Store = ZarrStore | ParquetStore
+WAIT_SECONDS = 0.5
 
 
 def open_store(manifest: Manifest, objects: Objects) -> Store:
@@ -159,6 +162,27 @@ def finished_units(objects: Objects, manifest: Manifest, manifest_sha256: str) -
         for number, data in zip(numbers.values(), objects.get_many(list(numbers)), strict=True)
         if data is not None
     }
+
+
+def claimed_units(
+    objects: Objects, manifest: Manifest, manifest_sha256: str, units: Iterable[Unit]
+) -> Iterator[Unit]:
+    """Yields those of `units` that are not finished, each claimed until the next one is asked for.
+
+    Units that another process holds come last: they are waited for, and taken over if it dies.
+    """
+    pending = list(units)
+    while pending:
+        held = []
+        for unit in pending:
+            with objects.claim(claim_path(unit.number)) as ours:
+                if not ours:
+                    held.append(unit)
+                elif read_marker(objects, manifest, manifest_sha256, unit.number) is None:
+                    yield unit
+        pending = held
+        if pending:
+            time.sleep(WAIT_SECONDS)
 
 
 def check_unit(objects: Objects, marker: UnitMarker) -> None:

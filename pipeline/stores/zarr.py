@@ -55,6 +55,10 @@ class ZarrStore:
         """Every object of the group but the shards, by its path in the cache."""
         return asyncio.run(_describe(self._manifest, self._columns.values()))
 
+    def described(self) -> tuple[str, ...]:
+        """Returns the paths of what describes the columns and is of no unit."""
+        return tuple(self._documents)
+
     def create(self) -> None:
         """Writes the group's metadata; what is there already is left as it is."""
         for path, data in self._documents.items():

@@ -1,0 +1,52 @@
+"""Remove from a cache what no reader will ever look at: what the dead left behind.
+
+softcache gc runs/digits/cache
+softcache gc runs/digits/cache --delete
+"""
+
+import click
+
+from pipeline.gc import collect_garbage
+from pipeline.stores.objects import open_objects
+
+__all__ = ["gc"]
+
+SHOWN = 20
+
+
+@click.command()
+@click.argument("url", metavar="CACHE")
+@click.option("--delete", is_flag=True, help="Remove what is stray; without it, only list it.")
+def gc(url: str, delete: bool) -> None:
+    """List what no reader of CACHE will ever look at: files on their way whose writer died, and shards of units that
+    were never finished. With --delete, remove it.
+
+    Nothing that the manifest or a marker names is touched, nor a unit that a run holds, nor a file that softcache did not
+    write. Claims that outlived their process end when they are looked at. Views thawed on this machine are elsewhere:
+    `softcache thaw --clear`.
+
+    \b
+    Example:
+      softcache gc runs/digits/cache --delete
+    """
+    report = collect_garbage(open_objects(url), delete=delete)
+    verb = "removed" if delete else "stray"
+    _show(verb, [f"{path} ({size:,} bytes)" for path, size in sorted(report.stray.items())])
+    _show("not ours, left alone:", report.foreign)
+    told = f"cache {url}: {verb} {len(report.stray)} objects, {sum(report.stray.values()):,} bytes"
+    if report.dead_claims:
+        told += f"; {report.dead_claims} claims of dead runs ended"
+    if report.held:
+        told += f"; {len(report.held)} units are being made by a run and were left alone"
+    if report.foreign:
+        told += f"; {len(report.foreign)} files that softcache did not write"
+    if report.stray and not delete:
+        told += "; remove the strays with --delete"
+    click.echo(told)
+
+
+def _show(what: str, paths: list[str]) -> None:
+    for path in paths[:SHOWN]:
+        click.echo(f"{what} {path}")
+    if len(paths) > SHOWN:
+        click.echo(f"{what} … and {len(paths) - SHOWN:,} more")
