@@ -24,10 +24,10 @@ from pipeline.blocks import DecodedBlocks
 from pipeline.errors import CacheNotFoundError, CorruptionError, IncompleteCacheError, StorageError
 from pipeline.identity import digest_bytes, digest_json
 from pipeline.labels import SoftLabels
-from pipeline.manifest import Manifest, UnitMarker
+from pipeline.manifest import MAX_MANIFEST_BYTES, Manifest, UnitMarker
 from pipeline.progress import say
 from pipeline.stores.objects import is_bucket, open_objects
-from pipeline.stores.samples import RowIndex, SampleTable, read_row_counts, read_samples
+from pipeline.stores.samples import MAX_SAMPLE_BYTES, RowIndex, SampleTable, read_row_counts, read_samples
 from pipeline.stores.units import alignment_columns, check_unit, finished_units, open_store, read_marker
 from pipeline.thaw import Record, ThawedFile, ThawedPlan, ThawFolder, ThawSettings
 
@@ -116,7 +116,7 @@ class Cache:
             raise CacheNotFoundError(
                 f"cache {self.url}: no {MANIFEST} there; run `softcache teacher-logits`, or correct the path"
             )
-        stored = self._objects.get(MANIFEST)
+        stored = self._objects.get(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
         self.manifest = Manifest.parse(stored, where=f"cache {self.url}")
         self.manifest_sha256 = digest_bytes(stored)
         self._open()
@@ -184,7 +184,7 @@ class Cache:
         Raises:
             CorruptionError: size, checksum or content differ; unit and object are named.
         """
-        check_unit(self._objects, marker)
+        check_unit(self._objects, marker, self._opened_store())
         unit = self.manifest.plan.unit(marker.unit)
         rows = self.rows.span(unit, unit.start, unit.stop)
         if marker.num_rows != rows[1]:
@@ -344,7 +344,7 @@ class Cache:
             if not self._verify:  # the map is trusted by every process that comes after this one
                 for unit in self.manifest.plan.units():
                     if unit.view == view:
-                        check_unit(self._objects, self.markers[unit.number])
+                        check_unit(self._objects, self.markers[unit.number], self._opened_store())
             return folder.open(plan, fill, limit_bytes=limit_bytes or self._thaw.limit_bytes, what=what)
         except StorageError as error:
             if self._thaw.required:
@@ -417,7 +417,7 @@ class Cache:
             )
         with self._unit_locks.setdefault(unit.number, threading.Lock()):
             if self._verify and unit.number not in self._checked:
-                check_unit(self._objects, marker)
+                check_unit(self._objects, marker, self._opened_store())
                 self._checked.add(unit.number)
         stop = min(start + plan.chunk_samples, unit.stop)
         columns = self._opened_store().read(unit, start, stop, rows=self.rows.span(unit, start, stop))
@@ -436,16 +436,17 @@ class Cache:
         """Which rows each sample has; loads the table of samples where there is not one for each."""
         if self._rows is None:
             ragged = self.manifest.rows is not None
-            counts = read_row_counts(self._stored_samples()) if ragged else None
-            self._rows = RowIndex(self.manifest.plan, counts)
+            counts = read_row_counts(self._stored_samples(), len(self)) if ragged else None
+            self._rows = RowIndex(self.manifest.plan, counts, self.manifest.rows)
         return self._rows
 
     def samples_table(self) -> SampleTable:
         """Returns keys, ground truth and number of rows of every sample, as the teacher's side saw them."""
-        return read_samples(self._stored_samples())
+        return read_samples(self._stored_samples(), len(self))
 
     def _stored_samples(self) -> bytes:
-        stored = self._objects.get(self.manifest.samples)
+        most = MAX_SAMPLE_BYTES * (len(self) + 1024)
+        stored = self._objects.get(self.manifest.samples, max_bytes=most)
         if digest_bytes(stored) != self.manifest.samples_sha256:
             raise CorruptionError(
                 f"cache {self.url}: {self.manifest.samples} is not the table that the manifest names "

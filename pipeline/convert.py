@@ -37,7 +37,7 @@ def convert_cache(
     pending = [origin.plan.unit(number) for number in cache.markers if number not in finished]
     for unit in claimed_units(objects, manifest, digest, pending):
         marker = cache.markers[unit.number]
-        check_unit(source_objects, marker)
+        check_unit(source_objects, marker, reading)
         rows = cache.rows.span(unit, unit.start, unit.stop)
         columns = reading.read(unit, unit.start, unit.stop, rows=rows)
         publish_unit(objects, writing, digest, unit, columns)

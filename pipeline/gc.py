@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from pipeline.errors import CacheNotFoundError, StorageError
 from pipeline.identity import digest_bytes
-from pipeline.manifest import Manifest, Unit, claim_path, marker_path
+from pipeline.manifest import MAX_MANIFEST_BYTES, Manifest, Unit, claim_path, marker_path
 from pipeline.stores.objects import Objects
 from pipeline.stores.units import Store, finished_units, open_store, read_marker
 
@@ -61,7 +61,7 @@ def collect_garbage(objects: Objects, *, delete: bool) -> GarbageReport:
             f"cache {objects.url}: no {MANIFEST} there, so nothing tells what is stray; correct the path, or rerun the "
             "stage that makes the cache"
         )
-    stored = objects.get(MANIFEST)
+    stored = objects.get(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
     manifest, digest = Manifest.parse(stored, where=f"cache {objects.url}"), digest_bytes(stored)
     store, report = open_store(manifest, objects), GarbageReport()
     report.stray |= objects.dead_writes(remove=delete)

@@ -7,10 +7,12 @@ and paths must stay inside of the cache.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
+import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.codec import Codec, codec_from_dict
@@ -32,6 +34,19 @@ __all__ = [
 
 FORMAT_VERSION = 1
 MAX_UNITS = 10_000_000
+MAX_UNIT_ROWS, MAX_UNIT_BYTES, MAX_CHUNK_BYTES = 2**28, 2**36, 2**34
+"""What a writer holds in memory and a reader decodes at once, before compression."""
+MAX_MANIFEST_BYTES, MAX_MARKER_BYTES = 2**26, 2**20
+IDENTITY: dict[str, dict[str, Any]] = {
+    "teacher": {"spec": str, "dtype": str},
+    "source": {"name": str, "digest": str},
+    "labels": {"policy": str, "k": int, "temperatures": list},
+}
+"""What every identity says; `image` and `tokens` say more."""
+OF_KIND: dict[str, dict[str, dict[str, Any]]] = {
+    "image": {"views": {"digest": str, "settings": dict}},
+    "tokens": {"tokenizer": {"digest": str}, "attention": {"digest": str}},
+}
 
 
 def _inside(path: str) -> str:
@@ -231,15 +246,32 @@ class Manifest(_Document):
             raise ValueError(f"num_classes {self.num_classes} differs from the codec's {codec.num_classes}")
         if (self.kind == "tokens") != (self.rows is not None):
             raise ValueError("rows: caches of tokens have them, caches of images do not")
-        wanted = {"teacher": ["spec", "dtype"], "source": ["digest"], "labels": ["k"]}
-        if self.kind == "image":
-            wanted |= {"views": ["digest", "settings"]}
-        else:
-            wanted |= {"tokenizer": ["digest"], "attention": ["digest"]}
-        for part, fields in wanted.items():
-            if not set(fields) <= set(self.identity.get(part, {})):
-                raise ValueError(f"identity.{part} must have {', '.join(fields)}")
+        for part, fields in (IDENTITY | OF_KIND[self.kind]).items():
+            for name, kind in fields.items():
+                if not isinstance(self.identity.get(part, {}).get(name), kind):
+                    raise ValueError(f"identity.{part} must have {name}, a {kind.__name__}")
+        if not all(isinstance(t, int | float) for t in self.identity["labels"]["temperatures"]):
+            raise ValueError("identity.labels.temperatures must be numbers")
+        self._check_sizes(codec)
         return self
+
+    def _check_sizes(self, codec: Codec) -> None:
+        row_bytes = sum(np.dtype(c.dtype).itemsize * math.prod(c.shape) for c in codec.columns) + 16
+        unit_rows, chunk_rows = self.plan.unit_samples, self.plan.chunk_samples
+        if self.rows is not None:
+            unit_rows, chunk_rows = self.rows.shard_rows, self.rows.chunk_rows
+            if self.rows.num_rows > self.plan.units_per_view * unit_rows:
+                raise ValueError("rows.num_rows is more than the units have room for")
+        if max(unit_rows, self.plan.unit_samples) > MAX_UNIT_ROWS or unit_rows * row_bytes > MAX_UNIT_BYTES:
+            raise ValueError(
+                f"a unit has {unit_rows:,} rows of {row_bytes:,} bytes, at most {MAX_UNIT_ROWS:,} and {MAX_UNIT_BYTES:,} "
+                "bytes together are read; make units smaller (capture.unit_samples)"
+            )
+        if chunk_rows * row_bytes > MAX_CHUNK_BYTES:
+            raise ValueError(
+                f"a chunk has {chunk_rows:,} rows of {row_bytes:,} bytes, at most {MAX_CHUNK_BYTES:,} bytes together are "
+                "read; make chunks smaller (capture.chunk_samples)"
+            )
 
     def build_codec(self) -> Codec:
         return codec_from_dict(self.codec)

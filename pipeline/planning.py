@@ -18,7 +18,7 @@ from pipeline.batches import Dataset as Data
 from pipeline.codec import COARSEST, DEFAULT_STEP, FINEST, Codec, OpenCodec, PackedCodec
 from pipeline.errors import ConfigError, IdentityError, LabelError
 from pipeline.identity import digest_bytes
-from pipeline.manifest import Manifest, Plan, TeacherReport, differences
+from pipeline.manifest import MAX_MANIFEST_BYTES, Manifest, Plan, TeacherReport, differences
 from pipeline.settings import Settings
 from pipeline.sparsify import LabelSettings
 from pipeline.stores.objects import Objects
@@ -170,7 +170,7 @@ def create_cache(
             manifest = manifest.model_copy(update={"teacher": report()})
         manifest = _put_samples(objects, manifest, samples)
         objects.put_if_absent(MANIFEST, manifest.to_bytes())
-    stored = objects.get(MANIFEST)
+    stored = objects.get(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
     found = Manifest.parse(stored, where=f"cache {objects.url}")
     differing = differences(manifest, found)
     if differing:

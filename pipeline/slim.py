@@ -110,7 +110,7 @@ def slim_cache(
     progress(sum(marker.num_rows for number, marker in wanted.items() if number in finished))
     pending = [manifest.plan.unit(number) for number in wanted if number not in finished]
     for unit in claimed_units(objects, manifest, digest, pending):
-        check_unit(source_objects, wanted[unit.number])
+        check_unit(source_objects, wanted[unit.number], reading)
         records: list[SoftLabels] = []
         others: list[dict[str, np.ndarray]] = []
         for part in _parts(unit, origin.plan.chunk_samples):

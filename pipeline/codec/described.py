@@ -32,6 +32,8 @@ def codec_from_dict(described: Mapping[str, Any]) -> Codec:
         )
     highest, sampling = parameters.pop("max_temperature", None), parameters.pop("sampling", None)
     try:
+        if not isinstance(parameters["temperatures"], list | tuple):
+            raise TypeError("temperatures are no list")
         common: dict[str, Any] = {
             "num_classes": int(parameters.pop("num_classes")),
             "k": int(parameters.pop("k")),
@@ -41,7 +43,12 @@ def codec_from_dict(described: Mapping[str, Any]) -> Codec:
             "sampling": None if sampling is None else Sampling(**sampling),
         }
         codec = _open(common, parameters) if kind is OpenCodec else _packed(common, parameters)
-        sound = _is_sound(codec)
+        # Whatever could be taken in two ways ("10" for 10, 10.5 for 10) is refused, and the columns are made once.
+        sound = _is_sound(codec) and codec.to_dict() == {
+            **described,
+            "temperatures": list(codec.temperatures),
+        }
+        _ = codec.columns if sound else None
     except (KeyError, TypeError, ValueError, OverflowError, LabelError) as error:
         raise ManifestError(f"codec {name}: bad parameters: {error!r}") from error
     if not sound or parameters:
@@ -75,5 +82,12 @@ def _is_sound(codec: Codec) -> bool:
         and all(a < b < float("inf") for a, b in pairwise(grid))
         and isinstance(codec.stats, bool)
         and (codec.max_temperature is None or grid[-1] <= codec.max_temperature < float("inf"))
-        and (sampling is None or (type(sampling.replacement) is bool and sampling.exact <= codec.k))
+        and (
+            sampling is None
+            or (
+                type(sampling.replacement) is bool
+                and type(sampling.exact) is type(sampling.draws) is int
+                and sampling.exact <= codec.k
+            )
+        )
     )

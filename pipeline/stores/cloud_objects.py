@@ -21,6 +21,7 @@ from pipeline.errors import CacheNotFoundError
 from pipeline.stores.cloud_client import CloudClient, check_path
 from pipeline.stores.cloud_parts import KeptObjects, RangeFile
 from pipeline.stores.leases import Lease, LeaseBoard, Tag
+from pipeline.stores.limits import too_large
 
 __all__ = ["CloudObjects"]
 
@@ -78,8 +79,16 @@ class CloudObjects:
 
         return self._client.ask(path, "written", put)
 
-    def get(self, path: str) -> bytes:
-        return self.get_tagged(path)[0]
+    def get(self, path: str, *, max_bytes: int | None = None) -> bytes:
+        def get(client: Any, store: Any) -> bytes | int:
+            found = client.get(store, path)
+            size = int(found.meta["size"])
+            return size if max_bytes is not None and size > max_bytes else bytes(found.bytes())
+
+        found = self._client.ask(path, "read", get)
+        if isinstance(found, int):
+            raise too_large(f"{self.url}/{path}", found, max_bytes or 0)
+        return found
 
     def get_tagged(self, path: str, *, patient: bool = True) -> tuple[bytes, Tag]:
         """Returns an object and its tag; who is not patient asks once."""
@@ -90,12 +99,12 @@ class CloudObjects:
 
         return self._client.ask(path, "read", get, patient=patient)
 
-    def get_many(self, paths: Sequence[str]) -> Iterator[bytes | None]:
-        return self._client.at_once(self._get_or_none, paths)
+    def get_many(self, paths: Sequence[str], *, max_bytes: int | None = None) -> Iterator[bytes | None]:
+        return self._client.at_once(lambda path: self._get_or_none(path, max_bytes), paths)
 
-    def _get_or_none(self, path: str) -> bytes | None:
+    def _get_or_none(self, path: str, max_bytes: int | None) -> bytes | None:
         try:
-            return self.get(path)
+            return self.get(path, max_bytes=max_bytes)
         except CacheNotFoundError:
             return None
 

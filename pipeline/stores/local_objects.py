@@ -18,6 +18,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from pipeline.errors import CacheNotFoundError, StorageError
+from pipeline.stores.limits import too_large
 
 __all__ = ["LocalObjects"]
 
@@ -96,10 +97,13 @@ class LocalObjects:
                 return False
             return True
 
-    def get(self, path: str) -> bytes:
+    def get(self, path: str, *, max_bytes: int | None = None) -> bytes:
         target = self.path(path)
         try:
             with open(target, "rb", opener=_open_plain) as file:
+                # A file of holes has any size and takes no room: its size is looked at before there is room made for it.
+                if max_bytes is not None and (size := os.fstat(file.fileno()).st_size) > max_bytes:
+                    raise too_large(f"{target}", size, max_bytes)
                 return file.read()
         except FileNotFoundError as error:
             raise CacheNotFoundError(
@@ -108,17 +112,17 @@ class LocalObjects:
         except OSError as error:
             raise StorageError(f"{target}: cannot be read: {error.strerror}") from error
 
-    def get_many(self, paths: Sequence[str]) -> Iterator[bytes | None]:
+    def get_many(self, paths: Sequence[str], *, max_bytes: int | None = None) -> Iterator[bytes | None]:
         for path in paths:
             try:
-                yield self.get(path)
+                yield self.get(path, max_bytes=max_bytes)
             except CacheNotFoundError:
                 yield None
 
     def get_sized(self, sizes: Mapping[str, int]) -> Iterator[bytes | int | None]:
         for path, expected in sizes.items():
             found = self.size(path)
-            yield self.get(path) if found == expected else found
+            yield self.get(path, max_bytes=expected) if found == expected else found
 
     def get_ends(self, lengths: Mapping[str, int]) -> Sequence[tuple[bytes, int]]:
         sizes = [(path, length, self._existing_size(path)) for path, length in lengths.items()]

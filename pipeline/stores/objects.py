@@ -39,10 +39,15 @@ class Objects(Protocol):
         A bucket whose answer was lost on the way leaves its winner untold: the object is there, and nobody has True.
         """
 
-    def get(self, path: str) -> bytes:
-        """Returns an object whole; raises CacheNotFoundError where there is none."""
+    def get(self, path: str, *, max_bytes: int | None = None) -> bytes:
+        """Returns an object whole; one of more than `max_bytes` is refused before it is read.
 
-    def get_many(self, paths: Sequence[str]) -> Iterator[bytes | None]:
+        Raises:
+            CacheNotFoundError: there is none.
+            CorruptionError: it is too large.
+        """
+
+    def get_many(self, paths: Sequence[str], *, max_bytes: int | None = None) -> Iterator[bytes | None]:
         """Yields objects in the order of `paths`, None for one that is not there; a bucket is asked for many at once."""
 
     def get_sized(self, sizes: Mapping[str, int]) -> Iterator[bytes | int | None]:

@@ -6,6 +6,7 @@ What is known per sample is repeated on each of its rows.
 from __future__ import annotations
 
 import io
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -53,6 +54,43 @@ class ParquetStore:
     def objects_of(self, unit: Unit) -> dict[str, str | None]:
         """Returns the path of a unit's file; it holds all columns."""
         return {f"{self._manifest.data}/{unit.number:05d}.parquet": None}
+
+    def most_bytes(self, name: str | None) -> int:
+        """Returns how large a unit's file can be: what does not compress grows by a little, and pages have heads."""
+        rows, row = self._unit_rows(), self._row_bytes()
+        return (
+            rows * (row + row // 64 + 64) + 2**20 + 4096 * len(self._columns) * (rows // self._chunk_rows + 1)
+        )
+
+    def _row_bytes(self) -> int:
+        return 12 + sum(math.prod(c.shape) * np.dtype(c.dtype).itemsize for c in self._columns.values())
+
+    def _unit_rows(self) -> int:
+        return self._manifest.rows.shard_rows if self._manifest.rows else self._manifest.plan.unit_samples
+
+    def check_bomb(self, name: str | None, data: bytes, where: str) -> None:
+        """Looks at what a file says of its rows before anything of it is decoded.
+
+        Raises:
+            CorruptionError: it claims to hold more than the manifest implies.
+        """
+        try:
+            found = pq.read_metadata(pa.BufferReader(data))
+            groups = [found.row_group(number) for number in range(found.num_row_groups)]
+            # Levels, heads and what does not compress come on top.
+            claims = [
+                group.total_byte_size > 2 * group.num_rows * (self._row_bytes() + 64) + 2**20
+                for group in groups
+            ]
+            sizes = [group.num_rows > self._chunk_rows for group in groups]
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise CorruptionError(f"{where}: is no Parquet file: {error}; restore it from a copy") from error
+        if found.num_rows > self._unit_rows() or any(claims) or any(sizes):
+            raise CorruptionError(
+                f"{where}: claims to hold {found.num_rows:,} rows, {max([g.total_byte_size for g in groups], default=0):,} "
+                f"bytes in a group of them; at most {self._unit_rows():,} rows in groups of {self._chunk_rows:,} expected; "
+                "restore it from a copy"
+            )
 
     def encode(self, unit: Unit, columns: Mapping[str, np.ndarray]) -> dict[str, tuple[str | None, bytes]]:
         """Returns path -> (None, bytes) of a unit's file; the same columns give the same bytes.

@@ -29,6 +29,12 @@ ROW_FIELDS = [
 ]
 
 
+MAX_SAMPLE_BYTES = 4096
+"""Of a sample in the file: its key is the most of it, and the longest path has no more."""
+MAX_SAMPLES_PER_BYTE = 16
+"""Keys differ: even numbered ones take a byte or two each. A file that says more is made to fill memory."""
+
+
 def encode_samples(
     keys: Sequence[str],
     targets: Sequence[int] | np.ndarray | None,
@@ -73,14 +79,14 @@ class SampleTable(NamedTuple):
     num_rows: np.ndarray
 
 
-def read_samples(data: bytes) -> SampleTable:
-    """Returns what such a file says.
+def read_samples(data: bytes, num_samples: int) -> SampleTable:
+    """Returns what such a file says of so many samples.
 
     Raises:
         CorruptionError: it is no Parquet file, or of other columns.
     """
     try:
-        table = _checked_table(data, None)
+        table = _checked_table(data, None, num_samples)
         keys, targets = (table[name].cast(SCHEMA.field(name).type) for name in ("key", "target"))
         ragged = "num_rows" in table.column_names
         return SampleTable(
@@ -92,14 +98,14 @@ def read_samples(data: bytes) -> SampleTable:
         raise _damage(error) from error
 
 
-def read_row_counts(data: bytes) -> np.ndarray:
+def read_row_counts(data: bytes, num_samples: int) -> np.ndarray:
     """Returns the rows [N] int64 of each sample, without the keys: of a million samples in a tenth of the time.
 
     Raises:
         CorruptionError: as `read_samples`.
     """
     try:
-        return _row_counts(_checked_table(data, ["sample", "num_rows"]))
+        return _row_counts(_checked_table(data, ["sample", "num_rows"], num_samples))
     except _UNREADABLE as error:
         raise _damage(error) from error
 
@@ -107,9 +113,17 @@ def read_row_counts(data: bytes) -> np.ndarray:
 _UNREADABLE = (pa.ArrowException, OSError, KeyError, ValueError)
 
 
-def _checked_table(data: bytes, columns: list[str] | None) -> pa.Table:
+def _checked_table(data: bytes, columns: list[str] | None, num_samples: int) -> pa.Table:
     # Not `pq.read_table`, nor `to_numpy`: they import half a second of other code, pandas among it.
-    table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(columns)
+    file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    found, schema = file.metadata.num_rows, file.schema_arrow
+    if found != num_samples or found > MAX_SAMPLES_PER_BYTE * (len(data) + 1024):
+        raise ValueError(f"{found} samples in {len(data)} bytes; expected {num_samples}")
+    if schema not in (SCHEMA, pa.schema([*SCHEMA, *ROW_FIELDS])):
+        raise ValueError(
+            f"its columns are {schema.names} of {schema.types}; expected {SCHEMA.names} and so on"
+        )
+    table = file.read(columns, use_threads=False)
     if not np.array_equal(_numbers(table["sample"]), np.arange(len(table))):
         raise ValueError("its samples are not numbered 0, 1, 2, …")
     return table
@@ -128,15 +142,35 @@ def _damage(error: Exception) -> CorruptionError:
     return CorruptionError(f"sample table: cannot be read: {error}; restore it, or rebuild the cache")
 
 
+def _check_counts(plan: Plan, num_rows: np.ndarray, rows: RaggedRows) -> None:
+    in_range = len(num_rows) == plan.num_samples and num_rows.min() >= 0 and num_rows.max() <= rows.shard_rows
+    units = np.arange(0, plan.num_samples, plan.unit_samples)
+    if (
+        not in_range
+        or np.add.reduceat(num_rows, units).max() > rows.shard_rows
+        or num_rows.sum() != rows.num_rows
+    ):
+        raise CorruptionError(
+            f"sample table: its rows are not those of the manifest ({rows.num_rows} together, {rows.shard_rows} of a unit "
+            "at most); restore it, or rebuild the cache"
+        )
+
+
 class RowIndex:
     """Which rows each sample has: one, or as many as `num_rows` says.
 
     Args:
         num_rows: [N] int64; None where every sample has one row.
+        rows: what the manifest says of them; None where there is no manifest yet.
+
+    Raises:
+        CorruptionError: the counts are not what the manifest says.
     """
 
-    def __init__(self, plan: Plan, num_rows: np.ndarray | None) -> None:
+    def __init__(self, plan: Plan, num_rows: np.ndarray | None, rows: RaggedRows | None = None) -> None:
         self._plan = plan
+        if rows is not None and num_rows is not None:
+            _check_counts(plan, num_rows, rows)
         self._offsets = (
             None if num_rows is None else np.concatenate([[0], np.cumsum(num_rows, dtype=np.int64)])
         )

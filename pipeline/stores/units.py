@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.codec import Column
 from pipeline.errors import CacheNotFoundError, CorruptionError, ManifestError
 from pipeline.identity import digest_bytes
-from pipeline.manifest import Manifest, Shard, Unit, UnitMarker, claim_path, marker_path
+from pipeline.manifest import MAX_MARKER_BYTES, Manifest, Shard, Unit, UnitMarker, claim_path, marker_path
 from pipeline.stores.objects import Objects
 from pipeline.stores.parquet import ParquetStore
 from pipeline.stores.zarr import ZarrStore
@@ -97,7 +97,7 @@ def read_marker(objects: Objects, manifest: Manifest, manifest_sha256: str, numb
         ManifestError: the marker is malformed, or belongs to another cache or unit.
     """
     try:
-        data = objects.get(marker_path(number))
+        data = objects.get(marker_path(number), max_bytes=MAX_MARKER_BYTES)
     except CacheNotFoundError:
         return None
     return _checked_marker(objects, manifest, manifest_sha256, number, open_store(manifest, objects), data)
@@ -136,6 +136,12 @@ def _checked_marker(
             f"{where}: names the shards {sorted(names)}; expected {sorted(wanted)} for unit {number}; delete it and "
             "rerun `softcache teacher-logits`"
         )
+    for shard in marker.shards:
+        if shard.num_bytes > (most := store.most_bytes(shard.column)):
+            raise ManifestError(
+                f"{where}: says that {shard.path} has {shard.num_bytes:,} bytes; a unit of this cache has {most:,} at most; "
+                "restore it from a copy"
+            )
     return marker
 
 
@@ -159,7 +165,7 @@ def finished_units(objects: Objects, manifest: Manifest, manifest_sha256: str) -
     store = open_store(manifest, objects)  # one for all markers: it costs as much as reading one
     return {
         number: _checked_marker(objects, manifest, manifest_sha256, number, store, data)
-        for number, data in zip(numbers.values(), objects.get_many(list(numbers)), strict=True)
+        for number, data in zip(numbers.values(), objects.get_many(list(numbers), max_bytes=MAX_MARKER_BYTES), strict=True)
         if data is not None
     }
 
@@ -185,8 +191,11 @@ def claimed_units(
             time.sleep(WAIT_SECONDS)
 
 
-def check_unit(objects: Objects, marker: UnitMarker) -> None:
+def check_unit(objects: Objects, marker: UnitMarker, store: Store | None = None) -> None:
     """Compares every shard of a unit with its marker.
+
+    Args:
+        store: also looks whether decoding would take more memory than the manifest says.
 
     Raises:
         CorruptionError: a shard is missing, or of another size or sha256; unit and shard are named.
@@ -204,3 +213,5 @@ def check_unit(objects: Objects, marker: UnitMarker) -> None:
             raise CorruptionError(
                 f"{where}: sha256 {digest[:12]}…; {shard.sha256[:12]}… expected; {what_next}"
             )
+        if store is not None:
+            store.check_bomb(shard.column, found, where)

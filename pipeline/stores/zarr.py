@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ZarrStore"]
 
+MISSING = 2**64 - 1
+"""In place of start and length of a chunk that is not in its shard."""
 COMPRESSION_LEVEL = 3
 PLANAR_LEVEL = 1
 """Of packed records, plane by plane: higher levels find false repetitions in what is all but random (1% larger)."""
@@ -92,6 +95,45 @@ class ZarrStore:
                 name
             )
         return out
+
+    def most_bytes(self, name: str | None) -> int:
+        """Returns how large a unit's shard of a column can be: what does not compress grows by a little."""
+        raw, chunks = self._chunk_bytes(name)
+        return (raw + raw // 64 + 1024) * chunks + 4096
+
+    def _chunk_bytes(self, name: str | None) -> tuple[int, int]:
+        """Returns the bytes of a decoded chunk of a column, and how many chunks a shard has."""
+        column, plan, rows = self._columns[str(name)], self._manifest.plan, self._manifest.rows
+        unit, chunk = plan.unit_samples, plan.chunk_samples
+        if rows is not None and self._is_ragged(column):
+            unit, chunk = rows.shard_rows, rows.chunk_rows
+        return chunk * math.prod(column.shape) * np.dtype(column.dtype).itemsize, unit // chunk
+
+    def check_bomb(self, name: str | None, data: bytes, where: str) -> None:
+        """Looks at the head of every Blosc chunk of a shard: TensorStore makes room for what it claims to hold, up to 2 GiB.
+
+        Zstandard frames are decoded as a stream, which ends at the bytes that are expected.
+
+        Raises:
+            CorruptionError: a chunk claims to hold more than the manifest implies, or is not in the shard.
+        """
+        if self._columns[str(name)].planar or name == "fingerprint":
+            return
+        raw, chunks = self._chunk_bytes(name)
+        index = np.frombuffer(data[-16 * chunks - 4 : -4], "<u8")
+        if len(index) != 2 * chunks:
+            raise CorruptionError(
+                f"{where}: too short for the index of {chunks} chunks; restore it from a copy"
+            )
+        for start, length in index.reshape(-1, 2).tolist():
+            if (start, length) == (MISSING, MISSING):
+                continue
+            head = data[start : start + 16] if start + length <= len(data) and length >= 20 else b""
+            claimed = int.from_bytes(head[4:8], "little")
+            if not head or claimed != raw:
+                raise CorruptionError(
+                    f"{where}: a chunk claims to hold {claimed:,} bytes; {raw:,} expected; restore it from a copy"
+                )
 
     def _is_ragged(self, column: Column) -> bool:
         """Whether an array's first axis is `row`, and not `view` and `sample`."""

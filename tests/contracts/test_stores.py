@@ -36,9 +36,9 @@ def manifest_of(
         kind="image",
         identity={
             "teacher": {"spec": "x:y", "dtype": "float32"},
-            "source": {"digest": "0" * 64},
+            "source": {"name": "x", "digest": "0" * 64},
             "views": {"digest": "0" * 64, "settings": {}},
-            "labels": {"k": k},
+            "labels": {"policy": "top_k", "k": k, "temperatures": [1.0, 2.0, 8.0]},
         },
         num_classes=num_classes,
         class_names=(),
@@ -278,7 +278,8 @@ def test_a_unit_without_its_marker_does_not_count(cache):
         (('"start": 16', '"start": 0'), "unit"),
         (("manifest_sha256", "manifest_sha"), "manifest_sha"),
         (('"num_rows": 16', '"num_rows": -1'), "num_rows"),
-        (('"num_bytes": ', '"num_bytes": 9'), None),
+        (('"num_bytes": ', '"num_bytes": 1'), None),
+        (('"num_bytes": ', '"num_bytes": 999999'), "at most"),
         (("{", "["), "not JSON"),
     ],
 )
