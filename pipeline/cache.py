@@ -21,10 +21,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.blocks import DecodedBlocks
-from pipeline.errors import CacheNotFoundError, CorruptionError, IncompleteCacheError, StorageError
+from pipeline.codec import check_stored
+from pipeline.errors import (
+    CacheNotFoundError,
+    CorruptionError,
+    IncompleteCacheError,
+    LabelError,
+    StorageError,
+)
 from pipeline.identity import digest_bytes, digest_json
 from pipeline.labels import SoftLabels
-from pipeline.manifest import MAX_MANIFEST_BYTES, Manifest, UnitMarker
+from pipeline.manifest import MAX_MANIFEST_BYTES, Manifest, Unit, UnitMarker
 from pipeline.progress import say
 from pipeline.stores.objects import is_bucket, open_objects
 from pipeline.stores.samples import MAX_SAMPLE_BYTES, RowIndex, SampleTable, read_row_counts, read_samples
@@ -192,7 +199,31 @@ class Cache:
                 f"cache {self.url}: unit {unit.number}: its marker counts {marker.num_rows} rows, the table of samples "
                 f"{rows[1]}; restore {self.manifest.samples} or the marker"
             )
-        self._opened_store().read(unit, unit.start, unit.stop, rows=rows)
+        columns = self._opened_store().read(unit, unit.start, unit.stop, rows=rows)
+        self._unpack(unit, columns)
+        if self.rows.ragged and not np.array_equal(
+            columns["num_rows"], self.rows.counts(np.arange(unit.start, unit.stop))
+        ):
+            raise CorruptionError(
+                f"cache {self.url}: unit {unit.number}: its column num_rows is not that of {self.manifest.samples}; restore "
+                "the one or the other"
+            )
+
+    def _unpack(self, unit: Unit, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns the arrays of decoded columns by name, each number looked at.
+
+        Raises:
+            CorruptionError: a number that no teacher can have given; unit, column and row are named.
+        """
+        arrays = self._codec.unpack(columns)
+        try:
+            check_stored(self._codec, arrays)
+        except LabelError as error:
+            raise CorruptionError(
+                f"cache {self.url}: unit {unit.number} (view {unit.view}, samples from {unit.start}): {error}; "
+                "its checksums are right, so it was written so: make it again with a teacher that you trust"
+            ) from error
+        return arrays
 
     def check_metadata(self) -> None:
         """Compares the descriptions that other tools read (`zarr.json`) with the manifest.
@@ -422,7 +453,7 @@ class Cache:
         stop = min(start + plan.chunk_samples, unit.stop)
         columns = self._opened_store().read(unit, start, stop, rows=self.rows.span(unit, start, stop))
         fingerprints = columns["fingerprint"]
-        return _Decoded(self._record.pack(self._codec.unpack(columns)).view(np.uint64), fingerprints)
+        return _Decoded(self._record.pack(self._unpack(unit, columns)).view(np.uint64), fingerprints)
 
     def _opened_store(self) -> Any:
         if (

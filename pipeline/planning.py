@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from pipeline import __version__
 from pipeline.batches import Dataset as Data
@@ -70,7 +70,7 @@ def plan_manifest(
 
     Raises:
         LabelError: K is larger than V.
-        ConfigError: positions are to be chosen of images.
+        ConfigError: positions are to be chosen of images, or units are larger than readers take.
     """
     source, num_classes = data.source, teacher.num_classes
     k = labels.num_slots(num_classes)
@@ -95,7 +95,7 @@ def plan_manifest(
         index = RowIndex(plan, num_rows)
         rows = index.geometry(CHUNK_ROWS)
         samples = encode_samples(source.keys(), None, num_rows, index.first_rows(rows))
-    manifest = Manifest(
+    manifest = _built(
         softcache_version=__version__,
         kind=data.kind,
         identity={
@@ -120,6 +120,18 @@ def plan_manifest(
         teacher=TeacherReport(num_parameters=teacher.num_parameters),
     )
     return manifest, samples
+
+
+def _built(**fields: Any) -> Manifest:
+    """Returns the manifest of these fields.
+
+    Raises:
+        ConfigError: readers would refuse it; what of it.
+    """
+    try:
+        return Manifest(**fields)
+    except ValidationError as error:
+        raise ConfigError(f"capture: no cache can be made so: {error.errors()[0]['msg']}") from error
 
 
 def _codec(num_classes: int, k: int, labels: LabelSettings, settings: CaptureSettings) -> Codec:

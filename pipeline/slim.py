@@ -29,9 +29,9 @@ from pydantic import Field, ValidationError
 
 from pipeline import __version__
 from pipeline.cache import Cache, open_cache
-from pipeline.codec import COARSEST, DEFAULT_STEP, FINEST, Codec, OpenCodec, PackedCodec
+from pipeline.codec import COARSEST, DEFAULT_STEP, FINEST, Codec, OpenCodec, PackedCodec, check_stored
 from pipeline.errors import LabelError, TemperatureError
-from pipeline.labels import SoftLabels, concat, slimmed
+from pipeline.labels import ARRAYS, SoftLabels, concat, slimmed
 from pipeline.manifest import Manifest, Unit
 from pipeline.planning import create_cache
 from pipeline.settings import Settings
@@ -132,7 +132,9 @@ def _parts(unit: Unit, size: int) -> list[tuple[int, int]]:
 
 def _slim(cache: Cache, columns: dict[str, np.ndarray], target: LabelSettings | None) -> SoftLabels:
     """The smaller record of some samples; `target` None leaves the labels as they are."""
-    labels = cache.manifest.build_codec().decode(columns)
+    codec = cache.manifest.build_codec()
+    labels = codec.decode(columns)
+    check_stored(codec, {name: array for name in ARRAYS if (array := getattr(labels, name)) is not None})
     if target is None:
         return labels
     if labels.sampling is not None:  # of drawn classes the grid alone can shrink
@@ -216,6 +218,10 @@ def _labels(cache: Cache, changes: SlimSettings) -> LabelSettings:
         for name in ("k", "p", "draws", "proposal_exponent", "seed")
         if (value := getattr(changes, name)) is not None
     }
+    if policy not in GIVEN:
+        raise LabelError(
+            f"cache {cache.url}: policy {policy!r} in its manifest; expected one of {', '.join(GIVEN)}; upgrade softcache"
+        )
     for name in sorted(set(asked) - set(GIVEN[policy])):
         raise LabelError(
             f"slim: {name} is given, but policy {policy!r} reads {', '.join(GIVEN[policy]) or 'no numbers'} only; "

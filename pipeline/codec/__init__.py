@@ -11,12 +11,14 @@ A codec names itself and its parameters in the manifest, so a reader needs no co
     kernels.py     the compiled part of that
     columns.py     what a column is, and what every codec checks
     described.py   a codec from what a manifest says
+    stored.py      what is checked of every record that is read
 """
 
 from pipeline.codec.columns import Column
 from pipeline.codec.described import Codec, codec_from_dict
 from pipeline.codec.open import OpenCodec
 from pipeline.codec.packed import COARSEST, DEFAULT_STEP, FINEST, PackedCodec
+from pipeline.codec.stored import check_stored
 
 __all__ = [
     "COARSEST",
@@ -26,5 +28,6 @@ __all__ = [
     "Column",
     "OpenCodec",
     "PackedCodec",
+    "check_stored",
     "codec_from_dict",
 ]

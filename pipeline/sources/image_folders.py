@@ -7,6 +7,7 @@ sample later.
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,13 +38,17 @@ class ImageFolderSource(ListedSource):
         """Returns uint8 [3, H, W].
 
         Raises:
-            SourceError: the file cannot be decoded in full; it is named.
+            SourceError: the file cannot be decoded in full, or has more pixels than Pillow takes for sound; it is named.
         """
         from PIL import Image
 
         path = self._root / self._keys[sample]
         try:
-            with Image.open(path) as image:
+            with warnings.catch_warnings():
+                # Pillow refuses twice as many, and warns of these.
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                image = Image.open(path)
+            with image:
                 pixels = np.array(image.convert("RGB"))
         except Exception as error:  # decoders meet broken bytes with errors of every kind
             raise SourceError(

@@ -120,11 +120,11 @@ class ZarrStore:
         if self._columns[str(name)].planar or name == "fingerprint":
             return
         raw, chunks = self._chunk_bytes(name)
-        index = np.frombuffer(data[-16 * chunks - 4 : -4], "<u8")
-        if len(index) != 2 * chunks:
+        if len(data) < 16 * chunks + 4:
             raise CorruptionError(
                 f"{where}: too short for the index of {chunks} chunks; restore it from a copy"
             )
+        index = np.frombuffer(data[-16 * chunks - 4 : -4], "<u8")
         for start, length in index.reshape(-1, 2).tolist():
             if (start, length) == (MISSING, MISSING):
                 continue
