@@ -12,7 +12,7 @@ ARGS   := --config $(CONFIG) $(foreach pair,$(SET),--set '$(pair)')
 PICK   := $(if $(STUDENT),--student '$(STUDENT)')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-logits train-student students compare train-teacher inspect verify fidelity thaw gc test check format clean bench
+.PHONY: help setup teacher-logits train-student students compare train-teacher inspect verify fidelity thaw gc test chaos check format clean bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -63,6 +63,9 @@ bench: setup  ## measure capture, reading, training and opening against named ba
 
 test: setup  ## run the tests
 	$(VENV)/bin/python -m pytest
+
+chaos: setup  ## the long versions of what kills, damages and forges caches
+	$(VENV)/bin/python -m pytest -m chaos
 
 check: setup  ## lint, format, types and layers
 	$(VENV)/bin/ruff check .

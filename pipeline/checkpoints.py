@@ -18,8 +18,10 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
+import xxhash
 from accelerate import Accelerator
 
 from pipeline.errors import RunError, StorageError
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
     import torch
 
 __all__ = ["RunDirectory"]
+
+CHECKSUMS = "checksums"
 
 
 class RunDirectory:
@@ -96,7 +100,7 @@ class RunDirectory:
         accelerator.save_state(str(staged), safe_serialization=True)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            (staged / "progress.json").write_text(json.dumps(progress))
+            (staged / "progress.json").write_text(json.dumps(progress | {CHECKSUMS: _checksums(staged)}))
             if old.exists():
                 shutil.rmtree(old)
             if final.exists():
@@ -116,14 +120,38 @@ class RunDirectory:
         accelerator.wait_for_everyone()
 
     def load_checkpoint(self, accelerator: Accelerator) -> dict[str, Any] | None:
-        """Restores the last checkpoint; returns its progress, or None if there is none."""
+        """Restores the last checkpoint; returns its progress, or None if there is none.
+
+        Raises:
+            RunError: a file of it is damaged, missing, or no checkpoint's.
+        """
         final = self.path / "checkpoint"
         self._settle(accelerator)
-        progress = final / "progress.json"
-        if not progress.exists():
+        stored = final / "progress.json"
+        if not stored.exists():
             return None
-        accelerator.load_state(str(final))
-        return json.loads(progress.read_text())
+        what_next = "remove the folder to begin this run anew, or restore it from a copy"
+        try:
+            progress = json.loads(stored.read_text())
+            # Checkpoints of older versions have no checksums.
+            if (expected := progress.pop(CHECKSUMS, None)) is not None and expected != _checksums(final):
+                raise RunError(f"run {final}: a file differs from what was saved; {what_next}")
+            accelerator.load_state(str(final))
+        except (
+            RuntimeError,
+            OSError,
+            ValueError,
+            KeyError,
+            AttributeError,
+            EOFError,
+            UnpicklingError,
+        ) as error:
+            if isinstance(error, RunError):
+                raise
+            raise RunError(
+                f"run {final}: cannot be loaded: {type(error).__name__}: {error}; {what_next}"
+            ) from error
+        return progress
 
     def save_weights(self, state: Mapping[str, torch.Tensor], name: str) -> None:
         """Writes a state dict as NAME.safetensors, atomically."""
@@ -132,6 +160,19 @@ class RunDirectory:
         staged = self.path / f".{name}.{os.getpid()}"
         save_file({key: value.detach().cpu().clone().contiguous() for key, value in state.items()}, staged)
         staged.replace(self.path / f"{name}.safetensors")
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Returns the xxh3 of every file of a checkpoint; what accelerate cannot read it may pass over without a word."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "progress.json":
+            digest = xxhash.xxh3_128()
+            with path.open("rb") as file:
+                while data := file.read(1 << 24):
+                    digest.update(data)
+            found[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return found
 
 
 def _differences(there: Any, here: Any, prefix: str = "") -> list[str]:

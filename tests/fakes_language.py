@@ -19,6 +19,10 @@ def known(vocab_size, context):
     return _seeded(vocab_size, context)
 
 
+def known_scaled(vocab_size, context):
+    return _seeded(vocab_size, context, scale=5.0)
+
+
 def padded(vocab_size, context):
     """A head of more rows than the tokenizer has tokens, as models are padded for speed."""
     return _seeded(vocab_size + 20, context)

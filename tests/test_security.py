@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import xxhash
 from click.testing import CliRunner
 
 from pipeline.cache import open_cache
@@ -23,6 +24,7 @@ from pipeline.errors import (
     CorruptionError,
     LabelError,
     ManifestError,
+    RunError,
     SoftcacheError,
     SourceError,
     SpecError,
@@ -30,6 +32,7 @@ from pipeline.errors import (
 from pipeline.manifest import Manifest
 from pipeline.models import build_model, load_weights
 from pipeline.reader import cached_views
+from pipeline.runs import train_student
 from pipeline.sources.image_folders import ImageFolderSource
 from pipeline.stores.objects import open_objects
 from pipeline.stores.samples import read_samples
@@ -132,6 +135,31 @@ def test_weights_with_code_in_them_are_refused_and_do_not_run(tmp_path, name):
     model = build_model("linear", num_classes=3, input_shape=(1, 2, 2))
     with pytest.raises(SpecError, match=r"cannot be loaded"):
         load_weights(model, tmp_path / name)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
+@pytest.mark.parametrize("signed_again", [False, True])
+def test_a_checkpoint_with_code_in_it_is_refused_and_does_not_run(tmp_path, shared_cache, name, signed_again):
+    config, data, cache = shared_cache
+    config = config.model_copy(update={"train": config.train.model_copy(update={"epochs": 1})})
+
+    def train():
+        return train_student(config, data, model="linear", labels="cache", cache=cache, out=tmp_path / "out")
+
+    train()
+    (tmp_path / "out/metrics.json").unlink()
+    torch.save({"state": _RunsWhenUnpickled(str(tmp_path / "mark"))}, tmp_path / "out/checkpoint" / name)
+    progress = tmp_path / "out/checkpoint/progress.json"
+    if signed_again:
+        found = json.loads(progress.read_text())
+        found["checksums"][name] = xxhash.xxh3_128((progress.parent / name).read_bytes()).hexdigest()
+        progress.write_text(json.dumps(found))
+    if signed_again and name == "random_states_0.pkl":
+        train()  # accelerate passes over states that it may not read
+    else:
+        with pytest.raises(RunError, match=r"checkpoint: (cannot be loaded|a file differs)"):
+            train()
     assert not (tmp_path / "mark").exists()
 
 
@@ -417,3 +445,11 @@ def test_a_cache_that_cannot_be_read_is_one_line_and_exit_code_1(tmp_path, monke
     said = capsys.readouterr().err
     assert said.startswith("softcache: ")
     assert "Traceback" not in said
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(
+    "kind", ["images-zarr", "images-parquet", "images-packed", "tokens-zarr", "tokens-parquet"]
+)
+def test_thousands_of_forged_caches(tmp_path, kind):
+    assert fuzz(kind, tmp_path, examples=3000, number=11)["refused"] > 2000

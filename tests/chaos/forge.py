@@ -40,7 +40,7 @@ class Files(dict[str, bytes]):
         return f"<{len(self)} files, {sum(map(len, self.values())):,} bytes>"
 
 
-def make_small(kind: str, folder: Path) -> tuple[Any, Any, Files]:
+def make_small(kind: str, folder: Path, *, other_teacher: bool = False) -> tuple[Any, Any, Files]:
     """Returns (config, data, files) of a cache of a few units; what it is made from stays in `folder`."""
     modality, _, form = kind.partition("-")
     capture = {"evaluate": False, "store": "parquet" if form == "parquet" else "zarr"}
@@ -48,11 +48,13 @@ def make_small(kind: str, folder: Path) -> tuple[Any, Any, Files]:
         capture["codec"] = "packed"
     if modality == "tokens":
         capture |= {"unit_samples": 12, "chunk_samples": 6}
-        config, data, cache = make_text_cache(folder / kind, folder, capture=capture)
+        teacher = {"model": f"tests.fakes_language:{'known_scaled' if other_teacher else 'known'}"}
+        config, data, cache = make_text_cache(folder / kind, folder, capture=capture, teacher=teacher)
     else:
         capture |= {"unit_samples": 16, "chunk_samples": 8}
         source = {"max_train_samples": 40, "max_eval_samples": 20}
-        config, data, cache = make_cache(folder / kind, source=source, capture=capture)
+        teacher = {"model": f"tests.fakes:{'known_scaled' if other_teacher else 'known'}"}
+        config, data, cache = make_cache(folder / kind, source=source, capture=capture, teacher=teacher)
     return config, data, read_files(Path(cache.url))
 
 

@@ -1,0 +1,158 @@
+"""Everything that writes a cache or a thawed view, each on a small source, to be interrupted and run again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import pipeline.capture
+import pipeline.stores.units
+from pipeline.cache import open_cache
+from pipeline.convert import convert_cache
+from pipeline.gc import GarbageReport, collect_garbage
+from pipeline.importing import find_responses, import_labels
+from pipeline.runs import capture_labels, open_data, open_teacher
+from pipeline.slim import SlimSettings, slim_cache
+from pipeline.stores.objects import open_objects
+from pipeline.thaw import ThawSettings
+from pipeline.verify import verify_units
+from tests.caches import digits_config
+from tests.chaos.processes import Child
+from tests.text_caches import text_config
+
+__all__ = ["Scenario", "make_scenarios"]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One kind of work that writes under a folder.
+
+    Attributes:
+        name: of the work.
+        work: does it, or what is left of it, into a folder.
+        is_cache: whether it writes a cache; else thawed views.
+    """
+
+    name: str
+    work: Callable[[Path], None]
+    is_cache: bool = True
+
+    def finish(self, root: Path, report: Path) -> None:
+        """Does the work whole, collects what is stray, and verifies; in a child."""
+        self.work(root)
+        if self.is_cache:
+            found: GarbageReport = collect_garbage(open_objects(str(root)), delete=True)
+            assert not found.held, found
+            assert not found.foreign, found
+            faults = list(verify_units(open_cache(str(root))))
+            assert not faults, faults
+            report.write_text(str(len(found.stray)))
+        else:
+            report.write_text("0")
+
+
+def _images(folder: Path, store: str, codec: str = "open") -> Scenario:
+    capture = {"unit_samples": 16, "chunk_samples": 8, "evaluate": False, "store": store, "codec": codec}
+    config = digits_config(source={"max_train_samples": 40, "max_eval_samples": 20}, capture=capture)
+    data = open_data(config)
+
+    def work(root: Path) -> None:
+        capture_labels(config, data, open_teacher(config, data), str(root))
+
+    return Scenario(f"capture, images, {store}{' packed' * (codec == 'packed')}", work)
+
+
+def _texts(folder: Path, store: str) -> Scenario:
+    config = text_config(
+        folder, capture={"unit_samples": 12, "chunk_samples": 6, "evaluate": False, "store": store}
+    )
+    data = open_data(config)
+
+    def work(root: Path) -> None:
+        capture_labels(config, data, open_teacher(config, data), str(root))
+
+    return Scenario(f"capture, text, {store}", work)
+
+
+def _convert(made: Path, store: str) -> Scenario:
+    def work(root: Path) -> None:
+        convert_cache(open_cache(str(made)), str(root), store=store)
+
+    return Scenario(f"convert to {store}", work)
+
+
+def _slim(made: Path) -> Scenario:
+    def work(root: Path) -> None:
+        slim_cache(open_cache(str(made)), str(root), SlimSettings(k=2, codec="packed"))
+
+    return Scenario("slim", work)
+
+
+def _thaw(made: Path) -> Scenario:
+    def work(root: Path) -> None:
+        cache = open_cache(str(made), thaw=ThawSettings(1 << 24, str(root), required=True))
+        for view in range(cache.num_views):
+            assert cache.thawed(view) is not None
+
+    return Scenario("thaw", work, is_cache=False)
+
+
+def _import(folder: Path) -> Scenario:
+    config = text_config(
+        folder, source={"packing": "documents", "max_train_samples": 20, "max_eval_samples": 8}
+    )
+    data = open_data(config)
+    settings = config.capture.model_copy(update={"unit_samples": 4, "chunk_samples": 2})
+    _write_answers(folder / "responses.jsonl", data)
+
+    def work(root: Path) -> None:
+        responses = find_responses([str(folder / "responses.jsonl")], data.train.source)
+        import_labels(responses, data.train, str(root), k=4, settings=settings, model_name="a-server")
+
+    return Scenario("import", work)
+
+
+def _write_answers(path: Path, data: Any) -> None:
+    """What a server would say of every sample, made up: five tokens in each place, the actual one among them."""
+    source, draw, lines = data.train.source, np.random.default_rng(0), []
+    for number, key in enumerate(source.keys()):
+        tokens = source.sample(number).tokens.tolist()
+        rows: list[dict[str, float] | None] = [None]
+        for token in tokens[1:]:
+            others = [int(t) for t in draw.permutation(source.vocab_size)[:5] if t != token][:4]
+            likely = dict(zip(map(str, others), np.log([0.4, 0.2, 0.1, 0.05]).tolist(), strict=True))
+            rows.append(likely | {str(token): float(np.log(0.02))})
+        answer = {"key": key, "model": "a-server", "prompt_token_ids": tokens, "prompt_logprobs": rows}
+        lines.append(json.dumps(answer) + "\n")
+    path.write_text("".join(lines))
+
+
+def make_scenarios(folder: Path) -> list[Scenario]:
+    """Returns all of them; caches that some start from are made in children, so that this process stays fit to fork."""
+    pipeline.capture.WAIT_SECONDS = pipeline.stores.units.WAIT_SECONDS = 0.02
+    captures = [
+        _images(folder, "parquet"),
+        _images(folder, "zarr"),
+        _images(folder, "zarr", "packed"),
+        _texts(folder, "parquet"),
+        _texts(folder, "zarr"),
+    ]
+    made = {}
+    for scenario in captures[:2]:
+        made[scenario.name] = folder / scenario.name.replace(", ", "-")
+        child = Child(lambda scenario=scenario: scenario.work(made[scenario.name]), folder / "log")  # type: ignore[misc]
+        assert child.wait() == 0, child.said()
+    parquet, zarr = made.values()
+    return [
+        *captures,
+        _convert(zarr, "parquet"),
+        _convert(parquet, "zarr"),
+        _slim(zarr),
+        _import(folder),
+        _thaw(zarr),
+    ]
