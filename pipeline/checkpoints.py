@@ -7,7 +7,9 @@
     OUT/model.safetensors     the weights at the end
     OUT/metrics.json          one JSON object, written last: a run with it is finished
 
-A kill between any two steps leaves the old checkpoint or the new one, never half of one.
+A kill between any two steps leaves the old checkpoint or the new one, never half of one. Of many processes the first one
+writes (each adds its random state to the checkpoint), so OUT must be a place that all of them see; another number of
+processes can go on from it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -26,13 +29,18 @@ from accelerate import Accelerator
 
 from pipeline.errors import RunError, StorageError
 from pipeline.mirror import RunMirror
+from pipeline.process_group import from_first
+from pipeline.ranks import is_first
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunDirectory", "store_unwrapped"]
 
 CHECKSUMS = "checksums"
+
+_UNREADABLE = (RuntimeError, OSError, ValueError, KeyError, AttributeError, EOFError, UnpicklingError)
+_WHAT_NEXT = "remove the folder to begin this run anew, or restore it from a copy"
 
 
 class RunDirectory:
@@ -53,6 +61,8 @@ class RunDirectory:
     ) -> None:
         self.path, self._mirror = Path(path), mirror
         config = json.loads(json.dumps(config))
+        if not is_first():
+            return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             stored = self.path / "config.json"
@@ -79,9 +89,9 @@ class RunDirectory:
 
     @property
     def metrics(self) -> dict[str, Any] | None:
-        """The results of a finished run, else None."""
+        """The results of a finished run, else None; as the first process finds them."""
         path = self.path / "metrics.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return from_first(json.loads(path.read_text()) if is_first() and path.exists() else None)
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         self._write_json("metrics.json", metrics)
@@ -119,38 +129,33 @@ class RunDirectory:
             old.rename(final)
         accelerator.wait_for_everyone()
 
-    def load_checkpoint(self, accelerator: Accelerator) -> dict[str, Any] | None:
+    def load_checkpoint(
+        self, accelerator: Accelerator, before: Callable[[dict[str, Any]], None] = lambda progress: None
+    ) -> dict[str, Any] | None:
         """Restores the last checkpoint; returns its progress, or None if there is none.
+
+        Args:
+            before: called with the progress before random states are restored; a process that the checkpoint has none
+                of keeps the one that it leaves.
 
         Raises:
             RunError: a file of it is damaged, missing, or no checkpoint's.
+            StorageError: the first process has a checkpoint here, and this one does not see it.
         """
         final = self.path / "checkpoint"
         self._settle(accelerator)
-        stored = final / "progress.json"
-        if not stored.exists():
+        file = final / "progress.json"
+        progress = from_first(_checked_progress(final) if is_first() and file.exists() else None)
+        if progress is None:
             return None
-        what_next = "remove the folder to begin this run anew, or restore it from a copy"
-        try:
-            progress = json.loads(stored.read_text())
-            # Checkpoints of older versions have no checksums.
-            if (expected := progress.pop(CHECKSUMS, None)) is not None and expected != _checksums(final):
-                raise RunError(f"run {final}: a file differs from what was saved; {what_next}")
+        if not file.exists():
+            raise StorageError(
+                f"run {self.path}: process 0 has a checkpoint here, this one sees none; put --out on storage that all "
+                "processes share"
+            )
+        before(progress)
+        with _readable(final):
             accelerator.load_state(str(final))
-        except (
-            RuntimeError,
-            OSError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            EOFError,
-            UnpicklingError,
-        ) as error:
-            if isinstance(error, RunError):
-                raise
-            raise RunError(
-                f"run {final}: cannot be loaded: {type(error).__name__}: {error}; {what_next}"
-            ) from error
         return progress
 
     def save_weights(self, state: Mapping[str, torch.Tensor], name: str) -> None:
@@ -173,6 +178,40 @@ def _checksums(folder: Path) -> dict[str, str]:
                     digest.update(data)
             found[path.relative_to(folder).as_posix()] = digest.hexdigest()
     return found
+
+
+def _checked_progress(folder: Path) -> dict[str, Any]:
+    """Returns where a checkpoint's run stands, its files compared with their checksums; older versions have none."""
+    with _readable(folder):
+        progress: dict[str, Any] = json.loads((folder / "progress.json").read_text())
+        if (expected := progress.pop(CHECKSUMS, None)) is not None and expected != _checksums(folder):
+            raise RunError(f"run {folder}: a file differs from what was saved; {_WHAT_NEXT}")
+    return progress
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except _UNREADABLE as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(
+            f"run {folder}: cannot be loaded: {type(error).__name__}: {error}; {_WHAT_NEXT}"
+        ) from error
+
+
+def store_unwrapped(accelerator: Accelerator) -> None:
+    """Has the accelerator save and load models without what it wraps them in, which differs by number of processes."""
+
+    def save(models: list[Any], weights: list[Any], place: str) -> None:
+        weights[:] = [accelerator.unwrap_model(model).state_dict() for model in models]
+
+    def load(models: list[Any], place: str) -> None:
+        models[:] = [accelerator.unwrap_model(model) for model in models]
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
 
 
 def _differences(there: Any, here: Any, prefix: str = "") -> list[str]:

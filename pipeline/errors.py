@@ -14,6 +14,7 @@ __all__ = [
     "IdentityError",
     "IncompleteCacheError",
     "LabelError",
+    "LostProcessError",
     "ManifestError",
     "MissingExtraError",
     "RunError",
@@ -87,6 +88,10 @@ class AlignmentError(SoftcacheError, ValueError):
 
 class StorageError(SoftcacheError, OSError):
     """The storage refused: unwritable, full, or gone."""
+
+
+class LostProcessError(SoftcacheError, ConnectionError):
+    """Another process of a run is gone, or does not answer."""
 
 
 class RunError(SoftcacheError, ValueError):

@@ -1,4 +1,7 @@
-"""Progress of long steps: a live bar with rate and time left on a terminal, plain lines elsewhere."""
+"""Progress of long steps: a live bar with rate and time left on a terminal, plain lines elsewhere.
+
+Of a run of many processes, the first one speaks.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 
+from pipeline.ranks import is_first
+
 __all__ = ["say", "track"]
 
 PLAIN_SECONDS = 10.0
@@ -18,12 +23,16 @@ PLAIN_SECONDS = 10.0
 
 def say(text: str) -> None:
     """Prints one line about what goes on; results go to stdout, these lines to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 @contextmanager
 def track(label: str, total: int, unit: str = "samples") -> Iterator[Callable[[int], None]]:
     """Yields `advance(n)`; shows how far the step is, its rate and the time left."""
+    if not is_first():
+        yield lambda count: None
+        return
     console = Console(stderr=True)
     follow = _live if console.is_terminal else _plain
     with follow(label, total, unit, console) as advance:

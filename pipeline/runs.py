@@ -21,6 +21,7 @@ from pipeline.identity import digest_json
 from pipeline.mirror import RunMirror
 from pipeline.modalities import Data, open_data
 from pipeline.planning import create_cache, default_plan, plan_manifest
+from pipeline.process_group import join
 from pipeline.progress import say, track
 from pipeline.reader import HardLabelDataset, check_alignment
 from pipeline.shuffle import BlockShuffle
@@ -39,6 +40,9 @@ __all__ = [
     "train_student",
     "train_teacher",
 ]
+
+# What may be another in a rerun: it decides where and how, not what is learnt.
+NOT_OF_A_RUN = {"device", "eval_batch_size", "process_timeout_seconds"}
 
 LabelsFrom = Literal["cache", "hard", "online"]
 
@@ -303,9 +307,7 @@ def _order(
     *,
     window_blocks: int | None,
 ) -> BlockShuffle:
-    from accelerate import PartialState
-
-    state = PartialState(cpu=config.train.device == "cpu")
+    state = join(cpu=config.train.device == "cpu", timeout_seconds=config.train.process_timeout_seconds)
     return BlockShuffle(
         samples_of,
         batch_size=config.train.batch_size,
@@ -338,7 +340,7 @@ def _fit(
         **data.identity(),
         "student_data": data.of_student(config).identity() if config.student.tokenizer else None,
         "context": config.student.context,
-        "train": config.train.model_dump(mode="json", exclude={"device", "eval_batch_size"}),
+        "train": config.train.model_dump(mode="json", exclude=NOT_OF_A_RUN),
         "order": {"block_samples": feed.order.block_samples, "window_blocks": feed.order.window_blocks},
         **identity,
     }

@@ -205,6 +205,10 @@ class BlockShuffle:
         rows = self._rows_of[samples]
         return int(rows[first:last].sum()), int(rows.sum())
 
+    def num_samples(self, step: int) -> int:
+        """Returns how many samples all ranks have in a step of this epoch."""
+        return len(self._samples_at(step))
+
     def label_share(self, step: int | None = None) -> float | None:
         """Returns which share of a step's rows, over all ranks, has a label; None: each has one."""
         if self._labelled_of is None:

@@ -7,7 +7,8 @@
 The step's learning rate, the order of the samples and the view of an epoch are pure functions of the step,
 and everything else is in the checkpoint: a run that is killed and run again ends with the same weights.
 A batch belongs to the optimizer's step; `accumulation_steps` only says into how many pieces it is split,
-so it never changes which samples meet which labels.
+so it never changes which samples meet which labels. So do processes: `batch_size` counts the samples of all of them,
+each takes its slice of every batch, and its gradient weighs as much as its rows.
 """
 
 from __future__ import annotations
@@ -15,23 +16,25 @@ from __future__ import annotations
 import importlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast, gather_object, set_seed
 from pydantic import Field
 
-from pipeline.checkpoints import RunDirectory
-from pipeline.errors import MissingExtraError
+from pipeline.checkpoints import RunDirectory, store_unwrapped
+from pipeline.errors import MissingExtraError, RunError
 from pipeline.loader import SoftLabelLoader
 from pipeline.mirror import RunMirror
 from pipeline.models import count_parameters
+from pipeline.process_group import check_same, explained, from_first, join
 from pipeline.settings import Settings
 from pipeline.shuffle import BlockShuffle
 from pipeline.tasks import Task
@@ -56,6 +59,8 @@ class TrainSettings(Settings):
     """[train]: the loop. `labels` says what the student learns from.
 
     `stop_at` ends the run when the accuracy (images) is at least, or the held-out loss (text, nats) at most, so much.
+    With many processes `batch_size` counts the samples of all of them, and a process that does not answer for
+    `process_timeout_seconds` ends the run.
     """
 
     labels: Literal["cache", "hard", "online"] = "cache"
@@ -72,6 +77,7 @@ class TrainSettings(Settings):
     clip_norm: float | None = Field(None, gt=0)
     checkpoint_steps: int | None = Field(None, ge=1)
     stop_at: float | None = Field(None, ge=0)
+    process_timeout_seconds: float = Field(600, ge=1)
 
 
 @dataclass(frozen=True)
@@ -113,40 +119,61 @@ def train(
         track: an accelerate tracker's name, e.g. "tensorboard".
 
     Raises:
-        RunError: `out` holds another run.
+        RunError: `out` holds another run, or the processes of this one disagree about what it is.
         SpecError: the student's output is not what the labels need.
+        LostProcessError: another process of the run is gone or silent.
     """
-    directory = RunDirectory(out, config, resolved, mirror=mirror)
-    if (finished := directory.metrics) is not None:
-        return finished
     if track:
         _need_tracker(track)
+    join(cpu=settings.device == "cpu", timeout_seconds=settings.process_timeout_seconds)
+    with explained():
+        check_same("the run", config)
+        directory = RunDirectory(out, config, resolved, mirror=mirror)
+        if (finished := directory.metrics) is not None:
+            return finished
+        accelerator = _accelerator(settings, track, out)
+        set_seed(settings.seed)
+        loop = _Loop(accelerator, task, feed, settings)
+        loop.seed_process(epoch=0, step=0)
+        progress = directory.load_checkpoint(accelerator, loop.resume_random_state) or {
+            "epoch": 0,
+            "step": 0,
+            "history": [],
+            "seconds": 0.0,
+        }
+        metrics = _run(loop, directory, progress, on_step, on_epoch)
+        loop.save_weights(directory, "model")
+        if accelerator.is_main_process:
+            task.export(accelerator.unwrap_model(loop.model), directory.path)
+            directory.write_metrics(metrics)
+        if track:
+            accelerator.end_training()
+        return from_first(metrics)
+
+
+def _accelerator(settings: TrainSettings, track: str | None, out: str | Path) -> Accelerator:
     # accelerate keeps the precision of the first run of a process; this one may have another.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=settings.device == "cpu",
         mixed_precision=settings.precision,
+        # `accelerate launch` has a setting of its own, which would divide the loss; a step is ours to split.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=track,
         project_dir=str(out) if track else None,
     )
+    if accelerator.distributed_type not in _DATA_PARALLEL:
+        raise RunError(
+            f"accelerate's configuration asks for {accelerator.distributed_type.value}; each process holds the whole "
+            "student here: choose multi-GPU or multi-CPU in `accelerate config`, or use torchrun"
+        )
+    store_unwrapped(accelerator)
     if track:
         accelerator.init_trackers("softcache")
-    set_seed(settings.seed)
-    loop = _Loop(accelerator, task, feed, settings)
-    progress = directory.load_checkpoint(accelerator) or {
-        "epoch": 0,
-        "step": 0,
-        "history": [],
-        "seconds": 0.0,
-    }
-    metrics = _run(loop, directory, progress, on_step, on_epoch)
-    loop.save_weights(directory, "model")
-    if accelerator.is_main_process:
-        task.export(accelerator.unwrap_model(loop.model), directory.path)
-        directory.write_metrics(metrics)
-    if track:
-        accelerator.end_training()
-    return metrics
+    return accelerator
+
+
+_DATA_PARALLEL = {kind for kind in DistributedType if kind.value == "NO" or kind.value.startswith("MULTI_")}
 
 
 def _need_tracker(name: str) -> None:
@@ -180,8 +207,9 @@ def _run(
                     "history": history,
                     "seconds": spent + time.monotonic() - started,
                 }
-                directory.save_checkpoint(loop.accelerator, state | {"loss": loop.loss_meter})
-        row = {"epoch": epoch, "train_loss": loop.train_loss(), **loop.evaluate()}
+                directory.save_checkpoint(loop.accelerator, state | {"loss": loop.loss_meters()})
+        # Processes decide by this whether to go on: all by the same number.
+        row = from_first({"epoch": epoch, "train_loss": loop.train_loss(), **loop.evaluate()})
         history.append(row)
         loop.accelerator.log(row, step=order.epoch)
         if all(_is_better(loop.task, row, past) for past in history[:-1]):
@@ -240,15 +268,16 @@ class _Loop:
         return sum(self._steps[: self.feed.order.epoch]) + self.feed.order.step
 
     def epoch(self) -> Iterator[int]:
-        """Trains on the rest of the current epoch; yields the number of samples after every step."""
+        """Trains on the rest of the current epoch; yields after every step how many samples it had, over all ranks."""
         self.model.train()
         for batch in self._loader:
+            num_samples = self.feed.order.num_samples(self.feed.order.step - 1)
             for group in self._optimizer.param_groups:
                 group["lr"] = self.settings.lr * self._schedule(
                     self.step - 1
                 )  # the loader has counted the batch
             self._update(batch.to(self.accelerator.device))
-            yield len(batch)
+            yield num_samples
 
     def _schedule(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to zero; a factor of the learning rate in (0, 1]."""
@@ -283,13 +312,30 @@ class _Loop:
         if self.accelerator.is_main_process:
             directory.save_weights(self.task.weights(self.accelerator.unwrap_model(self.model)), name)
 
-    @property
-    def loss_meter(self) -> tuple[float, int]:
-        """This rank's running sum of the epoch's loss, and the number of rows in it."""
-        return float(self._loss_sum), self._loss_rows
+    def seed_process(self, *, epoch: int, step: int) -> None:
+        """Gives every rank but the first random numbers of its own from here on; the first goes on with the run's."""
+        if rank := self.accelerator.process_index:
+            entropy = [self.settings.seed, epoch, step, rank]
+            set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
-    def resume_loss_meter(self, meter: tuple[float, int] | None) -> None:
-        loss_sum, self._loss_rows = meter or (0.0, 0)
+    def resume_random_state(self, progress: dict[str, Any]) -> None:
+        """For a rank that was not there when the checkpoint was saved; the others' states are in it."""
+        self.seed_process(epoch=progress["epoch"], step=progress["step"])
+
+    def loss_meters(self) -> list[tuple[float, int]]:
+        """Every rank's running sum of the epoch's loss, and the number of rows in it."""
+        return gather_object([(float(self._loss_sum), self._loss_rows)])
+
+    def resume_loss_meter(self, meters: list[Any] | None) -> None:
+        """Goes on with this rank's meter; with another number of ranks the first has what all had."""
+        meters = meters or [(0.0, 0)]
+        if not isinstance(meters[0], Sequence):  # one process's, as it was stored before there were many
+            meters = [meters]
+        if len(meters) != self.accelerator.num_processes:
+            meters = [tuple(map(sum, zip(*meters, strict=True)))] + [
+                (0.0, 0)
+            ] * self.accelerator.num_processes
+        loss_sum, self._loss_rows = meters[self.accelerator.process_index]
         self._loss_sum = torch.full_like(self._loss_sum, loss_sum)
 
     def train_loss(self) -> float:
@@ -300,6 +346,10 @@ class _Loop:
         return float(total[0] / total[1])
 
     def evaluate(self) -> dict[str, float]:
-        """Returns the task's figures on the plain view of the evaluation split."""
+        """Returns the task's figures on the plain view of the evaluation split, of the weights that are saved."""
         self.model.eval()
+        for (
+            buffer
+        ) in self.model.buffers():  # running statistics are of each rank's own samples until the next step
+            broadcast(buffer)
         return self.task.evaluate(self.model, self.accelerator, self.settings.eval_batch_size)

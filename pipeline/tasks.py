@@ -128,6 +128,8 @@ class ImageTask:
     @torch.no_grad()
     def evaluate(self, model: nn.Module, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
         device = accelerator.device
+        # Not through DistributedDataParallel, whose ranks would have to call it equally often.
+        model = accelerator.unwrap_model(model)
         accuracy = MulticlassAccuracy(self.num_classes, average="micro").to(device)
         mean_loss = MeanMetric().to(device)
         for samples in my_share(len(self.evaluation), batch_size, accelerator):
@@ -353,7 +355,8 @@ class TokenTask:
 
 
 def my_share(num_samples: int, batch_size: int, accelerator: Accelerator) -> list[range]:
-    """Returns this rank's batches of an evaluation split."""
+    """Returns this rank's batches of an evaluation split, as even a share as whole batches allow."""
+    batch_size = min(batch_size, max(1, -(-num_samples // accelerator.num_processes)))
     step = accelerator.num_processes * batch_size
     starts = range(accelerator.process_index * batch_size, num_samples, step)
     return [range(start, min(start + batch_size, num_samples)) for start in starts]

@@ -1,14 +1,18 @@
 """The `softcache` command: one subcommand per stage.
 
-Exit codes: 0 done, 1 a softcache error (one readable message on stderr), 2 wrong usage.
+Exit codes: 0 done, 1 a softcache error (one readable message on stderr), 2 wrong usage. Of a run of many processes, the
+first one prints; an error is printed by the process that it comes from.
 """
 
+import os
 import sys
 
 import click
 
 from pipeline import __version__
 from pipeline.errors import SoftcacheError
+from pipeline.process_group import is_first_to_fail
+from pipeline.ranks import is_first
 from stages.compare import compare
 from stages.convert import convert
 from stages.fidelity import fidelity
@@ -52,10 +56,17 @@ for command in (
 
 def main() -> None:
     sys.path.insert(0, "")  # so that `module:factory` finds the user's own modules, as `python -m` would
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         softcache(standalone_mode=True)
     except SoftcacheError as error:
-        click.echo(f"softcache: {error}", err=True)
+        if is_first_to_fail():
+            click.echo(f"softcache: {error}", err=True)
+        sys.exit(1)
+    except Exception:
+        if is_first_to_fail():
+            raise
         sys.exit(1)
 
 

@@ -8,8 +8,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = [
-    {"errors", "settings", "progress", "counters", "blocks", "hashes"},
-    {"tail", "shuffle", "identity", "view_ops", "positions", "moving"},
+    {"errors", "settings", "ranks", "counters", "blocks", "hashes"},
+    {"tail", "shuffle", "identity", "view_ops", "positions", "moving", "progress", "process_group"},
     {"labels"},
     {"views", "sources", "models", "sparsify", "losses", "codec"},
     {"manifest", "batches", "token_batches", "language", "fused"},

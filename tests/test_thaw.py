@@ -1,11 +1,13 @@
 """A thawed view is what the cache holds, whole or not there at all, and made once however many ask for it."""
 
+import fcntl
 import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
@@ -250,20 +252,39 @@ def _read(url, folder, barrier, results):
     thaw_folder.write_file = slow
     barrier.wait(60)
     labels = cache.read(np.arange(100))
+    barrier.wait(60)  # nobody leaves, and so lets go of the file, before all have read
     results.put((len(written), float(np.nansum(labels.log_probs.astype(np.float64)))))
 
 
-def test_two_processes_that_thaw_at_once_make_it_once(images, tmp_path):
+def test_processes_that_thaw_at_once_make_it_once_and_nobody_waits_for_its_users(images, tmp_path):
     context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(2), context.Queue()
-    both = [context.Process(target=_read, args=(images, tmp_path, barrier, results)) for _ in range(2)]
-    for process in both:
+    barrier, results = context.Barrier(3), context.Queue()
+    all_three = [context.Process(target=_read, args=(images, tmp_path, barrier, results)) for _ in range(3)]
+    for process in all_three:
         process.start()
-    found = [results.get(timeout=60) for _ in both]
-    for process in both:
+    found = [results.get(timeout=60) for _ in all_three]
+    for process in all_three:
         process.join(60)
-    assert sorted(written for written, _ in found) == [0, 1]
-    assert found[0][1] == found[1][1]
+    assert sorted(written for written, _ in found) == [0, 0, 1]
+    assert len({total for _, total in found}) == 1
+
+
+def test_who_wants_to_make_it_does_not_wait_for_the_users_of_what_was_made_meanwhile(
+    images, tmp_path, monkeypatch
+):
+    locked, other = thaw_folder._locked, opened(images, tmp_path)
+
+    def late(path, how, *args):
+        if how & fcntl.LOCK_EX:
+            monkeypatch.setattr(thaw_folder, "_locked", locked)
+            other.read([0])  # makes it, and keeps it in use
+        return locked(path, how, *args)
+
+    monkeypatch.setattr(thaw_folder, "_locked", late)
+    reader = threading.Thread(target=opened(images, tmp_path).read, args=([0],), daemon=True)
+    reader.start()
+    reader.join(20)
+    assert not reader.is_alive()
 
 
 def test_what_was_not_used_for_longest_makes_room(tmp_path):

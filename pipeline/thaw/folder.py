@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from pipeline.thaw.record import PAGE, ThawedPlan, read_header
 __all__ = ["ThawFolder", "ThawSettings", "default_folder"]
 
 ATTEMPTS = 3
+LOOK_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,8 @@ class ThawFolder:
         use = path.with_suffix(".use")
         with _explained(self.root, what):
             self.root.mkdir(parents=True, exist_ok=True)
-            for _ in range(ATTEMPTS):
+            attempts = 0
+            while attempts < ATTEMPTS:
                 lock = _locked(use, fcntl.LOCK_SH, f"{what}: another process is making it; waiting")
                 try:
                     if path.exists() and is_whole(path, plan, use, what):
@@ -96,7 +99,12 @@ class ThawFolder:
                     os.close(lock)
                     raise
                 os.close(lock)
-                lock = _locked(use, fcntl.LOCK_EX, f"{what}: another process is making it; waiting")
+                # Not waited for: who has made it meanwhile holds it for as long as it is used.
+                lock = _locked(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if lock is None:
+                    time.sleep(LOOK_SECONDS)
+                    continue
+                attempts += 1
                 try:
                     if not path.exists():
                         self._make_room(plan.num_bytes, limit_bytes)
