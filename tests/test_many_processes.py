@@ -1,0 +1,322 @@
+"""A student on many processes: the same samples, the same student, one voice, and an end that is the same for all."""
+
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import ranks
+from pipeline.cache import open_cache
+from pipeline.checkpoints import RunDirectory
+from pipeline.errors import LostProcessError, RunError
+from pipeline.process_group import check_same, explained, is_first_to_fail
+from pipeline.progress import say, track
+from pipeline.runs import open_data, train_student
+from pipeline.student import _Loop
+from stages.cli import main
+from tests.caches import make_cache
+from tests.process_groups import run_ranks
+from tests.test_student import RESTLESS, Killed, dies_at, distance, fit, watched
+from tests.text_caches import make_text_cache, text_config
+
+SAMPLES = {"source": {"max_train_samples": 303, "max_eval_samples": 101}}  # 303 and 101 divide by no number of ranks
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A cache of 303 images: seven batches of 50, the last one of 3."""
+    return make_cache(tmp_path_factory.mktemp("images") / "cache", **SAMPLES)[2].url
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """A folder with a cache of documents of very different lengths, of which every second position has a label."""
+    folder = tmp_path_factory.mktemp("texts")
+    make_text_cache(folder / "cache", folder, **TEXT)
+    return folder
+
+
+TEXT = {
+    "source": {"packing": "documents"},
+    "labels": {"positions": {"policy": "random", "share": 0.5, "seed": 3}},
+}
+
+
+@contextmanager
+def recorded():
+    """Yields a list of (epoch, step, view, samples) of what this rank trains on."""
+    seen, update = [], _Loop._update
+
+    def spy(loop, batch):
+        order = loop.feed.order
+        if order.share(order.step - 1)[0]:
+            seen.append((order.epoch, order.step - 1, batch.view, batch.samples.tolist()))
+        update(loop, batch)
+
+    _Loop._update = spy
+    try:
+        yield seen
+    finally:
+        _Loop._update = update
+
+
+def train_images(url, out, *, tables=None, **options):
+    """Two epochs on the 303 images; returns this rank's batches, and the metrics."""
+    tables = {"train": {"epochs": 2, **(tables or {}).get("train", {})}, **SAMPLES}
+    with recorded() as seen:
+        metrics = fit(open_cache(url), out, tables=tables, **options)
+    return seen, metrics
+
+
+def train_texts(folder, out):
+    config = text_config(folder, **TEXT, train={"epochs": 2, "batch_size": 5, "eval_batch_size": 3})
+    with recorded() as seen:
+        metrics = train_student(
+            config,
+            open_data(config),
+            model=config.student.model,
+            labels="cache",
+            cache=open_cache(folder / "cache"),
+            out=out,
+        )
+    return seen, metrics
+
+
+def together(*of_ranks):
+    """The samples of each (epoch, step, view), over all ranks; a sample that comes twice in an epoch is an error."""
+    steps = {}
+    for seen in of_ranks:
+        for epoch, step, view, samples in seen:
+            steps.setdefault((epoch, step, view), []).extend(samples)
+    for epoch in {epoch for epoch, _, _ in steps}:
+        in_epoch = [sample for key, samples in steps.items() if key[0] == epoch for sample in samples]
+        assert len(in_epoch) == len(set(in_epoch))
+    return {key: sorted(samples) for key, samples in steps.items()}
+
+
+def curves(metrics):
+    return {
+        name: [row[name] for row in metrics["history"]] for name in ("train_loss", "eval_loss", "accuracy")
+    }
+
+
+def assert_same_student(one, other, *, within=2e-5):
+    assert distance(one, other) < within
+    first, second = (curves(json.loads((out / "metrics.json").read_text())) for out in (one, other))
+    for name in ("train_loss", "eval_loss"):
+        assert first[name] == pytest.approx(second[name], rel=1e-5), name
+    assert first["accuracy"] == second["accuracy"]
+
+
+def may_write_nothing():
+    """From here on a write into the run's directory, or an export, is an error; of random states it is not."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a process that is not the first one writes")
+
+    for owner, name in ((RunDirectory, "_write_json"), (RunDirectory, "save_weights")):
+        setattr(owner, name, refuse)
+    from pipeline.tasks import ImageTask, TokenTask
+
+    ImageTask.export = TokenTask.export = refuse
+
+
+# -- as one process ----------------------------------------------------------------------------------------
+
+
+def _trains_everything(rank, images, texts, out):
+    if rank > 0:
+        may_write_nothing()
+    found = {"images": train_images(images, out / "images")}
+    found["pieces"] = train_images(images, out / "pieces", tables={"train": {"accumulation_steps": 3}})
+    found["hard"] = train_images(images, out / "hard", labels="hard")
+    found["texts"] = train_texts(texts, out / "texts")
+    found["again"] = train_images(images, out / "images")
+    found["draws"] = _draws(images, out / "draws")
+    print("said once")
+    return found
+
+
+def _draws(images, out):
+    """Trains a student with dropout and running statistics; returns its next random number, and the statistics."""
+    statistics, weights = [], RunDirectory.load_checkpoint
+
+    def keep(directory, accelerator, before):
+        statistics.append(accelerator._models[0])
+        return weights(directory, accelerator, before)
+
+    RunDirectory.load_checkpoint = keep
+    # Of 101 samples each rank has 50: batch normalisation cannot train on one alone.
+    _, metrics = train_images(images, out, model=RESTLESS, tables={"train": {"batch_size": 101}})
+    model = statistics[0]
+    buffers = {name.removeprefix("module."): value.tolist() for name, value in model.named_buffers()}
+    return float(torch.rand(())), buffers, curves(metrics)
+
+
+def test_two_processes_train_the_student_that_one_trains(tmp_path, images, texts):
+    ended = run_ranks(tmp_path / "ranks", 2, _trains_everything, images, texts, tmp_path / "two")
+    assert [end.code for end in ended] == [0, 0], ended
+    one = {
+        "images": train_images(images, tmp_path / "one/images"),
+        "hard": train_images(images, tmp_path / "one/hard", labels="hard"),
+        "texts": train_texts(texts, tmp_path / "one/texts"),
+    }
+    for name, (seen, _) in one.items():
+        parts = [end.value[name][0] for end in ended]
+        assert all(parts)
+        assert together(*parts) == together(seen), f"{name}: the batches of one process, cut in two"
+        assert_same_student(tmp_path / "two" / name, tmp_path / "one" / name)
+    assert_same_student(tmp_path / "two/pieces", tmp_path / "one/images")
+    # What each rank has: the same figures, the first one's files, and random numbers of its own.
+    first, second = (end.value for end in ended)
+    assert first["images"][1] == second["images"][1]
+    assert first["again"] == ([], first["images"][1]), "finished, and reported"
+    assert first["draws"][0] != second["draws"][0], "one dropout mask for both halves of a batch"
+    assert first["draws"][1:] == second["draws"][1:], "what was evaluated is what was saved"
+    assert "holds this run, finished; reporting it" in ended[0].err
+    assert "606/606 samples" in ended[0].err, "progress counts the samples of all"
+    assert ended[1].err == ""
+
+
+# -- another number of processes ---------------------------------------------------------------------------
+
+
+def _until(rank, url, out, step):
+    """Goes on until `step` steps from here, and is then killed, on every rank."""
+    from pytest import MonkeyPatch
+
+    with MonkeyPatch.context() as patch, watched(patch, dies_at(step)), recorded() as seen:
+        try:
+            fit(open_cache(url), out, tables={"train": {"epochs": 2}, **SAMPLES})
+        except Killed:
+            return seen, json.loads((out / "checkpoint/progress.json").read_text())["step"]
+    raise AssertionError("it was not killed")
+
+
+def test_an_epoch_goes_on_with_any_other_number_of_processes(tmp_path, images):
+    """One process, then two, then four, then one; a checkpoint after steps 2, 4, 6 … of seven in an epoch."""
+    whole, _ = train_images(images, tmp_path / "whole")
+    by_step = {}
+    for count, dies, reached in ((1, 3, 2), (2, 4, 4), (4, 3, 6)):
+        ended = run_ranks(tmp_path / f"{count}", count, _until, images, tmp_path / "run", dies)
+        assert [end.code for end in ended] == [0] * count, ended
+        assert {end.value[1] for end in ended} == {reached}
+        # What came after the checkpoint is done again: the later run counts.
+        by_step |= together(*(end.value[0] for end in ended))
+    seen, _ = train_images(images, tmp_path / "run")
+    assert seen[0][:2] == (0, 6)
+    assert by_step | together(seen) == together(whole)
+    assert_same_student(tmp_path / "run", tmp_path / "whole")
+
+
+# -- ends --------------------------------------------------------------------------------------------------
+
+
+def _command(rank, place, url, *options):
+    """`softcache train-student` as its user types it."""
+    os.chdir(place)
+    sys.argv = ["softcache", "train-student", "--config", "small.toml", "--cache", url, *options]
+    main()
+
+
+CONFIG = """
+name = "small"
+[source]
+name = "digits"
+max_train_samples = 303
+max_eval_samples = 101
+[views]
+crop = "padded"
+padding = 1
+mean = [0.3]
+std = [0.4]
+[student]
+model = "mlp?width=8"
+[train]
+epochs = 2
+batch_size = 50
+device = "cpu"
+checkpoint_steps = 2
+process_timeout_seconds = 5
+"""
+
+
+def _sees_another_pixel(rank, place, url):
+    if rank == 1:
+        from pipeline.views import Views
+
+        apply = Views.apply_batch
+
+        def changed(self, images, *, keys, view):
+            viewed = apply(self, images, keys=keys, view=view)
+            viewed[-1][0, 3, 3] ^= 1
+            return viewed
+
+        Views.apply_batch = changed
+    _command(rank, place, url, "--out", "out", "--no-baseline")
+
+
+def _prints_and_then_differs(rank, place, url):
+    try:
+        _command(rank, place, url, "--out", "good", "--no-baseline")
+    except SystemExit as stop:
+        assert stop.code == 0
+    _sees_another_pixel(rank, place, url)
+
+
+def test_the_table_is_printed_once_and_an_error_of_one_rank_ends_all_with_its_message(tmp_path, images):
+    (tmp_path / "small.toml").write_text(CONFIG)
+    ended = run_ranks(tmp_path / "ranks", 2, _prints_and_then_differs, tmp_path, images)
+    assert [end.code for end in ended] == [1, 1], ended
+    assert ended[0].out.count("students from") == 1
+    assert ended[1].out == ""
+    lines = [line for line in ended[1].err.splitlines() if line]
+    assert len(lines) == 1, ended[1].err
+    assert lines[0].startswith(f"softcache: cache {images}: sample 'digits/")
+    assert "the teacher saw content" in lines[0]
+    assert "softcache:" not in ended[0].err
+    assert "Traceback" not in ended[0].err
+    assert not (tmp_path / "out/metrics.json").exists()
+
+
+def _ends_otherwise(rank, place, url, step, end):
+    """Rank 1 is killed, or sleeps, before a step."""
+    steps, update = iter(range(1, step)), _Loop._update
+
+    def until(loop, batch):
+        if rank == 1 and next(steps, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL) if end == "killed" else time.sleep(60)
+        update(loop, batch)
+
+    _Loop._update = until
+    _command(rank, place, url, "--out", "out", "--no-baseline")
+
+
+# For the other process to end by itself, on a busy machine; one that was silent is killed by the test soon after.
+GRACE = {"killed": 30.0, "silent": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("end", "told"),
+    [("killed", "another process of this run has ended without a word"), ("silent", "does not answer")],
+)
+def test_a_process_that_is_gone_or_silent_ends_the_run_and_a_rerun_goes_on(tmp_path, images, end, told):
+    (tmp_path / "small.toml").write_text(CONFIG)
+    ended = run_ranks(
+        tmp_path / "ranks", 2, _ends_otherwise, tmp_path, images, 4, end, grace_seconds=GRACE[end]
+    )
+    assert ended[0].code == 1, "within its time, " + ended[0].err
+    assert ended[1].code == -signal.SIGKILL, "of the test, where it was silent"
+    lines = [line for line in ended[0].err.splitlines() if line.startswith("softcache:")]
+    assert len(lines) == 1, ended[0].err
+    assert told in lines[0]
+    assert "goes on from the last checkpoint" in lines[0]
+    assert "Traceback" not in ended[0].err
+    assert json.loads((tmp_path / "out/checkpoint/progress.json").read_text())["step"] == 2
