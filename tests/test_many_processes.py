@@ -2,13 +2,14 @@
 
 import json
 import os
+import random
 import signal
+import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -21,12 +22,14 @@ from pipeline.progress import say, track
 from pipeline.runs import open_data, train_student
 from pipeline.student import _Loop
 from stages.cli import main
-from tests.caches import make_cache
+from tests.caches import ROOT, make_cache
 from tests.process_groups import run_ranks
 from tests.test_student import RESTLESS, Killed, dies_at, distance, fit, watched
 from tests.text_caches import make_text_cache, text_config
 
-SAMPLES = {"source": {"max_train_samples": 303, "max_eval_samples": 101}}  # 303 and 101 divide by no number of ranks
+SAMPLES = {
+    "source": {"max_train_samples": 303, "max_eval_samples": 101}
+}  # 303 and 101 divide by no number of ranks
 
 
 @pytest.fixture(scope="module")
@@ -190,9 +193,7 @@ def test_two_processes_train_the_student_that_one_trains(tmp_path, images, texts
 
 def _until(rank, url, out, step):
     """Goes on until `step` steps from here, and is then killed, on every rank."""
-    from pytest import MonkeyPatch
-
-    with MonkeyPatch.context() as patch, watched(patch, dies_at(step)), recorded() as seen:
+    with pytest.MonkeyPatch.context() as patch, watched(patch, dies_at(step)), recorded() as seen:
         try:
             fit(open_cache(url), out, tables={"train": {"epochs": 2}, **SAMPLES})
         except Killed:
@@ -244,7 +245,6 @@ epochs = 2
 batch_size = 50
 device = "cpu"
 checkpoint_steps = 2
-process_timeout_seconds = 5
 """
 
 
@@ -264,10 +264,8 @@ def _sees_another_pixel(rank, place, url):
 
 
 def _prints_and_then_differs(rank, place, url):
-    try:
+    with pytest.raises(SystemExit, match=r"^0$"):
         _command(rank, place, url, "--out", "good", "--no-baseline")
-    except SystemExit as stop:
-        assert stop.code == 0
     _sees_another_pixel(rank, place, url)
 
 
@@ -296,7 +294,7 @@ def _ends_otherwise(rank, place, url, step, end):
         update(loop, batch)
 
     _Loop._update = until
-    _command(rank, place, url, "--out", "out", "--no-baseline")
+    _command(rank, place, url, "--out", "out", "--no-baseline", "--set", "train.process_timeout_seconds=20")
 
 
 # For the other process to end by itself, on a busy machine; one that was silent is killed by the test soon after.
@@ -305,7 +303,10 @@ GRACE = {"killed": 30.0, "silent": 1.0}
 
 @pytest.mark.parametrize(
     ("end", "told"),
-    [("killed", "another process of this run has ended without a word"), ("silent", "does not answer")],
+    [
+        ("killed", "another process of this run has ended without a word"),
+        pytest.param("silent", "does not answer", marks=pytest.mark.chaos),
+    ],
 )
 def test_a_process_that_is_gone_or_silent_ends_the_run_and_a_rerun_goes_on(tmp_path, images, end, told):
     (tmp_path / "small.toml").write_text(CONFIG)
@@ -320,3 +321,243 @@ def test_a_process_that_is_gone_or_silent_ends_the_run_and_a_rerun_goes_on(tmp_p
     assert "goes on from the last checkpoint" in lines[0]
     assert "Traceback" not in ended[0].err
     assert json.loads((tmp_path / "out/checkpoint/progress.json").read_text())["step"] == 2
+
+
+# -- the parts ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def second_of_two(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4)),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, (1, 2)),
+        ({"RANK": "3"}, (0, 1)),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
+        ({"RANK": "", "WORLD_SIZE": "many"}, (0, 1)),
+    ],
+)
+def test_a_launcher_says_which_process_this_is(monkeypatch, environment, expected):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert (ranks.rank(), ranks.num_ranks()) == expected
+    assert ranks.is_first() == (expected[0] == 0)
+
+
+def test_only_the_first_process_tells_how_far_it_is(second_of_two, monkeypatch, capsys):
+    def speak():
+        say("a line")
+        with track("a step", 10) as advance:
+            advance(10)
+        return capsys.readouterr()
+
+    assert speak() == ("", "")
+    monkeypatch.setenv("RANK", "0")
+    assert "a line" in speak().err
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (
+            RuntimeError("[gloo/transport/tcp/pair.cc:554] Connection closed by peer"),
+            "has ended without a word",
+        ),
+        (
+            RuntimeError("[gloo/transport/unbound_buffer.cc] Timed out waiting 5ms for recv"),
+            "does not answer",
+        ),
+        (torch.distributed.DistBackendError("NCCL error: remote process exited"), "has ended without a word"),
+    ],
+)
+def test_a_broken_exchange_is_a_lost_process(second_of_two, raised, told):
+    with (
+        pytest.raises(LostProcessError, match=rf"process 1 of 2: another process of this run {told}"),
+        explained(),
+    ):
+        raise raised
+
+
+def test_other_errors_are_left_as_they_are(second_of_two, monkeypatch):
+    with pytest.raises(RuntimeError, match="a bug"), explained():
+        raise RuntimeError("a bug")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(RuntimeError, match=r"^Connection closed$"), explained():
+        raise RuntimeError("Connection closed")
+
+
+def test_processes_that_disagree_about_the_run_are_refused(second_of_two, monkeypatch):
+    here = {"source": "sha256:1", "train": {"lr": 1.0}, "model": "mlp"}
+    monkeypatch.setattr("pipeline.process_group.from_first", lambda value: here | {"source": "sha256:2"})
+    with pytest.raises(
+        RunError, match=r"process 1 of 2: the run differs .*: source: 'sha256:2'; 'sha256:1'; give"
+    ):
+        check_same("the run", here)
+    monkeypatch.setattr("pipeline.process_group.from_first", lambda value: dict(here))
+    check_same("the run", here)
+
+
+def test_the_first_to_fail_speaks_once_in_every_attempt_of_the_launcher(second_of_two, monkeypatch):
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    assert [is_first_to_fail() for _ in range(3)] == [True, False, False]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert [is_first_to_fail() for _ in range(2)] == [True, False]
+
+
+def test_without_a_store_every_process_speaks(second_of_two, monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    assert [is_first_to_fail() for _ in range(2)] == [True, True]
+
+
+def test_a_launcher_whose_processes_form_no_group_is_refused(second_of_two, tmp_path, shared_cache):
+    """Each would train the whole run, into one directory."""
+    from accelerate import PartialState
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WORLD_SIZE", "1")
+        PartialState(cpu=True)
+    with pytest.raises(RunError, match=r"process 1: the launcher says 2 processes .*accelerate finds 1"):
+        fit(shared_cache[2], tmp_path)
+
+
+def test_accelerates_own_accumulation_setting_does_not_touch_the_loss(tmp_path, shared_cache, monkeypatch):
+    clipped = {"train": {"epochs": 1, "clip_norm": 0.1}}
+    fit(shared_cache[2], tmp_path / "without", tables=clipped)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "64")
+    fit(shared_cache[2], tmp_path / "with", tables=clipped)
+    assert distance(tmp_path / "without", tmp_path / "with") == 0
+
+
+def test_a_loss_meter_of_one_process_from_before_there_were_many_is_read(tmp_path, images):
+    with pytest.MonkeyPatch.context() as patch, watched(patch, dies_at(4)), pytest.raises(Killed):
+        train_images(images, tmp_path / "run")
+    progress = tmp_path / "run/checkpoint/progress.json"
+    state = json.loads(progress.read_text())
+    progress.write_text(json.dumps(state | {"loss": state["loss"][0]}))
+    train_images(images, tmp_path / "run")
+    train_images(images, tmp_path / "whole")
+    assert_same_student(tmp_path / "run", tmp_path / "whole", within=1e-12)
+
+
+# -- long ones: make chaos ---------------------------------------------------------------------------------
+
+
+def launch(place, url, count, *options, launcher=("torch.distributed.run",)):
+    return subprocess.Popen(
+        [
+            *(
+                sys.executable,
+                "-m",
+                *launcher,
+                f"--nproc-per-node={count}",
+                "-m",
+                "stages.cli",
+                "train-student",
+            ),
+            *("--config", "small.toml", "--cache", url, *options),
+        ],
+        cwd=place,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def workers_of(process):
+    """The processes that a launcher started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return sorted(int(child) for child in children)
+
+
+@pytest.mark.chaos
+def test_processes_of_torchrun_are_killed_again_and_again_and_the_student_is_the_same(tmp_path, images):
+    draw = random.Random(5)
+    (tmp_path / "small.toml").write_text(CONFIG)
+    options = ("--no-baseline", "--set", "train.epochs=60", "--out")
+    whole = launch(tmp_path, images, 1, *options, "whole")
+    assert whole.wait(120) == 0
+    for count in (2, 4, 2, 3, 2):
+        before = (tmp_path / "out/checkpoint").exists() and progress_of(tmp_path / "out")
+        run = launch(tmp_path, images, count, *options, "out")
+        deadline = time.monotonic() + 120
+        while progress_of(tmp_path / "out") in (None, before) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        time.sleep(draw.random() * 0.2)
+        os.kill(draw.choice(workers_of(run)), signal.SIGKILL)
+        out, err = run.communicate(timeout=60)
+        assert run.returncode == 1, err
+        assert "SIGKILL" in err
+        assert sum(line.startswith("softcache:") for line in err.splitlines()) <= 1, err
+        assert out == ""
+    out, err = launch(tmp_path, images, 2, *options, "out").communicate(timeout=120)
+    assert out.count("students from") == 1, err
+    assert_same_student(tmp_path / "out", tmp_path / "whole", within=1e-3)
+
+
+def progress_of(out):
+    try:
+        state = json.loads((out / "checkpoint/progress.json").read_text())
+    except FileNotFoundError:
+        return None
+    return state["epoch"], state["step"]
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("count", [2, 4])
+def test_accelerate_launch_starts_it_too(tmp_path, images, count):
+    (tmp_path / "small.toml").write_text(CONFIG)
+    how = ("accelerate.commands.accelerate_cli", "launch", "--multi_gpu", f"--num_processes={count}")
+    run = subprocess.run(
+        [
+            *(sys.executable, "-m", *how, "--module", "stages.cli", "train-student"),
+            *("--config", "small.toml", "--cache", images, "--out", "out", "--no-baseline"),
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("students from") == 1
+    train_images(images, tmp_path / "one")
+    assert_same_student(tmp_path / "out", tmp_path / "one")
+    assert len(list((tmp_path / "out/checkpoint").glob("random_states_*"))) == count
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("count", [2, 4])
+def test_one_ranks_error_is_the_one_message_under_torchrun(tmp_path, images, count):
+    (tmp_path / "small.toml").write_text(CONFIG)
+    (tmp_path / "one_differs.py").write_text(
+        "import os\n"
+        "from tests.test_many_processes import _sees_another_pixel\n"
+        f"_sees_another_pixel(int(os.environ['RANK']), {str(tmp_path)!r}, {str(images)!r})\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "one_differs.py"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert run.returncode == 1
+    lines = [line for line in run.stderr.splitlines() if line.startswith("softcache:")]
+    assert len(lines) == 1, run.stderr
+    assert "the teacher saw content" in lines[0]
+    assert "exitcode  : 1" in run.stderr
