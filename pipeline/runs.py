@@ -333,8 +333,6 @@ def _fit(
     identity: dict[str, Any],
     track_with: str | None,
 ) -> dict[str, Any]:
-    from accelerate import PartialState
-
     described = {
         "model": model,
         **data.identity(),
@@ -350,7 +348,8 @@ def _fit(
     mirror = RunMirror(str(out)) if is_bucket(str(out)) else None
     folder = mirror.folder if mirror else Path(out)
     if mirror is not None:
-        with PartialState(cpu=config.train.device == "cpu").local_main_process_first():
+        group = join(cpu=config.train.device == "cpu", timeout_seconds=config.train.process_timeout_seconds)
+        with group.local_main_process_first():
             mirror.fetch()
     label, finished = f"train {model} ({config.train.labels})", (folder / "metrics.json").exists()
     follow: AbstractContextManager = nullcontext(lambda samples: None)

@@ -165,7 +165,9 @@ def finished_units(objects: Objects, manifest: Manifest, manifest_sha256: str) -
     store = open_store(manifest, objects)  # one for all markers: it costs as much as reading one
     return {
         number: _checked_marker(objects, manifest, manifest_sha256, number, store, data)
-        for number, data in zip(numbers.values(), objects.get_many(list(numbers), max_bytes=MAX_MARKER_BYTES), strict=True)
+        for number, data in zip(
+            numbers.values(), objects.get_many(list(numbers), max_bytes=MAX_MARKER_BYTES), strict=True
+        )
         if data is not None
     }
 
