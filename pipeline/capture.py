@@ -4,42 +4,57 @@
 
 The cache is planned and created before that, by `pipeline.planning`. Three things overlap: the teacher runs on a batch
 while the last one's logits are made into records (`pipeline.labelling`), and finished units wait in a bounded queue for
-one writer thread, which encodes and publishes them; a thread that fails stops the run with its error. So memory holds
-`queue_units` + 2 units of labels, however many samples there are. Batches never straddle units, so a unit's content
-does not depend on what was interrupted before.
+one writer thread, which encodes and publishes them (`pipeline.open_units`); a thread that fails stops the run with its
+error. So memory holds `queue_units` + 2 units of labels, however many samples there are. Batches never straddle units, so
+a unit's content does not depend on what was interrupted before. `capture` does a whole cache, `capture_units` some units
+of it, for one of many workers (`pipeline.parallel`).
 """
 
 from __future__ import annotations
 
 import math
-import queue
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from pipeline.batches import Batch
 from pipeline.batches import Dataset as Data
-from pipeline.codec import Codec
 from pipeline.labelling import InFlight, Labeller
-from pipeline.labels import SoftLabels, concat
 from pipeline.manifest import Manifest, TeacherReport, Unit
+from pipeline.open_units import OpenUnit, UnitBatches, Writer
 from pipeline.planning import CaptureSettings
-from pipeline.positions import PositionSettings, chosen_rows
 from pipeline.sparsify import LabelSettings
+from pipeline.stopping import at_boundaries, check, ignore_interrupts
 from pipeline.stores.objects import Objects
 from pipeline.stores.units import finished_units, open_store, publish_unit, read_marker
 from pipeline.teacher import Teacher
 
-__all__ = ["CaptureReport", "capture", "evaluate_teacher"]
+__all__ = ["CaptureReport", "UnitMetrics", "Work", "capture", "capture_units", "evaluate_teacher"]
 
 WAIT_SECONDS = 0.5
+
+
+class UnitMetrics(NamedTuple):
+    """What one unit took.
+
+    Attributes:
+        seconds: since this process published its last unit, or since it began.
+        teacher_seconds: of these, what the capturing thread spent in the teacher or waiting for its results; the rest
+            went into loading batches, or into waiting for the writer.
+        queue_depth: units that waited for the writer when this one was done.
+    """
+
+    unit: int
+    view: int
+    rows: int
+    num_bytes: int
+    seconds: float
+    teacher_seconds: float
+    queue_depth: int
 
 
 @dataclass
@@ -50,99 +65,43 @@ class CaptureReport:
         units_done: units that this run computed and published.
         units_found: units that were finished before, or by another run meanwhile.
         rows: positions that this run labelled.
+        num_bytes: that this run published.
         seconds: wall time of the whole pass.
+        teacher_seconds: of the capturing thread (of all workers together), in the teacher or waiting for it.
+        slowest: the unit that took longest.
+        workers: that took part.
     """
 
     units_done: int = 0
     units_found: int = 0
     rows: int = 0
+    num_bytes: int = 0
     seconds: float = 0.0
+    teacher_seconds: float = 0.0
+    slowest: UnitMetrics | None = None
+    workers: int = 1
+
+    def add(self, unit: UnitMetrics) -> None:
+        """Counts a unit that was published."""
+        self.units_done += 1
+        self.rows += unit.rows
+        self.num_bytes += unit.num_bytes
+        self.teacher_seconds += unit.teacher_seconds
+        if self.slowest is None or unit.seconds > self.slowest.seconds:
+            self.slowest = unit
 
 
-class _UnitBatches(Dataset):
-    """Loads (unit, view, first, last) requests; runs in this process or in loader processes.
+@dataclass(frozen=True)
+class Work:
+    """Everything that labelling a unit of a cache takes."""
 
-    Rows that are known to get no label are left out, so that the teacher's head does not run on them.
-    """
-
-    def __init__(self, data: Data, positions: PositionSettings) -> None:
-        self._data, self._positions = data, positions
-
-    def __getitem__(self, request: tuple[int, int, int, int]) -> Any:
-        unit, view, start, stop = request
-        batch = replace(self._data.load(range(start, stop), view), unit=unit)
-        if not self._positions.known_before:
-            return batch
-        keys = [self._data.source.key(sample) for sample in range(start, stop)]
-        return batch.select(chosen_rows(self._positions, keys, batch.row_counts, batch.positions))
-
-
-@dataclass
-class _OpenUnit:
-    """A claimed unit whose batches are being labelled."""
-
-    unit: Unit
-    claim: ExitStack
-    labels: list[SoftLabels] = field(default_factory=list)
-    fingerprints: list[np.ndarray] = field(default_factory=list)
-    row_counts: list[np.ndarray] = field(default_factory=list)
-    positions: list[np.ndarray] = field(default_factory=list)
-
-    def add(self, batch: Batch, labels: SoftLabels) -> None:
-        self.labels.append(labels)
-        self.fingerprints.append(batch.fingerprints)
-        self.row_counts.append(batch.row_counts)
-        self.positions.append(batch.positions)
-
-    @property
-    def num_samples(self) -> int:
-        return sum(map(len, self.fingerprints))
-
-    @property
-    def num_rows(self) -> int:
-        return sum(map(len, self.positions))
-
-    def columns(self, codec: Codec, *, ragged: bool) -> dict[str, np.ndarray]:
-        columns = codec.encode(concat(self.labels))
-        columns["fingerprint"] = np.concatenate(self.fingerprints)
-        if ragged:
-            columns["num_rows"] = np.concatenate(self.row_counts).astype(np.uint32)
-            columns["position"] = np.concatenate(self.positions).astype(np.uint32)
-        return columns
-
-
-class _Writer:
-    """One thread that encodes and publishes units; the queue is bounded, and its error is ours."""
-
-    def __init__(self, publish: Callable[[_OpenUnit], None], depth: int) -> None:
-        self._publish, self._queue = publish, queue.Queue[_OpenUnit | None](depth)
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="softcache-writer", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while (item := self._queue.get()) is not None:
-            with item.claim:
-                if self._error is None:
-                    try:
-                        self._publish(item)
-                    except BaseException as error:
-                        self._error = error
-
-    def put(self, item: _OpenUnit) -> None:
-        if self._error is not None:
-            item.claim.close()
-            raise self._error
-        self._queue.put(item)  # the thread always drains, so this waits but never hangs
-
-    def raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
-
-    def close(self) -> None:
-        self._queue.put(None)
-        self._thread.join()
-        self.raise_error()
+    objects: Objects
+    manifest: Manifest
+    manifest_sha256: str
+    data: Data
+    teacher: Teacher
+    labels: LabelSettings
+    settings: CaptureSettings
 
 
 def capture(
@@ -155,6 +114,7 @@ def capture(
     labels: LabelSettings,
     settings: CaptureSettings,
     progress: Callable[[int], None] = lambda rows: None,
+    on_unit: Callable[[UnitMetrics], None] = lambda metrics: None,
 ) -> CaptureReport:
     """Runs the teacher over every unfinished unit of the cache.
 
@@ -164,107 +124,143 @@ def capture(
 
     Args:
         progress: called with a number of finished positions, those that were there at the start first.
+        on_unit: called from the writer's thread with every unit that this run published.
 
     Raises:
         LabelError: the teacher's logits have a wrong shape, NaN or +inf; the sample is named.
         StorageError: the store refused to write; finished units stay valid.
     """
     started, report = time.monotonic(), CaptureReport()
-    store, codec = open_store(manifest, objects), manifest.build_codec()
+    work = Work(objects, manifest, manifest_sha256, data, teacher, labels, settings)
 
-    def publish(item: _OpenUnit) -> None:
-        columns = item.columns(codec, ragged=manifest.rows is not None)
-        publish_unit(objects, store, manifest_sha256, item.unit, columns)
-        report.units_done += 1
-        report.rows += item.num_rows
-        progress(item.num_rows)
+    def done(metrics: UnitMetrics) -> None:
+        report.add(metrics)
+        progress(metrics.rows)
+        on_unit(metrics)
+
+    def found(rows: int) -> None:
+        report.units_found += 1
+        progress(rows)
 
     finished = finished_units(objects, manifest, manifest_sha256)
     report.units_found = len(finished)
-    progress(sum(marker.num_rows for marker in finished.values()))
+    getattr(progress, "found", progress)(sum(marker.num_rows for marker in finished.values()))
     pending = [unit for unit in manifest.plan.units() if unit.number not in finished]
-    with ExitStack() as abandoned:
-        writer = _Writer(publish, settings.queue_units)
-        abandoned.callback(writer.close)
+    with at_boundaries():
         while pending:
-            claimed_elsewhere: list[Unit] = []
-            claims = _claim_units(
-                objects, manifest, manifest_sha256, pending, claimed_elsewhere, report, progress
-            )
-            _label_units(claims, data, teacher, labels, settings, writer)
-            pending = claimed_elsewhere
+            pending = capture_units(work, pending, on_unit=done, on_found=found)
             if pending:
-                writer.raise_error()
+                check()
                 time.sleep(WAIT_SECONDS)
     report.seconds = time.monotonic() - started
     return report
 
 
+def capture_units(
+    work: Work,
+    units: Iterable[Unit],
+    *,
+    on_unit: Callable[[UnitMetrics], None],
+    on_found: Callable[[int], None] = lambda rows: None,
+    turn: AbstractContextManager | None = None,
+) -> list[Unit]:
+    """Labels and publishes those of the units that are neither finished nor claimed; returns those that others hold.
+
+    Args:
+        on_unit: called from the writer's thread with every unit that was published.
+        on_found: called with the number of rows of a unit that turns out to be finished.
+        turn: held while the teacher runs, but not while the last units are published: two threads that share a teacher
+            take turns at it.
+
+    Raises:
+        LabelError, StorageError: as `capture`.
+    """
+    manifest, last = work.manifest, time.perf_counter()
+    store, codec = open_store(manifest, work.objects), manifest.build_codec()
+
+    def publish(item: OpenUnit) -> None:
+        nonlocal last
+        columns = item.columns(codec, ragged=manifest.rows is not None)
+        marker = publish_unit(work.objects, store, work.manifest_sha256, item.unit, columns)
+        now = time.perf_counter()
+        num_bytes = sum(shard.num_bytes for shard in marker.shards)
+        unit, seconds = item.unit, now - last
+        on_unit(
+            UnitMetrics(
+                unit.number, unit.view, item.num_rows, num_bytes, seconds, item.teacher_seconds, writer.depth
+            )
+        )
+        last = now
+
+    held: list[Unit] = []
+    with ExitStack() as abandoned:
+        writer = Writer(publish, work.settings.queue_units)
+        abandoned.callback(writer.close)
+        with turn or nullcontext():
+            _label_units(_claim_units(work, units, held, on_found), work, writer)
+    return held
+
+
 def _claim_units(
-    objects: Objects,
-    manifest: Manifest,
-    manifest_sha256: str,
-    pending: list[Unit],
-    claimed_elsewhere: list[Unit],
-    report: CaptureReport,
-    progress: Callable[[int], None],
-) -> Iterator[_OpenUnit]:
-    """Yields the pending units that this run may make; another run's go to `claimed_elsewhere`."""
-    for unit in pending:
+    work: Work, units: Iterable[Unit], held: list[Unit], on_found: Callable[[int], None]
+) -> Iterator[OpenUnit]:
+    """Yields the units that this run may make; another run's go to `held`."""
+    for unit in units:
         claim = ExitStack()
-        if not claim.enter_context(objects.claim(f"units/{unit.number:05d}.lock")):
-            claimed_elsewhere.append(unit)
+        if not claim.enter_context(work.objects.claim(f"units/{unit.number:05d}.lock")):
+            held.append(unit)
             claim.close()
-        elif (marker := read_marker(objects, manifest, manifest_sha256, unit.number)) is not None:
+            continue
+        marker = read_marker(work.objects, work.manifest, work.manifest_sha256, unit.number)
+        if marker is not None:
             claim.close()
-            report.units_found += 1
-            progress(marker.num_rows)
+            on_found(marker.num_rows)
         else:
-            yield _OpenUnit(unit, claim)
+            yield OpenUnit(unit, claim)
 
 
-def _label_units(
-    claims: Iterator[_OpenUnit],
-    data: Data,
-    teacher: Teacher,
-    labels: LabelSettings,
-    settings: CaptureSettings,
-    writer: _Writer,
-) -> None:
+def _label_units(claims: Iterator[OpenUnit], work: Work, writer: Writer) -> None:
     """Labels every claimed unit and hands it to the writer, one batch of device work ahead of the copies."""
-    open_units: dict[int, _OpenUnit] = {}
+    open_units: dict[int, OpenUnit] = {}
+    size = work.settings.batch_size
 
     def requests() -> Iterator[tuple[int, int, int, int]]:
         for item in claims:
             unit = item.unit
             open_units[unit.number] = item
-            for start in range(unit.start, unit.stop, settings.batch_size):
-                yield unit.number, unit.view, start, min(start + settings.batch_size, unit.stop)
+            for start in range(unit.start, unit.stop, size):
+                yield unit.number, unit.view, start, min(start + size, unit.stop)
 
-    def finish(flight: InFlight) -> None:
-        item = open_units[flight.batch.unit]  # type: ignore[index]
-        found = flight.wait(data)
+    def finish(number: int, started: Callable[[], InFlight]) -> None:
+        item, began = open_units[number], time.perf_counter()
+        flight = started()
+        found = flight.wait(work.data)
+        item.teacher_seconds += time.perf_counter() - began
         item.add(flight.batch, found)
         if item.num_samples == item.unit.stop - item.unit.start:
             writer.put(open_units.pop(item.unit.number))
 
     loader = DataLoader(
-        _UnitBatches(data, labels.positions),
+        UnitBatches(work.data, work.labels.positions),
         batch_size=None,
         sampler=requests(),  # type: ignore[arg-type]
-        num_workers=settings.workers,
-        multiprocessing_context="forkserver" if settings.workers else None,
-        pin_memory=teacher.device.type == "cuda",
+        num_workers=work.settings.workers,
+        multiprocessing_context="forkserver" if work.settings.workers else None,
+        worker_init_fn=ignore_interrupts,
+        pin_memory=work.teacher.device.type == "cuda",
     )
-    in_flight: deque[Callable[[], InFlight]] = deque()
+    in_flight: deque[tuple[int, Callable[[], InFlight]]] = deque()
     try:
-        with Labeller(teacher, labels) as labeller:
+        with Labeller(work.teacher, work.labels) as labeller:
             for batch in loader:
-                in_flight.append(labeller.start(batch))
+                check()
+                began = time.perf_counter()
+                in_flight.append((batch.unit, labeller.start(batch)))
+                open_units[batch.unit].teacher_seconds += time.perf_counter() - began
                 if len(in_flight) > 1:
-                    finish(in_flight.popleft()())
+                    finish(*in_flight.popleft())
             while in_flight:
-                finish(in_flight.popleft()())
+                finish(*in_flight.popleft())
     finally:
         for item in open_units.values():
             item.claim.close()

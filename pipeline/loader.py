@@ -28,6 +28,7 @@ from torch.utils.data import DataLoader
 
 from pipeline.cache import Cache, StoredRows
 from pipeline.shuffle import BlockShuffle, Request
+from pipeline.stopping import ignore_interrupts
 
 if TYPE_CHECKING:
     from typing import Self
@@ -131,6 +132,7 @@ class SoftLabelLoader:
             num_workers=self._workers,
             multiprocessing_context="forkserver" if self._workers else None,
             persistent_workers=self._workers > 0,
+            worker_init_fn=ignore_interrupts,
             pin_memory=self._pin_memory,
             # A loader draws a number whenever it starts; from torch's own stream, a resumed run's dropout would differ.
             generator=torch.Generator(),

@@ -273,6 +273,11 @@ class Manifest(_Document):
                 "read; make chunks smaller (capture.chunk_samples)"
             )
 
+    @property
+    def total_rows(self) -> int:
+        """Rows of all views together."""
+        return (self.rows.num_rows if self.rows else self.plan.num_samples) * self.plan.num_views
+
     def build_codec(self) -> Codec:
         return codec_from_dict(self.codec)
 

@@ -1,14 +1,22 @@
-"""Progress of long steps: a live bar with rate and time left on a terminal, plain lines elsewhere.
+"""What a run says while it goes on: a live bar on a terminal, plain lines elsewhere, or one JSON object per line.
+
+Results go to stdout, all of this to stderr. `log_as("json")` (`--log json` of a command) makes every line there an
+object with `time` (UTC), `event` and the event's own fields; `say` becomes {"event": "message", "text": …}, and bars become
+{"event": "progress", …}. As text, events are not shown: the bars tell what they tell.
 
 Of a run of many processes, the first one speaks.
 """
 
 from __future__ import annotations
 
+import json
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, Literal, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
@@ -16,72 +24,167 @@ from rich.progress import TimeRemainingColumn as TimeLeft
 
 from pipeline.ranks import is_first
 
-__all__ = ["say", "track"]
+__all__ = ["Advance", "event", "log_as", "report", "say", "track"]
 
 PLAIN_SECONDS = 10.0
+LogFormat = Literal["text", "json"]
+
+
+class _Mode:
+    """How this process logs; stderr is of a process, so there is one of these."""
+
+    format: LogFormat = "text"
+    lock = threading.Lock()
+
+
+def log_as(format: LogFormat) -> None:
+    """Chooses how this process logs from here on."""
+    _Mode.format = format
+
+
+def event(name: str, **fields: Any) -> None:
+    """Logs one event as a JSON object on a line of stderr; as text, or of a process that is not the first, nothing.
+
+    Args:
+        fields: numbers, strings, None, and lists and dicts of them.
+    """
+    if _Mode.format == "json" and is_first():
+        _write_event(name, fields)
+
+
+def _write_event(name: str, fields: dict[str, Any]) -> None:
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    line = json.dumps({"time": now, "event": name, **fields}, default=str)
+    with _Mode.lock:  # the writer thread logs, too
+        print(line, file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:
-    """Prints one line about what goes on; results go to stdout, these lines to stderr."""
+    """Says one line about what goes on."""
     if is_first():
-        print(text, file=sys.stderr, flush=True)
+        report("message", text, text=text)
+
+
+def report(name: str, line: str, **fields: Any) -> None:
+    """Says a line, of whatever process; where objects are logged, an event instead."""
+    if _Mode.format == "json":
+        _write_event(name, fields)
+    else:
+        print(line, file=sys.stderr, flush=True)
+
+
+class Advance(Protocol):
+    """Counts what is done."""
+
+    def __call__(self, count: int) -> None: ...
+
+    def found(self, count: int) -> None:
+        """Counts what was done before; it is no part of the rate."""
+
+    def note(self, text: str) -> None:
+        """Shows a few words behind the figures, until the next ones."""
 
 
 @contextmanager
-def track(label: str, total: int, unit: str = "samples") -> Iterator[Callable[[int], None]]:
+def track(label: str, total: int, unit: str = "samples") -> Iterator[Advance]:
     """Yields `advance(n)`; shows how far the step is, its rate and the time left."""
     if not is_first():
-        yield lambda count: None
+        yield _Silence()
         return
     console = Console(stderr=True)
-    follow = _live if console.is_terminal else _plain
-    with follow(label, total, unit, console) as advance:
-        yield advance
+    if console.is_terminal and _Mode.format == "text":
+        with _Bar(label, total, unit, console) as bar:
+            yield bar
+    else:
+        lines = _Lines(label, total, unit)
+        yield lines
+        lines.end()
 
 
-@contextmanager
-def _live(label: str, total: int, unit: str, console: Console) -> Iterator[Callable[[int], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeLeft(),
-    )
-    started = time.monotonic()
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(label, total=total, rate="")
+class _Silence:
+    """Of a process that is not the first."""
 
-        def advance(count: int) -> None:
-            done = progress.tasks[task].completed + count
-            rate = done / max(time.monotonic() - started, 1e-9)
-            progress.update(task, advance=count, rate=f"{rate:,.0f} {unit}/s")
-
-        yield advance
+    def __call__(self, count: int) -> None: ...
+    def found(self, count: int) -> None: ...
+    def note(self, text: str) -> None: ...
 
 
-@contextmanager
-def _plain(label: str, total: int, unit: str, console: Console) -> Iterator[Callable[[int], None]]:
-    started = shown = time.monotonic()
-    done = 0
+class _Bar:
+    """A live bar."""
 
-    def line(now: float) -> str:
-        rate = done / max(now - started, 1e-9)
-        left = (
-            f", {max(total - done, 0) / rate:,.0f} s left"
-            if 0 < done < total
-            else f" in {now - started:,.1f} s"
+    def __init__(self, label: str, total: int, unit: str, console: Console) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeLeft(),
+            TextColumn("{task.fields[note]}"),
         )
-        return f"{label}: {done:,}/{total:,} {unit}, {rate:,.0f}/s{left}"
+        self._progress, self._unit = Progress(*columns, console=console), unit
+        self._started, self._now = time.monotonic(), 0
+        self._task = self._progress.add_task(label, total=total, rate="", note="")
 
-    def advance(count: int) -> None:
-        nonlocal done, shown
-        done += count
+    def __enter__(self) -> _Bar:
+        self._progress.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._progress.__exit__(*error)
+
+    def __call__(self, count: int) -> None:
+        self._now += count
+        rate = self._now / max(time.monotonic() - self._started, 1e-9)
+        self._progress.update(self._task, advance=count, rate=f"{rate:,.0f} {self._unit}/s")
+
+    def found(self, count: int) -> None:
+        self._progress.update(self._task, advance=count)
+
+    def note(self, text: str) -> None:
+        self._progress.update(self._task, note=text)
+
+
+class _Lines:
+    """A plain line now and then, and one at the end."""
+
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self._label, self._total, self._unit = label, total, unit
+        self._started = self._shown = time.monotonic()
+        self._done, self._found, self._note = 0, 0, ""
+
+    def __call__(self, count: int) -> None:
+        self._done += count
         now = time.monotonic()
-        if now - shown >= PLAIN_SECONDS:
-            shown = now
-            say(line(now))
+        if now - self._shown >= PLAIN_SECONDS:
+            self._shown = now
+            self._show(now)
 
-    yield advance
-    say(line(time.monotonic()))
+    def found(self, count: int) -> None:
+        self._done += count
+        self._found += count
+
+    def note(self, text: str) -> None:
+        self._note = text
+
+    def end(self) -> None:
+        self._show(time.monotonic())
+
+    def _show(self, now: float) -> None:
+        done, total, spent = self._done, self._total, now - self._started
+        rate = (done - self._found) / max(spent, 1e-9)
+        left = (total - done) / rate if rate and done < total else None
+        if _Mode.format == "json":
+            figures = {"done": done, "total": total, "unit": self._unit, "per_second": round(rate, 3)}
+            event(
+                "progress",
+                label=self._label,
+                **figures,
+                seconds=round(spent, 3),
+                seconds_left=left,
+                note=self._note,
+            )
+            return
+        end = f" in {spent:,.1f} s" if left is None else f", {left:,.0f} s left"
+        note = f" ({self._note})" if self._note else ""
+        say(f"{self._label}: {done:,}/{total:,} {self._unit}, {rate:,.0f}/s{end}{note}")

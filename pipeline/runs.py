@@ -8,13 +8,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from pipeline.cache import DEFAULT_WINDOW_BLOCKS, Cache, open_cache
-from pipeline.capture import CaptureReport, capture, evaluate_teacher
+from pipeline.capture import CaptureReport, UnitMetrics, capture, evaluate_teacher
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, IdentityError, IncompleteCacheError
 from pipeline.identity import digest_json
@@ -22,7 +23,7 @@ from pipeline.mirror import RunMirror
 from pipeline.modalities import Data, open_data
 from pipeline.planning import create_cache, default_plan, plan_manifest
 from pipeline.process_group import join
-from pipeline.progress import say, track
+from pipeline.progress import event, say, track
 from pipeline.reader import HardLabelDataset, check_alignment
 from pipeline.shuffle import BlockShuffle
 from pipeline.stores.objects import is_bucket, open_objects
@@ -34,6 +35,8 @@ __all__ = [
     "Data",
     "cache_is_ready",
     "capture_labels",
+    "log_capture",
+    "log_unit",
     "make_teacher",
     "open_data",
     "open_teacher",
@@ -169,8 +172,8 @@ def capture_labels(config: RunConfig, data: Data, teacher: Teacher, url: str) ->
             )
 
     manifest, digest = create_cache(objects, manifest, samples, report=report)
-    rows_per_view = manifest.rows.num_rows if manifest.rows else manifest.plan.num_samples
-    total = rows_per_view * manifest.plan.num_views
+    total = manifest.total_rows
+    event("run_started", run="teacher-logits", cache=url, rows=total, units=manifest.plan.num_units)
     with track("teacher: label", total, "rows") as advance:
         done = capture(
             objects,
@@ -181,8 +184,34 @@ def capture_labels(config: RunConfig, data: Data, teacher: Teacher, url: str) ->
             labels=config.labels,
             settings=config.capture,
             progress=advance,
+            on_unit=log_unit,
         )
+    log_capture(url, done)
     return open_cache(url), done
+
+
+def log_unit(unit: UnitMetrics, **more: Any) -> None:
+    """Logs a unit that was published, as an event."""
+    seconds = max(unit.seconds, 1e-9)
+    event(
+        "unit_done",
+        unit=unit.unit,
+        view=unit.view,
+        rows=unit.rows,
+        bytes=unit.num_bytes,
+        seconds=round(unit.seconds, 6),
+        rows_per_second=round(unit.rows / seconds, 3),
+        bytes_per_second=round(unit.num_bytes / seconds, 3),
+        teacher_share=round(min(1.0, unit.teacher_seconds / seconds), 4),
+        queue_depth=unit.queue_depth,
+        **more,
+    )
+
+
+def log_capture(url: str, report: CaptureReport) -> None:
+    """Logs the end of a capture, as an event."""
+    told = asdict(report) | {"slowest": report.slowest and report.slowest._asdict()}
+    event("run_finished", run="teacher-logits", cache=url, **told)
 
 
 # -- students ----------------------------------------------------------------------------------------------
@@ -357,6 +386,8 @@ def _fit(
         say(f"{label}: {out} holds this run, finished; reporting it")
     else:
         follow = track(label, config.train.epochs * len(feed.dataset))
+    name = {"run": f"train {model}", "labels": config.train.labels, "out": str(out)}
+    event("run_started", **name, samples=len(feed.dataset), epochs=config.train.epochs)
     with follow as advance:
         metrics = train(
             task,
@@ -368,5 +399,7 @@ def _fit(
             resolved=config.model_dump(mode="json") | {"student": {"model": model}},
             track=track_with,
             on_step=advance,
+            on_epoch=lambda row: event("epoch", **name, **row),
         )
+    event("run_finished", **name, **{key: metrics[key] for key in metrics.keys() - {"history", *name}})
     return metrics | {"model": model, "out": str(out)}

@@ -6,6 +6,7 @@
 
 The step's learning rate, the order of the samples and the view of an epoch are pure functions of the step,
 and everything else is in the checkpoint: a run that is killed and run again ends with the same weights.
+SIGINT and SIGTERM (`pipeline.stopping`) save a checkpoint after the step and end the run.
 A batch belongs to the optimizer's step; `accumulation_steps` only says into how many pieces it is split,
 so it never changes which samples meet which labels. So do processes: `batch_size` counts the samples of all of them,
 each takes its slice of every batch, and its gradient weighs as much as its rows.
@@ -37,9 +38,12 @@ from pipeline.models import count_parameters
 from pipeline.process_group import check_same, explained, from_first, join
 from pipeline.settings import Settings
 from pipeline.shuffle import BlockShuffle
+from pipeline.stopping import Interrupted, asked_signal, at_boundaries
 from pipeline.tasks import Task
 
 __all__ = ["Feed", "StudentSettings", "TrainSettings", "train"]
+
+AGREE_STEPS = 8
 
 
 class StudentSettings(Settings):
@@ -141,7 +145,8 @@ def train(
             "history": [],
             "seconds": 0.0,
         }
-        metrics = _run(loop, directory, progress, on_step, on_epoch)
+        with at_boundaries():
+            metrics = _run(loop, directory, progress, on_step, on_epoch)
         loop.save_weights(directory, "model")
         if accelerator.is_main_process:
             task.export(accelerator.unwrap_model(loop.model), directory.path)
@@ -195,29 +200,30 @@ def _run(
     """Runs the epochs that are left; `progress` is where the run stands and is saved with every checkpoint."""
     settings, order = loop.settings, loop.feed.order
     history, started, spent = progress["history"], time.monotonic(), progress["seconds"]
+
+    def save(loss: list[tuple[float, int]] | None) -> None:
+        seconds = spent + time.monotonic() - started
+        state = {**order.state_dict(), "history": history, "seconds": seconds, "loss": loss}
+        directory.save_checkpoint(loop.accelerator, state)
+
     order.load_state_dict(progress)
     loop.resume_loss_meter(progress.get("loss"))
     while order.epoch < settings.epochs and not _reached(loop.task, history, settings.stop_at):
         epoch = order.epoch  # the loader goes on to the next at its end
         for samples in loop.epoch():
             on_step(samples)
-            if settings.checkpoint_steps and loop.step % settings.checkpoint_steps == 0:
-                state = {
-                    **order.state_dict(),
-                    "history": history,
-                    "seconds": spent + time.monotonic() - started,
-                }
-                directory.save_checkpoint(loop.accelerator, state | {"loss": loop.loss_meters()})
+            asked = loop.asked_to_stop()
+            if asked or (settings.checkpoint_steps and loop.step % settings.checkpoint_steps == 0):
+                save(loop.loss_meters())
+            if asked:
+                raise Interrupted(asked)
         # Processes decide by this whether to go on: all by the same number.
         row = from_first({"epoch": epoch, "train_loss": loop.train_loss(), **loop.evaluate()})
         history.append(row)
         loop.accelerator.log(row, step=order.epoch)
         if all(_is_better(loop.task, row, past) for past in history[:-1]):
             loop.save_weights(directory, "best")
-        seconds = spent + time.monotonic() - started
-        directory.save_checkpoint(
-            loop.accelerator, {**order.state_dict(), "history": history, "seconds": seconds, "loss": None}
-        )
+        save(None)
         on_epoch(row)
     best = history[0]
     for row in history[1:]:
@@ -278,6 +284,20 @@ class _Loop:
                 )  # the loader has counted the batch
             self._update(batch.to(self.accelerator.device))
             yield num_samples
+
+    def asked_to_stop(self) -> int | None:
+        """Returns the signal that asked the run to end, None without one; the same on every rank.
+
+        Ranks are signalled at different steps, and a checkpoint is of one step: they agree now and then, because asking
+        each other waits for the device.
+        """
+        asked = asked_signal()
+        if self.accelerator.num_processes == 1:
+            return asked
+        if self.step % AGREE_STEPS:
+            return None
+        told = torch.tensor([float(asked or 0)], device=self.accelerator.device)
+        return int(self.accelerator.gather(told).max()) or None
 
     def _schedule(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to zero; a factor of the learning rate in (0, 1]."""

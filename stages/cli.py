@@ -1,10 +1,12 @@
 """The `softcache` command: one subcommand per stage.
 
-Exit codes: 0 done, 1 a softcache error (one readable message on stderr), 2 wrong usage. Of a run of many processes, the
-first one prints; an error is printed by the process that it comes from.
+Exit codes: 0 done, 1 a softcache error (one readable message on stderr), 2 wrong usage, 130 and 143 stopped by SIGINT
+and SIGTERM (a line on stderr says how to go on). Of a run of many processes, the first one prints; an error is printed by the
+process that it comes from.
 """
 
 import os
+import shlex
 import sys
 
 import click
@@ -13,6 +15,8 @@ from pipeline import __version__
 from pipeline.errors import SoftcacheError
 from pipeline.process_group import is_first_to_fail
 from pipeline.ranks import is_first
+from pipeline.progress import report
+from pipeline.stopping import Interrupted, signals_stop
 from stages.compare import compare
 from stages.convert import convert
 from stages.fidelity import fidelity
@@ -58,16 +62,23 @@ def main() -> None:
     sys.path.insert(0, "")  # so that `module:factory` finds the user's own modules, as `python -m` would
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    try:
-        softcache(standalone_mode=True)
-    except SoftcacheError as error:
-        if is_first_to_fail():
-            click.echo(f"softcache: {error}", err=True)
-        sys.exit(1)
-    except Exception:
-        if is_first_to_fail():
-            raise
-        sys.exit(1)
+    with signals_stop():
+        try:
+            softcache(standalone_mode=True)
+        except SoftcacheError as error:
+            if is_first_to_fail():
+                report("error", f"softcache: {error}", kind=type(error).__name__, message=str(error))
+            sys.exit(1)
+        except Interrupted as stopped:
+            again = shlex.join(["softcache", *sys.argv[1:]])
+            text = f"softcache: {stopped}; what is finished is kept, and the same command goes on: {again}"
+            if is_first():
+                report("interrupted", text, signal=stopped.signum, resume=again)
+            sys.exit(stopped.exit_code)
+        except Exception:
+            if is_first_to_fail():
+                raise
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.errors import TemperatureError
+from pipeline.progress import log_as
 
-__all__ = ["cache_option", "config_options", "parse_temperatures", "print_table", "track_option"]
+__all__ = [
+    "cache_option",
+    "config_options",
+    "log_option",
+    "parse_temperatures",
+    "print_table",
+    "track_option",
+]
 
 
 def config_options(command: Callable) -> Callable:
@@ -38,6 +46,19 @@ def cache_option(command: Callable) -> Callable:
     return click.option("--cache", "url", metavar="URL", help="The cache [default: runs/NAME/cache].")(
         command
     )
+
+
+def log_option(command: Callable) -> Callable:
+    """Adds --log, which takes effect at once and is no argument of the command."""
+    return click.option(
+        "--log",
+        type=click.Choice(["text", "json"]),
+        default="text",
+        show_default=True,
+        expose_value=False,
+        callback=lambda context, option, value: log_as(value),
+        help="What stderr gets: text for people, or one JSON object per line.",
+    )(command)
 
 
 def track_option(command: Callable) -> Callable:

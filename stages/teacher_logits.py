@@ -9,7 +9,7 @@ import click
 from pipeline.config import load_config
 from pipeline.progress import say
 from pipeline.runs import cache_is_ready, capture_labels, make_teacher, open_data, open_teacher
-from stages.options import cache_option, config_options
+from stages.options import cache_option, config_options, log_option
 
 __all__ = ["teacher_logits"]
 
@@ -17,6 +17,7 @@ __all__ = ["teacher_logits"]
 @click.command()
 @config_options
 @cache_option
+@log_option
 @click.option(
     "--reuse", is_flag=True, help="Do nothing (not even load the teacher) if the cache is complete."
 )
@@ -48,3 +49,10 @@ def teacher_logits(config_path: str, overrides: tuple[str, ...], url: str | None
         f"{num_bytes:,} bytes ({num_bytes / rows:.1f} per row); "
         f"{report.units_done} units made now, {report.units_found} were there; {report.seconds:.1f} s"
     )
+    if report.slowest is not None and report.seconds:
+        seconds, slowest = report.seconds, report.slowest
+        click.echo(
+            f"made now: {report.rows / seconds:,.0f} rows/s, {report.num_bytes / seconds:,.0f} bytes/s; teacher busy "
+            f"{min(1.0, report.teacher_seconds / (seconds * report.workers)):.0%} of the time; slowest unit "
+            f"{slowest.unit}: {slowest.seconds:.1f} s"
+        )

@@ -9,7 +9,7 @@ import click
 
 from pipeline.config import load_config
 from pipeline.runs import open_data, train_student
-from stages.options import cache_option, config_options, print_table, track_option
+from stages.options import cache_option, config_options, log_option, print_table, track_option
 from stages.rows import student_columns, student_row, student_title
 
 __all__ = ["train_student_command"]
@@ -19,6 +19,7 @@ __all__ = ["train_student_command"]
 @config_options
 @cache_option
 @track_option
+@log_option
 @click.option(
     "--student", "model", metavar="SPEC", help="The architecture [default: student.model of the config]."
 )
@@ -45,7 +46,8 @@ def train_student_command(
 ) -> None:
     """Train one student from the cache; the teacher is not loaded.
 
-    A run that was killed goes on from its last checkpoint; one that is finished is reported, not repeated.
+    A run that was killed goes on from its last checkpoint (SIGINT and SIGTERM save one first); one that is
+    finished is reported, not repeated.
 
     \b
     Example:

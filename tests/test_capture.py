@@ -14,8 +14,8 @@ import torch
 
 from pipeline import sparsify
 from pipeline.cache import open_cache
-from pipeline.capture import _OpenUnit
 from pipeline.errors import IdentityError, LabelError, StorageError
+from pipeline.open_units import OpenUnit
 from pipeline.runs import capture_labels, open_data, open_teacher
 from pipeline.stores import units
 from tests.caches import ROOT, digits_config, make_cache
@@ -176,7 +176,7 @@ def test_a_dead_writer_stops_the_run_with_its_error(tmp_path, monkeypatch):
 def test_at_most_so_many_units_wait_for_the_writer(tmp_path, monkeypatch):
     """The writer is held up until the teacher cannot go on; then only the queue, its unit and one more were labelled."""
     released, batches = threading.Event(), []
-    real_publish, real_add = units.publish_unit, _OpenUnit.add
+    real_publish, real_add = units.publish_unit, OpenUnit.add
 
     def slow(*args, **kwargs):
         released.wait(30)
@@ -187,7 +187,7 @@ def test_at_most_so_many_units_wait_for_the_writer(tmp_path, monkeypatch):
         real_add(self, batch, labels)
 
     monkeypatch.setattr("pipeline.capture.publish_unit", slow)
-    monkeypatch.setattr(_OpenUnit, "add", counted)
+    monkeypatch.setattr(OpenUnit, "add", counted)
     found = []
 
     def release():

@@ -8,13 +8,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = [
-    {"errors", "settings", "ranks", "counters", "blocks", "hashes"},
+    {"errors", "settings", "ranks", "stopping", "counters", "blocks", "hashes"},
     {"tail", "shuffle", "identity", "view_ops", "positions", "moving", "progress", "process_group"},
     {"labels"},
     {"views", "sources", "models", "sparsify", "losses", "codec"},
     {"manifest", "batches", "token_batches", "language", "fused"},
     {"stores", "teacher", "thaw"},
-    {"planning", "labelling", "mirror"},
+    {"planning", "labelling", "mirror", "open_units"},
     {"capture", "cache"},
     {"reader", "checkpoints", "tasks"},
     {"loader", "samplers"},
@@ -24,7 +24,7 @@ FLOORS = [
     {"runs"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-WRITING = {"positions", "sparsify", "teacher", "planning", "labelling", "capture"}
+WRITING = {"positions", "sparsify", "teacher", "planning", "labelling", "open_units", "capture"}
 READING = {"cache", "reader", "shuffle", "losses", "fused"}
 
 

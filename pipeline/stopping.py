@@ -1,0 +1,99 @@
+"""SIGINT and SIGTERM: a run ends where it can be resumed, says how, and exits with 128 + the signal's number.
+
+    with signals_stop():                # once, around a command
+        prepare()                       # a signal here raises Interrupted at once
+        with at_boundaries():           # around a loop whose body should not be torn
+            for batch in batches:
+                check()                 # a signal that came meanwhile raises Interrupted here
+                step(batch)
+
+The first signal asks; a second one ends the process at once, as SIGKILL would, which is safe, too: everything that is
+published is whole. Library code calls `check` freely: without `signals_stop` around it, no signal is touched.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ["Interrupted", "asked_signal", "at_boundaries", "check", "ignore_interrupts", "signals_stop"]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to end; no `except Exception` on the way takes it for an error.
+
+    Attributes:
+        signum: the signal's number; a command exits with 128 + that.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}")
+        self.signum = signum
+
+    @property
+    def exit_code(self) -> int:
+        return 128 + self.signum
+
+
+class _State:
+    """What this process was asked; signals are of a process, so there is one of these."""
+
+    asked: int | None = None
+    depth: int = 0
+
+
+@contextmanager
+def signals_stop() -> Iterator[None]:
+    """Makes SIGINT and SIGTERM raise `Interrupted` in the main thread; elsewhere it changes nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _State.asked, _State.depth = None, 0
+    before = {signum: signal.signal(signum, _received) for signum in SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        _State.asked, _State.depth = None, 0
+
+
+def _received(signum: int, frame: FrameType | None) -> None:
+    if _State.asked is not None:
+        os._exit(128 + signum)
+    _State.asked = signum
+    if _State.depth == 0:
+        raise Interrupted(signum)
+
+
+@contextmanager
+def at_boundaries() -> Iterator[None]:
+    """Within, a signal waits for the next `check`, or for the end of the block."""
+    _State.depth += 1
+    try:
+        yield
+    finally:
+        _State.depth -= 1
+    check()
+
+
+def asked_signal() -> int | None:
+    """Returns the signal that asked this process to end; None without one."""
+    return _State.asked
+
+
+def check() -> None:
+    """Raises Interrupted if a signal asked this process to end."""
+    if _State.asked is not None:
+        raise Interrupted(_State.asked)
+
+
+def ignore_interrupts(worker: int = 0) -> None:
+    """Of loader processes: Ctrl-C reaches all processes of a terminal; only the one that started them decides."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
