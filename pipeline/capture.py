@@ -197,6 +197,7 @@ def capture_units(
         writer = Writer(publish, work.settings.queue_units)
         abandoned.callback(writer.close)
         with turn or nullcontext():
+            last = time.perf_counter()
             _label_units(_claim_units(work, units, held, on_found), work, writer)
     return held
 

@@ -23,6 +23,7 @@ __all__ = [
     "SpecError",
     "StorageError",
     "TemperatureError",
+    "UnitsFailedError",
 ]
 
 
@@ -96,3 +97,7 @@ class LostProcessError(SoftcacheError, ConnectionError):
 
 class RunError(SoftcacheError, ValueError):
     """An output directory holds another run, or a run cannot be resumed."""
+
+
+class UnitsFailedError(SoftcacheError, RuntimeError):
+    """Some units failed on every worker that tried them; the others are done."""

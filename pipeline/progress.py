@@ -24,7 +24,7 @@ from rich.progress import TimeRemainingColumn as TimeLeft
 
 from pipeline.ranks import is_first
 
-__all__ = ["Advance", "event", "log_as", "report", "say", "track"]
+__all__ = ["Advance", "LogFormat", "event", "log_as", "log_format", "report", "say", "track"]
 
 PLAIN_SECONDS = 10.0
 LogFormat = Literal["text", "json"]
@@ -35,6 +35,11 @@ class _Mode:
 
     format: LogFormat = "text"
     lock = threading.Lock()
+
+
+def log_format() -> LogFormat:
+    """Returns how this process logs."""
+    return _Mode.format
 
 
 def log_as(format: LogFormat) -> None:

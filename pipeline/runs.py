@@ -19,6 +19,7 @@ from pipeline.capture import CaptureReport, UnitMetrics, capture, evaluate_teach
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, IdentityError, IncompleteCacheError
 from pipeline.identity import digest_json
+from pipeline.manifest import Manifest
 from pipeline.mirror import RunMirror
 from pipeline.modalities import Data, open_data
 from pipeline.planning import create_cache, default_plan, plan_manifest
@@ -26,7 +27,7 @@ from pipeline.process_group import join
 from pipeline.progress import event, say, track
 from pipeline.reader import HardLabelDataset, check_alignment
 from pipeline.shuffle import BlockShuffle
-from pipeline.stores.objects import is_bucket, open_objects
+from pipeline.stores.objects import Objects, is_bucket, open_objects
 from pipeline.student import Feed, train
 from pipeline.tasks import Task
 from pipeline.teacher import Teacher, TeacherSettings
@@ -40,6 +41,8 @@ __all__ = [
     "make_teacher",
     "open_data",
     "open_teacher",
+    "prepare_cache",
+    "teacher_is_missing",
     "train_student",
     "train_teacher",
 ]
@@ -95,14 +98,16 @@ def train_teacher(
     return metrics, weights
 
 
+def teacher_is_missing(config: RunConfig) -> bool:
+    """Returns whether the teacher's weights file is missing and the config says how to make it."""
+    weights = _teacher_settings(config).weights
+    return config.train_teacher is not None and weights is not None and not Path(weights).exists()
+
+
 def make_teacher(config: RunConfig, data: Data) -> None:
     """Trains the teacher if its weights file is missing and the config says how."""
     teacher = _teacher_settings(config)
-    if (
-        config.train_teacher is not None
-        and teacher.weights is not None
-        and not Path(teacher.weights).exists()
-    ):
+    if teacher_is_missing(config):
         say(f"teacher {teacher.model}: no weights at {teacher.weights} yet; training it once")
         metrics, _ = train_teacher(config, data)
         say(
@@ -158,8 +163,12 @@ def _check_said(config: RunConfig, cache: Cache) -> None:
         )
 
 
-def capture_labels(config: RunConfig, data: Data, teacher: Teacher, url: str) -> tuple[Cache, CaptureReport]:
-    """Runs the teacher over what is not labelled yet; returns the complete cache and what was done."""
+def prepare_cache(config: RunConfig, data: Data, teacher: Teacher, url: str) -> tuple[Objects, Manifest, str]:
+    """Creates the config's cache, or joins the one that is there; returns its manifest and the manifest's sha256.
+
+    Raises:
+        IdentityError: the cache there was made from something else.
+    """
     objects = open_objects(url, create=True)
     manifest, samples = plan_manifest(data.train, teacher, config.labels, config.capture)
 
@@ -171,7 +180,12 @@ def capture_labels(config: RunConfig, data: Data, teacher: Teacher, url: str) ->
                 data.evaluation, teacher, batch_size=config.capture.batch_size, progress=advance
             )
 
-    manifest, digest = create_cache(objects, manifest, samples, report=report)
+    return objects, *create_cache(objects, manifest, samples, report=report)
+
+
+def capture_labels(config: RunConfig, data: Data, teacher: Teacher, url: str) -> tuple[Cache, CaptureReport]:
+    """Runs the teacher over what is not labelled yet; returns the complete cache and what was done."""
+    objects, manifest, digest = prepare_cache(config, data, teacher, url)
     total = manifest.total_rows
     event("run_started", run="teacher-logits", cache=url, rows=total, units=manifest.plan.num_units)
     with track("teacher: label", total, "rows") as advance:

@@ -2,11 +2,15 @@
 
 make teacher-logits                                     # embedded data, a minute on a CPU
 softcache teacher-logits --config configs/digits.toml --set labels.k=5 --cache runs/k5
+softcache teacher-logits --config configs/digits.toml --dask auto
 """
 
 import click
 
+from pipeline.cache import Cache, open_cache
+from pipeline.capture import CaptureReport
 from pipeline.config import load_config
+from pipeline.errors import ConfigError
 from pipeline.progress import say
 from pipeline.runs import cache_is_ready, capture_labels, make_teacher, open_data, open_teacher
 from stages.options import cache_option, config_options, log_option
@@ -21,7 +25,25 @@ __all__ = ["teacher_logits"]
 @click.option(
     "--reuse", is_flag=True, help="Do nothing (not even load the teacher) if the cache is complete."
 )
-def teacher_logits(config_path: str, overrides: tuple[str, ...], url: str | None, reuse: bool) -> None:
+@click.option(
+    "--dask",
+    metavar="auto|ADDRESS",
+    help="Label on many workers: processes of this machine (auto), or a cluster that is there (tcp://host:8786).",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Processes of --dask auto [default: one per GPU, else per core].",
+)
+def teacher_logits(
+    config_path: str,
+    overrides: tuple[str, ...],
+    url: str | None,
+    reuse: bool,
+    dask: str | None,
+    workers: int | None,
+) -> None:
     """Run the teacher once; write its soft labels to the cache.
 
     Kill it at any moment and run it again: it does what is missing and nothing else. A teacher whose weights
@@ -30,16 +52,28 @@ def teacher_logits(config_path: str, overrides: tuple[str, ...], url: str | None
     \b
     Example:
       softcache teacher-logits --config configs/digits.toml --set labels.num_views=8
+      softcache teacher-logits --config configs/digits.toml --dask auto
     """
     config = load_config(config_path, overrides)
     url = url or config.cache_url
-    data = open_data(config)
-    if reuse and cache_is_ready(config, data, url):
+    if workers is not None and dask != "auto":
+        raise ConfigError("--workers: says how many processes --dask auto starts; give that, too")
+    if reuse and cache_is_ready(config, open_data(config), url):
         say(f"cache {url}: complete; the teacher is not loaded")
         return
-    make_teacher(config, data)
-    teacher = open_teacher(config, data)
-    cache, report = capture_labels(config, data, teacher, url)
+    if dask is not None:
+        from pipeline.parallel import capture_on_dask
+
+        report = capture_on_dask(config, url, dask, workers=workers)
+        cache = open_cache(url)
+    else:
+        data = open_data(config)
+        make_teacher(config, data)
+        cache, report = capture_labels(config, data, open_teacher(config, data), url)
+    _tell(cache, url, report)
+
+
+def _tell(cache: Cache, url: str, report: CaptureReport) -> None:
     plan = cache.manifest.plan
     num_bytes = sum(shard.num_bytes for marker in cache.markers.values() for shard in marker.shards)
     rows = sum(marker.num_rows for marker in cache.markers.values())

@@ -1,5 +1,10 @@
 """Teachers whose answers are known: pure functions of the pixels, no weights file, no training."""
 
+import os
+import signal
+import time
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -61,3 +66,56 @@ def wrong_head(num_classes, input_shape):
 
 def inverting_transform():
     return lambda image: 255 - image
+
+
+class PoisonedTeacher(KnownTeacher):
+    """Raises on one image, known by its first logit: whatever batch it comes in."""
+
+    def __init__(self, num_classes: int, size: int, poison: float) -> None:
+        super().__init__(num_classes, size)
+        self.poison = poison
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        logits_BV = super().forward(images_BCHW)
+        if (logits_BV[:, 0] - self.poison).abs().min() < 1e-5:
+            raise RuntimeError("cannot digest this image")
+        return logits_BV
+
+
+def poisoned(num_classes, input_shape, poison):
+    channels, height, width = input_shape
+    return PoisonedTeacher(num_classes, channels * height * width, poison)
+
+
+class DyingTeacher(KnownTeacher):
+    """Kills its own process, as the kernel would for want of memory, as long as there are lives in a folder."""
+
+    def __init__(self, num_classes: int, size: int, lives: str) -> None:
+        super().__init__(num_classes, size)
+        self.lives, self.calls = Path(lives), 0
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls > 3:
+            for life in sorted(self.lives.iterdir())[:1]:
+                life.unlink()
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward(images_BCHW)
+
+
+def dying(num_classes, input_shape, lives):
+    channels, height, width = input_shape
+    return DyingTeacher(num_classes, channels * height * width, lives)
+
+
+class SlowTeacher(KnownTeacher):
+    """Takes a twentieth of a second for a batch."""
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.05)
+        return super().forward(images_BCHW)
+
+
+def slow(num_classes, input_shape):
+    channels, height, width = input_shape
+    return SlowTeacher(num_classes, channels * height * width)

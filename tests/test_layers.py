@@ -22,6 +22,7 @@ FLOORS = [
     {"config"},
     {"modalities"},
     {"runs"},
+    {"parallel"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 WRITING = {"positions", "sparsify", "teacher", "planning", "labelling", "open_units", "capture"}
