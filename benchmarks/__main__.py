@@ -2,7 +2,7 @@
 
     make bench            or    python -m benchmarks [--quick] [--out DIR] [NAME…]
 
-DIR gets NAME.json and NAME.svg of each: capture, reading, epochs, scale. docs/benchmarks.md shows copies of both:
+DIR gets NAME.json and NAME.svg of each: capture, scheduling, reading, epochs, scale. docs/benchmarks.md shows copies:
 
     cp runs/benchmarks/*.svg docs/figures/
 
@@ -19,7 +19,7 @@ import click
 
 from pipeline.progress import say
 
-NAMES = ("capture", "reading", "epochs", "scale")
+NAMES = ("capture", "scheduling", "reading", "epochs", "scale")
 
 
 @click.command()

@@ -85,6 +85,7 @@ class Writer:
     def __init__(self, publish: Callable[[OpenUnit], None], depth: int) -> None:
         self._publish, self._queue = publish, queue.Queue[OpenUnit | None](depth)
         self._error: BaseException | None = None
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="softcache-writer", daemon=True)
         self._thread.start()
 
@@ -100,7 +101,7 @@ class Writer:
     @property
     def depth(self) -> int:
         """Units that wait, beside the one that is being published."""
-        return self._queue.qsize()
+        return max(0, self._queue.qsize() - self._closing)
 
     def put(self, item: OpenUnit) -> None:
         if self._error is not None:
@@ -113,6 +114,7 @@ class Writer:
             raise self._error
 
     def close(self) -> None:
+        self._closing = True
         self._queue.put(None)
         self._thread.join()
         self.raise_error()

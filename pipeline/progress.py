@@ -61,7 +61,11 @@ def _write_event(name: str, fields: dict[str, Any]) -> None:
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     line = json.dumps({"time": now, "event": name, **fields}, default=str)
     with _Mode.lock:  # the writer thread logs, too
-        print(line, file=sys.stderr, flush=True)
+        _write(line)
+
+
+def _write(line: str) -> None:
+    print(f"{line}\n", end="", file=sys.stderr, flush=True)  # one write: processes may share a stderr
 
 
 def say(text: str) -> None:
@@ -75,7 +79,7 @@ def report(name: str, line: str, **fields: Any) -> None:
     if _Mode.format == "json":
         _write_event(name, fields)
     else:
-        print(line, file=sys.stderr, flush=True)
+        _write(line)
 
 
 class Advance(Protocol):

@@ -24,6 +24,7 @@ from stages.gc import gc
 from stages.import_labels import import_command
 from stages.inspect import inspect_command
 from stages.slim import slim
+from stages.status import status
 from stages.students import students
 from stages.teacher_logits import teacher_logits
 from stages.thaw import thaw
@@ -42,6 +43,7 @@ def softcache() -> None:
 
 for command in (
     teacher_logits,
+    status,
     train_student_command,
     students,
     compare,

@@ -15,7 +15,7 @@ FLOORS = [
     {"manifest", "batches", "token_batches", "language", "fused"},
     {"stores", "teacher", "thaw"},
     {"planning", "labelling", "mirror", "open_units"},
-    {"capture", "cache"},
+    {"capture", "cache", "status"},
     {"reader", "checkpoints", "tasks"},
     {"loader", "samplers"},
     {"student", "verify", "convert", "slim", "fidelity", "paired", "trainer", "importing", "gc"},

@@ -140,7 +140,7 @@ def test_lost_and_held_units_are_asked_for_again(monkeypatch):
 
 @pytest.fixture(scope="module")
 def client():
-    with open_client("auto", LocalWorkers(2, gpus=False, torch_threads=1), dashboard=None) as client:
+    with open_client("auto", LocalWorkers(2, gpus=False, torch_threads=1), dashboard=":0") as client:
         yield client
 
 
@@ -307,7 +307,7 @@ if __name__ == "__main__":
     config = digits_config(teacher={"model": "tests.fakes:slow"}, capture={"evaluate": False, "unit_samples": 32})
     with signals_stop():
         try:
-            capture_on_dask(config, sys.argv[1], "auto", workers=1, dashboard=None)
+            capture_on_dask(config, sys.argv[1], "auto", workers=1, dashboard=":0")
         except Interrupted as stopped:
             sys.exit(stopped.exit_code)
 """

@@ -37,7 +37,7 @@ def capture_on_dask(
     *,
     workers: int | None = None,
     torch_threads: int | None = None,
-    dashboard: str | None = ":8787",
+    dashboard: str = ":8787",
 ) -> CaptureReport:
     """Runs the teacher on a cluster over what is not labelled yet; returns what was done.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -19,9 +20,9 @@ from uuid import uuid4
 import torch
 
 from pipeline.errors import ConfigError, MissingExtraError, RunError
+from pipeline.parallel.logs import dask_as_lines
 from pipeline.parallel.scheduling import WorkerDied
 from pipeline.parallel.worker import Job, Outcome, label
-from pipeline.progress import say
 
 __all__ = ["DaskCluster", "LocalWorkers", "local_workers", "open_client"]
 
@@ -48,13 +49,13 @@ def local_workers(device: str, workers: int | None = None) -> LocalWorkers:
 
 
 @contextmanager
-def open_client(where: str, local: LocalWorkers | None, *, dashboard: str | None = ":8787") -> Iterator[Any]:
+def open_client(where: str, local: LocalWorkers | None, *, dashboard: str = ":8787") -> Iterator[Any]:
     """Yields a client of a cluster, which is closed afterwards if it was started here.
 
     Args:
         where: "auto", or the address of a scheduler.
         local: what "auto" starts.
-        dashboard: where "auto" serves Dask's dashboard; None: nowhere.
+        dashboard: where "auto" serves Dask's dashboard.
 
     Raises:
         MissingExtraError: distributed is not installed, or dask-cuda where it is needed.
@@ -71,11 +72,15 @@ def open_client(where: str, local: LocalWorkers | None, *, dashboard: str | None
     if where != "auto" and "://" not in where:
         raise ConfigError(f"--dask {where}: expected auto, or a scheduler's address such as tcp://host:8786")
     with ExitStack() as stack:
-        stack.enter_context(_told_as_lines())
+        stack.enter_context(dask_as_lines())
         if local is not None:
             # A unit that kills its worker is given up at its third death, like one that fails three times.
             stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": 2}))
-            address: Any = stack.enter_context(_start(local, dashboard))
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore"
+                )  # that the dashboard's port is taken: the link tells which it has
+                address: Any = stack.enter_context(_start(local, dashboard))
         else:
             address = where
         try:
@@ -87,13 +92,13 @@ def open_client(where: str, local: LocalWorkers | None, *, dashboard: str | None
         yield client
 
 
-def _start(local: LocalWorkers, dashboard: str | None) -> Any:
+def _start(local: LocalWorkers, dashboard: str) -> Any:
     common: dict[str, Any] = {
         "n_workers": local.workers,
         "threads_per_worker": TASKS_PER_WORKER,
         "memory_limit": None,
         "dashboard_address": dashboard,
-        "silence_logs": False,  # they come to us as lines
+        "silence_logs": logging.WARNING,
         "preload": [PRELOAD],
     }
     if local.gpus and local.workers > 1:
@@ -108,25 +113,6 @@ def _start(local: LocalWorkers, dashboard: str | None) -> Any:
     from distributed import LocalCluster
 
     return LocalCluster(processes=True, **common)
-
-
-@contextmanager
-def _told_as_lines() -> Iterator[None]:
-    """Dask's warnings become lines of ours, so that a log of JSON objects stays one."""
-
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            say(f"dask: {record.getMessage()}")
-
-    logger, handler = logging.getLogger("distributed"), Lines(logging.WARNING)
-    before = logger.handlers[:], logger.propagate, logger.level
-    logger.handlers, logger.propagate = [handler], False
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.handlers, logger.propagate = before[0], before[1]
-        logger.setLevel(before[2])
 
 
 @dataclass

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from typing import Any
 
 import pyarrow as pa
@@ -140,12 +141,22 @@ class CloudObjects:
             check_path(prefix, self.url)
         return sorted(self._listed(prefix or None))
 
-    def _listed(self, prefix: str | None, *, limit: int | None = None) -> Sequence[str]:
-        def paths(client: Any, store: Any) -> Sequence[str]:
-            pages = client.list(store, prefix, chunk_size=limit or 1000)
-            return [entry["path"] for page in itertools.islice(pages, limit) for entry in page]
+    def times(self, prefix: str) -> dict[str, float]:
+        check_path(prefix, self.url)
+        return {path: modified.timestamp() for path, modified in self._listed(prefix).items()}
 
-        return self._client.ask(None, "listed", paths)
+    def _listed(self, prefix: str | None, *, limit: int | None = None) -> dict[str, datetime]:
+        """When each object below a folder was last written, by path."""
+
+        def entries(client: Any, store: Any) -> dict[str, datetime]:
+            pages = client.list(store, prefix, chunk_size=limit or 1000)
+            return {
+                entry["path"]: entry["last_modified"]
+                for page in itertools.islice(pages, limit)
+                for entry in page
+            }
+
+        return self._client.ask(None, "listed", entries)
 
     def dead_writes(self, *, remove: bool) -> dict[str, int]:
         return {}

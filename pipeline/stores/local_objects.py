@@ -153,6 +153,13 @@ class LocalObjects:
         found = (path[start:] for path in _files(os.fspath(folder)))
         return sorted(path for path in found if not path.startswith(f"{STAGING}/"))
 
+    def times(self, prefix: str) -> dict[str, float]:
+        found = {}
+        for path in self.list(prefix):
+            with suppress(FileNotFoundError):  # a claim ends when it likes
+                found[path] = (self.root / path).stat().st_mtime
+        return found
+
     def dead_writes(self, *, remove: bool) -> dict[str, int]:
         found = {}
         for path in _files(os.fspath(self.path(STAGING))):

@@ -68,6 +68,9 @@ class Objects(Protocol):
     def list(self, prefix: str) -> list[str]:
         """Returns the paths of all objects below a folder, sorted; "" is the root. Writes under way are left out."""
 
+    def times(self, prefix: str) -> dict[str, float]:
+        """Returns when each object below a folder was last written, by path, in seconds since the epoch."""
+
     def delete(self, path: str) -> None:
         """Removes an object, if it is there."""
 

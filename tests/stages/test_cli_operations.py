@@ -144,3 +144,58 @@ def test_a_student_that_is_signalled_saves_a_checkpoint_and_ends_with_the_same_w
     assert one.keys() == other.keys()
     for name in one:
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+# -- a run in progress, from outside -----------------------------------------------------------------------
+
+
+def test_status_tells_done_claimed_and_left_while_units_are_made(run, monkeypatch):
+    """It is asked in the middle of the fifth unit, by a hook of the run itself."""
+    from pipeline.status import read_status
+    from pipeline.stores.objects import open_objects
+
+    seen = []
+
+    def look(name):
+        if name == "before_marker":
+            seen.append(read_status(open_objects("runs/small/cache")))
+
+    monkeypatch.setattr(units, "_failpoint", look)
+    assert run("teacher-logits", "--set", "capture.queue_units=1").code == 0
+    assert [status.units_done for status in seen] == list(range(10))
+    for status in seen:
+        assert status.state == "running"
+        assert status.units_claimed >= 1
+        assert status.units_done + status.units_claimed + status.units_left == status.units_total == 10
+    assert (seen[5].samples_done, seen[5].samples_total) == (300, 600)
+    assert seen[1].rows_per_second is None, "one unit has no rate"
+    assert seen[5].rows_per_second > 0
+    assert seen[5].seconds_left == pytest.approx(300 / seen[5].samples_per_second)
+
+
+def test_status_measures_the_rate_by_the_times_of_markers(run):
+    run("teacher-logits")
+    for number in range(10):
+        os.utime(f"runs/small/cache/units/{number:05d}.json", (1000 + 2 * number, 1000 + 2 * number))
+    found = json.loads(run("status", "runs/small/cache", "--json").out)
+    assert found["state"] == "complete"
+    assert found["rows_per_second"] == pytest.approx((600 - 64) / 18)
+    os.remove("runs/small/cache/units/00003.json")
+    words = run("status", "runs/small/cache").out
+    assert "stopped; 9 of 10 units done, 0 claimed, 1 left (89.3% of the samples)" in words
+
+
+def test_status_watches_until_the_cache_is_complete(run, monkeypatch):
+    run("teacher-logits")
+    marker = Path("runs/small/cache/units/00003.json")
+    kept = marker.read_bytes()
+    marker.unlink()
+    monkeypatch.setattr("stages.status.time.sleep", lambda seconds: marker.write_bytes(kept))
+    lines = run("status", "runs/small/cache", "--watch", "5").out.splitlines()
+    assert [line.split(": ")[1].split(";")[0] for line in lines] == ["stopped", "complete"]
+
+
+def test_status_of_no_cache_is_one_message(run):
+    result = run("status", "nowhere")
+    assert result.code == 1
+    assert "nowhere/manifest.json: missing" in result.err

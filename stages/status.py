@@ -1,0 +1,57 @@
+"""Tell how far a capture is, from any machine that reaches the cache.
+
+softcache status runs/digits/cache
+softcache status runs/digits/cache --watch 10
+"""
+
+import json
+import time
+from dataclasses import asdict
+
+import click
+
+from pipeline.status import Status, read_status
+from pipeline.stores.objects import open_objects
+
+__all__ = ["status"]
+
+
+@click.command()
+@click.argument("url", metavar="CACHE")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on a line instead of words.")
+@click.option(
+    "--watch",
+    type=click.FloatRange(min=0.1),
+    metavar="SECONDS",
+    help="Tell it again and again, until it is complete.",
+)
+def status(url: str, as_json: bool, watch: float | None) -> None:
+    """Tell how far a capture is: units done, claimed and left, rows per second, time left.
+
+    Reads names, times and a few markers from the store; the run may be on any machine, and none is disturbed.
+
+    \b
+    Example:
+      softcache status runs/digits/cache --watch 10
+    """
+    objects = open_objects(url)
+    while True:
+        found = read_status(objects)
+        click.echo(json.dumps(asdict(found)) if as_json else _in_words(found))
+        if watch is None or found.state == "complete":
+            return
+        time.sleep(watch)
+
+
+def _in_words(found: Status) -> str:
+    share = found.samples_done / found.samples_total
+    units = f"{found.units_done:,} of {found.units_total:,} units done"
+    claims = f"{found.units_claimed:,} claimed, {found.units_left:,} left"
+    words = [f"cache {found.cache}: {found.state}; {units}, {claims} ({share:.1%} of the samples)"]
+    if found.rows_per_second is not None:
+        words.append(f"{found.rows_per_second:,.0f} rows/s")
+    if found.state != "complete" and found.seconds_left is not None:
+        words.append(f"{found.seconds_left:,.0f} s left")
+    if found.quiet_seconds is not None:
+        words.append(f"last unit {found.quiet_seconds:,.0f} s ago")
+    return "; ".join(words)
