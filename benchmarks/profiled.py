@@ -4,8 +4,8 @@
     python -m benchmarks.profiled images --seconds 40 &
     py-spy record --function --threads --duration 10 -o docs/figures/flame-images.svg --pid $!      # once it says "running"
 
-*images* reads shuffled batches of 256 from a thawed cache (`benchmarks.reading`); *capture* labels texts, V = 4,096, K = 128,
-and writes them (`benchmarks.capture`).
+*images* reads shuffled batches of 256 from a thawed cache (`benchmarks.reading`); *capture* labels texts, V = 4,096,
+K = 128, and writes them (`benchmarks.capture`).
 """
 
 from __future__ import annotations

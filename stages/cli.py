@@ -1,8 +1,8 @@
 """The `softcache` command: one subcommand per stage.
 
 Exit codes: 0 done, 1 a softcache error (one readable message on stderr), 2 wrong usage, 130 and 143 stopped by SIGINT
-and SIGTERM (a line on stderr says how to go on). Of a run of many processes, the first one prints; an error is printed by the
-process that it comes from.
+and SIGTERM (a line on stderr says how to go on). Of a run of many processes, the first one prints; an error is printed
+by the process that it comes from.
 """
 
 import os
@@ -14,8 +14,8 @@ import click
 from pipeline import __version__
 from pipeline.errors import SoftcacheError
 from pipeline.process_group import is_first_to_fail
-from pipeline.ranks import is_first
 from pipeline.progress import report
+from pipeline.ranks import is_first
 from pipeline.stopping import Interrupted, signals_stop
 from stages.compare import compare
 from stages.convert import convert

@@ -349,7 +349,8 @@ def test_a_thawed_cache_reads_the_bucket_once(remote, local, proxy, tmp_path, st
 # -- processes ---------------------------------------------------------------------------------------------
 
 
-def _read_elsewhere(pickled, queue):
+def _read_elsewhere(pickled, environment, queue):
+    os.environ.update(environment)  # the server that forks may have been started before a test set its own
     try:
         queue.put(pickle.loads(pickled).read([3]).ids.tobytes())
     except SoftcacheError as error:
@@ -362,7 +363,7 @@ def test_another_process_opens_the_bucket_itself_and_a_forked_one_is_told(remote
     for method in ("forkserver", "fork"):
         context = multiprocessing.get_context(method)
         queue = context.SimpleQueue()
-        process = context.Process(target=_read_elsewhere, args=(pickle.dumps(cache), queue))
+        process = context.Process(target=_read_elsewhere, args=(pickle.dumps(cache), dict(os.environ), queue))
         process.start()
         found = queue.get()
         process.join()

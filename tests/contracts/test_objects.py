@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.errors import CacheNotFoundError, StorageError
+from pipeline.errors import CacheNotFoundError, CorruptionError, StorageError
 from pipeline.stores.objects import LocalObjects, open_objects
 from tests.caches import ROOT
 
@@ -63,6 +63,26 @@ class Contract:
         objects.put("one", b"12345")
         objects.put("two", b"123456")
         assert list(objects.get_sized({"one": 5, "two": 5, "none": 5})) == [b"12345", 6, None]
+
+    def test_an_object_that_is_too_large_is_refused_before_it_is_read(self, objects):
+        objects.put("a/b", bytes(100))
+        assert objects.get("a/b", max_bytes=100) == bytes(100)
+        with pytest.raises(CorruptionError, match=r"a/b: 100 bytes; at most 99 are expected"):
+            objects.get("a/b", max_bytes=99)
+        with pytest.raises(CorruptionError, match=r"at most 99"):
+            list(objects.get_many(["a/b"], max_bytes=99))
+
+    def test_when_objects_were_written(self, objects):
+        before = time.time()
+        objects.put("times/one", b"1")
+        objects.put("timesout", b"2")
+        (path,) = found = objects.times("times")
+        assert path == "times/one"
+        assert before - 5 <= found[path] <= time.time() + 5
+
+    def test_finished_writes_leave_none_of_the_dead(self, objects):
+        objects.put("a", b"1")
+        assert objects.dead_writes(remove=True) == {}
 
     @pytest.mark.parametrize("checked_before", [False, True])
     def test_parts_of_objects(self, objects, checked_before):
