@@ -47,7 +47,7 @@ from tests.chaos.fuzz import fuzz
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     folder = tmp_path_factory.mktemp("small")
-    return {kind: make_small(kind, folder) for kind in ("images-zarr", "images-parquet", "tokens-zarr")}
+    return {kind: make_small(kind, folder) for kind in ("images-zarr", "images-parquet", "images-packed")}
 
 
 @pytest.fixture
@@ -307,6 +307,30 @@ def test_a_blosc_bomb_is_refused_by_its_head(small, forge):
     url = forge("images-zarr", {"labels.zarr/ids/c/0/0/0": bytes(shard)})
     with pytest.raises(CorruptionError, match=r"a chunk claims to hold 2,147,483,616 bytes; 64 expected"):
         open_cache(url).read([0])
+
+
+def test_a_zstandard_bomb_is_decoded_no_further_than_what_is_expected(small, tmp_path):
+    """A frame of a gigabyte in place of a chunk of packed records, its crc32c right; met by the store itself."""
+    import google_crc32c
+
+    _, _, files = small["images-packed"]
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        for _ in range(1024):
+            stream.write(bytes(2**20))
+    frame = sink.getvalue().to_pybytes()
+    chunk = frame + struct.pack("<I", google_crc32c.value(frame))
+    missing = struct.pack("<Q", 2**64 - 1) * 2
+    index = struct.pack("<QQ", 0, len(chunk)) + missing
+    shard = chunk + index + struct.pack("<I", google_crc32c.value(index))
+    write_files(tmp_path / "forged", Files({**files, "labels.zarr/record/c/0/0/0": shard}), {})
+    objects = open_objects(str(tmp_path / "forged"))
+    manifest = Manifest.parse(files[MANIFEST], where="here")
+    store, unit = open_store(manifest, objects), manifest.plan.unit(0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CorruptionError, match="column record: cannot be decoded"):
+        store.read(unit, 0, 8, ["record"])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "kilobytes"
 
 
 def bomb_table(rows):

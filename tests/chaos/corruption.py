@@ -86,6 +86,11 @@ def swap(draw: random.Random, files: Files, path: str) -> Files:
     return Files({**files, path: files[other], other: files[path]})
 
 
+def indent(draw: random.Random, files: Files, path: str) -> Files:
+    """The same JSON with other white space."""
+    return Files({**files, path: json.dumps(json.loads(files[path]), indent=draw.choice([1, 3, 4])).encode()})
+
+
 BY_FILE = {f.__name__.replace("_", " "): f for f in (turn_bit, turn_run, cut, lengthen, empty, lose, swap)}
 
 
@@ -215,6 +220,7 @@ def damage(kind: str, folder: Path, *, faults: int, seed: int) -> dict[tuple[str
         by_kind.setdefault(kind_of(path), []).append(path)
     plans: list[tuple[str, str]] = [(of, fault) for of in by_kind for fault in BY_FILE]
     plans = [plan for plan in plans if plan[1] != "swap" or len(by_kind[plan[0]]) > 1]
+    plans += [(of, "indent") for of in by_kind if any(path.endswith(".json") for path in by_kind[of])]
     plans += [("whole units", fault) for fault in BY_UNIT]
     table: dict[tuple[str, str], Counter[str]] = {}
     for number in range(faults):
@@ -222,7 +228,8 @@ def damage(kind: str, folder: Path, *, faults: int, seed: int) -> dict[tuple[str
         if of == "whole units":
             files = BY_UNIT[fault](draw, bench.files, bench.other)
         else:
-            files = BY_FILE[fault](draw, bench.files, draw.choice(by_kind[of]))
+            paths = [path for path in by_kind[of] if fault != "indent" or path.endswith(".json")]
+            files = (BY_FILE | {"indent": indent})[fault](draw, bench.files, draw.choice(paths))
         if files == bench.files:  # a sector of zeros over zeros: no fault
             continue
         told, student = bench.verdicts(files)

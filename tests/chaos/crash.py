@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import random
 import shutil
@@ -21,7 +22,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from tests.chaos.forge import Files, read_files
 from tests.chaos.processes import REFUSED, Child, full_disk, kill_at_step
 from tests.chaos.scenarios import Scenario, make_scenarios
 
+PAGE = 4096
 NOT_COMPARED = (".use", ".lock")
 """Times and inodes of thawed views, and claims, which are empty."""
 
@@ -41,12 +43,9 @@ class Trial:
     def __init__(self, scenario: Scenario, folder: Path) -> None:
         self.scenario, self.folder = scenario, folder
         self.root, self.log = folder / "here", folder / "log"
-        counts = folder / "counts"
+        counts, started = mmap.mmap(-1, 8), time.monotonic()
         assert self._run(kill_at_step(-1, counts)) == 0, self.log.read_text()
-        self.num_steps = int(counts.read_text())
-        started = time.monotonic()
-        self.clear()
-        assert self._run() == 0, self.log.read_text()
+        self.num_steps = int.from_bytes(counts[:8])
         self.seconds = time.monotonic() - started
         self.expected = self.files()
         self.tally: Counter[str] = Counter()
@@ -176,6 +175,7 @@ def _read(root: Path, reference: Path, stop: Path, count: Path) -> None:
     reads, seen, last = 0, set(), False
     while not last:
         last = stop.exists()
+        time.sleep(0.005)
         if not (root / "manifest.json").exists():
             continue
         cache = open_cache(str(root))
@@ -184,12 +184,12 @@ def _read(root: Path, reference: Path, stop: Path, count: Path) -> None:
             found = cache.samples_in(view)
             if not len(found):
                 continue
+            reads += 1
             labels, prints = cache.read_rows(found, view)
             rows = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in found])
             assert np.array_equal(prints, expected[view][1][found])
             for name in ("ids", "log_probs", "log_tail", "target_log_prob"):
                 assert np.array_equal(getattr(labels, name), getattr(expected[view][0], name)[rows]), name
-        reads += 1
     assert max(seen) == len(truth.markers)
     count.write_text(str(reads))
 
@@ -199,11 +199,12 @@ def _read(root: Path, reference: Path, stop: Path, count: Path) -> None:
 
 def fill_disk(trial: Trial, draw: random.Random, trials: int) -> None:
     """A file system that is too small, then larger; where none can be mounted, a limit on every file's size."""
-    total, largest = sum(map(len, trial.expected.values())), max(map(len, trial.expected.values()))
+    sizes = list(map(len, trial.expected.values()))
+    total, largest = sum(-(-size // PAGE) * PAGE for size in sizes), max(sizes)
     for _ in range(trials):
         trial.clear()
         trial.root.mkdir()
-        mounted = _mount(trial.root, draw.randint(4096, max(8192, 2 * total)))
+        mounted = _mount(trial.root, draw.randint(PAGE, total))
         try:
             prepare = () if mounted else (full_disk(draw.randint(1, largest)),)
             child = trial.start(*prepare)
@@ -230,37 +231,77 @@ def _mount(root: Path, num_bytes: int) -> bool:
 
 # -- all of it ----------------------------------------------------------------------------------------------
 
+Fault = Callable[[Trial, random.Random, int], str]
+"""Does a number of trials; returns what to call them."""
 
-def run(folder: Path, *, kills: int, seed: int, every_step: bool = False) -> dict[str, Counter[str]]:
-    """Returns what happened, by scenario and fault; a mismatch raises AssertionError with what it was."""
-    table: dict[str, Counter[str]] = {}
+
+def _random_kills(trial: Trial, draw: random.Random, trials: int) -> str:
+    kill_at_random(trial, draw, trials)
+    return "killed at random"
+
+
+def _every_step(trial: Trial, draw: random.Random, trials: int) -> str:
+    kill_at_every_step(trial)
+    return f"killed at each of {trial.num_steps} steps"
+
+
+def _two(trial: Trial, draw: random.Random, trials: int) -> str:
+    kill_among(trial, draw, max(1, trials // 4), 2)
+    return "two at once, some killed"
+
+
+def _four(trial: Trial, draw: random.Random, trials: int) -> str:
+    kill_among(trial, draw, max(1, trials // 4), 4)
+    return "four at once, some killed"
+
+
+def _reader(trial: Trial, draw: random.Random, trials: int) -> str:
+    reads = read_beside(trial, draw, max(1, trials // 4))
+    return f"killed beside a reader, which read {reads:,} times"
+
+
+def _full_disk(trial: Trial, draw: random.Random, trials: int) -> str:
+    fill_disk(trial, draw, max(1, trials // 4))
+    return "disk full"
+
+
+SHORT: dict[str, tuple[Fault, ...]] = {
+    "capture, images, zarr": (_random_kills, _reader),
+    "capture, text, parquet": (_random_kills, _two, _full_disk),
+    "convert to zarr": (_random_kills,),
+    "slim": (_random_kills,),
+    "import": (_random_kills,),
+    "thaw": (_random_kills, _full_disk),
+}
+
+
+def _faults_of(scenario: Scenario, *, every_step: bool, short: bool) -> tuple[Fault, ...]:
+    if every_step:
+        return (_every_step,)
+    if short:
+        return SHORT.get(scenario.name, ())
+    several = (_two, _four, _reader) if scenario.name.startswith("capture") else ()
+    return (_random_kills, *several, _full_disk)
+
+
+def run(
+    folder: Path, *, kills: int, seed: int, every_step: bool = False, short: bool = False
+) -> Iterator[tuple[str, Counter[str]]]:
+    """Yields what happened, by scenario and fault; a mismatch raises AssertionError with what it was."""
     scenarios = make_scenarios(folder)
     each = max(1, kills // len(scenarios) // 2)
     for scenario in scenarios:
+        faults = _faults_of(scenario, every_step=every_step, short=short)
+        if not faults:
+            continue
         place = folder / "trial"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         trial, draw = Trial(scenario, place), random.Random(f"{scenario.name} {seed}")
-
-        def told(fault: str, trial: Trial = trial, name: str = scenario.name) -> None:
-            table[f"{name}: {fault}"] = trial.tally
+        for fault in faults:
             trial.tally = Counter()
-
-        if every_step:
-            kill_at_every_step(trial)
-            told(f"killed at each of {trial.num_steps} steps")
-            continue
-        kill_at_random(trial, draw, each)
-        told("killed at random")
-        if scenario.name.startswith("capture") and scenario.is_cache:
-            for processes in (2, 4):
-                kill_among(trial, draw, max(1, each // 4), processes)
-                told(f"{processes} at once, some killed")
-            reads = read_beside(trial, draw, max(1, each // 4))
-            told(f"killed beside a reader that read {reads} times")
-        fill_disk(trial, draw, max(1, each // 4))
-        told("disk full")
-    return table
+            told = fault(trial, draw, each)
+            yield f"{scenario.name}: {told}", trial.tally
 
 
 COLUMNS = ("killed", "disk full", "reruns equal", "objects compared", "strays collected")
@@ -273,12 +314,21 @@ def main() -> None:
     parser.add_argument(
         "--every-step", action="store_true", help="one kill at every step of every scenario instead"
     )
+    parser.add_argument("--short", action="store_true", help="some of the scenarios, one trial of each")
     asked = parser.parse_args()
+    print("| what was stopped | " + " | ".join(COLUMNS) + " |\n|---|" + "--:|" * len(COLUMNS), flush=True)
+    total: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        table = run(Path(folder), kills=asked.kills, seed=asked.seed, every_step=asked.every_step)
-    print("| what was stopped | " + " | ".join(COLUMNS) + " |\n|---|" + "--:|" * len(COLUMNS))
-    for name, tally in [*table.items(), ("all", sum(table.values(), Counter()))]:
-        print(f"| {name} | " + " | ".join(f"{tally[column]:,}" for column in COLUMNS) + " |")
+        for name, tally in run(
+            Path(folder), kills=asked.kills, seed=asked.seed, every_step=asked.every_step, short=asked.short
+        ):
+            _print_row(name, tally)
+            total += tally
+    _print_row("all", total)
+
+
+def _print_row(name: str, tally: Counter[str]) -> None:
+    print(f"| {name} | " + " | ".join(f"{tally[column]:,}" for column in COLUMNS) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,9 +134,28 @@ def _write_answers(path: Path, data: Any) -> None:
     path.write_text("".join(lines))
 
 
+def _warm(folder: Path) -> None:
+    """Does once, in Parquet, what children do: compiled code is then loaded, and modules are imported.
+
+    Parquet alone: TensorStore must not be used before a fork, but it may be imported.
+    """
+    for module in ("tensorstore", "zarr.api.asynchronous", "zarr.storage", "zarr.codecs", "pyarrow.parquet"):
+        importlib.import_module(module)
+    for scenario in (
+        _images(folder, "parquet"),
+        _images(folder, "parquet", "packed"),
+        _texts(folder, "parquet"),
+    ):
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            scenario.work(Path(place))
+            verify = list(verify_units(open_cache(place)))
+            assert not verify, verify
+
+
 def make_scenarios(folder: Path) -> list[Scenario]:
     """Returns all of them; caches that some start from are made in children, so that this process stays fit to fork."""
     pipeline.capture.WAIT_SECONDS = pipeline.stores.units.WAIT_SECONDS = 0.02
+    _warm(folder)
     captures = [
         _images(folder, "parquet"),
         _images(folder, "zarr"),
