@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,28 +152,31 @@ def _warm(folder: Path) -> None:
             assert not verify, verify
 
 
-def make_scenarios(folder: Path) -> list[Scenario]:
-    """Returns all of them; caches that some start from are made in children, so that this process stays fit to fork."""
+def make_scenarios(folder: Path, names: Collection[str] | None = None) -> list[Scenario]:
+    """Returns those of these names, or all; caches that some start from are made in children, so that this process stays
+    fit to fork."""
     pipeline.capture.WAIT_SECONDS = pipeline.stores.units.WAIT_SECONDS = 0.02
     _warm(folder)
-    captures = [
-        _images(folder, "parquet"),
-        _images(folder, "zarr"),
-        _images(folder, "zarr", "packed"),
-        _texts(folder, "parquet"),
-        _texts(folder, "zarr"),
-    ]
-    made = {}
-    for scenario in captures[:2]:
-        made[scenario.name] = folder / scenario.name.replace(", ", "-")
-        child = Child(lambda scenario=scenario: scenario.work(made[scenario.name]), folder / "log")  # type: ignore[misc]
+    makers: dict[str, Callable[[], Scenario]] = {
+        "capture, images, parquet": lambda: _images(folder, "parquet"),
+        "capture, images, zarr": lambda: _images(folder, "zarr"),
+        "capture, images, zarr packed": lambda: _images(folder, "zarr", "packed"),
+        "capture, text, parquet": lambda: _texts(folder, "parquet"),
+        "capture, text, zarr": lambda: _texts(folder, "zarr"),
+        "convert to parquet": lambda: _convert(_made(folder, "zarr"), "parquet"),
+        "convert to zarr": lambda: _convert(_made(folder, "parquet"), "zarr"),
+        "slim": lambda: _slim(_made(folder, "zarr")),
+        "import": lambda: _import(folder),
+        "thaw": lambda: _thaw(_made(folder, "zarr")),
+    }
+    return [make() for name, make in makers.items() if names is None or name in names]
+
+
+def _made(folder: Path, store: str) -> Path:
+    """Returns a whole cache of images."""
+    place = folder / f"made-{store}"
+    if not place.exists():
+        scenario = _images(folder, store)
+        child = Child(lambda: scenario.work(place), folder / "log")
         assert child.wait() == 0, child.said()
-    parquet, zarr = made.values()
-    return [
-        *captures,
-        _convert(zarr, "parquet"),
-        _convert(parquet, "zarr"),
-        _slim(zarr),
-        _import(folder),
-        _thaw(zarr),
-    ]
+    return place
