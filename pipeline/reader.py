@@ -8,6 +8,7 @@ for batch in loader:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -116,9 +117,8 @@ def check_alignment(cache: Cache, data: Dataset) -> None:
     for part, here in data.identity(cache.num_views).items():
         if identity[part]["digest"] != here["digest"]:
             raise AlignmentError(
-                f"{where}: {_PARTS[part][0]} ({identity[part]['digest'][:17]} there, "
-                f"{here['digest'][:17]} here); restore the [{_PARTS[part][1]}] table of the config that made it, or "
-                "rebuild the cache"
+                f"{where}: {_PARTS[part][0]} ({_part_difference(identity[part], here, _PARTS[part][1])}); restore the "
+                f"[{_PARTS[part][1]}] table of the config that made it, or rebuild the cache"
             )
     if identity["source"]["digest"] != data.source.digest:
         raise AlignmentError(
@@ -133,17 +133,31 @@ _PARTS = {
 }
 
 
+def _part_difference(there: dict[str, Any], here: dict[str, Any], table: str) -> str:
+    """Returns each setting that differs, or where they are the same the digests."""
+    then, now = there.get("settings", {}), here.get("settings", {})
+    # Through JSON, as the manifest has been.
+    now = json.loads(json.dumps(now))
+    differing = [
+        f"{table}.{key}: {then.get(key)!r} there, {now.get(key)!r} here"
+        for key in sorted(then | now)
+        if then.get(key) != now.get(key)
+    ]
+    return "; ".join(differing) or f"{there['digest'][:17]} there, {here['digest'][:17]} here"
+
+
 def _source_difference(cache: Cache, data: Dataset) -> str:
     """Returns what changed, naming the first sample at fault; reads the data only on this path."""
     table, source = cache.samples_table(), data.source
     keys = source.keys()
+    lost, new = sorted(set(table.keys) - set(keys)), sorted(set(keys) - set(table.keys))
+    told = [f"{key!r} is gone" for key in lost[:1]] + [f"{key!r} is new" for key in new[:1]]
     if len(table.keys) != len(source):
-        lost, new = sorted(set(table.keys) - set(keys)), sorted(set(keys) - set(table.keys))
-        told = [f"{key!r} is gone" for key in lost[:1]] + [f"{key!r} is new" for key in new[:1]]
         return f"{len(table.keys)} samples were labelled, the source has {len(source)} ({', '.join(told)})"
     for sample, (there, here) in enumerate(zip(table.keys, keys, strict=True)):
         if there != here:
-            return f"sample {sample} was {there!r} when labelled and is {here!r} now (order or keys changed)"
+            why = ", ".join(told) or "the order changed"
+            return f"sample {sample} was {there!r} when labelled and is {here!r} now ({why})"
     fact, then, now = (
         ("rows", table.num_rows, source.num_rows())
         if data.kind == "tokens"
@@ -156,7 +170,12 @@ def _source_difference(cache: Cache, data: Dataset) -> str:
         changed = np.flatnonzero(data.load(samples, 0).fingerprints != stored)
         if len(changed):
             return f"the contents of sample {keys[samples[changed[0]]]!r} changed since it was labelled"
-    return f"the contents of source {source.name} changed since it was labelled (in samples not finished yet)"
+    if cache.missing_units:
+        return f"the contents of source {source.name} changed since it was labelled (in samples not finished yet)"
+    return (
+        f"source {source.name} is another one than was labelled, though keys, ground truth and contents of its samples are "
+        "the same (files that were written anew with other sizes, or what else its digest covers)"
+    )
 
 
 def with_labels(batch: Any, stored: StoredRows, cache: Cache, data: Dataset) -> Any:

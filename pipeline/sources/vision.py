@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -127,9 +128,11 @@ def _own(spec: str, split: Split, limit: int | None) -> Source:
         )
     keys, targets = source.keys(), np.asarray(source.targets())
     if len(set(keys)) != len(source) or len(keys) != len(source) or targets.shape != (len(source),):
+        twice = [key for key, count in Counter(keys).most_common(1) if count > 1]
         raise SourceError(
-            f"source {source.name}: {len(source)} samples with {len(set(keys))} different keys and targets of shape "
-            f"{targets.shape}; expected a key of its own and one class for each sample"
+            f"source {source.name}: {len(source)} samples with {len(set(keys))} different keys"
+            f"{f' ({twice[0]!r} comes twice)' if twice else ''} and targets of shape {targets.shape}; expected a key of its "
+            "own and one class for each sample"
         )
     if len(source) and not 0 <= targets.min() <= targets.max() < source.num_classes:
         raise SourceError(
