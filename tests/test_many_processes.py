@@ -143,8 +143,15 @@ def _trains_everything(rank, images, texts, out):
     found["texts"] = train_texts(texts, out / "texts")
     found["again"] = train_images(images, out / "images")
     found["draws"] = _draws(images, out / "draws")
+    with pytest.MonkeyPatch.context() as patch, watched(patch, dies_at(6)), pytest.raises(Killed):
+        train_images(images, out / "broken", model=RESTLESS, tables=HALVES)
+    train_images(images, out / "broken", model=RESTLESS, tables=HALVES)
     print("said once")
     return found
+
+
+# Of 101 samples each rank has 50: batch normalisation cannot train on one alone.
+HALVES = {"train": {"batch_size": 101}}
 
 
 def _draws(images, out):
@@ -156,8 +163,7 @@ def _draws(images, out):
         return weights(directory, accelerator, before)
 
     RunDirectory.load_checkpoint = keep
-    # Of 101 samples each rank has 50: batch normalisation cannot train on one alone.
-    _, metrics = train_images(images, out, model=RESTLESS, tables={"train": {"batch_size": 101}})
+    _, metrics = train_images(images, out, model=RESTLESS, tables=HALVES)
     model = statistics[0]
     buffers = {name.removeprefix("module."): value.tolist() for name, value in model.named_buffers()}
     return float(torch.rand(())), buffers, curves(metrics)
@@ -183,6 +189,10 @@ def test_two_processes_train_the_student_that_one_trains(tmp_path, images, texts
     assert first["again"] == ([], first["images"][1]), "finished, and reported"
     assert first["draws"][0] != second["draws"][0], "one dropout mask for both halves of a batch"
     assert first["draws"][1:] == second["draws"][1:], "what was evaluated is what was saved"
+    whole, broken = (
+        (tmp_path / "two" / name / "model.safetensors").read_bytes() for name in ("draws", "broken")
+    )
+    assert whole == broken, "each rank's random numbers went on where the checkpoint was"
     assert "holds this run, finished; reporting it" in ended[0].err
     assert "606/606 samples" in ended[0].err, "progress counts the samples of all"
     assert ended[1].err == ""
