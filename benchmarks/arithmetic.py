@@ -18,7 +18,7 @@ import click
 
 # -- measured here (docs/benchmarks.md, docs/fidelity.md) --------------------------------------------------
 
-OVERHEAD_SECONDS = 0.010
+OVERHEAD_SECONDS = 0.008
 """Of a unit on a Dask cluster over a plain run, rounded up: python -m benchmarks.scheduling."""
 DECODED_ROWS = {"tokens": 2.0e6, "views": 3.7e6}
 """Rows decoded per second of one core, packed: python -m benchmarks.codecs."""

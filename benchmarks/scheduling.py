@@ -11,11 +11,15 @@ units are on a worker and two more are waiting.
 
 The overhead of a unit is a constant; a unit of R rows takes a teacher of r rows/s R / r seconds. So it stays below 1% from
 R = 100 r x overhead on.
+
+Beside that, the peak memory of driver and worker as the rows of a cache grow tenfold, each in processes of its own.
 """
 
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +40,7 @@ from stages.options import print_table
 UNIT_ROWS = 4
 TEACHER_ROWS = (100, 1_000, 10_000, 100_000)
 SHARE = 0.01
+GROWTH = (1, 10)
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
@@ -65,6 +70,17 @@ def contenders(config: RunConfig, address: str, few: int, many: int) -> dict[str
     }
 
 
+def rates_on(client: Any, few: int, many: int, *, rounds: int) -> dict[str, list[float]]:
+    """Returns units per second of every contender and round, on the cluster of a client."""
+    with tempfile.TemporaryDirectory(dir=MEMORY) as folder:
+        config = image_config(folder, "linear", 8, many * UNIT_ROWS)
+        config = with_capture(config, unit_samples=UNIT_ROWS, chunk_samples=UNIT_ROWS, batch_size=UNIT_ROWS)
+        runs = contenders(config, client.scheduler.address, few, many)
+        for run in runs.values():
+            run()  # compiled code, the worker's imports
+        return measure(runs, rounds)
+
+
 def unit_seconds(rates: dict[str, list[float]], name: str, few: int, many: int) -> list[float]:
     """Returns seconds per unit of each round: the slope between a run of few and one of many units."""
     small, large = ([units / rate for rate in rates[f"{name}, {units}"]] for units in (few, many))
@@ -91,6 +107,41 @@ def needed_rows(overhead_seconds: float, rows_per_second: float) -> float:
     return overhead_seconds * rows_per_second / SHARE
 
 
+def peak_mb(growth: int, *, quick: bool) -> tuple[float, float]:
+    """Returns the peak memory (MB) of a fresh driver and of its fresh worker, which capture so many times the rows."""
+    how = [sys.executable, "-m", "benchmarks.scheduling", "--peak-of", str(growth)]
+    done = subprocess.run([*how, *(["--quick"] if quick else [])], capture_output=True, text=True, check=True)
+    driver, worker = done.stdout.split()[-2:]
+    return float(driver), float(worker)
+
+
+def own_peak_mb() -> float:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
+
+
+def report_peak(growth: int, *, quick: bool) -> None:
+    local = LocalWorkers(1, gpus=False, torch_threads=1)
+    with (
+        tempfile.TemporaryDirectory(dir=MEMORY) as folder,
+        open_client("auto", local, dashboard=":0") as client,
+    ):
+        config = image_config(folder, "linear", 8, 64 if quick else None)
+        size = 16 if quick else 256  # small units, so that there are more of them than are ever in flight
+        config = with_capture(config, unit_samples=size, chunk_samples=size, batch_size=size)
+        labels = config.labels.model_copy(update={"num_views": growth * (1 if quick else 8)})
+        config = config.model_copy(update={"labels": labels})
+        capture_on_dask(config, f"{folder}/cache", client.scheduler.address, torch_threads=1)
+        (worker,) = client.run(own_peak_mb).values()
+    click.echo(f"{own_peak_mb():.1f} {worker:.1f}")
+
+
+def show_memory(*, quick: bool) -> None:
+    peaks = {growth: peak_mb(growth, quick=quick) for growth in GROWTH}
+    rows = [(f"{growth} x", *(f"{mb:,.0f}" for mb in both)) for growth, both in peaks.items()]
+    print_table("peak memory, MB", ("rows", "driver", "worker"), rows)
+
+
 def show_sizes(overhead: float) -> None:
     rows = [
         (
@@ -110,25 +161,23 @@ def show_sizes(overhead: float) -> None:
 @click.option("--rounds", default=5, show_default=True, help="Interleaved rounds.")
 @click.option("--json", "json_path", metavar="FILE", help="Also write the figures here.")
 @click.option("--plot", "plot_path", metavar="FILE", help="Also draw them here, PNG or SVG.")
-def main(quick: bool, rounds: int, json_path: str | None, plot_path: str | None) -> None:
+@click.option("--peak-of", type=int, hidden=True)
+def main(quick: bool, rounds: int, json_path: str | None, plot_path: str | None, peak_of: int | None) -> None:
     """Measure what a unit costs on a Dask cluster beside what it costs in a plain run."""
     torch.set_num_threads(1)
+    if peak_of is not None:
+        report_peak(peak_of, quick=quick)
+        return
     few, many = (4, 12) if quick else (40, 340)
-    rounds = 1 if quick else rounds
-    local = LocalWorkers(1, gpus=False, torch_threads=1)
-    with tempfile.TemporaryDirectory() as folder, open_client("auto", local, dashboard=":0") as client:
-        config = image_config(folder, "linear", 8, many * UNIT_ROWS)
-        config = with_capture(config, unit_samples=UNIT_ROWS, chunk_samples=UNIT_ROWS, batch_size=UNIT_ROWS)
-        runs = contenders(config, client.scheduler.address, few, many)
-        for run in runs.values():
-            run()  # compiled code, the worker's imports
-        rates = measure(runs, rounds)
+    with open_client("auto", LocalWorkers(1, gpus=False, torch_threads=1), dashboard=":0") as client:
+        rates = rates_on(client, few, many, rounds=1 if quick else rounds)
     rows, overheads = figures(rates, few, many)
     title = f"units of {UNIT_ROWS} rows, published"
     show(title, rows, unit="units/s")
     overhead = max(0.0, statistics.median(overheads))
     click.echo(f"overhead per unit, ms, by round: {', '.join(f'{1e3 * one:.2f}' for one in overheads)}")
     show_sizes(overhead)
+    show_memory(quick=quick)
     results: dict[str, Any] = {title: rows}
     if json_path:
         save(json_path, results)

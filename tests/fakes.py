@@ -87,6 +87,22 @@ def poisoned(num_classes, input_shape, poison):
     return PoisonedTeacher(num_classes, channels * height * width, poison)
 
 
+class DeadlyTeacher(PoisonedTeacher):
+    """Kills its own process on that image."""
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        try:
+            return super().forward(images_BCHW)
+        except RuntimeError:
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise
+
+
+def deadly(num_classes, input_shape, poison):
+    channels, height, width = input_shape
+    return DeadlyTeacher(num_classes, channels * height * width, poison)
+
+
 class DyingTeacher(KnownTeacher):
     """Kills its own process, as the kernel would for want of memory, as long as there are lives in a folder."""
 

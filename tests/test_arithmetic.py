@@ -1,7 +1,6 @@
 """The tables of docs/scale.md are those that the formulas give, and the formulas are right where one can check by hand."""
 
 import doctest
-import json
 
 from click.testing import CliRunner
 
@@ -34,13 +33,3 @@ def test_the_objects_of_a_unit_are_those_that_a_store_writes(tmp_path):
     text = make_text_cache(tmp_path / "text", tmp_path, capture={"codec": "packed"})[2]
     for cache, case in ((image, arithmetic.IMAGES), (text, arithmetic.TEXT)):
         assert {len(marker.shards) for marker in cache.markers.values()} == {case.shards}
-
-
-def test_scheduling_benchmark_runs(tmp_path):
-    path, plot = tmp_path / "figures.json", tmp_path / "figures.svg"
-    how = ["--quick", "--json", str(path), "--plot", str(plot)]
-    done = CliRunner().invoke(scheduling.main, how)
-    assert done.exit_code == 0, done.output
-    (rows,) = json.loads(path.read_text())["results"].values()
-    assert [row["name"] for row in rows] == ["plain", "dask, one worker"]
-    assert plot.stat().st_size > 0

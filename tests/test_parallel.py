@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from benchmarks import scheduling
 from pipeline.cache import open_cache
 from pipeline.capture import UnitMetrics
 from pipeline.errors import ConfigError, IdentityError, RunError, UnitsFailedError
@@ -296,6 +297,20 @@ def test_what_is_no_address_and_where_nobody_answers_is_said(tmp_path, monkeypat
         capture_on_dask(digits_config(), str(tmp_path / "cache"), "tcp://127.0.0.1:1")
 
 
+def test_the_scheduling_benchmark_gives_the_slope_of_both_roads(client):
+    rates = scheduling.rates_on(client, 3, 9, rounds=1)
+    assert set(rates) == {"plain, 3", "plain, 9", "dask, 3", "dask, 9"}
+    made_up = {
+        "plain, 3": [3.0],
+        "plain, 9": [3.0],
+        "dask, 3": [1.0],
+        "dask, 9": [1.5],
+    }  # 1, 3, 3 and 6 seconds
+    rows, overheads = scheduling.figures(made_up, 3, 9)
+    assert overheads == pytest.approx([0.5 - 2 / 6])
+    assert [row.per_second for row in rows] == pytest.approx([3.0, 2.0])
+
+
 # -- the driver dies ---------------------------------------------------------------------------------------
 
 DRIVER = """
@@ -311,6 +326,18 @@ if __name__ == "__main__":
         except Interrupted as stopped:
             sys.exit(stopped.exit_code)
 """
+
+
+@pytest.mark.chaos
+def test_a_unit_that_kills_every_worker_is_named_and_no_neighbour_is_blamed(tmp_path, address):
+    config, _ = poisonous_config(137, view=1)
+    model = config.teacher.model.replace("poisoned", "deadly")
+    config = digits_config(teacher={"model": model}, capture={"evaluate": False})
+    with pytest.raises(
+        UnitsFailedError, match=r"1 of 10 units failed.*\n  unit 7 \(view 1.*worker process died 3 times"
+    ):
+        capture_on_dask(config, str(tmp_path / "cache"), address)
+    assert list(open_cache(tmp_path / "cache").missing_units) == [7]
 
 
 @pytest.mark.parametrize(

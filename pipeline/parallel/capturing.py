@@ -59,7 +59,7 @@ def capture_on_dask(
     threads = torch_threads or (local.torch_threads if local else None)
     job = Job(config.model_dump_json(exclude_unset=True), url, torch_threads=threads, log=log_format())
     with open_client(where, local, dashboard=dashboard) as client:
-        cluster = DaskCluster(client, job)
+        cluster = DaskCluster(client, job, is_local=local is not None)
         workers = len(cluster.threads())
         waiting = "" if workers else ", waiting for the first"
         say(f"dask: {workers} workers at {client.scheduler.address}{waiting}{_dashboard(client)}")

@@ -29,6 +29,15 @@ __all__ = ["DaskCluster", "LocalWorkers", "local_workers", "open_client"]
 TASKS_PER_WORKER = 2
 CONNECT_SECONDS = "30s"
 PRELOAD = "pipeline.parallel.preload"
+LOCAL_SETTINGS = {
+    # A unit that kills its worker is given up at its third death, like one that fails three times.
+    "distributed.scheduler.allowed-failures": 2,
+    # A process that starts again imports torch; where that takes longer than the default of 15 seconds, on a busy
+    # machine, Dask would end the nanny that starts it, and with the last one everything would wait for ever.
+    "distributed.deploy.lost-worker-timeout": "10 minutes",
+}
+PATIENCE_SECONDS = 600.0
+"""Without a single worker of "auto", after which the run ends."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +83,7 @@ def open_client(where: str, local: LocalWorkers | None, *, dashboard: str = ":87
     with ExitStack() as stack:
         stack.enter_context(dask_as_lines())
         if local is not None:
-            # A unit that kills its worker is given up at its third death, like one that fails three times.
-            stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": 2}))
+            stack.enter_context(dask.config.set(LOCAL_SETTINGS))
             with warnings.catch_warnings():
                 warnings.simplefilter(
                     "ignore"
@@ -121,9 +129,11 @@ class DaskCluster:
 
     client: Any
     job: Job
+    is_local: bool = False
     _run: str = field(default_factory=lambda: uuid4().hex[:8])
     _threads: dict[str, int] = field(default_factory=dict)
     _asked: float = -1e9
+    _last_seen: float = field(default_factory=time.monotonic)
 
     def submit(self, unit: int, *, last: bool, avoid: frozenset[str]) -> Any:
         others = [worker for worker in self.threads() if worker not in avoid] if avoid else []
@@ -150,7 +160,7 @@ class DaskCluster:
             return handle.result()
         except KilledWorker as error:
             raise WorkerDied(
-                f"the worker process died {error.allowed_failures + 1} times while it had this unit, and once more with "
+                f"the worker process died {error.allowed_failures + 1} times while it had this unit, and again with "
                 "nothing beside it: out of memory, or a crash in native code; see the worker's log"
             ) from error
         except Exception as error:  # it did not even start: no softcache there, or another version of Dask
@@ -172,4 +182,6 @@ class DaskCluster:
         return sum(self.threads().values())
 
     def is_alive(self) -> bool:
-        return self.client.status == "running"
+        if self.threads() or not self.is_local:
+            self._last_seen = time.monotonic()
+        return self.client.status == "running" and time.monotonic() - self._last_seen < PATIENCE_SECONDS

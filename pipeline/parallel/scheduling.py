@@ -102,7 +102,7 @@ class Scheduler:
                 except queue.Empty:
                     if not self._cluster.is_alive():
                         raise RunError(
-                            "dask: the scheduler is gone; finished units are kept: start a cluster and run again"
+                            "dask: the scheduler is gone, or every local worker; finished units are kept: run again"
                         ) from None
                 check()
         finally:
