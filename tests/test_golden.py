@@ -86,7 +86,7 @@ def test_a_frozen_row_that_is_touched_no_longer_verifies(store, tmp_path):
 def test_what_later_versions_of_zarr_add_is_no_fault(tmp_path):
     shutil.copytree(GOLDEN / "zarr", tmp_path / "cache")
     path = tmp_path / "cache" / "labels.zarr" / "ids" / "zarr.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_later": {}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_later": {"must_understand": False}}))
     assert list(verify_units(open_cache(tmp_path / "cache"))) == []
 
 

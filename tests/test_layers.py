@@ -14,7 +14,7 @@ FLOORS = [
     {"views", "sources", "models", "sparsify", "losses", "codec"},
     {"manifest", "batches", "token_batches", "language", "fused"},
     {"stores", "teacher", "thaw"},
-    {"planning", "labelling", "mirror", "open_units"},
+    {"planning", "labelling", "mirror", "open_units", "stored_units"},
     {"capture", "cache", "status"},
     {"reader", "checkpoints", "tasks"},
     {"loader", "samplers"},
@@ -26,7 +26,7 @@ FLOORS = [
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 WRITING = {"positions", "sparsify", "teacher", "planning", "labelling", "open_units", "capture"}
-READING = {"cache", "reader", "shuffle", "losses", "fused"}
+READING = {"stored_units", "cache", "reader", "shuffle", "losses", "fused"}
 
 
 def modules():
