@@ -25,16 +25,18 @@ class FaultProxy:
 
     Attributes:
         rates: the share of requests that meet each fault; may be changed while it runs.
+        dead_after: requests, after which every one is cut; None for never.
         counts: of requests, by what happened to them ("passed", or a fault).
         answered_bytes: of all bodies that were sent to clients.
         most_at_once: requests that were in the proxy together.
-        delay_seconds: that every request takes, like a server far away.
+        gather: requests for .json objects wait until so many are in the proxy together, or for five seconds; then 0.
     """
 
     def __init__(self, upstream_port: int, *, seed: int, stall_seconds: float) -> None:
         self.rates: dict[str, float] = {}
+        self.dead_after: int | None = None
         self.counts: Counter[str] = Counter()
-        self.answered_bytes, self.most_at_once, self.delay_seconds, self._inside = 0, 0, 0.0, 0
+        self.answered_bytes, self.most_at_once, self.gather, self._inside = 0, 0, 0, 0
         self.upstream_port, self.stall_seconds = upstream_port, stall_seconds
         self._random, self._lock = random.Random(seed), threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"proxy": self}))
@@ -53,16 +55,22 @@ class FaultProxy:
                     chosen = name
                     break
                 place -= rate
+            if self.dead_after is not None and self.requests >= self.dead_after:
+                chosen = "cut_request"
             self.counts[chosen] += 1
             return chosen
 
     @contextmanager
-    def counted(self) -> Iterator[None]:
+    def counted(self, path: str) -> Iterator[None]:
+        end = time.monotonic() + 5
         with self._lock:
             self._inside += 1
             self.most_at_once = max(self.most_at_once, self._inside)
         try:
-            time.sleep(self.delay_seconds)
+            while path.endswith(".json") and self._inside < self.gather and time.monotonic() < end:
+                time.sleep(0.002)
+            if path.endswith(".json"):
+                self.gather = 0
             yield
         finally:
             with self._lock:
@@ -94,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _pass(self) -> None:
-        with self.proxy.counted():
+        with self.proxy.counted(self.path):
             self._handle_one()
 
     def _handle_one(self) -> None:

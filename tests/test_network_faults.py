@@ -4,7 +4,6 @@
 """
 
 import os
-import threading
 import time
 from pathlib import Path
 
@@ -139,23 +138,14 @@ def test_a_server_that_goes_away_is_one_error_and_the_rerun_goes_on(
 ):
     monkeypatch.setenv("SOFTCACHE_RETRY_SECONDS", "1")
     proxy, url = network(2), f"{bucket}/cache"
-
-    def goes_away():
-        while proxy.requests < 60:
-            time.sleep(0.001)
-        proxy.rates = {"cut_request": 1.0}
-
-    proxy.delay_seconds = 0.005
-    watcher = threading.Thread(target=goes_away)
-    watcher.start()
+    proxy.dead_after = 60
     with pytest.raises(
         StorageError, match=r"s3://.*: cannot be \w+: no answer.*then rerun: what is finished is kept"
     ):
         capture(url)
-    watcher.join()
     with pytest.raises(StorageError, match="check the network"):
         open_cache(url)
-    proxy.rates = {}
+    proxy.dead_after = None
     done = set(open_cache(url).markers)
     assert 0 < len(done) < 10
     assert capture(url)[1].units_done == 10 - len(done)

@@ -61,14 +61,14 @@ _STATUS = re.compile(r"Server returned (?:non-2xx status code|error response): (
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether another try may go well: no answer, half of one, or a server that says that it is busy."""
+    """Whether another try may go well: no answer, half of one, or a server that is busy or has two writers at once (409)."""
     text = str(error)
     if isinstance(error, FileNotFoundError | ValueError) or _REFUSED.search(text) or "builder error" in text:
         return False
     if any(sign in text for sign in (*_NO_BUCKET, *_NO_CREDENTIALS)):
         return False
     status = _STATUS.search(text)
-    return status is None or status[1][0] == "5" or status[1].startswith(("408", "429"))
+    return status is None or status[1][0] == "5" or status[1].startswith(("408", "409", "429"))
 
 
 def is_beyond(error: Exception) -> bool:

@@ -19,7 +19,7 @@ from pipeline.codec import Column
 from pipeline.errors import CacheNotFoundError, CorruptionError, StorageError
 from pipeline.labels import STATS
 from pipeline.manifest import Manifest, Unit
-from pipeline.stores.objects import Objects
+from pipeline.stores.objects import Objects, is_bucket
 
 __all__ = ["ParquetStore"]
 
@@ -182,7 +182,13 @@ class ParquetStore:
     def _open(self, unit: Unit) -> pq.ParquetFile:
         (path,) = self.objects_of(unit)
         if path not in self._files:
-            file = pq.ParquetFile(self._objects.open(path), page_checksum_verification=True, pre_buffer=True)
+            file = pq.ParquetFile(
+                self._objects.open(path),
+                page_checksum_verification=True,
+                pre_buffer=is_bucket(
+                    self._objects.url
+                ),  # one request for neighbouring columns, not one for each
+            )
             if not file.schema_arrow.equals(self._schema):
                 raise ValueError(f"its columns are {file.schema_arrow}; expected {self._schema}")
             self._files[path] = file

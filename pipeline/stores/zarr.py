@@ -239,18 +239,7 @@ class ZarrStore:
             return {}
         ts = _tensorstore(self._objects.url)
         paths = {name: path for path, name in self.objects_of(unit).items()}
-        wanted = {}
-        for name in names:
-            first, last = (start - unit.start, stop - unit.start)
-            shard, chunk = self._manifest.plan.unit_samples, self._manifest.plan.chunk_samples
-            if self._is_ragged(self._columns[name]):
-                assert self._manifest.rows is not None
-                (first, last), shard, chunk = (
-                    rows,
-                    self._manifest.rows.shard_rows,
-                    self._manifest.rows.chunk_rows,
-                )
-            wanted[paths[name]] = WantedChunks(shard // chunk, first // chunk, -(-last // chunk))
+        wanted = {paths[name]: self._wanted(unit, self._columns[name], start, stop, rows) for name in names}
         context = ts.Context()
         memory = ts.KvStore.open("memory://cut/", context=context).result()
         for path, data in self._cutter.cut(wanted).items():
@@ -264,6 +253,18 @@ class ZarrStore:
             ).result()
             for name in names
         }
+
+    def _wanted(
+        self, unit: Unit, column: Column, start: int, stop: int, rows: tuple[int, int]
+    ) -> WantedChunks:
+        """Returns which chunks of a unit's shard hold samples of it, or their rows."""
+        plan, ragged = self._manifest.plan, self._manifest.rows
+        first, last = start - unit.start, stop - unit.start
+        shard, chunk = plan.unit_samples, plan.chunk_samples
+        if ragged is not None and not column.per_sample:
+            first, last = rows
+            shard, chunk = ragged.shard_rows, ragged.chunk_rows
+        return WantedChunks(shard // chunk, first // chunk, -(-last // chunk))
 
     def _array(self, name: str) -> tensorstore.TensorStore:
         """Returns the open array; opened in the process that reads, since TensorStore does not survive a fork."""
