@@ -179,6 +179,15 @@ def test_texts_have_the_bytes_of_a_plain_run(tmp_path, address):
     assert files(tmp_path / "cache") == files(tmp_path / "plain")
 
 
+def test_workers_may_have_loader_processes(tmp_path, address):
+    report = capture_on_dask(
+        digits_config(capture={"workers": 1, "evaluate": False}), str(tmp_path / "cache"), address
+    )
+    assert report.units_done == 10
+    make_cache(tmp_path / "plain", capture={"evaluate": False})
+    assert files(tmp_path / "cache") == files(tmp_path / "plain")
+
+
 def test_one_unit_asked_for_twice_at_once_is_made_once(tmp_path, client):
     config = digits_config(teacher={"model": "tests.fakes:slow"}, capture={"evaluate": False})
     url, data = str(tmp_path / "cache"), open_data(config)

@@ -35,6 +35,8 @@ LOCAL_SETTINGS = {
     # A process that starts again imports torch; where that takes longer than the default of 15 seconds, on a busy
     # machine, Dask would end the nanny that starts it, and with the last one everything would wait for ever.
     "distributed.deploy.lost-worker-timeout": "10 minutes",
+    # A daemon may have no children, and capture.workers are children of a worker.
+    "distributed.worker.daemon": False,
 }
 PATIENCE_SECONDS = 600.0
 """Without a single worker of "auto", after which the run ends."""
