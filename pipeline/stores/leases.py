@@ -4,9 +4,11 @@
     hold      a thread replaces it by a later one, again by its e-tag, three times per lease
     release   delete it, if it is still ours
 
-A lease saves work and promises nothing: its holder may be paused for longer than the lease, clocks may differ, a delete may
-hit the next holder's. Two may then make one unit. What is read is right all the same: both write the same bytes, each
-object whole, and the marker, which is written last, names the checksum of each.
+A lease saves work and promises nothing: its holder may be paused for longer than the lease, clocks may differ, a
+delete may hit the next holder's. Two may then make one unit. What is read is right all the same: each object is
+whole, and the marker, which is written last, names the checksum of each. On one kind of hardware, with as many
+threads, both write the same bytes; elsewhere the last bits may differ, and a unit that got shards of one and the
+marker of the other is refused until it is made again.
 
 A lease has run out when its own expiry has passed on our clock, or when it has not been renewed for its whole length
 while we looked: a machine whose clock is behind takes over later, not never.
