@@ -126,9 +126,9 @@ def measure_ours(labels: SoftLabels, codec: Codec, rounds: int, store_kind: str 
         kind="image",
         identity={
             "teacher": {"spec": "synthetic", "dtype": "float32"},
-            "source": {"digest": "0" * 64},
+            "source": {"name": "synthetic", "digest": "0" * 64},
             "views": {"digest": "0" * 64, "settings": {}},
-            "labels": {"k": codec.k},
+            "labels": {"policy": "top_k", "k": codec.k, "temperatures": list(codec.temperatures)},
         },
         num_classes=codec.num_classes,
         class_names=(),
