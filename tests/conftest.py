@@ -25,6 +25,14 @@ multiprocessing.get_context("forkserver").set_forkserver_preload(
 )
 
 
+@pytest.fixture(autouse=True)
+def _as_many_threads_as_before():
+    """A matrix product may differ in its last bit by the number of threads: a test that changes it puts it back."""
+    yield
+    left, _ = torch.get_num_threads(), torch.set_num_threads(1)
+    assert left == 1, f"this test leaves {left} threads"
+
+
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory):
     """A complete Zarr cache that tests read and never change."""

@@ -1,5 +1,6 @@
 """A student on many processes: the same samples, the same student, one voice, and an end that is the same for all."""
 
+import itertools
 import json
 import os
 import random
@@ -20,6 +21,7 @@ from pipeline.errors import LostProcessError, RunError
 from pipeline.process_group import check_same, explained, is_first_to_fail
 from pipeline.progress import say, track
 from pipeline.runs import open_data, train_student
+from pipeline.stopping import Interrupted, signals_stop
 from pipeline.student import _Loop
 from stages.cli import main
 from tests.caches import ROOT, make_cache
@@ -228,6 +230,34 @@ def test_an_epoch_goes_on_with_any_other_number_of_processes(tmp_path, images):
 
 
 # -- ends --------------------------------------------------------------------------------------------------
+
+
+def _is_asked_to_end(rank, url, out, asked_rank):
+    """Trains until a signal to one rank has ended all of them; returns the signal, and where the checkpoint is."""
+    steps = itertools.count(1)
+
+    def on_step(samples):
+        if next(steps) == 3 and rank == asked_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch, watched(patch, on_step), signals_stop():
+        try:
+            fit(open_cache(url), out, tables={"train": {"epochs": 2}, **SAMPLES})
+        except Interrupted as stopped:
+            progress = json.loads((out / "checkpoint/progress.json").read_text())
+            return stopped.signum, progress["epoch"], progress["step"]
+    raise AssertionError("it was not stopped")
+
+
+def test_a_signal_to_any_process_ends_all_at_one_step_and_a_rerun_goes_on(tmp_path, images):
+    """They agree after eight steps, of which an epoch has seven."""
+    ended = run_ranks(tmp_path / "ranks", 2, _is_asked_to_end, images, tmp_path / "run", 1)
+    assert [end.code for end in ended] == [0, 0], ended
+    assert [end.value for end in ended] == [(signal.SIGTERM, 1, 1)] * 2
+    seen, _ = train_images(images, tmp_path / "run")
+    assert seen[0][:2] == (1, 1)
+    train_images(images, tmp_path / "whole")
+    assert_same_student(tmp_path / "run", tmp_path / "whole")
 
 
 def _command(rank, place, url, *options):
