@@ -83,11 +83,24 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _check_drawn(self) -> Self:
-        if self.labels.sampling is not None and self.loss.alpha > 0 and not KINDS[self.loss.name].linear:
+        if (
+            self.labels.sampling is not None
+            and self.loss.highest_alpha > 0
+            and not KINDS[self.loss.name].linear
+        ):
             able = ", ".join(sorted(name for name, kind in KINDS.items() if kind.linear))
             raise ValueError(
                 f"loss.name: {self.loss.name} cannot be estimated from classes drawn at random (labels.policy = "
                 f'"{self.labels.policy}"); use one of {able}, or a policy that draws none'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_curriculum(self) -> Self:
+        if self.loss.curriculum is not None and self.train.precision == "fp16":
+            raise ValueError(
+                'loss.curriculum: learns the temperature by the loss\'s gradient, which train.precision = "fp16" scales '
+                'and now and then drops; use "bf16" or "no"'
             )
         return self
 

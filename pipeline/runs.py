@@ -274,7 +274,7 @@ def train_student(
                 "teacher": {"spec": teacher.spec, "weights": teacher.weights_digest, "dtype": teacher.dtype}
             }
     if labels != "hard":
-        identity["loss"] = config.loss.model_dump(mode="json")
+        identity["loss"] = config.loss.identity()
     task = data.task(config, model, teacher if labels == "online" else None)
     return _fit(config, data, task, model, out, feed, identity=identity, track_with=track_with)
 
@@ -297,7 +297,10 @@ def _cache_feed(config: RunConfig, data: Data, cache: Cache, num_views: int, all
         say(
             f"cache {cache.url}: {found}; training on the {rows:,} of {plan.num_samples * num_views:,} rows there"
         )
-    sampling = cache.manifest.build_codec().sampling
+    codec = cache.manifest.build_codec()
+    if codec.max_temperature is not None and config.loss.adapts:
+        _check_highest(config, cache.url, codec.max_temperature)
+    sampling = codec.sampling
     if sampling is not None and config.loss.temperature > 1.001 / sampling.exponent:
         say(
             f"cache {cache.url}: its classes were drawn for T = {1 / sampling.exponent:g}; at loss.temperature = "
@@ -320,6 +323,17 @@ def _cache_feed(config: RunConfig, data: Data, cache: Cache, num_views: int, all
         window_blocks=config.reader.window_blocks or (None if cache.fits_thawed else DEFAULT_WINDOW_BLOCKS),
     )
     return Feed(dataset, order, config.reader.workers)
+
+
+def _check_highest(config: RunConfig, url: str, known_to: float) -> None:
+    """Raises before a run, not in the middle of it, where its temperature will leave what the labels know."""
+    if config.loss.highest_temperature > known_to:
+        table = "curriculum" if config.loss.curriculum is not None else "temperature_schedule"
+        raise ConfigError(
+            f"loss.{table}: reaches T = {config.loss.highest_temperature:g}; expected at most {known_to:g} for cache {url}, "
+            "whose labels were imported from log-probabilities and are known no further; capture labels with "
+            "`softcache teacher-logits`, or keep T there"
+        )
 
 
 def _hard_feed(config: RunConfig, data: Data) -> Feed:
@@ -410,6 +424,7 @@ def _fit(
             out=folder,
             config=described,
             mirror=mirror,
+            loss=None if config.train.labels == "hard" else config.loss,
             resolved=config.model_dump(mode="json") | {"student": {"model": model}},
             track=track_with,
             on_step=advance,

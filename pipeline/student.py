@@ -30,9 +30,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast, gather_object, set_seed
 from pydantic import Field
 
+from pipeline.adaptation import Adaptation
 from pipeline.checkpoints import RunDirectory, store_unwrapped
 from pipeline.errors import MissingExtraError, RunError
 from pipeline.loader import SoftLabelLoader
+from pipeline.losses import LossSettings
 from pipeline.mirror import RunMirror
 from pipeline.models import count_parameters
 from pipeline.process_group import check_same, explained, from_first, join
@@ -108,6 +110,7 @@ def train(
     config: dict[str, Any],
     resolved: dict[str, Any] | None = None,
     mirror: RunMirror | None = None,
+    loss: LossSettings | None = None,
     track: str | None = None,
     on_step: Callable[[int], None] = lambda samples: None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
@@ -120,6 +123,7 @@ def train(
         config: what identifies the run; written to OUT/config.json and compared on a rerun.
         resolved: every setting, written to OUT/resolved.json for who reads it later.
         mirror: where in a bucket `out` is sent to, after every checkpoint and at the end.
+        loss: [loss], where its temperature and alpha may change over the run; `task.loss` is then given a step's `mix`.
         track: an accelerate tracker's name, e.g. "tensorboard".
 
     Raises:
@@ -137,7 +141,7 @@ def train(
             return finished
         accelerator = _accelerator(settings, track, out)
         set_seed(settings.seed)
-        loop = _Loop(accelerator, task, feed, settings)
+        loop = _Loop(accelerator, task, feed, settings, loss)
         loop.seed_process(epoch=0, step=0)
         progress = directory.load_checkpoint(accelerator, loop.resume_random_state) or {
             "epoch": 0,
@@ -204,10 +208,14 @@ def _run(
     def save(loss: list[tuple[float, int]] | None) -> None:
         seconds = spent + time.monotonic() - started
         state = {**order.state_dict(), "history": history, "seconds": seconds, "loss": loss}
+        if loop.adaptation is not None:
+            state["adaptation"] = loop.adaptation.state_dict()
         directory.save_checkpoint(loop.accelerator, state)
 
     order.load_state_dict(progress)
     loop.resume_loss_meter(progress.get("loss"))
+    if loop.adaptation is not None:
+        loop.adaptation.load_state_dict(progress.get("adaptation", {}), history)
     while order.epoch < settings.epochs and not _reached(loop.task, history, settings.stop_at):
         epoch = order.epoch  # the loader goes on to the next at its end
         for samples in loop.epoch():
@@ -218,8 +226,12 @@ def _run(
             if asked:
                 raise Interrupted(asked)
         # Processes decide by this whether to go on: all by the same number.
-        row = from_first({"epoch": epoch, "train_loss": loop.train_loss(), **loop.evaluate()})
+        row = from_first(
+            {"epoch": epoch, "train_loss": loop.train_loss(), **loop.last_mix(), **loop.evaluate()}
+        )
         history.append(row)
+        if loop.adaptation is not None:
+            loop.adaptation.end_epoch(row)
         loop.accelerator.log(row, step=order.epoch)
         if all(_is_better(loop.task, row, past) for past in history[:-1]):
             loop.save_weights(directory, "best")
@@ -257,13 +269,23 @@ def _reached(task: Task, history: list[dict[str, Any]], goal: float | None) -> b
 class _Loop:
     """The moving parts of one run: model, optimizer, batches, meters."""
 
-    def __init__(self, accelerator: Accelerator, task: Task, feed: Feed, settings: TrainSettings) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        task: Task,
+        feed: Feed,
+        settings: TrainSettings,
+        loss: LossSettings | None = None,
+    ) -> None:
         self.accelerator, self.task, self.feed, self.settings = accelerator, task, feed, settings
         model = task.build()
         optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self._loss_sum, self._loss_rows = torch.zeros((), device=accelerator.device), 0
         self._steps = [feed.order.num_steps(epoch) for epoch in range(settings.epochs)]
+        self.adaptation: Adaptation | None = None
+        if loss is not None and loss.adapts:
+            self.adaptation = Adaptation(loss, accelerator, num_steps=sum(self._steps))
         self._loader = SoftLabelLoader(
             feed.dataset, feed.order, workers=feed.workers, pin_memory=accelerator.device.type == "cuda"
         )
@@ -278,11 +300,12 @@ class _Loop:
         self.model.train()
         for batch in self._loader:
             num_samples = self.feed.order.num_samples(self.feed.order.step - 1)
+            factor = self._schedule(self.step - 1)  # the loader has counted the batch
             for group in self._optimizer.param_groups:
-                group["lr"] = self.settings.lr * self._schedule(
-                    self.step - 1
-                )  # the loader has counted the batch
+                group["lr"] = self.settings.lr * factor
             self._update(batch.to(self.accelerator.device))
+            if self.adaptation is not None:
+                self.adaptation.update(factor)
             yield num_samples
 
     def asked_to_stop(self) -> int | None:
@@ -316,7 +339,7 @@ class _Loop:
         for number, piece in enumerate(pieces):
             last = number == len(pieces) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self.task.loss(self.model, piece, label_share=label_share)
+                loss = self.task.loss(self.model, piece, label_share=label_share, **self._mix())
                 # Ranks average their gradients: the weight makes that the mean over the rows of the whole batch.
                 weight = piece.num_rows / total * self.accelerator.num_processes if local else 0.0
                 self.accelerator.backward(loss * weight)
@@ -327,6 +350,16 @@ class _Loop:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+    def _mix(self) -> dict[str, Any]:
+        """This step's temperature and alpha, for a task's loss; nothing where they never change."""
+        if self.adaptation is None:
+            return {}
+        return {"mix": self.adaptation.mix(step=self.step - 1, epoch=self.feed.order.epoch)}
+
+    def last_mix(self) -> dict[str, float]:
+        """Temperature and alpha of the last step, for the epoch's row; nothing where they never change."""
+        return {} if self.adaptation is None else self.adaptation.last
 
     def save_weights(self, directory: RunDirectory, name: str) -> None:
         if self.accelerator.is_main_process:

@@ -23,7 +23,14 @@ from pipeline.errors import SpecError
 from pipeline.fused import fused_distillation_loss, token_scores
 from pipeline.labels import SoftLabels
 from pipeline.language import check_context, check_split, split
-from pipeline.losses import LossSettings, cross_entropy, distillation_loss, weighted_difference
+from pipeline.losses import (
+    LossSettings,
+    Mix,
+    cross_entropy,
+    distillation_loss,
+    row_weights,
+    weighted_difference,
+)
 from pipeline.models import Normalize
 from pipeline.sparsify import dense, whole_record
 from pipeline.teacher import ImageTeacher, LanguageTeacher
@@ -56,12 +63,15 @@ class Task(Protocol):
         """Returns a fresh student; called after the seed is set."""
         ...
 
-    def loss(self, model: nn.Module, batch: Any, *, label_share: float | None = None) -> torch.Tensor:
+    def loss(
+        self, model: nn.Module, batch: Any, *, label_share: float | None = None, mix: Mix | None = None
+    ) -> torch.Tensor:
         """Returns the mean loss of the batch's rows, a scalar.
 
         Args:
             label_share: of all rows of the optimizer step that the batch is a piece of, the share with a label: summed
                 by their rows, the pieces' losses are then the step's. None: the batch is the step, or each row has one.
+            mix: this step's temperature and alpha; given where [loss] has them change over the run. None: those of [loss].
         """
         ...
 
@@ -101,17 +111,30 @@ class ImageTask:
     def build(self) -> nn.Module:
         return self.build_model()
 
-    def loss(self, model: nn.Module, batch: ImageBatch, *, label_share: float | None = None) -> torch.Tensor:
-        labels = batch.labels
+    def loss(
+        self, model: nn.Module, batch: ImageBatch, *, label_share: float | None = None, mix: Mix | None = None
+    ) -> torch.Tensor:
+        labels, how = batch.labels, self.loss_settings
         if self.teacher is not None:
             labels = dense(self.teacher.logits(batch.images)).to_torch(batch.images.device)
+        temperature, alpha = mix or (how.temperature, how.alpha)
+        logits_PV, weights_P = self._forward(model, batch.images), None
+        if how.weights is not None and labels is not None:
+            weights_P = row_weights(
+                how.weights,
+                labels,
+                batch.targets,
+                student_log_probs_P=-cross_entropy(logits_PV.detach(), batch.targets),
+                num_student_classes=self.num_classes,
+            )
         return distillation_loss(
-            self._forward(model, batch.images),
+            logits_PV,
             labels,
             batch.targets,
-            temperature=self.loss_settings.temperature,
-            alpha=self.loss_settings.alpha if labels is not None else 0.0,
-            loss=self.loss_settings.loss,
+            temperature=temperature,
+            alpha=alpha if labels is not None else 0.0,
+            loss=how.loss,
+            soft_weights=weights_P,
         )
 
     def _forward(self, model: nn.Module, images_BCHW: torch.Tensor) -> torch.Tensor:
@@ -170,20 +193,23 @@ class TokenStudent(nn.Module):
         labels: SoftLabels | LanguageTeacher | None,
         alpha: float,
         label_share: float | None = None,
+        temperature: Any = None,
     ) -> torch.Tensor:
         """Returns the mean loss of the batch's rows; a teacher in place of labels is asked on the spot.
 
         Cross-entropy is the mean over all rows, the soft part that over the rows with a label: of the batch, or with
-        `label_share` of the step that the batch is a piece of (`Task.loss`).
+        `label_share` of the step that the batch is a piece of (`Task.loss`). `temperature` is a number, or a tensor []
+        where it is learnt; None is the one of the settings.
         """
+        T = self._loss.temperature if temperature is None else temperature
         if isinstance(labels, LanguageTeacher):
-            return self._live_loss(batch, labels, alpha)
+            return self._live_loss(batch, labels, alpha, T)
         if labels is None or (batch.labelled is None and label_share is None):
-            return self._fused(self._hidden(batch), labels, batch.targets, alpha)
-        return self._sparse_loss(batch, labels, alpha, label_share or batch.num_labelled / batch.num_rows)
+            return self._mixed(self._hidden(batch), labels, batch.targets, alpha, T)
+        return self._sparse_loss(batch, labels, alpha, label_share or batch.num_labelled / batch.num_rows, T)
 
     def _sparse_loss(
-        self, batch: TokenBatch, labels: SoftLabels, alpha: float, label_share: float
+        self, batch: TokenBatch, labels: SoftLabels, alpha: float, label_share: float, T: Any
     ) -> torch.Tensor:
         """Mean over all rows of (1 - alpha) * CE + (alpha / label_share) * soft part, which unlabelled rows lack.
 
@@ -193,28 +219,104 @@ class TokenStudent(nn.Module):
         soft = alpha / label_share if label_share else alpha  # without any label, the soft part is 0 anyway
         weight = 1 - alpha + soft
         if batch.labelled is None:
-            return weight * self._fused(hidden_PD, labels, targets_P, soft / weight)
+            return weight * self._mixed(hidden_PD, labels, targets_P, soft / weight, T)
         # A stable sort and not nonzero, which would wait for a GPU.
         is_bare_P = torch.ones(batch.num_rows, dtype=torch.int8, device=hidden_PD.device)
         is_bare_P[batch.labelled] = 0
         bare = is_bare_P.argsort(descending=True, stable=True)[: batch.num_rows - batch.num_labelled]
         share = batch.num_labelled / batch.num_rows
-        loss = self._fused(hidden_PD[batch.labelled], labels, targets_P[batch.labelled], soft / weight)
+        loss = self._mixed(hidden_PD[batch.labelled], labels, targets_P[batch.labelled], soft / weight, T)
         loss = share * weight * loss
         if alpha == 1:
             return loss
-        return loss + (1 - share) * (1 - alpha) * self._fused(hidden_PD[bare], None, targets_P[bare], 0.0)
+        return loss + (1 - share) * (1 - alpha) * self._mixed(hidden_PD[bare], None, targets_P[bare], 0.0, T)
+
+    def _mixed(
+        self,
+        hidden_PD: torch.Tensor,
+        labels: SoftLabels | None,
+        targets_P: torch.Tensor,
+        alpha: float,
+        T: Any,
+    ) -> torch.Tensor:
+        """Mean of (1 - alpha) * CE + alpha * weight * T^2 * soft loss, fused unless T is learnt.
+
+        Rows with weights of their own go through the head once for each part: fused, a row has one weight.
+        """
+        if labels is None or alpha == 0:
+            return self._fused(hidden_PD, None, targets_P, 0.0, T)
+        weights_P = self._row_weights(hidden_PD, labels, targets_P)
+        if isinstance(T, torch.Tensor) and T.requires_grad:
+            return self._unfused(hidden_PD, labels, targets_P, alpha, T, weights_P)
+        if weights_P is None:
+            return self._fused(hidden_PD, labels, targets_P, alpha, T)
+        share = weights_P.sum() / max(1, len(weights_P))  # a piece may have no label
+        soft = share * self._fused(hidden_PD, labels, targets_P, 1.0, T, weights_P)
+        if alpha == 1:
+            return soft
+        return (1 - alpha) * self._fused(hidden_PD, None, targets_P, 0.0, T) + alpha * soft
+
+    def _row_weights(
+        self, hidden_PD: torch.Tensor, labels: SoftLabels, targets_P: torch.Tensor
+    ) -> torch.Tensor | None:
+        how, student_P = self._loss.weights, None
+        if how is None:
+            return None
+        if how.by == "gap":
+            student_P = -self._token_scores(hidden_PD.detach(), targets_P)[0]
+        return row_weights(
+            how,
+            labels,
+            targets_P,
+            student_log_probs_P=student_P,
+            num_student_classes=self._parts.weight.shape[0],
+        )
+
+    def _unfused(
+        self,
+        hidden_PD: torch.Tensor,
+        labels: SoftLabels,
+        targets_P: torch.Tensor,
+        alpha: float,
+        T: torch.Tensor,
+        weights_P: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """With logits, for a T that needs a gradient, which the fused loss has none of."""
+        rows, classes = len(hidden_PD), self._parts.weight.shape[0]
+        if rows * classes > LIVE_ELEMENTS:
+            raise SpecError(
+                f"loss.curriculum: a learnt temperature needs the student's logits at once, {rows:,} rows of {classes:,} "
+                f"classes; expected at most {LIVE_ELEMENTS:,} elements; raise train.accumulation_steps, lower "
+                "train.batch_size, or use loss.temperature_schedule, which needs no logits"
+            )
+        return distillation_loss(
+            self._parts.logits(hidden_PD),
+            labels,
+            targets_P,
+            temperature=T,
+            alpha=alpha,
+            padded_vocabulary=True,
+            loss=self._loss.loss,
+            soft_weights=weights_P,
+        )
 
     def _fused(
-        self, hidden_PD: torch.Tensor, labels: SoftLabels | None, targets_P: torch.Tensor, alpha: float
+        self,
+        hidden_PD: torch.Tensor,
+        labels: SoftLabels | None,
+        targets_P: torch.Tensor,
+        alpha: float,
+        T: Any,
+        weights_P: torch.Tensor | None = None,
     ) -> torch.Tensor:
         return fused_distillation_loss(
             hidden_PD,
             self._parts.weight,
             labels,
             targets_P,
-            temperature=self._loss.temperature,
+            temperature=T,
             alpha=alpha,
+            weights_P=weights_P,
             bias_V=self._parts.bias,
             softcap=self._parts.softcap,
             logit_scale=self._parts.logit_scale,
@@ -222,7 +324,7 @@ class TokenStudent(nn.Module):
             loss=self._loss.loss,
         )
 
-    def _live_loss(self, batch: TokenBatch, teacher: LanguageTeacher, alpha: float) -> torch.Tensor:
+    def _live_loss(self, batch: TokenBatch, teacher: LanguageTeacher, alpha: float, T: Any) -> torch.Tensor:
         """The same with the teacher's whole distributions, made on the spot.
 
         A small batch (LIVE_ELEMENTS) is compared at once; of a larger one, each chunk of the teacher's rows goes through
@@ -232,29 +334,35 @@ class TokenStudent(nn.Module):
         # Of two heads of other sizes (one tokenizer, padded otherwise), the classes that both have are compared.
         chunks = (logits_PV[:, : self._parts.weight.shape[0]] for logits_PV in teacher.chunks(batch))
         if batch.num_rows * teacher.num_classes <= LIVE_ELEMENTS:
-            return self._dense_loss(hidden_PD, torch.cat(list(chunks)), batch.targets, alpha)
+            return self._dense_loss(hidden_PD, torch.cat(list(chunks)), batch.targets, alpha, T)
         for teacher_PV in chunks:
             rows = slice(start, start + len(teacher_PV))
-            term = self._fused(hidden_PD[rows], whole_record(teacher_PV), batch.targets[rows], alpha)
+            term = self._mixed(hidden_PD[rows], whole_record(teacher_PV), batch.targets[rows], alpha, T)
             terms.append(term * (len(teacher_PV) / batch.num_rows))
             start = rows.stop
         return torch.stack(terms).sum()
 
     def _dense_loss(
-        self, hidden_PD: torch.Tensor, teacher_PV: torch.Tensor, targets_P: torch.Tensor, alpha: float
+        self,
+        hidden_PD: torch.Tensor,
+        teacher_PV: torch.Tensor,
+        targets_P: torch.Tensor,
+        alpha: float,
+        T: Any,
     ) -> torch.Tensor:
         """Mean of (1 - alpha) * CE + alpha * T^2 * soft loss of whole distributions."""
-        T, loss = self._loss.temperature, self._loss.loss
-        logits_PV = self._parts.logits(hidden_PD)
-        if loss.name != "forward_kl" or loss.standardize:
+        loss, logits_PV = self._loss.loss, self._parts.logits(hidden_PD)
+        if loss.name != "forward_kl" or loss.standardize or self._loss.weights is not None:
+            record = whole_record(teacher_PV)
             return distillation_loss(
                 logits_PV,
-                whole_record(teacher_PV),
+                record,
                 targets_P,
                 temperature=T,
                 alpha=alpha,
                 padded_vocabulary=True,
                 loss=loss,
+                soft_weights=self._row_weights(hidden_PD, record, targets_P),
             )
         log_s_PV = (logits_PV / T).log_softmax(-1)[:, : teacher_PV.shape[1]]
         log_p_PV = (teacher_PV / T).log_softmax(-1)
@@ -264,10 +372,16 @@ class TokenStudent(nn.Module):
     @torch.no_grad()
     def scores(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns the rows' negative log-likelihoods [P] (nats), and whether the first guess is right [P]."""
+        return self._token_scores(self._hidden(batch), batch.targets)
+
+    @torch.no_grad()
+    def _token_scores(
+        self, hidden_PD: torch.Tensor, targets_P: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return token_scores(
-            self._hidden(batch),
+            hidden_PD,
             self._parts.weight,
-            batch.targets,
+            targets_P,
             bias_V=self._parts.bias,
             softcap=self._parts.softcap,
             logit_scale=self._parts.logit_scale,
@@ -318,11 +432,14 @@ class TokenTask:
             cross_documents=self.cross_documents,
         )
 
-    def loss(self, model: nn.Module, batch: TokenBatch, *, label_share: float | None = None) -> torch.Tensor:
+    def loss(
+        self, model: nn.Module, batch: TokenBatch, *, label_share: float | None = None, mix: Mix | None = None
+    ) -> torch.Tensor:
+        temperature, alpha = mix or (self.loss_settings.temperature, self.loss_settings.alpha)
         if self.teacher is not None:
-            return model(batch, self.teacher, self.loss_settings.alpha)
-        alpha = self.loss_settings.alpha if batch.labels is not None else 0.0
-        return model(batch, batch.labels, alpha, label_share)
+            return model(batch, self.teacher, alpha, temperature=temperature)
+        alpha = alpha if batch.labels is not None else 0.0
+        return model(batch, batch.labels, alpha, label_share, temperature)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, accelerator: Accelerator, batch_size: int) -> dict[str, float]:

@@ -86,7 +86,7 @@ def test_a_config_is_frozen(small):
     ("line", "message"),
     [
         ("train.epoch = 4", r"train\.epoch: unknown key; did you mean epochs\?"),
-        ("loss.temprature = 2", r"loss\.temprature: unknown key; did you mean temperature\?"),
+        ("loss.temprature = 2", r"loss\.temprature: unknown key; did you mean temperature "),
         ("teacher.weight = 'x'", r"teacher\.weight: unknown key; did you mean weights\?"),
         ("train_teacher.epochz = 3", r"train_teacher\.epochz: unknown key; did you mean epochs\?"),
         ("loss.zzz = 2", r"loss\.zzz: unknown key; known keys: name, temperature, alpha, tail"),

@@ -17,7 +17,7 @@ FLOORS = [
     {"planning", "labelling", "mirror", "open_units", "stored_units"},
     {"capture", "cache", "status"},
     {"reader", "checkpoints", "tasks"},
-    {"loader", "samplers"},
+    {"loader", "samplers", "adaptation"},
     {"student", "verify", "convert", "slim", "fidelity", "paired", "trainer", "importing", "gc"},
     {"config"},
     {"modalities"},

@@ -105,8 +105,8 @@ def test_tokens_learn_by_it_from_a_live_teacher_at_once_and_by_chunks(name, stan
     hidden = make_logits(7, 16, 2).float().requires_grad_()
     targets = torch.arange(7)
     teacher = make_logits(7, 50, 3).float()[:, :num_student_classes]
-    at_once = student._dense_loss(hidden, teacher, targets, 0.7)
-    by_chunks = student._fused(hidden, whole_record(teacher), targets, 0.7)
+    at_once = student._dense_loss(hidden, teacher, targets, 0.7, 2.0)
+    by_chunks = student._fused(hidden, whole_record(teacher), targets, 0.7, 2.0)
     torch.testing.assert_close(at_once, by_chunks, rtol=1e-5, atol=1e-5)
     gradients = [torch.autograd.grad(x, hidden)[0] for x in (at_once, by_chunks)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
@@ -121,4 +121,4 @@ def test_tokens_learn_by_it_from_a_live_teacher_at_once_and_by_chunks(name, stan
         padded_vocabulary=True,
         loss=settings.loss,
     )
-    torch.testing.assert_close(student._fused(hidden, labels, targets, 0.7), expected)
+    torch.testing.assert_close(student._fused(hidden, labels, targets, 0.7, 2.0), expected)

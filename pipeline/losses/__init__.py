@@ -12,6 +12,9 @@ a few [P, V] temporaries beside the student's logits; `pipeline.fused` computes 
     standardize.py   z-scores in place of logits, for every loss
     mixing.py        a student's loss: cross-entropy and a soft part
     settings.py      `[loss]`
+    schedules.py     temperature and alpha that change over a run
+    curriculum.py    a temperature that is learnt, by gradient reversal
+    weights.py       weights of single rows in the soft part
 
     formulas.py      each loss as a function of two distributions over buckets
     registry.py      the losses by name, with their parameters and where their maths holds
@@ -36,14 +39,17 @@ from pipeline.losses.formulas import weighted_difference
 from pipeline.losses.mixing import check_alpha, cross_entropy, distillation_loss
 from pipeline.losses.ranks import uld
 from pipeline.losses.registry import KINDS, Loss, make_loss
+from pipeline.losses.schedules import Mix, scheduled
 from pipeline.losses.settings import LossSettings
 from pipeline.losses.standardize import standardized
 from pipeline.losses.targets import dkd, nkd
+from pipeline.losses.weights import row_weights
 
 __all__ = [
     "KINDS",
     "Loss",
     "LossSettings",
+    "Mix",
     "adaptive_kl",
     "check_alpha",
     "check_vocabulary",
@@ -56,6 +62,8 @@ __all__ = [
     "make_loss",
     "nkd",
     "reverse_kl",
+    "row_weights",
+    "scheduled",
     "skew_kl",
     "skew_reverse_kl",
     "soft_cross_entropy",

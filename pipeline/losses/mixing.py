@@ -44,6 +44,7 @@ def distillation_loss(
     mask: Tensor | None = None,
     padded_vocabulary: bool = False,
     loss: Loss | str = "forward_kl",
+    soft_weights: Tensor | None = None,
 ) -> Tensor:
     """Masked mean of (1 - alpha) * cross-entropy + alpha * T^2 * soft loss.
 
@@ -62,6 +63,7 @@ def distillation_loss(
         mask: [P] bool or non-negative weights; None counts every position once.
         padded_vocabulary: as in `forward_kl`.
         loss: the soft part: a name, or what `make_loss` gives. With "uld" the labels' classes may be others.
+        soft_weights: [P] non-negative factors of the soft part alone; the mean stays one over positions.
 
     Returns:
         Scalar; 0 with a zero gradient where the mask is empty. In the usual case (`losses.direct`) it is one operation
@@ -87,6 +89,7 @@ def distillation_loss(
     check_needs(loss, labels, targets, alpha, "distillation_loss")
     if (
         mask is None
+        and soft_weights is None
         and alpha > 0.0
         and labels is not None
         and is_direct(loss, student_logits, labels, temperature)
@@ -105,17 +108,17 @@ def distillation_loss(
         terms.append(hard_P if alpha == 0.0 else (1.0 - alpha) * hard_P)
     if alpha > 0.0:
         assert labels is not None
+        soft_P = _soft_part(
+            loss,
+            student_logits,
+            labels,
+            targets,
+            temperature=temperature,
+            padded_vocabulary=padded_vocabulary,
+            active_P=None if mask is None else mask > 0,
+        )
         terms.append(
-            alpha
-            * _soft_part(
-                loss,
-                student_logits,
-                labels,
-                targets,
-                temperature=temperature,
-                padded_vocabulary=padded_vocabulary,
-                active_P=None if mask is None else mask > 0,
-            )
+            alpha * soft_P if soft_weights is None else alpha * soft_weights.to(soft_P.dtype) * soft_P
         )
     loss_P = terms[0] if len(terms) == 1 else terms[0] + terms[1]
     if mask is None:

@@ -1,14 +1,20 @@
 """`[loss]`: what a student learns by."""
 
-from typing import Any
+from typing import Any, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pipeline.errors import LabelError
+from pipeline.losses.curriculum import CurriculumSettings
 from pipeline.losses.registry import KINDS, PARAMETERS, Loss, LossName, Tail, check_parameter, make_loss
+from pipeline.losses.schedules import AlphaSchedule, TemperatureSchedule
+from pipeline.losses.weights import WeightSettings
 from pipeline.settings import Settings
 
 __all__ = ["LossSettings"]
+
+# Younger than the runs that are on disk: a run that does not use them is the run that it was before.
+_LATER = ("temperature_schedule", "alpha_schedule", "curriculum", "weights")
 
 
 class LossSettings(Settings):
@@ -27,6 +33,9 @@ class LossSettings(Settings):
         dkd_alpha: of "dkd": weight of the target part; 1.
         dkd_beta: of "dkd": weight of the other part; 8.
         nkd_gamma: of "nkd": weight of the non-target part; 1.5.
+        temperature_schedule, alpha_schedule: how T and alpha change over the run (`pipeline.losses.schedules`).
+        curriculum: T is learnt by gradient reversal (`pipeline.losses.curriculum`).
+        weights: how much each row counts in the soft part (`pipeline.losses.weights`).
     """
 
     name: LossName = "forward_kl"
@@ -40,6 +49,10 @@ class LossSettings(Settings):
     dkd_alpha: float | None = None
     dkd_beta: float | None = None
     nkd_gamma: float | None = None
+    temperature_schedule: TemperatureSchedule | None = None
+    alpha_schedule: AlphaSchedule | None = None
+    curriculum: CurriculumSettings | None = None
+    weights: WeightSettings | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -63,6 +76,62 @@ class LossSettings(Settings):
         if (name := info.data.get("name")) is not None:
             _as_value_error(make_loss, name, tail=value)
         return value
+
+    @model_validator(mode="after")
+    def _check_adaptation(self) -> Self:
+        starts = {"temperature": self.temperature, "alpha": self.alpha}
+        for name, schedule in (("temperature", self.temperature_schedule), ("alpha", self.alpha_schedule)):
+            if schedule is None or schedule.end is None or schedule.kind != "stall":
+                continue
+            if schedule.end > starts[name]:
+                raise ValueError(
+                    f"{name}_schedule.end: stall lowers loss.{name} from {starts[name]:g}; expected at most that, found "
+                    f"{schedule.end:g}"
+                )
+        if self.curriculum is not None:
+            lowest, highest = self.curriculum.lowest, self.curriculum.lowest + self.curriculum.range
+            if self.temperature_schedule is not None:
+                raise ValueError(
+                    "curriculum: learns the temperature that temperature_schedule would set; drop one of the tables"
+                )
+            if highest > 100:
+                raise ValueError(
+                    f"curriculum.range: expected lowest + range of at most 100; found {highest:g}"
+                )
+            if not lowest < self.temperature < highest:
+                raise ValueError(
+                    f"curriculum: begins at loss.temperature, which has to be above {lowest:g} and below {highest:g}; found "
+                    f"{self.temperature:g}"
+                )
+        if self.weights is not None and self.weights.needs_truth and self.name == "uld":
+            raise ValueError(
+                f"weights.by: {self.weights.by} reads the teacher's probability of the ground truth, which uld's student "
+                'tells in other tokens; use "teacher_entropy"'
+            )
+        return self
+
+    @property
+    def adapts(self) -> bool:
+        """Whether T or alpha may change over a run."""
+        tables = (self.temperature_schedule, self.alpha_schedule, self.curriculum)
+        return any(table is not None for table in tables)
+
+    @property
+    def highest_temperature(self) -> float:
+        """The highest T that a run may ask labels for."""
+        if self.curriculum is not None:
+            return self.curriculum.lowest + self.curriculum.range
+        return max(self.temperature, (self.temperature_schedule and self.temperature_schedule.end) or 1.0)
+
+    @property
+    def highest_alpha(self) -> float:
+        """The largest weight that the soft part has in a run."""
+        return max(self.alpha, (self.alpha_schedule and self.alpha_schedule.end) or 0.0)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what tells runs of this loss from others."""
+        found = self.model_dump(mode="json")
+        return {key: value for key, value in found.items() if key not in _LATER or value is not None}
 
     @property
     def loss(self) -> Loss:

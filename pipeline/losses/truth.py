@@ -114,7 +114,8 @@ def unknown_target(position: int, target: int) -> LabelError:
     """The error that a record without the target's probability deserves."""
     return LabelError(
         f"labels, position {position}: the ground-truth class {target} is not among the kept ones, and "
-        "target_log_prob does not say how likely the teacher finds it; expected one or the other for dkd and nkd; "
+        "target_log_prob does not say how likely the teacher finds it; expected one or the other for dkd, nkd and weights "
+        "by correctness or gap; "
         "capture the labels with targets, keep more classes, or use another loss",
         position=position,
     )
