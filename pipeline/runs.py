@@ -301,11 +301,12 @@ def _cache_feed(config: RunConfig, data: Data, cache: Cache, num_views: int, all
     if codec.max_temperature is not None and config.loss.adapts:
         _check_highest(config, cache.url, codec.max_temperature)
     sampling = codec.sampling
-    if sampling is not None and config.loss.temperature > 1.001 / sampling.exponent:
+    highest = config.loss.highest_temperature
+    if sampling is not None and highest > 1.001 / sampling.exponent:
         say(
-            f"cache {cache.url}: its classes were drawn for T = {1 / sampling.exponent:g}; at loss.temperature = "
-            f"{config.loss.temperature:g} they are right on average, and far noisier. Set loss.temperature = "
-            f"{1 / sampling.exponent:g}, or capture with labels.proposal_exponent = {1 / config.loss.temperature:g}"
+            f"cache {cache.url}: its classes were drawn for T = {1 / sampling.exponent:g}; at T = {highest:g}, which [loss] "
+            "asks for, they are right on average, and far noisier. Set loss.temperature = "
+            f"{1 / sampling.exponent:g}, or capture with labels.proposal_exponent = {1 / highest:g}"
         )
     dataset, chosen = data.labelled(config, cache)
 

@@ -1,6 +1,7 @@
 """Schedules, the learnt temperature and weights of rows: against slow references, one by one."""
 
 import math
+import tomllib
 
 import pytest
 import torch
@@ -237,6 +238,20 @@ def test_labels_that_do_not_know_the_score_are_refused():
 def test_bad_settings_are_refused_by_their_dotted_name(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(ROOT / "configs/digits.toml", overrides)
+
+
+def test_the_config_of_the_documentation_loads_with_each_of_its_tables():
+    path = ROOT / "configs/adaptive-digits.toml"
+    loss = load_config(path).loss
+    assert (loss.temperature_schedule.kind, loss.temperature_schedule.end) == ("linear", 1.0)
+    assert (loss.alpha_schedule.end, loss.highest_temperature, loss.highest_alpha) == (0.5, 4.0, 0.9)
+    learnt = path.read_text().replace("# [loss.curriculum]", "[loss.curriculum]").replace("# range", "range")
+    learnt = learnt.replace("# [loss.weights]", "[loss.weights]").replace("# by", "by")
+    loss = tomllib.loads(learnt)["loss"]
+    del loss["temperature_schedule"]
+    found = LossSettings.model_validate(loss)
+    assert found.curriculum.range == 20
+    assert found.weights.by == "teacher_entropy"
 
 
 def test_scores_of_the_truth_are_refused_for_another_tokenizer():
