@@ -5,7 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from benchmarks import adaptive
 from pipeline.cache import open_cache
 from pipeline.errors import ConfigError, RunError, SpecError
 from pipeline.losses import LossSettings, distillation_loss, row_weights, scheduled
@@ -259,3 +261,53 @@ def test_a_piece_without_a_label_weighs_nothing(by, learnt):
     loss.backward()
     assert loss.item() == 0
     assert not learnt or float(T.grad) == 0
+
+
+# -- the benchmark -----------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_trains_every_way_once_and_compares_by_seed(tmp_path):
+    config = tmp_path / "digits.toml"
+    config.write_text(
+        """
+        [source]
+        name = "digits"
+        max_eval_samples = 40
+        [teacher]
+        model = "tests.fakes:known"
+        [labels]
+        policy = "dense"
+        [student]
+        model = "linear"
+        [train]
+        epochs = 2
+        """
+    )
+    how = [
+        "--config",
+        str(config),
+        "--out",
+        str(tmp_path / "out"),
+        "--seeds",
+        "0,1",
+        "--train-samples",
+        "100",
+    ]
+    done = CliRunner().invoke(adaptive.main, how, env={"COLUMNS": "200"})
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert [(row["way"], row["seed"]) for row in rows] == [
+        (way, seed) for seed in (0, 1) for way in (*adaptive.WAYS, adaptive.HARD)
+    ]
+    ends = {row["way"]: row["temperature"] for row in rows}
+    assert (ends["T linear, 4 to 1"], ends["T linear, 1 to 4"], ends["T = 4"]) == (1.0, 4.0, None)
+    assert len(open_cache(tmp_path / "out/cache")) == 100
+    again = CliRunner().invoke(adaptive.main, [*how, "--table"], env={"COLUMNS": "200"})
+    assert again.stdout == done.stdout
+    assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == len(rows)
+
+
+def test_the_benchmark_names_the_ways_that_it_knows():
+    done = CliRunner().invoke(adaptive.main, ["--way", "magic"])
+    assert done.exit_code == 2
+    assert "'magic'; one of T = 4," in done.output
