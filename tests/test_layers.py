@@ -18,7 +18,7 @@ FLOORS = [
     {"capture", "cache", "status"},
     {"reader", "checkpoints", "tasks"},
     {"loader", "samplers", "adaptation"},
-    {"student", "verify", "convert", "slim", "fidelity", "paired", "trainer", "importing", "gc"},
+    {"student", "verify", "convert", "slim", "fidelity", "paired", "trainer", "importing", "gc", "fusion"},
     {"config"},
     {"modalities"},
     {"runs"},
