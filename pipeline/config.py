@@ -16,6 +16,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.errors import ConfigError
+from pipeline.fusion import FusionSettings
 from pipeline.losses import KINDS
 from pipeline.planning import CaptureSettings
 from pipeline.reader import ReaderSettings
@@ -58,6 +59,7 @@ class RunConfig(Settings):
     loss: LossSettings = LossSettings()
     train: TrainSettings = TrainSettings()
     reader: ReaderSettings = ReaderSettings()
+    fusion: FusionSettings | None = None
 
     @model_validator(mode="after")
     def _check_modality(self) -> Self:

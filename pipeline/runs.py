@@ -18,6 +18,7 @@ from pipeline.cache import DEFAULT_WINDOW_BLOCKS, Cache, open_cache
 from pipeline.capture import CaptureReport, UnitMetrics, capture, evaluate_teacher
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, IdentityError, IncompleteCacheError
+from pipeline.fusion import fuse_caches
 from pipeline.identity import digest_json
 from pipeline.manifest import Manifest
 from pipeline.mirror import RunMirror
@@ -40,6 +41,7 @@ __all__ = [
     "log_unit",
     "make_teacher",
     "open_data",
+    "open_labels",
     "open_teacher",
     "prepare_cache",
     "teacher_is_missing",
@@ -49,6 +51,9 @@ __all__ = [
 
 # What may be another in a rerun: it decides where and how, not what is learnt.
 NOT_OF_A_RUN = {"device", "eval_batch_size", "process_timeout_seconds"}
+
+FUSED_AS_SAID = {"num_views", "temperatures", "positions"}
+"""What [labels] says of a fused cache as of those that it is made of."""
 
 LabelsFrom = Literal["cache", "hard", "online"]
 
@@ -146,7 +151,10 @@ def _check_said(config: RunConfig, cache: Cache) -> None:
     imported = found["labels"]["policy"] == "imported"
     if imported:
         said.pop("labels.policy", None)
-    if config.teacher is not None and not imported:
+    fused = "fusion" in found  # [labels] and [teacher] then say how one of several teachers labels
+    if fused:
+        said = {key: value for key, value in said.items() if key.split(".")[1] in FUSED_AS_SAID}
+    if config.teacher is not None and not (imported or fused):
         said["teacher.model"], there["teacher.model"] = config.teacher.model, found["teacher"]["spec"]
     if "store" in config.capture.model_fields_set:
         said["capture.store"], there["capture.store"] = config.capture.store, cache.manifest.store
@@ -161,6 +169,30 @@ def _check_said(config: RunConfig, cache: Cache) -> None:
             + "\n  ".join(sorted(differing))
             + "\ndrop the setting to use this cache, or give --cache another place to make a new one"
         )
+
+
+def open_labels(config: RunConfig, url: str | None = None) -> Cache:
+    """Returns the cache that students learn from; with a [fusion] table, made first of the caches that it names.
+
+    The fused cache is kept beside the run's own, under a name that tells it from others, and made once: what it is made of
+    is in its identity.
+
+    Args:
+        url: where the cache is, or with [fusion] is to be; None: a place under `runs/`.
+
+    Raises:
+        CacheNotFoundError, LabelError, AlignmentError, IncompleteCacheError: as `open_cache` and `fuse_caches`.
+    """
+    if config.fusion is None:
+        return config.reader.open_cache(url or config.cache_url)
+    fusion, caches = config.fusion, [open_cache(part) for part in config.fusion.caches]
+    how = [fusion.rule, fusion.k, fusion.values, *(cache.manifest_sha256 for cache in caches)]
+    url = url or str(config.root / f"fused-{fusion.rule}-{digest_json(how)[:8]}")
+    with track(
+        f"fuse {len(caches)} caches ({fusion.rule})", caches[0].manifest.total_rows, "rows"
+    ) as advance:
+        fuse_caches(caches, url, fusion, progress=advance)
+    return config.reader.open_cache(url)
 
 
 def prepare_cache(config: RunConfig, data: Data, teacher: Teacher, url: str) -> tuple[Objects, Manifest, str]:

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.batches import Dataset
 from pipeline.cache import Cache
-from pipeline.errors import AlignmentError, SoftcacheError
+from pipeline.errors import AlignmentError, IdentityError, SoftcacheError
 from pipeline.labels import SoftLabels
 from pipeline.losses import forward_kl
 from pipeline.reader import check_alignment, with_labels
@@ -59,7 +59,13 @@ def verify_against_teacher(
 
     Raises:
         AlignmentError: `data` is not what was labelled.
+        IdentityError: the labels are of several teachers.
     """
+    if "fusion" in cache.manifest.identity:
+        raise IdentityError(
+            f"cache {cache.url}: fused of the labels of several teachers, and no single one confirms it; leave --config "
+            "out, and verify the caches that it was fused of with the configs of their teachers"
+        )
     check_alignment(cache, data)
     rows = [(view, int(sample)) for view in range(cache.num_views) for sample in cache.samples_in(view)]
     chosen = sorted(np.random.default_rng(seed).permutation(len(rows))[:num_rows])

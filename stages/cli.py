@@ -20,6 +20,7 @@ from pipeline.stopping import Interrupted, signals_stop
 from stages.compare import compare
 from stages.convert import convert
 from stages.fidelity import fidelity
+from stages.fuse import fuse
 from stages.gc import gc
 from stages.import_labels import import_command
 from stages.inspect import inspect_command
@@ -53,6 +54,7 @@ for command in (
     fidelity,
     convert,
     slim,
+    fuse,
     thaw,
     gc,
     import_command,

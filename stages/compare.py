@@ -12,7 +12,7 @@ import click
 
 from pipeline.cache import Cache
 from pipeline.config import RunConfig, load_config
-from pipeline.runs import open_data, open_teacher, train_student
+from pipeline.runs import open_data, open_labels, open_teacher, train_student
 from stages.options import cache_option, config_options, print_table
 from stages.rows import headline, score
 
@@ -43,7 +43,7 @@ def compare(
     """
     config = load_config(config_path, overrides)
     data = open_data(config)
-    cache = config.reader.open_cache(url or config.cache_url)
+    cache = open_labels(config, url)
     model = model or config.student.model
     teacher = open_teacher(config, data)
     kinds: dict[str, dict[str, Any]] = {"hard labels": {"labels": "hard"}}

@@ -48,6 +48,8 @@ def inspect_command(url: str, as_json: bool) -> None:
         if positions := report["identity"][name].get("positions"):
             told = " ".join(map(str, itertools.chain(*positions.items())))
             shown["positions"] = told.removeprefix("policy ")
+        if name == "fusion":
+            shown["teachers"] = " + ".join(map(str, report["identity"][name]["teachers"]))
         short = (
             f"{key} {value[:12]}…" if len(str(value)) == 64 else f"{key} {value}"
             for key, value in shown.items()

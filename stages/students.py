@@ -7,7 +7,7 @@ softcache students --config configs/digits.toml --student mlp --student timm:tes
 import click
 
 from pipeline.config import load_config
-from pipeline.runs import open_data, train_student
+from pipeline.runs import open_data, open_labels, train_student
 from stages.options import cache_option, config_options, print_table
 from stages.rows import headline, student_columns, student_row, student_title
 
@@ -29,7 +29,7 @@ def students(config_path: str, overrides: tuple[str, ...], url: str | None, mode
     """
     config = load_config(config_path, overrides)
     data = open_data(config)
-    cache = config.reader.open_cache(url or config.cache_url)
+    cache = open_labels(config, url)
     results = []
     for model in models or config.student.models:
         cached = train_student(config, data, model=model, labels="cache", cache=cache)

@@ -8,7 +8,7 @@ softcache train-student --config configs/digits.toml --student timm:test_resnet
 import click
 
 from pipeline.config import load_config
-from pipeline.runs import open_data, train_student
+from pipeline.runs import open_data, open_labels, train_student
 from stages.options import cache_option, config_options, log_option, print_table, track_option
 from stages.rows import student_columns, student_row, student_title
 
@@ -55,7 +55,7 @@ def train_student_command(
     """
     config = load_config(config_path, overrides)
     data = open_data(config)
-    cache = config.reader.open_cache(url or config.cache_url)
+    cache = open_labels(config, url)
     model = model or config.student.model
     cached = train_student(
         config,

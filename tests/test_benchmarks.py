@@ -4,7 +4,7 @@ import json
 
 from click.testing import CliRunner
 
-from benchmarks import epochs, fused, quality, shuffle_quality, teacher_memory
+from benchmarks import epochs, fused, fusion, quality, shuffle_quality, teacher_memory
 
 
 def test_fused_benchmark_runs(tmp_path):
@@ -81,3 +81,39 @@ def test_epochs_benchmark_runs(tmp_path):
         assert {figure["name"] for figure in figures[2:]} == {"cache, T = 1", "cache, T = 4", "cache, T = 3"}
     assert [figure["name"] for figure in accuracy] == ["live teacher", "cache"]
     assert plot.exists()
+
+
+def test_fusion_benchmark_trains_students_of_every_rule_once_and_measures_estimates(tmp_path, monkeypatch):
+    config = tmp_path / "tiny.toml"
+    config.write_text(
+        """
+        [source]
+        name = "digits"
+        max_train_samples = 80
+        max_eval_samples = 40
+        [teacher]
+        model = "linear"
+        [train_teacher]
+        epochs = 1
+        [labels]
+        k = 3
+        [student]
+        model = "linear"
+        [train]
+        epochs = 1
+        """
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        fusion, "TEACHERS", {name: ("mlp?width=8", n) for n, name in enumerate(fusion.TEACHERS)}
+    )
+    monkeypatch.setattr(fusion, "NUM_ROWS", 10)
+    monkeypatch.setattr(fusion, "NUM_CLASSES", 80)
+    for _ in range(2):
+        done = CliRunner().invoke(fusion.main, ["--config", str(config), "--seeds", "1"])
+        assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in (tmp_path / "runs/fusion/students.jsonl").read_text().splitlines()]
+    assert len(rows) == 1 + 3 + 5
+    done = CliRunner().invoke(fusion.main, ["--config", str(config), "--estimates"])
+    assert done.exit_code == 0, done.output
+    assert "fused top-k against fused whole distributions" in done.output

@@ -128,11 +128,10 @@ def _complete(
     record: SoftLabels, place_PK: np.ndarray, used_PU: np.ndarray, is_target_PU: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Tail, Tail]:
     kept_PK, whole = _normalised(record)
-    # Unused slots share one place, or one with a class of log p = -inf: of any two the larger counts.
     log_probs_PU = np.full(used_PU.shape, -np.inf)
     there_PU = np.zeros(used_PU.shape, bool)
     rows_P1 = np.arange(len(record))[:, None]
-    np.maximum.at(log_probs_PU, (rows_P1, place_PK), kept_PK)
+    log_probs_PU[rows_P1, place_PK] = kept_PK  # unused slots share the place of id V, and -inf
     there_PU[rows_P1, place_PK] = True
     alive_P = whole.log_mass[:, 0] > -np.inf
     guessed_PU = used_PU & ~there_PU & alive_P[:, None]

@@ -1,0 +1,51 @@
+"""Several teachers' caches of one source fused into one cache; no teacher is run.
+
+softcache fuse runs/a/cache runs/b/cache runs/c/cache --rule mean --out runs/fused
+"""
+
+from typing import Any
+
+import click
+
+from pipeline.cache import open_cache
+from pipeline.fusion import RULES, FusionSettings, fuse_caches
+from pipeline.progress import track
+
+__all__ = ["fuse"]
+
+
+@click.command()
+@click.argument("urls", metavar="CACHE CACHE …", nargs=-1, required=True)
+@click.option(
+    "--rule", type=click.Choice(RULES), required=True, help="How the teachers are weighed (docs/fusion.md)."
+)
+@click.option("--out", metavar="URL", required=True, help="The fused cache.")
+@click.option(
+    "--k", type=click.IntRange(1), help="Classes kept in each row [default: as the CACHE with most]."
+)
+@click.option(
+    "--values",
+    type=click.Choice(["float16", "float32"]),
+    default="float16",
+    show_default=True,
+    help="Precision of the log-probabilities.",
+)
+def fuse(urls: tuple[str, ...], out: str, **how: Any) -> None:
+    """Fuse the labels of several teachers for the same samples and views into one cache.
+
+    OUT is a cache as any other: every student, temperature and loss works on it. Killed and run again, it goes on where
+    it was. What a teacher dropped and another one kept is estimated; docs/fusion.md says how well.
+
+    \b
+    Example:
+      softcache fuse runs/a/cache runs/b/cache --rule geometric --out runs/fused
+    """
+    caches = [open_cache(url) for url in urls]
+    rows = caches[0].manifest.total_rows if caches else 0
+    with track("fuse", rows, "rows") as advance:
+        fused = fuse_caches(caches, out, FusionSettings.model_construct(caches=urls, **how), progress=advance)
+    plan, size = fused.manifest.plan, sum(s.num_bytes for m in fused.markers.values() for s in m.shards)
+    click.echo(
+        f"cache {out}: {len(caches)} teachers by rule {how['rule']}, {len(fused.markers)} of {plan.num_units} units, "
+        f"K={fused.manifest.codec['k']} of {fused.num_classes} classes, {size:,} bytes"
+    )
