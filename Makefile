@@ -1,5 +1,6 @@
 # softcache: run the teacher once, train any number of students from its cache.
-# Variables: CONFIG (a TOML file), CACHE (a path or URL), STUDENT (a model spec), SET ("a.b=v c.d=w").
+# Variables: CONFIG (a TOML file), CACHE (a path or URL), STUDENT (a model spec), SET ("a.b=v c.d=w"); of sweep: TRIALS,
+# WORKERS, SEEDS (numbers).
 
 PYTHON ?= python3
 CONFIG ?= configs/digits.toml
@@ -10,9 +11,10 @@ STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin/softcache
 ARGS   := --config $(CONFIG) $(foreach pair,$(SET),--set '$(pair)')
 PICK   := $(if $(STUDENT),--student '$(STUDENT)')
+SWEEP  := $(strip $(if $(TRIALS),--trials '$(TRIALS)') $(if $(WORKERS),--workers '$(WORKERS)') $(if $(SEEDS),--seeds '$(SEEDS)'))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-logits train-student students compare train-teacher inspect verify fidelity thaw gc test chaos check format clean bench
+.PHONY: help setup teacher-logits train-student students sweep compare train-teacher inspect verify fidelity thaw gc test chaos check format clean bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +37,10 @@ train-student: setup  ## train STUDENT from CACHE; makes the cache first if ther
 students: setup  ## train several architectures from CACHE, one table
 	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)' --reuse
 	$(RUN) students $(ARGS) --cache '$(CACHE)'
+
+sweep: setup  ## search a student's settings from CACHE; TRIALS, WORKERS, SEEDS as the options
+	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)' --reuse
+	$(RUN) sweep $(ARGS) --cache '$(CACHE)' $(SWEEP)
 
 compare: setup  ## cache, live teacher and hard labels over three seeds
 	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)' --reuse

@@ -35,7 +35,7 @@ from pipeline.ranks import is_first
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RunDirectory", "store_unwrapped"]
+__all__ = ["RunDirectory", "differences", "store_unwrapped"]
 
 CHECKSUMS = "checksums"
 
@@ -67,7 +67,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             stored = self.path / "config.json"
             if stored.exists():
-                differing = _differences(json.loads(stored.read_text()), config)
+                differing = differences(json.loads(stored.read_text()), config)
                 if differing:
                     raise RunError(
                         f"run {self.path}: holds another run (there; this run): {'; '.join(differing)}; "
@@ -214,10 +214,11 @@ def store_unwrapped(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def _differences(there: Any, here: Any, prefix: str = "") -> list[str]:
+def differences(there: Any, here: Any, prefix: str = "") -> list[str]:
+    """Returns a line for each key whose value differs: its dotted name, what is there, what is here."""
     if isinstance(there, dict) and isinstance(here, dict):
         keys = sorted(set(there) | set(here))
         return [
-            line for key in keys for line in _differences(there.get(key), here.get(key), f"{prefix}{key}.")
+            line for key in keys for line in differences(there.get(key), here.get(key), f"{prefix}{key}.")
         ]
     return [] if there == here else [f"{prefix.rstrip('.')}: {there!r}; {here!r}"]

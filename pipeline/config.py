@@ -25,11 +25,12 @@ from pipeline.sources import SourceSettings
 from pipeline.sources.text_settings import TextSettings
 from pipeline.sparsify import LabelSettings
 from pipeline.student import StudentSettings, TrainSettings
+from pipeline.sweep_space import SweepSettings
 from pipeline.tasks import LossSettings
 from pipeline.teacher import TeacherSettings
 from pipeline.views import ViewSettings
 
-__all__ = ["RunConfig", "load_config"]
+__all__ = ["RunConfig", "build_config", "load_config"]
 
 
 def _modality(source: Any) -> str:
@@ -44,11 +45,12 @@ AnySource = Annotated[
 class RunConfig(Settings):
     """A whole run: what is labelled, by whom, how it is kept, and what is trained on it.
 
-    `name` names the folder under `runs/` (default: the file's stem); `train_teacher` says how
-    `softcache train-teacher` makes the teacher where the user has none.
+    `name` names the folder under `runs/` (default: the file's stem); `cache` is where the cache is, if not in that
+    folder; `train_teacher` says how `softcache train-teacher` makes the teacher where the user has none.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    cache: str | None = Field(None, min_length=1)
     source: AnySource
     views: ViewSettings = ViewSettings()
     teacher: TeacherSettings | None = None
@@ -60,6 +62,7 @@ class RunConfig(Settings):
     train: TrainSettings = TrainSettings()
     reader: ReaderSettings = ReaderSettings()
     fusion: FusionSettings | None = None
+    sweep: SweepSettings = SweepSettings()
 
     @model_validator(mode="after")
     def _check_modality(self) -> Self:
@@ -112,7 +115,7 @@ class RunConfig(Settings):
 
     @property
     def cache_url(self) -> str:
-        return str(self.root / "cache")
+        return self.cache or str(self.root / "cache")
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -135,11 +138,20 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply(tables, override)
     tables.setdefault("name", path.stem)
+    return build_config(tables, str(path))
+
+
+def build_config(tables: dict[str, Any], where: str) -> RunConfig:
+    """Returns the config that tables describe; `where` is what errors call it.
+
+    Raises:
+        ConfigError: a key is unknown, missing, mistyped or out of range.
+    """
     try:
         return RunConfig.model_validate(tables)
     except ValidationError as error:
         lines = "\n  ".join(_explain(problem) for problem in error.errors())
-        raise ConfigError(f"config {path}:\n  {lines}") from error
+        raise ConfigError(f"config {where}:\n  {lines}") from error
 
 
 def _apply(tables: dict[str, Any], override: str) -> None:

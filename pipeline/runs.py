@@ -275,6 +275,7 @@ def train_student(
     out: str | Path | None = None,
     allow_partial: bool = False,
     track_with: str | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
     """Trains one student; returns its metrics, with `out` and `model` added.
 
@@ -283,6 +284,8 @@ def train_student(
         labels: what it learns from; "cache" needs `cache`, "online" needs `teacher`.
         num_views: of the cache's views, use the first so many; None uses all.
         out: the run's directory, a path or the URL of a bucket; None makes one under runs/ whose name tells it apart.
+        on_epoch: called with the metrics of every epoch, after its checkpoint; what it raises ends the run there, and
+            a later one goes on.
 
     Raises:
         IncompleteCacheError: the cache has missing units, and `allow_partial` is off.
@@ -308,7 +311,9 @@ def train_student(
     if labels != "hard":
         identity["loss"] = config.loss.identity()
     task = data.task(config, model, teacher if labels == "online" else None)
-    return _fit(config, data, task, model, out, feed, identity=identity, track_with=track_with)
+    return _fit(
+        config, data, task, model, out, feed, identity=identity, track_with=track_with, on_epoch=on_epoch
+    )
 
 
 def _cache_feed(config: RunConfig, data: Data, cache: Cache, num_views: int, allow_partial: bool) -> Feed:
@@ -422,6 +427,7 @@ def _fit(
     *,
     identity: dict[str, Any],
     track_with: str | None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
     described = {
         "model": model,
@@ -449,6 +455,11 @@ def _fit(
         follow = track(label, config.train.epochs * len(feed.dataset))
     name = {"run": f"train {model}", "labels": config.train.labels, "out": str(out)}
     event("run_started", **name, samples=len(feed.dataset), epochs=config.train.epochs)
+
+    def told(row: dict[str, Any]) -> None:
+        event("epoch", **name, **row)
+        on_epoch(row)
+
     with follow as advance:
         metrics = train(
             task,
@@ -461,7 +472,7 @@ def _fit(
             resolved=config.model_dump(mode="json") | {"student": {"model": model}},
             track=track_with,
             on_step=advance,
-            on_epoch=lambda row: event("epoch", **name, **row),
+            on_epoch=told,
         )
     event("run_finished", **name, **{key: metrics[key] for key in metrics.keys() - {"history", *name}})
     return metrics | {"model": model, "out": str(out)}

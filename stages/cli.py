@@ -27,6 +27,7 @@ from stages.inspect import inspect_command
 from stages.slim import slim
 from stages.status import status
 from stages.students import students
+from stages.sweep import sweep_command
 from stages.teacher_logits import teacher_logits
 from stages.thaw import thaw
 from stages.train_student import train_student_command
@@ -47,6 +48,7 @@ for command in (
     status,
     train_student_command,
     students,
+    sweep_command,
     compare,
     train_teacher_command,
     inspect_command,

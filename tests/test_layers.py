@@ -18,11 +18,12 @@ FLOORS = [
     {"capture", "cache", "status"},
     {"reader", "checkpoints", "tasks"},
     {"loader", "samplers", "adaptation"},
-    {"student", "verify", "convert", "slim", "fidelity", "paired", "trainer", "importing", "gc", "fusion"},
+    {"sweep_space", "student", "verify", "convert", "slim", "fidelity"}
+    | {"paired", "trainer", "importing", "gc", "fusion"},
     {"config"},
     {"modalities"},
     {"runs"},
-    {"parallel"},
+    {"parallel", "sweep"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 WRITING = {"positions", "sparsify", "teacher", "planning", "labelling", "open_units", "capture"}

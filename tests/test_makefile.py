@@ -54,7 +54,7 @@ def test_a_target_runs_the_command_of_its_name(make, target):
     assert command.startswith(f".venv/bin/softcache {target} --config configs/fashion-mnist.toml")
 
 
-@pytest.mark.parametrize("target", ["train-student", "students", "compare"])
+@pytest.mark.parametrize("target", ["train-student", "students", "compare", "sweep"])
 def test_training_makes_the_cache_first_if_there_is_none(make, target):
     first, second = commands(make("-n", target))
     assert first == (
@@ -73,6 +73,12 @@ def test_variables_reach_the_command_quoted(make):
         assert "--cache 'a b'" in command
     assert second.endswith(f"--student '{student}'")
     assert "--student" not in first
+
+
+def test_a_sweep_takes_its_numbers_from_variables(make):
+    _, command = commands(make("-n", "sweep", "TRIALS=30", "WORKERS=2"))
+    assert command.endswith("--trials '30' --workers '2'")
+    assert "--trials" not in make("-n", "sweep")
 
 
 def test_the_environment_is_made_once(make, tmp_path):

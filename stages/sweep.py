@@ -1,0 +1,160 @@
+"""Search a student's settings from one cache: many trials, one table, the best one as a config.
+
+make sweep                                                    # embedded data, the default space
+make sweep CONFIG=configs/sweep-digits.toml WORKERS=2
+softcache sweep --config configs/sweep-digits.toml --trials 30 --seeds 3
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.config import load_config
+from pipeline.sweep import Sweep, run_sweep
+from pipeline.sweep.candidates import shown
+from pipeline.sweep.cost import Cost, measure_cost, why_unmeasured
+from pipeline.sweep.figures import draw_importance, draw_surface, importances
+from pipeline.sweep.results import Repeated, Result, ranked, repeats, write_best, write_json
+from stages.options import cache_option, config_options, log_option, print_table
+from stages.rows import score
+
+__all__ = ["sweep_command"]
+
+
+@click.command("sweep")
+@config_options
+@cache_option
+@log_option
+@click.option(
+    "--trials",
+    type=click.IntRange(1),
+    help="In total, those of earlier runs included [default: sweep.trials].",
+)
+@click.option(
+    "--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes, this one included."
+)
+@click.option("--out", metavar="DIR", help="The sweep's directory [default: runs/NAME/sweep].")
+@click.option(
+    "--seeds",
+    default=0,
+    show_default=True,
+    type=click.IntRange(0),
+    help="Train the best three, and the config as it is, again with so many other seeds.",
+)
+@click.option(
+    "--cost/--no-cost",
+    default=True,
+    show_default=True,
+    help="Train the best for a few epochs beside the live teacher, to tell what the sweep would have cost.",
+)
+def sweep_command(
+    config_path: str,
+    overrides: tuple[str, ...],
+    url: str | None,
+    trials: int | None,
+    workers: int,
+    out: str | None,
+    seeds: int,
+    cost: bool,
+) -> None:
+    """Search temperature, alpha, loss, K, learning rate and student from one cache.
+
+    Every trial is a student run in a directory of its own. A sweep that was killed goes on; the same command in a
+    second terminal shares the trials.
+
+    \b
+    Example:
+      softcache sweep --config configs/sweep-digits.toml --trials 30 --workers 2
+    """
+    config = load_config(config_path, overrides)
+    path = Path(out or config.root / "sweep")
+    sweep = run_sweep(
+        config, url or config.cache_url, path, trials=trials or config.sweep.trials, workers=workers
+    )
+    _print_trials(sweep)
+    best = write_best(sweep)
+    again = repeats(sweep, seeds=seeds) if seeds else []
+    if again:
+        _print_repeats(sweep, again, seeds)
+    reason = why_unmeasured(sweep) if cost else "not asked for (--no-cost)"
+    measured = measure_cost(sweep) if reason is None else None
+    _print_cost(measured, reason)
+    figures = [*draw_importance(sweep, path), *draw_surface(sweep, path)]
+    found: dict[str, Any] = {
+        "importances": importances(sweep),
+        "repeats": [row._asdict() | {"mean": row.mean, "std": row.std} for row in again],
+        "cost": measured and measured._asdict(),
+    }
+    told = write_json(sweep, found)
+    click.echo(f"all trials: {told}")
+    click.echo(f"figures: {', '.join(map(str, figures)) or 'none: too few different trials are finished'}")
+    click.echo(f"the best one: softcache train-student --config {best}")
+
+
+def _print_trials(sweep: Sweep) -> None:
+    results = ranked(sweep)
+    kind = sweep.bench.cache.manifest.kind
+    columns = ("trial", sweep.bench.metric, "state", *sweep.space, "epochs", "seconds")
+    note = "the best is chosen by the held-out samples and one seed: repeat it with --seeds before you believe it"
+    print_table(f"sweep {sweep.bench.path}", columns, [_row(sweep, kind, r) for r in results], note=note)
+
+
+def _row(sweep: Sweep, kind: str, result: Result) -> tuple[str, ...]:
+    state = result.state if result.same_as is None else f"as trial {result.same_as}"
+    params = (shown(result.params.get(name, "-")) for name in sweep.space)
+    return (
+        str(result.number),
+        score(kind, result.value),
+        state,
+        *params,
+        str(result.epochs),
+        f"{result.seconds:.1f}",
+    )
+
+
+def _print_repeats(sweep: Sweep, again: list[Repeated], seeds: int) -> None:
+    kind = sweep.bench.cache.manifest.kind
+    scale = 100 if kind == "image" else 1
+    rows = [
+        (
+            "config as it is" if row.number is None else f"trial {row.number}",
+            score(kind, row.mean),
+            "-" if row.std is None else f"{row.std * scale:.4f}",
+            ", ".join(score(kind, value) for value in row.values),
+        )
+        for row in again
+    ]
+    spread = "std (points)" if kind == "image" else "std"
+    print_table(
+        f"the best again, {seeds} other seeds", ("settings", sweep.bench.metric, spread, "each"), rows
+    )
+
+
+def _print_cost(cost: Cost | None, reason: str | None) -> None:
+    if cost is None:
+        click.echo(f"cost beside the live teacher: not measured: {reason}")
+        return
+    extra = cost.online_epoch_seconds - cost.cached_epoch_seconds
+    rows = [
+        (
+            f"{cost.trials} trials, {cost.epochs} epochs, from the cache",
+            f"{cost.cached_seconds:.1f}",
+            "measured",
+        ),
+        ("an epoch of the best, from the cache", f"{cost.cached_epoch_seconds:.3f}", "measured"),
+        ("an epoch of the best, beside the live teacher", f"{cost.online_epoch_seconds:.3f}", "measured"),
+        ("the teacher pass that fills the cache", f"{cost.teacher_pass_seconds:.1f}", f"{extra:.3f} x views"),
+        (
+            "all trials beside the live teacher",
+            f"{cost.online_seconds:.1f}",
+            f"measured + {extra:.3f} x epochs",
+        ),
+    ]
+    note = (
+        f"live teacher over cache: {cost.ratio:.2f} times the seconds; {cost.ratio_with_pass:.2f} times if the cache "
+        "is made for this sweep alone"
+    )
+    print_table("what it cost", ("", "seconds", "how known"), rows, note=note)
