@@ -16,6 +16,10 @@ Shape suffixes: `B` samples, `N` bytes of all names together, `L` bytes of a sam
 
 from __future__ import annotations
 
+import os
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +27,16 @@ import numpy as np
 import xxhash
 from numba import njit
 
-__all__ = ["LONGEST", "compiled", "compiled_sum", "fingerprints", "hashes", "joined_names", "uniforms"]
+__all__ = [
+    "LONGEST",
+    "compiled",
+    "compiled_apart",
+    "compiled_part",
+    "fingerprints",
+    "hashes",
+    "joined_names",
+    "uniforms",
+]
 
 LONGEST = 240
 """Bytes of the longest input."""
@@ -37,9 +50,57 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
         return njit(nogil=True, boundscheck=False, **options)(function)
 
 
-def compiled_sum(function: Callable[..., Any]) -> Any:
-    """The same, free to add in another order, so that a sum fits vector instructions."""
-    return compiled(function, fastmath={"reassoc"})
+def compiled_apart(function: Callable[..., Any], **options: Any) -> Any:
+    """The same, but what is not kept yet is compiled by a process of its own, and run as it was kept.
+
+    numba keeps other machine code than it runs in the process that compiled it: sums that may be taken in any order are
+    taken in another one, and the last bits of a record would be those of the first run after an installation.
+    """
+    dispatcher = compiled(function, **options)
+    here = dispatcher.compile
+
+    def compile(signature: Any) -> Any:
+        cache = dispatcher._cache  # it has no path where nothing can be kept
+        keeps = _COMPILES not in os.environ and getattr(cache, "cache_path", None) is not None
+        if keeps and cache.load_overload(signature, dispatcher.targetctx) is None:
+            _compile_elsewhere(function, signature)
+        return here(signature)
+
+    dispatcher.compile = compile
+    return dispatcher
+
+
+_COMPILES = "SOFTCACHE_COMPILES"
+
+
+def _compile_elsewhere(function: Callable[..., Any], signature: Any) -> None:
+    """Has another process compile and keep a function; if it cannot, this one will."""
+    program = (
+        "import importlib, pickle, sys; sys.path[:0] = pickle.loads(bytes.fromhex(sys.argv[1])); "
+        "getattr(importlib.import_module(sys.argv[2]), sys.argv[3]).compile(pickle.loads(bytes.fromhex(sys.argv[4])))"
+    )
+    words = [
+        pickle.dumps(sys.path).hex(),
+        function.__module__,
+        function.__name__,
+        pickle.dumps(signature).hex(),
+    ]
+    subprocess.run(
+        [sys.executable, "-c", program, *words],
+        env=os.environ | {_COMPILES: "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=False,
+    )
+
+
+def compiled_part(function: Callable[..., Any], **options: Any) -> Any:
+    """A part of compiled functions, which is kept with each of them and not by itself.
+
+    Out of a cache it would come as machine code, to be called; compiled together, it is merged into its caller, and sums
+    that may be taken in any order are taken in another one there.
+    """
+    return njit(nogil=True, boundscheck=False, **options)(function)
 
 
 def joined_names(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

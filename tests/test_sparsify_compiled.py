@@ -1,12 +1,16 @@
 """Compiled records on the CPU: against float64 in torch, where the two share no code."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from pipeline.sparsify import LabelSettings, hybrid, row_seeds, sample, sparsify, top_k, top_p
 from pipeline.sparsify.assembly import largest
+from tests.caches import ROOT
 
 INF = math.inf
 ARRAYS = ("log_probs", "log_tail", "target_log_prob", "stats")
@@ -111,3 +115,28 @@ def test_every_policy_agrees_with_float64():
         for array in ("log_probs", "log_tail", "stats"):
             a, b = getattr(found, array).double(), getattr(wanted, array)
             torch.testing.assert_close(a, b, rtol=2e-6, atol=4e-6, msg=f"{name} {array}")
+
+
+RECORDS = """
+import hashlib
+import numpy as np
+from pipeline.sparsify.kernels import fill_records
+
+x = (np.random.default_rng(0).standard_normal((64, 300)) * 3).astype(np.float32)
+ids, log_probs = np.zeros((64, 12), np.int64), np.zeros((64, 12), np.float32)
+tail, target, stats = (np.zeros(shape, np.float32) for shape in ((64, 8), 64, (64, 4)))
+beta = np.arange(8, 0, -1) / 8
+fill_records(x, True, 12, beta, ids, np.zeros(64, np.int64), log_probs, tail, target, stats)
+print(hashlib.sha256(log_probs.tobytes() + tail.tobytes() + stats.tobytes()).hexdigest())
+"""
+
+
+def test_the_process_that_compiles_makes_the_bits_of_all_that_come_after_it(tmp_path):
+    """numba keeps other machine code than it runs where it compiles."""
+    environment = dict(os.environ) | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", RECORDS]
+    made = {
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True).stdout
+        for _ in range(2)
+    }
+    assert len(made) == 1

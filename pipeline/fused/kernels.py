@@ -21,13 +21,13 @@ import math
 
 import numpy as np
 
-from pipeline.hashes import compiled
+from pipeline.hashes import compiled_apart, compiled_part
 from pipeline.losses.vectors import exponentials, largest, total
 
 __all__ = ["mix_records", "mix_rows"]
 
 
-@compiled
+@compiled_part
 def _normalise(log_rest, kept_K, shares_K):  # type: ignore[no-untyped-def]
     """Writes the kept classes' shares and returns the log of the normaliser, of float32 logits of kept and rest."""
     top = max(np.float64(largest(kept_K)), log_rest)
@@ -42,7 +42,7 @@ def _normalise(log_rest, kept_K, shares_K):  # type: ignore[no-untyped-def]
     return top + math.log(norm)
 
 
-@compiled
+@compiled_part
 def _soften(z_V, scaled_V, beta, peak, out_V):  # type: ignore[no-untyped-def]
     """Writes e^(beta (z - peak)) of the classes that are not taken out; returns their sum."""
     if beta == 1.0:
@@ -54,7 +54,7 @@ def _soften(z_V, scaled_V, beta, peak, out_V):  # type: ignore[no-untyped-def]
     return total(out_V)
 
 
-@compiled
+@compiled_part
 def _raise(soft_V, times, out_V):  # type: ignore[no-untyped-def]
     """Writes soft^(2^times); returns the sum."""
     for j in range(len(soft_V)):
@@ -66,7 +66,7 @@ def _raise(soft_V, times, out_V):  # type: ignore[no-untyped-def]
     return total(out_V)
 
 
-@compiled
+@compiled_part
 def _mix_row(  # type: ignore[no-untyped-def]
     z_V, ids_K, own_K, own_tail, weights_K, weight_tail, factor, T, hard, target, scratch_3V, scratch_4K
 ):
@@ -134,7 +134,7 @@ def _mix_row(  # type: ignore[no-untyped-def]
     return loss
 
 
-@compiled
+@compiled_apart
 def mix_rows(  # type: ignore[no-untyped-def]
     z_PV,
     ids_PK,
@@ -172,7 +172,7 @@ def mix_rows(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-@compiled
+@compiled_apart
 def mix_records(  # type: ignore[no-untyped-def]
     z_PV,
     ids_PK,

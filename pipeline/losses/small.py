@@ -14,13 +14,13 @@ import math
 
 import numpy as np
 
-from pipeline.hashes import compiled
+from pipeline.hashes import compiled_apart
 from pipeline.losses.vectors import exponentials, largest, total
 
 __all__ = ["mixed_loss"]
 
 
-@compiled
+@compiled_apart
 def mixed_loss(  # type: ignore[no-untyped-def]
     z_PV, log_probs_PK, log_tail_P, ids_PK, targets_P, T, alpha, out_PV
 ):

@@ -6,9 +6,11 @@ numba along, so import it where it is used.
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
-from pipeline.hashes import compiled, compiled_sum
+from pipeline.hashes import compiled_part
 
 __all__ = ["exponentials", "largest", "total"]
 
@@ -20,7 +22,7 @@ _C2, _C1, _C0 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.flo
 _ONE, _ZERO = np.float32(1), np.float32(0)
 
 
-@compiled
+@compiled_part
 def exponentials(x_V, shift, out_V):  # type: ignore[no-untyped-def]
     """Writes e^(x - shift), 0 below e^-87; x at most `shift`, or NaN."""
     for j in range(len(x_V)):
@@ -34,7 +36,7 @@ def exponentials(x_V, shift, out_V):  # type: ignore[no-untyped-def]
         out_V[j] = _ZERO if t < _LEAST else value
 
 
-@compiled_sum
+@partial(compiled_part, fastmath={"reassoc"})
 def total(x_V):  # type: ignore[no-untyped-def]
     """The sum, float64, in whatever order is fastest."""
     whole = 0.0
@@ -43,7 +45,7 @@ def total(x_V):  # type: ignore[no-untyped-def]
     return whole
 
 
-@compiled
+@compiled_part
 def largest(x_V):  # type: ignore[no-untyped-def]
     """Of those that are numbers; -inf of none."""
     a = b = c = d = _NONE

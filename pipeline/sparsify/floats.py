@@ -13,9 +13,20 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from pipeline.hashes import compiled
+from pipeline.hashes import compiled_apart, compiled_part
 
-__all__ = ["BLOCK", "EIGHTHS", "FARTHEST", "LN_2", "LOWEST_KEY", "exp2", "float_of", "key_of", "vectorised"]
+__all__ = [
+    "BLOCK",
+    "EIGHTHS",
+    "FARTHEST",
+    "LN_2",
+    "LOWEST_KEY",
+    "exp2",
+    "float_of",
+    "key_of",
+    "vectorised",
+    "vectorised_part",
+]
 
 # Sums may be taken in vectors; NaN and infinity keep their meaning.
 _MATHS = {"reassoc", "contract", "nsz"}
@@ -31,9 +42,14 @@ _C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(c) for c in (
 ))  # fmt: skip
 
 
-def vectorised(function: Callable[..., Any], fastmath: Any = _MATHS) -> Any:
+def vectorised(function: Callable[..., Any]) -> Any:
     """Compiled, with sums in the order that suits vector instructions."""
-    return compiled(function, error_model="numpy", fastmath=fastmath)
+    return compiled_apart(function, error_model="numpy", fastmath=_MATHS)
+
+
+def vectorised_part(function: Callable[..., Any], fastmath: Any = _MATHS) -> Any:
+    """A part of `vectorised` functions."""
+    return compiled_part(function, error_model="numpy", fastmath=fastmath)
 
 
 @intrinsic
@@ -56,7 +72,7 @@ def key_of(typing, value):
     return types.int32(types.float32), generate
 
 
-@vectorised
+@vectorised_part
 def exp2(y):
     """2^y of a float32 from -126 to 0."""
     whole = np.floor(y + np.float32(0.5))

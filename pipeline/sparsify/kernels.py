@@ -27,6 +27,7 @@ from pipeline.sparsify.floats import (
     float_of,
     key_of,
     vectorised,
+    vectorised_part,
 )
 from pipeline.sparsify.largest import select_largest
 
@@ -35,7 +36,7 @@ __all__ = ["fill_log_probs", "fill_records"]
 _DEAD = np.finfo(np.float32).min  # what is not above it is -inf
 
 
-@vectorised
+@vectorised_part
 def _power_sums(x_V, top, sum_G):
     """Adds exp((x - top) n/8) for n = 1 to 8 into `sum_G`."""
     scale = np.float32(1.0 / (EIGHTHS * LN_2))
@@ -60,7 +61,7 @@ def _power_sums(x_V, top, sum_G):
             sum_G[n] += s
 
 
-@vectorised
+@vectorised_part
 def _free_sums(x_V, top, beta_G, sum_G):
     """Adds exp((x - top) beta) for each beta into `sum_G`."""
     for start in range(0, len(x_V), BLOCK):
@@ -78,16 +79,16 @@ def _in_order(logit, top, log_mass):
     return (logit - top) - np.float32(log_mass)
 
 
-_log_prob = vectorised(_in_order, fastmath=False)
+_log_prob = vectorised_part(_in_order, fastmath=False)
 """Rounded as written, so that a log-probability has the same bits wherever it is asked for, whatever else is kept."""
 
 
-@vectorised
+@vectorised_part
 def _number_of(key):
     return float_of(key if key >= 0 else key ^ np.int32(2**31 - 1))
 
 
-@vectorised
+@vectorised_part
 def _mass_of(logits_V, top):
     """The sums of exp(x) and of exp(x) x, x being the logits less the largest."""
     mass, dot = 0.0, 0.0
@@ -104,7 +105,7 @@ def _mass_of(logits_V, top):
     return mass, dot
 
 
-@vectorised
+@vectorised_part
 def _moments(x_V, top):
     """The number of classes above -inf, and the mean less `top` and the variance of their logits."""
     alive, total, square = 0.0, 0.0, 0.0
@@ -147,7 +148,7 @@ def fill_log_probs(logits_PV, log_probs_PV):
             log_probs_PV[row, i] = _log_prob(logits_V[i], top, log_mass)
 
 
-@vectorised
+@vectorised_part
 def _range_of(logits_V):
     peak, trough = LOWEST_KEY, np.int32(2**31 - 1)
     for i in range(len(logits_V)):
@@ -156,7 +157,7 @@ def _range_of(logits_V):
     return peak, trough
 
 
-@vectorised
+@vectorised_part
 def _is_faulty(peak, trough):
     """Whether a logit is NaN (beyond the infinities) or +inf, or all are -inf."""
     infinity, lowest = key_of(np.float32(np.inf)), key_of(np.float32(-np.inf))
@@ -209,7 +210,7 @@ def fill_records(
         )  # fmt: skip
 
 
-@vectorised
+@vectorised_part
 def _fill_row(
     logits_V,
     peak,

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.sparsify.floats import LOWEST_KEY, key_of, vectorised
+from pipeline.sparsify.floats import LOWEST_KEY, key_of, vectorised, vectorised_part
 
 __all__ = ["fill_largest", "select_largest"]
 
 
-@vectorised
+@vectorised_part
 def _floor_key(key_V, k, peak_S):
     """A key that at least k keys reach, and seldom many more."""
     num_sets = len(peak_S)
@@ -44,7 +44,7 @@ def _floor_key(key_V, k, peak_S):
     return np.int32(low)
 
 
-@vectorised
+@vectorised_part
 def _sorted(key_N, id_N, many, key_scratch_N, id_scratch_N):
     """Sorts the first keys and their ids by key, descending, equal ones as they are; returns the ids."""
     low, high = np.int64(key_N[0]), np.int64(key_N[0])
@@ -72,7 +72,7 @@ def _sorted(key_N, id_N, many, key_scratch_N, id_scratch_N):
     return id_N
 
 
-@vectorised
+@vectorised_part
 def _reaching(key_V, floor, is_high_V, key_N, id_N):
     """Writes the keys that are at least `floor` and their ids, in order; returns how many."""
     num_classes, many = len(key_V), 0
@@ -88,7 +88,7 @@ def _reaching(key_V, floor, is_high_V, key_N, id_N):
     return many
 
 
-@vectorised
+@vectorised_part
 def select_largest(key_V, peak_S, is_high_V, key_2V, id_2V, ids_K):
     """Writes the ids of the largest keys, descending; equal ones by ascending id."""
     k = len(ids_K)
