@@ -13,6 +13,8 @@ from typing import Any
 import click
 
 from pipeline.config import load_config
+from pipeline.errors import RunError
+from pipeline.stores.objects import is_bucket
 from pipeline.sweep import Sweep, run_sweep
 from pipeline.sweep.candidates import shown
 from pipeline.sweep.cost import Cost, measure_cost, why_unmeasured
@@ -70,6 +72,8 @@ def sweep_command(
       softcache sweep --config configs/sweep-digits.toml --trials 30 --workers 2
     """
     config = load_config(config_path, overrides)
+    if is_bucket(out or ""):
+        raise RunError(f"sweep {out}: a sweep needs a folder with locks; give --out a local one")
     path = Path(out or config.root / "sweep")
     sweep = run_sweep(
         config, url or config.cache_url, path, trials=trials or config.sweep.trials, workers=workers

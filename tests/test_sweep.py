@@ -2,16 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import tomllib
+from pathlib import Path
 
 import pytest
 
-from pipeline.errors import RunError, SpecError
+from pipeline.config import load_config
+from pipeline.errors import IdentityError, IncompleteCacheError, RunError, SpecError
 from pipeline.sweep import open_sweep, run_sweep
 from pipeline.sweep.cost import Cost, measure_cost, why_unmeasured
 from pipeline.sweep.figures import draw_importance, draw_surface
@@ -19,6 +22,7 @@ from pipeline.sweep.results import ranked, repeats, write_best, write_json
 from pipeline.sweep.study import RETRIES, SharedStudy
 from pipeline.sweep_space import Range, SpaceSettings, SweepSettings
 from stages.cli import main
+from tests import text_caches
 from tests.caches import ROOT, digits_config
 
 SPACE = {
@@ -141,6 +145,16 @@ def test_the_best_trial_is_a_config_that_holds_its_settings_and_its_cache(swept)
     assert "sweep" not in tables
 
 
+def test_language_students_are_swept_by_their_held_out_loss(tmp_path):
+    config, _, cache = text_caches.make_text_cache(tmp_path / "cache", tmp_path)
+    space = SpaceSettings(temperature=[1.0, 2.0], k=[2, 4], lr={"low": 1e-3, "high": 1e-2, "log": True})
+    config = config.model_copy(update={"sweep": SweepSettings(space=space)})
+    sweep = run_sweep(config, cache.url, tmp_path / "sweep", trials=3)
+    values = [result.value for result in ranked(sweep)]
+    assert values == sorted(values), "nats: less is better"
+    assert load_config(write_best(sweep)).source == config.source
+
+
 # -- trials that end otherwise -----------------------------------------------------------------------------
 
 
@@ -187,6 +201,25 @@ def test_no_finished_trial_is_an_error_not_a_config(shared_cache, tmp_path):
     sweep = open_sweep(config_of(), shared_cache[2].url, tmp_path / "sweep")
     with pytest.raises(RunError, match=r"no trial is finished; run `softcache sweep` with more --trials"):
         write_best(sweep)
+
+
+@pytest.mark.parametrize("name", ["config.json", "study.db"])
+def test_a_damaged_folder_is_an_error_that_names_the_file(shared_cache, tmp_path, name):
+    open_sweep(config_of(), shared_cache[2].url, tmp_path / "sweep")
+    (tmp_path / "sweep" / name).write_bytes(b"no such thing" * 1000)
+    with pytest.raises(RunError, match=rf"{name} cannot be read: .*restore it from a copy"):
+        open_sweep(config_of(), shared_cache[2].url, tmp_path / "sweep")
+
+
+def test_a_cache_of_other_settings_or_half_a_cache_costs_no_trial(shared_cache, tmp_path):
+    with pytest.raises(IdentityError, match=r"labels\.k: 3 in the config, 4 in the cache"):
+        open_sweep(config_of(labels={"k": 3}), shared_cache[2].url, tmp_path / "sweep")
+    half = tmp_path / "half"
+    shutil.copytree(shared_cache[2].url, half)
+    next((half / "units").iterdir()).unlink()
+    with pytest.raises(IncompleteCacheError, match=r"1 of \d+ units are missing; rerun"):
+        open_sweep(config_of(), str(half), tmp_path / "sweep")
+    assert not (tmp_path / "sweep").exists()
 
 
 def test_processes_of_a_launcher_are_refused(shared_cache, tmp_path, monkeypatch):
@@ -315,14 +348,17 @@ def softcache(in_tmp, shared_cache, monkeypatch, capsys):
 
 def kill_when(condition, *arguments):
     """Starts the command as a process of its own and kills it once the condition holds."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "stages.cli", *arguments]
-    process = subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True)
+    told = Path("said.txt")
+    with told.open("w") as stderr:  # no pipe: a worker that outlives the command for a while would hold it
+        process = subprocess.Popen(words, env=environment, stderr=stderr)
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.poll() is None, told.read_text()
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
 
 
 def test_a_sweep_that_is_killed_goes_on_and_its_best_trial_is_trained_as_it_says(softcache, in_tmp):

@@ -66,9 +66,12 @@ def draw_surface(sweep: Sweep, out: Path) -> list[Path]:
         figure, axes = plt.subplots(figsize=(4.6, 3.4), layout="constrained")
         _draw_points(figure, axes, sweep, finished)
         axes.set(xlabel="temperature", ylabel="alpha (weight of the teacher)")
+        axes.margins(0.06)
         if _is_log(sweep.space, "temperature"):
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(lambda value, place: f"{value:g}")
+        axes.use_sticky_edges = False  # or half of a dot at the border is cut off
+        axes.autoscale_view()
         return _save(plt, figure, out, "surface")
 
 

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 from pipeline.config import RunConfig
-from pipeline.errors import RunError, SoftcacheError
+from pipeline.errors import IncompleteCacheError, RunError, SoftcacheError
 from pipeline.modalities import open_data
 from pipeline.progress import say
 from pipeline.ranks import num_ranks
+from pipeline.runs import cache_is_ready
 from pipeline.stopping import Interrupted, check, signals_stop
 from pipeline.sweep.candidates import Space, as_it_is, checked_space, described
 from pipeline.sweep.study import SharedStudy
@@ -63,6 +64,7 @@ def open_sweep(config: RunConfig, url: str, path: Path) -> Sweep:
 
     Raises:
         ConfigError: the space has a value that cannot be tried.
+        IdentityError, IncompleteCacheError: the cache is of something else, or not finished.
         RunError: the folder holds another sweep, or this is one process of many that train one student.
     """
     if num_ranks() > 1:
@@ -72,6 +74,11 @@ def open_sweep(config: RunConfig, url: str, path: Path) -> Sweep:
         )
     data = open_data(config)
     cache = config.reader.open_cache(url)
+    if not cache_is_ready(config, data, url):
+        raise IncompleteCacheError(
+            f"cache {url}: {len(cache.missing_units)} of {cache.manifest.plan.num_units} units are missing; rerun "
+            "`softcache teacher-logits` to finish it: trials are compared, so all of them learn from the whole cache"
+        )
     metric, maximize = METRICS[cache.manifest.kind]
     bench = Bench(config, data, cache, path, metric, maximize)
     space = checked_space(config, data, cache)

@@ -99,7 +99,7 @@ class SharedStudy:
         median = optuna.pruners.MedianPruner(
             n_startup_trials=settings.startup_trials, n_warmup_steps=max(1, epochs // 5)
         )
-        with held(path / "study.lock"):
+        with held(path / "study.lock"), _readable(path):
             _check_identity(path / "config.json", identity)
             storage = optuna.storages.RDBStorage(
                 f"sqlite:///{path / 'study.db'}", engine_kwargs={"connect_args": {"timeout": BUSY_SECONDS}}
@@ -194,6 +194,21 @@ class SharedStudy:
                     "reported": {str(step): value for step, value in trial.intermediate_values.items()},
                 }
                 self._study.enqueue_trial(trial.params, user_attrs=told)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Says which file is at fault if what a sweep keeps cannot be read."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, load_optuna().exceptions.OptunaError, json.JSONDecodeError) as error:
+        name = "config.json" if isinstance(error, json.JSONDecodeError) else "study.db"
+        raise RunError(
+            f"sweep {path}: {name} cannot be read: {str(error).splitlines()[0]}; restore it from a copy, or choose "
+            "another --out: the runs under trials/ are whole without it"
+        ) from error
 
 
 def _suggest(trial: optuna.Trial, name: str, axis: Any) -> None:
