@@ -24,7 +24,7 @@ from pipeline.slim import SlimSettings, slim_cache
 from pipeline.verify import verify_against_teacher, verify_units
 from stages.cli import softcache
 from tests.caches import digits_config, make_cache
-from tests.text_caches import make_text_cache
+from tests.text_caches import make_text_cache, text_config
 
 OTHER = {"teacher": {"model": "tests.fakes:known_scaled"}}
 
@@ -104,6 +104,14 @@ def test_texts_are_fused_row_by_row(texts, tmp_path):
     assert found.skips_positions
 
 
+def test_a_student_reads_fused_texts(texts, folder, tmp_path):
+    fused = fuse_caches(texts, tmp_path / "fused", asked())
+    config = text_config(folder, labels={"positions": {"policy": "every", "every": 3}})
+    dataset = open_data(config).labelled(config, fused)[0]
+    batch = dataset.__getitems__([0, 3, 5])  # every token is compared with its fingerprint
+    assert len(batch.labels) == batch.label_counts.sum() > 0
+
+
 def test_killed_anywhere_and_run_again_it_has_the_same_bytes(images, tmp_path, monkeypatch):
     def files(cache):
         return {name: [s.sha256 for s in m.shards] for name, m in cache.markers.items()}
@@ -174,13 +182,22 @@ def test_the_command_fuses(images, tmp_path):
     assert open_cache(out).manifest.identity["labels"]["k"] == 3
 
 
-def test_caches_of_other_labels_are_refused(images, texts, tmp_path):
+def test_caches_of_other_labels_are_refused(images, texts, folder, tmp_path):
     def refused(other, error, message, first=images[0]):
         with pytest.raises(error, match=message):
             fuse_caches([first, other], tmp_path / "no", asked())
 
     refused(images[0], LabelError, "are the same cache")
     refused(texts[0], AlignmentError, "labels of kind 'tokens'")
+    other = make_text_cache(
+        tmp_path / "padded",
+        folder,
+        teacher={"model": "tests.fakes_language:padded"},
+        labels={"positions": {"policy": "every", "every": 3}},
+    )[2]
+    refused(other, LabelError, "fuse teachers of the same classes or vocabulary", first=texts[0])
+    whole = make_text_cache(tmp_path / "whole", folder)[2]
+    refused(whole, AlignmentError, "labels are of other positions", first=texts[0])
     drawn = make_cache(tmp_path / "drawn", labels={"policy": "sample", "draws": 3})[2]
     refused(drawn, LabelError, "drawn at random")
     grid = make_cache(tmp_path / "grid", labels={"temperatures": [1.0, 2.0]})[2]

@@ -16,6 +16,7 @@ import pipeline.capture
 import pipeline.stores.units
 from pipeline.cache import open_cache
 from pipeline.convert import convert_cache
+from pipeline.fusion import FusionSettings, fuse_caches
 from pipeline.gc import GarbageReport, collect_garbage
 from pipeline.importing import find_responses, import_labels
 from pipeline.runs import capture_labels, open_data, open_teacher
@@ -58,9 +59,13 @@ class Scenario:
             report.write_text("0")
 
 
-def _images(folder: Path, store: str, codec: str = "open") -> Scenario:
+def _images(folder: Path, store: str, codec: str = "open", teacher: str = "known") -> Scenario:
     capture = {"unit_samples": 16, "chunk_samples": 8, "evaluate": False, "store": store, "codec": codec}
-    config = digits_config(source={"max_train_samples": 40, "max_eval_samples": 20}, capture=capture)
+    config = digits_config(
+        source={"max_train_samples": 40, "max_eval_samples": 20},
+        capture=capture,
+        teacher={"model": f"tests.fakes:{teacher}"},
+    )
     data = open_data(config)
 
     def work(root: Path) -> None:
@@ -93,6 +98,14 @@ def _slim(made: Path) -> Scenario:
         slim_cache(open_cache(str(made)), str(root), SlimSettings(k=2, codec="packed"))
 
     return Scenario("slim", work)
+
+
+def _fuse(made: Path, other: Path) -> Scenario:
+    def work(root: Path) -> None:
+        caches = [open_cache(str(place)) for place in (made, other)]
+        fuse_caches(caches, str(root), FusionSettings(caches=(str(made), str(other)), rule="geometric"))
+
+    return Scenario("fuse", work)
 
 
 def _thaw(made: Path) -> Scenario:
@@ -166,17 +179,18 @@ def make_scenarios(folder: Path, names: Collection[str] | None = None) -> list[S
         "convert to parquet": lambda: _convert(_made(folder, "zarr"), "parquet"),
         "convert to zarr": lambda: _convert(_made(folder, "parquet"), "zarr"),
         "slim": lambda: _slim(_made(folder, "zarr")),
+        "fuse": lambda: _fuse(_made(folder, "zarr"), _made(folder, "parquet", "known_scaled")),
         "import": lambda: _import(folder),
         "thaw": lambda: _thaw(_made(folder, "zarr")),
     }
     return [make() for name, make in makers.items() if names is None or name in names]
 
 
-def _made(folder: Path, store: str) -> Path:
+def _made(folder: Path, store: str, teacher: str = "known") -> Path:
     """Returns a whole cache of images."""
-    place = folder / f"made-{store}"
+    place = folder / f"made-{store}-{teacher}"
     if not place.exists():
-        scenario = _images(folder, store)
+        scenario = _images(folder, store, teacher=teacher)
         child = Child(lambda: scenario.work(place), folder / "log")
         assert child.wait() == 0, child.said()
     return place
