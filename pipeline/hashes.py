@@ -16,16 +16,17 @@ Shape suffixes: `B` samples, `N` bytes of all names together, `L` bytes of a sam
 
 from __future__ import annotations
 
+import importlib
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import xxhash
-from numba import njit
+from numba import njit, types
 
 __all__ = [
     "LONGEST",
@@ -75,23 +76,39 @@ _COMPILES = "SOFTCACHE_COMPILES"
 
 def _compile_elsewhere(function: Callable[..., Any], signature: Any) -> None:
     """Has another process compile and keep a function; if it cannot, this one will."""
-    program = (
-        "import importlib, pickle, sys; sys.path[:0] = pickle.loads(bytes.fromhex(sys.argv[1])); "
-        "getattr(importlib.import_module(sys.argv[2]), sys.argv[3]).compile(pickle.loads(bytes.fromhex(sys.argv[4])))"
-    )
-    words = [
-        pickle.dumps(sys.path).hex(),
-        function.__module__,
-        function.__name__,
-        pickle.dumps(signature).hex(),
-    ]
-    subprocess.run(
-        [sys.executable, "-c", program, *words],
-        env=os.environ | {_COMPILES: "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        check=False,
-    )
+    program = "import sys; from pipeline.hashes import _compile_here; _compile_here(*sys.argv[1:])"
+    words = [function.__module__, function.__name__, *map(_in_words, signature)]
+    here = {_COMPILES: "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with suppress(
+        OSError, TypeError
+    ):  # TypeError: an interpreter that is part of another program has no executable
+        subprocess.run(
+            [sys.executable, "-c", program, *words],
+            env=os.environ | here,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+
+
+def _compile_here(module: str, name: str, *words: str) -> None:
+    getattr(importlib.import_module(module), name).compile(tuple(map(_of_words, words)))
+
+
+def _in_words(kind: Any) -> str:
+    """A number's type, or an array's: float32/2/C/True, with dimensions, layout, and whether it may be written to."""
+    if isinstance(kind, types.Array):
+        return f"{kind.dtype}/{kind.ndim}/{kind.layout}/{kind.mutable}"
+    return str(kind)
+
+
+def _of_words(text: str) -> Any:
+    name, *array = text.split("/")
+    kind = types.boolean if name == "bool" else getattr(types, name)
+    if not array:
+        return kind
+    readonly = array[2] == "False"
+    return types.Array(kind, int(array[0]), array[1], readonly=readonly)  # type: ignore[arg-type]
 
 
 def compiled_part(function: Callable[..., Any], **options: Any) -> Any:
