@@ -104,11 +104,11 @@ def _in_words(kind: Any) -> str:
 
 def _of_words(text: str) -> Any:
     name, *array = text.split("/")
-    kind = types.boolean if name == "bool" else getattr(types, name)
+    kind: Any = types.boolean if name == "bool" else getattr(types, name)
     if not array:
         return kind
-    readonly = array[2] == "False"
-    return types.Array(kind, int(array[0]), array[1], readonly=readonly)  # type: ignore[arg-type]
+    layout: Any = array[1]
+    return types.Array(kind, int(array[0]), layout, readonly=array[2] == "False")
 
 
 def compiled_part(function: Callable[..., Any], **options: Any) -> Any:
