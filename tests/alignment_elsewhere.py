@@ -67,13 +67,10 @@ def _contents(found: Found) -> list[Any]:
 
 def two_ranks(made: Copies, folder: Path, untouched: dict[str, Found]) -> bool:
     """Whether two processes together see in every step what one sees."""
-    for number in range(2):  # the port that is found free may be taken before the processes meet there
-        ended = run_ranks(folder / str(number), 2, attempt_elsewhere, made)
-        _clear(made)
-        if [end.code for end in ended] == [0, 0]:
-            break
+    ended = run_ranks(folder, 2, attempt_elsewhere, made)
+    _clear(made)
+    if [end.code for end in ended] != [0, 0]:
         print(*(end.err for end in ended), sep="\n")
-    else:
         return False
     same = []
     for number, (kind, _, _) in enumerate(made):

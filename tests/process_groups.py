@@ -3,6 +3,7 @@
 A torchrun of two processes takes ten seconds of both cores to import what these have at hand.
 """
 
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -32,8 +33,7 @@ def run_ranks(folder, count, function, *arguments, seconds=200.0, grace_seconds=
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = _free_port()
     launched = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1"}
     launched |= {"MASTER_PORT": str(port)}
     context = multiprocessing.get_context("forkserver")
@@ -53,6 +53,20 @@ def run_ranks(folder, count, function, *arguments, seconds=200.0, grace_seconds=
                 process.kill()
                 process.join()
     return [_ended(folder, rank, process.exitcode) for rank, process in enumerate(processes)]
+
+
+def _free_port():
+    """Returns a port that nothing listens on, below those that the system gives out: none of them is taken meanwhile."""
+    for port in _PORTS:
+        try:
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        return port
+    raise OSError("no port is free")
+
+
+_PORTS = itertools.count(20_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
 
 
 def _rank(folder, rank, environment, function, arguments):
