@@ -33,10 +33,11 @@ from benchmarks.repeated import Repeated
 from pipeline.batches import ViewedSource
 from pipeline.cache import Cache
 from pipeline.config import RunConfig
+from pipeline.feeds import cache_feed, hard_feed
 from pipeline.modalities import Data
 from pipeline.models import build_model
 from pipeline.progress import say
-from pipeline.runs import _cache_feed, _hard_feed, capture_labels, open_data, open_teacher
+from pipeline.runs import capture_labels, open_data, open_teacher
 from pipeline.student import _Loop
 from stages.options import print_table
 
@@ -148,9 +149,7 @@ def contenders(
         )
         torch.manual_seed(0)
         feed = (
-            _hard_feed(how, data)
-            if labels == "hard"
-            else _cache_feed(how, data, cache, cache.num_views, False)
+            hard_feed(how, data) if labels == "hard" else cache_feed(how, data, cache, cache.num_views, False)
         )
         step = stepper(_Loop(Accelerator(cpu=True), data.task(how, student), feed, how.train), epoch)
         step(2)  # compiled code is loaded, the optimizer's state is made

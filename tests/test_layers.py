@@ -22,6 +22,7 @@ FLOORS = [
     | {"paired", "trainer", "importing", "gc", "fusion"},
     {"config"},
     {"modalities"},
+    {"feeds"},
     {"runs"},
     {"parallel", "sweep"},
 ]

@@ -345,7 +345,7 @@ def test_accumulation_splits_the_batch_and_never_changes_the_gradient(made, tmp_
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["at once", "by chunks"])
 def test_the_live_teacher_and_a_dense_cache_teach_the_same(made, tmp_path, monkeypatch, at_once):
-    monkeypatch.setattr("pipeline.tasks.LIVE_ELEMENTS", 2**26 if at_once else 0)
+    monkeypatch.setattr("pipeline.tasks.token_student.LIVE_ELEMENTS", 2**26 if at_once else 0)
     _, data, _, folder = made
     vocab = data.train.source.vocab_size
     config = text_config(folder, labels={"policy": "dense", "k": vocab}, capture={"values": "float32"})

@@ -1,172 +1,25 @@
-"""What a student learns and how it is scored, by modality: everything that the training loop leaves open.
-
-A task builds the student, gives the mean loss of a batch's label rows, and evaluates on the plain view of the
-held-out split. The loop (`pipeline.student`) knows nothing of images or tokens.
-"""
+"""A causal language model as a student: from tokens and labels to the mean loss, without logits where it can be."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import nn
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
-from pipeline.batches import Dataset, ImageBatch
 from pipeline.errors import SpecError
 from pipeline.fused import fused_distillation_loss, token_scores
 from pipeline.labels import SoftLabels
 from pipeline.language import check_context, check_split, split
-from pipeline.losses import (
-    LossSettings,
-    Mix,
-    cross_entropy,
-    distillation_loss,
-    row_weights,
-    weighted_difference,
-)
-from pipeline.models import Normalize
-from pipeline.sparsify import dense, whole_record
-from pipeline.teacher import ImageTeacher, LanguageTeacher
-from pipeline.token_batches import TokenBatch, TokenData
+from pipeline.losses import LossSettings, cross_entropy, distillation_loss, row_weights, weighted_difference
+from pipeline.sparsify import whole_record
+from pipeline.teacher import LanguageTeacher
+from pipeline.token_batches import TokenBatch
 
-__all__ = ["ImageTask", "LossSettings", "Task", "TokenStudent", "TokenTask", "my_share"]
+__all__ = ["TokenStudent"]
 
-LIVE_ELEMENTS = (
-    2**26
-)  # of a live teacher's logits, up to which a batch is compared at once: 256 MiB in float32
-
-
-class Task(Protocol):
-    """What the training loop needs to know.
-
-    Attributes:
-        metric: the row of an epoch's results by which epochs are compared.
-        larger_is_better: of that metric.
-        evaluation: the held-out split.
-    """
-
-    @property
-    def metric(self) -> str: ...
-    @property
-    def larger_is_better(self) -> bool: ...
-    @property
-    def evaluation(self) -> Dataset: ...
-
-    def build(self) -> nn.Module:
-        """Returns a fresh student; called after the seed is set."""
-        ...
-
-    def loss(
-        self, model: nn.Module, batch: Any, *, label_share: float | None = None, mix: Mix | None = None
-    ) -> torch.Tensor:
-        """Returns the mean loss of the batch's rows, a scalar.
-
-        Args:
-            label_share: of all rows of the optimizer step that the batch is a piece of, the share with a label: summed
-                by their rows, the pieces' losses are then the step's. None: the batch is the step, or each row has one.
-            mix: this step's temperature and alpha; given where [loss] has them change over the run. None: those of [loss].
-        """
-        ...
-
-    def evaluate(self, model: nn.Module, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
-        """Returns `eval_loss` (nats), `accuracy` and what else there is, over all ranks."""
-        ...
-
-    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Returns what a weights file of the (unwrapped) model holds."""
-        ...
-
-    def export(self, model: nn.Module, out: Path) -> None:
-        """Writes the finished (unwrapped) model in the form that its users load, where there is one."""
-        ...
-
-
-@dataclass(frozen=True)
-class ImageTask:
-    """Classification of images.
-
-    Attributes:
-        build_model: makes the student.
-        num_classes: V.
-        teacher: labels the batch on the spot (`labels = "online"`); None otherwise.
-    """
-
-    build_model: Callable[[], nn.Module]
-    evaluation: Dataset
-    normalize: Normalize
-    num_classes: int
-    loss_settings: LossSettings
-    teacher: ImageTeacher | None = None
-
-    metric = "accuracy"
-    larger_is_better = True
-
-    def build(self) -> nn.Module:
-        return self.build_model()
-
-    def loss(
-        self, model: nn.Module, batch: ImageBatch, *, label_share: float | None = None, mix: Mix | None = None
-    ) -> torch.Tensor:
-        labels, how = batch.labels, self.loss_settings
-        if self.teacher is not None:
-            labels = dense(self.teacher.logits(batch.images)).to_torch(batch.images.device)
-        temperature, alpha = mix or (how.temperature, how.alpha)
-        logits_PV, weights_P = self._forward(model, batch.images), None
-        if how.weights is not None and labels is not None:
-            weights_P = row_weights(
-                how.weights,
-                labels,
-                batch.targets,
-                student_log_probs_P=-cross_entropy(logits_PV.detach(), batch.targets),
-                num_student_classes=self.num_classes,
-            )
-        return distillation_loss(
-            logits_PV,
-            labels,
-            batch.targets,
-            temperature=temperature,
-            alpha=alpha if labels is not None else 0.0,
-            loss=how.loss,
-            soft_weights=weights_P,
-        )
-
-    def _forward(self, model: nn.Module, images_BCHW: torch.Tensor) -> torch.Tensor:
-        logits = model(self.normalize.to(images_BCHW.device)(images_BCHW))
-        expected = (len(images_BCHW), self.num_classes)
-        if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
-            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise SpecError(
-                f"student: expected logits of shape {expected} (batch, classes of the labels); found {found}; "
-                f"pass --student with {self.num_classes} outputs, or rebuild the cache for its classes"
-            )
-        return logits
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
-        device = accelerator.device
-        # Not through DistributedDataParallel, whose ranks would have to call it equally often.
-        model = accelerator.unwrap_model(model)
-        accuracy = MulticlassAccuracy(self.num_classes, average="micro").to(device)
-        mean_loss = MeanMetric().to(device)
-        for samples in my_share(len(self.evaluation), batch_size, accelerator):
-            batch = self.evaluation.load(samples, 0, fingerprints=False).to(device)
-            logits_PV = self._forward(model, batch.images).float()
-            accuracy.update(logits_PV, batch.targets)
-            mean_loss.update(cross_entropy(logits_PV, batch.targets))
-        return {"accuracy": float(accuracy.compute()), "eval_loss": float(mean_loss.compute())}
-
-    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        return model.state_dict()
-
-    def export(self, model: nn.Module, out: Path) -> None:
-        """Nothing: `model.safetensors` and the spec are all that is needed."""
+LIVE_ELEMENTS = 2**26
+"""Of a live teacher's logits, up to which a batch is compared at once: 256 MiB in float32."""
 
 
 class TokenStudent(nn.Module):
@@ -399,81 +252,3 @@ class TokenStudent(nn.Module):
             segments_BL = nn.functional.pad(segments_BL, (0, added), mode="replicate").view(-1, self._context)
         hidden_BLD = self._parts.hidden(tokens_BL, segments_BL, cross_documents=self._cross_documents)
         return hidden_BLD.flatten(0, 1)[rows]
-
-
-@dataclass(frozen=True)
-class TokenTask:
-    """Next-token prediction.
-
-    Attributes:
-        build_model: makes the student.
-        context: tokens that it attends over.
-        cross_documents: whether attention crosses the documents of a packed sample, as the config says.
-        save_tokenizer: writes the tokenizer beside an exported model.
-        teacher: labels the batch on the spot (`labels = "online"`); None otherwise.
-    """
-
-    build_model: Callable[[], nn.Module]
-    evaluation: TokenData
-    loss_settings: LossSettings
-    context: int
-    cross_documents: bool = False
-    save_tokenizer: Callable[[Path], None] = lambda folder: None
-    teacher: LanguageTeacher | None = None
-
-    metric = "eval_loss"
-    larger_is_better = False
-
-    def build(self) -> nn.Module:
-        return TokenStudent(
-            self.build_model(),
-            self.loss_settings,
-            context=self.context,
-            cross_documents=self.cross_documents,
-        )
-
-    def loss(
-        self, model: nn.Module, batch: TokenBatch, *, label_share: float | None = None, mix: Mix | None = None
-    ) -> torch.Tensor:
-        temperature, alpha = mix or (self.loss_settings.temperature, self.loss_settings.alpha)
-        if self.teacher is not None:
-            return model(batch, self.teacher, alpha, temperature=temperature)
-        alpha = alpha if batch.labels is not None else 0.0
-        return model(batch, batch.labels, alpha, label_share, temperature)
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
-        student = accelerator.unwrap_model(model)
-        assert isinstance(student, TokenStudent)
-        accuracy, mean_loss = MeanMetric().to(accelerator.device), MeanMetric().to(accelerator.device)
-        for samples in my_share(len(self.evaluation), batch_size, accelerator):
-            batch = self.evaluation.load(samples, 0, fingerprints=False).to(accelerator.device)
-            with accelerator.autocast():
-                loss_P, correct_P = student.scores(batch)
-            mean_loss.update(loss_P.double())
-            accuracy.update(correct_P.double())
-        loss = float(mean_loss.compute())
-        return {"eval_loss": loss, "perplexity": math.exp(loss), "accuracy": float(accuracy.compute())}
-
-    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        assert isinstance(model, TokenStudent)
-        return model.model.state_dict()
-
-    def export(self, model: nn.Module, out: Path) -> None:
-        """Writes OUT/hf, which `AutoModelForCausalLM.from_pretrained` loads, with the tokenizer."""
-        assert isinstance(model, TokenStudent)
-        save: Any = getattr(model.model, "save_pretrained", None)
-        if save is not None:
-            from transformers.utils import logging
-
-            logging.disable_progress_bar()
-            save(out / "hf")
-            self.save_tokenizer(out / "hf")
-
-
-def my_share(num_samples: int, batch_size: int, accelerator: Accelerator) -> list[range]:
-    """Returns this rank's batches of an evaluation split, as even a share as whole batches allow."""
-    batch_size = min(batch_size, max(1, -(-num_samples // accelerator.num_processes)))
-    step = accelerator.num_processes * batch_size
-    starts = range(accelerator.process_index * batch_size, num_samples, step)
-    return [range(start, min(start + batch_size, num_samples)) for start in starts]

@@ -1,0 +1,9 @@
+"""What a student learns and how it is scored, by modality: everything that the training loop leaves open."""
+
+from pipeline.losses import LossSettings
+from pipeline.tasks.images import ImageTask
+from pipeline.tasks.task import Task, my_share
+from pipeline.tasks.token_student import TokenStudent
+from pipeline.tasks.tokens import TokenTask
+
+__all__ = ["ImageTask", "LossSettings", "Task", "TokenStudent", "TokenTask", "my_share"]
