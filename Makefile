@@ -14,7 +14,7 @@ PICK   := $(if $(STUDENT),--student '$(STUDENT)')
 SWEEP  := $(strip $(if $(TRIALS),--trials '$(TRIALS)') $(if $(WORKERS),--workers '$(WORKERS)') $(if $(SEEDS),--seeds '$(SEEDS)'))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-logits train-student students sweep compare train-teacher inspect verify fidelity thaw gc test chaos check format clean bench
+.PHONY: help setup teacher-logits train-student students sweep compare report train-teacher inspect verify fidelity thaw gc test chaos check format clean bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,11 @@ sweep: setup  ## search a student's settings from CACHE; TRIALS, WORKERS, SEEDS 
 compare: setup  ## cache, live teacher and hard labels over three seeds
 	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)' --reuse
 	$(RUN) compare $(ARGS) --cache '$(CACHE)' $(PICK)
+
+report: setup  ## runs/NAME/report.html about the students of CONFIG; trains them first if need be
+	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)' --reuse
+	$(RUN) students $(ARGS) --cache '$(CACHE)'
+	$(RUN) report 'runs/$(NAME)/students' --cache '$(CACHE)' --out 'runs/$(NAME)/report.html'
 
 train-teacher: setup  ## train CONFIG's teacher on hard labels
 	$(RUN) train-teacher $(ARGS)

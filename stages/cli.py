@@ -24,6 +24,7 @@ from stages.fuse import fuse
 from stages.gc import gc
 from stages.import_labels import import_command
 from stages.inspect import inspect_command
+from stages.report import report_command
 from stages.slim import slim
 from stages.status import status
 from stages.students import students
@@ -50,6 +51,7 @@ for command in (
     students,
     sweep_command,
     compare,
+    report_command,
     train_teacher_command,
     inspect_command,
     verify,

@@ -53,7 +53,7 @@ class ImageTask:
         if self.teacher is not None:
             labels = dense(self.teacher.logits(batch.images)).to_torch(batch.images.device)
         temperature, alpha = mix or (how.temperature, how.alpha)
-        logits_PV, weights_P = self._forward(model, batch.images), None
+        logits_PV, weights_P = self.logits(model, batch.images), None
         if how.weights is not None and labels is not None:
             weights_P = row_weights(
                 how.weights,
@@ -72,7 +72,12 @@ class ImageTask:
             soft_weights=weights_P,
         )
 
-    def _forward(self, model: nn.Module, images_BCHW: torch.Tensor) -> torch.Tensor:
+    def logits(self, model: nn.Module, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Returns a student's logits [B, V] of uint8 images.
+
+        Raises:
+            SpecError: it returns something else.
+        """
         logits = model(self.normalize.to(images_BCHW.device)(images_BCHW))
         expected = (len(images_BCHW), self.num_classes)
         if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
@@ -92,7 +97,7 @@ class ImageTask:
         mean_loss = MeanMetric().to(device)
         for samples in my_share(len(self.evaluation), batch_size, accelerator):
             batch = self.evaluation.load(samples, 0, fingerprints=False).to(device)
-            logits_PV = self._forward(model, batch.images).float()
+            logits_PV = self.logits(model, batch.images).float()
             accuracy.update(logits_PV, batch.targets)
             mean_loss.update(cross_entropy(logits_PV, batch.targets))
         return {"accuracy": float(accuracy.compute()), "eval_loss": float(mean_loss.compute())}

@@ -240,6 +240,10 @@ class TokenStudent(nn.Module):
             logit_scale=self._parts.logit_scale,
         )
 
+    def logits(self, batch: TokenBatch) -> torch.Tensor:
+        """Returns float32 logits [P, V] of all rows of the batch; for who looks at a few, not for training."""
+        return self._parts.logits(self._hidden(batch))
+
     def _hidden(self, batch: TokenBatch) -> torch.Tensor:
         """Returns the hidden states [P, D] of the rows."""
         tokens_BL, segments_BL, rows = batch.tokens, batch.segments, batch.rows

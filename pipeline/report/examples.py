@@ -1,0 +1,137 @@
+"""Samples where a student follows its teacher against the label, and where it fails to follow: pictures, or tokens.
+
+Of each student the `EXAMPLES` rows of which the teacher was surest. A picture is the image as the source has it, a PNG
+inside the page; a text is the tokens before the row, each shaded by how far the student is from its teacher there.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from pipeline.report.loading import Report
+from pipeline.report.measures import failed, followed
+from pipeline.report.predictions import Observed, Predictions
+
+__all__ = ["Example", "Gallery", "Names", "galleries"]
+
+EXAMPLES = 12
+CONTEXT_TOKENS = 24
+THUMBNAIL = 96  # pixels, of a picture's longer side
+
+
+@dataclass
+class Example:
+    """One row that is shown.
+
+    Attributes:
+        picture: a data URI; None for text.
+        tokens: (text, KL(teacher || student) in nats or None where there is no row); empty for images.
+    """
+
+    key: str
+    label: str
+    teacher: str
+    student: str
+    confidence: float
+    picture: str | None
+    tokens: list[tuple[str, float | None]]
+
+
+@dataclass
+class Gallery:
+    """The examples of one student: it follows (`kind` "follows") or does not ("fails")."""
+
+    student: str
+    kind: str
+    total: int
+    examples: list[Example]
+
+
+class Names:
+    """The names of classes: a source's own, or the tokens of its tokenizer."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from pipeline.sources.tokenizers import load_tokenizer
+
+        return load_tokenizer(self._report.config.source)  # type: ignore[arg-type]
+
+    def __getitem__(self, number: int) -> str:
+        if self._report.is_text:
+            text = self.token(number)
+            return repr(text) if text.strip() != text or not text.isprintable() else text
+        return str(self._report.data.train.source.class_names[number])  # type: ignore[union-attr]
+
+    def unique(self, numbers: np.ndarray) -> list[str]:
+        """Returns a name of its own for each class: tokens that read alike are told apart by their number."""
+        found = [self[int(number)] for number in numbers]
+        return [
+            name if found.count(name) == 1 else f"{name} #{number}"
+            for name, number in zip(found, numbers, strict=True)
+        ]
+
+    def token(self, number: int) -> str:
+        return str(self._tokenizer.decode([int(number)]))
+
+
+def galleries(report: Report, observed: Observed, names: Names) -> list[Gallery]:
+    """Returns two galleries for every student that learnt from a teacher."""
+    if observed.teacher is None:
+        return []
+    taught = {run.name for run in report.runs if run.labels != "hard"}
+    out = []
+    for student in observed.students:
+        if student.name not in taught:
+            continue
+        for kind, choose in (("follows", followed), ("fails", failed)):
+            rows = choose(observed.teacher.guess_P, student.guess_P, observed.targets_P)
+            surest = rows[np.argsort(-observed.teacher.confidence_P[rows], kind="stable")][:EXAMPLES]
+            shown = [_example(report, observed, student, int(row), names) for row in surest]
+            out.append(Gallery(student.name, kind, len(rows), shown))
+    return out
+
+
+def _example(report: Report, observed: Observed, student: Predictions, row: int, names: Names) -> Example:
+    assert observed.teacher is not None
+    data: Any = report.data.evaluation if observed.split == "held-out" else report.data.train
+    sample = int(observed.sample_P[row])
+    return Example(
+        key=data.source.key(sample),
+        label=names[int(observed.targets_P[row])],
+        teacher=names[int(observed.teacher.guess_P[row])],
+        student=names[int(student.guess_P[row])],
+        confidence=float(observed.teacher.confidence_P[row]),
+        picture=None if report.is_text else _picture(data.source.image(sample)),
+        tokens=_tokens(data, observed, student, row, names) if report.is_text else [],
+    )
+
+
+def _picture(image_CHW: Any) -> str:
+    from PIL import Image
+
+    array = image_CHW.numpy()
+    picture = Image.fromarray(array[0] if len(array) == 1 else np.moveaxis(array, 0, 2))
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _tokens(
+    data: Any, observed: Observed, student: Predictions, row: int, names: Names
+) -> list[tuple[str, float | None]]:
+    sample, position = int(observed.sample_P[row]), int(observed.position_P[row])
+    of_sample = np.flatnonzero(observed.sample_P == sample)
+    kl_of = dict(zip(observed.position_P[of_sample].tolist(), student.kl_P[of_sample].tolist(), strict=True))
+    tokens = data.source.sample(sample).tokens
+    first = max(0, position + 1 - CONTEXT_TOKENS)
+    return [(names.token(tokens[at]), kl_of.get(at)) for at in range(first, position + 1)]

@@ -1,0 +1,238 @@
+"""The figures, drawn by plotly; each carries a sentence for who does not see it and a table for who prefers to read.
+
+Colours and marks are given by student, the same in every figure: a colour of Okabe and Ito 2008, which the colour-blind can
+tell apart, for an architecture; a full line and disc for one taught from the cache, a broken line and ring for one that was
+not. Text of the data is escaped here: plotly reads a small HTML in its labels.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.errors import MissingExtraError
+from pipeline.report.loading import Run
+
+__all__ = [
+    "Figure",
+    "Section",
+    "Styles",
+    "bars",
+    "escaped",
+    "framed",
+    "heat",
+    "lines",
+    "load_plotly",
+    "points",
+]
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
+TEACHER = "#7f7f7f"
+
+
+def load_plotly() -> Any:
+    """Returns plotly.graph_objects.
+
+    Raises:
+        MissingExtraError: plotly or Jinja2 is not installed.
+    """
+    try:
+        import jinja2  # noqa: F401
+        import plotly.graph_objects as go
+    except ImportError as error:
+        raise MissingExtraError(
+            f"report: {error.name} is not installed; pip install 'softcache[report]'"
+        ) from error
+    return go
+
+
+@dataclass
+class Figure:
+    """A figure and the same as a table.
+
+    Attributes:
+        summary: a sentence that says what it shows.
+        plot: plotly's data and layout, ready for JSON; None: the table alone.
+        columns, rows: the table; a row is (name of the student or None, cells).
+    """
+
+    key: str
+    title: str
+    summary: str
+    plot: dict[str, Any] | None
+    columns: Sequence[str]
+    rows: Sequence[tuple[str | None, Sequence[Any]]] = ()
+    wide: bool = False
+
+
+@dataclass
+class Section:
+    """A part of the page.
+
+    Attributes:
+        lead: what to look for.
+        missing: what is not shown, and what it would need.
+        galleries: of `pipeline.report.examples`.
+    """
+
+    key: str
+    title: str
+    lead: str
+    figures: list[Figure] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    galleries: list[Any] = field(default_factory=list)
+
+
+def escaped(text: Any) -> str:
+    """Returns text that plotly shows as it is."""
+    return html.escape(str(text), quote=False)
+
+
+class Styles:
+    """Which colour, line and mark a student has in every figure."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        models = list(dict.fromkeys(run.model for run in runs))
+        self._of = {
+            run.name: (COLORS[models.index(run.model) % len(COLORS)], run.labels == "cache") for run in runs
+        }
+
+    def color(self, name: str) -> str:
+        return self._of[name][0] if name in self._of else TEACHER
+
+    def line(self, name: str) -> dict[str, Any]:
+        _, cached = self._of.get(name, (TEACHER, True))
+        return {"color": self.color(name), "dash": "solid" if cached else "dot", "width": 2}
+
+    def marker(self, name: str) -> dict[str, Any]:
+        if name not in self._of:
+            return {"color": TEACHER, "symbol": "star", "size": 13}
+        return {
+            "color": self.color(name),
+            "symbol": "circle" if self._of[name][1] else "circle-open",
+            "size": 10,
+        }
+
+    def pattern(self, name: str) -> dict[str, Any]:
+        cached = self._of.get(name, (TEACHER, True))[1]
+        return {"color": self.color(name), "pattern": {"shape": "" if cached else "/"}}
+
+
+def points(
+    styles: Styles, xs: Mapping[str, float], ys: Mapping[str, float], *, x: str, y: str, log: bool
+) -> dict[str, Any]:
+    """Returns a figure of one point per name."""
+    go = load_plotly()
+    traces = [
+        go.Scatter(
+            x=[xs[name]],
+            y=[ys[name]],
+            mode="markers",
+            name=escaped(name),
+            meta=name,
+            marker=styles.marker(name),
+        )
+        for name in xs
+    ]
+    return framed(traces, x, y, x_type="log" if log else "linear")
+
+
+def lines(
+    styles: Styles,
+    series: Mapping[str, tuple[Sequence[Any], Sequence[Any]]],
+    *,
+    x: str,
+    y: str,
+    diagonal: bool = False,
+    marks: bool = True,
+    weights: Mapping[str, Sequence[float]] | None = None,
+) -> dict[str, Any]:
+    """Returns a figure of one line (x values, y values) per name.
+
+    Args:
+        weights: [of each name, of each point] shares in [0, 1], shown as the area of its mark.
+    """
+    go = load_plotly()
+    traces = [
+        go.Scatter(
+            x=list(xs),
+            y=list(ys),
+            name=escaped(name),
+            meta=name,
+            mode="lines+markers" if marks else "lines",
+            line=styles.line(name),
+            marker=styles.marker(name)
+            | {"size": [4 + 16 * weight**0.5 for weight in weights[name]] if weights else 6},
+        )
+        for name, (xs, ys) in series.items()
+    ]
+    if diagonal:
+        even = go.Scatter(
+            x=[0, 1], y=[0, 1], mode="lines", name="as sure as right", line={"color": TEACHER, "width": 1}
+        )
+        traces.insert(0, even)
+    return framed(traces, x, y)
+
+
+def bars(
+    styles: Styles, names: Sequence[str], series: Mapping[str, Sequence[Any]], *, x: str, y: str
+) -> dict[str, Any]:
+    """Returns a figure of bars side by side: a group per name, a bar per series."""
+    go = load_plotly()
+    traces = [
+        go.Bar(
+            x=[escaped(n) for n in names],
+            y=list(ys),
+            name=escaped(name),
+            meta=name,
+            marker=styles.pattern(name),
+        )
+        for name, ys in series.items()
+    ]
+    return framed(traces, x, y, x_type="category")
+
+
+def heat(names: Sequence[str], values: Any, *, x: str, y: str, meta: str) -> dict[str, Any]:
+    """Returns a heat map of probabilities on a logarithmic scale of colours, from 1e-4 up."""
+    import numpy as np
+
+    go = load_plotly()
+    shown = np.log10(np.maximum(values, 1e-4))
+    labels = [escaped(name) for name in names]
+    trace = go.Heatmap(
+        z=shown.round(3).tolist(),
+        x=labels,
+        y=labels,
+        zmin=-4,
+        zmax=0,
+        colorscale="Cividis",
+        meta=meta,
+        customdata=np.round(values, 5).tolist(),
+        hovertemplate=f"{escaped(y)} %{{y}}<br>{escaped(x)} %{{x}}<br>%{{customdata}}<extra></extra>",
+        colorbar={"tickvals": [-4, -3, -2, -1, 0], "ticktext": ["≤ 0.0001", "0.001", "0.01", "0.1", "1"]},
+    )
+    figure = framed([trace], x, y, x_type="category", y_type="category")
+    figure["layout"]["yaxis"]["autorange"] = "reversed"
+    return figure
+
+
+def framed(
+    traces: list[Any], x: str, y: str, *, x_type: str = "linear", y_type: str = "linear"
+) -> dict[str, Any]:
+    go = load_plotly()
+    layout: dict[str, Any] = {
+        "xaxis": {"title": {"text": x}, "type": x_type, "automargin": True},
+        "yaxis": {"title": {"text": y}, "type": y_type, "automargin": True},
+        "showlegend": False,
+        "margin": {"l": 10, "r": 10, "t": 10, "b": 10},
+        "barmode": "group",
+        "template": "none",
+    }
+    # Across, a range is often less than a power of ten; down, many of them.
+    for axis, kind, ticks in (("xaxis", x_type, "D2"), ("yaxis", y_type, 1)):
+        if kind == "log":
+            layout[axis] |= {"dtick": ticks, "exponentformat": "SI" if ticks == "D2" else "power"}
+    figure: dict[str, Any] = go.Figure(data=traces, layout=layout).to_plotly_json()
+    return figure

@@ -1,0 +1,88 @@
+"""The numbers of the report, each a pure function of rows; NumPy in, NumPy out."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = [
+    "Bin",
+    "break_even",
+    "by_class",
+    "by_decile",
+    "calibration_error",
+    "deciles",
+    "failed",
+    "followed",
+    "reliability",
+]
+
+BINS = 10
+
+
+class Bin(NamedTuple):
+    """Rows whose confidence is in one interval: how many, how sure on average, how often right."""
+
+    rows: int
+    confidence: float
+    accuracy: float
+
+
+def reliability(confidence_P: np.ndarray, correct_P: np.ndarray, *, bins: int = BINS) -> list[Bin]:
+    """Returns the bins (0, 1/n], (1/n, 2/n], … that have rows."""
+    number_P = np.clip(np.ceil(confidence_P * bins).astype(int) - 1, 0, bins - 1)
+    return [
+        Bin(int(chosen.sum()), float(confidence_P[chosen].mean()), float(correct_P[chosen].mean()))
+        for number in range(bins)
+        if (chosen := number_P == number).any()
+    ]
+
+
+def calibration_error(confidence_P: np.ndarray, correct_P: np.ndarray, *, bins: int = BINS) -> float:
+    """Returns the expected calibration error, by torchmetrics: mean over rows of |accuracy - confidence| of their bin."""
+    import torch
+    from torchmetrics.functional.classification import binary_calibration_error
+
+    # Of the guess alone, being right is a binary outcome whose probability is the confidence.
+    confidence = torch.from_numpy(np.clip(confidence_P, 0.0, 1.0).astype(np.float32))
+    return float(
+        binary_calibration_error(confidence, torch.from_numpy(correct_P.astype(np.int64)), n_bins=bins)
+    )
+
+
+def deciles(confidence_P: np.ndarray) -> np.ndarray:
+    """Returns int64 [P], 0 (the tenth of the rows with the least confidence) to 9; ties by their order."""
+    order = np.argsort(confidence_P, kind="stable")
+    out = np.empty(len(order), np.int64)
+    out[order] = np.arange(len(order)) * 10 // max(len(order), 1)
+    return out
+
+
+def by_decile(values_P: np.ndarray, decile_P: np.ndarray) -> list[float | None]:
+    """Returns the mean of each tenth, None of an empty one."""
+    return [
+        float(values_P[d == 1].mean()) if (d := (decile_P == n).astype(int)).any() else None
+        for n in range(10)
+    ]
+
+
+def by_class(values_P: np.ndarray, targets_P: np.ndarray, classes_C: np.ndarray) -> list[float | None]:
+    """Returns the mean over the rows of each class, None where there is no row."""
+    return [float(values_P[chosen].mean()) if (chosen := targets_P == c).any() else None for c in classes_C]
+
+
+def followed(teacher_P: np.ndarray, student_P: np.ndarray, targets_P: np.ndarray) -> np.ndarray:
+    """Returns the rows [n] on which the student says what the teacher says, and the label says otherwise."""
+    return np.flatnonzero((teacher_P == student_P) & (teacher_P != targets_P))
+
+
+def failed(teacher_P: np.ndarray, student_P: np.ndarray, targets_P: np.ndarray) -> np.ndarray:
+    """Returns the rows [n] on which the teacher is right and the student is not."""
+    return np.flatnonzero((teacher_P == targets_P) & (student_P != targets_P))
+
+
+def break_even(num_views: int, epochs: float) -> int:
+    """Returns from how many students on a cache of so many views costs no more teacher passes than a live teacher."""
+    return max(1, math.ceil(num_views / epochs))

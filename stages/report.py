@@ -1,0 +1,60 @@
+"""One page about students of one cache, to show to others.
+
+make report
+softcache report runs/digits/students --out report.html
+"""
+
+from pathlib import Path
+
+import click
+
+from pipeline.progress import say
+from pipeline.report import build_sections, open_report, write_page
+from pipeline.report.figures import Styles, load_plotly
+
+__all__ = ["report_command"]
+
+
+@click.command("report")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN…")
+@click.option(
+    "--cache", "url", metavar="URL", help="Where the cache is [default: where the runs' config says]."
+)
+@click.option(
+    "--fidelity",
+    "fidelity",
+    metavar="FILE",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="What `softcache fidelity` wrote [default: runs/NAME/fidelity/fidelity.json, if it is there].",
+)
+@click.option("--out", default="report.html", show_default=True, metavar="FILE", help="The page.")
+def report_command(runs: tuple[str, ...], url: str | None, fidelity: Path | None, out: str) -> None:
+    """Write a page about RUN… (directories of finished runs, or folders of them): scores, curves, calibration, what moved.
+
+    The page is one file and asks no server for anything. What needs the teacher's weights says so where they are missing.
+
+    \b
+    Example:
+      softcache report runs/digits/students --out report.html
+    """
+    load_plotly()
+    report = open_report(runs, cache_url=url)
+    sections = build_sections(report, fidelity=fidelity, progress=lambda what: say(f"report: {what}"))
+    teacher = report.config.teacher.model if report.config.teacher else "none named"
+    facts = [
+        ("Data", report.data.train.source.name),
+        ("Held out", f"{len(report.data.evaluation):,} samples"),
+        ("Teacher", teacher),
+        ("Cache", report.cache.url if report.cache else "not there"),
+        ("Students", str(len(report.runs))),
+    ]
+    styles = Styles(report.runs)
+    students = [(run.name, styles.color(run.name), run.labels == "cache") for run in report.runs]
+    size = write_page(
+        out,
+        title=f"Distillation report: {report.config.name}",
+        facts=facts,
+        students=students,
+        sections=sections,
+    )
+    click.echo(f"wrote {out}: {len(report.runs)} students, {size / 1e6:.1f} MB")
