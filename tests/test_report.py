@@ -235,6 +235,45 @@ def test_a_fidelity_report_of_another_cache_is_refused(place, tmp_path):
         build_sections(open_report([place]), fidelity=path)
 
 
+def test_the_frontier_shows_the_cache_and_every_kind_of_record(place, tmp_path):
+    report = open_report([place])
+
+    def point(k, size, error):
+        return {
+            "policy": "top_k",
+            "codec": "open float16",
+            "k": k,
+            "bytes_per_position": {"total": size},
+            "temperatures": {"1": {"gradient_error": error}},
+        }
+
+    found = {
+        "manifest_sha256": report.cache.manifest_sha256,
+        "bytes_per_position": {"total": 30.0},
+        "temperatures": {"1": {"gradient_error": 0.02}},
+        "frontier": [point(1, 20.0, 0.1), point(8, 40.0, 0.001), point(10, 50.0, 0.0)],  # the last: rounding
+    }
+    path = tmp_path / "fidelity.json"
+    path.write_text(json.dumps(found))
+    sections = {section.key: section for section in build_sections(report, fidelity=path)}
+    frontier = next(figure for figure in sections["cache"].figures if figure.key == "cache-frontier")
+    kind = "top_k, open float16"
+    rows = [("this cache", "30.0", "2.00e-02"), (kind, "20.0", "1.00e-01"), (kind, "40.0", "1.00e-03")]
+    assert [cells for _, cells in frontier.rows] == rows
+    assert [list(trace["x"]) for trace in frontier.plot["data"]] == [[20.0, 40.0], [30.0]]
+
+
+def test_seeds_of_one_architecture_are_told_apart_and_compared_by_their_mean(place):
+    one = sorted(place.glob("linear-cache-*"))[0]
+    shutil.copytree(one, place / "again")
+    change(place / "again", "metrics", accuracy=0.0)
+    report = open_report([place])
+    assert sorted(run.name for run in report.runs if run.path in (one, place / "again")) == sorted(
+        [f"linear (cache) {one.name}", "linear (cache) again"]
+    )
+    assert "its mean is compared" in build_sections(report)[0].lead
+
+
 def test_without_the_extra_the_error_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     with pytest.raises(MissingExtraError, match=r"softcache\[report\]"):

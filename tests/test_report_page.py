@@ -113,6 +113,24 @@ def test_the_filter_works_by_keyboard(opened):
     assert said == []
 
 
+def test_a_student_taken_out_and_put_back_has_its_figures_again(opened):
+    page, said, _ = opened()
+    own = page.locator("figure[data-student]").first
+    box = page.locator("#filter input").nth(
+        page.evaluate(
+            "[...document.querySelectorAll('#filter input')].findIndex(b => b.value === "
+            "document.querySelector('figure[data-student]').dataset.student)"
+        )
+    )
+    box.uncheck()
+    own.wait_for(state="hidden")
+    page.locator("#theme").click()  # redraws all that is there
+    box.check()
+    own.wait_for(state="visible")
+    own.locator(MARKS).first.wait_for(state="attached")
+    assert said == []
+
+
 def test_samples_are_filtered_by_label(opened):
     page, _, _ = opened()
     choose = page.locator("#classes")

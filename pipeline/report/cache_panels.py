@@ -45,7 +45,7 @@ def cache_section(report: Report, fidelity: Path | None) -> Section:
         section.missing.append("The entropy: this cache holds no statistics.")
     path = fidelity or report.config.root / "fidelity" / "fidelity.json"
     if path.is_file():
-        section.figures += _frontier(cache, path)
+        section.figures.append(_frontier(cache, path))
     else:
         section.missing.append(
             f"The fidelity frontier: there is no {path}; `softcache fidelity {cache.url} --config FILE` makes it."
@@ -119,9 +119,9 @@ def _entropy(entropy_P: np.ndarray) -> Figure:
     )
 
 
-def _frontier(cache: Cache, path: Path) -> list[Figure]:
+def _read_fidelity(cache: Cache, path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text())
         digest = found["manifest_sha256"]
     except (OSError, ValueError, KeyError) as error:
         raise RunError(
@@ -132,7 +132,11 @@ def _frontier(cache: Cache, path: Path) -> list[Figure]:
             f"fidelity report {path}: of another cache (manifest {digest[:12]}… there, {cache.manifest_sha256[:12]}… of "
             f"{cache.url}); run `softcache fidelity {cache.url}` again, or give --fidelity its own"
         )
-    go = load_plotly()
+    return found
+
+
+def _frontier(cache: Cache, path: Path) -> Figure:
+    go, found = load_plotly(), _read_fidelity(cache, path)
     first = next(iter(found["temperatures"]))
     kinds: dict[str, list[dict[str, Any]]] = {}
     for point in found["frontier"]:
@@ -162,8 +166,5 @@ def _frontier(cache: Cache, path: Path) -> list[Figure]:
     plot = framed(traces, "bytes per position", "relative error of the gradient", x_type="log", y_type="log")
     plot["layout"]["showlegend"] = True
     summary = f"What a byte buys at T = {first} under every policy and codec; low and left is good. The star is this cache."
-    return [
-        Figure(
-            "cache-frontier", "Fidelity frontier", summary, plot, ("kind", "bytes", "error"), rows, wide=True
-        )
-    ]
+    columns = ("kind", "bytes", "error")
+    return Figure("cache-frontier", "Fidelity frontier", summary, plot, columns, rows, width="whole")

@@ -56,6 +56,8 @@ class Figure:
         summary: a sentence that says what it shows.
         plot: plotly's data and layout, ready for JSON; None: the table alone.
         columns, rows: the table; a row is (name of the student or None, cells).
+        width: of the page, where there is room: "third", "half" or "whole".
+        student: the one that the figure is about, and is hidden with.
     """
 
     key: str
@@ -64,7 +66,8 @@ class Figure:
     plot: dict[str, Any] | None
     columns: Sequence[str]
     rows: Sequence[tuple[str | None, Sequence[Any]]] = ()
-    wide: bool = False
+    width: str = "third"
+    student: str | None = None
 
 
 @dataclass
@@ -230,9 +233,20 @@ def framed(
         "barmode": "group",
         "template": "none",
     }
-    # Across, a range is often less than a power of ten; down, many of them.
-    for axis, kind, ticks in (("xaxis", x_type, "D2"), ("yaxis", y_type, 1)):
-        if kind == "log":
-            layout[axis] |= {"dtick": ticks, "exponentformat": "SI" if ticks == "D2" else "power"}
+    if x_type == "log":  # plotly's own ticks between the powers of ten are bare digits
+        shown = [float(x) for trace in traces for x in trace.x]
+        digits = (1, 2, 5) if max(shown) < 50 * min(shown) else (1,)
+        marks = [digit * 10.0**power for power in range(-6, 12) for digit in digits]
+        layout["xaxis"] |= {"tickvals": marks, "ticktext": [_short(mark) for mark in marks], "tickangle": 0}
+    if y_type == "log":
+        layout["yaxis"] |= {"dtick": 1, "exponentformat": "power"}
     figure: dict[str, Any] = go.Figure(data=traces, layout=layout).to_plotly_json()
     return figure
+
+
+def _short(number: float) -> str:
+    """Returns 2k for 2,000, 5M for 5,000,000."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:g}{letter}"
+    return f"{number:g}"

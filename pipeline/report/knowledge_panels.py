@@ -42,7 +42,7 @@ def knowledge_section(
             agreement,
             "agreement",
             "Agreement with the teacher",
-            "share of rows with the teacher's guess",
+            "share that agrees",
         )
     )
     divergence = {s.name: by_decile(s.kl_P, decile_P) for s in observed.students}
@@ -78,6 +78,7 @@ def _by_tenth(styles: Styles, values: dict[str, list[float | None]], key: str, t
         ),
         ("student", *TENTHS),
         rows,
+        width="half",
     )
 
 
@@ -96,6 +97,7 @@ def _similarity(one: Predictions, shown: list[str]) -> Figure:
         heat(shown, one.similarity_CC, x="predicted", y="true class", meta=one.name),
         ("true class", *shown),
         rows,
+        student=None if one.name == "teacher" else one.name,
     )
 
 
@@ -138,7 +140,7 @@ def compression_section(
                 ),
                 ("student", *groups),
                 [(name, (name, *map(_points, values))) for name, values in found.items()],
-                wide=True,
+                width="whole",
             )
         )
     return section

@@ -1,0 +1,57 @@
+"""The report of language models: the same numbers token by token, and texts as heat maps."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.report import build_sections, open_report
+from pipeline.report.predictions import observe
+from pipeline.runs import train_student
+from tests.report_runs import inside
+from tests.text_caches import make_text_cache
+
+pytest.importorskip("plotly")
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report-text")
+    with inside(folder):
+        config, data, cache = make_text_cache(folder / "cache", folder)
+        for labels in ("cache", "hard"):
+            model = "gpt2?width=8&depth=1&heads=2"
+            how = {"cache": cache} if labels == "cache" else {}
+            # Shorter than the samples: the report must know what the run's student attends over.
+            narrow = config.model_copy(update={"student": config.student.model_copy(update={"context": 16})})
+            train_student(narrow, data, model=model, labels=labels, **how)
+        yield open_report([folder / "runs/test-text/students"], cache_url=str(folder / "cache"))
+
+
+def test_students_score_what_their_runs_say(report):
+    observed = observe(report, split="held-out")
+    for run, said in zip(report.runs, observed.students, strict=True):
+        assert -said.target_log_prob_P.mean() == pytest.approx(run.metrics["eval_loss"], abs=1e-5)
+        assert (said.guess_P == observed.targets_P).mean() == pytest.approx(run.metrics["accuracy"], abs=1e-6)
+
+
+def test_divergence_is_that_of_the_whole_distributions_row_by_row(report):
+    observed = observe(report, split="held-out")
+    _, model = report.student(report.runs[0])
+    batch = report.data.evaluation.load(range(len(report.data.evaluation)), 0)
+    with torch.no_grad():
+        student = model.logits(batch).double().softmax(1)
+    teacher = torch.cat(list(report.teacher.chunks(batch))).double().softmax(1)[:, : student.shape[1]]
+    expected = (teacher * (teacher / student).log()).sum(1)
+    np.testing.assert_allclose(observed.students[0].kl_P, expected, atol=1e-4)
+
+
+def test_texts_are_shown_as_shaded_tokens_up_to_the_row(report):
+    sections = {section.key: section for section in build_sections(report)}
+    shown = [e for gallery in sections["knowledge"].galleries for e in gallery.examples]
+    assert shown
+    for example in shown:
+        assert example.picture is None
+        text, kl = example.tokens[-1]
+        assert text
+        assert kl >= 0
