@@ -24,7 +24,7 @@ FLOORS = [
     {"modalities"},
     {"feeds"},
     {"runs"},
-    {"parallel", "sweep"} | {"report"},
+    {"parallel", "sweep", "report"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 WRITING = {"positions", "sparsify", "teacher", "planning", "labelling", "open_units", "capture"}
