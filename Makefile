@@ -14,7 +14,7 @@ PICK   := $(if $(STUDENT),--student '$(STUDENT)')
 SWEEP  := $(strip $(if $(TRIALS),--trials '$(TRIALS)') $(if $(WORKERS),--workers '$(WORKERS)') $(if $(SEEDS),--seeds '$(SEEDS)'))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-logits train-student students sweep compare report train-teacher inspect verify fidelity thaw gc test chaos check format clean bench
+.PHONY: help setup teacher-logits train-student students sweep compare report train-teacher inspect verify fidelity thaw gc test package chaos check format clean bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,13 @@ bench: setup  ## measure capture, reading, training and opening against named ba
 test: setup  ## run the tests
 	$(VENV)/bin/python -m pytest
 
+package: setup  ## build the wheel, and read a cache with it in an environment without torch
+	rm -rf dist build .venv-bare
+	$(VENV)/bin/python -m build --wheel --outdir dist . > /dev/null
+	$(PYTHON) -m venv .venv-bare
+	.venv-bare/bin/python -m pip install --quiet --constraint constraints.txt dist/softcache-*.whl
+	cd .venv-bare && bin/python $(CURDIR)/tests/package/bare.py $(CURDIR)/tests/golden
+
 chaos: setup  ## the long versions of what kills, damages and forges caches
 	$(VENV)/bin/python -m pytest -m chaos
 
@@ -89,5 +96,5 @@ format: setup  ## format the code
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove what the other targets made: .venv, runs, tool caches
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache .hypothesis softcache.egg-info
+	rm -rf $(VENV) .venv-bare dist build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis softcache.egg-info
 	find pipeline stages tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

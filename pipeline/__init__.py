@@ -37,14 +37,21 @@ _HOMES = {
     "SoftLabelLoader": "pipeline.loader",
     "SoftLabels": "pipeline.labels",
     "ThawSettings": "pipeline.thaw",
+    "losses": "pipeline.losses",
     "open_cache": "pipeline.cache",
+    "sparsify": "pipeline.sparsify",
 }
 
 
 def __getattr__(name: str) -> Any:
     # Loaded on first use: importing the package stays cheap, and reading a cache needs no torch.
-    if name in ("losses", "sparsify"):
-        return import_module(f"pipeline.{name}")
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    try:
+        module = import_module(home)
+    except ModuleNotFoundError as error:
+        from pipeline.errors import missing_extra
+
+        raise missing_extra(error, f"pipeline.{name}") from error
+    return module if name in ("losses", "sparsify") else getattr(module, name)

@@ -24,7 +24,22 @@ __all__ = [
     "StorageError",
     "TemperatureError",
     "UnitsFailedError",
+    "missing_extra",
 ]
+
+EXTRA_OF = {
+    **dict.fromkeys(
+        ("accelerate", "matplotlib", "safetensors", "torch", "torchmetrics", "torchvision"), "train"
+    ),
+    **dict.fromkeys(("PIL", "sklearn", "timm"), "vision"),
+    **dict.fromkeys(("datasets", "tokenizers", "transformers"), "text"),
+    **dict.fromkeys(("bokeh", "dask", "distributed"), "dask"),
+    **dict.fromkeys(("optuna", "tomli_w"), "sweep"),
+    **dict.fromkeys(("jinja2", "plotly"), "report"),
+    "obstore": "cloud",
+    "tensorboard": "track",
+}
+"""The extra that installs a package. "train" is part of "vision" and of "text"."""
 
 
 class SoftcacheError(Exception):
@@ -45,6 +60,20 @@ class SourceError(SoftcacheError, ValueError):
 
 class MissingExtraError(SoftcacheError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
+
+
+def missing_extra(error: ModuleNotFoundError, wanted_by: str) -> ModuleNotFoundError | MissingExtraError:
+    """Returns what to raise where a module is missing: the extra to install, or `error` where it is in none."""
+    package = (error.name or "").partition(".")[0]
+    extra = EXTRA_OF.get(package)
+    if extra is None:
+        return error
+    told = (
+        "'softcache[vision]' for images, 'softcache[text]' for text"
+        if extra == "train"
+        else f"'softcache[{extra}]'"
+    )
+    return MissingExtraError(f"{wanted_by}: {package} is not installed; pip install {told}")
 
 
 class LabelError(SoftcacheError, ValueError):

@@ -17,53 +17,17 @@ from pipeline.process_group import is_first_to_fail
 from pipeline.progress import report
 from pipeline.ranks import is_first
 from pipeline.stopping import Interrupted, signals_stop
-from stages.compare import compare
-from stages.convert import convert
-from stages.fidelity import fidelity
-from stages.fuse import fuse
-from stages.gc import gc
-from stages.import_labels import import_command
-from stages.inspect import inspect_command
-from stages.report import report_command
-from stages.slim import slim
-from stages.status import status
-from stages.students import students
-from stages.sweep import sweep_command
-from stages.teacher_logits import teacher_logits
-from stages.thaw import thaw
-from stages.train_student import train_student_command
-from stages.train_teacher import train_teacher_command
-from stages.verify import verify
+from stages.commands import LazyCommands
 
 __all__ = ["main", "softcache"]
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=LazyCommands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="softcache")
 def softcache() -> None:
     """Offline soft-label caching for knowledge distillation: one teacher pass, many students."""
-
-
-for command in (
-    teacher_logits,
-    status,
-    train_student_command,
-    students,
-    sweep_command,
-    compare,
-    report_command,
-    train_teacher_command,
-    inspect_command,
-    verify,
-    fidelity,
-    convert,
-    slim,
-    fuse,
-    thaw,
-    gc,
-    import_command,
-):
-    softcache.add_command(command)
 
 
 def main() -> None:

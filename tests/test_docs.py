@@ -2,11 +2,13 @@
 
 import re
 
+import click
 import pytest
 import torch
 
 from pipeline import open_cache, sources
 from stages.cli import softcache
+from stages.commands import COMMANDS
 from tests.caches import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -20,9 +22,11 @@ def test_every_target_has_help_and_a_readme_line(target):
     assert f"make {target}`" in README or f"make {target} " in README
 
 
-@pytest.mark.parametrize("name", sorted(softcache.commands))
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_has_help_with_an_example_and_a_readme_line(name):
-    command = softcache.commands[name]
+    command = softcache.get_command(click.Context(softcache), name)
+    assert command.name == name
+    assert len(COMMANDS[name][1]) <= 80, "one line of the list"
     assert f"softcache {name} --" in command.help or f"softcache {name} r" in command.help, "an example"
     assert f"`softcache {name}" in README
     for option in command.params:

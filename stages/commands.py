@@ -1,0 +1,70 @@
+"""The commands of `softcache` by name: where each is, and its line in the list.
+
+A command's module is imported when the command is asked for, so that `softcache --help` and the commands that only
+read a cache start at once and need no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+
+from pipeline.errors import missing_extra
+
+__all__ = ["COMMANDS", "LazyCommands"]
+
+
+COMMANDS = {
+    "teacher-logits": (
+        "teacher_logits:teacher_logits",
+        "Run the teacher once; write its soft labels to the cache.",
+    ),
+    "status": ("status:status", "How far a capture is: units, rows per second, time left."),
+    "train-student": (
+        "train_student:train_student_command",
+        "Train one student from the cache, without the teacher.",
+    ),
+    "students": ("students:students", "Train many students from one cache, one table."),
+    "sweep": ("sweep:sweep_command", "Search a student's settings from one cache."),
+    "compare": ("compare:compare", "Cache, live teacher and hard labels over several seeds."),
+    "report": ("report:report_command", "Finished runs on one HTML page."),
+    "train-teacher": ("train_teacher:train_teacher_command", "Train the config's teacher on hard labels."),
+    "inspect": ("inspect:inspect_command", "What a cache is, and how much of the teacher it keeps."),
+    "verify": ("verify:verify", "Check everything in a cache."),
+    "fidelity": ("fidelity:fidelity", "A cache against its own teacher, per temperature and byte."),
+    "convert": ("convert:convert", "Copy a cache to another store, bit for bit."),
+    "slim": ("slim:slim", "Make a smaller cache from a bigger one."),
+    "fuse": ("fuse:fuse", "Fuse several teachers' caches into one."),
+    "thaw": ("thaw:thaw", "Decode a cache into local memory maps."),
+    "gc": ("gc:gc", "What dead runs left in a cache."),
+    "import": ("import_labels:import_command", "Make a cache of a server's log-probabilities."),
+}
+"""By name: `module:attribute` below `stages`, and the command's line in the list."""
+
+
+class LazyCommands(click.Group):
+    """A group of COMMANDS, each imported when it is needed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*COMMANDS, *super().list_commands(ctx)]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Returns the command of that name.
+
+        Raises:
+            MissingExtraError: it needs a package that is in an extra, which is not installed.
+        """
+        if cmd_name not in COMMANDS:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        try:
+            command: click.Command = getattr(import_module(f"stages.{module}"), attribute)
+        except ModuleNotFoundError as error:
+            raise missing_extra(error, f"softcache {cmd_name}") from error
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the list without importing a command."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
