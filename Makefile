@@ -14,7 +14,7 @@ PICK   := $(if $(STUDENT),--student '$(STUDENT)')
 SWEEP  := $(strip $(if $(TRIALS),--trials '$(TRIALS)') $(if $(WORKERS),--workers '$(WORKERS)') $(if $(SEEDS),--seeds '$(SEEDS)'))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-logits train-student students sweep compare report train-teacher inspect verify fidelity thaw gc test package chaos check format clean bench
+.PHONY: help setup teacher-logits train-student students sweep compare report train-teacher inspect verify fidelity thaw gc test docs package chaos check format clean bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ bench: setup  ## measure capture, reading, training and opening against named ba
 test: setup  ## run the tests
 	$(VENV)/bin/python -m pytest
 
+docs: setup  ## build the documentation's site in site/ (mkdocs serve shows it, with its search)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 package: setup  ## build the wheel, and read a cache with it in an environment without torch
 	rm -rf dist build .venv-bare
 	$(VENV)/bin/python -m build --wheel --outdir dist . > /dev/null
@@ -96,5 +99,5 @@ format: setup  ## format the code
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove what the other targets made: .venv, runs, tool caches
-	rm -rf $(VENV) .venv-bare dist build runs .pytest_cache .mypy_cache .ruff_cache .hypothesis softcache.egg-info
+	rm -rf $(VENV) .venv-bare dist build site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis softcache.egg-info
 	find pipeline stages tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
