@@ -102,6 +102,7 @@ class ImageBatch:
     Attributes:
         images: [B, C, H, W], uint8 (or what the user's own transform returns).
         targets: [B] int64, the ground truth.
+        seen: [B, C', H', W'], what a live teacher sees of them, where that is something else.
     """
 
     images: torch.Tensor
@@ -111,6 +112,7 @@ class ImageBatch:
     fingerprints: np.ndarray
     unit: int | None = None
     labels: SoftLabels | None = None
+    seen: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -141,6 +143,7 @@ class ImageBatch:
             samples=self.samples[rows],
             fingerprints=self.fingerprints[rows],
             labels=self.labels and self.labels.take(rows),
+            seen=None if self.seen is None else self.seen[rows],
         )
 
     def pin_memory(self) -> ImageBatch:
@@ -149,6 +152,7 @@ class ImageBatch:
             images=self.images.pin_memory(),
             targets=self.targets.pin_memory(),
             labels=self.labels and self.labels.pin_memory(),
+            seen=None if self.seen is None else self.seen.pin_memory(),
         )
 
     def to(self, device: torch.device) -> ImageBatch:
@@ -157,6 +161,7 @@ class ImageBatch:
             images=self.images.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             labels=self.labels and self.labels.to_torch(device, non_blocking=True),
+            seen=None if self.seen is None else self.seen.to(device, non_blocking=True),
         )
 
     @classmethod
@@ -164,6 +169,7 @@ class ImageBatch:
         import torch
 
         labels = [batch.labels for batch in batches if batch.labels is not None]
+        seen = [batch.seen for batch in batches if batch.seen is not None]
         return replace(
             batches[0],
             images=torch.cat([batch.images for batch in batches]),
@@ -171,6 +177,7 @@ class ImageBatch:
             samples=np.concatenate([batch.samples for batch in batches]),
             fingerprints=np.concatenate([batch.fingerprints for batch in batches]),
             labels=concat(labels) if labels else None,
+            seen=torch.cat(seen) if seen else None,
         )
 
 

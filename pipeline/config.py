@@ -22,6 +22,7 @@ from pipeline.planning import CaptureSettings
 from pipeline.reader import ReaderSettings
 from pipeline.settings import Settings
 from pipeline.sources import SourceSettings
+from pipeline.sources.encoded import BytesSettings
 from pipeline.sources.text_settings import TextSettings
 from pipeline.sparsify import LabelSettings
 from pipeline.student import StudentSettings, TrainSettings
@@ -69,6 +70,11 @@ class RunConfig(Settings):
         if isinstance(self.source, TextSettings):
             if "views" in self.model_fields_set:
                 raise ValueError("views: a table for images; text has one view, the tokens; drop the table")
+            if self.student.reads_otherwise:
+                raise ValueError(
+                    "student.source and student.views: for students of images; a text of another tokenizer is "
+                    "student.tokenizer; drop the tables"
+                )
             if self.labels.num_views != 1:
                 raise ValueError(f"labels.num_views: text has one view only; found {self.labels.num_views}")
         elif self.labels.positions.policy != "all":
@@ -173,7 +179,10 @@ def _apply(tables: dict[str, Any], override: str) -> None:
 def _explain(problem: Any) -> str:
     """One readable line for one of pydantic's errors."""
     loc = problem["loc"]
-    dotted = ".".join(str(part) for part in (loc[:1] + loc[2:] if loc[:1] == ("source",) else loc))
+    # A source's kind is no key of its own.
+    dotted = ".".join(
+        str(part) for n, part in enumerate(loc) if not (n and part in _SOURCES and loc[n - 1] == "source")
+    )
     if problem["type"] == "extra_forbidden":
         known = _keys_of(problem["loc"][:-1])
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=3)
@@ -192,11 +201,14 @@ def _keys_of(parents: Sequence[Any]) -> list[str]:
         if parent in _SOURCES and model in _SOURCES.values():
             model = _SOURCES[parent]
             continue
-        annotation: Any = model.model_fields[parent].annotation
-        choices = [annotation, *getattr(annotation, "__args__", ())]
-        choices += [inner for choice in choices for inner in getattr(choice, "__args__", ())]
-        model = next(kind for kind in choices if isinstance(kind, type) and issubclass(kind, BaseModel))
+        inside = _parts_of(model.model_fields[parent].annotation)
+        model = next(kind for kind in inside if isinstance(kind, type) and issubclass(kind, BaseModel))
     return list(model.model_fields)
 
 
-_SOURCES: dict[Any, type[BaseModel]] = {"image": SourceSettings, "text": TextSettings}
+def _parts_of(annotation: Any) -> list[Any]:
+    """Returns an annotation and all that it is made of."""
+    return [annotation] + [part for inner in getattr(annotation, "__args__", ()) for part in _parts_of(inner)]
+
+
+_SOURCES: dict[Any, type[BaseModel]] = {"image": SourceSettings, "text": TextSettings, "bytes": BytesSettings}

@@ -79,18 +79,19 @@ def _check_highest(config: RunConfig, url: str, known_to: float) -> None:
 
 
 def hard_feed(config: RunConfig, data: Data) -> Feed:
-    data = data.of_student(config)
-    dataset = HardLabelDataset(data.train)
+    samples = data.unlabelled(config)
+    dataset = HardLabelDataset(samples)
     everything = np.arange(len(dataset))
-    # Every epoch sees a fresh view (text has one): the baselines get the full strength of the augmentation.
-    fresh = data.train.kind == "image"
-    block = default_plan(data.train, config.capture).chunk_samples
+    # Every epoch sees a fresh view (text has one, and so has who cannot replay): the baselines get the full strength of
+    # the augmentation.
+    fresh = samples.kind == "image" and data.replays(config)
+    block = default_plan(samples, config.capture).chunk_samples
     order = _order(
         config,
         lambda view: everything,
         lambda epoch: epoch if fresh else 0,
         block,
-        data.rows_of,
+        data.of_student(config).rows_of,
         window_blocks=config.reader.window_blocks,
     )
     return Feed(dataset, order, config.reader.workers)

@@ -1,6 +1,7 @@
 """From a model spec to a module: the same few names for teachers and students.
 
     linear | mlp[?width=…&depth=…] | cnn[?width=…&stages=…]   built in, for any image size
+    bytes[?width=…&depth=…&heads=…&stride=…]                  built in, for encoded files (`byte_model`)
     timm:NAME[?arg=…]                                         timm.create_model
     torchvision:NAME[?arg=…]                                  torchvision.models.get_model
     package.module:factory[?arg=…]                            your own; called with the arguments you
@@ -28,6 +29,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from pipeline.byte_model import ByteClassifier
 from pipeline.errors import SpecError
 
 __all__ = [
@@ -89,13 +91,13 @@ def _unknown(spec: str, name: str, known: Iterable[str]) -> SpecError:
     return SpecError(f"model {spec!r}: unknown name {name!r}; nearest: {', '.join(near)}")
 
 
-def build_model(spec: str, *, num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
-    """Returns a freshly initialised module for images of `input_shape`.
+def build_model(spec: str, *, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    """Returns a freshly initialised module for inputs of `input_shape`.
 
     Args:
         spec: see the module docstring.
         num_classes: V, the width of the logits.
-        input_shape: (channels, height, width) of one normalised image.
+        input_shape: (channels, height, width) of one normalised image; (bytes,) of the longest encoded file.
 
     Raises:
         SpecError: unknown name (the nearest ones are listed) or arguments that the model refuses.
@@ -106,7 +108,9 @@ def build_model(spec: str, *, num_classes: int, input_shape: tuple[int, int, int
     ]
     try:
         model = build(spec, parsed, num_classes, input_shape)
-        if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+        if len(input_shape) > 1 and any(
+            isinstance(parameter, UninitializedParameter) for parameter in model.parameters()
+        ):
             model(torch.zeros(2, *input_shape))  # lazy modules take their shapes from a first batch
         return model
     except SpecError:
@@ -114,12 +118,16 @@ def build_model(spec: str, *, num_classes: int, input_shape: tuple[int, int, int
     except Exception as error:
         # A third-party constructor may raise anything; the user needs to know which spec it was.
         raise SpecError(
-            f"model {spec!r}: cannot be built for {num_classes} classes and images of {input_shape}: "
+            f"model {spec!r}: cannot be built for {num_classes} classes and {_described(input_shape)}: "
             f"{type(error).__name__}: {error}; check the arguments after '?'"
         ) from error
 
 
-def _timm(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
+def _described(input_shape: tuple[int, ...]) -> str:
+    return f"files of {input_shape[0]} bytes" if len(input_shape) == 1 else f"images of {input_shape}"
+
+
+def _timm(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
     import timm
 
     base = parsed.name.partition(".")[0]
@@ -135,9 +143,7 @@ class _GrayToRgb(nn.Module):
         return images_BCHW.expand(-1, 3, -1, -1)
 
 
-def _torchvision(
-    spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[int, int, int]
-) -> nn.Module:
+def _torchvision(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
     from torchvision import models
 
     if parsed.name not in models.list_models(module=models):
@@ -147,7 +153,7 @@ def _torchvision(
     return nn.Sequential(_GrayToRgb(), model) if input_shape[0] == 1 else model
 
 
-def _factory(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
+def _factory(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
     module_name, _, attribute = parsed.name.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
@@ -166,12 +172,12 @@ def _factory(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[
     return model
 
 
-def _linear(num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
+def _linear(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
     channels, height, width = input_shape
     return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, num_classes))
 
 
-def _mlp(num_classes: int, input_shape: tuple[int, int, int], width: int = 64, depth: int = 1) -> nn.Module:
+def _mlp(num_classes: int, input_shape: tuple[int, ...], width: int = 64, depth: int = 1) -> nn.Module:
     channels, height, columns = input_shape
     sizes = [channels * height * columns, *[width] * depth]
     layers: list[nn.Module] = [nn.Flatten()]
@@ -180,7 +186,7 @@ def _mlp(num_classes: int, input_shape: tuple[int, int, int], width: int = 64, d
     return nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes))
 
 
-def _cnn(num_classes: int, input_shape: tuple[int, int, int], width: int = 16, stages: int = 2) -> nn.Module:
+def _cnn(num_classes: int, input_shape: tuple[int, ...], width: int = 16, stages: int = 2) -> nn.Module:
     """Stages of two 3x3 convolutions with batch norm; width doubles and the map halves between stages."""
     channels = input_shape[0]
     layers: list[nn.Module] = []
@@ -194,14 +200,28 @@ def _cnn(num_classes: int, input_shape: tuple[int, int, int], width: int = 16, s
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
 
 
-BUILTIN: dict[str, Callable[..., nn.Module]] = {"linear": _linear, "mlp": _mlp, "cnn": _cnn}
+def _bytes(num_classes: int, input_shape: tuple[int, ...], **arguments: Any) -> nn.Module:
+    return ByteClassifier(num_classes, input_shape[0], **arguments)
 
 
-def _builtin(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[int, int, int]) -> nn.Module:
+BUILTIN: dict[str, Callable[..., nn.Module]] = {
+    "linear": _linear,
+    "mlp": _mlp,
+    "cnn": _cnn,
+    "bytes": _bytes,
+}
+
+
+def _builtin(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
     if parsed.name not in BUILTIN:
         raise SpecError(
             f"model {spec!r}: unknown name {parsed.name!r}; built in: {', '.join(BUILTIN)}; "
             "others are written timm:NAME, torchvision:NAME or module:factory"
+        )
+    if (parsed.name == "bytes") != (len(input_shape) == 1):
+        raise SpecError(
+            f"model {spec!r}: {'reads bytes' if parsed.name == 'bytes' else 'reads images'}, the data are "
+            f"{_described(input_shape)}; set student.source.modality, or take another model"
         )
     return BUILTIN[parsed.name](num_classes, input_shape, **parsed.args)
 

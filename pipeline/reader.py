@@ -35,6 +35,7 @@ __all__ = [
     "cached_views",
     "check_alignment",
     "joined_data",
+    "requests_of",
     "with_labels",
 ]
 
@@ -291,7 +292,7 @@ class SoftLabelDataset:
             indices: sample numbers, of `view`; or pairs (sample, view); an array of either is the fast way.
         """
         batches = []
-        for request in _requests(indices, self.view):
+        for request in requests_of(indices, self.view):
             stored = self.read(*request)
             batches.append(self.join(self.unlabelled.load(*request), stored))
         return batches[0] if len(batches) == 1 else self.collate(batches)
@@ -342,13 +343,13 @@ class HardLabelDataset:
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Request | np.ndarray | Sequence[tuple[int, int]]) -> Any:
-        batches = [self.unlabelled.load(*request) for request in _requests(indices, 0)]
+        batches = [self.unlabelled.load(*request) for request in requests_of(indices, 0)]
         return batches[0] if len(batches) == 1 else self.collate(batches)
 
     collate = staticmethod(SoftLabelDataset.collate)
 
 
-def _requests(indices: Any, view: int) -> list[tuple[np.ndarray, int]]:
+def requests_of(indices: Any, view: int) -> list[tuple[np.ndarray, int]]:
     """Returns (samples [B] int64, view) of each run of indices of one view; of no index, one empty run."""
     if isinstance(indices, Request):
         return [(indices.samples, indices.view)]

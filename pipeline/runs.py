@@ -93,7 +93,8 @@ def train_teacher(
             "set teacher.weights to that, or keep your own weights and skip train-teacher"
         )
     settings = config.train_teacher.model_copy(update={"labels": "hard"})
-    run = config.model_copy(update={"train": settings})
+    sees = config.student.model_copy(update={"source": None, "views": None})
+    run = config.model_copy(update={"train": settings, "student": sees})
     task = data.task(run, teacher.model)
     metrics = _fit(
         run, data, task, teacher.model, out, hard_feed(run, data), identity={}, track_with=track_with
@@ -280,7 +281,8 @@ def train_student(
     Args:
         model: the student's spec.
         labels: what it learns from; "cache" needs `cache`, "online" needs `teacher`.
-        num_views: of the cache's views, use the first so many; None uses all.
+        num_views: of the cache's views, use the first so many; None uses all, or where the student cannot replay them
+            the plain one.
         out: the run's directory, a path or the URL of a bucket; None makes one under runs/ whose name tells it apart.
         on_epoch: called with the metrics of every epoch, after its checkpoint; what it raises ends the run there, and
             a later one goes on.
@@ -294,7 +296,7 @@ def train_student(
     if labels == "cache":
         assert cache is not None
         _check_said(config, cache)
-        num_views = num_views or config.reader.num_views or cache.num_views
+        num_views = num_views or config.reader.num_views or (cache.num_views if data.replays(config) else 1)
         feed = cache_feed(config, data, cache, num_views, allow_partial)
         identity = {"cache": cache.manifest_sha256, "num_views": num_views}
         if cache.missing_units:
@@ -326,10 +328,11 @@ def _fit(
     track_with: str | None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
+    otherwise = config.student.tokenizer or config.student.reads_otherwise
     described = {
         "model": model,
         **data.identity(),
-        "student_data": data.of_student(config).identity() if config.student.tokenizer else None,
+        "student_data": data.of_student(config).identity() if otherwise else None,
         "context": config.student.context,
         "train": config.train.model_dump(mode="json", exclude=NOT_OF_A_RUN),
         "order": {"block_samples": feed.order.block_samples, "window_blocks": feed.order.window_blocks},
@@ -366,10 +369,16 @@ def _fit(
             config=described,
             mirror=mirror,
             loss=None if config.train.labels == "hard" else config.loss,
-            resolved=config.model_dump(mode="json") | {"student": {"model": model}},
+            resolved=config.model_dump(mode="json") | {"student": _as_trained(config, model)},
             track=track_with,
             on_step=advance,
             on_epoch=told,
         )
     event("run_finished", **name, **{key: metrics[key] for key in metrics.keys() - {"history", *name}})
     return metrics | {"model": model, "out": str(out)}
+
+
+def _as_trained(config: RunConfig, model: str) -> dict[str, Any]:
+    """Returns what a resolved config says of the student: its architecture, and what else it reads than the teacher."""
+    reads = config.student.model_dump(mode="json", include={"source", "views", "pairing"})
+    return {"model": model} | (reads if config.student.reads_otherwise else {})

@@ -21,14 +21,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast, gather_object, set_seed
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipeline.adaptation import Adaptation
 from pipeline.checkpoints import RunDirectory, store_unwrapped
@@ -37,10 +37,14 @@ from pipeline.loader import SoftLabelLoader
 from pipeline.losses import LossSettings
 from pipeline.mirror import RunMirror
 from pipeline.models import count_parameters
+from pipeline.pairing import PairingSettings
 from pipeline.process_group import check_same, explained, from_first, join
 from pipeline.settings import Settings
 from pipeline.shuffle import BlockShuffle
+from pipeline.sources.encoded import BytesSettings
+from pipeline.sources.image_source import SourceSettings
 from pipeline.stopping import Interrupted, asked_signal, at_boundaries
+from pipeline.student_views import StudentViewSettings
 from pipeline.tasks import Task
 
 __all__ = ["Feed", "StudentSettings", "TrainSettings", "train"]
@@ -48,17 +52,47 @@ __all__ = ["Feed", "StudentSettings", "TrainSettings", "train"]
 AGREE_STEPS = 8
 
 
+def _modality(source: Any) -> str:
+    return str(source.get("modality", "image") if isinstance(source, dict) else source.modality)
+
+
+StudentSource = Annotated[
+    Annotated[SourceSettings, Tag("image")] | Annotated[BytesSettings, Tag("bytes")], Discriminator(_modality)
+]
+
+
 class StudentSettings(Settings):
     """[student]: the architecture, and the ones that `softcache students` trains side by side.
 
     Text: `context` is what the student attends over, where that is less than source.seq_len; `tokenizer` is its own,
     where it has another one than the teacher (with loss.name = "uld").
+
+    Images: `source` is what it reads where that is not what the teacher saw, `views` how it reduces the teacher's views,
+    `pairing` which of its samples are the teacher's (`pipeline.pairing`).
     """
 
     model: str = "mlp"
     context: int | None = Field(None, ge=2)
     tokenizer: str | None = None
     models: tuple[str, ...] = Field(("linear", "mlp", "cnn"), strict=False)
+    source: StudentSource | None = None
+    views: StudentViewSettings | None = None
+    pairing: PairingSettings = PairingSettings()
+
+    @property
+    def reads_otherwise(self) -> bool:
+        """Whether the student reads something else than the teacher saw."""
+        return self.source is not None or self.views is not None
+
+    @model_validator(mode="after")
+    def _check_reads(self) -> StudentSettings:
+        if self.views is not None and isinstance(self.source, BytesSettings):
+            raise ValueError(
+                "views reduce images; a student of bytes reads files as they are; drop one of them"
+            )
+        if self.source is None and self.pairing != PairingSettings():
+            raise ValueError("pairing joins a student.source with the source; there is none; drop it")
+        return self
 
 
 class TrainSettings(Settings):

@@ -20,7 +20,17 @@ from collections.abc import Callable
 import torch
 from torchvision.transforms.v2 import functional as F
 
-__all__ = ["OPS", "adjust_hue", "blend", "brightness", "contrast", "resize", "resize_shorter", "saturation"]
+__all__ = [
+    "OPS",
+    "adjust_hue",
+    "blend",
+    "brightness",
+    "contrast",
+    "grey_image",
+    "resize",
+    "resize_shorter",
+    "saturation",
+]
 
 
 def resize(image_CHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -57,7 +67,7 @@ def brightness(image_CHW: torch.Tensor, factor: float) -> torch.Tensor:
     return _to_uint8(image_CHW * float(factor))
 
 
-def _grey(image_CHW: torch.Tensor) -> torch.Tensor:
+def grey_image(image_CHW: torch.Tensor) -> torch.Tensor:
     """Luma of an RGB image (ITU-R BT.601), [1, H, W] int32, rounded down; a grey image as it is."""
     image = image_CHW.to(torch.int32)
     if len(image) != 3:
@@ -67,13 +77,13 @@ def _grey(image_CHW: torch.Tensor) -> torch.Tensor:
 
 def contrast(image_CHW: torch.Tensor, factor: float) -> torch.Tensor:
     """Returns the image blended with its mean luma (summed as whole numbers: exact in any order)."""
-    grey = _grey(image_CHW)
-    return blend(image_CHW, torch.tensor(int(grey.sum()) / grey.numel()), factor)
+    luma = grey_image(image_CHW)
+    return blend(image_CHW, torch.tensor(int(luma.sum()) / luma.numel()), factor)
 
 
 def saturation(image_CHW: torch.Tensor, factor: float) -> torch.Tensor:
     """Returns an RGB image blended with its luma."""
-    return blend(image_CHW, _grey(image_CHW), factor) if len(image_CHW) == 3 else image_CHW
+    return blend(image_CHW, grey_image(image_CHW), factor) if len(image_CHW) == 3 else image_CHW
 
 
 def adjust_hue(image_CHW: torch.Tensor, shift: float) -> torch.Tensor:

@@ -9,11 +9,11 @@ ROOT = Path(__file__).parent.parent
 
 FLOORS = [
     {"errors", "settings", "ranks", "stopping", "counters", "blocks", "hashes"},
-    {"tail", "shuffle", "identity", "view_ops", "positions", "moving", "progress", "process_group"},
+    {"tail", "shuffle", "identity", "view_ops", "positions", "moving", "progress", "process_group"} | {"byte_model"},
     {"labels"},
     {"views", "sources", "models", "sparsify", "losses", "codec"},
-    {"manifest", "batches", "token_batches", "language", "fused"},
-    {"stores", "teacher", "thaw"},
+    {"manifest", "batches", "token_batches", "language", "fused", "pairing", "student_views"},
+    {"stores", "teacher", "thaw", "byte_batches"},
     {"planning", "labelling", "mirror", "open_units", "stored_units"},
     {"capture", "cache", "status"},
     {"reader", "checkpoints", "tasks"},

@@ -5,9 +5,10 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from pipeline.batches import ViewedSource
+from pipeline.batches import Dataset, ViewedSource
 from pipeline.cache import Cache
 from pipeline.config import RunConfig
+from pipeline.modalities.student_images import StudentImages
 from pipeline.models import Normalize, build_model, select_device
 from pipeline.reader import SoftLabelDataset
 from pipeline.sources import SourceSettings, open_source
@@ -29,6 +30,7 @@ class ImageData:
         self.train = ViewedSource(open_source(config.source, split="train"), views)
         self.evaluation = ViewedSource(open_source(config.source, split="eval"), views)
         self._mean, self._std = config.views.mean, config.views.std
+        self._of_students: dict[str, StudentImages] = {}
 
     @property
     def num_classes(self) -> int:
@@ -51,16 +53,35 @@ class ImageData:
             "evaluation": self.evaluation.source.digest,
         }
 
-    def of_student(self, config: RunConfig) -> ImageData:
-        """Returns this: student and teacher see the same images."""
-        return self
+    def of_student(self, config: RunConfig) -> ImageData | StudentImages:
+        """Returns this, or what the student reads where that is not what the teacher sees; opened once."""
+        if not config.student.reads_otherwise:
+            return self
+        name = config.student.model_dump_json(include={"source", "views", "pairing"})
+        if name not in self._of_students:
+            self._of_students[name] = StudentImages(config, self.train)
+        return self._of_students[name]
 
-    def labelled(self, config: RunConfig, cache: Cache) -> tuple[Any, None]:
+    def replays(self, config: RunConfig) -> bool:
+        """Returns whether the student sees every view that the teacher saw; else it has its plain view only."""
+        student = self.of_student(config)
+        return student is self or (isinstance(student, StudentImages) and student.replays)
+
+    def labelled(self, config: RunConfig, cache: Cache) -> tuple[Any, Any]:
         """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
-        reader = config.reader
+        reader, student = config.reader, self.of_student(config)
+        if isinstance(student, StudentImages):
+            return student.labelled(reader, cache)
         return SoftLabelDataset(
             self.train, cache, check_share=reader.check_share, check_first=reader.check_first
         ), None
+
+    def unlabelled(self, config: RunConfig) -> Dataset:
+        """Returns the student's samples without labels; with what a live teacher sees of them, where it is to label."""
+        student = self.of_student(config)
+        if isinstance(student, StudentImages) and config.train.labels == "online":
+            return student.taught()
+        return student.train
 
     def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:
         """Returns the teacher with its weights, on the device and dtype of [capture]."""
@@ -76,6 +97,9 @@ class ImageData:
     def task(self, config: RunConfig, model: str, teacher: Teacher | None = None) -> ImageTask:
         """Returns what a student of that spec learns; `teacher` labels its batches on the spot."""
         assert teacher is None or isinstance(teacher, ImageTeacher)
+        student = self.of_student(config)
+        if isinstance(student, StudentImages):
+            return student.task(config, model, teacher)
         return ImageTask(
             lambda: build_model(model, num_classes=self.num_classes, input_shape=self.input_shape),
             self.evaluation,

@@ -70,6 +70,14 @@ class TextData:
         source = self._settings.model_copy(update={"tokenizer": name})
         return TextData(config.model_copy(update={"source": source}))
 
+    def replays(self, config: RunConfig) -> bool:
+        """Returns True: a text has one view."""
+        return True
+
+    def unlabelled(self, config: RunConfig) -> TokenData:
+        """Returns the student's samples without labels."""
+        return self.of_student(config).train
+
     def labelled(self, config: RunConfig, cache: Cache) -> tuple[Any, np.ndarray | None]:
         """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
         checks: dict[str, Any] = {

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 
 from pipeline.errors import SourceError
 from pipeline.identity import digest_source
@@ -55,6 +56,25 @@ class ImageFolderSource(ListedSource):
                 f"image {path}: cannot be decoded: {error}; repair it, or take it out of the folder"
             ) from error
         return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+    def file_bytes(self, sample: int) -> bytes:
+        """Returns a file as it is.
+
+        Raises:
+            SourceError: it cannot be read; it is named.
+        """
+        path = self._root / self._keys[sample]
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise SourceError(
+                f"image {path}: cannot be read: {error.strerror}; restore it, or take it out"
+            ) from error
+
+    def contents_digest(self) -> str:
+        """Returns a digest of all files' bytes; reads each of them once."""
+        hashes = [xxhash.xxh3_64_intdigest(self.file_bytes(sample)) for sample in range(len(self))]
+        return hashlib.sha256(np.array(hashes, "<u8").tobytes()).hexdigest()
 
 
 def open_image_folder(settings: SourceSettings, split: Split, limit: int | None) -> Source:

@@ -1,4 +1,4 @@
-"""Classification of images: cross-entropy and the soft loss on logits, accuracy."""
+"""Classification, of images or of their bytes: cross-entropy and the soft loss on logits, accuracy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torchmetrics.classification import MulticlassAccuracy
 from pipeline.batches import Dataset, ImageBatch
 from pipeline.errors import SpecError
 from pipeline.losses import LossSettings, Mix, cross_entropy, distillation_loss, row_weights
-from pipeline.models import Normalize
 from pipeline.sparsify import dense
 from pipeline.tasks.task import my_share
 from pipeline.teacher import ImageTeacher
@@ -25,17 +24,18 @@ __all__ = ["ImageTask"]
 
 @dataclass(frozen=True)
 class ImageTask:
-    """Classification of images.
+    """Classification of images, or of what else a student reads of them.
 
     Attributes:
         build_model: makes the student.
+        normalize: makes model inputs of a batch's images.
         num_classes: V.
         teacher: labels the batch on the spot (`labels = "online"`); None otherwise.
     """
 
     build_model: Callable[[], nn.Module]
     evaluation: Dataset
-    normalize: Normalize
+    normalize: nn.Module
     num_classes: int
     loss_settings: LossSettings
     teacher: ImageTeacher | None = None
@@ -51,7 +51,8 @@ class ImageTask:
     ) -> torch.Tensor:
         labels, how = batch.labels, self.loss_settings
         if self.teacher is not None:
-            labels = dense(self.teacher.logits(batch.images)).to_torch(batch.images.device)
+            seen = batch.images if batch.seen is None else batch.seen
+            labels = dense(self.teacher.logits(seen)).to_torch(seen.device)
         temperature, alpha = mix or (how.temperature, how.alpha)
         logits_PV, weights_P = self.logits(model, batch.images), None
         if how.weights is not None and labels is not None:

@@ -10,28 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.cache import Cache, StoredRows
 from pipeline.errors import AlignmentError, SourceError
+from pipeline.paired.batch import PairedBatch
 from pipeline.reader import SoftLabelDataset, Unlabelled
 from pipeline.shuffle import Request
 from pipeline.token_batches import TokenBatch, TokenData
 
 __all__ = ["PairedDataset"]
-
-
-class PairedBatch(NamedTuple):
-    """The same samples as the teacher and as the student sees them."""
-
-    teacher: TokenBatch
-    student: TokenBatch
-
-    def pin_memory(self) -> PairedBatch:
-        return PairedBatch(self.teacher, self.student.pin_memory())
 
 
 class _Unlabelled:
