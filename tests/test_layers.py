@@ -9,7 +9,8 @@ ROOT = Path(__file__).parent.parent
 
 FLOORS = [
     {"errors", "settings", "ranks", "stopping", "counters", "blocks", "hashes"},
-    {"tail", "shuffle", "identity", "view_ops", "positions", "moving", "progress", "process_group"} | {"byte_model"},
+    {"tail", "shuffle", "identity", "view_ops", "positions", "moving", "progress", "process_group"}
+    | {"byte_model"},
     {"labels"},
     {"views", "sources", "models", "sparsify", "losses", "codec"},
     {"manifest", "batches", "token_batches", "language", "fused", "pairing", "student_views"},
