@@ -14,7 +14,7 @@ FLOORS = [
     {"labels"},
     {"views", "sources", "models", "sparsify", "losses", "codec"},
     {"manifest", "batches", "token_batches", "language", "fused", "pairing", "student_views"},
-    {"stores", "teacher", "thaw", "byte_batches"},
+    {"stores", "teacher", "thaw", "byte_batches", "detection"},
     {"planning", "labelling", "mirror", "open_units", "stored_units"},
     {"capture", "cache", "status"},
     {"reader", "checkpoints", "tasks"},

@@ -18,17 +18,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from array_api_compat import array_namespace, is_numpy_array, is_torch_array
+from array_api_compat import array_namespace, is_torch_array
 
 from pipeline.errors import TemperatureError
+from pipeline.labels.arrays import Array, as_numpy, as_torch, row_index, rows
 from pipeline.labels.checks import ARRAYS, STATS, check_grid, check_kinds, check_shapes
 from pipeline.labels.sampling import Sampling
 from pipeline.labels.softening import SoftenedLabels, soften, soften_buckets, soften_masses
 from pipeline.tail import log_sum_exp
 
 __all__ = ["ARRAYS", "STATS", "Array", "SoftLabels"]
-
-Array = Any  # a NumPy array or a torch tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,15 +115,10 @@ class SoftLabels:
         Returns:
             A record with one position per index; a slice shares memory.
         """
-        if isinstance(indices, slice):
-            return self._derived(lambda x: x[indices])
-        if not self.is_torch:
-            return self.map_arrays(lambda x: x[indices])
-        import torch
-
-        index = torch.as_tensor(indices, device=self.ids.device)
-        index = index if index.dtype == torch.bool else index.to(torch.int64)
-        return self.map_arrays(lambda x: _torch_rows(x, index))
+        index = row_index(indices, self.ids)
+        if isinstance(index, slice):
+            return self._derived(lambda x: rows(x, index))
+        return self.map_arrays(lambda x: rows(x, index))
 
     def to_torch(self, device: Any = None, *, non_blocking: bool = False) -> Self:
         """The record as torch tensors.
@@ -137,25 +131,11 @@ class SoftLabels:
             A record on the device. On the CPU it shares memory with this one; read-only NumPy arrays (a
             memory map) are copied, because writing to a tensor over them would crash the process.
         """
-        import torch
-
-        def convert(x: Array) -> Array:
-            if is_numpy_array(x):
-                x = torch.from_numpy(x if x.flags.writeable else x.copy())
-            return x if device is None else x.to(device, non_blocking=non_blocking)
-
-        return self._derived(convert)
+        return self._derived(lambda x: as_torch(x, device, non_blocking=non_blocking))
 
     def to_numpy(self) -> Self:
         """The record as NumPy arrays, detached; on the CPU it shares memory. bfloat16 becomes float32."""
-
-        def convert(x: Array) -> Array:
-            if is_numpy_array(x):
-                return x
-            x = x.detach().cpu()
-            return (x.float() if str(x.dtype) == "torch.bfloat16" else x).numpy()
-
-        return self._derived(convert)
+        return self._derived(as_numpy)
 
     def pin_memory(self) -> Self:
         """The record in page-locked memory (what a torch `DataLoader(pin_memory=True)` calls)."""
@@ -246,11 +226,3 @@ class SoftLabels:
         derived.__dict__.update(self.__dict__)
         derived.__dict__.update({name: arrays[name] for name in ARRAYS if name in arrays})
         return derived
-
-
-def _torch_rows(x: Array, index: Array) -> Array:
-    """Rows of a tensor; torch cannot gather uint16 and uint32, so those travel as signed bits."""
-    import torch
-
-    signed = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}.get(x.dtype)
-    return x[index] if signed is None else x.view(signed)[index].view(x.dtype)

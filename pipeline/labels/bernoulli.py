@@ -1,0 +1,213 @@
+"""The record of a sigmoid head (FCOS, RetinaNet): a logit for each kept class, and a bound on the dropped ones.
+
+Each class of such a head is a coin of its own, p_j = sigmoid(logit_j): there is no normaliser, so no log-probabilities
+over all classes and no tail that could be softened. What is known of the dropped classes is that none of their logits
+is above `dropped_bound`.
+
+Shape suffixes: `P` positions (cells), `V` classes, `K` kept classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+from array_api_compat import array_namespace, is_numpy_array, is_torch_array
+
+from pipeline.errors import LabelError, TemperatureError
+from pipeline.labels.arrays import Array, as_numpy, as_torch, row_index, rows
+
+__all__ = ["BernoulliLabels", "SoftenedBernoulli"]
+
+
+@dataclass(frozen=True, eq=False)
+class SoftenedBernoulli:
+    """A `BernoulliLabels` at one temperature.
+
+    Attributes:
+        logits: [P, K] float32 (float64 if the record's are), logit / T: the kept class has probability
+            sigmoid(logit / T), exactly.
+        dropped_bound: [P], bound / T: a dropped class has at most probability sigmoid(bound / T).
+    """
+
+    logits: Array
+    dropped_bound: Array
+
+
+@dataclass(frozen=True, eq=False)
+class BernoulliLabels:
+    """The V independent probabilities of a teacher with a sigmoid head, at P positions.
+
+    Attributes:
+        ids: [P, K] integer, most likely first. Every slot is used: K is at most V.
+        logits: [P, K] float, of the kept classes at T=1.
+        dropped_bound: [P] float, the largest logit of a dropped class; -inf where none was dropped (K = V).
+        num_classes: V; a sigmoid head has no class for the background.
+        dropped_mass: [P] float, sum of sigmoid(logit) over the dropped classes at T=1, or None.
+
+    Raises:
+        LabelError: a shape, dtype or kind of array breaks the contract.
+
+    Example:
+        >>> import numpy as np
+        >>> labels = BernoulliLabels(
+        ...     ids=np.array([[2]]),
+        ...     logits=np.array([[3.0]]),
+        ...     dropped_bound=np.array([-1.0]),
+        ...     num_classes=4,
+        ... )
+        >>> labels.at_temperature(2.0).logits.tolist()
+        [[1.5]]
+    """
+
+    ids: Array
+    logits: Array
+    dropped_bound: Array
+    num_classes: int
+    dropped_mass: Array | None = None
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.ids.shape)
+        if len(shape) != 2 or not 1 <= shape[1] <= self.num_classes:
+            raise LabelError(
+                f"BernoulliLabels.ids: expected shape [P, K] with K from 1 to num_classes ({self.num_classes}); "
+                f"found {list(shape)}; keep fewer classes, or all"
+            )
+        wanted = {"ids": shape, "logits": shape, "dropped_bound": shape[:1], "dropped_mass": shape[:1]}
+        for name, array in self._arrays().items():
+            check_array(f"BernoulliLabels.{name}", array, wanted[name], like=self.ids, integer=name == "ids")
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+    @property
+    def k(self) -> int:
+        """Number of kept classes per position, K."""
+        return int(self.ids.shape[1])
+
+    @property
+    def is_torch(self) -> bool:
+        """True when the arrays are torch tensors, False when they are NumPy arrays."""
+        return bool(is_torch_array(self.ids))
+
+    def at_temperature(self, T: Any) -> SoftenedBernoulli:
+        """The logits divided by T, and the bound on the dropped ones.
+
+        Both hold at every T above 0, below 1 as well. `dropped_mass` does not follow: it is known at T=1 only, and at
+        another T the dropped classes have together at most (V - K) sigmoid(bound / T).
+
+        Args:
+            T: a number, or an array [P] or [] of the record's kind, in which the result is differentiable. An array
+                costs one synchronisation on a GPU.
+
+        Raises:
+            TemperatureError: T is not above 0 and finite, or of another shape.
+        """
+        xp = array_namespace(self.logits)
+        is_array = is_numpy_array(T) or is_torch_array(T)
+        if is_array and (tuple(T.shape) not in ((), (len(self),)) or is_torch_array(T) != self.is_torch):
+            raise TemperatureError(
+                f"temperature: expected a number or an array [{len(self)}] of the kind of the record; found "
+                f"{type(T).__name__} {list(T.shape)}; give one temperature, or one per position"
+            )
+        valid = bool(xp.all((T > 0) & xp.isfinite(T))) if is_array else math.isfinite(T) and T > 0
+        if not valid:
+            raise TemperatureError(
+                f"temperature: expected above 0 and finite; found {T}; use 1 for the plain logits"
+            )
+        per_row = T[:, None] if is_array and len(T.shape) else T
+        return SoftenedBernoulli(_exact(self.logits) / per_row, _exact(self.dropped_bound) / T)
+
+    def take(self, indices: Any) -> Self:
+        """The record of some positions, in the order given; a slice shares memory. See `SoftLabels.take`."""
+        index = row_index(indices, self.ids)
+        return self.map_arrays(lambda x: rows(x, index))
+
+    def to_torch(self, device: Any = None, *, non_blocking: bool = False) -> Self:
+        """The record as torch tensors; see `SoftLabels.to_torch`."""
+        return self.map_arrays(lambda x: as_torch(x, device, non_blocking=non_blocking))
+
+    def to_numpy(self) -> Self:
+        """The record as NumPy arrays; see `SoftLabels.to_numpy`."""
+        return self.map_arrays(as_numpy)
+
+    def pin_memory(self) -> Self:
+        """The record in page-locked memory."""
+        return self.map_arrays(lambda x: as_torch(x).pin_memory())
+
+    def map_arrays(self, function: Callable[[Array], Array]) -> Self:
+        """The record with a function applied to each of its arrays."""
+        mapped: dict[str, Any] = {name: function(x) for name, x in self._arrays().items()}
+        return replace(self, **mapped)
+
+    def _arrays(self) -> dict[str, Array]:
+        values = {
+            field.name: getattr(self, field.name) for field in fields(self) if field.name != "num_classes"
+        }
+        return {name: x for name, x in values.items() if x is not None}
+
+    @classmethod
+    def concat(cls, records: Sequence[BernoulliLabels]) -> BernoulliLabels:
+        """One record of all positions, in order; the arrays are new.
+
+        Raises:
+            LabelError: no records, or records that differ in more than their positions.
+        """
+        check_alike("BernoulliLabels", records, ("num_classes", "k", "is_torch"))
+        parts = [record._arrays() for record in records]
+        joined = join_columns("BernoulliLabels", parts)
+        return replace(records[0], **joined)
+
+
+def _exact(x: Array) -> Array:
+    """float32 of half-precision values; others as they are."""
+    xp = array_namespace(x)
+    return xp.astype(x, xp.float32) if x.dtype.itemsize < 4 else x
+
+
+def check_array(name: str, array: Array, shape: tuple[int, ...], *, like: Array, integer: bool) -> None:
+    """Raises LabelError unless an array is of the kind of `like` (NumPy or torch), of a shape, and of integers or floats."""
+    if not (is_numpy_array(array) or is_torch_array(array)) or is_torch_array(array) != is_torch_array(like):
+        raise LabelError(
+            f"{name}: expected arrays of one kind, all NumPy or all torch; found {type(array).__name__} beside "
+            f"{type(like).__name__}; convert with torch.from_numpy or Tensor.numpy"
+        )
+    if tuple(array.shape) != shape:
+        raise LabelError(
+            f"{name}: expected shape {list(shape)}; found {list(array.shape)}; give one row per position"
+        )
+    if not array_namespace(array).isdtype(array.dtype, "integral" if integer else "real floating"):
+        wanted = "an integer" if integer else "a floating-point"
+        raise LabelError(f"{name}: expected {wanted} dtype; found {array.dtype}; cast it first")
+
+
+def check_alike(name: str, records: Sequence[Any], facts: Sequence[str]) -> None:
+    """Raises LabelError unless there are records and all have the same `facts`."""
+    if not records:
+        raise LabelError(
+            f"{name}.concat: expected at least one record; found none; check that the source is not empty"
+        )
+    for number, record in enumerate(records):
+        for fact in facts:
+            expected, found = getattr(records[0], fact), getattr(record, fact)
+            if expected != found:
+                raise LabelError(
+                    f"{name}.concat, record {number}: expected {fact} {expected} as in record 0; found {found}; "
+                    "join only records of one cache or one label policy"
+                )
+
+
+def join_columns(name: str, parts: Sequence[dict[str, Array]]) -> dict[str, Any]:
+    """Returns the arrays of all parts end to end, by name; raises LabelError where a part has others."""
+    for number, part in enumerate(parts):
+        if part.keys() != parts[0].keys():
+            raise LabelError(
+                f"{name}.concat, record {number}: expected the columns {sorted(parts[0])} as in record 0; found "
+                f"{sorted(part)}; join only records of one cache or one label policy"
+            )
+    return {
+        column: array_namespace(first).concat([part[column] for part in parts], axis=0)
+        for column, first in parts[0].items()
+    }
