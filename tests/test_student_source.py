@@ -2,17 +2,19 @@
 
 import json
 import shutil
+import tomllib
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
 from pipeline import student as loop
 from pipeline.byte_batches import PADDING, ByteBatch, ByteData
-from pipeline.config import build_config
+from pipeline.config import RunConfig, build_config
 from pipeline.errors import AlignmentError, ConfigError, RunError, SourceError, SpecError
 from pipeline.feeds import cache_feed, hard_feed
 from pipeline.modalities import open_data
@@ -21,6 +23,7 @@ from pipeline.runs import capture_labels, open_teacher, train_student, train_tea
 from pipeline.sources.encoded import BytesSettings, open_bytes
 from pipeline.sources.vision import SourceSettings, open_source
 from pipeline.student_views import StudentViews, StudentViewSettings
+from pipeline.sweep.candidates import candidate
 from pipeline.views import Views, ViewSettings
 from tests.caches import digits_config
 
@@ -310,6 +313,17 @@ def test_the_teacher_is_trained_on_what_it_sees(in_tmp):
     )
     train_teacher(config, open_data(config))
     assert load_file("runs/test/teacher/model.safetensors")["1.weight"].shape == (10, 64)
+
+
+@pytest.mark.parametrize("student", [BYTES, SMALL], ids=["bytes", "low resolution"])
+def test_trials_of_a_sweep_and_other_processes_have_the_same_student(shared_cache, student):
+    config = digits_config(student={**student, "pairing": {"replace": [["a", "b"]], "subset": True}})
+    trial = candidate(config, {"temperature": 2.0}, shared_cache[2])
+    assert trial.student == config.student
+    assert trial.loss.temperature == 2
+    written = tomllib.loads(tomli_w.dumps(trial.model_dump(exclude_unset=True, exclude_none=True)))
+    assert build_config(written, "of a test") == trial
+    assert RunConfig.model_validate_json(config.model_dump_json()).student == config.student
 
 
 # -- bytes -------------------------------------------------------------------------------------------------
