@@ -36,6 +36,7 @@ EXTRA_OF = {
     **dict.fromkeys(("bokeh", "dask", "distributed"), "dask"),
     **dict.fromkeys(("optuna", "tomli_w"), "sweep"),
     **dict.fromkeys(("jinja2", "plotly"), "report"),
+    "lightning": "lightning",
     "obstore": "cloud",
     "tensorboard": "track",
 }

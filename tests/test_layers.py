@@ -20,7 +20,7 @@ FLOORS = [
     {"reader", "checkpoints", "tasks"},
     {"loader", "samplers", "adaptation"},
     {"sweep_space", "student", "verify", "convert", "slim", "fidelity"}
-    | {"paired", "trainer", "importing", "gc", "fusion"},
+    | {"paired", "trainer", "importing", "gc", "fusion", "adapters"},
     {"config"},
     {"modalities"},
     {"feeds"},
