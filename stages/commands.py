@@ -38,6 +38,7 @@ COMMANDS = {
     "fuse": ("fuse:fuse", "Fuse several teachers' caches into one."),
     "thaw": ("thaw:thaw", "Decode a cache into local memory maps."),
     "gc": ("gc:gc", "What dead runs left in a cache."),
+    "doctor": ("doctor:doctor", "What this machine has and can do, and whether a store works."),
     "import": ("import_labels:import_command", "Make a cache of a server's log-probabilities."),
 }
 """By name: `module:attribute` below `stages`, and the command's line in the list."""

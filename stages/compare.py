@@ -4,7 +4,6 @@ make compare
 softcache compare --config configs/fashion-mnist.toml --seeds 3
 """
 
-import json
 import statistics
 from typing import Any
 
@@ -13,7 +12,7 @@ import click
 from pipeline.cache import Cache
 from pipeline.config import RunConfig, load_config
 from pipeline.runs import open_data, open_labels, open_teacher, train_student
-from stages.options import cache_option, config_options, print_table
+from stages.options import cache_option, config_options, json_option, print_json, print_table
 from stages.rows import headline, score
 
 __all__ = ["compare"]
@@ -26,7 +25,7 @@ __all__ = ["compare"]
     "--student", "model", metavar="SPEC", help="The architecture [default: student.model of the config]."
 )
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="Runs of every kind.")
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object instead.")
+@json_option
 def compare(
     config_path: str,
     overrides: tuple[str, ...],
@@ -81,9 +80,7 @@ def _print(
         for name, runs in results.items()
     }
     if as_json:
-        click.echo(
-            json.dumps({"config": config.name, "student": model, "teacher": teacher, "students": figures})
-        )
+        print_json({"config": config.name, "student": model, "teacher": teacher, "students": figures})
         return
     rows: list[tuple[str, ...]] = [("teacher", score(kind, teacher), "", "", "")]
     for name, row in figures.items():

@@ -8,6 +8,8 @@ import click
 from pipeline.cache import open_cache
 from pipeline.convert import convert_cache
 from pipeline.progress import track
+from stages.options import json_option, print_json
+from stages.rows import cache_report
 
 __all__ = ["convert"]
 
@@ -15,8 +17,9 @@ __all__ = ["convert"]
 @click.command()
 @click.argument("source_url", metavar="CACHE")
 @click.argument("target_url", metavar="OUT")
+@json_option
 @click.option("--store", type=click.Choice(["zarr", "parquet"]), required=True, help="The store to write.")
-def convert(source_url: str, target_url: str, store: str) -> None:
+def convert(source_url: str, target_url: str, store: str, as_json: bool) -> None:
     """Copy CACHE to OUT in another store; every value stays the same, bit for bit.
 
     Killed and run again, it goes on where it was; OUT is refused if it holds something else.
@@ -29,4 +32,7 @@ def convert(source_url: str, target_url: str, store: str) -> None:
     plan = cache.manifest.plan
     with track("convert", plan.num_samples * plan.num_views, "rows") as advance:
         copied = convert_cache(cache, target_url, store=store, progress=advance)
+    if as_json:
+        print_json(cache_report(copied))
+        return
     click.echo(f"cache {target_url}: {len(copied.markers)} of {plan.num_units} units, store {store}")

@@ -15,7 +15,7 @@ from pipeline.config import load_config
 from pipeline.fidelity import draw_frontier, measure_cache, num_points, rerun_teacher
 from pipeline.progress import track
 from pipeline.runs import open_data, open_teacher
-from stages.options import parse_temperatures, print_table
+from stages.options import json_option, parse_temperatures, print_json, print_table
 from stages.rows import percent
 
 __all__ = ["fidelity"]
@@ -47,7 +47,7 @@ TEMPERATURES = (1.0, 1.3, 2.0, 4.0, 8.0)
 @click.option(
     "--out", metavar="DIR", help="Where the report and the figure go [default: runs/NAME/fidelity]."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object instead.")
+@json_option
 def fidelity(
     url: str,
     config_path: str,
@@ -84,7 +84,7 @@ def fidelity(
         points, folder, title=_title(report), temperature=wanted[0], own=_own(report, wanted[0])
     )
     if as_json:
-        click.echo(json.dumps(report))
+        print_json(report)
         return
     _print(report)
     for path in written:

@@ -10,6 +10,8 @@ import click
 from pipeline.cache import open_cache
 from pipeline.fusion import RULES, FusionSettings, fuse_caches
 from pipeline.progress import track
+from stages.options import json_option, print_json
+from stages.rows import cache_report
 
 __all__ = ["fuse"]
 
@@ -19,6 +21,7 @@ __all__ = ["fuse"]
 @click.option(
     "--rule", type=click.Choice(RULES), required=True, help="How the teachers are weighed (docs/fusion.md)."
 )
+@json_option
 @click.option("--out", metavar="URL", required=True, help="The fused cache.")
 @click.option(
     "--k", type=click.IntRange(1), help="Classes kept in each row [default: as the CACHE with most]."
@@ -30,7 +33,7 @@ __all__ = ["fuse"]
     show_default=True,
     help="Precision of the log-probabilities.",
 )
-def fuse(urls: tuple[str, ...], out: str, **how: Any) -> None:
+def fuse(urls: tuple[str, ...], out: str, as_json: bool, **how: Any) -> None:
     """Fuse the labels of several teachers for the same samples and views into one cache.
 
     OUT is a cache as any other: every student, temperature and loss works on it. Killed and run again, it goes on where
@@ -44,6 +47,9 @@ def fuse(urls: tuple[str, ...], out: str, **how: Any) -> None:
     rows = caches[0].manifest.total_rows if caches else 0
     with track("fuse", rows, "rows") as advance:
         fused = fuse_caches(caches, out, FusionSettings.model_construct(caches=urls, **how), progress=advance)
+    if as_json:
+        print_json(cache_report(fused) | {"rule": how["rule"], "teachers": list(urls)})
+        return
     plan, size = fused.manifest.plan, sum(s.num_bytes for m in fused.markers.values() for s in m.shards)
     click.echo(
         f"cache {out}: {len(caches)} teachers by rule {how['rule']}, {len(fused.markers)} of {plan.num_units} units, "

@@ -4,10 +4,13 @@ softcache gc runs/digits/cache
 softcache gc runs/digits/cache --delete
 """
 
+from dataclasses import asdict
+
 import click
 
 from pipeline.gc import collect_garbage
 from pipeline.stores.objects import open_objects
+from stages.options import json_option, print_json
 
 __all__ = ["gc"]
 
@@ -16,8 +19,9 @@ SHOWN = 20
 
 @click.command()
 @click.argument("url", metavar="CACHE")
+@json_option
 @click.option("--delete", is_flag=True, help="Remove what is stray; without it, only list it.")
-def gc(url: str, delete: bool) -> None:
+def gc(url: str, delete: bool, as_json: bool) -> None:
     """List what no reader of CACHE will ever look at: files on their way whose writer died, and shards of units that
     were never finished. With --delete, remove it.
 
@@ -30,6 +34,10 @@ def gc(url: str, delete: bool) -> None:
       softcache gc runs/digits/cache --delete
     """
     report = collect_garbage(open_objects(url), delete=delete)
+    if as_json:
+        num_bytes = sum(report.stray.values())
+        print_json({"cache": url, "deleted": delete, "num_bytes": num_bytes, **asdict(report)})
+        return
     verb = "removed" if delete else "stray"
     _show(verb, [f"{path} ({size:,} bytes)" for path, size in sorted(report.stray.items())])
     _show("not ours, left alone:", report.foreign)

@@ -13,7 +13,8 @@ from pipeline.importing import find_responses, import_labels
 from pipeline.progress import say, track
 from pipeline.sources.text import TextSettings, open_text
 from pipeline.token_batches import TokenData
-from stages.options import cache_option, config_options
+from stages.options import cache_option, config_options, json_option, print_json
+from stages.rows import cache_report
 
 __all__ = ["import_command"]
 
@@ -22,6 +23,7 @@ __all__ = ["import_command"]
 @click.argument("responses", metavar="RESPONSES...", nargs=-1, required=True)
 @config_options
 @cache_option
+@json_option
 @click.option("--k", type=click.IntRange(1), help="Tokens kept per row [default: labels.k of the config].")
 @click.option("--model-name", metavar="TEXT", help="The teacher's name [default: the responses' `model`].")
 @click.option(
@@ -35,6 +37,7 @@ def import_command(
     k: int | None,
     model_name: str | None,
     allow_missing: bool,
+    as_json: bool,
 ) -> None:
     """Make a cache from RESPONSES: JSON lines with a server's log-probabilities over the config's text.
 
@@ -79,6 +82,10 @@ def import_command(
             allow_missing=allow_missing,
             progress=advance,
         )
+    if as_json:
+        made = {"units_made": report.units_done, "units_found": report.units_found, "seconds": report.seconds}
+        print_json(cache_report(cache) | made)
+        return
     plan, rows = cache.manifest.plan, sum(marker.num_rows for marker in cache.markers.values())
     click.echo(
         f"cache {url}: {rows:,} rows of {cache.manifest.identity['teacher']['spec']}, K={cache.manifest.codec['k']} of "

@@ -4,7 +4,6 @@ softcache inspect runs/digits/cache
 """
 
 import itertools
-import json
 from collections import defaultdict
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from pipeline.cache import Cache, open_cache
 from pipeline.labels import STATS, SoftLabels
-from stages.options import print_table
+from stages.options import json_option, print_json, print_table
 from stages.rows import percent
 
 __all__ = ["inspect_command"]
@@ -24,7 +23,7 @@ PERCENTILES = (1, 10, 50, 90)
 
 @click.command("inspect")
 @click.argument("url", metavar="CACHE")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@json_option
 def inspect_command(url: str, as_json: bool) -> None:
     """Show what CACHE is and how much of the teacher's distribution it keeps.
 
@@ -35,7 +34,7 @@ def inspect_command(url: str, as_json: bool) -> None:
     cache = open_cache(url)
     report = {**_identity(cache), **_storage(cache), **_labels(cache)}
     if as_json:
-        click.echo(json.dumps(report))
+        print_json(report)
         return
     for name in report["identity"]:
         if name == "codec":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from pipeline.errors import TemperatureError
@@ -16,8 +19,10 @@ from pipeline.progress import log_as
 __all__ = [
     "cache_option",
     "config_options",
+    "json_option",
     "log_option",
     "parse_temperatures",
+    "print_json",
     "print_table",
     "track_option",
 ]
@@ -46,6 +51,16 @@ def cache_option(command: Callable) -> Callable:
     return click.option("--cache", "url", metavar="URL", help="The cache [default: runs/NAME/cache].")(
         command
     )
+
+
+def json_option(command: Callable) -> Callable:
+    """Adds --json: the command then prints one JSON object on stdout (`print_json`) and nothing beside it."""
+    return click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Print one JSON object on stdout, and nothing else there.",
+    )(command)
 
 
 def log_option(command: Callable) -> Callable:
@@ -87,11 +102,26 @@ def parse_temperatures(given: str) -> tuple[float, ...]:
     return found
 
 
+def print_json(found: Mapping[str, Any]) -> None:
+    """Prints a result to stdout as one JSON object on a line; NaN and infinities, which JSON lacks, become null."""
+    click.echo(json.dumps(_finite(found), allow_nan=False, default=str))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, note: str = "") -> None:
     """Prints a table to stdout: text left, everything after the first column right."""
-    table = Table(title=title, title_justify="left", caption=note or None, caption_justify="left")
+    table = Table(
+        title=escape(title), title_justify="left", caption=escape(note) or None, caption_justify="left"
+    )
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(escape(str(cell)) for cell in row))  # [brackets] are text here, not a style
     Console(width=None if sys.stdout.isatty() else 120).print(table)

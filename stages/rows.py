@@ -1,10 +1,20 @@
 """The table of students: one row each, teacher and hard-label baseline beside it; images by accuracy, text by loss."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.cache import Cache
 
-__all__ = ["headline", "percent", "score", "student_columns", "student_row", "student_title"]
+__all__ = [
+    "cache_report",
+    "headline",
+    "percent",
+    "score",
+    "student_columns",
+    "student_report",
+    "student_row",
+    "student_title",
+]
 
 
 def percent(share: float | None) -> str:
@@ -59,3 +69,38 @@ def student_row(cache: Cache, cached: dict[str, Any], hard: dict[str, Any] | Non
         score(kind, teacher.eval_accuracy if kind == "image" else teacher.eval_loss),
         f"{cached['seconds']:.1f}",
     )
+
+
+def student_report(
+    cache: Cache, results: Sequence[tuple[dict[str, Any], dict[str, Any] | None]]
+) -> dict[str, Any]:
+    """Returns what the table of students tells, as numbers: every run's metrics without the history of its epochs."""
+
+    def figures(run: dict[str, Any] | None) -> dict[str, Any] | None:
+        return run and {key: value for key, value in run.items() if key != "history"}
+
+    teacher = cache.manifest.teacher
+    return {
+        "cache": cache.url,
+        "kind": cache.manifest.kind,
+        "teacher": teacher.model_dump(mode="json"),
+        "students": [
+            {"model": cached["model"], "cache": figures(cached), "hard": figures(hard)}
+            for cached, hard in results
+        ],
+    }
+
+
+def cache_report(cache: Cache) -> dict[str, Any]:
+    """Returns what commands that write a cache tell of it: units, rows, bytes, and how it is kept."""
+    markers = cache.markers.values()
+    return {
+        "cache": cache.url,
+        "units": cache.manifest.plan.num_units,
+        "units_done": len(markers),
+        "rows": sum(marker.num_rows for marker in markers),
+        "num_bytes": sum(shard.num_bytes for marker in markers for shard in marker.shards),
+        "num_classes": cache.num_classes,
+        "store": cache.manifest.store,
+        "codec": cache.manifest.codec,
+    }

@@ -12,7 +12,8 @@ from pipeline.cache import open_cache
 from pipeline.codec import COARSEST, FINEST
 from pipeline.progress import track
 from pipeline.slim import SlimSettings, slim_cache
-from stages.options import parse_temperatures
+from stages.options import json_option, parse_temperatures, print_json
+from stages.rows import cache_report
 
 __all__ = ["slim"]
 
@@ -20,6 +21,7 @@ __all__ = ["slim"]
 @click.command()
 @click.argument("source_url", metavar="CACHE")
 @click.argument("target_url", metavar="OUT")
+@json_option
 @click.option(
     "--policy",
     type=click.Choice(["top_k", "top_p", "sample", "hybrid"]),
@@ -47,7 +49,7 @@ __all__ = ["slim"]
 @click.option(
     "--store", type=click.Choice(["zarr", "parquet"]), help="The store to write [default: as CACHE]."
 )
-def slim(source_url: str, target_url: str, temperatures: str | None, **changes: Any) -> None:
+def slim(source_url: str, target_url: str, temperatures: str | None, as_json: bool, **changes: Any) -> None:
     """Make a smaller cache OUT from CACHE: fewer classes, views or temperatures, another codec or store.
 
     OUT is what a capture with these settings would have made; teacher-logits and train-student take it as such. What
@@ -66,6 +68,9 @@ def slim(source_url: str, target_url: str, temperatures: str | None, **changes: 
         smaller = slim_cache(cache, target_url, settings, progress=advance)
     before, after = (sum(s.num_bytes for m in c.markers.values() for s in m.shards) for c in (cache, smaller))
     plan, labels = smaller.manifest.plan, smaller.manifest.identity["labels"]
+    if as_json:
+        print_json(cache_report(smaller) | {"num_bytes_before": before, "labels": labels})
+        return
     click.echo(
         f"cache {target_url}: {len(smaller.markers)} of {plan.num_units} units, {labels['policy']}, k {labels['k']}, "
         f"codec {smaller.manifest.codec['name']}; {after:,} bytes of {before:,}"

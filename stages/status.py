@@ -4,7 +4,6 @@ softcache status runs/digits/cache
 softcache status runs/digits/cache --watch 10
 """
 
-import json
 import time
 from dataclasses import asdict
 
@@ -12,13 +11,14 @@ import click
 
 from pipeline.status import Status, read_status
 from pipeline.stores.objects import open_objects
+from stages.options import json_option, print_json
 
 __all__ = ["status"]
 
 
 @click.command()
 @click.argument("url", metavar="CACHE")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on a line instead of words.")
+@json_option
 @click.option(
     "--watch",
     type=click.FloatRange(min=0.1),
@@ -37,7 +37,10 @@ def status(url: str, as_json: bool, watch: float | None) -> None:
     objects = open_objects(url)
     while True:
         found = read_status(objects)
-        click.echo(json.dumps(asdict(found)) if as_json else _in_words(found))
+        if as_json:
+            print_json(asdict(found))
+        else:
+            click.echo(_in_words(found))
         if watch is None or found.state == "complete":
             return
         time.sleep(watch)

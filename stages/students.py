@@ -8,8 +8,8 @@ import click
 
 from pipeline.config import load_config
 from pipeline.runs import open_data, open_labels, train_student
-from stages.options import cache_option, config_options, print_table
-from stages.rows import headline, student_columns, student_row, student_title
+from stages.options import cache_option, config_options, json_option, print_json, print_table
+from stages.rows import headline, student_columns, student_report, student_row, student_title
 
 __all__ = ["students"]
 
@@ -17,10 +17,13 @@ __all__ = ["students"]
 @click.command()
 @config_options
 @cache_option
+@json_option
 @click.option(
     "--student", "models", multiple=True, metavar="SPEC", help="An architecture; may be given several times."
 )
-def students(config_path: str, overrides: tuple[str, ...], url: str | None, models: tuple[str, ...]) -> None:
+def students(
+    config_path: str, overrides: tuple[str, ...], url: str | None, models: tuple[str, ...], as_json: bool
+) -> None:
     """Train many students from one cache, best first in the table.
 
     \b
@@ -36,6 +39,9 @@ def students(config_path: str, overrides: tuple[str, ...], url: str | None, mode
         results.append((cached, train_student(config, data, model=model, labels="hard")))
     metric, larger_is_better = headline(cache.manifest.kind)
     results.sort(key=lambda pair: pair[0][metric], reverse=larger_is_better)
+    if as_json:
+        print_json(student_report(cache, results))
+        return
     print_table(
         student_title(cache),
         student_columns(cache.manifest.kind),

@@ -7,6 +7,7 @@ softcache sweep --config configs/sweep-digits.toml --trials 30 --seeds 3
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.sweep.candidates import shown
 from pipeline.sweep.cost import Cost, measure_cost, why_unmeasured
 from pipeline.sweep.figures import draw_importance, draw_surface, importances
 from pipeline.sweep.results import Repeated, Result, ranked, repeats, write_best, write_json
-from stages.options import cache_option, config_options, log_option, print_table
+from stages.options import cache_option, config_options, json_option, log_option, print_json, print_table
 from stages.rows import score
 
 __all__ = ["sweep_command"]
@@ -30,6 +31,7 @@ __all__ = ["sweep_command"]
 @config_options
 @cache_option
 @log_option
+@json_option
 @click.option(
     "--trials",
     type=click.IntRange(1),
@@ -61,6 +63,7 @@ def sweep_command(
     out: str | None,
     seeds: int,
     cost: bool,
+    as_json: bool,
 ) -> None:
     """Search temperature, alpha, loss, K, learning rate and student from one cache.
 
@@ -78,14 +81,16 @@ def sweep_command(
     sweep = run_sweep(
         config, url or config.cache_url, path, trials=trials or config.sweep.trials, workers=workers
     )
-    _print_trials(sweep)
+    if not as_json:
+        _print_trials(sweep)
     best = write_best(sweep)
     again = repeats(sweep, seeds=seeds) if seeds else []
-    if again:
+    if again and not as_json:
         _print_repeats(sweep, again, seeds)
     reason = why_unmeasured(sweep) if cost else "not asked for (--no-cost)"
     measured = measure_cost(sweep) if reason is None else None
-    _print_cost(measured, reason)
+    if not as_json:
+        _print_cost(measured, reason)
     figures = [*draw_importance(sweep, path), *draw_surface(sweep, path)]
     found: dict[str, Any] = {
         "importances": importances(sweep),
@@ -93,6 +98,10 @@ def sweep_command(
         "cost": measured and measured._asdict(),
     }
     told = write_json(sweep, found)
+    if as_json:
+        written = {"best": str(best), "figures": list(map(str, figures)), "cost_unmeasured": reason}
+        print_json(json.loads(Path(told).read_text()) | written)
+        return
     click.echo(f"all trials: {told}")
     click.echo(f"figures: {', '.join(map(str, figures)) or 'none: too few different trials are finished'}")
     click.echo(f"the best one: softcache train-student --config {best}")

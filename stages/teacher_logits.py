@@ -5,6 +5,8 @@ softcache teacher-logits --config configs/digits.toml --set labels.k=5 --cache r
 softcache teacher-logits --config configs/digits.toml --dask auto
 """
 
+from dataclasses import asdict
+
 import click
 
 from pipeline.cache import Cache, open_cache
@@ -13,7 +15,8 @@ from pipeline.config import load_config
 from pipeline.errors import ConfigError
 from pipeline.progress import say
 from pipeline.runs import cache_is_ready, capture_labels, make_teacher, open_data, open_teacher
-from stages.options import cache_option, config_options, log_option
+from stages.options import cache_option, config_options, json_option, log_option, print_json
+from stages.rows import cache_report
 
 __all__ = ["teacher_logits"]
 
@@ -22,6 +25,7 @@ __all__ = ["teacher_logits"]
 @config_options
 @cache_option
 @log_option
+@json_option
 @click.option(
     "--reuse", is_flag=True, help="Do nothing (not even load the teacher) if the cache is complete."
 )
@@ -43,6 +47,7 @@ def teacher_logits(
     reuse: bool,
     dask: str | None,
     workers: int | None,
+    as_json: bool,
 ) -> None:
     """Run the teacher once; write its soft labels to the cache.
 
@@ -60,6 +65,8 @@ def teacher_logits(
         raise ConfigError("--workers: says how many processes --dask auto starts; give that, too")
     if reuse and cache_is_ready(config, open_data(config), url):
         say(f"cache {url}: complete; the teacher is not loaded")
+        if as_json:
+            print_json(cache_report(open_cache(url)) | {"made_now": None})
         return
     if dask is not None:
         from pipeline.parallel import capture_on_dask
@@ -70,7 +77,11 @@ def teacher_logits(
         data = open_data(config)
         make_teacher(config, data)
         cache, report = capture_labels(config, data, open_teacher(config, data), url)
-    _tell(cache, url, report)
+    if as_json:
+        slowest = report.slowest and report.slowest._asdict()
+        print_json(cache_report(cache) | {"made_now": asdict(report) | {"slowest": slowest}})
+    else:
+        _tell(cache, url, report)
 
 
 def _tell(cache: Cache, url: str, report: CaptureReport) -> None:

@@ -7,6 +7,7 @@ softcache thaw --clear
 """
 
 from datetime import datetime
+from typing import Any
 
 import click
 from pydantic import ByteSize, TypeAdapter, ValidationError
@@ -15,7 +16,7 @@ from pipeline.cache import open_cache
 from pipeline.errors import IncompleteCacheError, StorageError
 from pipeline.progress import track
 from pipeline.thaw import ThawFolder, ThawSettings
-from stages.options import print_table
+from stages.options import json_option, print_json, print_table
 
 __all__ = ["thaw"]
 
@@ -31,10 +32,17 @@ __all__ = ["thaw"]
     metavar="DIR",
     help="Where [default: $SOFTCACHE_THAW_DIR, or ~/.cache/softcache/thaw].",
 )
+@json_option
 @click.option("--list", "listing", is_flag=True, help="List what is thawed on this machine.")
 @click.option("--clear", is_flag=True, help="Remove every thawed view that nobody uses.")
 def thaw(
-    url: str | None, num_views: int | None, limit: str, folder: str | None, listing: bool, clear: bool
+    url: str | None,
+    num_views: int | None,
+    limit: str,
+    folder: str | None,
+    listing: bool,
+    clear: bool,
+    as_json: bool,
 ) -> None:
     """Decode CACHE once into a local memory map, which all students and loader processes of this machine share.
 
@@ -48,28 +56,31 @@ def thaw(
     if (url is None) != (listing or clear):
         raise click.UsageError("give either CACHE, or --list or --clear")
     place = ThawFolder(folder)
+    told: dict[str, Any] = {"folder": str(place.root)}
     if clear:
-        _clear(place)
+        told |= _clear(place, as_json)
     if listing:
-        _list(place)
+        told |= _list(place, as_json)
     if url is not None:
-        _thaw(url, num_views, _bytes(limit), place)
+        told |= _thaw(url, num_views, _bytes(limit), place, as_json)
+    if as_json:
+        print_json(told)
 
 
-def _thaw(url: str, num_views: int | None, limit: int, place: ThawFolder) -> None:
+def _thaw(url: str, num_views: int | None, limit: int, place: ThawFolder, as_json: bool) -> dict[str, Any]:
     cache = open_cache(url, thaw=ThawSettings(limit, str(place.root), required=True))
     views = range(min(num_views or cache.num_views, cache.num_views))
     plans = [cache.thawed_plan(view) for view in views]
-    rows, total = [], 0
+    rows: list[dict[str, Any]] = []
+    total = 0
     for view, plan in enumerate(plans):
         if plan is None:
             raise IncompleteCacheError(
                 f"cache {url}: view {view} is not finished; rerun `softcache teacher-logits`, then thaw it"
             )
         total += plan.num_bytes
-        rows.append(
-            [view, f"{plan.num_rows:,}", f"{plan.num_bytes:,}", "there" if place.holds(plan) else "made"]
-        )
+        size = {"rows": plan.num_rows, "num_bytes": plan.num_bytes}
+        rows.append({"view": view, **size, "state": "there" if place.holds(plan) else "made"})
     if total > limit:
         raise StorageError(
             f"cache {url}: {len(rows)} views take {total:,} bytes thawed; the limit is {limit:,}; raise --limit, or thaw "
@@ -78,29 +89,37 @@ def _thaw(url: str, num_views: int | None, limit: int, place: ThawFolder) -> Non
     with track("thaw", sum(plan.num_rows for plan in plans if plan), "rows") as advance:
         for view in views:
             cache.thawed(view, limit_bytes=limit, progress=advance)
-    print_table(f"{url}, thawed in {place.root}", ("view", "rows", "bytes", ""), rows)
+    if not as_json:
+        shown = [(row["view"], f"{row['rows']:,}", f"{row['num_bytes']:,}", row["state"]) for row in rows]
+        print_table(f"{url}, thawed in {place.root}", ("view", "rows", "bytes", ""), shown)
+    return {"cache": url, "views": rows}
 
 
-def _list(place: ThawFolder) -> None:
+def _list(place: ThawFolder, as_json: bool) -> dict[str, Any]:
     entries = place.entries()
     rows = [
         (entry.about, f"{entry.num_bytes:,}", datetime.fromtimestamp(entry.used).isoformat(" ", "seconds"))
         for entry in reversed(entries)
     ]
     total = sum(entry.num_bytes for entry in entries)
-    print_table(
-        f"thawed in {place.root}: {len(rows)} views, {total:,} bytes", ("of", "bytes", "last used"), rows
-    )
+    if not as_json:
+        title = f"thawed in {place.root}: {len(rows)} views, {total:,} bytes"
+        print_table(title, ("of", "bytes", "last used"), rows)
+    listed = [
+        {"of": entry.about, "num_bytes": entry.num_bytes, "used": entry.used} for entry in reversed(entries)
+    ]
+    return {"thawed": listed, "num_bytes": total}
 
 
-def _clear(place: ThawFolder) -> None:
+def _clear(place: ThawFolder, as_json: bool) -> dict[str, Any]:
     entries = place.entries()
     gone = [entry for entry in entries if place.remove(entry)]
     kept = len(entries) - len(gone)
-    click.echo(
-        f"{place.root}: removed {len(gone)} views, {sum(entry.num_bytes for entry in gone):,} bytes"
-        + (f"; {kept} in use were kept" if kept else "")
-    )
+    num_bytes = sum(entry.num_bytes for entry in gone)
+    if not as_json:
+        told = f"{place.root}: removed {len(gone)} views, {num_bytes:,} bytes"
+        click.echo(told + (f"; {kept} in use were kept" if kept else ""))
+    return {"removed": len(gone), "removed_bytes": num_bytes, "kept_in_use": kept}
 
 
 def _bytes(text: str) -> int:

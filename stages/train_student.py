@@ -9,8 +9,16 @@ import click
 
 from pipeline.config import load_config
 from pipeline.runs import open_data, open_labels, train_student
-from stages.options import cache_option, config_options, log_option, print_table, track_option
-from stages.rows import student_columns, student_row, student_title
+from stages.options import (
+    cache_option,
+    config_options,
+    json_option,
+    log_option,
+    print_json,
+    print_table,
+    track_option,
+)
+from stages.rows import student_columns, student_report, student_row, student_title
 
 __all__ = ["train_student_command"]
 
@@ -20,6 +28,7 @@ __all__ = ["train_student_command"]
 @cache_option
 @track_option
 @log_option
+@json_option
 @click.option(
     "--student", "model", metavar="SPEC", help="The architecture [default: student.model of the config]."
 )
@@ -43,6 +52,7 @@ def train_student_command(
     out: str | None,
     baseline: bool,
     allow_partial: bool,
+    as_json: bool,
 ) -> None:
     """Train one student from the cache; the teacher is not loaded.
 
@@ -68,6 +78,9 @@ def train_student_command(
         track_with=track_with,
     )
     hard = train_student(config, data, model=model, labels="hard") if baseline else None
+    if as_json:
+        print_json(student_report(cache, [(cached, hard)]))
+        return
     columns = student_columns(cache.manifest.kind)
     print_table(student_title(cache), columns, [student_row(cache, cached, hard)])
     click.echo(f"weights, metrics and config: {cached['out']}")

@@ -7,7 +7,7 @@ import click
 
 from pipeline.config import load_config
 from pipeline.runs import open_data, train_teacher
-from stages.options import config_options, track_option
+from stages.options import config_options, json_option, print_json, track_option
 
 __all__ = ["train_teacher_command"]
 
@@ -15,7 +15,10 @@ __all__ = ["train_teacher_command"]
 @click.command("train-teacher")
 @config_options
 @track_option
-def train_teacher_command(config_path: str, overrides: tuple[str, ...], track_with: str | None) -> None:
+@json_option
+def train_teacher_command(
+    config_path: str, overrides: tuple[str, ...], track_with: str | None, as_json: bool
+) -> None:
     """Train the config's teacher on hard labels, as its [train_teacher] table says.
 
     \b
@@ -24,6 +27,11 @@ def train_teacher_command(config_path: str, overrides: tuple[str, ...], track_wi
     """
     config = load_config(config_path, overrides)
     metrics, weights = train_teacher(config, open_data(config), track_with=track_with)
+    if as_json:
+        print_json(
+            {key: value for key, value in metrics.items() if key != "history"} | {"weights": str(weights)}
+        )
+        return
     click.echo(
         f"teacher {metrics.get('model')}: {metrics['num_parameters']:,} parameters, accuracy {metrics['accuracy']:.4f}, "
         f"loss {metrics['eval_loss']:.4f} on {metrics['eval_samples']:,} samples; weights in {weights}"

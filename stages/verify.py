@@ -13,6 +13,7 @@ from pipeline.config import load_config
 from pipeline.progress import track
 from pipeline.runs import open_data, open_teacher
 from pipeline.verify import verify_against_teacher, verify_units
+from stages.options import json_option, print_json
 
 __all__ = ["verify"]
 
@@ -33,9 +34,16 @@ __all__ = ["verify"]
     type=click.FloatRange(0),
     help="Largest KL(record || fresh teacher) in nats that a row may have.",
 )
+@json_option
 @click.option("--seed", default=0, show_default=True, help="Of the choice of rows.")
 def verify(
-    url: str, config_path: str | None, overrides: tuple[str, ...], rows: int, threshold: float, seed: int
+    url: str,
+    config_path: str | None,
+    overrides: tuple[str, ...],
+    rows: int,
+    threshold: float,
+    seed: int,
+    as_json: bool,
 ) -> None:
     """Check CACHE; exit with 1 and one line per fault if anything is wrong.
 
@@ -46,12 +54,13 @@ def verify(
     cache = open_cache(url)
     with track("verify", cache.manifest.plan.num_units, "units") as advance:
         faults = list(verify_units(cache, advance))
-    checked = f"{cache.manifest.plan.num_units} units"
+    checked, num_rows = f"{cache.manifest.plan.num_units} units", 0
     if config_path and not faults:
         config = load_config(config_path, overrides)
         data = open_data(config)
         teacher = open_teacher(config, data)
-        with track("verify: teacher", min(rows, len(cache) * cache.num_views), "rows") as advance:
+        num_rows = min(rows, len(cache) * cache.num_views)
+        with track("verify: teacher", num_rows, "rows") as advance:
             faults = list(
                 verify_against_teacher(
                     cache,
@@ -63,9 +72,13 @@ def verify(
                     progress=advance,
                 )
             )
-        checked += f", {min(rows, len(cache) * cache.num_views)} rows against the teacher"
+        checked += f", {num_rows} rows against the teacher"
     for fault in faults:
         click.echo(f"FAULT {fault}", err=True)
-    click.echo(f"cache {url}: {checked}; {len(faults)} faults")
+    if as_json:
+        units = cache.manifest.plan.num_units
+        print_json({"cache": url, "units": units, "teacher_rows": num_rows, "faults": faults})
+    else:
+        click.echo(f"cache {url}: {checked}; {len(faults)} faults")
     if faults:
         sys.exit(1)

@@ -15,7 +15,7 @@ FLOORS = [
     {"views", "sources", "models", "sparsify", "losses", "codec"},
     {"manifest", "batches", "token_batches", "language", "fused", "pairing", "student_views"},
     {"stores", "teacher", "thaw", "byte_batches", "detection"},
-    {"planning", "labelling", "mirror", "open_units", "stored_units"},
+    {"planning", "labelling", "mirror", "open_units", "stored_units", "doctor"},
     {"capture", "cache", "status"},
     {"reader", "checkpoints", "tasks"},
     {"loader", "samplers", "adaptation"},

@@ -1,0 +1,114 @@
+"""What is installed, what this machine can do, and whether a store works.
+
+softcache doctor
+softcache doctor s3://bucket/prefix runs/digits/cache
+"""
+
+import sys
+from typing import Any
+
+import click
+
+from pipeline.doctor import devices, free_space, store_access, versions
+from stages.options import json_option, print_json, print_table
+
+__all__ = ["doctor"]
+
+GIB = 2**30
+BYTES_OF_16_BITS, SHARE_FOR_WEIGHTS = 2, 0.7
+
+
+@click.command()
+@click.argument("urls", metavar="[STORE]...", nargs=-1)
+@json_option
+def doctor(urls: tuple[str, ...], as_json: bool) -> None:
+    """Tell versions, devices, free space and what this machine can do; with STORE (a path, s3://, gs://, az://), try it.
+
+    A store is tried by writing, listing, reading and deleting one small object. Exits with 1 if a STORE, or a GPU that is
+    there, does not work.
+
+    \b
+    Example:
+      softcache doctor runs/digits/cache
+      softcache doctor s3://bucket/prefix
+    """
+    machine = devices()
+    found: dict[str, Any] = {"versions": versions(), "devices": machine, "free_space": free_space()}
+    found["stores"] = [store_access(url) for url in urls]
+    broken = [store["url"] for store in found["stores"] if store["failed"]]
+    broken += [gpu["name"] for gpu in machine["cuda"] if gpu["fault"]]
+    found["can"] = _abilities(found)
+    found["broken"] = broken
+    if as_json:
+        print_json(found)
+    else:
+        _tell(found)
+    if broken:
+        sys.exit(1)
+
+
+def _abilities(found: dict[str, Any]) -> list[str]:
+    """What this machine can do, in sentences."""
+    machine, extras = found["devices"], found["versions"]["extras"]
+    working = [gpu for gpu in machine["cuda"] if not gpu["fault"]]
+    can = []
+    if working:
+        memory = max(gpu["total_bytes"] for gpu in working)
+        billions = memory * SHARE_FOR_WEIGHTS / BYTES_OF_16_BITS / 1e9
+        can.append(
+            f"run teachers and students on CUDA; about {billions:.1f} billion parameters in 16 bits fit one GPU, "
+            f"with {1 - SHARE_FOR_WEIGHTS:.0%} left for the work"
+        )
+    elif machine["mps"]:
+        can.append("run teachers and students on MPS, the GPU of a Mac")
+    else:
+        can.append("run small teachers and students on the CPU; there is no GPU that works")
+    missing = {
+        name: [part for part, version in parts.items() if version is None] for name, parts in extras.items()
+    }
+    if "dask" in missing and not missing["dask"]:
+        can.append(
+            f"label with {len(working) or machine['cpu_cores']} processes at once (teacher-logits --dask auto)"
+        )
+    if "text" in missing:
+        can.append(
+            "label text and train language models"
+            if not missing["text"]
+            else "work with images, not with text"
+        )
+    if "cloud" in missing:
+        can.append(
+            "keep caches in folders" + (" and buckets" if not missing["cloud"] else ", not in buckets")
+        )
+    return can
+
+
+def _tell(found: dict[str, Any]) -> None:
+    versions = found["versions"]
+    rows = [("softcache", versions["softcache"]), ("python", versions["python"])]
+    rows += [(name, version or "missing") for name, version in versions["packages"].items()]
+    for extra, parts in versions["extras"].items():
+        there = not [part for part, version in parts.items() if version is None]
+        rows.append((f"extra {extra}", "present" if there else f"pip install 'softcache[{extra}]'"))
+    print_table("versions", ("what", "version"), rows)
+    machine = found["devices"]
+    rows = [("CPU", f"{machine['cpu_cores']} cores, {machine['cpu_threads']} threads of torch")]
+    for number, gpu in enumerate(machine["cuda"]):
+        free = "" if gpu["free_bytes"] is None else f", {gpu['free_bytes'] / GIB:.1f} free"
+        state = f"does not work: {gpu['fault']}" if gpu["fault"] else "works"
+        rows.append((f"cuda:{number}", f"{gpu['name']}, {gpu['total_bytes'] / GIB:.1f} GiB{free}; {state}"))
+    rows.append(("MPS", "there" if machine["mps"] else "none"))
+    for name, place in found["free_space"].items():
+        rows.append((f"disk for {name}", f"{place['folder']}: {place['free_bytes'] / GIB:.1f} GiB free"))
+    print_table("this machine", ("device", "what"), rows)
+    click.echo("This machine can " + "; ".join(found["can"]) + ".")
+    for store in found["stores"]:
+        where = "" if store["tried"] == store["url"] else f" (not there yet; tried {store['tried']})"
+        if store["failed"] is None:
+            click.echo(f"store {store['url']}{where}: works: {', '.join(store['done'])}")
+        else:
+            failed = store["failed"]
+            click.echo(
+                f"store {store['url']}{where}: {failed['step']} failed: {failed['message']}; {failed['to_do']}",
+                err=True,
+            )
