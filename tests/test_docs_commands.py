@@ -46,7 +46,7 @@ class Block:
     @property
     def commands(self) -> list[str]:
         lines = re.sub(r"\s*\\\n\s*", " ", self.text).splitlines()
-        told = [re.split(r"\s+#\s", line.strip().removeprefix("$ "))[0].strip() for line in lines]
+        told = [re.split(r"\s+[#|]\s", line.strip().removeprefix("$ "))[0].strip() for line in lines]
         return [line for line in told if line.startswith(STARTS)] if self.language in SHELLS else []
 
 
