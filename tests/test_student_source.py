@@ -222,6 +222,20 @@ def test_swapped_files_of_a_student_of_images_are_refused_too(labelled, tmp_path
         train_student(config, open_data(config), **how)
 
 
+def test_a_copy_with_two_files_of_one_size_swapped_replays_nothing_and_is_another_run(labelled, tmp_path):
+    base, _, _, cache = labelled
+    shutil.copytree(base / "images", base / "copy")
+    copy = {"source": {"name": "imagefolder", "root": str(base / "copy")}, "pairing": {}}
+    config = folder_config(base, **copy, model="linear")
+    how = {"model": "linear", "labels": "cache", "cache": cache, "out": tmp_path / "run"}
+    train_student(config, data := open_data(config), **how)
+    assert data.replays(config)
+    swap(*files_of(base, "copy", same_size=True))
+    assert not open_data(config).replays(config)
+    with pytest.raises(RunError, match="student_data"):
+        train_student(config, open_data(config), **how)
+
+
 def test_a_file_that_changes_under_a_run_is_named(labelled):
     base, config, data, cache = labelled
     feed = cache_feed(config, data, cache, 1, False)

@@ -65,7 +65,8 @@ class StudentImages:
             self.evaluation = ViewedSource(open_source(settings, split="eval"), views)  # type: ignore[arg-type]
             self._identity = {"views": views.digest}
             self._normalization = how.normalization(seen)
-        self.replays = self._normalization is not None and self.train.source.digest == teacher.source.digest
+        self._is_own = config.student.source is not None
+        self.replays = self._normalization is not None and _are_same(teacher.source, self.train.source)
         self.pairing = pair_sources(teacher.source, self.train.source, config.student.pairing)
         if self.pairing.num_missing:
             say(
@@ -84,12 +85,7 @@ class StudentImages:
         return tuple(self.train.load([0], 0, fingerprints=False).images.shape[1:])
 
     def identity(self) -> dict[str, Any]:
-        """Returns what tells runs on this data from others; files that no fingerprint covers are read for it once."""
-        contents = {
-            f"{split}_files": data.source.contents_digest()
-            for split, data in (("train", self.train), ("evaluation", self.evaluation))
-            if isinstance(data.source, ImageFolderSource) and not (self.replays and split == "train")
-        }
+        """Returns what tells runs on this data from others."""
         return {
             "source": self.train.source.digest,
             "evaluation": self.evaluation.source.digest,
@@ -97,7 +93,17 @@ class StudentImages:
             "subset": self._subset,
             "replays": self.replays,
             **self._identity,
-            **contents,
+            **self._contents,
+        }
+
+    @cached_property
+    def _contents(self) -> dict[str, str]:
+        """Of folders of its own, whose digest is of sizes and which no fingerprint covers; reads every file once."""
+        splits = {"train": self.train, "evaluation": self.evaluation} if self._is_own else {}
+        return {
+            f"{split}_files": data.source.contents_digest()
+            for split, data in splits.items()
+            if isinstance(data.source, ImageFolderSource)
         }
 
     def labelled(self, reader: ReaderSettings, cache: Cache) -> tuple[Any, Any]:
@@ -127,6 +133,15 @@ class StudentImages:
             config.loss,
             teacher,
         )
+
+
+def _are_same(one: Any, other: Any) -> bool:
+    """Whether two sources have the same images; a folder's digest is of sizes, so copies of one are read."""
+    if one.digest != other.digest:
+        return False
+    if isinstance(one, ImageFolderSource) and isinstance(other, ImageFolderSource) and one.root != other.root:
+        return one.contents_digest() == other.contents_digest()
+    return True
 
 
 class _Whole(nn.Module):

@@ -25,13 +25,13 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", 
 
 
 class ImageFolderSource(ListedSource):
-    """Image files in class folders, decoded to RGB when asked for; keys are paths relative to the root."""
+    """Image files in class folders, decoded to RGB when asked for; keys are paths relative to `root`."""
 
     def __init__(
         self, name: str, root: Path, files: Sequence[tuple[str, int]], class_names: Sequence[str]
     ) -> None:
         super().__init__(name, [key for key, _ in files], [target for _, target in files], class_names)
-        self._root = root
+        self.root = root
         sizes = hashlib.sha256(np.array([(root / key).stat().st_size for key in self._keys], "<i8").tobytes())
         self.digest = digest_source(self._keys, self._targets, {"file_sizes": sizes.hexdigest()})
 
@@ -43,7 +43,7 @@ class ImageFolderSource(ListedSource):
         """
         from PIL import Image
 
-        path = self._root / self._keys[sample]
+        path = self.root / self._keys[sample]
         try:
             with warnings.catch_warnings():
                 # Pillow refuses twice as many, and warns of these.
@@ -63,7 +63,7 @@ class ImageFolderSource(ListedSource):
         Raises:
             SourceError: it cannot be read; it is named.
         """
-        path = self._root / self._keys[sample]
+        path = self.root / self._keys[sample]
         try:
             return path.read_bytes()
         except OSError as error:
