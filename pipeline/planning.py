@@ -26,7 +26,7 @@ from pipeline.stores.samples import RowIndex, encode_samples
 from pipeline.stores.units import open_store
 from pipeline.teacher import Dtype, Teacher
 
-__all__ = ["CaptureSettings", "create_cache", "default_plan", "plan_manifest"]
+__all__ = ["CaptureSettings", "create_cache", "default_plan", "join_cache", "plan_manifest"]
 
 MANIFEST = "manifest.json"
 ROWS = {"image": (16384, 2048), "tokens": (131072, 8192)}
@@ -182,6 +182,21 @@ def create_cache(
             manifest = manifest.model_copy(update={"teacher": report()})
         manifest = _put_samples(objects, manifest, samples)
         objects.put_if_absent(MANIFEST, manifest.to_bytes())
+    found, digest = _joined(objects, manifest)
+    open_store(found, objects).create()
+    return found, digest
+
+
+def join_cache(objects: Objects, manifest: Manifest) -> tuple[Manifest, str] | None:
+    """Returns the manifest of the cache that is there and its sha256, None where there is none; writes nothing.
+
+    Raises:
+        IdentityError: the cache there was made from something else; each field that differs is named.
+    """
+    return None if objects.size(MANIFEST) is None else _joined(objects, manifest)
+
+
+def _joined(objects: Objects, manifest: Manifest) -> tuple[Manifest, str]:
     stored = objects.get(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
     found = Manifest.parse(stored, where=f"cache {objects.url}")
     differing = differences(manifest, found)
@@ -191,7 +206,6 @@ def create_cache(
             + "\n  ".join(differing)
             + "\nGive this run another --cache, or remove the old one if nobody needs it"
         )
-    open_store(found, objects).create()
     return found, digest_bytes(stored)
 
 

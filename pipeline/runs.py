@@ -16,6 +16,7 @@ from pipeline.cache import Cache, open_cache
 from pipeline.capture import CaptureReport, UnitMetrics, capture, evaluate_teacher
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, IdentityError
+from pipeline.estimate import Estimate, estimate_capture
 from pipeline.feeds import cache_feed, hard_feed
 from pipeline.fusion import fuse_caches
 from pipeline.identity import digest_json
@@ -34,6 +35,7 @@ from pipeline.teacher import Teacher, TeacherSettings
 __all__ = [
     "Data",
     "cache_is_ready",
+    "capture_estimate",
     "capture_labels",
     "log_capture",
     "log_unit",
@@ -233,6 +235,28 @@ def capture_labels(config: RunConfig, data: Data, teacher: Teacher, url: str) ->
         )
     log_capture(url, done)
     return open_cache(url), done
+
+
+def capture_estimate(config: RunConfig, data: Data, url: str) -> Estimate:
+    """Returns what `capture_labels` would do at `url` and take for it; writes nothing there.
+
+    Raises:
+        ConfigError: the teacher has yet to be trained: its labels, and so their bytes, are not known.
+        IdentityError: the cache there was made from something else.
+    """
+    if teacher_is_missing(config):
+        raise ConfigError(
+            f"config {config.name}: the teacher has no weights at {_teacher_settings(config).weights} yet, so what its "
+            "labels take is not known; run `softcache train-teacher` with this config first"
+        )
+    return estimate_capture(
+        open_objects(url),
+        data=data.train,
+        evaluation=data.evaluation,
+        teacher=open_teacher(config, data),
+        labels=config.labels,
+        settings=config.capture,
+    )
 
 
 def log_unit(unit: UnitMetrics, **more: Any) -> None:

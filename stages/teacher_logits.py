@@ -13,9 +13,17 @@ from pipeline.cache import Cache, open_cache
 from pipeline.capture import CaptureReport
 from pipeline.config import load_config
 from pipeline.errors import ConfigError
+from pipeline.estimate import Estimate
 from pipeline.progress import say
-from pipeline.runs import cache_is_ready, capture_labels, make_teacher, open_data, open_teacher
-from stages.options import cache_option, config_options, json_option, log_option, print_json
+from pipeline.runs import (
+    cache_is_ready,
+    capture_estimate,
+    capture_labels,
+    make_teacher,
+    open_data,
+    open_teacher,
+)
+from stages.options import cache_option, config_options, json_option, log_option, print_json, print_table
 from stages.rows import cache_report
 
 __all__ = ["teacher_logits"]
@@ -40,6 +48,17 @@ __all__ = ["teacher_logits"]
     metavar="N",
     help="Processes of --dask auto [default: one per GPU, else per core].",
 )
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Write nothing; measure a few chunks and tell what is left, its bytes and time.",
+)
+@click.option(
+    "--price-per-hour",
+    type=click.FloatRange(0),
+    metavar="PRICE",
+    help="Of this machine, for the cost that --dry-run tells.",
+)
 def teacher_logits(
     config_path: str,
     overrides: tuple[str, ...],
@@ -48,6 +67,8 @@ def teacher_logits(
     dask: str | None,
     workers: int | None,
     as_json: bool,
+    dry_run: bool,
+    price_per_hour: float | None,
 ) -> None:
     """Run the teacher once; write its soft labels to the cache.
 
@@ -58,11 +79,22 @@ def teacher_logits(
     Example:
       softcache teacher-logits --config configs/digits.toml --set labels.num_views=8
       softcache teacher-logits --config configs/digits.toml --dask auto
+      softcache teacher-logits --config configs/digits.toml --dry-run --price-per-hour 2.5
     """
     config = load_config(config_path, overrides)
     url = url or config.cache_url
     if workers is not None and dask != "auto":
         raise ConfigError("--workers: says how many processes --dask auto starts; give that, too")
+    if price_per_hour is not None and not dry_run:
+        raise ConfigError("--price-per-hour: is for the cost that --dry-run tells; give that, too")
+    if dry_run:
+        if dask is not None:
+            raise ConfigError(
+                "--dry-run: measures this process; leave --dask out, and divide the time by its workers"
+            )
+        estimate = capture_estimate(config, open_data(config), url)
+        _tell_estimate(url, estimate, price_per_hour, as_json)
+        return
     if reuse and cache_is_ready(config, open_data(config), url):
         say(f"cache {url}: complete; the teacher is not loaded")
         if as_json:
@@ -100,4 +132,26 @@ def _tell(cache: Cache, url: str, report: CaptureReport) -> None:
             f"made now: {report.rows / seconds:,.0f} rows/s, {report.num_bytes / seconds:,.0f} bytes/s; teacher busy "
             f"{min(1.0, report.teacher_seconds / (seconds * report.workers)):.0%} of the time; slowest unit "
             f"{slowest.unit}: {slowest.seconds:.1f} s"
+        )
+
+
+def _tell_estimate(url: str, estimate: Estimate, price_per_hour: float | None, as_json: bool) -> None:
+    cost = None if price_per_hour is None else price_per_hour * estimate.seconds / 3600
+    if as_json:
+        print_json({"cache": url, **asdict(estimate), "price_per_hour": price_per_hour, "cost": cost})
+        return
+    rows = [
+        ("units", f"{estimate.units:,}", f"{estimate.units_done:,}", f"{estimate.units_left:,}"),
+        ("rows", f"{estimate.rows:,}", f"{estimate.rows_done:,}", f"{estimate.rows_left:,}"),
+        ("bytes", f"{estimate.num_bytes:,}", f"{estimate.num_bytes_done:,}", f"{estimate.num_bytes_left:,}"),
+        ("seconds", "", "", f"{estimate.seconds:,.1f}"),
+    ]
+    if cost is not None:
+        rows.append(("cost", "", "", f"{cost:,.2f}"))
+    print_table(f"dry run: {url}", ("", "in all", "there", "left (estimate)"), rows)
+    if estimate.rows_per_second is not None:
+        click.echo(
+            f"from {estimate.measured_chunks} chunks: {estimate.bytes_per_row:.1f} bytes per row, "
+            f"{estimate.rows_per_second:,.0f} rows/s; {estimate.evaluate_seconds:.1f} s to score the teacher; "
+            "nothing was written"
         )

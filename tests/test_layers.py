@@ -17,7 +17,7 @@ FLOORS = [
     {"stores", "teacher", "thaw", "byte_batches", "detection"},
     {"planning", "labelling", "mirror", "open_units", "stored_units", "doctor"},
     {"capture", "cache", "status"},
-    {"reader", "checkpoints", "tasks"},
+    {"reader", "checkpoints", "tasks", "estimate"},
     {"loader", "samplers", "adaptation"},
     {"sweep_space", "student", "verify", "convert", "slim", "fidelity"}
     | {"paired", "trainer", "importing", "gc", "fusion", "adapters"},
