@@ -14,7 +14,7 @@ PICK   := $(if $(STUDENT),--student '$(STUDENT)')
 SWEEP  := $(strip $(if $(TRIALS),--trials '$(TRIALS)') $(if $(WORKERS),--workers '$(WORKERS)') $(if $(SEEDS),--seeds '$(SEEDS)'))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-logits train-student students sweep compare report train-teacher inspect verify fidelity thaw gc test docs package chaos check format clean bench
+.PHONY: help setup teacher-logits train-student students sweep distill compare report train-teacher inspect verify fidelity thaw gc test docs package chaos check format clean bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ students: setup  ## train several architectures from CACHE, one table
 sweep: setup  ## search a student's settings from CACHE; TRIALS, WORKERS, SEEDS as the options
 	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)' --reuse
 	$(RUN) sweep $(ARGS) --cache '$(CACHE)' $(SWEEP)
+
+distill: setup  ## teacher, cache, STUDENT, export (ONNX, torch.export) and int8, one verified table; SEARCH=1 sweeps first
+	$(RUN) distill $(ARGS) --cache '$(CACHE)' $(PICK) $(if $(SEARCH),--sweep)
 
 compare: setup  ## cache, live teacher and hard labels over three seeds
 	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)' --reuse

@@ -37,6 +37,7 @@ EXTRA_OF = {
     **dict.fromkeys(("optuna", "tomli_w"), "sweep"),
     **dict.fromkeys(("jinja2", "plotly"), "report"),
     "lightning": "lightning",
+    **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
     "obstore": "cloud",
     "tensorboard": "track",
 }

@@ -28,6 +28,8 @@ COMMANDS = {
     "students": ("students:students", "Train many students from one cache, one table."),
     "sweep": ("sweep:sweep_command", "Search a student's settings from one cache."),
     "compare": ("compare:compare", "Cache, live teacher and hard labels over several seeds."),
+    "distill": ("distill:distill", "Teacher, cache, student, export and int8, one verified table."),
+    "export": ("export:export_command", "A finished student as ONNX, torch.export and int8, measured."),
     "report": ("report:report_command", "Finished runs on one HTML page."),
     "train-teacher": ("train_teacher:train_teacher_command", "Train the config's teacher on hard labels."),
     "inspect": ("inspect:inspect_command", "What a cache is, and how much of the teacher it keeps."),

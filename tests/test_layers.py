@@ -26,6 +26,7 @@ FLOORS = [
     {"feeds"},
     {"runs"},
     {"parallel", "sweep", "report"},
+    {"export"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 WRITING = {"positions", "sparsify", "teacher", "planning", "labelling", "open_units", "capture"}

@@ -16,6 +16,7 @@ from pipeline.batches import Dataset, ImageBatch
 from pipeline.errors import SpecError
 from pipeline.losses import LossSettings, Mix, cross_entropy, distillation_loss, row_weights
 from pipeline.sparsify import dense
+from pipeline.tasks.serving import ImageServing
 from pipeline.tasks.task import my_share
 from pipeline.teacher import ImageTeacher
 
@@ -108,3 +109,8 @@ class ImageTask:
 
     def export(self, model: nn.Module, out: Path) -> None:
         """Nothing: `model.safetensors` and the spec are all that is needed."""
+
+    def serve(self, model: nn.Module) -> ImageServing:
+        """Returns a student or teacher of this task as a function of images; the model is moved to the CPU."""
+        shape = self.evaluation.load([0], 0, fingerprints=False).images.shape[1:]
+        return ImageServing(model, self.normalize, tuple(shape))

@@ -15,6 +15,7 @@ from torch import nn
 
 from pipeline.batches import Dataset
 from pipeline.losses import Mix
+from pipeline.tasks.serving import Serving
 
 __all__ = ["Task", "my_share"]
 
@@ -61,6 +62,10 @@ class Task(Protocol):
 
     def export(self, model: nn.Module, out: Path) -> None:
         """Writes the finished (unwrapped) model in the form that its users load, where there is one."""
+        ...
+
+    def serve(self, model: nn.Module) -> Serving:
+        """Returns the finished (unwrapped) model, or a teacher, as its users call it; it is moved to the CPU."""
         ...
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from pipeline.losses import LossSettings, Mix
+from pipeline.tasks.serving import TokenServing
 from pipeline.tasks.task import my_share
 from pipeline.tasks.token_student import TokenStudent
 from pipeline.teacher import LanguageTeacher
@@ -90,3 +91,8 @@ class TokenTask:
             logging.disable_progress_bar()
             save(out / "hf")
             self.save_tokenizer(out / "hf")
+
+    def serve(self, model: nn.Module) -> TokenServing:
+        """Returns a student or teacher of this task as a function of tokens; the model is moved to the CPU."""
+        bare = model.model if isinstance(model, TokenStudent) else model
+        return TokenServing(bare, context=self.context, cross_documents=self.cross_documents)

@@ -1,0 +1,144 @@
+"""A finished student as ONNX, torch.export and int8, each run again and measured.
+
+softcache export runs/digits/students/cnn-width-8-cache-0123abcd --out exported
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import click
+
+from pipeline.errors import RunError
+from pipeline.export import (
+    ExportSettings,
+    check_drop,
+    export_run,
+    latency_table,
+    load_onnxruntime,
+    model_table,
+    note,
+)
+from pipeline.progress import say
+from pipeline.report import open_report
+from stages.options import log_option, print_table
+
+__all__ = ["export_and_tell", "export_command", "export_options"]
+
+DEFAULTS = ExportSettings()
+
+
+def export_options(command: Callable) -> Callable:
+    """Adds --tolerance, --rounds, --calibration (together `settings`), --max-drop and --json."""
+
+    @click.option(
+        "--tolerance",
+        default=DEFAULTS.tolerance,
+        show_default=True,
+        type=click.FloatRange(0),
+        help="By how much a logit of an fp32 file may differ from torch, as a share of the largest (at least 1).",
+    )
+    @click.option(
+        "--rounds",
+        default=DEFAULTS.rounds,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Timed calls of each model and batch size.",
+    )
+    @click.option(
+        "--calibration",
+        default=DEFAULTS.calibration_samples,
+        show_default=True,
+        type=click.IntRange(1),
+        help="Training samples whose activations fix the ranges of int8 (static quantisation only).",
+    )
+    @click.option(
+        "--max-drop",
+        default=2.0,
+        show_default=True,
+        type=float,
+        help="Points of accuracy that int8 may lose; more is an error, after the table.",
+    )
+    @click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there."
+    )
+    @wraps(command)
+    def with_settings(tolerance: float, rounds: int, calibration: int, **others: Any) -> Any:
+        return command(settings=ExportSettings(tolerance, rounds, calibration), **others)
+
+    return with_settings
+
+
+@click.command("export")
+@click.argument("run", metavar="RUN")
+@click.option(
+    "--cache", "url", metavar="URL", help="Where the cache is [default: where the run's config says]."
+)
+@click.option("--out", required=True, metavar="DIR", help="Where the files go.")
+@log_option
+@export_options
+def export_command(
+    run: str, url: str | None, out: str, settings: ExportSettings, max_drop: float, as_json: bool
+) -> None:
+    """Export the student of RUN (the directory of a finished run): ONNX, torch.export, int8, a card, and a verified table.
+
+    \b
+    Example:
+      softcache export runs/digits/students/cnn-width-8-cache-0123abcd --out exported
+    """
+    export_and_tell(Path(run), out, settings, url=url, cost=None, max_drop=max_drop, as_json=as_json)
+
+
+def export_and_tell(
+    run: Path,
+    out: str,
+    settings: ExportSettings,
+    *,
+    url: str | None,
+    cost: dict[str, Any] | None,
+    max_drop: float,
+    as_json: bool,
+) -> None:
+    """Exports a run, and prints its figures as a table or as JSON.
+
+    Raises:
+        RunError: RUN is a folder of runs, a file differs from torch, or int8 loses more than `max_drop`.
+    """
+    load_onnxruntime()
+    report = open_report([run], cache_url=url)
+    if len(report.runs) != 1:
+        raise RunError(
+            f"run {run}: holds {len(report.runs)} runs; one is exported at a time: name its own directory"
+        )
+    figures = export_run(
+        report, report.runs[0], out, settings, cost=cost, progress=lambda what: say(f"export {out}: {what}")
+    )
+    if as_json:
+        click.echo(json.dumps(figures | {"out": str(out)}, indent=2))
+    else:
+        print_table(f"{figures['student']}, exported to {out}", *model_table(figures))
+        print_table("latency", *latency_table(figures), note=note(figures))
+        _print_cost(figures)
+        if figures["teacher_missing"]:
+            click.echo(f"the teacher is not measured: {figures['teacher_missing']}")
+        click.echo(f"files, figures and card: {out}")
+    check_drop(figures, max_drop, out)
+
+
+def _print_cost(figures: dict[str, Any]) -> None:
+    if figures["cost"]:
+        told = figures["cost"]
+        names = ("teacher_training_seconds", "teacher_pass_seconds", "student_training_seconds")
+        parts = [
+            f"{name.removesuffix('_seconds').replace('_', ' ')} "
+            + ("not measured" if told[name] is None else f"{told[name]:.1f} s")
+            for name in names
+        ]
+        passes = told["teacher_passes"]
+        click.echo(
+            f"what it cost: {passes} teacher {'pass' if passes == 1 else 'passes'}; {'; '.join(parts)}"
+        )
