@@ -14,6 +14,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,8 @@ class ZarrStore:
     @cached_property
     def _documents(self) -> dict[str, bytes]:
         """Every object of the group but the shards, by its path in the cache."""
-        return asyncio.run(_describe(self._manifest, self._columns.values()))
+        with ThreadPoolExecutor(1) as thread:  # a notebook's own event loop runs in this one
+            return thread.submit(asyncio.run, _describe(self._manifest, self._columns.values())).result()
 
     def described(self) -> tuple[str, ...]:
         """Returns the paths of what describes the columns and is of no unit."""
