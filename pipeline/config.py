@@ -7,7 +7,7 @@ An unknown, missing, mistyped or out-of-range key is refused by its dotted name,
 
 from __future__ import annotations
 
-import difflib
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +18,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, mode
 from pipeline.errors import ConfigError
 from pipeline.fusion import FusionSettings
 from pipeline.losses import KINDS
+from pipeline.nearest import did_you_mean
 from pipeline.planning import CaptureSettings
 from pipeline.reader import ReaderSettings
 from pipeline.settings import Settings
@@ -185,14 +186,17 @@ def _explain(problem: Any) -> str:
     )
     if problem["type"] == "extra_forbidden":
         known = _keys_of(problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known keys: {', '.join(known)}"
+        hint = did_you_mean(str(problem["loc"][-1]), known) or f"known keys: {', '.join(known)}"
         return f"{dotted}: unknown key; {hint}"
     if problem["type"] == "missing":
         return f"{dotted}: missing; it has no default"
     if problem["type"] == "value_error" and not loc:  # of the config as a whole: the message names the key
         return str(problem["ctx"]["error"])
-    return f"{dotted}: {problem['msg'].lower()}; found {problem['input']!r}"
+    told = f"{dotted}: {problem['msg'].lower()}; found {problem['input']!r}"
+    choices = re.findall(r"'([^']*)'", problem.get("ctx", {}).get("expected", ""))
+    if problem["type"] == "literal_error" and (hint := did_you_mean(str(problem["input"]), choices)):
+        return f"{told}; {hint}"
+    return told
 
 
 def _keys_of(parents: Sequence[Any]) -> list[str]:

@@ -14,7 +14,6 @@ therefore only ever comes from the user's own config or flag, never from a cache
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import json
@@ -31,6 +30,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from pipeline.byte_model import ByteClassifier
 from pipeline.errors import SpecError
+from pipeline.nearest import nearest
 
 __all__ = [
     "ModelSpec",
@@ -87,7 +87,7 @@ def parse_spec(spec: str) -> ModelSpec:
 
 def _unknown(spec: str, name: str, known: Iterable[str]) -> SpecError:
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=5, cutoff=0.5) or known[:5]
+    near = nearest(name, known, most=5, cutoff=0.5) or known[:5]
     return SpecError(f"model {spec!r}: unknown name {name!r}; nearest: {', '.join(near)}")
 
 
@@ -153,6 +153,13 @@ def _torchvision(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tu
     return nn.Sequential(_GrayToRgb(), model) if input_shape[0] == 1 else model
 
 
+def _near_family(name: str) -> str:
+    """Returns what `torchvison:resnet18` may have meant; empty where the part before the colon is like no family."""
+    family, _, rest = name.partition(":")
+    near = nearest(family, ("timm", "torchvision"), most=1)
+    return f"; did you mean {near[0]}:{rest}?" if near else ""
+
+
 def _factory(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
     module_name, _, attribute = parsed.name.partition(":")
     try:
@@ -160,7 +167,7 @@ def _factory(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[
     except (ImportError, AttributeError) as error:
         raise SpecError(
             f"model {spec!r}: {error}; expected a built-in name ({', '.join(BUILTIN)}), timm:NAME, "
-            "torchvision:NAME, or an importable module:factory"
+            f"torchvision:NAME, or an importable module:factory{_near_family(parsed.name)}"
         ) from error
     offered = {"num_classes": num_classes, "input_shape": input_shape}
     parameters = inspect.signature(factory).parameters

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = [
-    {"errors", "settings", "ranks", "stopping", "counters", "blocks", "hashes"},
+    {"errors", "nearest", "settings", "ranks", "stopping", "counters", "blocks", "hashes"},
     {"tail", "shuffle", "identity", "view_ops", "positions", "moving", "progress", "process_group"}
     | {"byte_model"},
     {"labels"},

@@ -13,7 +13,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from pipeline.errors import MissingExtraError, SpecError
 from pipeline.language.checks import refuse_longer
 from pipeline.language.splitting import context_of, head_of
 from pipeline.models import ModelSpec, parse_spec
+from pipeline.nearest import nearest
 
 __all__ = ["build_language_model", "tokenizer_of"]
 
@@ -139,7 +139,7 @@ BUILTIN: dict[str, Callable[..., Any]] = {
 
 def _builtin(spec: str, parsed: ModelSpec, vocab_size: int, context: int) -> nn.Module:
     if parsed.name not in BUILTIN:
-        near = difflib.get_close_matches(parsed.name, BUILTIN, n=3, cutoff=0.5) or list(BUILTIN)
+        near = nearest(parsed.name, BUILTIN, cutoff=0.5) or list(BUILTIN)
         raise SpecError(
             f"model {spec!r}: unknown name {parsed.name!r}; nearest: {', '.join(near)}; "
             "others are written hf:NAME_OR_PATH, hf-config:NAME_OR_PATH or module:factory"

@@ -11,7 +11,6 @@ the rest of softcache needs of them.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import torch
 
 from pipeline.errors import SourceError, SpecError
 from pipeline.identity import digest_source
+from pipeline.nearest import nearest
 from pipeline.sources.image_folders import open_image_folder
 from pipeline.sources.image_source import InMemorySource, Source, SourceSettings, Split, images_of
 from pipeline.sources.torchvision_data import TORCHVISION, open_torchvision
@@ -45,7 +45,7 @@ def open_source(settings: SourceSettings, *, split: Split) -> Source:
     if settings.name in TORCHVISION:
         return open_torchvision(settings, split, limit)
     known = ["digits", "imagefolder", *TORCHVISION]
-    near = difflib.get_close_matches(settings.name, known, n=3) or known
+    near = nearest(settings.name, known) or known
     raise SpecError(
         f"source.name {settings.name!r}: unknown; nearest: {', '.join(near)}; or your own module:factory"
     )
