@@ -67,6 +67,15 @@ class LazyCommands(click.Group):
             raise missing_extra(error, f"softcache {cmd_name}") from error
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Returns the command that the words begin with; an unknown one is told with those that are near."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.NoSuchCommand as error:  # click looks among the commands that are loaded
+            raise click.NoSuchCommand(args[0], possibilities=COMMANDS, ctx=ctx) from error
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Writes the list without importing a command."""
         with formatter.section("Commands"):

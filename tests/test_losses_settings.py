@@ -75,6 +75,7 @@ class Teacher:
 class Batch:
     def __init__(self, images, targets, labels):
         self.images, self.targets, self.labels = images, targets, labels
+        self.seen = images  # by a live teacher
 
 
 @pytest.mark.parametrize("name", CLASSWISE)
