@@ -1,0 +1,144 @@
+"""Images with boxes: composed scenes and COCO folders."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.ops import box_iou
+
+from pipeline.errors import SourceError
+from pipeline.sources.boxes import BoxSource, DetectionSettings
+from pipeline.sources.detection import open_detection
+from pipeline.sources.scenes import MAX_IOU
+
+
+def scenes(split="train", **over):
+    settings = {"modality": "detection", "name": "scenes", "train_scenes": 12, "eval_scenes": 12} | over
+    return open_detection(DetectionSettings(**settings), split=split)
+
+
+def test_scenes_are_a_function_of_their_number():
+    few, many = scenes(train_scenes=5), scenes()
+    assert isinstance(few, BoxSource)
+    for sample in range(5):
+        assert torch.equal(few.image(sample), many.image(sample))
+        assert np.array_equal(few.truth(sample).boxes, many.truth(sample).boxes)
+        assert few.key(sample) == many.key(sample)
+    assert pickle.loads(pickle.dumps(many)).digest == many.digest == scenes().digest
+    assert scenes(seed=1).digest != many.digest != few.digest
+
+
+def test_every_box_of_a_scene_frames_something_bright_and_overlaps_little():
+    source = scenes()
+    for sample in range(len(source)):
+        truth, image = source.truth(sample), source.image(sample)[0].numpy()
+        assert source.target(sample) == len(truth)
+        assert 1 <= len(truth) <= 6
+        for left, top, right, bottom in truth.boxes.astype(int):
+            assert 0 <= left < right <= 64
+            assert 0 <= top < bottom <= 64
+            assert image[top:bottom, left:right].max() >= 130
+        overlap = box_iou(*2 * [torch.from_numpy(truth.boxes)]).fill_diagonal_(0)
+        assert overlap.max() <= MAX_IOU
+
+
+def test_splits_draw_from_disjoint_originals(monkeypatch):
+    from pipeline.sources import scenes as module
+
+    seen = {}
+
+    def noted(settings, *, split):
+        source = open_images(settings, split=split)
+        seen[split] = set(source.keys())
+        return source
+
+    open_images = module.open_source
+    monkeypatch.setattr(module, "open_source", noted)
+    train, held_out = scenes("train"), scenes("eval")
+    assert not seen["train"] & seen["eval"]
+    assert not set(train.keys()) & set(held_out.keys())
+    assert not torch.equal(train.image(0), held_out.image(0))
+
+
+def coco_folder(root, *, annotations, images=None, categories=None):
+    (root / "images").mkdir(exist_ok=True)
+    images = images or [
+        {"id": 7, "file_name": "b.png", "width": 20, "height": 10},
+        {"id": 3, "file_name": "a.png", "width": 20, "height": 10},
+    ]
+    for entry in images:
+        Image.new("RGB", (20, 10), (9, 8, 7)).save(root / "images" / entry["file_name"])
+    tables = {
+        "images": images,
+        "categories": categories or [{"id": 90, "name": "dog"}, {"id": 4, "name": "cat"}],
+        "annotations": annotations,
+    }
+    for split in ("train", "val"):
+        (root / f"{split}.json").write_text(json.dumps(tables))
+    return root
+
+
+def note(box, image=7, category=90, **more):
+    return {"id": 1, "image_id": image, "category_id": category, "bbox": box, **more}
+
+
+def coco(root, split="train", **over):
+    return open_detection(
+        DetectionSettings(modality="detection", name="coco", root=str(root), **over), split=split
+    )
+
+
+def test_coco_folder_keeps_crowds_empty_images_and_ids_with_gaps(tmp_path):
+    root = coco_folder(
+        tmp_path, annotations=[note([1, 2, 3, 4]), note([15, 5, 50, 50], category=4, iscrowd=1)]
+    )
+    source = coco(root)
+    assert list(source.keys()) == ["a.png", "b.png"]
+    assert source.class_names == ("cat", "dog")
+    assert len(source.truth(0)) == 0
+    assert source.truth(0).boxes.shape == (0, 4)
+    truth = source.truth(1)
+    assert truth.boxes.tolist() == [[1, 2, 4, 6], [15, 5, 20, 10]]  # the second is cut at the edge
+    assert truth.classes.tolist() == [1, 0]
+    assert truth.crowd.tolist() == [False, True]
+    assert source.image(1).shape == (3, 10, 20)
+    assert source.targets().tolist() == [0, 2]
+    assert len(coco(root, "eval", max_eval_samples=1)) == 1
+    moved = coco_folder(tmp_path, annotations=[note([1, 2, 3, 5])])
+    assert coco(moved).digest != source.digest
+
+
+@pytest.mark.parametrize(
+    ("annotations", "match"),
+    [
+        ([note([1, 2, 0, 4])], "annotation 1: bbox .* has no area inside of its 20x10"),
+        ([note([25, 2, 3, 4])], "annotation 1: bbox .* has no area inside"),
+        ([note([1, 2, 3])], "not COCO's instances format .*four finite numbers"),
+        ([note([1, 2, 3, 4], image=8)], "annotation 1: image_id 8 is not in the file"),
+        ([note([1, 2, 3, 4], category=5)], "annotation 1: category_id 5 is not in the file"),
+        ([{"id": 1, "bbox": [1, 2, 3, 4]}], "not COCO's instances format .*image_id"),
+    ],
+)
+def test_coco_annotation_that_cannot_be_is_named(tmp_path, annotations, match):
+    with pytest.raises(SourceError, match=match):
+        coco(coco_folder(tmp_path, annotations=annotations))
+
+
+def test_coco_images_that_are_not_what_was_annotated_are_named(tmp_path):
+    entry = {"id": 7, "file_name": "b.png", "width": 21, "height": 10}
+    with pytest.raises(SourceError, match=r"b.png: 20x10 pixels; its annotations say 21x10"):
+        coco(coco_folder(tmp_path, annotations=[], images=[entry])).image(0)
+    (tmp_path / "images/b.png").unlink()
+    with pytest.raises(SourceError, match=r"1 of 1 images of train.json are missing, the first is 'b.png'"):
+        coco(tmp_path)
+    for images, match in [
+        ([entry, entry], "image id 7 comes twice"),
+        ([entry | {"file_name": "../images/b.png"}], "leaves the images' folder"),
+    ]:
+        with pytest.raises(SourceError, match=match):
+            coco(coco_folder(tmp_path, annotations=[], images=images))
+    with pytest.raises(SourceError, match="cannot be read"):
+        coco(tmp_path / "nowhere")
