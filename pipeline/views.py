@@ -34,7 +34,7 @@ import torch
 import xxhash
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline import view_ops
+from pipeline import view_boxes, view_ops
 from pipeline.errors import SpecError
 from pipeline.identity import digest_json
 from pipeline.settings import Settings
@@ -216,6 +216,57 @@ class Views:
             jitter=_jitter(settings, u) if any(settings.color_jitter) else None,
             erase=_erase(settings, u, *side) if settings.erase and u[16] < settings.erase else None,
         )
+
+    def apply_boxes(
+        self, boxes_M4: np.ndarray, *, key: str, view: int, height: int, width: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns where the view shows boxes, float32 [M, 4], and which of them it shows enough of to keep, bool [M].
+
+        Args:
+            boxes_M4: left, top, right, bottom in pixels of the image.
+            key, view: as in `apply`.
+            height, width: of the image.
+
+        Raises:
+            SpecError: the view's settings move pixels in a way that rectangles do not follow (augment, transform).
+        """
+        settings, size, erased = self.settings, (height, width), None
+        boxes_M4 = np.asarray(boxes_M4, np.float64).reshape(-1, 4)
+        if view > 0 and (settings.augment != "none" or settings.transform is not None):
+            what = "augment" if settings.transform is None else "transform"
+            raise SpecError(
+                f"views.{what}: {getattr(settings, what)!r} with boxes: it may shear or turn the image, and boxes would not "
+                "follow; use crop, flip, color_jitter and erase"
+            )
+        if view == 0 or settings.crop != "resized":
+            boxes_M4, size = self._plain_boxes(boxes_M4, size)
+        # What the centre crop took does not come back when a padded one moves the image: 2M boxes from here, whole and cut.
+        boxes_M4 = np.concatenate([boxes_M4, view_boxes.cut(boxes_M4, size)])
+        if view > 0:
+            does = self.parameters(key, view, height, width)
+            erased = does.erase
+            if does.crop is not None:
+                top, left, rows, columns = does.crop
+                margin = settings.padding if settings.crop == "padded" else 0
+                side = (settings.size or height, settings.size or width)
+                boxes_M4 = view_boxes.moved_boxes(boxes_M4, top - margin, left - margin)
+                boxes_M4, size = view_boxes.scaled(boxes_M4, (rows, columns), side), side
+            if does.flip:
+                boxes_M4 = view_boxes.flipped(boxes_M4, size[1])
+        cut_M4, kept_M = view_boxes.visible(*np.split(boxes_M4, 2), size, erased)
+        return cut_M4.astype(np.float32), kept_M
+
+    def _plain_boxes(
+        self, boxes_M4: np.ndarray, before: tuple[int, int]
+    ) -> tuple[np.ndarray, tuple[int, int]]:
+        """`_plain` for boxes; returns them and the new (height, width)."""
+        size = self.settings.size
+        if size is None:
+            return boxes_M4, before
+        side, shorter = max(size, round(size / self.settings.eval_share)), min(before)
+        after = (side * before[0] // shorter, side * before[1] // shorter)
+        boxes_M4 = view_boxes.scaled(boxes_M4, before, after)
+        return view_boxes.moved_boxes(boxes_M4, (after[0] - size) // 2, (after[1] - size) // 2), (size, size)
 
     def _raw(self, key: str, view: int) -> np.ndarray:
         philox = np.random.Philox(

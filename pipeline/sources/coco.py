@@ -3,10 +3,11 @@
     {"images": [{"id", "file_name", "width", "height"}], "categories": [{"id", "name"}],
      "annotations": [{"image_id", "category_id", "bbox": [left, top, width, height], "iscrowd"}]}
 
-COCO's annotation files hold more; what is not named above is not read. A category's id may be any number, with gaps: class c
-is the c-th smallest id of train.json, counted from 0, and both files must have the same categories. An image with no
-annotation is a sample with no box. `iscrowd = 1` marks a group: kept, but nothing to learn (`Truth.crowd`). A box that reaches out of its image is cut
-at the edge; one that lies outside, or has no area, is an error that names it. Keys are the images' file names.
+COCO's annotation files hold more; what is not named above is not read. A category's id may be any number,
+with gaps: class c is the c-th smallest id of train.json, counted from 0, and both files must have the same
+categories. An image with no annotation is a sample with no box. `iscrowd = 1` marks a group: kept, but
+nothing to learn (`Truth.crowd`). A box that reaches out of its image is cut at the edge; one that lies
+outside, or has no area, is an error that names it. Keys are the images' file names.
 """
 
 from __future__ import annotations

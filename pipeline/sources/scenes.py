@@ -1,12 +1,14 @@
 """Scenes composed from small real images, with a box around each: detection with no download.
 
-Scene n of a split is a pure function of (seed, split, n). A Philox stream, keyed by the seed and the split's hash and
-counting from n, draws in this order: the grey level and slope of the background, 12 clutter pieces (quarters of originals, which are nobody's
-box), then 2 to 6 objects: an original, a side between 10 and 28 pixels, a place. An object whose box overlaps an earlier one
-by an IoU above 0.3 is drawn again, at most ten times, and left out then. Pixels are added by maximum and scaled by whole
-numbers, so that they are the same bytes on every CPU.
+Scene n of a split is a pure function of (seed, split, n). A Philox stream, keyed by the seed and the split's
+hash and counting from n, draws in this order: the grey level and slope of the background, 12 clutter pieces
+(quarters of originals, which are nobody's box), then 2 to 6 objects: an original, a side between 10 and 28
+pixels, a place. An object whose box overlaps an earlier one by an IoU above 0.3 is drawn again, at most ten
+times, and left out then. Pixels are added by maximum and scaled by whole numbers, so that they are the same
+bytes on every CPU.
 
-The objects of the two splits come from different originals: those of the originals' own splits. A box is the smallest around the object's pixels above a fifth of full ink, not its whole square.
+The objects of the two splits come from different originals: those of the originals' own splits. A box is the
+smallest around the object's pixels above a fifth of full ink, not its whole square.
 """
 
 from __future__ import annotations
