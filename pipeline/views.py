@@ -253,7 +253,8 @@ class Views:
                 boxes_M4, size = view_boxes.scaled(boxes_M4, (rows, columns), side), side
             if does.flip:
                 boxes_M4 = view_boxes.flipped(boxes_M4, size[1])
-        cut_M4, kept_M = view_boxes.visible(*np.split(boxes_M4, 2), size, erased)
+        whole_M4, left_M4 = np.split(boxes_M4, 2)
+        cut_M4, kept_M = view_boxes.visible(whole_M4, left_M4, size, erased)
         return cut_M4.astype(np.float32), kept_M
 
     def _plain_boxes(
