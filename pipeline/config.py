@@ -76,6 +76,11 @@ class RunConfig(Settings):
                     "student.source and student.views: for students of images; a text of another tokenizer is "
                     "student.tokenizer; drop the tables"
                 )
+            if self.labels.positions.policy == "cells":
+                raise ValueError(
+                    'labels.positions: "cells" chooses among the cells of a detector; of a text use "all", "every", '
+                    '"random" or "entropy"'
+                )
             if self.labels.num_views != 1:
                 raise ValueError(f"labels.num_views: text has one view only; found {self.labels.num_views}")
         elif self.labels.positions.policy != "all":

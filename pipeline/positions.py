@@ -1,4 +1,4 @@
-"""`[labels.positions]`: which positions of a sample of text get a label row. A row that is skipped costs no byte.
+"""`[labels.positions]`: which positions of a sample get a label row. A row that is skipped costs no byte.
 
 Eligible are the rows that the source has (`pipeline.sources.token_samples`); of a sample with n of them
 
@@ -6,6 +6,9 @@ Eligible are the rows that the source has (`pipeline.sources.token_samples`); of
     every     rows 0, N, 2N, … of them: ceil(n / every)
     random    ceil(share * n), drawn without replacement
     entropy   the ceil(share * n) at which the teacher is least certain, ties by position
+
+All this is of texts. Of a detector's cells, "cells" takes exactly `top` of each image: those of its ground truth, then the
+best by the teacher's class score (`pipeline.sparsify.cells`).
 
 How many a sample keeps is known before the teacher runs; only `entropy` needs its answer to say which. Under `every` and
 `random` the teacher's head runs on the chosen rows alone; its backbone runs on all tokens under any policy.
@@ -42,26 +45,29 @@ ROUNDING = 1e-9
 
 
 class PositionSettings(Settings):
-    """[labels.positions]: which positions of a sample get a label row; text only.
+    """[labels.positions]: which positions of a sample get a label row.
 
     Attributes:
-        policy: "all"; "every" `every`-th one; a "random" `share`; the `share` of highest teacher "entropy".
+        policy: of texts "all"; "every" `every`-th one; a "random" `share`; the `share` of highest teacher "entropy". Of a
+            detector's cells "cells".
         every: of "every".
         share: of a sample's rows, of "random" and "entropy"; rounded up, so that each sample keeps one at least.
         seed: of "random".
+        top: rows of each image, of "cells".
     """
 
-    policy: Literal["all", "every", "random", "entropy"] = "all"
+    policy: Literal["all", "every", "random", "entropy", "cells"] = "all"
     every: int = Field(4, ge=1)
     share: float = Field(0.25, gt=0, le=1)
     seed: int = Field(0, ge=0, lt=2**63)
+    top: int = Field(64, ge=1, le=2**20)
 
     @model_validator(mode="after")
     def _check_policy(self) -> Self:
         if self.model_fields_set and "policy" not in self.model_fields_set:
             told = ", ".join(sorted(self.model_fields_set))
             raise ValueError(
-                f'{told} without a policy would be ignored; set policy = "every", "random" or "entropy"'
+                f'{told} without a policy would be ignored; set policy = "every", "random", "entropy" or "cells"'
             )
         return self
 
@@ -80,6 +86,8 @@ class PositionSettings(Settings):
         """
         if self.policy == "all":
             return num_rows
+        if self.policy == "cells":
+            return np.full(len(num_rows), self.top, np.int64)
         if self.policy == "every":
             return -(-num_rows // self.every)
         wanted = np.ceil(self.share * num_rows - ROUNDING).astype(np.int64)
@@ -87,7 +95,13 @@ class PositionSettings(Settings):
 
     def identity(self) -> dict[str, Any]:
         """Returns the policy and the numbers that it reads."""
-        read = {"all": (), "every": ("every",), "random": ("share", "seed"), "entropy": ("share",)}
+        read = {
+            "all": (),
+            "every": ("every",),
+            "random": ("share", "seed"),
+            "entropy": ("share",),
+            "cells": ("top",),
+        }
         return {name: getattr(self, name) for name in ("policy", *read[self.policy])}
 
 

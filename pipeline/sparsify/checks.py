@@ -5,9 +5,23 @@ from torch import Tensor
 
 from pipeline.errors import LabelError
 
-__all__ = ["check_arguments", "checked_targets", "describe_fault", "logit_faults", "raise_on_fault"]
+__all__ = [
+    "CELL_FAULT",
+    "check_arguments",
+    "checked_targets",
+    "describe_fault",
+    "logit_faults",
+    "raise_on_fault",
+]
 
-_FAULTS = ("no fault", "a NaN logit", "a +inf logit", "all logits -inf")
+CELL_FAULT = 4  # of a detector's outputs, see `cell_faults`
+_FAULTS = (
+    "no fault",
+    "a NaN logit",
+    "a +inf logit",
+    "all logits -inf",
+    "a box output or centerness that is not finite",
+)
 
 
 def logit_faults(logits_PV: Tensor) -> Tensor:
@@ -25,7 +39,7 @@ def logit_faults(logits_PV: Tensor) -> Tensor:
 
 
 def describe_fault(code: int) -> str:
-    """A code of `logit_faults` in words: 'no fault', 'a NaN logit', 'a +inf logit' or 'all logits -inf'."""
+    """A code of `logit_faults` or `cell_faults` in words, such as 'no fault' or 'a NaN logit'."""
     return _FAULTS[code]
 
 
