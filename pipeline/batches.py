@@ -83,7 +83,7 @@ class Dataset(Protocol):
     """A source as teacher and student see it; picklable, so that loader processes can hold one each."""
 
     source: Any
-    kind: Literal["image", "tokens"]
+    kind: Literal["image", "tokens", "cells"]
 
     def __len__(self) -> int: ...
     def identity(self, num_views: int) -> dict[str, dict[str, Any]]: ...
@@ -184,7 +184,7 @@ class ImageBatch:
 class ViewedSource:
     """A source of images seen through its views; picklable, so that loader processes can hold one each."""
 
-    kind: Literal["image", "tokens"] = "image"
+    kind: Literal["image", "tokens", "cells"] = "image"
 
     def __init__(self, source: Source, views: Views) -> None:
         self.source, self.views = source, views

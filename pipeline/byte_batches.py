@@ -56,7 +56,7 @@ class ByteBatch(ImageBatch):
 class ByteData:
     """A source of bytes as a student reads it; picklable. It has one view, the file."""
 
-    kind: Literal["image", "tokens"] = "image"  # of the labels: one row per sample
+    kind: Literal["image", "tokens", "cells"] = "image"  # of the labels: one row per sample
 
     def __init__(self, source: EncodedSource | FileSource) -> None:
         self.source = source

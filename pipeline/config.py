@@ -19,10 +19,12 @@ from pipeline.errors import ConfigError
 from pipeline.fusion import FusionSettings
 from pipeline.losses import KINDS
 from pipeline.nearest import did_you_mean
+from pipeline.losses.cells import CellLossSettings
 from pipeline.planning import CaptureSettings
 from pipeline.reader import ReaderSettings
 from pipeline.settings import Settings
 from pipeline.sources import SourceSettings
+from pipeline.sources.boxes import DetectionSettings
 from pipeline.sources.encoded import BytesSettings
 from pipeline.sources.text_settings import TextSettings
 from pipeline.sparsify import LabelSettings
@@ -40,7 +42,10 @@ def _modality(source: Any) -> str:
 
 
 AnySource = Annotated[
-    Annotated[SourceSettings, Tag("image")] | Annotated[TextSettings, Tag("text")], Discriminator(_modality)
+    Annotated[SourceSettings, Tag("image")]
+    | Annotated[TextSettings, Tag("text")]
+    | Annotated[DetectionSettings, Tag("detection")],
+    Discriminator(_modality),
 ]
 
 
@@ -61,6 +66,7 @@ class RunConfig(Settings):
     capture: CaptureSettings = CaptureSettings()
     student: StudentSettings = StudentSettings()
     loss: LossSettings = LossSettings()
+    cells: CellLossSettings = CellLossSettings()
     train: TrainSettings = TrainSettings()
     reader: ReaderSettings = ReaderSettings()
     fusion: FusionSettings | None = None
@@ -83,7 +89,7 @@ class RunConfig(Settings):
                 )
             if self.labels.num_views != 1:
                 raise ValueError(f"labels.num_views: text has one view only; found {self.labels.num_views}")
-        elif self.labels.positions.policy != "all":
+        elif self.labels.positions.policy != "all" and not isinstance(self.source, DetectionSettings):
             raise ValueError(
                 f"labels.positions: {self.labels.positions.policy!r} chooses among the positions of a text; an image has "
                 "one row; drop the table"
@@ -220,4 +226,9 @@ def _parts_of(annotation: Any) -> list[Any]:
     return [annotation] + [part for inner in getattr(annotation, "__args__", ()) for part in _parts_of(inner)]
 
 
-_SOURCES: dict[Any, type[BaseModel]] = {"image": SourceSettings, "text": TextSettings, "bytes": BytesSettings}
+_SOURCES: dict[Any, type[BaseModel]] = {
+    "image": SourceSettings,
+    "text": TextSettings,
+    "bytes": BytesSettings,
+    "detection": DetectionSettings,
+}

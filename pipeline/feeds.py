@@ -84,7 +84,7 @@ def hard_feed(config: RunConfig, data: Data) -> Feed:
     everything = np.arange(len(dataset))
     # Every epoch sees a fresh view (text has one, and so has who cannot replay): the baselines get the full strength of
     # the augmentation.
-    fresh = samples.kind == "image" and data.replays(config)
+    fresh = samples.kind != "tokens" and data.replays(config)
     block = default_plan(samples, config.capture).chunk_samples
     order = _order(
         config,

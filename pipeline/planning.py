@@ -29,7 +29,7 @@ from pipeline.teacher import Dtype, Teacher
 __all__ = ["CaptureSettings", "create_cache", "default_plan", "join_cache", "plan_manifest"]
 
 MANIFEST = "manifest.json"
-ROWS = {"image": (16384, 2048), "tokens": (131072, 8192)}
+ROWS = {"image": (16384, 2048), "tokens": (131072, 8192), "cells": (1024, 128)}
 """Rows of a unit and of a chunk, by kind, where the settings do not say."""
 CHUNK_ROWS = 2048
 """Rows of tokens that are compressed together."""

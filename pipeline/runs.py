@@ -44,6 +44,7 @@ __all__ = [
     "open_labels",
     "open_teacher",
     "prepare_cache",
+    "score_in_words",
     "teacher_is_missing",
     "train_student",
     "train_teacher",
@@ -110,6 +111,13 @@ def teacher_is_missing(config: RunConfig) -> bool:
     return config.train_teacher is not None and weights is not None and not Path(weights).exists()
 
 
+def score_in_words(metrics: dict[str, Any]) -> str:
+    """Returns the score of a run: its accuracy, or of detections the mean average precision."""
+    if "map" in metrics:
+        return f"mAP {metrics['map']:.4f} (mAP50 {metrics['map50']:.4f})"
+    return f"accuracy {metrics['accuracy']:.4f}"
+
+
 def make_teacher(config: RunConfig, data: Data) -> None:
     """Trains the teacher if its weights file is missing and the config says how."""
     teacher = _teacher_settings(config)
@@ -117,7 +125,7 @@ def make_teacher(config: RunConfig, data: Data) -> None:
         say(f"teacher {teacher.model}: no weights at {teacher.weights} yet; training it once")
         metrics, _ = train_teacher(config, data)
         say(
-            f"teacher {teacher.model}: {metrics['num_parameters']:,} parameters, accuracy {metrics['accuracy']:.4f}, "
+            f"teacher {teacher.model}: {metrics['num_parameters']:,} parameters, {score_in_words(metrics)}, "
             f"loss {metrics['eval_loss']:.4f}"
         )
 

@@ -194,7 +194,7 @@ class TokenBatch:
 class TokenData:
     """A source of tokens in batches; picklable, so that loader processes can hold one each."""
 
-    kind: Literal["image", "tokens"] = "tokens"
+    kind: Literal["image", "tokens", "cells"] = "tokens"
 
     def __init__(self, source: TokenSource, *, cross_documents: bool = False) -> None:
         self.source, self.cross_documents = source, cross_documents

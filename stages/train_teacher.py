@@ -6,7 +6,7 @@ softcache train-teacher --config configs/digits.toml     # seconds on a CPU
 import click
 
 from pipeline.config import load_config
-from pipeline.runs import open_data, train_teacher
+from pipeline.runs import open_data, score_in_words, train_teacher
 from stages.options import config_options, json_option, print_json, track_option
 
 __all__ = ["train_teacher_command"]
@@ -33,6 +33,6 @@ def train_teacher_command(
         )
         return
     click.echo(
-        f"teacher {metrics.get('model')}: {metrics['num_parameters']:,} parameters, accuracy {metrics['accuracy']:.4f}, "
+        f"teacher {metrics.get('model')}: {metrics['num_parameters']:,} parameters, {score_in_words(metrics)}, "
         f"loss {metrics['eval_loss']:.4f} on {metrics['eval_samples']:,} samples; weights in {weights}"
     )

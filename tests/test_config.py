@@ -39,7 +39,8 @@ def written(tmp_path, text):
 def test_the_configs_of_the_repository_are_valid(path):
     config = load_config(path)
     assert config.name == path.stem
-    assert config.source.modality == ("text" if path.stem.endswith("-lm") else "image")
+    kind = {"-lm": "text", "-detection": "detection"}
+    assert config.source.modality == next((kind[end] for end in kind if path.stem.endswith(end)), "image")
     if path.stem != "hf-causal-lm":  # whose teacher is pretrained
         assert config.teacher.weights == f"runs/{path.stem}/teacher/model.safetensors"
         assert config.train_teacher is not None

@@ -28,7 +28,7 @@ class ViewedScenes:
         rows_per_sample: label rows of each image, `labels.positions.top`.
     """
 
-    kind: Literal["cells"] = "cells"
+    kind: Literal["image", "tokens", "cells"] = "cells"
 
     def __init__(self, source: BoxSource, views: Views, *, rows_per_sample: int) -> None:
         self.source, self.views, self.rows_per_sample = source, views, rows_per_sample

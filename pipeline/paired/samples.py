@@ -99,7 +99,7 @@ class PairedSamples:
 class TaughtSamples:
     """The student's samples, each with what a live teacher sees of it; numbered as in the student's source."""
 
-    kind: Literal["image", "tokens"] = "image"
+    kind: Literal["image", "tokens", "cells"] = "image"
 
     def __init__(self, teacher: Dataset, student: Dataset, pairing: Pairing) -> None:
         self.source, self._teacher, self._student = student.source, teacher, student

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from pipeline.cache import Cache
+from pipeline.detection import DetectionBatch
 from pipeline.errors import RunError
 from pipeline.labels import SoftLabels
 from pipeline.report.loading import Report
@@ -97,6 +98,11 @@ def observe(report: Report, *, split: str) -> Observed:
     classes_C = _shown(targets, report.data.num_classes)
     for samples in _batches(data, count, report):
         batch = data.load(samples, 0, fingerprints=False)
+        if isinstance(batch, DetectionBatch):
+            raise RunError(
+                f"runs of {report.config.name}: students of boxes; a report shows students of one class per row; their mean "
+                "average precision is in each run's metrics.json"
+            )
         sample_P = np.repeat(np.asarray(samples), batch.row_counts)
         about.append((batch.targets.numpy(), sample_P, np.asarray(batch.positions)))
         with torch.inference_mode():

@@ -1,0 +1,118 @@
+"""A run on images with boxes: detectors as teachers and students, views that move boxes too, mean average precision."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from pipeline.cache import Cache
+from pipeline.config import RunConfig
+from pipeline.detection.building import build_detector
+from pipeline.detection.detector import Grid
+from pipeline.detection.scenes import ViewedScenes
+from pipeline.errors import ConfigError
+from pipeline.models import Normalize
+from pipeline.reader import SoftLabelDataset
+from pipeline.sources.boxes import DetectionSettings
+from pipeline.sources.detection import open_detection
+from pipeline.tasks.detections import DetectionTask
+from pipeline.teacher import Teacher, TeacherSettings
+from pipeline.views import Views
+
+__all__ = ["DetectionData"]
+
+ROWS_PER_SAMPLE = 64
+
+
+class DetectionData:
+    """The training and evaluation splits of a config's source, seen through its views."""
+
+    rows_of = None  # as many label rows per image for all
+
+    def __init__(self, config: RunConfig) -> None:
+        assert isinstance(config.source, DetectionSettings)
+        views = Views(config.views)
+        self.train, self.evaluation = (
+            ViewedScenes(open_detection(config.source, split=split), views, rows_per_sample=ROWS_PER_SAMPLE)
+            for split in ("train", "eval")
+        )
+        self._mean, self._std = config.views.mean, config.views.std
+
+    @property
+    def num_classes(self) -> int:
+        return self.train.source.num_classes
+
+    @cached_property
+    def input_shape(self) -> tuple[int, int, int]:
+        channels, height, width = self.train.load([0], 0, fingerprints=False).images.shape[1:]
+        return channels, height, width
+
+    def normalize(self) -> Normalize:
+        """Returns a fresh module that makes model inputs of uint8 images."""
+        return Normalize(self._mean, self._std)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what tells runs on this data from others."""
+        return {
+            "source": self.train.source.digest,
+            "views": self.train.views.digest,
+            "evaluation": self.evaluation.source.digest,
+        }
+
+    def of_student(self, config: RunConfig) -> DetectionData:
+        """Returns this: student and teacher see the same images.
+
+        Raises:
+            ConfigError: the config has the student read something else.
+        """
+        if config.student.reads_otherwise:
+            raise ConfigError(
+                "student.source and student.views: a detector's student sees the teacher's images, so that a cell is "
+                "the same place for both; drop the tables"
+            )
+        return self
+
+    def replays(self, config: RunConfig) -> bool:
+        """Returns True: the student sees every view that the teacher saw."""
+        return True
+
+    def labelled(self, config: RunConfig, cache: Cache) -> tuple[Any, None]:
+        """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
+        reader = config.reader
+        return SoftLabelDataset(
+            self.train, cache, check_share=reader.check_share, check_first=reader.check_first
+        ), None
+
+    def unlabelled(self, config: RunConfig) -> ViewedScenes:
+        """Returns the student's samples without labels."""
+        return self.of_student(config).train
+
+    def grid(self, model: str) -> Grid:
+        """Returns the cells that a detector of that spec has for images of this data."""
+        detector = build_detector(model, num_classes=self.num_classes, input_shape=self.input_shape).eval()
+        with torch.no_grad():
+            return detector.grid(detector(torch.zeros(1, *self.input_shape))[0])
+
+    def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:
+        """Refuses: labels of a detector's cells have a record, and no capture yet.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"teacher {settings.model}: a detector's labels cannot be captured yet; `softcache train-teacher` trains "
+            "it on the ground truth"
+        )
+
+    def task(self, config: RunConfig, model: str, teacher: Teacher | None = None) -> DetectionTask:
+        """Returns what a student of that spec learns."""
+        self.of_student(config)
+        return DetectionTask(
+            lambda: build_detector(model, num_classes=self.num_classes, input_shape=self.input_shape),
+            self.evaluation,
+            self.normalize(),
+            config.loss,
+            config.cells,
+        )

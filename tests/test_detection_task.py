@@ -1,0 +1,182 @@
+"""Students of boxes: the loss that mixes ground truth and cells, and mean average precision."""
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from pipeline.config import build_config
+from pipeline.errors import ConfigError, LabelError, SpecError
+from pipeline.labels import BernoulliLabels, CellLabels
+from pipeline.losses.cells import CellLossSettings
+from pipeline.modalities import open_data
+from pipeline.runs import train_teacher
+from pipeline.tasks import LossSettings
+from pipeline.tasks.detections import DetectionTask, score_batch
+
+SPEC = "fcos?width=8&depth=0&convs=1"
+
+
+def config(tmp_path, **tables):
+    source = {"modality": "detection", "name": "scenes", "train_scenes": 16, "eval_scenes": 8}
+    base = {
+        "name": "boxes",
+        "source": source,
+        "views": {"crop": "padded", "padding": 4, "flip": 0.5},
+        "teacher": {"model": SPEC, "weights": "runs/boxes/teacher/model.safetensors"},
+        "train_teacher": {"epochs": 1, "batch_size": 8, "device": "cpu"},
+    }
+    return build_config(base | tables, "test")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return open_data(config(tmp_path_factory))
+
+
+@pytest.fixture(scope="module")
+def parts(data):
+    """A student, another detector's outputs on a batch, and the record of all its cells."""
+    torch.manual_seed(0)
+    task = data.task(config(None), SPEC)
+    student, teacher = task.build().eval(), task.build().eval()
+    batch = data.train.load([0, 1], 1, fingerprints=False)
+    with torch.no_grad():
+        said, _ = teacher(task.normalize(batch.images))
+    return task, student, batch, said
+
+
+def record(said, cells):
+    """The record of some cells of each image, all classes kept."""
+    image = torch.arange(2).repeat_interleave(len(cells))
+    cell = torch.tensor(cells).repeat(2)
+    top = said.class_logits[image, cell].sort(1, descending=True)
+    coins = BernoulliLabels(
+        ids=top.indices,
+        logits=top.values,
+        dropped_bound=torch.full((len(cell),), -torch.inf),
+        num_classes=top.values.shape[1],
+    )
+    columns = {"boxes": said.boxes[image, cell], "centerness": said.centerness[image, cell]}
+    return CellLabels(coins, cell.int(), columns)
+
+
+def test_the_soft_loss_reaches_the_labelled_cells_alone(parts):
+    task, student, batch, said = parts
+    outputs, _ = student(task.normalize(batch.images))
+    for leaf in (outputs.class_logits, outputs.boxes, outputs.centerness):
+        leaf.retain_grad()
+    task.soft(student, outputs, record(said, [3, 270]), 2.0).backward()
+    for leaf in (outputs.class_logits, outputs.boxes, outputs.centerness):
+        touched = leaf.grad.flatten(2).abs().sum(-1) if leaf.ndim == 3 else leaf.grad.abs()
+        assert set(touched.nonzero()[:, 1].tolist()) <= {3, 270}
+    assert outputs.class_logits.grad.abs().sum() > 0
+    assert outputs.centerness.grad.abs().sum() > 0
+
+
+def test_a_student_that_is_the_teacher_has_no_class_and_box_loss(parts):
+    task, _, _, said = parts
+    alone = DetectionTask(
+        task.build_model,
+        task.evaluation,
+        task.normalize,
+        task.loss_settings,
+        CellLossSettings(centerness_weight=0, box="l1"),
+    )
+    teacher = task.build()
+    assert float(alone.soft(teacher, said, record(said, [3, 40, 270]), 1.0)) < 1e-5
+    with pytest.raises(LabelError, match="as many cells for each of 2 images; found 3 rows"):
+        alone.soft(teacher, said, record(said, [3, 40, 270]).take(slice(0, 3)), 1.0)
+
+
+def test_alpha_mixes_the_modules_own_loss_with_the_soft_one(parts):
+    task, student, batch, said = parts
+    labelled = batch.__class__(
+        **{name: getattr(batch, name) for name in ("images", "boxes", "classes", "samples", "view")},
+        fingerprints=batch.fingerprints,
+        rows_per_sample=2,
+        labels=record(said, [3, 270]),
+    )
+
+    def loss(alpha):
+        settings = LossSettings(temperature=1, alpha=alpha)
+        mixing = DetectionTask(
+            task.build_model, task.evaluation, task.normalize, settings, CellLossSettings()
+        )
+        with torch.no_grad():
+            return float(mixing.loss(student, labelled))
+
+    assert loss(0.25) == pytest.approx(0.75 * loss(0.0) + 0.25 * loss(1.0), rel=1e-5)
+    assert loss(0.0) != pytest.approx(loss(1.0))
+    with torch.no_grad():
+        _, own = student(task.normalize(batch.images), batch.targets)
+    assert loss(0.0) == pytest.approx(float(sum(own.values())), rel=1e-5)
+
+
+def test_detections_that_are_the_truth_score_one_and_crowds_do_not_count(data, monkeypatch):
+    from pipeline.detection.detector import Detector
+    from pipeline.sources.boxes import Truth
+    from pipeline.tasks.detections import _metric
+
+    task = data.task(config(None), SPEC)
+    truths = data.evaluation.truths(range(4), 0)
+    said = [
+        {
+            "boxes": torch.from_numpy(truth.boxes),
+            "scores": torch.ones(len(truth)),
+            "labels": torch.from_numpy(truth.classes),
+        }
+        for truth in truths
+    ]
+    monkeypatch.setattr(Detector, "detections", lambda self, outputs, size: said)
+
+    def score(found):
+        metric = _metric()
+        monkeypatch.setattr(type(data.evaluation), "truths", lambda self, samples, view: found)
+        score_batch(
+            task.build().eval(), data.evaluation, range(4), task.normalize, metric, torch.device("cpu")
+        )
+        return float(metric.compute()["map"])
+
+    assert score(truths) == pytest.approx(1.0)
+    crowded = Truth(truths[0].boxes, truths[0].classes, np.arange(len(truths[0])) == 0)
+    assert score([crowded, *truths[1:]]) == pytest.approx(1.0)
+    gone = [truth.take(np.zeros(len(truth), bool)) for truth in truths[:1]]
+    assert score([*gone, *truths[1:]]) < 1.0
+
+
+def test_a_detector_is_trained_and_scored_by_the_loop_of_all_students(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = config(tmp_path)
+    metrics, weights = train_teacher(run, open_data(run))
+    assert weights.exists()
+    assert 0 <= metrics["map"] <= metrics["map50"] <= 1
+    assert metrics["history"][0]["eval_loss"] > 0
+
+
+def test_evaluation_needs_no_more_than_a_detector(data):
+    task = data.task(config(None), SPEC)
+    with pytest.raises(SpecError, match="expected a detector; found Identity"):
+        score_batch(
+            _Says(task.build().eval()), data.evaluation, range(2), task.normalize, None, torch.device("cpu")
+        )
+    found = task.evaluate(task.build().eval(), Accelerator(cpu=True), 4)
+    assert set(found) == {"map", "map50", "eval_loss"}
+
+
+class _Says(torch.nn.Identity):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images, targets):
+        return self.inner(images, targets)
+
+
+_Says.__name__ = "Identity"
+
+
+def test_a_student_of_boxes_reads_the_teachers_images(tmp_path):
+    run = config(tmp_path, student={"model": SPEC, "views": {"size": 32}})
+    with pytest.raises(ConfigError, match="a detector's student sees the teacher's images"):
+        open_data(run).task(run, SPEC)
