@@ -23,8 +23,6 @@ from pipeline.views import Views
 
 __all__ = ["DetectionData"]
 
-ROWS_PER_SAMPLE = 64
-
 
 class DetectionData:
     """The training and evaluation splits of a config's source, seen through its views."""
@@ -35,7 +33,9 @@ class DetectionData:
         assert isinstance(config.source, DetectionSettings)
         views = Views(config.views)
         self.train, self.evaluation = (
-            ViewedScenes(open_detection(config.source, split=split), views, rows_per_sample=ROWS_PER_SAMPLE)
+            ViewedScenes(
+                open_detection(config.source, split=split), views, rows_per_sample=config.labels.positions.top
+            )
             for split in ("train", "eval")
         )
         self._mean, self._std = config.views.mean, config.views.std
