@@ -18,8 +18,8 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, mode
 from pipeline.errors import ConfigError
 from pipeline.fusion import FusionSettings
 from pipeline.losses import KINDS
-from pipeline.nearest import did_you_mean
 from pipeline.losses.cells import CellLossSettings
+from pipeline.nearest import did_you_mean
 from pipeline.planning import CaptureSettings
 from pipeline.reader import ReaderSettings
 from pipeline.settings import Settings

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     {"errors", "nearest", "settings", "ranks", "stopping", "counters", "blocks", "hashes"},
     {"tail", "shuffle", "identity", "view_ops", "positions", "moving", "progress", "process_group"}
-    | {"byte_model"},
+    | {"byte_model", "view_boxes"},
     {"labels"},
     {"views", "sources", "models", "sparsify", "losses", "codec"},
     {"manifest", "batches", "token_batches", "language", "fused", "pairing", "student_views"},

@@ -63,7 +63,7 @@ class CocoSource(ImageFolderSource):
         width, height = self._sizes[sample]
         if tuple(image.shape[1:]) != (height, width):
             raise SourceError(
-                f"image {self._root / self._keys[sample]}: {image.shape[2]}x{image.shape[1]} pixels; its annotations say "
+                f"image {self.root / self._keys[sample]}: {image.shape[2]}x{image.shape[1]} pixels; its annotations say "
                 f"{width}x{height}, so that boxes would be misplaced; use the images that were annotated"
             )
         return image

@@ -32,6 +32,7 @@ from pipeline.labels import BernoulliLabels, CellLabels
 from pipeline.losses import LossSettings, Mix, forward_kl
 from pipeline.losses.cells import CellLossSettings, box_giou, box_l1, quality_bce
 from pipeline.models import Normalize
+from pipeline.tasks.serving import Serving
 from pipeline.tasks.task import my_share
 
 __all__ = ["DetectionTask", "mean_average_precision"]
@@ -136,6 +137,17 @@ class DetectionTask:
 
     def export(self, model: nn.Module, out: Path) -> None:
         """Nothing: `model.safetensors` and the spec are all that is needed."""
+
+    def serve(self, model: nn.Module) -> Serving:
+        """Refuses: what a detector gives is boxes, which exported files are not compared by.
+
+        Raises:
+            SpecError: always.
+        """
+        raise SpecError(
+            "export: a detector's boxes cannot be compared with those of an exported file; expected a classifier or a "
+            "language model; use the run's model.safetensors with its spec"
+        )
 
 
 def mean_average_precision(
