@@ -17,6 +17,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag, ValidationError, mode
 
 from pipeline.errors import ConfigError
 from pipeline.fusion import FusionSettings
+from pipeline.generation import GenerateSettings
 from pipeline.losses import KINDS
 from pipeline.losses.cells import CellLossSettings
 from pipeline.nearest import did_you_mean
@@ -27,6 +28,7 @@ from pipeline.sources import SourceSettings
 from pipeline.sources.boxes import DetectionSettings
 from pipeline.sources.encoded import BytesSettings
 from pipeline.sources.text_settings import TextSettings
+from pipeline.sources.translation_settings import TranslationSettings
 from pipeline.sparsify import LabelSettings
 from pipeline.student import StudentSettings, TrainSettings
 from pipeline.sweep_space import SweepSettings
@@ -44,7 +46,8 @@ def _modality(source: Any) -> str:
 AnySource = Annotated[
     Annotated[SourceSettings, Tag("image")]
     | Annotated[TextSettings, Tag("text")]
-    | Annotated[DetectionSettings, Tag("detection")],
+    | Annotated[DetectionSettings, Tag("detection")]
+    | Annotated[TranslationSettings, Tag("translation")],
     Discriminator(_modality),
 ]
 
@@ -70,11 +73,12 @@ class RunConfig(Settings):
     train: TrainSettings = TrainSettings()
     reader: ReaderSettings = ReaderSettings()
     fusion: FusionSettings | None = None
+    generate: GenerateSettings = GenerateSettings()
     sweep: SweepSettings = SweepSettings()
 
     @model_validator(mode="after")
     def _check_modality(self) -> Self:
-        if isinstance(self.source, TextSettings):
+        if isinstance(self.source, TextSettings | TranslationSettings):
             if "views" in self.model_fields_set:
                 raise ValueError("views: a table for images; text has one view, the tokens; drop the table")
             if self.student.reads_otherwise:
@@ -102,6 +106,23 @@ class RunConfig(Settings):
             raise ValueError(
                 f"train.stop_at: an accuracy, less than or equal to 1; found {self.train.stop_at}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        if not isinstance(self.source, TranslationSettings):
+            if "generate" in self.model_fields_set:
+                raise ValueError(
+                    'generate: a table for pairs of texts (source.modality = "translation"); drop it'
+                )
+            return self
+        for key in ("tokenizer", "context"):
+            if getattr(self.student, key) is not None:
+                raise ValueError(
+                    f"student.{key}: not for pairs of texts: student and teacher read the same tokens; drop it"
+                )
+        if self.loss.name == "uld":
+            raise ValueError("loss.name: uld is for texts; pairs of texts have one tokenizer; use forward_kl")
         return self
 
     @model_validator(mode="after")
@@ -231,4 +252,5 @@ _SOURCES: dict[Any, type[BaseModel]] = {
     "text": TextSettings,
     "bytes": BytesSettings,
     "detection": DetectionSettings,
+    "translation": TranslationSettings,
 }

@@ -185,6 +185,7 @@ def train(
         }
         with at_boundaries():
             metrics = _run(loop, directory, progress, on_step, on_epoch)
+        metrics |= from_first(loop.finish())
         loop.save_weights(directory, "model")
         if accelerator.is_main_process:
             task.export(accelerator.unwrap_model(loop.model), directory.path)
@@ -431,6 +432,11 @@ class _Loop:
         total = self.accelerator.reduce(torch.stack([self._loss_sum, rows]), reduction="sum")
         self.resume_loss_meter(None)
         return float(total[0] / total[1])
+
+    def finish(self) -> dict[str, float]:
+        """Returns what the task scores once, of the weights that the run ends with."""
+        self.model.eval()
+        return self.task.finish(self.model, self.accelerator)
 
     def evaluate(self) -> dict[str, float]:
         """Returns the task's figures on the plain view of the evaluation split, of the weights that are saved."""

@@ -6,7 +6,7 @@ A chunk is as many rows of logits as are held at once: for images a whole batch,
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -165,9 +165,9 @@ class LanguageTeacher(Teacher):
         cross_documents: bool = False,
         **common: Any,
     ) -> None:
-        self._parts = split(model.to(common["device"]).eval())
-        check_split(model, self._parts)
-        super().__init__(model, num_classes=self._parts.vocab_size, **common)
+        self.parts = split(model.to(common["device"]).eval())
+        check_split(model, self.parts)
+        super().__init__(model, num_classes=self.parts.vocab_size, **common)
         self._chunk_positions = chunk_positions or max(1, CHUNK_ELEMENTS // self.num_classes)
         self._cross_documents = cross_documents
 
@@ -175,13 +175,13 @@ class LanguageTeacher(Teacher):
     def chunks(self, batch: TokenBatch) -> Iterator[torch.Tensor]:
         batch = batch.to(self.device)
         with self.autocast():
-            hidden_BLD = self._parts.hidden(
+            hidden_BLD = self.parts.hidden(
                 batch.tokens, batch.segments, cross_documents=self._cross_documents
             )
         hidden_PD = hidden_BLD.flatten(0, 1)[batch.rows]
         for start in range(0, max(1, len(hidden_PD)), self._chunk_positions):
             with self.autocast():
-                logits_PV = self._parts.logits(hidden_PD[start : start + self._chunk_positions])
+                logits_PV = self.parts.logits(hidden_PD[start : start + self._chunk_positions])
             yield logits_PV
 
 
@@ -194,6 +194,7 @@ def load_language_teacher(
     cross_documents: bool,
     device: torch.device,
     dtype: Dtype,
+    build: Callable[..., nn.Module] = build_language_model,
 ) -> LanguageTeacher:
     """Returns the language model of a config, its weights loaded.
 
@@ -207,7 +208,7 @@ def load_language_teacher(
             f"teacher.weights: missing, and {settings.model} would be random; give a weights file "
             "(safetensors or a state dict), or a pretrained model: hf:NAME_OR_PATH"
         )
-    model = build_language_model(settings.model, vocab_size=vocab_size, context=seq_len)
+    model = build(settings.model, vocab_size=vocab_size, context=seq_len)
     if settings.weights is not None:
         load_weights(model, settings.weights)
     return LanguageTeacher(

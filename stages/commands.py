@@ -20,6 +20,10 @@ COMMANDS = {
         "teacher_logits:teacher_logits",
         "Run the teacher once; write its soft labels to the cache.",
     ),
+    "teacher-generate": (
+        "teacher_generate:teacher_generate",
+        "Write a translation teacher's own words as a source.",
+    ),
     "status": ("status:status", "How far a capture is: units, rows per second, time left."),
     "train-student": (
         "train_student:train_student_command",

@@ -53,7 +53,7 @@ def import_command(
     url = url or config.cache_url
     if not isinstance(config.source, TextSettings):
         raise ConfigError(
-            f"config {config_path}: source.modality is image; a server's log-probabilities are of text"
+            f"config {config_path}: source.modality is {config.source.modality}; a server's log-probabilities are of text"
         )
     if config.labels.policy == "dense":
         raise ConfigError(

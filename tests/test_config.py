@@ -39,7 +39,7 @@ def written(tmp_path, text):
 def test_the_configs_of_the_repository_are_valid(path):
     config = load_config(path)
     assert config.name == path.stem
-    kind = {"-lm": "text", "-detection": "detection"}
+    kind = {"-lm": "text", "-detection": "detection", "translation": "translation"}
     assert config.source.modality == next((kind[end] for end in kind if path.stem.endswith(end)), "image")
     if path.stem != "hf-causal-lm":  # whose teacher is pretrained
         assert config.teacher.weights == f"runs/{path.stem}/teacher/model.safetensors"

@@ -15,7 +15,7 @@ FLOORS = [
     {"views", "sources", "models", "sparsify", "losses", "codec"},
     {"manifest", "batches", "token_batches", "language", "fused", "pairing", "student_views"},
     {"stores", "teacher", "thaw", "byte_batches", "detection"},
-    {"planning", "labelling", "mirror", "open_units", "stored_units", "doctor"},
+    {"planning", "labelling", "mirror", "open_units", "stored_units", "doctor", "generation"},
     {"capture", "cache", "status"},
     {"reader", "checkpoints", "tasks", "estimate"},
     {"loader", "samplers", "adaptation"},

@@ -25,6 +25,7 @@ from torch import nn
 
 from pipeline.errors import MissingExtraError, SpecError
 from pipeline.language.checks import refuse_longer
+from pipeline.language.pairs import is_encoder_decoder
 from pipeline.language.splitting import context_of, head_of
 from pipeline.models import ModelSpec, parse_spec
 from pipeline.nearest import nearest
@@ -34,7 +35,7 @@ __all__ = ["build_language_model", "tokenizer_of"]
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
-def _transformers() -> Any:
+def transformers_library() -> Any:
     try:
         import transformers
     except ImportError as error:
@@ -61,12 +62,12 @@ def build_language_model(spec: str, *, vocab_size: int, context: int) -> nn.Modu
     """
     parsed = parse_spec(spec)
     scheme, _, name = parsed.name.partition(":")
-    build: Callable[..., nn.Module] = _factory
+    build: Callable[..., nn.Module] = from_factory
     if parsed.family == "builtin":
         build = _builtin
     elif scheme in ("hf", "hf-config"):
         parsed = replace(parsed, family=scheme, name=name)
-        build = {"hf": _pretrained, "hf-config": _from_config_of}[scheme]
+        build = {"hf": pretrained, "hf-config": _from_config_of}[scheme]
     try:
         model = build(spec, parsed, vocab_size, context)
     except (SpecError, MissingExtraError):
@@ -78,11 +79,16 @@ def build_language_model(spec: str, *, vocab_size: int, context: int) -> nn.Modu
             f"{type(error).__name__}: {' '.join(str(error).split())[:400]}; check the name, and the "
             "arguments after '?'"
         ) from error
-    _check_size(spec, model, vocab_size, context)
+    if is_encoder_decoder(model):
+        raise SpecError(
+            f"model {spec!r}: it has an encoder and a decoder; expected a causal language model for a text; pairs of texts "
+            'are source.modality = "translation"'
+        )
+    check_size(spec, model, vocab_size, context)
     return model
 
 
-def _check_size(spec: str, model: nn.Module, vocab_size: int, context: int) -> None:
+def check_size(spec: str, model: nn.Module, vocab_size: int, context: int) -> None:
     refuse_longer(f"model {spec!r}", context_of(model), context)
     head = head_of(model)
     if isinstance(head, nn.Linear) and head.out_features < vocab_size:
@@ -94,7 +100,7 @@ def _check_size(spec: str, model: nn.Module, vocab_size: int, context: int) -> N
 
 def _gpt2(vocab_size: int, context: int, *, width: int = 256, depth: int = 4, heads: int = 4,
           mlp: int | None = None, tied: bool = True) -> Any:  # fmt: skip
-    return _transformers().GPT2Config(
+    return transformers_library().GPT2Config(
         vocab_size=vocab_size,
         n_positions=context,
         n_embd=width,
@@ -112,7 +118,7 @@ def _rotary(name: str) -> Callable[..., Any]:
                kv_heads: int | None = None, mlp: int | None = None, tied: bool = True) -> Any:  # fmt: skip
         if width % heads or heads % (kv_heads or heads):
             raise ValueError(f"{heads} heads do not divide width {width}, or {kv_heads} kv_heads the heads")
-        return getattr(_transformers(), name)(
+        return getattr(transformers_library(), name)(
             vocab_size=vocab_size,
             max_position_embeddings=context,
             hidden_size=width,
@@ -147,11 +153,11 @@ def _builtin(spec: str, parsed: ModelSpec, vocab_size: int, context: int) -> nn.
     args = dict(parsed.args)
     checkpointing = args.pop("gradient_checkpointing", False)
     config = BUILTIN[parsed.name](vocab_size, context, **args)
-    model = _transformers().AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return _with_checkpointing(model, checkpointing)
+    model = transformers_library().AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return with_checkpointing(model, checkpointing)
 
 
-def _with_checkpointing(model: Any, enabled: bool) -> nn.Module:
+def with_checkpointing(model: Any, enabled: bool) -> nn.Module:
     if enabled:
         # The reentrant variant needs an input with a gradient and does not go with DDP.
         new = hasattr(model, "activation_checkpointing_enable")  # its name from 5.23 to 6
@@ -188,7 +194,9 @@ def _safe_args(spec: str, parsed: ModelSpec) -> tuple[str, dict[str, Any], bool]
     return parsed.name, args, args.pop("gradient_checkpointing", False)
 
 
-def _pretrained(spec: str, parsed: ModelSpec, vocab_size: int, context: int) -> nn.Module:
+def pretrained(
+    spec: str, parsed: ModelSpec, vocab_size: int, context: int, *, auto: str = "AutoModelForCausalLM"
+) -> nn.Module:
     name, args, checkpointing = _safe_args(spec, parsed)
     path = Path(name)
     if path.is_dir() and not any(path.glob("*.safetensors")):
@@ -197,7 +205,7 @@ def _pretrained(spec: str, parsed: ModelSpec, vocab_size: int, context: int) -> 
             f"model {spec!r}: no *.safetensors in the folder; found {', '.join(pickled) or 'no weights'}; "
             "pickled weights can run code: load them where you trust them and save_pretrained(...) again"
         )
-    model, info = _transformers().AutoModelForCausalLM.from_pretrained(
+    model, info = getattr(transformers_library(), auto).from_pretrained(
         name, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **args
     )
     # transformers fills what a checkpoint lacks with random numbers, and only warns.
@@ -207,13 +215,13 @@ def _pretrained(spec: str, parsed: ModelSpec, vocab_size: int, context: int) -> 
             f"model {spec!r}: the checkpoint lacks {len(absent)} weights that the model needs "
             f"({', '.join(absent[:5])}); they would be random; expected a causal language model with its head"
         )
-    return _with_checkpointing(model, checkpointing)
+    return with_checkpointing(model, checkpointing)
 
 
 def _from_config_of(spec: str, parsed: ModelSpec, vocab_size: int, context: int) -> nn.Module:
     name, args, checkpointing = _safe_args(spec, parsed)
     build = {key: args.pop(key) for key in ("dtype", "attn_implementation") if key in args}
-    config, unknown = _transformers().AutoConfig.from_pretrained(
+    config, unknown = transformers_library().AutoConfig.from_pretrained(
         name, trust_remote_code=False, return_unused_kwargs=True, **{"vocab_size": vocab_size} | args
     )
     unknown.pop("trust_remote_code", None)
@@ -221,13 +229,13 @@ def _from_config_of(spec: str, parsed: ModelSpec, vocab_size: int, context: int)
         raise SpecError(f"model {spec!r}: the configuration has no {', '.join(unknown)}; see its config.json")
     for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, token, None)  # they belong to the old vocabulary, and pad is an index into it
-    model = _transformers().AutoModelForCausalLM.from_config(
+    model = transformers_library().AutoModelForCausalLM.from_config(
         config, trust_remote_code=False, **{"dtype": torch.float32} | build
     )
-    return _with_checkpointing(model, checkpointing)
+    return with_checkpointing(model, checkpointing)
 
 
-def _factory(spec: str, parsed: ModelSpec, vocab_size: int, context: int) -> nn.Module:
+def from_factory(spec: str, parsed: ModelSpec, vocab_size: int, context: int, **more: Any) -> nn.Module:
     module_name, _, attribute = parsed.name.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
@@ -238,7 +246,7 @@ def _factory(spec: str, parsed: ModelSpec, vocab_size: int, context: int) -> nn.
         ) from error
     parameters = inspect.signature(factory).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    offered = {"vocab_size": vocab_size, "context": context}
+    offered = {"vocab_size": vocab_size, "context": context, **more}
     offered = {name: value for name, value in offered.items() if takes_any or name in parameters}
     model = factory(**offered | parsed.args)
     if not isinstance(model, nn.Module):
@@ -259,7 +267,7 @@ def tokenizer_of(spec: str) -> Any | None:
     if path.is_dir() and not any((path / file).is_file() for file in files):
         return None
     try:
-        return _transformers().AutoTokenizer.from_pretrained(
+        return transformers_library().AutoTokenizer.from_pretrained(
             str(path) if path.is_dir() else name, trust_remote_code=False
         )
     except (OSError, ValueError, KeyError):

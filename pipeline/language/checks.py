@@ -16,14 +16,16 @@ import torch
 from torch import nn
 
 from pipeline.errors import SpecError
-from pipeline.language.parts import CausalParts, takes, tensor_in
+from pipeline.language.pair_checks import check_pairs
+from pipeline.language.pairs import PairParts
+from pipeline.language.parts import CausalParts, Parts, takes, tensor_in
 
 __all__ = ["check_context", "check_split", "keeps_documents_apart", "refuse_longer"]
 
 NUM_PROBE_TOKENS = 8
 
 
-def check_split(model: nn.Module, parts: CausalParts) -> None:
+def check_split(model: nn.Module, parts: Parts) -> None:
     """Runs 8 tokens through the model and through its parts: the guard against silently wrong labels.
 
     Raises:
@@ -33,6 +35,10 @@ def check_split(model: nn.Module, parts: CausalParts) -> None:
     """
     name = type(model).__name__
     with _evaluating(model):
+        if isinstance(parts, PairParts):
+            check_pairs(model, parts, _rounding)
+            return
+        assert isinstance(parts, CausalParts)
         tokens_BL, _ = _probe(parts)
         kwargs: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
         hidden_BLD = parts.hidden(tokens_BL, None)
@@ -122,7 +128,7 @@ def _evaluating(*modules: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def check_context(parts: CausalParts, length: int, what: str) -> None:
+def check_context(parts: Parts, length: int, what: str) -> None:
     """Raises SpecError where rows of `length` tokens exceed the model's positions.
 
     Args:

@@ -14,18 +14,70 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
 from pipeline.errors import SpecError
 
-__all__ = ["CausalParts", "takes", "tensor_in"]
+__all__ = ["CausalParts", "Headed", "Parts", "takes", "tensor_in"]
+
+
+class Parts(Protocol):
+    """What a teacher or a student needs of a model in parts, whatever runs inside its backbone."""
+
+    @property
+    def weight(self) -> torch.Tensor: ...
+    @property
+    def bias(self) -> torch.Tensor | None: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def context(self) -> int | None: ...
+    @property
+    def logit_scale(self) -> float: ...
+    @property
+    def softcap(self) -> float | None: ...
+
+    def logits(self, hidden_PD: torch.Tensor) -> torch.Tensor: ...
+    def hidden(
+        self, tokens_BL: torch.Tensor, segments_BL: torch.Tensor | None, *, cross_documents: bool = False
+    ) -> torch.Tensor: ...
+
+
+class Headed:
+    """What all models in parts have in common: a linear head, a scale, a soft cap."""
+
+    head: nn.Linear
+    logit_scale: float
+    softcap: float | None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The head's own weight [V, D]."""
+        return self.head.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The head's own bias [V], or None."""
+        return self.head.bias
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head; may exceed the tokenizer's vocabulary."""
+        return len(self.head.weight)
+
+    def logits(self, hidden_PD: torch.Tensor) -> torch.Tensor:
+        """Returns float32 logits [P, V] of hidden states [P, D], scaled and capped as the model does."""
+        logits = nn.functional.linear(hidden_PD, self.weight, self.bias).float()
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
 
 @dataclass(frozen=True, eq=False)
-class CausalParts:
+class CausalParts(Headed):
     """A language model seen as a backbone and a head. It owns nothing: the tensors are the model's.
 
     Not a module, so that a wrapper may keep it beside the model without registering a parameter twice:
@@ -47,28 +99,6 @@ class CausalParts:
     context: int | None
     logit_scale: float = 1.0
     softcap: float | None = None
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The head's own weight [V, D]."""
-        return self.head.weight
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The head's own bias [V], or None."""
-        return self.head.bias
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows of the head; may exceed the tokenizer's vocabulary."""
-        return len(self.head.weight)
-
-    def logits(self, hidden_PD: torch.Tensor) -> torch.Tensor:
-        """Returns float32 logits [P, V] of hidden states [P, D], scaled and capped as the model does."""
-        logits = self.head(hidden_PD).float()
-        if self.logit_scale != 1.0:
-            logits = logits * self.logit_scale
-        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def hidden(
         self, tokens_BL: torch.Tensor, segments_BL: torch.Tensor | None, *, cross_documents: bool = False

@@ -12,13 +12,14 @@ from torch import nn
 
 from pipeline.errors import SpecError
 from pipeline.language.checks import keeps_documents_apart
-from pipeline.language.parts import CausalParts
+from pipeline.language.pairs import is_encoder_decoder, split_pairs
+from pipeline.language.parts import CausalParts, Parts
 
 __all__ = ["context_of", "head_of", "split"]
 
 
-def split(model: nn.Module) -> CausalParts:
-    """Returns the backbone and the head of a causal language model, without copying anything.
+def split(model: nn.Module) -> Parts:
+    """Returns the backbone and the head of a language model, causal or of encoder and decoder, without copying anything.
 
     Call it where the model will run (its device, its dtype): two passes over 8 tokens show how documents
     in one row can be kept apart. A module of your own needs `base_model` (tokens -> hidden states after
@@ -40,6 +41,8 @@ def split(model: nn.Module) -> CausalParts:
             f"model {name}: its head is a {type(head).__module__}.{type(head).__name__}; expected a plain "
             "torch.nn.Linear; keep the head out of quantisation and adapters"
         )
+    if is_encoder_decoder(model):
+        return split_pairs(model, head)
     backbone = getattr(model, "base_model", None)
     if not isinstance(backbone, nn.Module) or backbone is model:
         raise SpecError(

@@ -22,11 +22,14 @@ from typing import Any
 from pipeline.errors import SoftcacheError, StorageError
 from pipeline.identity import digest_json
 from pipeline.sources.text_settings import TextSettings
+from pipeline.sources.translation_settings import TranslationSettings
 
 __all__ = ["build_folder", "made_folder"]
 
 
-def made_folder(settings: TextSettings, kind: str, made_from: Mapping[str, Any]) -> Path:
+def made_folder(
+    settings: TextSettings | TranslationSettings, kind: str, made_from: Mapping[str, Any]
+) -> Path:
     """Returns where what is made from `made_from` lies; it need not be there yet."""
     # Absolute, so that loader processes find it wherever they run.
     return (Path(settings.data_dir).expanduser() / kind / digest_json(made_from)[:16]).resolve()

@@ -9,7 +9,7 @@ A trained one lies under `data_dir`, in tokenizers/DIGEST: a Hugging Face tokeni
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
@@ -22,7 +22,14 @@ from pipeline.sources.made_folders import build_folder, made_folder
 from pipeline.sources.text_extra import text_library
 from pipeline.sources.text_settings import TextSettings
 
-__all__ = ["describe_tokenizer", "digest_tokenizer", "load_tokenizer"]
+__all__ = [
+    "bpe_arguments",
+    "describe_tokenizer",
+    "digest_tokenizer",
+    "is_bpe",
+    "load_tokenizer",
+    "train_byte_level",
+]
 
 END_OF_TEXT = "<|endoftext|>"
 BPE_VERSION = 1
@@ -38,7 +45,7 @@ def load_tokenizer(settings: TextSettings) -> Any:
         SourceError: the documents that it is to be trained on cannot be read.
     """
     transformers = text_library("transformers")
-    if _is_bpe(settings.tokenizer):
+    if is_bpe(settings.tokenizer):
         return transformers.PreTrainedTokenizerFast.from_pretrained(str(_bpe_folder(settings)))
     path = Path(settings.tokenizer).expanduser()
     try:
@@ -68,7 +75,7 @@ def digest_tokenizer(tokenizer: Any) -> str:
 
 def describe_tokenizer(settings: TextSettings) -> dict[str, Any]:
     """What a table depends on; for a trained `bpe` this reads one small file."""
-    if _is_bpe(settings.tokenizer):
+    if is_bpe(settings.tokenizer):
         return json.loads((_bpe_folder(settings) / "bpe.json").read_text())
     return _described_tokenizer(load_tokenizer(settings))
 
@@ -81,11 +88,12 @@ def _described_tokenizer(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _is_bpe(spec: str) -> bool:
+def is_bpe(spec: str) -> bool:
+    """Whether a tokenizer is one to be trained."""
     return spec.partition("?")[0] == "bpe"
 
 
-def _bpe_arguments(spec: str) -> dict[str, int]:
+def bpe_arguments(spec: str) -> dict[str, int]:
     """Returns the arguments of a `bpe` spec, complete."""
     arguments = {"vocab_size": 4096, "min_frequency": 2}
     least = {"vocab_size": 257, "min_frequency": 1}  # every byte and the end of text
@@ -101,7 +109,7 @@ def _bpe_arguments(spec: str) -> dict[str, int]:
 
 def _bpe_folder(settings: TextSettings) -> Path:
     """Returns the folder of a byte-level BPE of the train split, trained now if it was not before."""
-    arguments = _bpe_arguments(settings.tokenizer)
+    arguments = bpe_arguments(settings.tokenizer)
     documents = documents_of(settings, "train")
     if settings.messages_column:
         raise SpecError(
@@ -124,8 +132,7 @@ def _bpe_folder(settings: TextSettings) -> Path:
 
 
 def _train_bpe(documents: Documents, *, vocab_size: int, min_frequency: int) -> Any:
-    transformers, tokenizers = text_library("transformers"), text_library("tokenizers")
-    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    transformers = text_library("transformers")
 
     def texts() -> Iterator[str]:
         left = BPE_MAX_CHARACTERS
@@ -137,15 +144,27 @@ def _train_bpe(documents: Documents, *, vocab_size: int, min_frequency: int) -> 
                 if left <= 0:
                     return
 
+    tokenizer = train_byte_level(
+        texts(), special_tokens=[END_OF_TEXT], vocab_size=vocab_size, min_frequency=min_frequency
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)
+
+
+def train_byte_level(
+    texts: Iterable[str], *, special_tokens: list[str], vocab_size: int, min_frequency: int
+) -> Any:
+    """Returns a byte-level BPE trained on texts, of the tokenizers library; special tokens come first."""
+    tokenizers = text_library("tokenizers")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=special_tokens,
         initial_alphabet=byte_level.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts(), trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer

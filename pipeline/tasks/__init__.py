@@ -5,5 +5,6 @@ from pipeline.tasks.images import ImageTask
 from pipeline.tasks.task import Task, my_share
 from pipeline.tasks.token_student import TokenStudent
 from pipeline.tasks.tokens import TokenTask
+from pipeline.tasks.translation import TranslationTask
 
-__all__ = ["ImageTask", "LossSettings", "Task", "TokenStudent", "TokenTask", "my_share"]
+__all__ = ["ImageTask", "LossSettings", "Task", "TokenStudent", "TokenTask", "TranslationTask", "my_share"]

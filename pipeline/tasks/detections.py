@@ -132,6 +132,10 @@ class DetectionTask:
             "eval_loss": float(mean_loss.compute()),
         }
 
+    def finish(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """Nothing: all that is scored is scored every epoch."""
+        return {}
+
     def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return model.state_dict()
 

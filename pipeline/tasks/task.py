@@ -56,6 +56,10 @@ class Task(Protocol):
         """Returns `eval_loss` (nats), `accuracy` and what else there is, over all ranks."""
         ...
 
+    def finish(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """Returns what is scored once, when the training is over, over all ranks; all of them call this."""
+        ...
+
     def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Returns what a weights file of the (unwrapped) model holds."""
         ...

@@ -77,6 +77,10 @@ class TokenTask:
         loss = float(mean_loss.compute())
         return {"eval_loss": loss, "perplexity": math.exp(loss), "accuracy": float(accuracy.compute())}
 
+    def finish(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """Nothing: all that is scored is scored every epoch."""
+        return {}
+
     def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
         assert isinstance(model, TokenStudent)
         return model.model.state_dict()
