@@ -73,6 +73,6 @@ class TranslationTask(TokenTask):
             SpecError: always.
         """
         raise SpecError(
-            "export: a translation model writes by a search, which exported files are not compared by; a classifier "
-            "or a causal language model; use the run's hf/ folder"
+            "export: a translation model writes by a search, which exported files are not compared by; expected "
+            "a classifier or a causal language model; use the run's hf/ folder"
         )
