@@ -79,7 +79,7 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _check_modality(self) -> Self:
         if isinstance(self.source, TextSettings | TranslationSettings):
-            if "views" in self.model_fields_set:
+            if self.views != ViewSettings():
                 raise ValueError("views: a table for images; text has one view, the tokens; drop the table")
             if self.student.reads_otherwise:
                 raise ValueError(
@@ -111,7 +111,7 @@ class RunConfig(Settings):
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
         if not isinstance(self.source, TranslationSettings):
-            if "generate" in self.model_fields_set:
+            if self.generate != GenerateSettings():  # a resolved config holds every table
                 raise ValueError(
                     'generate: a table for pairs of texts (source.modality = "translation"); drop it'
                 )

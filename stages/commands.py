@@ -32,7 +32,7 @@ COMMANDS = {
     "students": ("students:students", "Train many students from one cache, one table."),
     "sweep": ("sweep:sweep_command", "Search a student's settings from one cache."),
     "compare": ("compare:compare", "Cache, live teacher and hard labels over several seeds."),
-    "distill": ("distill:distill", "Teacher, cache, student, export and int8, one verified table."),
+    "distill": ("distill:distill", "Teacher, cache, student, export and int8, one table."),
     "export": ("export:export_command", "A finished student as ONNX, torch.export and int8, measured."),
     "report": ("report:report_command", "Finished runs on one HTML page."),
     "train-teacher": ("train_teacher:train_teacher_command", "Train the config's teacher on hard labels."),
@@ -44,7 +44,7 @@ COMMANDS = {
     "fuse": ("fuse:fuse", "Fuse several teachers' caches into one."),
     "thaw": ("thaw:thaw", "Decode a cache into local memory maps."),
     "gc": ("gc:gc", "What dead runs left in a cache."),
-    "doctor": ("doctor:doctor", "What this machine has and can do, and whether a store works."),
+    "doctor": ("doctor:doctor", "What this machine can do, and whether a store works."),
     "import": ("import_labels:import_command", "Make a cache of a server's log-probabilities."),
 }
 """By name: `module:attribute` below `stages`, and the command's line in the list."""

@@ -433,7 +433,7 @@ def test_a_part_that_changed_or_is_not_finished_is_refused(captured, generated, 
         ({"student": {"context": 16}}, r"student\.context: not for pairs of texts"),
         ({"student": {"tokenizer": "gpt2"}}, r"student\.tokenizer: not for pairs of texts"),
         ({"loss": {"name": "uld"}}, r"loss\.name: uld is for texts"),
-        ({"views": {}}, "views: a table for images"),
+        ({"views": {"flip": 0.5}}, "views: a table for images"),
     ],
 )
 def test_settings_that_make_no_sense_for_pairs_are_refused(tmp_path, tables, complaint):

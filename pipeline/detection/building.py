@@ -6,7 +6,6 @@ width and depth. FCOS and RetinaNet have a feature pyramid of 32 channels (their
 
 from __future__ import annotations
 
-import difflib
 from functools import partial
 from typing import Any
 
@@ -23,6 +22,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from pipeline.detection.detector import Detector
 from pipeline.errors import SpecError
 from pipeline.models import parse_spec
+from pipeline.nearest import nearest
 
 __all__ = ["build_detector"]
 
@@ -70,7 +70,7 @@ def build_detector(spec: str, *, num_classes: int, input_shape: tuple[int, int, 
         if parsed.family == "torchvision":
             return _named(parsed.name, parsed.args, num_classes, input_shape)
         if parsed.family != "builtin" or parsed.name not in SMALL:
-            near = difflib.get_close_matches(parsed.name, SMALL, n=3) or list(SMALL)
+            near = nearest(parsed.name, SMALL) or list(SMALL)
             raise SpecError(
                 f"model {spec!r}: not a detector that is known; nearest: {', '.join(near)}; others are written "
                 "torchvision:NAME"
@@ -91,7 +91,7 @@ def _named(name: str, args: dict[str, Any], num_classes: int, input_shape: tuple
 
     known = models.list_models(module=models.detection)
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:3]
+        near = nearest(name, known, cutoff=0.4) or known[:3]
         raise SpecError(
             f"model 'torchvision:{name}': not one of torchvision's detectors; nearest: {', '.join(near)}"
         )

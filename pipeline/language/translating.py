@@ -11,7 +11,6 @@ another one is refused.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +29,7 @@ from pipeline.language.building import (
 )
 from pipeline.language.pairs import is_encoder_decoder
 from pipeline.models import ModelSpec, parse_spec
+from pipeline.nearest import nearest
 
 __all__ = ["PairTokens", "build_translation_model"]
 
@@ -138,7 +138,7 @@ BUILTIN: dict[str, Callable[..., Any]] = {"t5": _t5, "marian": _marian}
 
 def _builtin(spec: str, parsed: ModelSpec, vocab_size: int, context: int, *, tokens: PairTokens) -> nn.Module:
     if parsed.name not in BUILTIN:
-        near = difflib.get_close_matches(parsed.name, BUILTIN, n=3, cutoff=0.5) or list(BUILTIN)
+        near = nearest(parsed.name, BUILTIN, cutoff=0.5) or list(BUILTIN)
         raise SpecError(
             f"model {spec!r}: unknown name {parsed.name!r}; nearest: {', '.join(near)}; others are written hf:NAME_OR_PATH "
             "or module:factory"
