@@ -151,12 +151,12 @@ def address(client):
 
 
 def files(cache, *, below=""):
-    """Every byte of a cache, by path; what another run staged is left out."""
+    """Every byte of a cache, by path; what another run staged, or held when it was killed, is left out."""
     root = cache / below
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in root.rglob("*")
-        if path.is_file() and ".staging" not in path.parts
+        if path.is_file() and ".staging" not in path.parts and path.suffix != ".lock"
     }
 
 
