@@ -9,7 +9,7 @@ Shape suffixes: B batch, C channels, H height, W width, P label rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
@@ -25,7 +25,13 @@ if TYPE_CHECKING:
     from pipeline.sources.vision import Source
     from pipeline.views import Views
 
-__all__ = ["Batch", "Dataset", "ImageBatch", "ViewedSource"]
+__all__ = ["Batch", "Dataset", "ImageBatch", "ViewedSource", "ranges"]
+
+
+def ranges(num_samples: int, batch_size: int) -> Iterator[range]:
+    """Yields the numbers of all samples, in order, a batch at a time; the last one may be smaller."""
+    for start in range(0, num_samples, batch_size):
+        yield range(start, min(start + batch_size, num_samples))
 
 
 class Batch(Protocol):

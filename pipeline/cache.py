@@ -66,7 +66,7 @@ class StoredRows(NamedTuple):
     """What a cache holds of some samples.
 
     Attributes:
-        labels: [P] of all their rows, sample by sample.
+        labels: [P] of all their rows, sample by sample; `CellLabels` of a cache of cells.
         fingerprints: [B] uint64.
         counts: [B] int64, the rows of each sample.
         positions: [P] where in its sample each row is; None where each sample has one row.
@@ -115,6 +115,8 @@ class Cache(StoredUnits):
 
     def read(self, samples: Sequence[int] | np.ndarray, view: int = 0) -> SoftLabels:
         """Returns the labels of `samples`, in that order, as NumPy arrays: one row each, or (tokens) all rows of each.
+
+        Of a cache of a detector's cells they are `CellLabels`, all rows of each.
 
         Raises:
             IndexError: a sample or view outside of the cache.
@@ -262,7 +264,7 @@ class Cache(StoredUnits):
         return self._one_each[:count]
 
     @cached_property
-    def _pattern(self) -> SoftLabels:
+    def _pattern(self) -> Any:
         """A record without rows, checked once in the place of every batch that is read."""
         return self._codec.decode(self._record.columns(np.zeros((0, self._record.num_bytes), np.uint8)))
 

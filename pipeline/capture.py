@@ -12,7 +12,6 @@ of it, for one of many workers (`pipeline.parallel`).
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -23,6 +22,7 @@ from typing import NamedTuple
 from torch.utils.data import DataLoader
 
 from pipeline.batches import Dataset as Data
+from pipeline.batches import ranges
 from pipeline.labelling import InFlight, Labeller
 from pipeline.manifest import Manifest, TeacherReport, Unit
 from pipeline.open_units import OpenUnit, UnitBatches, Writer
@@ -274,17 +274,6 @@ def evaluate_teacher(
     batch_size: int,
     progress: Callable[[int], None] = lambda samples: None,
 ) -> TeacherReport:
-    """Returns the teacher's accuracy and loss on the plain view of an evaluation split."""
-    loss, correct, rows = 0.0, 0, 0
-    for start in range(0, len(data), batch_size):
-        batch = data.load(range(start, min(start + batch_size, len(data))), 0, fingerprints=False)
-        batch_loss, batch_correct = teacher.score(batch)
-        loss, correct, rows = loss + batch_loss, correct + batch_correct, rows + batch.num_rows
-        progress(len(batch.samples))
-    return TeacherReport(
-        num_parameters=teacher.num_parameters,
-        eval_accuracy=correct / rows,
-        # A masked class that is the truth costs +inf, and a faulty teacher is refused when it labels.
-        eval_loss=loss / rows if math.isfinite(loss) else None,
-        eval_samples=len(data),
-    )
+    """Returns what the teacher scores on the plain view of an evaluation split."""
+    found = teacher.scores(data, batches=ranges(len(data), batch_size), progress=progress)
+    return TeacherReport(num_parameters=teacher.num_parameters, eval_samples=len(data), **found)

@@ -126,6 +126,19 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _check_boxes(self) -> Self:
+        if not isinstance(self.source, DetectionSettings):
+            return self
+        fixed = LossSettings()
+        for key in ("name", "tail", "standardize", "weights"):
+            if getattr(self.loss, key) != getattr(fixed, key):
+                raise ValueError(
+                    f"loss.{key}: {getattr(self.loss, key)!r} is for images and texts; what the soft loss of a detector is "
+                    "made of says the table [cells]; drop the key"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _check_drawn(self) -> Self:
         if (
             self.labels.sampling is not None

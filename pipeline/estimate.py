@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from pipeline.batches import Dataset as Data
+from pipeline.batches import ranges
 from pipeline.capture import UnitMetrics, Work, capture_units
 from pipeline.labelling import Labeller
 from pipeline.manifest import Manifest, Plan, Unit
@@ -174,9 +175,8 @@ def _until(limit_seconds: float, units: Iterator[Unit]) -> Iterator[Unit]:
 
 def _evaluation_seconds(data: Data, teacher: Teacher, batch_size: int) -> float:
     """Returns what scoring the teacher on the evaluation split would take, from its second batch (or its only one)."""
-    start, begun = 0, time.perf_counter()
-    for start in range(0, len(data), batch_size)[:2]:
+    batches, begun = list(ranges(len(data), batch_size))[:2], time.perf_counter()
+    for batch in batches:
         begun = time.perf_counter()
-        batch = data.load(range(start, min(start + batch_size, len(data))), 0, fingerprints=False)
-        teacher.score(batch)
-    return (time.perf_counter() - begun) * len(data) / min(batch_size, len(data) - start)
+        teacher.scores(data, batches=[batch])
+    return (time.perf_counter() - begun) * len(data) / len(batches[-1])

@@ -19,7 +19,7 @@ import torch
 from pipeline.batches import Batch
 from pipeline.batches import Dataset as Data
 from pipeline.errors import LabelError
-from pipeline.labels import STATS, SoftLabels
+from pipeline.labels import STATS, CellLabels, SoftLabels
 from pipeline.positions import highest_rows
 from pipeline.sparsify import LabelSettings, describe_fault
 from pipeline.teacher import Teacher
@@ -31,7 +31,7 @@ class InFlight:
     """A record on its way from the device to host memory, started but not waited for."""
 
     def __init__(
-        self, batch: Any, labels: SoftLabels, faults_P: torch.Tensor, chosen: torch.Tensor | None
+        self, batch: Any, labels: SoftLabels | CellLabels, faults_P: torch.Tensor, chosen: torch.Tensor | None
     ) -> None:
         self.batch = replace(batch, labels=None)
         self._chosen = None if chosen is None else chosen.to("cpu", non_blocking=True)
@@ -42,7 +42,7 @@ class InFlight:
         if self._event is not None:
             self._event.record()
 
-    def wait(self, data: Data) -> SoftLabels:
+    def wait(self, data: Data) -> SoftLabels | CellLabels:
         """Returns the labels as NumPy, `batch` being theirs; raises LabelError naming the first sample with a bad row."""
         if self._event is not None:
             self._event.synchronize()
@@ -126,10 +126,13 @@ class _Chunks:
                 pass
 
 
-def _most_uncertain(batch: Batch, record: SoftLabels, settings: LabelSettings) -> torch.Tensor | None:
+def _most_uncertain(
+    batch: Batch, record: SoftLabels | CellLabels, settings: LabelSettings
+) -> torch.Tensor | None:
     """Returns which rows are kept, on the device, where the teacher's entropy decides; None where all are."""
     if settings.positions.policy != "entropy":
         return None
+    assert isinstance(record, SoftLabels)
     assert record.stats is not None
     entropy_P: Any = record.stats[:, STATS.index("entropy")]
     return highest_rows(entropy_P, batch.row_counts, settings.positions.counts(batch.row_counts))

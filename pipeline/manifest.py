@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.codec import Codec, codec_from_dict
-from pipeline.errors import ManifestError
+from pipeline.codec import AnyCodec, CellCodec, Codec, codec_from_dict
+from pipeline.errors import LabelError, ManifestError
 
 __all__ = [
     "FORMAT_VERSION",
@@ -42,10 +42,15 @@ IDENTITY: dict[str, dict[str, Any]] = {
     "source": {"name": str, "digest": str},
     "labels": {"policy": str, "k": int, "temperatures": list},
 }
-"""What every identity says; `image` and `tokens` say more."""
+"""What every identity says; each kind says more."""
 OF_KIND: dict[str, dict[str, dict[str, Any]]] = {
     "image": {"views": {"digest": str, "settings": dict}},
     "tokens": {"tokenizer": {"digest": str}, "attention": {"digest": str}},
+    "cells": {
+        "views": {"digest": str, "settings": dict},
+        "boxes": {"digest": str, "settings": dict},
+        "grid": {"digest": str, "num_cells": int},
+    },
 }
 
 
@@ -198,12 +203,16 @@ class TeacherReport(_Document):
 
     Attributes:
         eval_accuracy: share of the evaluation split's rows whose first guess is right.
-        eval_loss: mean negative log-likelihood of these rows, nats.
+        eval_loss: mean negative log-likelihood of these rows, nats; of a detector its own loss, mean over images.
+        eval_map: of a detector, the mean average precision over IoU 0.5 to 0.95 on the evaluation split.
+        eval_map50: the same at IoU 0.5.
     """
 
     num_parameters: Count
     eval_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
     eval_loss: Annotated[float, Field(ge=0)] | None = Field(None, exclude_if=_is_none)
+    eval_map: Annotated[float, Field(ge=-1, le=1)] | None = Field(None, exclude_if=_is_none)
+    eval_map50: Annotated[float, Field(ge=-1, le=1)] | None = Field(None, exclude_if=_is_none)
     eval_samples: Count = 0
 
 
@@ -222,7 +231,7 @@ class Manifest(_Document):
 
     format_version: Literal[1] = 1
     softcache_version: str
-    kind: Literal["image", "tokens"]
+    kind: Literal["image", "tokens", "cells"]
     identity: dict[str, dict[str, Any]]
     num_classes: Annotated[int, Field(ge=1, le=2**31)]
     class_names: tuple[str, ...]
@@ -244,18 +253,22 @@ class Manifest(_Document):
             raise ValueError(str(error)) from error
         if codec.num_classes != self.num_classes:
             raise ValueError(f"num_classes {self.num_classes} differs from the codec's {codec.num_classes}")
-        if (self.kind == "tokens") != (self.rows is not None):
-            raise ValueError("rows: caches of tokens have them, caches of images do not")
+        if (self.kind == "image") != (self.rows is None):
+            raise ValueError("rows: caches of tokens and cells have them, caches of images do not")
+        if (self.kind == "cells") != isinstance(codec, CellCodec):
+            raise ValueError(f"codec {codec.name}: is not of labels of kind {self.kind}")
         for part, fields in (IDENTITY | OF_KIND[self.kind]).items():
             for name, kind in fields.items():
                 if not isinstance(self.identity.get(part, {}).get(name), kind):
                     raise ValueError(f"identity.{part} must have {name}, a {kind.__name__}")
         if not all(isinstance(t, int | float) for t in self.identity["labels"]["temperatures"]):
             raise ValueError("identity.labels.temperatures must be numbers")
+        if isinstance(codec, CellCodec) and self.identity["grid"]["num_cells"] != codec.num_cells:
+            raise ValueError(f"identity.grid.num_cells differs from the codec's {codec.num_cells}")
         self._check_sizes(codec)
         return self
 
-    def _check_sizes(self, codec: Codec) -> None:
+    def _check_sizes(self, codec: AnyCodec) -> None:
         row_bytes = sum(np.dtype(c.dtype).itemsize * math.prod(c.shape) for c in codec.columns) + 16
         unit_rows, chunk_rows = self.plan.unit_samples, self.plan.chunk_samples
         if self.rows is not None:
@@ -278,8 +291,25 @@ class Manifest(_Document):
         """Rows of all views together."""
         return (self.rows.num_rows if self.rows else self.plan.num_samples) * self.plan.num_views
 
-    def build_codec(self) -> Codec:
+    def build_codec(self) -> AnyCodec:
         return codec_from_dict(self.codec)
+
+    def soft_codec(self, what: str) -> Codec:
+        """Returns the codec of a cache of `SoftLabels`.
+
+        Args:
+            what: needs one, and on which cache.
+
+        Raises:
+            LabelError: it is a cache of a detector's cells.
+        """
+        codec = self.build_codec()
+        if isinstance(codec, CellCodec):
+            raise LabelError(
+                f"{what}: expected labels of images or tokens; found labels of kind 'cells', of a detector, for which it is "
+                "not made; give another cache"
+            )
+        return codec
 
 
 def differences(here: Manifest, there: Manifest) -> list[str]:

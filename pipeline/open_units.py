@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 
 from pipeline.batches import Batch
 from pipeline.batches import Dataset as Data
-from pipeline.codec import Codec
-from pipeline.labels import SoftLabels, concat
+from pipeline.codec import AnyCodec
+from pipeline.labels import CellLabels, SoftLabels, joined
 from pipeline.manifest import Unit
 from pipeline.positions import PositionSettings, chosen_rows
 
@@ -51,12 +51,12 @@ class OpenUnit:
     unit: Unit
     claim: ExitStack
     teacher_seconds: float = 0.0
-    labels: list[SoftLabels] = field(default_factory=list)
+    labels: list[SoftLabels | CellLabels] = field(default_factory=list)
     fingerprints: list[np.ndarray] = field(default_factory=list)
     row_counts: list[np.ndarray] = field(default_factory=list)
     positions: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, batch: Batch, labels: SoftLabels) -> None:
+    def add(self, batch: Batch, labels: SoftLabels | CellLabels) -> None:
         self.labels.append(labels)
         self.fingerprints.append(batch.fingerprints)
         self.row_counts.append(batch.row_counts)
@@ -70,8 +70,8 @@ class OpenUnit:
     def num_rows(self) -> int:
         return sum(map(len, self.positions))
 
-    def columns(self, codec: Codec, *, ragged: bool) -> dict[str, np.ndarray]:
-        columns = codec.encode(concat(self.labels))
+    def columns(self, codec: AnyCodec, *, ragged: bool) -> dict[str, np.ndarray]:
+        columns = codec.encode(joined(self.labels))
         columns["fingerprint"] = np.concatenate(self.fingerprints)
         if ragged:
             columns["num_rows"] = np.concatenate(self.row_counts).astype(np.uint32)

@@ -8,14 +8,24 @@ or converts, has to have the same identity as the cache that it finds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from pydantic import Field, ValidationError
 
 from pipeline import __version__
 from pipeline.batches import Dataset as Data
-from pipeline.codec import COARSEST, DEFAULT_STEP, FINEST, Codec, OpenCodec, PackedCodec
+from pipeline.codec import (
+    COARSEST,
+    DEFAULT_STEP,
+    FINEST,
+    AnyCodec,
+    CellCodec,
+    Codec,
+    OpenCodec,
+    PackedCodec,
+)
+from pipeline.dense_teacher import DenseTeacher
 from pipeline.errors import ConfigError, IdentityError, LabelError
 from pipeline.identity import digest_bytes
 from pipeline.manifest import MAX_MANIFEST_BYTES, Manifest, Plan, TeacherReport, differences
@@ -29,19 +39,19 @@ from pipeline.teacher import Dtype, Teacher
 __all__ = ["CaptureSettings", "create_cache", "default_plan", "join_cache", "plan_manifest"]
 
 MANIFEST = "manifest.json"
-ROWS = {"image": (16384, 2048), "tokens": (131072, 8192), "cells": (1024, 128)}
+ROWS = {"image": (16384, 2048), "tokens": (131072, 8192), "cells": (131072, 8192)}
 """Rows of a unit and of a chunk, by kind, where the settings do not say."""
 CHUNK_ROWS = 2048
-"""Rows of tokens that are compressed together."""
+"""Rows of tokens, or of cells, that are compressed together."""
 
 
 class CaptureSettings(Settings):
     """[capture]: how the teacher is run and how its labels are laid out.
 
-    Without `unit_samples` and `chunk_samples` a unit has about 131,072 rows of tokens or 16,384 images, and a chunk
-    (what is decoded together) about 8,192 rows of tokens or 2,048 images. `chunk_positions` bounds the logits that a
-    language model's head gives at once: chunk_positions x V x 4 bytes, and about five times that while they are made
-    into labels.
+    Without `unit_samples` and `chunk_samples` a unit has about 131,072 rows of tokens or cells, or 16,384 images, and a
+    chunk (what is decoded together) about 8,192 rows of tokens or cells, or 2,048 images. `chunk_positions` bounds the
+    logits that a language model's head gives at once: chunk_positions x V x 4 bytes, and about five times that while
+    they are made into labels.
 
     `codec` "open" has plain columns, with log-probabilities as `values` says; "packed" takes half to 70% of it on disk:
     log-probabilities to half a `step` (nats), and so the tail, but at T = 1 or with `tail` "float32".
@@ -69,8 +79,9 @@ def plan_manifest(
     """Returns the manifest of a cache and the bytes of its sample table.
 
     Raises:
-        LabelError: K is larger than V.
-        ConfigError: positions are to be chosen of images, or units are larger than readers take.
+        LabelError: K is larger than V, or more cells are to be kept than there are.
+        ConfigError: positions are to be chosen of what has none, cells are to be kept in a way that there is not, or units
+            are larger than readers take.
     """
     source, num_classes = data.source, teacher.num_classes
     k = labels.num_slots(num_classes)
@@ -79,16 +90,22 @@ def plan_manifest(
             f"labels.k: {k} is more than the {num_classes} classes of source {source.name}; "
             f'choose k <= {num_classes}, or policy = "dense"'
         )
-    num_rows: np.ndarray | None = None
-    if data.kind == "tokens":
-        num_rows = labels.positions.counts(source.num_rows())
-    elif labels.positions.policy != "all":
-        raise ConfigError(
-            f"labels.positions: {labels.positions.policy!r}, but samples of source {source.name} are images, with one row "
-            "each; drop the table"
-        )
+    num_rows = _num_rows(data, labels)
     plan = default_plan(data, settings, num_views=labels.num_views)
-    codec = _codec(num_classes, k, labels, settings)
+    said, class_names = (
+        labels.identity(num_classes),
+        tuple(source.class_names) if data.kind != "tokens" else (),
+    )
+    of_kind: dict[str, Any] = {}
+    codec: AnyCodec
+    if data.kind == "cells":
+        dense = cast(DenseTeacher, teacher)
+        codec = _cell_codec(dense, k, labels, settings)
+        said["temperatures"] = list(codec.temperatures)
+        of_kind["grid"] = {"digest": dense.grid, "num_cells": dense.num_cells}
+        class_names = ("background",) * (num_classes - len(class_names)) + class_names
+    else:
+        codec = _codec(num_classes, k, labels, settings)
     if num_rows is None:
         rows, samples = None, encode_samples(source.keys(), source.targets())
     else:
@@ -106,11 +123,12 @@ def plan_manifest(
             },
             "source": {"name": source.name, "digest": source.digest, "num_samples": len(data)},
             **data.identity(labels.num_views),
-            "labels": labels.identity(num_classes),
+            **of_kind,
+            "labels": said,
             "codec": codec.to_dict(),
         },
         num_classes=num_classes,
-        class_names=() if num_rows is not None else tuple(source.class_names),
+        class_names=class_names,
         codec=codec.to_dict(),
         plan=plan,
         rows=rows,
@@ -134,6 +152,71 @@ def _built(**fields: Any) -> Manifest:
         raise ConfigError(f"capture: no cache can be made so: {error.errors()[0]['msg']}") from error
 
 
+def _num_rows(data: Data, labels: LabelSettings) -> np.ndarray | None:
+    """Returns how many label rows each sample has, [N] int64; None where it is one each.
+
+    Raises:
+        ConfigError: positions are to be chosen in a way that is none of this kind of data.
+    """
+    policy, name = labels.positions.policy, data.source.name
+    if data.kind == "cells":
+        if policy != "cells":
+            raise ConfigError(
+                f"labels.positions: {policy!r}, but of the images of source {name} a detector's cells are kept; expected "
+                'policy = "cells", with top = the number of cells of each image'
+            )
+        return labels.positions.counts(np.ones(len(data), np.int64))
+    if policy == "cells":
+        raise ConfigError(
+            f"labels.positions: 'cells' are a detector's, and source {name} has no boxes; "
+            + ("drop the table" if data.kind == "image" else 'choose "all", "every", "random" or "entropy"')
+        )
+    if data.kind == "tokens":
+        return labels.positions.counts(data.source.num_rows())
+    if policy != "all":
+        raise ConfigError(
+            f"labels.positions: {policy!r}, but samples of source {name} are images, with one row each; drop the table"
+        )
+    return None
+
+
+def _cell_codec(teacher: DenseTeacher, k: int, labels: LabelSettings, settings: CaptureSettings) -> CellCodec:
+    """Returns the codec of a detector's cells.
+
+    Raises:
+        ConfigError: a policy, codec or temperature that there is not for cells.
+        LabelError: more cells are to be kept than the grid has.
+    """
+    if labels.policy not in ("top_k", "dense"):
+        raise ConfigError(
+            f'labels.policy: {labels.policy!r}; of a detector\'s cells "top_k" or "dense" is kept; choose one of them'
+        )
+    if settings.codec != "open":
+        raise ConfigError(
+            f'capture.codec: {settings.codec!r}; a detector\'s cells are kept as plain columns; set codec = "open"'
+        )
+    coins = teacher.distribution == "bernoulli"
+    if coins and "temperatures" in labels.model_fields_set:
+        raise ConfigError(
+            f"labels.temperatures: the head of teacher {teacher.spec} is sigmoids, one for each class, with no tail whose "
+            "mass were to be kept at temperatures; drop the setting: any temperature is served"
+        )
+    if labels.positions.top > teacher.num_cells:
+        raise LabelError(
+            f"labels.positions.top: {labels.positions.top} is more than the {teacher.num_cells} cells that teacher "
+            f"{teacher.spec} has for an image; lower it"
+        )
+    return CellCodec(
+        num_classes=teacher.num_classes,
+        k=k,
+        distribution=teacher.distribution,
+        num_cells=teacher.num_cells,
+        beside=tuple(sorted(teacher.columns.items())),
+        temperatures=() if coins else labels.temperatures,
+        values=settings.values,
+    )
+
+
 def _codec(num_classes: int, k: int, labels: LabelSettings, settings: CaptureSettings) -> Codec:
     common: dict[str, Any] = {
         "num_classes": num_classes,
@@ -148,7 +231,11 @@ def _codec(num_classes: int, k: int, labels: LabelSettings, settings: CaptureSet
 
 def default_plan(data: Data, settings: CaptureSettings, *, num_views: int = 1) -> Plan:
     """Returns how a source is cut: a unit is a whole number of chunks, and neither is larger than the source."""
-    mean_rows = data.source.num_rows().mean() if data.kind == "tokens" else 1.0
+    mean_rows = 1.0
+    if data.kind == "tokens":
+        mean_rows = data.source.num_rows().mean()
+    elif data.kind == "cells":
+        mean_rows = cast(Any, data).rows_per_sample
     unit, chunk = (max(1, round(rows / mean_rows)) for rows in ROWS[data.kind])
     unit = min(settings.unit_samples or max(unit, settings.chunk_samples or 1), len(data))
     chunk = min(settings.chunk_samples or chunk, unit)

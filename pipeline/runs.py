@@ -323,7 +323,12 @@ def train_student(
         IncompleteCacheError: the cache has missing units, and `allow_partial` is off.
         AlignmentError, IdentityError: the cache is of something else.
     """
-    config = config.model_copy(update={"train": config.train.model_copy(update={"labels": labels})})
+    config = config.model_copy(
+        update={
+            "train": config.train.model_copy(update={"labels": labels}),
+            "student": config.student.model_copy(update={"model": model}),
+        }
+    )
     identity: dict[str, Any] = {}
     if labels == "cache":
         assert cache is not None
@@ -342,6 +347,8 @@ def train_student(
             }
     if labels != "hard":
         identity["loss"] = config.loss.identity()
+        if data.train.kind == "cells":
+            identity["cells"] = config.cells.model_dump()
     task = data.task(config, model, teacher if labels == "online" else None)
     return _fit(
         config, data, task, model, out, feed, identity=identity, track_with=track_with, on_epoch=on_epoch

@@ -97,13 +97,14 @@ def slim_cache(
         CorruptionError: a unit of the original is damaged.
         IdentityError: there is another cache at `target_url`.
     """
+    origin_codec = cache.manifest.soft_codec(f"slim, cache {cache.url}")
     manifest, labels = slim_manifest(cache, changes)
     origin, source_objects = cache.manifest, open_objects(cache.url)
     objects = open_objects(target_url, create=True)
     manifest, digest = create_cache(objects, manifest, source_objects.get(origin.samples))
     reading, writing = open_store(origin, source_objects), open_store(manifest, objects)
-    codec = manifest.build_codec()
-    own = {column.name for column in origin.build_codec().columns}
+    codec = manifest.soft_codec("slim")
+    own = {column.name for column in origin_codec.columns}
     finished = finished_units(objects, manifest, digest)
     # Views that are left out have the highest numbers.
     wanted = {number: cache.markers[number] for number in cache.markers if number < manifest.plan.num_units}
@@ -132,7 +133,7 @@ def _parts(unit: Unit, size: int) -> list[tuple[int, int]]:
 
 def _slim(cache: Cache, columns: dict[str, np.ndarray], target: LabelSettings | None) -> SoftLabels:
     """The smaller record of some samples; `target` None leaves the labels as they are."""
-    codec = cache.manifest.build_codec()
+    codec = cache.manifest.soft_codec("slim")
     labels = codec.decode(columns)
     check_stored(codec, {name: array for name in ARRAYS if (array := getattr(labels, name)) is not None})
     if target is None:
@@ -239,7 +240,7 @@ def _labels(cache: Cache, changes: SlimSettings) -> LabelSettings:
 
 def _check_labels(cache: Cache, target: LabelSettings) -> None:
     """Raises unless a capture with the target's settings would have kept nothing that the original has not."""
-    codec, found = cache.manifest.build_codec(), cache.manifest.identity["labels"]
+    codec, found = cache.manifest.soft_codec("slim"), cache.manifest.identity["labels"]
     where, num_classes = f"cache {cache.url}: policy {found['policy']!r}, k {found['k']}", codec.num_classes
     slots, wanted = target.num_slots(num_classes), target.identity(num_classes)
     if slots > num_classes or (slots > codec.k and target.sampling is None):
@@ -281,7 +282,7 @@ def _codec(cache: Cache, labels: LabelSettings, changes: SlimSettings) -> Codec:
     Raises:
         LabelError: it would promise more than the original holds, or has no such number.
     """
-    origin = cache.manifest.build_codec()
+    origin = cache.manifest.soft_codec("slim")
     common: dict[str, Any] = {
         "num_classes": origin.num_classes,
         "k": labels.num_slots(origin.num_classes),

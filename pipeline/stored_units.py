@@ -77,8 +77,9 @@ class StoredUnits:
 
     @property
     def skips_positions(self) -> bool:
-        """Whether only some of a sample's rows have a label: its `labels.positions` were not "all"."""
-        return "positions" in self.manifest.identity["labels"]
+        """Whether only some of a sample's rows have a label: its `labels.positions` were not "all". Of cells a batch has no
+        other rows than those."""
+        return self.manifest.kind != "cells" and "positions" in self.manifest.identity["labels"]
 
     @property
     def markers(self) -> dict[int, UnitMarker]:

@@ -5,6 +5,7 @@ A chunk is as many rows of logits as are held at once: for images a whole batch,
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from pipeline.batches import ImageBatch
+from pipeline.batches import Dataset, ImageBatch
 from pipeline.errors import ConfigError, LabelError
 from pipeline.identity import digest_weights
 from pipeline.labels import SoftLabels, collect
@@ -116,6 +117,28 @@ class Teacher(ABC):
             correct += int((logits_PV.argmax(-1) == wanted).sum())
             start += len(logits_PV)
         return loss, correct
+
+    def scores(
+        self,
+        data: Dataset,
+        *,
+        batches: Iterable[range],
+        progress: Callable[[int], None] = lambda samples: None,
+    ) -> dict[str, Any]:
+        """Returns what a cache's manifest tells of the teacher: here, its accuracy and loss on a split's plain view.
+
+        Args:
+            batches: the samples to score, a batch each.
+            progress: called with the number of samples of each batch.
+        """
+        loss, correct, rows = 0.0, 0, 0
+        for samples in batches:
+            batch = data.load(samples, 0, fingerprints=False)
+            batch_loss, batch_correct = self.score(batch)
+            loss, correct, rows = loss + batch_loss, correct + batch_correct, rows + batch.num_rows
+            progress(len(batch.samples))
+        # A masked class that is the truth costs +inf, and a faulty teacher is refused when it labels.
+        return {"eval_accuracy": correct / rows, "eval_loss": loss / rows if math.isfinite(loss) else None}
 
 
 class ImageTeacher(Teacher):

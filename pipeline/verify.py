@@ -66,6 +66,7 @@ def verify_against_teacher(
             f"cache {cache.url}: fused of the labels of several teachers, and no single one confirms it; leave --config "
             "out, and verify the caches that it was fused of with the configs of their teachers"
         )
+    cache.manifest.soft_codec(f"verify with a teacher, cache {cache.url}")
     check_alignment(cache, data)
     rows = [(view, int(sample)) for view in range(cache.num_views) for sample in cache.samples_in(view)]
     chosen = sorted(np.random.default_rng(seed).permutation(len(rows))[:num_rows])

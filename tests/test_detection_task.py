@@ -6,13 +6,14 @@ import torch
 from accelerate import Accelerator
 
 from pipeline.config import build_config
+from pipeline.detection.scoring import new_metric, score_batch
 from pipeline.errors import ConfigError, LabelError, SpecError
 from pipeline.labels import BernoulliLabels, CellLabels
 from pipeline.losses.cells import CellLossSettings
 from pipeline.modalities import open_data
 from pipeline.runs import train_teacher
 from pipeline.tasks import LossSettings
-from pipeline.tasks.detections import DetectionTask, score_batch
+from pipeline.tasks.detections import DetectionTask
 
 SPEC = "fcos?width=8&depth=0&convs=1"
 
@@ -116,7 +117,6 @@ def test_alpha_mixes_the_modules_own_loss_with_the_soft_one(parts):
 def test_detections_that_are_the_truth_score_one_and_crowds_do_not_count(data, monkeypatch):
     from pipeline.detection.detector import Detector
     from pipeline.sources.boxes import Truth
-    from pipeline.tasks.detections import _metric
 
     task = data.task(config(None), SPEC)
     truths = data.evaluation.truths(range(4), 0)
@@ -131,7 +131,7 @@ def test_detections_that_are_the_truth_score_one_and_crowds_do_not_count(data, m
     monkeypatch.setattr(Detector, "detections", lambda self, outputs, size: said)
 
     def score(found):
-        metric = _metric()
+        metric = new_metric()
         monkeypatch.setattr(type(data.evaluation), "truths", lambda self, samples, view: found)
         score_batch(
             task.build().eval(), data.evaluation, range(4), task.normalize, metric, torch.device("cpu")

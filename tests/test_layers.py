@@ -15,7 +15,17 @@ FLOORS = [
     {"views", "sources", "models", "sparsify", "losses", "codec"},
     {"manifest", "batches", "token_batches", "language", "fused", "pairing", "student_views"},
     {"stores", "teacher", "thaw", "byte_batches", "detection"},
-    {"planning", "labelling", "mirror", "open_units", "stored_units", "doctor", "generation"},
+    {"dense_teacher"},
+    {
+        "detection_teacher",
+        "planning",
+        "labelling",
+        "mirror",
+        "open_units",
+        "stored_units",
+        "doctor",
+        "generation",
+    },
     {"capture", "cache", "status"},
     {"reader", "checkpoints", "tasks", "estimate"},
     {"loader", "samplers", "adaptation"},
@@ -29,7 +39,17 @@ FLOORS = [
     {"export"},
 ]
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
-WRITING = {"positions", "sparsify", "teacher", "planning", "labelling", "open_units", "capture"}
+WRITING = {
+    "positions",
+    "sparsify",
+    "teacher",
+    "dense_teacher",
+    "detection_teacher",
+    "planning",
+    "labelling",
+    "open_units",
+    "capture",
+}
 READING = {"stored_units", "cache", "reader", "shuffle", "losses", "fused"}
 
 

@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+from pipeline.codec.cells import CellCodec
 from pipeline.codec.open import OpenCodec
 from pipeline.codec.packed import PackedCodec
 from pipeline.errors import LabelError, ManifestError
 from pipeline.labels import Sampling
 
-__all__ = ["Codec", "codec_from_dict"]
+__all__ = ["AnyCodec", "Codec", "codec_from_dict"]
 
 Codec = OpenCodec | PackedCodec
-_KINDS = {kind.name: kind for kind in (OpenCodec, PackedCodec)}
+"""Of `SoftLabels`."""
+AnyCodec = Codec | CellCodec
+_KINDS: dict[str, type[AnyCodec]] = {kind.name: kind for kind in (OpenCodec, PackedCodec, CellCodec)}
 
 
-def codec_from_dict(described: Mapping[str, Any]) -> Codec:
+def codec_from_dict(described: Mapping[str, Any]) -> AnyCodec:
     """Returns the codec that a manifest describes.
 
     Raises:
@@ -30,6 +33,13 @@ def codec_from_dict(described: Mapping[str, Any]) -> Codec:
         raise ManifestError(
             f"codec.name {name!r}: unknown; this version reads: {', '.join(_KINDS)}; upgrade softcache"
         )
+    if kind is CellCodec:
+        try:
+            return CellCodec.from_dict(described)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ManifestError(
+                f"codec {name}: bad parameters: {error!r}; found {dict(described)}"
+            ) from error
     highest, sampling = parameters.pop("max_temperature", None), parameters.pop("sampling", None)
     try:
         if not isinstance(parameters["temperatures"], list | tuple):

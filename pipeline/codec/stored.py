@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.codec.cells import CellCodec
 from pipeline.errors import LabelError
 
 __all__ = ["check_stored"]
@@ -24,8 +25,11 @@ def check_stored(codec: Any, arrays: Mapping[str, np.ndarray]) -> None:
 
     Raises:
         LabelError: an id above V, an unused slot (id V) with a probability, more draws than were made, NaN or +inf; the
-            first such row is named.
+            first such row is named. Of cells as `CellCodec.check`.
     """
+    if isinstance(codec, CellCodec):
+        codec.check(arrays)
+        return
     ids, most = arrays["ids"], codec.num_classes
     if not len(ids):
         return

@@ -100,6 +100,19 @@ class DetectionBatch:
         """[P] int64, each row's number in its image; which cell it is, `labels.cells` says."""
         return np.tile(np.arange(self.rows_per_sample, dtype=np.int64), len(self))
 
+    def rows_at(self, positions: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Returns which of the P rows are at these positions, int64; -1 where it is not the next one.
+
+        Args:
+            positions: of the labels of each sample, sample by sample.
+            counts: [B] how many each sample has.
+        """
+        rows = np.arange(len(positions))
+        expected = self.positions
+        if len(positions) != len(expected) or (counts != self.rows_per_sample).any():
+            return np.full(len(positions), -1)
+        return np.where(positions == expected, rows, -1)
+
     def split(self, pieces: int) -> list[DetectionBatch]:
         if pieces == 1:
             return [self]

@@ -88,6 +88,7 @@ class Detector(nn.Module):
         num_classes: V of the head.
         background: 1 where the head's class 0 is the background, else 0: the source's class c is the head's c + background.
         kind: the distribution of a cell, "bernoulli" or "categorical".
+        has_centerness: whether the head says how central a cell is in its box.
     """
 
     def __init__(self, net: nn.Module, *, num_classes: int, grey: bool = False) -> None:
@@ -100,6 +101,7 @@ class Detector(nn.Module):
         self.net, self._grey = net, grey
         self.background = int(isinstance(net, SSD))
         self.num_classes = num_classes + self.background
+        self.has_centerness = isinstance(net, FCOS)
         self.kind: Literal["bernoulli", "categorical"] = "categorical" if self.background else "bernoulli"
 
     def forward(

@@ -13,6 +13,7 @@ import torch
 
 from pipeline.batches import ViewedSource
 from pipeline.detection.batches import DetectionBatch
+from pipeline.identity import digest_json
 from pipeline.sources.boxes import BoxSource, Truth
 from pipeline.sources.image_source import images_of
 from pipeline.view_boxes import MIN_VISIBLE
@@ -39,7 +40,8 @@ class ViewedScenes:
 
     def identity(self, num_views: int) -> dict[str, dict[str, Any]]:
         """Returns what a cache's identity says of the views, and of the boxes that they show."""
-        return {**self._images.identity(num_views), "boxes": {"min_visible": MIN_VISIBLE}}
+        rule = {"min_visible": MIN_VISIBLE}
+        return {**self._images.identity(num_views), "boxes": {"digest": digest_json(rule), "settings": rule}}
 
     def load(
         self, samples: Sequence[int] | np.ndarray, view: int, *, fingerprints: bool | np.ndarray = True

@@ -31,6 +31,7 @@ def measure_cache(
     Raises:
         TemperatureError: the cache does not reach one of the temperatures.
     """
+    cache.manifest.soft_codec(f"fidelity, cache {cache.url}")
     sizes = bytes_per_position(cache)
     if cache.manifest.store == "zarr":
         other_bytes = sum(size for name, size in sizes.items() if name in LABEL_FREE)

@@ -41,7 +41,8 @@ def check_agreement(caches: Sequence[Cache]) -> None:
 
 
 def _check_usable(cache: Cache) -> None:
-    where, codec = f"cache {cache.url}", cache.manifest.build_codec()
+    where = f"cache {cache.url}"
+    codec = cache.manifest.soft_codec(f"fuse, {where}")
     if cache.missing_units:
         raise IncompleteCacheError(
             f"{where}: {len(cache.missing_units)} of {cache.manifest.plan.num_units} units are missing; finish it with "

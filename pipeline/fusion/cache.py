@@ -63,7 +63,7 @@ def fuse_caches(
     progress(sum(marker.num_rows for marker in finished.values()))
     pending = [unit for unit in manifest.plan.units() if unit.number not in finished]
     keys, targets = first.samples_table()[:2] if pending else ([], np.zeros(0, np.int64))
-    codec = manifest.build_codec()
+    codec = manifest.soft_codec("fuse")
     for unit in claimed_units(objects, manifest, digest, pending):
         stored = _read(caches, unit, keys)
         wanted = targets[unit.start : unit.stop] if len(targets) else None

@@ -75,7 +75,7 @@ def import_labels(
         _check_complete(responses, data.source, manifest, set(finished))
     report.units_found = len(finished)
     progress(sum(marker.num_rows for marker in finished.values()))
-    store, codec = open_store(manifest, objects), manifest.build_codec()
+    store, codec = open_store(manifest, objects), manifest.soft_codec("import")
     for unit in manifest.plan.units():
         if unit.number in finished or not responses.found[unit.start : unit.stop].all():
             continue
@@ -132,7 +132,7 @@ def _manifest(
     manifest, samples = plan_manifest(
         data, cast(Any, server), LabelSettings(k=k, temperatures=(1.0,)), settings
     )
-    codec = replace(manifest.build_codec(), stats=False, max_temperature=1.0).to_dict()
+    codec = replace(manifest.soft_codec("import"), stats=False, max_temperature=1.0).to_dict()
     identity = manifest.identity | {
         "codec": codec,
         "labels": manifest.identity["labels"] | {"policy": POLICY},

@@ -12,7 +12,7 @@ slimming.py    a record of fewer classes from one of more
 """
 
 from pipeline.labels.bernoulli import BernoulliLabels, SoftenedBernoulli
-from pipeline.labels.cells import COLUMNS, CellLabels
+from pipeline.labels.cells import COLUMNS, CellLabels, joined
 from pipeline.labels.joining import collect, concat
 from pipeline.labels.record import ARRAYS, STATS, SoftLabels
 from pipeline.labels.sampling import Sampling
@@ -33,5 +33,6 @@ __all__ = [
     "SoftenedLabels",
     "collect",
     "concat",
+    "joined",
     "slimmed",
 ]

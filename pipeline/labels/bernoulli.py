@@ -10,7 +10,7 @@ Shape suffixes: `P` positions (cells), `V` classes, `K` kept classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
@@ -141,6 +141,13 @@ class BernoulliLabels:
         """The record with a function applied to each of its arrays."""
         mapped: dict[str, Any] = {name: function(x) for name, x in self._arrays().items()}
         return replace(self, **mapped)
+
+    def with_arrays(self, arrays: Mapping[str, Array]) -> Self:
+        """The same record of other positions, unchecked; see `SoftLabels.with_arrays`."""
+        derived = object.__new__(type(self))
+        derived.__dict__.update(self.__dict__)
+        derived.__dict__.update({name: arrays[name] for name in self._arrays()})
+        return derived
 
     def _arrays(self) -> dict[str, Array]:
         values = {

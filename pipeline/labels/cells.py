@@ -27,7 +27,7 @@ from pipeline.labels.joining import concat
 from pipeline.labels.record import SoftLabels
 from pipeline.labels.softening import SoftenedLabels
 
-__all__ = ["COLUMNS", "CellLabels"]
+__all__ = ["COLUMNS", "CellLabels", "joined"]
 
 COLUMNS = ("boxes", "bins", "centerness")
 """What `CellLabels.columns` may hold."""
@@ -109,6 +109,14 @@ class CellLabels:
         """The record in page-locked memory."""
         return self._with(self.labels.pin_memory(), lambda x: as_torch(x).pin_memory())
 
+    def with_arrays(self, arrays: Mapping[str, Array]) -> Self:
+        """The same record of other positions, unchecked; see `SoftLabels.with_arrays`."""
+        derived = object.__new__(type(self))
+        columns = MappingProxyType({name: arrays[name] for name in self.columns})
+        labels = self.labels.with_arrays(arrays)
+        derived.__dict__.update(labels=labels, cells=arrays["cells"], columns=columns)
+        return derived
+
     def _with(self, labels: SoftLabels | BernoulliLabels, function: Callable[[Array], Array]) -> Self:
         columns = {name: function(x) for name, x in self.columns.items()}
         return replace(self, labels=labels, cells=function(self.cells), columns=columns)
@@ -124,6 +132,11 @@ class CellLabels:
         joined = join_columns("CellLabels", [{**record.columns, "cells": record.cells} for record in records])
         cells = joined.pop("cells")
         return cls(_joined_labels([record.labels for record in records]), cells, joined)
+
+
+def joined(records: Sequence[Any]) -> Any:
+    """Returns one record of all positions, in order, of records of either kind; raises as `concat` of that kind."""
+    return CellLabels.concat(records) if isinstance(records[0], CellLabels) else concat(records)
 
 
 def _joined_labels(parts: Sequence[SoftLabels | BernoulliLabels]) -> SoftLabels | BernoulliLabels:

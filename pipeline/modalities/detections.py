@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from pipeline.cache import Cache
 from pipeline.config import RunConfig
+from pipeline.dense_teacher import DenseTeacher
+from pipeline.detection import DetectionBatch
 from pipeline.detection.building import build_detector
-from pipeline.detection.detector import Grid
+from pipeline.detection.detector import Grid, check_same_grid
 from pipeline.detection.scenes import ViewedScenes
+from pipeline.detection_teacher import load_detection_teacher
 from pipeline.errors import ConfigError
-from pipeline.models import Normalize
+from pipeline.labels import CellLabels
+from pipeline.models import Normalize, select_device
 from pipeline.reader import SoftLabelDataset
 from pipeline.sources.boxes import DetectionSettings
 from pipeline.sources.detection import open_detection
+from pipeline.sparsify import LabelSettings
 from pipeline.tasks.detections import DetectionTask
 from pipeline.teacher import Teacher, TeacherSettings
 from pipeline.views import Views
@@ -79,11 +85,21 @@ class DetectionData:
         return True
 
     def labelled(self, config: RunConfig, cache: Cache) -> tuple[Any, None]:
-        """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
+        """Returns the student's dataset of labelled samples, and which of them it has (None: all).
+
+        Raises:
+            IdentityError: the student's cells are not those of the labels.
+        """
         reader = config.reader
-        return SoftLabelDataset(
+        dataset = SoftLabelDataset(
             self.train, cache, check_share=reader.check_share, check_first=reader.check_first
-        ), None
+        )
+        check_same_grid(
+            config.student.model,
+            self.grid(config.student.model).digest,
+            cache.manifest.identity["grid"]["digest"],
+        )
+        return dataset, None
 
     def unlabelled(self, config: RunConfig) -> ViewedScenes:
         """Returns the student's samples without labels."""
@@ -96,23 +112,37 @@ class DetectionData:
             return detector.grid(detector(torch.zeros(1, *self.input_shape))[0])
 
     def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:
-        """Refuses: labels of a detector's cells have a record, and no capture yet.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(
-            f"teacher {settings.model}: a detector's labels cannot be captured yet; `softcache train-teacher` trains "
-            "it on the ground truth"
+        """Returns the teacher with its weights, on the device and dtype of [capture]."""
+        return load_detection_teacher(
+            settings,
+            num_classes=self.num_classes,
+            input_shape=self.input_shape,
+            normalize=self.normalize(),
+            device=select_device(config.capture.device),
+            dtype=config.capture.dtype,
         )
 
     def task(self, config: RunConfig, model: str, teacher: Teacher | None = None) -> DetectionTask:
-        """Returns what a student of that spec learns."""
+        """Returns what a student of that spec learns; `teacher` labels its batches on the spot.
+
+        Raises:
+            IdentityError: the student's cells are not the teacher's.
+        """
         self.of_student(config)
+        label: Callable[[DetectionBatch], CellLabels] | None = None
+        if teacher is not None:
+            assert isinstance(teacher, DenseTeacher)
+            check_same_grid(model, self.grid(model).digest, teacher.grid)
+            label = partial(_labelled, teacher, config.labels)
         return DetectionTask(
             lambda: build_detector(model, num_classes=self.num_classes, input_shape=self.input_shape),
             self.evaluation,
             self.normalize(),
             config.loss,
             config.cells,
+            label,
         )
+
+
+def _labelled(teacher: DenseTeacher, settings: LabelSettings, batch: DetectionBatch) -> CellLabels:
+    return teacher.label(batch, settings)[0].to_torch(batch.images.device)

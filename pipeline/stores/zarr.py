@@ -379,15 +379,16 @@ async def _describe(manifest: Manifest, columns: Iterable[Column]) -> dict[str, 
             compressors=_compressors(column),
         )
     grid = np.array(manifest.codec["temperatures"], np.float64)
-    coordinate = await group.create_array(
-        "temperature",
-        shape=grid.shape,
-        chunks=grid.shape,
-        dtype="float64",
-        dimension_names=["temperature"],
-        compressors=None,
-    )
-    await coordinate.setitem(slice(None), grid)
+    if len(grid):  # independent classes have no tail, and no grid
+        coordinate = await group.create_array(
+            "temperature",
+            shape=grid.shape,
+            chunks=grid.shape,
+            dtype="float64",
+            dimension_names=["temperature"],
+            compressors=None,
+        )
+        await coordinate.setitem(slice(None), grid)
     paths = [path async for path in memory.list()]
     prefix = manifest.data + "/"
     from zarr.core.buffer import default_buffer_prototype
@@ -409,7 +410,8 @@ def _grid(plan: Plan) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]
 def _fill_value(manifest: Manifest, column: Column) -> Any:
     if column.name == "ids":
         return manifest.num_classes
-    return 0 if np.dtype(column.dtype).kind == "u" else float("nan")
+    # Of what is not written yet: no cell has the number -1.
+    return {"u": 0, "i": -1}.get(np.dtype(column.dtype).kind, float("nan"))
 
 
 def _filters(column: Column, num_axes: int) -> list[Any]:

@@ -22,11 +22,11 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from torchmetrics import MeanMetric
 
 from pipeline.detection import DetectionBatch
-from pipeline.detection.detector import CellOutputs, Detector
+from pipeline.detection.detector import CellOutputs
 from pipeline.detection.scenes import ViewedScenes
+from pipeline.detection.scoring import as_detector, mean_average_precision
 from pipeline.errors import LabelError, SpecError
 from pipeline.labels import BernoulliLabels, CellLabels
 from pipeline.losses import LossSettings, Mix, forward_kl
@@ -35,7 +35,7 @@ from pipeline.models import Normalize
 from pipeline.tasks.serving import Serving
 from pipeline.tasks.task import my_share
 
-__all__ = ["DetectionTask", "mean_average_precision"]
+__all__ = ["DetectionTask"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class DetectionTask:
         how, score_P = self.cells, _scores(labels)
         total = how.class_weight * temperature**2 * self._classes(student_PV, labels, temperature).sum()
         if "boxes" in labels.columns and how.box_weight:
-            detector = _detector(model)
+            detector = as_detector(model)
             student_P4, teacher_P4 = outputs.boxes[image_P, cell_P].float(), labels.columns["boxes"].float()
             if how.box == "giou":
                 anchors_P4 = outputs.anchors[0][cell_P]
@@ -121,16 +121,14 @@ class DetectionTask:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
-        device, model = accelerator.device, accelerator.unwrap_model(model)
-        metric, mean_loss = _metric().to(device), MeanMetric().to(device)
-        for samples in my_share(len(self.evaluation), batch_size, accelerator):
-            mean_loss.update(score_batch(model, self.evaluation, samples, self.normalize, metric, device))
-        found = metric.compute()
-        return {
-            "map": float(found["map"]),
-            "map50": float(found["map_50"]),
-            "eval_loss": float(mean_loss.compute()),
-        }
+        # Not through DistributedDataParallel, whose ranks would have to call it equally often.
+        return mean_average_precision(
+            accelerator.unwrap_model(model),
+            self.evaluation,
+            self.normalize,
+            device=accelerator.device,
+            batches=my_share(len(self.evaluation), batch_size, accelerator),
+        )
 
     def finish(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
         """Nothing: all that is scored is scored every epoch."""
@@ -154,54 +152,6 @@ class DetectionTask:
         )
 
 
-def mean_average_precision(
-    model: nn.Module,
-    data: ViewedScenes,
-    normalize: Normalize,
-    *,
-    device: torch.device,
-    batch_size: int,
-    progress: Callable[[int], None] = lambda samples: None,
-) -> dict[str, float]:
-    """Returns "map" (mean of IoU 0.5 to 0.95) and "map50" of a detector on the plain view of a split."""
-    metric = _metric().to(device)
-    for start in range(0, len(data), batch_size):
-        samples = range(start, min(start + batch_size, len(data)))
-        score_batch(model, data, samples, normalize, metric, device)
-        progress(len(samples))
-    found = metric.compute()
-    return {"map": float(found["map"]), "map50": float(found["map_50"])}
-
-
-@torch.no_grad()
-def score_batch(
-    model: nn.Module,
-    data: ViewedScenes,
-    samples: range,
-    normalize: Normalize,
-    metric: Any,
-    device: torch.device,
-) -> torch.Tensor:
-    """Adds the detections of some images to a metric; returns the images' own losses, their sum [].
-
-    A detection inside of a crowd is neither right nor wrong.
-    """
-    batch = data.load(samples, 0, fingerprints=False).to(device)
-    outputs, losses = model(normalize.to(device)(batch.images), batch.targets)
-    height, width = batch.images.shape[-2:]
-    found = _detector(model).detections(outputs, (height, width))
-    truths = [
-        {
-            "boxes": torch.from_numpy(truth.boxes).to(device),
-            "labels": torch.from_numpy(truth.classes).to(device),
-            "iscrowd": torch.from_numpy(truth.crowd).long().to(device),
-        }
-        for truth in data.truths(batch.samples, 0)
-    ]
-    metric.update(found, truths)
-    return torch.stack(list(losses.values())).sum()
-
-
 def _scores(labels: CellLabels) -> torch.Tensor:
     """The teacher's highest class probability at each cell, [P]; of a softmax, without the background (class 0)."""
     record = labels.labels
@@ -209,21 +159,3 @@ def _scores(labels: CellLabels) -> torch.Tensor:
         return record.logits[:, 0].float().sigmoid()
     background_PK = record.ids == 0
     return record.log_probs.float().masked_fill(background_PK, -torch.inf).amax(1).exp()
-
-
-def _detector(model: nn.Module) -> Detector:
-    inner = getattr(model, "module", model)  # as DistributedDataParallel wraps it
-    if not isinstance(inner, Detector):
-        raise SpecError(f"student: expected a detector; found {type(inner).__name__}; see docs/detection.md")
-    return inner
-
-
-def _metric() -> Any:
-    try:
-        import faster_coco_eval  # noqa: F401
-        from torchmetrics.detection import MeanAveragePrecision
-    except ImportError as error:
-        raise SpecError(
-            f"mean average precision: {error}; install the extra: pip install 'softcache[detection]'"
-        ) from error
-    return MeanAveragePrecision(box_format="xyxy", iou_type="bbox", backend="faster_coco_eval")
