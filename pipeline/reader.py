@@ -33,6 +33,7 @@ __all__ = [
     "SoftLabelDataset",
     "Unlabelled",
     "cached_views",
+    "cells_per_image",
     "check_alignment",
     "joined_data",
     "requests_of",
@@ -91,7 +92,7 @@ def cached_views(cache: Cache) -> Views:
 
 
 def joined_data(source: Any, cache: Cache, views: Views | None = None) -> Dataset:
-    """Returns a source as the cache's teacher saw it: through its views, or as tokens."""
+    """Returns a source as the cache's teacher saw it: through its views, boxes and all, or as tokens."""
     if hasattr(source, "load"):  # it is one already
         return source
     if cache.manifest.kind == "tokens":
@@ -99,7 +100,17 @@ def joined_data(source: Any, cache: Cache, views: Views | None = None) -> Datase
 
         across = cache.manifest.identity["attention"]["digest"] == "across documents"
         return TokenData(source, cross_documents=across)
+    if cache.manifest.kind == "cells":
+        from pipeline.detection.scenes import ViewedScenes
+
+        return ViewedScenes(source, views or cached_views(cache), rows_per_sample=cells_per_image(cache))
     return ViewedSource(source, views or cached_views(cache))
+
+
+def cells_per_image(cache: Cache) -> int:
+    """Returns how many of a detector's cells a cache has of each image."""
+    assert cache.manifest.rows is not None
+    return cache.manifest.rows.num_rows // len(cache)
 
 
 def check_alignment(cache: Cache, data: Dataset) -> None:

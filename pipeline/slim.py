@@ -182,6 +182,7 @@ def slim_manifest(cache: Cache, changes: SlimSettings) -> tuple[Manifest, LabelS
         raise LabelError(
             f"cache {cache.url}: {changes.num_views} views asked for, it has {origin.plan.num_views}; ask for fewer"
         )
+    origin.soft_codec(f"slim, cache {cache.url}")
     labels = _labels(cache, changes)
     _check_labels(cache, labels)
     codec = _codec(cache, labels, changes).to_dict()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+from torch.nn.functional import logsigmoid
 
 from pipeline.batches import Dataset
 from pipeline.cache import Cache
 from pipeline.errors import AlignmentError, IdentityError, SoftcacheError
-from pipeline.labels import SoftLabels
+from pipeline.labels import CellLabels, SoftLabels
 from pipeline.losses import forward_kl
 from pipeline.reader import check_alignment, with_labels
+from pipeline.sparsify import DenseOutputs
 from pipeline.teacher import Teacher
 
 __all__ = ["verify_against_teacher", "verify_units"]
@@ -55,7 +57,9 @@ def verify_against_teacher(
     """Runs the teacher again on random samples; yields one line per sample whose labels it does not confirm.
 
     The measure is KL(record || fresh teacher) at T=1 over the kept classes and the tail's bucket, in nats.
-    float16 log-probabilities cost about 1e-7 of it; another device or dtype costs more.
+    float16 log-probabilities cost about 1e-7 of it; another device or dtype costs more. At a detector's cells it is the sum
+    over the kept classes of a sigmoid head and the best dropped one, and half the squared difference of the other outputs is
+    added, which is their KL as means of unit variance. Whether other cells should have been kept is not asked.
 
     Raises:
         AlignmentError: `data` is not what was labelled.
@@ -66,7 +70,6 @@ def verify_against_teacher(
             f"cache {cache.url}: fused of the labels of several teachers, and no single one confirms it; leave --config "
             "out, and verify the caches that it was fused of with the configs of their teachers"
         )
-    cache.manifest.soft_codec(f"verify with a teacher, cache {cache.url}")
     check_alignment(cache, data)
     rows = [(view, int(sample)) for view in range(cache.num_views) for sample in cache.samples_in(view)]
     chosen = sorted(np.random.default_rng(seed).permutation(len(rows))[:num_rows])
@@ -104,7 +107,7 @@ def _compare(
 
 
 @torch.inference_mode()
-def _divergence(labels: SoftLabels, batch: Any, teacher: Teacher) -> np.ndarray:
+def _divergence(labels: SoftLabels | CellLabels, batch: Any, teacher: Teacher) -> np.ndarray:
     """Returns KL(record || teacher now) [P] at T=1, chunk by chunk.
 
     Of classes that were drawn at random, half the mean of (log p - log q)^2 over them: what KL is for small
@@ -112,6 +115,9 @@ def _divergence(labels: SoftLabels, batch: Any, teacher: Teacher) -> np.ndarray:
     """
     parts, start = [], 0
     for logits_PV in teacher.chunks(batch):
+        if isinstance(labels, CellLabels):
+            parts.append(_cells_divergence(labels, cast(Any, logits_PV)).numpy())
+            continue
         rows = labels.take(slice(start, start + len(logits_PV)))
         if labels.sampling is None:
             kl_P = forward_kl(logits_PV.cpu(), rows, temperature=1.0, padded_vocabulary=True)
@@ -120,6 +126,32 @@ def _divergence(labels: SoftLabels, batch: Any, teacher: Teacher) -> np.ndarray:
         parts.append(kl_P.numpy())
         start += len(logits_PV)
     return np.concatenate(parts)
+
+
+def _cells_divergence(labels: CellLabels, outputs: DenseOutputs) -> torch.Tensor:
+    """Returns the measure of `verify_against_teacher` [P] at all cells of a batch."""
+    num_images, cell_P = len(outputs.logits), labels.cells.long()
+    image_P = torch.arange(num_images).repeat_interleave(len(labels) // num_images)
+    record, logits_PV = labels.labels, outputs.logits.cpu()[image_P, cell_P].float()
+    if isinstance(record, SoftLabels):
+        found_P = forward_kl(logits_PV, record, temperature=1.0)
+    else:
+        ids_PK = record.ids.long()
+        found_P = _coin_kl(record.logits.float(), logits_PV.gather(1, ids_PK)).sum(1)
+        if record.k < record.num_classes:
+            best_P = logits_PV.scatter(1, ids_PK, -torch.inf).amax(1)
+            found_P = found_P + _coin_kl(record.dropped_bound, best_P)
+    for name, kept in labels.columns.items():
+        now = outputs.columns[name].cpu()[image_P, cell_P].float()
+        found_P = found_P + (kept.float() - now).square().reshape(len(cell_P), -1).sum(1) / 2
+    return found_P
+
+
+def _coin_kl(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """KL of sigmoid(logits) from sigmoid(others), elementwise; 0 where both are -inf."""
+    heads = logits.sigmoid() * (logsigmoid(logits) - logsigmoid(others))
+    tails = (-logits).sigmoid() * (logsigmoid(-logits) - logsigmoid(-others))
+    return heads.nan_to_num(0.0) + tails
 
 
 def _drawn_difference(logits_PV: torch.Tensor, labels: SoftLabels) -> torch.Tensor:

@@ -12,8 +12,8 @@ import click
 from pipeline.cache import Cache
 from pipeline.config import RunConfig, load_config
 from pipeline.runs import open_data, open_labels, open_teacher, train_student
+from pipeline.scores import SCORES
 from stages.options import cache_option, config_options, json_option, print_json, print_table
-from stages.rows import headline, score
 
 __all__ = ["compare"]
 
@@ -47,7 +47,7 @@ def compare(
     teacher = open_teacher(config, data)
     kinds: dict[str, dict[str, Any]] = {"hard labels": {"labels": "hard"}}
     for num_views in sorted({1, cache.num_views}):
-        views = f", {num_views} view{'s' * (num_views > 1)}" if cache.manifest.kind == "image" else ""
+        views = f", {num_views} view{'s' * (num_views > 1)}" if cache.manifest.kind != "tokens" else ""
         name = f"cache{views}"
         kinds[name] = {"labels": "cache", "cache": cache, "num_views": num_views}
     kinds["live teacher"] = {"labels": "online", "teacher": teacher}
@@ -66,10 +66,9 @@ def _print(
     results: dict[str, list[dict[str, Any]]],
     as_json: bool,
 ) -> None:
-    kind = cache.manifest.kind
-    metric, _ = headline(kind)
-    report = cache.manifest.teacher
-    teacher = report.eval_accuracy if kind == "image" else report.eval_loss
+    score = SCORES[cache.manifest.kind]
+    metric = score.metric
+    teacher = getattr(cache.manifest.teacher, score.of_teacher)
     figures = {
         name: {
             metric: [run[metric] for run in runs],
@@ -82,9 +81,9 @@ def _print(
     if as_json:
         print_json({"config": config.name, "student": model, "teacher": teacher, "students": figures})
         return
-    rows: list[tuple[str, ...]] = [("teacher", score(kind, teacher), "", "", "")]
+    rows: list[tuple[str, ...]] = [("teacher", score.told(teacher), "", "", "")]
     for name, row in figures.items():
-        spread = "-" if row["std"] is None else f"{row['std'] * (100 if kind == 'image' else 1):.4f}"
-        rows.append((name, score(kind, row["mean"]), spread, str(len(row[metric])), f"{row['seconds']:.1f}"))
-    columns = ("accuracy", "std (points)") if kind == "image" else ("held-out loss (nats)", "std")
+        told, spread = score.told(row["mean"]), score.spread(row["std"])
+        rows.append((name, told, spread, str(len(row[metric])), f"{row['seconds']:.1f}"))
+    columns = (score.title, score.spread_title)
     print_table(f"{model} on {config.name}", ("learns from", *columns, "seeds", "seconds"), rows)

@@ -30,7 +30,7 @@ def convert(source_url: str, target_url: str, store: str, as_json: bool) -> None
     """
     cache = open_cache(source_url)
     plan = cache.manifest.plan
-    with track("convert", plan.num_samples * plan.num_views, "rows") as advance:
+    with track("convert", sum(marker.num_rows for marker in cache.markers.values()), "rows") as advance:
         copied = convert_cache(cache, target_url, store=store, progress=advance)
     if as_json:
         print_json(cache_report(copied))

@@ -5,13 +5,14 @@ softcache inspect runs/digits/cache
 
 import itertools
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import click
 import numpy as np
 
 from pipeline.cache import Cache, open_cache
-from pipeline.labels import STATS, SoftLabels
+from pipeline.labels import STATS, BernoulliLabels, CellLabels, SoftLabels
 from stages.options import json_option, print_json, print_table
 from stages.rows import percent
 
@@ -62,9 +63,23 @@ def inspect_command(url: str, as_json: bool) -> None:
     print_table(
         "bytes per row", ("column", "bytes"), [(k, f"{v:.2f}") for k, v in report["bytes_per_row"].items()]
     )
-    columns = ("kept mass at", "mean", *(f"p{p}" for p in PERCENTILES))
+    _print_labels(report)
+
+
+def _print_labels(report: dict[str, Any]) -> None:
+    percentiles = ("mean", *(f"p{p}" for p in PERCENTILES))
+    if "score" in report:
+        rows = [
+            (words, *(f"{value:.4f}" for value in report[name].values()))
+            for name, words in (
+                ("score", "of the likeliest class"),
+                ("dropped_mass", "of all dropped classes"),
+            )
+        ]
+        print_table("the teacher's probabilities at the kept cells", ("", *percentiles), rows)
+        return
     rows = [(f"T={t}", *(f"{v:.4f}" for v in mass.values())) for t, mass in report["kept_mass"].items()]
-    print_table("share of the teacher's mass in the kept classes", columns, rows)
+    print_table("share of the teacher's mass in the kept classes", ("kept mass at", *percentiles), rows)
     if report["entropy_nats"] is not None:
         click.echo(f"entropy   {report['entropy_nats']['mean']:.4f} nats on average")
     if report["agreement"] is not None:
@@ -102,23 +117,22 @@ def _summary(values: np.ndarray) -> dict[str, float]:
 
 def _labels(cache: Cache) -> dict[str, Any]:
     """Reads every finished row once; a few numbers per row are kept."""
+    if cache.manifest.codec.get("distribution") == "bernoulli":
+        return _coins(cache)
     targets, highest = cache.samples_table().targets, cache.manifest.codec.get("max_temperature")
     temperatures = [t for t in TEMPERATURES if highest is None or t <= highest]
     mass: dict[float, list[np.ndarray]] = {t: [] for t in temperatures}
     entropy: list[np.ndarray] = []
     num_rows, hits = 0, 0
-    for view in range(cache.num_views):
-        samples = cache.samples_in(view)
-        rows = int(cache.rows.counts(samples).sum())
-        for part in np.array_split(samples, max(1, rows // 65536)):
-            if not len(part):
-                continue
-            labels = cache.read(part, view)
-            num_rows += len(labels)
-            for t in temperatures:
-                mass[t].append(np.asarray(labels.kept_mass(t)))
-            if labels.stats is not None:
-                entropy.append(labels.stats[:, STATS.index("entropy")])
+    for part, record in _parts(cache):
+        is_cells = isinstance(record, CellLabels)
+        labels: SoftLabels = record.labels if is_cells else record
+        num_rows += len(labels)
+        for t in temperatures:
+            mass[t].append(np.asarray(labels.kept_mass(t)))
+        if labels.stats is not None:
+            entropy.append(labels.stats[:, STATS.index("entropy")])
+        if not is_cells:
             hits += _agreeing(labels, targets[part] if len(targets) else None)
     if not num_rows:
         return {}
@@ -126,8 +140,31 @@ def _labels(cache: Cache) -> dict[str, Any]:
         "kept_mass": {t: _summary(np.concatenate(values)) for t, values in mass.items()},
         "entropy_nats": _summary(np.concatenate(entropy)) if entropy else None,
         # The likeliest class that was drawn need not be the teacher's first guess.
-        "agreement": None if cache.manifest.codec.get("sampling") else hits / num_rows,
+        # Which class a detector's cell should say is a matter of matching boxes.
+        "agreement": None
+        if cache.manifest.codec.get("sampling") or cache.manifest.kind == "cells"
+        else hits / num_rows,
     }
+
+
+def _coins(cache: Cache) -> dict[str, Any]:
+    """Returns what a sigmoid head says at the kept cells: its highest probability, and the sum of those dropped."""
+    found: dict[str, list[np.ndarray]] = {"score": [], "dropped_mass": []}
+    for _, record in _parts(cache):
+        labels: BernoulliLabels = record.labels
+        found["score"].append(1 / (1 + np.exp(-labels.logits[:, 0].astype(np.float64))))
+        found["dropped_mass"].append(np.asarray(labels.dropped_mass))
+    return {name: _summary(np.concatenate(values)) for name, values in found.items() if values}
+
+
+def _parts(cache: Cache) -> Iterator[tuple[np.ndarray, Any]]:
+    """Yields all finished samples a part at a time, with their records."""
+    for view in range(cache.num_views):
+        samples = cache.samples_in(view)
+        rows = int(cache.rows.counts(samples).sum())
+        for part in np.array_split(samples, max(1, rows // 65536)):
+            if len(part):
+                yield part, cache.read(part, view)
 
 
 def _agreeing(labels: SoftLabels, targets: np.ndarray | None) -> int:

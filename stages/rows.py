@@ -1,15 +1,14 @@
-"""The table of students: one row each, teacher and hard-label baseline beside it; images by accuracy, text by loss."""
+"""The table of students: one row each, teacher and hard-label baseline beside it, by what their kind is compared by."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from pipeline.cache import Cache
+from pipeline.scores import SCORES
 
 __all__ = [
     "cache_report",
-    "headline",
     "percent",
-    "score",
     "student_columns",
     "student_report",
     "student_row",
@@ -21,52 +20,32 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f}%"
 
 
-def _loss(nats: float | None) -> str:
-    return "-" if nats is None else f"{nats:.4f}"
-
-
-def headline(kind: str) -> tuple[str, bool]:
-    """Returns the metric that tables compare by, and whether larger is better."""
-    return ("accuracy", True) if kind == "image" else ("eval_loss", False)
-
-
-def score(kind: str, value: float | None) -> str:
-    """Returns the headline metric in words: an accuracy, or a held-out loss in nats per token."""
-    return percent(value) if kind == "image" else _loss(value)
-
-
 def student_columns(kind: str) -> tuple[str, ...]:
-    if kind == "image":
-        return ("student", "parameters", "of teacher", "from cache", "hard labels", "teacher", "seconds")
-    return (
-        "student",
-        "parameters",
-        "of teacher",
-        "from cache",
-        "perplexity",
-        "hard labels",
-        "teacher",
-        "seconds",
-    )
+    beside = {"tokens": ("perplexity",), "cells": ("mAP50",)}.get(kind, ())
+    return ("student", "parameters", "of teacher", "from cache", *beside, "hard labels", "teacher", "seconds")
 
 
 def student_title(cache: Cache) -> str:
-    unit = "" if cache.manifest.kind == "image" else "; held-out loss in nats per token"
-    return f"students from {cache.url}{unit}"
+    unit = {"tokens": "; held-out loss in nats per token", "cells": "; mean average precision, x 100"}
+    return f"students from {cache.url}{unit.get(cache.manifest.kind, '')}"
 
 
 def student_row(cache: Cache, cached: dict[str, Any], hard: dict[str, Any] | None) -> tuple[str, ...]:
     teacher, kind = cache.manifest.teacher, cache.manifest.kind
-    metric, _ = headline(kind)
+    score, beside = SCORES[kind], []
+    if kind == "tokens":
+        beside = [f"{cached['perplexity']:.1f}"]
+    elif kind == "cells":
+        beside = [score.told(cached["map50"])]
     share = cached["num_parameters"] / teacher.num_parameters if teacher.num_parameters else None
     return (
         cached["model"],
         f"{cached['num_parameters']:,}",
         percent(share),
-        score(kind, cached[metric]),
-        *([f"{cached['perplexity']:.1f}"] if kind == "tokens" else []),
-        score(kind, hard[metric] if hard else None),
-        score(kind, teacher.eval_accuracy if kind == "image" else teacher.eval_loss),
+        score.told(cached[score.metric]),
+        *beside,
+        score.told(hard[score.metric] if hard else None),
+        score.told(getattr(teacher, score.of_teacher)),
         f"{cached['seconds']:.1f}",
     )
 

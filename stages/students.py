@@ -8,8 +8,9 @@ import click
 
 from pipeline.config import load_config
 from pipeline.runs import open_data, open_labels, train_student
+from pipeline.scores import SCORES
 from stages.options import cache_option, config_options, json_option, print_json, print_table
-from stages.rows import headline, student_columns, student_report, student_row, student_title
+from stages.rows import student_columns, student_report, student_row, student_title
 
 __all__ = ["students"]
 
@@ -37,8 +38,8 @@ def students(
     for model in models or config.student.models:
         cached = train_student(config, data, model=model, labels="cache", cache=cache)
         results.append((cached, train_student(config, data, model=model, labels="hard")))
-    metric, larger_is_better = headline(cache.manifest.kind)
-    results.sort(key=lambda pair: pair[0][metric], reverse=larger_is_better)
+    score = SCORES[cache.manifest.kind]
+    results.sort(key=lambda pair: pair[0][score.metric], reverse=score.larger_is_better)
     if as_json:
         print_json(student_report(cache, results))
         return

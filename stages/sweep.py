@@ -8,6 +8,7 @@ softcache sweep --config configs/sweep-digits.toml --trials 30 --seeds 3
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import click
 
 from pipeline.config import load_config
 from pipeline.errors import RunError
+from pipeline.scores import SCORES
 from pipeline.stores.objects import is_bucket
 from pipeline.sweep import Sweep, run_sweep
 from pipeline.sweep.candidates import shown
@@ -22,7 +24,6 @@ from pipeline.sweep.cost import Cost, measure_cost, why_unmeasured
 from pipeline.sweep.figures import draw_importance, draw_surface, importances
 from pipeline.sweep.results import Repeated, Result, ranked, repeats, write_best, write_json
 from stages.options import cache_option, config_options, json_option, log_option, print_json, print_table
-from stages.rows import score
 
 __all__ = ["sweep_command"]
 
@@ -109,18 +110,18 @@ def sweep_command(
 
 def _print_trials(sweep: Sweep) -> None:
     results = ranked(sweep)
-    kind = sweep.bench.cache.manifest.kind
+    told = SCORES[sweep.bench.cache.manifest.kind].told
     columns = ("trial", sweep.bench.metric, "state", *sweep.space, "epochs", "seconds")
     note = "the best is chosen by the held-out samples and one seed: repeat it with --seeds before you believe it"
-    print_table(f"sweep {sweep.bench.path}", columns, [_row(sweep, kind, r) for r in results], note=note)
+    print_table(f"sweep {sweep.bench.path}", columns, [_row(sweep, told, r) for r in results], note=note)
 
 
-def _row(sweep: Sweep, kind: str, result: Result) -> tuple[str, ...]:
+def _row(sweep: Sweep, told: Callable[[float | None], str], result: Result) -> tuple[str, ...]:
     state = result.state if result.same_as is None else f"as trial {result.same_as}"
     params = (shown(result.params.get(name, "-")) for name in sweep.space)
     return (
         str(result.number),
-        score(kind, result.value),
+        told(result.value),
         state,
         *params,
         str(result.epochs),
@@ -129,20 +130,20 @@ def _row(sweep: Sweep, kind: str, result: Result) -> tuple[str, ...]:
 
 
 def _print_repeats(sweep: Sweep, again: list[Repeated], seeds: int) -> None:
-    kind = sweep.bench.cache.manifest.kind
-    scale = 100 if kind == "image" else 1
+    score = SCORES[sweep.bench.cache.manifest.kind]
     rows = [
         (
             "config as it is" if row.number is None else f"trial {row.number}",
-            score(kind, row.mean),
-            "-" if row.std is None else f"{row.std * scale:.4f}",
-            ", ".join(score(kind, value) for value in row.values),
+            score.told(row.mean),
+            score.spread(row.std),
+            ", ".join(score.told(value) for value in row.values),
         )
         for row in again
     ]
-    spread = "std (points)" if kind == "image" else "std"
     print_table(
-        f"the best again, {seeds} other seeds", ("settings", sweep.bench.metric, spread, "each"), rows
+        f"the best again, {seeds} other seeds",
+        ("settings", sweep.bench.metric, score.spread_title, "each"),
+        rows,
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 FLOORS = [
-    {"errors", "nearest", "settings", "ranks", "stopping", "counters", "blocks", "hashes"},
+    {"errors", "nearest", "settings", "ranks", "stopping", "counters", "blocks", "hashes", "scores"},
     {"tail", "shuffle", "identity", "view_ops", "positions", "moving", "progress", "process_group"}
     | {"byte_model", "view_boxes"},
     {"labels"},

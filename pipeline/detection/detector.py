@@ -118,8 +118,9 @@ class Detector(nn.Module):
         copies = None if targets is None else [self._shifted(target) for target in targets]
         images, copies = self.net.transform(list(images_BCHW), copies)
         features = list(self.net.backbone(images.tensors).values())
-        raw = self.net.head(features)
-        anchors = self.net.anchor_generator(images, features)
+        # Under autocast both would come in half precision, in which pixels and distances are no numbers to decode by.
+        raw = {name: values.float() for name, values in self.net.head(features).items()}
+        anchors = self.net.anchor_generator(images, [feature.float() for feature in features])
         centerness = raw.get("bbox_ctrness")
         sizes = tuple((int(feature.shape[-2]), int(feature.shape[-1])) for feature in features)
         outputs = CellOutputs(

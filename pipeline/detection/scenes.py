@@ -38,6 +38,10 @@ class ViewedScenes:
     def __len__(self) -> int:
         return len(self.source)
 
+    def with_rows(self, rows_per_sample: int) -> ViewedScenes:
+        """Returns the same scenes with so many label rows each."""
+        return ViewedScenes(self.source, self.views, rows_per_sample=rows_per_sample)
+
     def identity(self, num_views: int) -> dict[str, dict[str, Any]]:
         """Returns what a cache's identity says of the views, and of the boxes that they show."""
         rule = {"min_visible": MIN_VISIBLE}

@@ -93,4 +93,6 @@ def new_metric() -> Any:
         raise SpecError(
             f"mean average precision: {error}; install the extra: pip install 'softcache[detection]'"
         ) from error
-    return MeanAveragePrecision(box_format="xyxy", iou_type="bbox", backend="faster_coco_eval")
+    metric = MeanAveragePrecision(box_format="xyxy", iou_type="bbox", backend="faster_coco_eval")
+    metric.warn_on_many_detections = False  # COCO's own limit of 100 for an image is meant
+    return metric

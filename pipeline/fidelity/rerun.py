@@ -71,7 +71,9 @@ def rerun_teacher(
         IdentityError: another teacher made the cache.
         AlignmentError: `data` is not what was labelled.
         IncompleteCacheError: the cache has no finished row.
+        LabelError: it is of a detector's cells.
     """
+    cache.manifest.soft_codec(f"fidelity, cache {cache.url}")
     check_teacher(cache, teacher)
     check_alignment(cache, data)
     draw = np.random.default_rng(seed)

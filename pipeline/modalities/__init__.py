@@ -9,7 +9,7 @@ from pipeline.sources.boxes import DetectionSettings
 from pipeline.sources.text import TextSettings
 from pipeline.sources.translation_settings import TranslationSettings
 
-__all__ = ["Data", "open_data"]
+__all__ = ["Data", "DetectionData", "open_data"]
 
 Data = ImageData | TextData | DetectionData | TranslationData
 

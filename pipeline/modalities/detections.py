@@ -19,7 +19,7 @@ from pipeline.detection_teacher import load_detection_teacher
 from pipeline.errors import ConfigError
 from pipeline.labels import CellLabels
 from pipeline.models import Normalize, select_device
-from pipeline.reader import SoftLabelDataset
+from pipeline.reader import SoftLabelDataset, cells_per_image
 from pipeline.sources.boxes import DetectionSettings
 from pipeline.sources.detection import open_detection
 from pipeline.sparsify import LabelSettings
@@ -92,13 +92,12 @@ class DetectionData:
         """
         reader = config.reader
         dataset = SoftLabelDataset(
-            self.train, cache, check_share=reader.check_share, check_first=reader.check_first
+            self.train.with_rows(cells_per_image(cache)),
+            cache,
+            check_share=reader.check_share,
+            check_first=reader.check_first,
         )
-        check_same_grid(
-            config.student.model,
-            self.grid(config.student.model).digest,
-            cache.manifest.identity["grid"]["digest"],
-        )
+        self.check_student(config.student.model, cache)
         return dataset, None
 
     def unlabelled(self, config: RunConfig) -> ViewedScenes:
@@ -110,6 +109,14 @@ class DetectionData:
         detector = build_detector(model, num_classes=self.num_classes, input_shape=self.input_shape).eval()
         with torch.no_grad():
             return detector.grid(detector(torch.zeros(1, *self.input_shape))[0])
+
+    def check_student(self, model: str, cache: Cache) -> None:
+        """Raises unless a detector of that spec has the cells that the cache's labels are of.
+
+        Raises:
+            IdentityError: cell i is another one for it.
+        """
+        check_same_grid(model, self.grid(model).digest, cache.manifest.identity["grid"]["digest"])
 
     def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:
         """Returns the teacher with its weights, on the device and dtype of [capture]."""

@@ -14,7 +14,7 @@ from pipeline.cache import Cache
 from pipeline.config import RunConfig, build_config
 from pipeline.errors import ConfigError, LabelError, SoftcacheError
 from pipeline.losses.registry import PARAMETERS
-from pipeline.modalities import Data
+from pipeline.modalities import Data, DetectionData
 from pipeline.slim import SlimSettings, slim_manifest
 from pipeline.sweep_space import AXES, Axis, Range, SpaceSettings
 
@@ -104,7 +104,7 @@ def default_space(config: RunConfig, data: Data, cache: Cache) -> Space:
     losses = dict.fromkeys((config.loss.name, *LOSSES))
     space["loss"] = tuple(name for name in losses if _is_allowed(config, name, cache))
     whole = kept(cache)
-    if labels["policy"] in ("top_k", "dense", "imported"):
+    if labels["policy"] in ("top_k", "dense", "imported") and cache.manifest.kind != "cells":
         space["k"] = tuple(sorted({k for k in (whole, whole // 2, whole // 4) if k >= 1}))
     space["lr"] = Range(config.train.lr / LR_FACTOR, config.train.lr * LR_FACTOR, log=True)
     models = config.student.models if "models" in config.student.model_fields_set else ()
@@ -136,6 +136,8 @@ def checked_space(config: RunConfig, data: Data, cache: Cache) -> Space:
                     _check_kept(int(value), cache)
                 if name == "student":
                     data.task(settings, settings.student.model).build()
+                    if isinstance(data, DetectionData):
+                        data.check_student(settings.student.model, cache)
             except SoftcacheError as error:
                 raise ConfigError(f"sweep.space.{name}: {value!r} cannot be tried: {error}") from error
     return space

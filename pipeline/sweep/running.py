@@ -28,6 +28,7 @@ from pipeline.modalities import open_data
 from pipeline.progress import say
 from pipeline.ranks import num_ranks
 from pipeline.runs import cache_is_ready
+from pipeline.scores import SCORES
 from pipeline.stopping import Interrupted, check, signals_stop
 from pipeline.sweep.candidates import Space, as_it_is, checked_space, described
 from pipeline.sweep.study import SharedStudy
@@ -37,10 +38,6 @@ from pipeline.sweep_space import plain
 __all__ = ["Sweep", "open_sweep", "run_sweep"]
 
 WAIT_SECONDS = 0.5
-METRICS = {
-    "image": ("accuracy", True),
-    "tokens": ("eval_loss", False),
-}  # of a cache's kind; is a larger one better?
 STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM}
 NOT_OF_A_SWEEP: Any = {  # what may differ when a sweep goes on
     "sweep": {"trials"},
@@ -79,8 +76,8 @@ def open_sweep(config: RunConfig, url: str, path: Path) -> Sweep:
             f"cache {url}: {len(cache.missing_units)} of {cache.manifest.plan.num_units} units are missing; rerun "
             "`softcache teacher-logits` to finish it: trials are compared, so all of them learn from the whole cache"
         )
-    metric, maximize = METRICS[cache.manifest.kind]
-    bench = Bench(config, data, cache, path, metric, maximize)
+    score = SCORES[cache.manifest.kind]
+    bench = Bench(config, data, cache, path, score.metric, score.larger_is_better)
     space = checked_space(config, data, cache)
     study = SharedStudy(
         path,
@@ -88,7 +85,7 @@ def open_sweep(config: RunConfig, url: str, path: Path) -> Sweep:
         space=space,
         settings=config.sweep,
         epochs=config.train.epochs,
-        maximize=maximize,
+        maximize=bench.maximize,
         first=as_it_is(config, space, cache),
     )
     return Sweep(bench, study, space)

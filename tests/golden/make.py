@@ -1,15 +1,17 @@
-"""Freeze two tiny caches and the numbers in them, for tests/test_golden.py and tests/test_golden_packed.py.
+"""Freeze tiny caches and the numbers in them, for tests/test_golden.py, test_golden_packed.py and test_golden_cells.py.
 
     .venv/bin/python -m tests.golden.make
     .venv/bin/python -m tests.golden.make packed
+    .venv/bin/python -m tests.golden.make cells
 
 Run once per format version and codec, never to refresh a failing test: if today's code no longer reads what is frozen,
 users' caches are no longer read either, and the code is at fault. The caches go to tests/golden/vN, where N is
 the format version, or tests/golden/vN-packed, and a folder that exists is never written to. The expected numbers are taken from the files
 by zarr-python and pyarrow, not by softcache; packed records are decoded by tests/plain_packed.py.
 
-Both label the first 24 digits with a teacher whose answers are known. Between them they use every step of a
-view, both stores and both dtypes of the values.
+Two label the first 24 digits with a teacher whose answers are known. Between them they use every step of a
+view, both stores and both dtypes of the values. Those of cells label 6 scenes with detectors that were never trained: one
+of sigmoids in Zarr, one with a softmax in Parquet.
 """
 
 import json
@@ -20,9 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 import zarr
+from safetensors.torch import save_file
 
 from pipeline.config import RunConfig
+from pipeline.detection.building import build_detector
 from pipeline.manifest import FORMAT_VERSION
 from pipeline.runs import capture_labels, open_data, open_teacher
 from tests.plain_packed import decode
@@ -139,8 +144,87 @@ def freeze_packed(folder: Path) -> None:
     np.savez_compressed(folder / "expected_packed.npz", **expected)
 
 
+CELL_SPECS = {"zarr": "fcos?width=8&depth=0&convs=1", "parquet": "ssdlite?width=8&depth=0"}
+NUM_SCENES, NUM_CELLS = 6, 9
+
+
+def cell_config(store: str, weights: Path) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": f"golden-cells-{store}",
+            "source": {
+                "modality": "detection",
+                "name": "scenes",
+                "train_scenes": NUM_SCENES,
+                "eval_scenes": 2,
+            },
+            "views": {"crop": "padded", "padding": 4, "flip": 0.5, "mean": [0.2], "std": [0.22]},
+            "teacher": {"model": CELL_SPECS[store], "weights": str(weights)},
+            "labels": {"k": K, "num_views": NUM_VIEWS, "positions": {"policy": "cells", "top": NUM_CELLS}}
+            | ({} if store == "zarr" else {"temperatures": TEMPERATURES}),
+            "capture": {
+                "store": store,
+                "values": VALUES[store],
+                "unit_samples": 4,
+                "chunk_samples": 2,
+                "device": "cpu",
+                "evaluate": False,
+            },
+            "student": {"model": CELL_SPECS[store]},
+            "loss": {"temperature": 1},
+            "train": {"epochs": 1, "batch_size": 3, "device": "cpu"},
+        }
+    )
+
+
+def read_cells(url: Path) -> dict[str, np.ndarray]:
+    """Returns columns [view, sample, cell, …] of a cache of cells, read without softcache."""
+    manifest = json.loads((url / "manifest.json").read_text())
+    if (url / "parquet").exists():
+        table = pq.read_table(url / "parquet").sort_by(
+            [("view", "ascending"), ("sample", "ascending"), ("position", "ascending")]
+        )
+        shape = (NUM_VIEWS, NUM_SCENES, NUM_CELLS, -1)
+        return {
+            name: np.array(table[name].to_pylist()).reshape(shape)
+            for name in table.column_names
+            if name not in ("view", "sample", "num_rows", "fingerprint", "position")
+        }
+    group = zarr.open_group(url / "labels.zarr", mode="r")
+    samples = pq.read_table(url / "samples.parquet")
+    per_view = -(-NUM_SCENES // manifest["plan"]["unit_samples"]) * manifest["rows"]["shard_rows"]
+    firsts = [first.as_py() for first in samples["first_row"]]
+    columns = {}
+    for name, array in group.arrays():
+        if name in ("fingerprint", "num_rows", "position", "temperature"):
+            continue
+        rows = [
+            [array[view * per_view + first : view * per_view + first + NUM_CELLS] for first in firsts]
+            for view in range(NUM_VIEWS)
+        ]
+        columns[name] = np.asarray(rows).reshape(NUM_VIEWS, NUM_SCENES, NUM_CELLS, -1)
+    return columns
+
+
+def freeze_cells(folder: Path) -> None:
+    expected = {}
+    for store, spec in CELL_SPECS.items():
+        torch.manual_seed(0)
+        model = build_detector(spec, num_classes=10, input_shape=(1, 64, 64))
+        with tempfile.TemporaryDirectory() as place:
+            save_file(model.state_dict(), Path(place) / "weights.safetensors")
+            capture(cell_config(store, Path(place) / "weights.safetensors"), folder / store)
+        expected |= {f"{store}/{name}": values for name, values in read_cells(folder / store).items()}
+    np.savez_compressed(folder / "expected_cells.npz", **expected)
+
+
 def main(arguments: list[str]) -> None:
-    freeze, suffix = {(): (freeze_open, ""), ("packed",): (freeze_packed, "-packed")}[tuple(arguments)]
+    ways = {
+        (): (freeze_open, ""),
+        ("packed",): (freeze_packed, "-packed"),
+        ("cells",): (freeze_cells, "-cells"),
+    }
+    freeze, suffix = ways[tuple(arguments)]
     folder = Path(__file__).parent / f"v{FORMAT_VERSION}{suffix}"
     if folder.exists():
         sys.exit(f"{folder} exists and is never written again; see the docstring of {__file__}")
