@@ -23,6 +23,7 @@ from pipeline.errors import (
     IdentityError,
     LabelError,
     ManifestError,
+    RunError,
     SpecError,
 )
 from pipeline.fidelity.rerun import rerun_teacher
@@ -30,6 +31,7 @@ from pipeline.fusion import FusionSettings, fuse_caches
 from pipeline.labels import BernoulliLabels, SoftLabels
 from pipeline.manifest import Manifest
 from pipeline.reader import SoftLabelDataset
+from pipeline.report.loading import open_report
 from pipeline.runs import capture_labels, open_data, open_teacher, train_student
 from pipeline.slim import SlimSettings, slim_cache
 from pipeline.sweep.candidates import default_space
@@ -434,6 +436,13 @@ def test_a_record_of_another_head_is_not_encoded(zarr):
         made.encode(record.labels)
     with pytest.raises(LabelError, match=r"expected the columns .*; found .*the teacher's head changed"):
         made.encode(type(record)(record.labels, record.cells, {"boxes": record.columns["boxes"]}))
+
+
+def test_a_detector_has_no_report(zarr, tmp_path):
+    config, data, cache = zarr
+    train_student(config, data, model=SPEC, labels="cache", cache=cache, out=tmp_path / "run")
+    with pytest.raises(RunError, match=r"of a detector; expected students of images or texts"):
+        open_report([tmp_path / "run"])
 
 
 def test_a_detector_is_not_exported(zarr):

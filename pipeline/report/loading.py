@@ -105,7 +105,7 @@ def open_report(paths: Sequence[str | Path], *, cache_url: str | None = None) ->
         cache_url: where the cache is now; None: where the runs' config says.
 
     Raises:
-        RunError: a path holds no finished run, or one that cannot be read.
+        RunError: a path holds no finished run, one that cannot be read, or detectors.
         IdentityError: the runs are of different data or caches, or what is there is not what they learnt from.
     """
     folders, unfinished = _folders([Path(path) for path in paths])
@@ -116,6 +116,11 @@ def open_report(paths: Sequence[str | Path], *, cache_url: str | None = None) ->
     ]
     _check_alike(runs)
     data = open_data(runs[0].config)
+    if data.train.kind == "cells":
+        raise RunError(
+            f"run {runs[0].path}: of a detector; expected students of images or texts, whose distributions the report shows; "
+            "compare detectors with `softcache students` and `softcache compare`"
+        )
     _check_same_data(runs[0], data)
     missing: dict[str, str] = {}
     cache = _cache(runs, cache_url, missing)
