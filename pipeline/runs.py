@@ -28,7 +28,7 @@ from pipeline.process_group import join
 from pipeline.progress import event, say, track
 from pipeline.reader import check_alignment
 from pipeline.stores.objects import Objects, is_bucket, open_objects
-from pipeline.student import Feed, train
+from pipeline.student import Feed, StudentSettings, train
 from pipeline.tasks import Task
 from pipeline.teacher import Teacher, TeacherSettings
 
@@ -95,14 +95,21 @@ def train_teacher(
             f"config {config.name}: teacher.weights is {teacher.weights!r}, but train-teacher writes {str(weights)!r}; "
             "set teacher.weights to that, or keep your own weights and skip train-teacher"
         )
-    settings = config.train_teacher.model_copy(update={"labels": "hard"})
-    sees = config.student.model_copy(update={"source": None, "views": None})
-    run = config.model_copy(update={"train": settings, "student": sees})
+    run = _as_teacher(config).model_copy(
+        update={"train": config.train_teacher.model_copy(update={"labels": "hard"})}
+    )
     task = data.task(run, teacher.model)
     metrics = _fit(
         run, data, task, teacher.model, out, hard_feed(run, data), identity={}, track_with=track_with
     )
     return metrics, weights
+
+
+def _as_teacher(config: RunConfig) -> RunConfig:
+    """Returns the config without what [student] and [loss] say of another reader than the teacher is."""
+    plain = StudentSettings(model=config.student.model, models=config.student.models)
+    loss = config.loss.model_copy(update={"name": "forward_kl"}) if config.loss.name == "uld" else config.loss
+    return config.model_copy(update={"student": plain, "loss": loss})
 
 
 def teacher_is_missing(config: RunConfig) -> bool:
@@ -419,5 +426,8 @@ def _fit(
 
 def _as_trained(config: RunConfig, model: str) -> dict[str, Any]:
     """Returns what a resolved config says of the student: its architecture, and what else it reads than the teacher."""
-    reads = config.student.model_dump(mode="json", include={"source", "views", "pairing"})
-    return {"model": model} | (reads if config.student.reads_otherwise else {})
+    student, said = config.student, {"context", "tokenizer"}
+    if student.reads_otherwise:
+        said |= {"source", "views", "pairing"}
+    told = student.model_dump(mode="json", include=said)
+    return {"model": model} | {key: value for key, value in told.items() if value is not None}

@@ -50,6 +50,9 @@ def compare(
         views = f", {num_views} view{'s' * (num_views > 1)}" if cache.manifest.kind != "tokens" else ""
         name = f"cache{views}"
         kinds[name] = {"labels": "cache", "cache": cache, "num_views": num_views}
+    data.task(
+        config, model, teacher
+    )  # refuses a student that no live teacher can teach, before any is trained
     kinds["live teacher"] = {"labels": "online", "teacher": teacher}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
     for seed in range(seeds):  # seeds outside, so that a drift of the machine touches every kind alike

@@ -30,6 +30,7 @@ from tests.caches import digits_config
 DIGITS = {"name": "digits", "max_train_samples": 300, "max_eval_samples": 100}
 BYTES = {"model": "bytes?width=8&depth=1", "source": {"modality": "bytes", **DIGITS}}
 SMALL = {"model": "mlp?width=8", "source": DIGITS, "views": {"size": 4, "grey": True}}
+WRITTEN = ("model.safetensors", "config.json")
 
 
 class Killed(BaseException):
@@ -327,6 +328,28 @@ def test_the_teacher_is_trained_on_what_it_sees(in_tmp):
     )
     train_teacher(config, open_data(config))
     assert load_file("runs/test/teacher/model.safetensors")["1.weight"].shape == (10, 64)
+
+
+STUDENTS = {
+    "bytes": BYTES,
+    "lower resolution": SMALL,
+    "other images": {"source": DIGITS, "pairing": {"subset": True}},
+}
+
+
+@pytest.mark.parametrize("student", STUDENTS.values(), ids=STUDENTS.keys())
+def test_no_student_source_changes_the_teacher(in_tmp, student):
+    tables = {
+        "source": DIGITS,
+        "teacher": {"model": "linear", "weights": "runs/test/teacher/model.safetensors"},
+        "train_teacher": {"epochs": 1, "device": "cpu"},
+    }
+    trained = []
+    for config in (digits_config(**tables), digits_config(student=student, **tables)):
+        train_teacher(config, open_data(config))
+        trained.append({name: (in_tmp / f"runs/test/teacher/{name}").read_bytes() for name in WRITTEN})
+        shutil.rmtree(in_tmp / "runs/test/teacher")
+    assert trained[0] == trained[1]
 
 
 @pytest.mark.parametrize("student", [BYTES, SMALL], ids=["bytes", "low resolution"])

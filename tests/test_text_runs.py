@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.cache import open_cache
-from pipeline.config import load_config
+from pipeline.config import RunConfig, load_config
 from pipeline.errors import (
     AlignmentError,
     ConfigError,
@@ -27,6 +28,7 @@ from pipeline.losses import distillation_loss
 from pipeline.reader import SoftLabelDataset
 from pipeline.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
 from pipeline.sources.text import load_tokenizer
+from pipeline.student import StudentSettings
 from pipeline.token_batches import TokenData
 from tests.caches import ROOT, digits_config
 from tests.text_caches import make_text_cache, text_config, write_texts
@@ -442,6 +444,56 @@ def test_another_tokenizer_and_the_loss_for_it_go_together(documents, tmp_path, 
         train_student(config, open_data(config), model="gpt2", labels="cache", cache=cache, out=tmp_path)
 
 
+@pytest.mark.parametrize("student", [OTHER["student"], {"context": 8}, {**OTHER["student"], "context": 8}])
+def test_a_teacher_learns_its_own_tokens_and_context_whatever_the_students(in_tmp, student):
+    """Trained on the student's tokens, it would not load; with a vocabulary of the same size it would, and label nonsense."""
+    tables = {
+        "source": OTHER["source"],
+        "teacher": {
+            "model": "gpt2?width=16&depth=1&heads=2",
+            "weights": "runs/test-text/teacher/model.safetensors",
+        },
+        "train_teacher": {"epochs": 1, "batch_size": 8, "device": "cpu"},
+    }
+    loss = OTHER["loss"] if "tokenizer" in student else {}
+    trained = []
+    for config in (
+        text_config(in_tmp, **tables),
+        text_config(in_tmp, student=student, loss=loss, **tables),
+    ):
+        data = open_data(config)
+        make_teacher(config, data)
+        open_teacher(config, data)
+        trained.append(
+            [
+                (in_tmp / f"runs/test-text/teacher/{name}").read_bytes()
+                for name in ("model.safetensors", "config.json")
+            ]
+        )
+        shutil.rmtree(in_tmp / "runs/test-text/teacher")
+    assert trained[0] == trained[1]
+
+
+def test_a_live_teacher_of_other_tokens_is_refused_and_not_left_out(documents, tmp_path):
+    config = text_config(documents[3], **OTHER)
+    data = open_data(config)
+    with pytest.raises(
+        ConfigError, match=r"teacher .*: cannot label .* student\.tokenizer .*; train from a cache"
+    ):
+        train_student(
+            config, data, model="gpt2", labels="online", teacher=open_teacher(config, data), out=tmp_path
+        )
+
+
+def test_a_resolved_config_has_the_students_tokenizer_and_context(documents, tmp_path):
+    _, _, cache, folder = documents
+    config = text_config(folder, **(OTHER | {"student": {**OTHER["student"], "context": 16}}))
+    model = "llama?width=8&depth=1&heads=2"
+    train_student(config, open_data(config), model=model, labels="cache", cache=cache, out=tmp_path)
+    resolved = RunConfig.model_validate(json.loads((tmp_path / "resolved.json").read_text()))
+    assert resolved.student == StudentSettings(model=model, **{**OTHER["student"], "context": 16})
+
+
 def test_packed_samples_cannot_be_joined_with_another_tokenizers(made, tmp_path):
     _, _, cache, folder = made
     config = text_config(folder, student=OTHER["student"], loss=OTHER["loss"])
@@ -459,8 +511,6 @@ def test_stop_at_is_a_held_out_loss(made, tmp_path):
 
 
 def test_missing_units_need_allow_partial(made, tmp_path):
-    import shutil
-
     config, data, cache, _ = made
     shutil.copytree(cache.url, tmp_path / "cache")
     (tmp_path / "cache" / "units" / "00001.json").unlink()

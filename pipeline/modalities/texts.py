@@ -106,6 +106,11 @@ class TextData:
         """Returns what a student of that spec learns; `teacher` labels its batches on the spot."""
         assert teacher is None or isinstance(teacher, LanguageTeacher)
         if (student := self.of_student(config)) is not self:
+            if teacher is not None:
+                raise ConfigError(
+                    f'teacher {teacher.spec}: cannot label a student\'s batches on the spot (train.labels = "online"), '
+                    f"whose tokens are those of student.tokenizer {config.student.tokenizer!r}; train from a cache"
+                )
             plain = config.student.model_copy(update={"tokenizer": None})
             task = student.task(
                 config.model_copy(

@@ -164,9 +164,13 @@ def _read(path: Path) -> Run:
     resolved.pop("sweep", None)
     config = build_config(resolved, str(path / "resolved.json"))
     if identity.get("student_data"):
+        other = (
+            "has another tokenizer than the teacher, and their tokens"
+            if config.student.tokenizer
+            else ("reads something else than the teacher (student.source, student.views), and their inputs")
+        )
         raise RunError(
-            f"run {path}: its student has another tokenizer than the teacher, and their tokens cannot be compared one "
-            "by one; leave it out of the report"
+            f"run {path}: its student {other} cannot be compared one by one; leave it out of the report"
         )
     student = config.student.model_copy(update={"context": identity.get("context")})
     name = f"{identity['model']} ({metrics['labels']})"
