@@ -118,7 +118,7 @@ def open_report(paths: Sequence[str | Path], *, cache_url: str | None = None) ->
     data = open_data(runs[0].config)
     if data.train.kind == "cells":
         raise RunError(
-            f"run {runs[0].path}: of a detector; expected students of images or texts, whose distributions the report shows; "
+            f"run {runs[0].path}: of a detector; expected students of images or texts, which the report is made for; "
             "compare detectors with `softcache students` and `softcache compare`"
         )
     _check_same_data(runs[0], data)
