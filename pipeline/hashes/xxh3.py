@@ -1,123 +1,24 @@
-"""XXH3 of short inputs, and Philox: whole batches at once, compiled.
+"""XXH3 of short inputs: the 64-bit variant with the default secret and seed 0 (xxhash 0.8).
 
-`xxhash` and `numpy.random.Philox` are called once per sample, which for small samples costs more than the hashing. Of
-256 keys and images of 8x8, fingerprints took 49 microseconds here and 110 in a loop over `xxhash` (1,300 where each
-frames its own head); the views' random numbers 44 and 2,500. Above `LONGEST` bytes XXH3 is another algorithm, and
-`xxhash`, with its vector instructions, the faster one, which is used then.
+Above `LONGEST` bytes XXH3 is another algorithm, and `xxhash`, with its vector instructions, the faster one, which is used
+then.
 
-XXH3 is the 64-bit variant with the default secret and seed 0 (xxhash 0.8), Philox is 4x64 with ten rounds (Salmon et
-al. 2011). Both are frozen bit by bit; the tests compare them with those libraries at every length.
-
-Compiled code is kept beside this file, or in the user's cache folder. Importing this module takes numba along, so
-import it where it is used.
-
-Shape suffixes: `B` samples, `N` bytes of all names together, `L` bytes of a sample's content, `S` random numbers.
+Shape suffixes: `B` samples, `N` bytes of all names together, `L` bytes of a sample's content.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import xxhash
-from numba import njit, types
 
-__all__ = [
-    "LONGEST",
-    "compiled",
-    "compiled_apart",
-    "compiled_part",
-    "fingerprints",
-    "hashes",
-    "joined_names",
-    "uniforms",
-]
+from pipeline.hashes.compiling import compiled
+
+__all__ = ["LONGEST", "fingerprints", "hashes", "joined_names", "product"]
 
 LONGEST = 240
 """Bytes of the longest input."""
-
-
-def compiled(function: Callable[..., Any], **options: Any) -> Any:
-    """numba's njit, without the GIL; compiled once and kept, or once for each process where nothing can be written."""
-    try:
-        return njit(cache=True, nogil=True, boundscheck=False, **options)(function)
-    except RuntimeError:
-        return njit(nogil=True, boundscheck=False, **options)(function)
-
-
-def compiled_apart(function: Callable[..., Any], **options: Any) -> Any:
-    """The same, but what is not kept yet is compiled by a process of its own, and run as it was kept.
-
-    numba keeps other machine code than it runs in the process that compiled it: sums that may be taken in any order are
-    taken in another one, and the last bits of a record would be those of the first run after an installation.
-    """
-    dispatcher = compiled(function, **options)
-    here = dispatcher.compile
-
-    def compile(signature: Any) -> Any:
-        cache = dispatcher._cache  # it has no path where nothing can be kept
-        keeps = _COMPILES not in os.environ and getattr(cache, "cache_path", None) is not None
-        if keeps and cache.load_overload(signature, dispatcher.targetctx) is None:
-            _compile_elsewhere(function, signature)
-        return here(signature)
-
-    dispatcher.compile = compile
-    return dispatcher
-
-
-_COMPILES = "SOFTCACHE_COMPILES"
-
-
-def _compile_elsewhere(function: Callable[..., Any], signature: Any) -> None:
-    """Has another process compile and keep a function; if it cannot, this one will."""
-    program = "import sys; from pipeline.hashes import _compile_here; _compile_here(*sys.argv[1:])"
-    words = [function.__module__, function.__name__, *map(_in_words, signature)]
-    here = {_COMPILES: "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with suppress(
-        OSError, TypeError
-    ):  # TypeError: an interpreter that is part of another program has no executable
-        subprocess.run(
-            [sys.executable, "-c", program, *words],
-            env=os.environ | here,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-        )
-
-
-def _compile_here(module: str, name: str, *words: str) -> None:
-    getattr(importlib.import_module(module), name).compile(tuple(map(_of_words, words)))
-
-
-def _in_words(kind: Any) -> str:
-    """A number's type, or an array's: float32/2/C/True, with dimensions, layout, and whether it may be written to."""
-    if isinstance(kind, types.Array):
-        return f"{kind.dtype}/{kind.ndim}/{kind.layout}/{kind.mutable}"
-    return str(kind)
-
-
-def _of_words(text: str) -> Any:
-    name, *array = text.split("/")
-    kind: Any = types.boolean if name == "bool" else getattr(types, name)
-    if not array:
-        return kind
-    layout: Any = array[1]
-    return types.Array(kind, int(array[0]), layout, readonly=array[2] == "False")
-
-
-def compiled_part(function: Callable[..., Any], **options: Any) -> Any:
-    """A part of compiled functions, which is kept with each of them and not by itself.
-
-    Out of a cache it would come as machine code, to be called; compiled together, it is merged into its caller, and sums
-    that may be taken in any order are taken in another one there.
-    """
-    return njit(nogil=True, boundscheck=False, **options)(function)
 
 
 def joined_names(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -173,7 +74,7 @@ def _swapped(x):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _product(a, b):  # type: ignore[no-untyped-def]
+def product(a, b):  # type: ignore[no-untyped-def]
     """The high and the low 64 bits of a * b."""
     low_low, high_low = (a & _LOW) * (b & _LOW), (a >> _32) * (b & _LOW)
     low_high, high_high = (a & _LOW) * (b >> _32), (a >> _32) * (b >> _32)
@@ -183,7 +84,7 @@ def _product(a, b):  # type: ignore[no-untyped-def]
 
 @compiled
 def _folded(a, b):  # type: ignore[no-untyped-def]
-    high, low = _product(a, b)
+    high, low = product(a, b)
     return high ^ low
 
 
@@ -320,39 +221,3 @@ def fingerprints(names: Sequence[str], fixed: bytes, content_BL: np.ndarray) -> 
     heads = [len(name).to_bytes(4, "little") + name + fixed for name in (name.encode() for name in names)]
     found = [digest(head + whole[row * size : (row + 1) * size]) for row, head in enumerate(heads)]
     return np.array(found, np.uint64)
-
-
-# -- Philox ------------------------------------------------------------------------------------------------
-
-_M1, _M2 = np.uint64(0xD2E7470EE14C6C93), np.uint64(0xCA5A826395121157)
-_W1, _W2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)
-
-
-@compiled
-def _uniforms(seed, keys_B, view, blocks):  # type: ignore[no-untyped-def]
-    out_BS = np.empty((len(keys_B), 4 * blocks))
-    for row in range(len(keys_B)):
-        for block in range(blocks):
-            c1, c2, c3, c4 = np.uint64(block + 1), view, _0, _0
-            k1, k2 = seed, keys_B[row]
-            for _ in range(10):
-                first_high, first_low = _product(_M1, c1)
-                second_high, second_low = _product(_M2, c3)
-                c1, c2, c3, c4 = second_high ^ c2 ^ k1, second_low, first_high ^ c4 ^ k2, first_low
-                k1, k2 = k1 + _W1, k2 + _W2
-            slot = 4 * block
-            out_BS[row, slot] = np.float64(c1 >> np.uint64(11)) * 2.0**-53
-            out_BS[row, slot + 1] = np.float64(c2 >> np.uint64(11)) * 2.0**-53
-            out_BS[row, slot + 2] = np.float64(c3 >> np.uint64(11)) * 2.0**-53
-            out_BS[row, slot + 3] = np.float64(c4 >> np.uint64(11)) * 2.0**-53
-    return out_BS
-
-
-def uniforms(seed: int, keys_B: np.ndarray, view: int, num_slots: int) -> np.ndarray:
-    """Returns numbers in [0, 1), float64 [B, S]: the first of the stream of Philox of (seed, key) at counter (0, view).
-
-    Args:
-        keys_B: [B] uint64.
-        num_slots: S, a multiple of 4.
-    """
-    return _uniforms(np.uint64(seed), keys_B, np.uint64(view), num_slots // 4)
