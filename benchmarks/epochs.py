@@ -38,7 +38,7 @@ from pipeline.modalities import Data
 from pipeline.models import build_model
 from pipeline.progress import say
 from pipeline.runs import capture_labels, open_data, open_teacher
-from pipeline.student import _Loop
+from pipeline.student.loop import Loop
 from stages.options import print_table
 
 TEMPERATURES = (1.0, 4.0, 3.0)
@@ -151,7 +151,7 @@ def contenders(
         feed = (
             hard_feed(how, data) if labels == "hard" else cache_feed(how, data, cache, cache.num_views, False)
         )
-        step = stepper(_Loop(Accelerator(cpu=True), data.task(how, student), feed, how.train), epoch)
+        step = stepper(Loop(Accelerator(cpu=True), data.task(how, student), feed, how.train), epoch)
         step(2)  # compiled code is loaded, the optimizer's state is made
         return lambda: step(steps)
 

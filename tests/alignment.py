@@ -28,7 +28,7 @@ from pipeline.identity import digest_bytes
 from pipeline.runs import capture_labels, open_data, open_teacher
 from pipeline.sources.image_source import InMemorySource
 from pipeline.sources.text import load_tokenizer
-from pipeline.student import _Loop
+from pipeline.student.loop import Loop
 from stages.cli import main
 from tests.test_text_source import CHAT, save_tokenizer
 from tests.text_caches import write_texts
@@ -283,16 +283,16 @@ class Found(NamedTuple):
 def attempt(world: World, *options: str) -> Found:
     """Runs `softcache train-student` in the world's folder, in this process."""
     steps: list[Step] = []
-    update = _Loop._update
+    update = Loop._update
 
-    def spy(loop: _Loop, batch: Any) -> None:
+    def spy(loop: Loop, batch: Any) -> None:
         update(loop, batch)
         keys = [loop.feed.dataset._data.source.key(int(sample)) for sample in batch.samples]
         samples = list(zip(keys, batch.fingerprints.tolist(), _labels(batch), strict=True))
         if loop.feed.order.share(loop.feed.order.step - 1)[0]:
             steps.append(Step(loop.feed.order.epoch, batch.view, samples))
 
-    world.patch.setattr(_Loop, "_update", spy)
+    world.patch.setattr(Loop, "_update", spy)
     config = _write_config(world.folder, world.tables)
     arguments = ["train-student", "--config", config, "--cache", world.cache, "--out", "out"]
     world.patch.setattr(sys, "argv", ["softcache", *arguments, "--no-baseline", *options])

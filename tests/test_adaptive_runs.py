@@ -15,7 +15,7 @@ from pipeline.manifest import Manifest
 from pipeline.models import build_model
 from pipeline.runs import open_data, open_teacher, train_student
 from pipeline.sparsify import top_k
-from pipeline.student import _Loop
+from pipeline.student.loop import Loop
 from pipeline.tasks import TokenStudent
 from tests.caches import make_cache
 from tests.fakes_language import known
@@ -89,8 +89,8 @@ def test_hard_labels_have_no_temperature(tmp_path, shared_cache):
 def test_every_step_has_the_schedules_temperature_and_every_epoch_says_its_last(
     tmp_path, shared_cache, monkeypatch
 ):
-    seen, real = [], _Loop._mix
-    monkeypatch.setattr(_Loop, "_mix", lambda loop: seen.append(real(loop)["mix"]) or {"mix": seen[-1]})
+    seen, real = [], Loop._mix
+    monkeypatch.setattr(Loop, "_mix", lambda loop: seen.append(real(loop)["mix"]) or {"mix": seen[-1]})
     metrics = fit(shared_cache[2], tmp_path, tables={"loss": MOVING})
     settings = LossSettings.model_validate(MOVING)
     how = {"num_steps": 18, "losses": []}

@@ -22,7 +22,7 @@ from pipeline.process_group import check_same, explained, is_first_to_fail
 from pipeline.progress import say, track
 from pipeline.runs import open_data, train_student
 from pipeline.stopping import Interrupted, signals_stop
-from pipeline.student import _Loop
+from pipeline.student.loop import Loop
 from stages.cli import main
 from tests.caches import ROOT, make_cache
 from tests.process_groups import run_ranks
@@ -57,7 +57,7 @@ TEXT = {
 @contextmanager
 def recorded():
     """Yields a list of (epoch, step, view, samples) of what this rank trains on."""
-    seen, update = [], _Loop._update
+    seen, update = [], Loop._update
 
     def spy(loop, batch):
         order = loop.feed.order
@@ -65,11 +65,11 @@ def recorded():
             seen.append((order.epoch, order.step - 1, batch.view, batch.samples.tolist()))
         update(loop, batch)
 
-    _Loop._update = spy
+    Loop._update = spy
     try:
         yield seen
     finally:
-        _Loop._update = update
+        Loop._update = update
 
 
 def train_images(url, out, *, tables=None, **options):
@@ -326,14 +326,14 @@ def test_the_table_is_printed_once_and_an_error_of_one_rank_ends_all_with_its_me
 
 def _ends_otherwise(rank, place, url, step, end):
     """Rank 1 is killed, or sleeps, before a step."""
-    steps, update = iter(range(1, step)), _Loop._update
+    steps, update = iter(range(1, step)), Loop._update
 
     def until(loop, batch):
         if rank == 1 and next(steps, None) is None:
             os.kill(os.getpid(), signal.SIGKILL) if end == "killed" else time.sleep(60)
         update(loop, batch)
 
-    _Loop._update = until
+    Loop._update = until
     _command(rank, place, url, "--out", "out", "--no-baseline", "--set", "train.process_timeout_seconds=20")
 
 

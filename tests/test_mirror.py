@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 
-from pipeline import student
 from pipeline.errors import CorruptionError, RunError
 from pipeline.mirror import RunMirror
 from pipeline.runs import open_data, train_student
 from pipeline.stores.objects import open_objects
+from pipeline.student import loop as student
 from tests.caches import digits_config
 
 
@@ -35,7 +35,7 @@ class Killed(BaseException):
 
 def stop_after(epochs, monkeypatch):
     """The run dies when it evaluates for the last time of so many, after the checkpoints before that."""
-    evaluate, left = student._Loop.evaluate, [epochs]
+    evaluate, left = student.Loop.evaluate, [epochs]
 
     def dying(loop):
         if not left[0]:
@@ -43,8 +43,8 @@ def stop_after(epochs, monkeypatch):
         left[0] -= 1
         return evaluate(loop)
 
-    monkeypatch.setattr(student._Loop, "evaluate", dying)
-    return lambda: monkeypatch.setattr(student._Loop, "evaluate", evaluate)
+    monkeypatch.setattr(student.Loop, "evaluate", dying)
+    return lambda: monkeypatch.setattr(student.Loop, "evaluate", evaluate)
 
 
 def test_a_finished_run_lies_in_the_bucket_as_it_would_in_a_folder(bucket, machine, shared_cache, tmp_path):
@@ -84,8 +84,8 @@ def test_another_machine_goes_on_from_the_last_checkpoint(
     again()
     machine("second")
     evaluated = []
-    evaluate = student._Loop.evaluate
-    monkeypatch.setattr(student._Loop, "evaluate", lambda loop: evaluated.append(1) or evaluate(loop))
+    evaluate = student.Loop.evaluate
+    monkeypatch.setattr(student.Loop, "evaluate", lambda loop: evaluated.append(1) or evaluate(loop))
     assert train(cache, url, epochs=3)["history"] == expected["history"]
     assert len(evaluated) == 1, "two of three epochs were done"
     assert objects.get("model.safetensors") == (tmp_path / "run/model.safetensors").read_bytes()

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipeline import student as loop
 from pipeline.byte_batches import PADDING, ByteBatch, ByteData
 from pipeline.config import RunConfig, build_config
 from pipeline.errors import AlignmentError, ConfigError, RunError, SourceError, SpecError
@@ -22,6 +21,7 @@ from pipeline.models import build_model
 from pipeline.runs import capture_labels, open_teacher, train_student, train_teacher
 from pipeline.sources.encoded import BytesSettings, open_bytes
 from pipeline.sources.vision import SourceSettings, open_source
+from pipeline.student import running as loop
 from pipeline.student_views import StudentViews, StudentViewSettings
 from pipeline.sweep.candidates import candidate
 from pipeline.views import Views, ViewSettings

@@ -129,11 +129,9 @@ def test_a_student_that_is_signalled_saves_a_checkpoint_and_ends_with_the_same_w
     run("teacher-logits")
     how = ("train-student", "--no-baseline", "--set", "train.epochs=3")
     assert run(*how, "--out", "whole").code == 0
-    import pipeline.student as student
+    import pipeline.student.loop as student
 
-    signal_in(
-        student._Loop, "_update", 5, signal.SIGTERM
-    )  # three steps an epoch: in the middle of the second
+    signal_in(student.Loop, "_update", 5, signal.SIGTERM)  # three steps an epoch: in the middle of the second
     result = run(*how, "--out", "stopped")
     assert result.code == 143, result
     assert "the same command goes on" in result.err
