@@ -21,7 +21,8 @@ from pydantic import ValidationError
 from pipeline import view_ops
 from pipeline.errors import SpecError
 from pipeline.sources import SourceSettings, open_source
-from pipeline.views import _RANGES, ViewParameters, Views, ViewSettings
+from pipeline.views import ViewParameters, Views, ViewSettings
+from pipeline.views.parameters import RANGES
 
 EVERYTHING = {
     "seed": 7, "size": 24, "crop": "resized", "flip": 0.5, "augment": "randaugment", "num_ops": 2,
@@ -166,7 +167,7 @@ def test_parameters_follow_their_distributions():
             t >= 0 and t + h <= side and left >= 0 and left + w <= side
             for t, left, h, w in filter(None, boxes)
         )
-    assert {name for p in drawn for name, _ in p.ops} == set(_RANGES)
+    assert {name for p in drawn for name, _ in p.ops} == set(RANGES)
     factors = np.array([p.jitter for p in drawn])
     assert np.allclose(factors.min(0), [0.6, 0.6, 0.6, -0.1], atol=0.01)
     assert np.allclose(factors.max(0), [1.4, 1.4, 1.4, 0.1], atol=0.01)
@@ -320,11 +321,11 @@ def reference(name, image, strength):
     ]
 
 
-@pytest.mark.parametrize("name", list(_RANGES))
+@pytest.mark.parametrize("name", list(RANGES))
 @pytest.mark.parametrize("channels", [1, 3], ids=["grey", "rgb"])
 @pytest.mark.parametrize("shape", [(8, 8), (28, 28), (23, 30)], ids=str)
 def test_each_op_does_what_its_name_says(name, channels, shape):
-    low, high, wide, signed = _RANGES[name]
+    low, high, wide, signed = RANGES[name]
     strengths = {low, high, wide, low + (high - low) * 0.3}
     for strength in strengths | ({-s for s in strengths} if signed else set()):
         image = picture(channels, *shape, seed=len(name)) // 2 + 40
@@ -344,12 +345,12 @@ def test_each_op_does_what_its_name_says(name, channels, shape):
         assert undecided <= out.numel() * 0.3
 
 
-@pytest.mark.parametrize("name", list(_RANGES))
+@pytest.mark.parametrize("name", list(RANGES))
 def test_an_op_of_no_strength_changes_nothing(name):
     image = picture(3, 12, 9)
     image[:, 0, 0], image[:, 0, 1] = 0, 255
     if name != "equalize":
-        assert torch.equal(view_ops.OPS[name](image, _RANGES[name][0]), image)
+        assert torch.equal(view_ops.OPS[name](image, RANGES[name][0]), image)
 
 
 def test_equal_ties_fall_to_one_side_whatever_the_rounding():
@@ -402,11 +403,12 @@ def test_tiny_and_odd_images_go_through_everything(shape, augment):
 DIGEST_ALL = """
 import hashlib, torch
 from pipeline import view_ops
-from pipeline.views import _RANGES, Views, ViewSettings
+from pipeline.views import Views, ViewSettings
+from pipeline.views.parameters import RANGES
 from tests.test_views import EVERYTHING, photo, views
 digest = hashlib.sha256()
 for image in (photo(3, 199, 301), photo(1, 407, 399), photo(3, 33, 47), photo(1, 8, 8)):
-    for name, (low, high, wide, signed) in _RANGES.items():
+    for name, (low, high, wide, signed) in RANGES.items():
         for strength in (low, high, wide, -high if signed else high):
             digest.update(view_ops.OPS[name](image, strength).contiguous().numpy().tobytes())
     for size in (24, 224, None):
