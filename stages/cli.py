@@ -18,6 +18,7 @@ from pipeline.progress import report
 from pipeline.ranks import is_first
 from pipeline.stopping import Interrupted, signals_stop
 from stages.commands import LazyCommands
+from stages.completing import COMPLETE_VAR, answer
 
 __all__ = ["main", "softcache"]
 
@@ -31,6 +32,8 @@ def softcache() -> None:
 
 
 def main() -> None:
+    if COMPLETE_VAR in os.environ:
+        sys.exit(answer(os.environ[COMPLETE_VAR]))
     sys.path.insert(0, "")  # so that `module:factory` finds the user's own modules, as `python -m` would
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115

@@ -46,6 +46,7 @@ COMMANDS = {
     "gc": ("gc:gc", "What dead runs left in a cache."),
     "doctor": ("doctor:doctor", "What this machine can do, and whether a store works."),
     "import": ("import_labels:import_command", "Make a cache of a server's log-probabilities."),
+    "completion": ("completion:completion", "Print the completion script of bash, zsh or fish."),
 }
 """By name: `module:attribute` below `stages`, and the command's line in the list."""
 

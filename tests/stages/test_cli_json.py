@@ -3,9 +3,11 @@
 import json
 import sys
 
+import click
 import pytest
 
 from stages.cli import softcache as group
+from stages.commands import COMMANDS
 from tests.stages.test_cli import cache, labelled, place, run  # noqa: F401
 
 CONFIG = ("--config", "small.toml")
@@ -26,10 +28,10 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(group.commands))
+@pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_that_prints_a_table_has_json(name):
     """A command prints a table if its module has `print_table`."""
-    command = group.commands[name]
+    command = group.get_command(click.Context(group), name)
     module = sys.modules[command.callback.__module__]
     if hasattr(module, "print_table"):
         assert "--json" in {o for p in command.params for o in p.opts}, (
