@@ -5,7 +5,6 @@ softcache export runs/digits/students/cnn-width-8-cache-0123abcd --out exported
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 
 import click
 
-from pipeline.errors import RunError
 from pipeline.export import (
     ExportSettings,
     check_drop,
@@ -24,48 +22,41 @@ from pipeline.export import (
     note,
 )
 from pipeline.progress import say
-from pipeline.report import open_report
-from stages.options import log_option, print_table
+from pipeline.report import open_run
+from stages.options import json_option, log_option, print_json, print_table
 
 __all__ = ["export_and_tell", "export_command", "export_options"]
 
 DEFAULTS = ExportSettings()
 
 
+def _setting(name: str, default: float, kind: click.ParamType, told: str) -> Callable:
+    return click.option(name, default=default, show_default=True, type=kind, help=told)
+
+
 def export_options(command: Callable) -> Callable:
     """Adds --tolerance, --rounds, --calibration (together `settings`), --max-drop and --json."""
 
-    @click.option(
+    @_setting(
         "--tolerance",
-        default=DEFAULTS.tolerance,
-        show_default=True,
-        type=click.FloatRange(0),
-        help="By how much a logit of an fp32 file may differ from torch, as a share of the largest (at least 1).",
+        DEFAULTS.tolerance,
+        click.FloatRange(0),
+        "By how much a logit of an fp32 file may differ from torch, as a share of the largest (at least 1).",
     )
-    @click.option(
-        "--rounds",
-        default=DEFAULTS.rounds,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Timed calls of each model and batch size.",
-    )
-    @click.option(
+    @_setting("--rounds", DEFAULTS.rounds, click.IntRange(1), "Timed calls of each model and batch size.")
+    @_setting(
         "--calibration",
-        default=DEFAULTS.calibration_samples,
-        show_default=True,
-        type=click.IntRange(1),
-        help="Training samples whose activations fix the ranges of int8 (static quantisation only).",
+        DEFAULTS.calibration_samples,
+        click.IntRange(1),
+        "Training samples whose activations fix the ranges of int8 (static quantisation only).",
     )
-    @click.option(
+    @_setting(
         "--max-drop",
-        default=2.0,
-        show_default=True,
-        type=float,
-        help="Points of accuracy that int8 may lose; more is an error, after the table.",
+        2.0,
+        click.FLOAT,
+        "Points of accuracy that int8 may lose; more is an error, after the table.",
     )
-    @click.option(
-        "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there."
-    )
+    @json_option
     @wraps(command)
     def with_settings(tolerance: float, rounds: int, calibration: int, **others: Any) -> Any:
         return command(settings=ExportSettings(tolerance, rounds, calibration), **others)
@@ -109,16 +100,12 @@ def export_and_tell(
         RunError: RUN is a folder of runs, a file differs from torch, or int8 loses more than `max_drop`.
     """
     load_onnxruntime()
-    report = open_report([run], cache_url=url)
-    if len(report.runs) != 1:
-        raise RunError(
-            f"run {run}: holds {len(report.runs)} runs; one is exported at a time: name its own directory"
-        )
+    report = open_run(run, cache_url=url)
     figures = export_run(
         report, report.runs[0], out, settings, cost=cost, progress=lambda what: say(f"export {out}: {what}")
     )
     if as_json:
-        click.echo(json.dumps(figures | {"out": str(out)}, indent=2))
+        print_json(figures | {"out": str(out)})
     else:
         print_table(f"{figures['student']}, exported to {out}", *model_table(figures))
         print_table("latency", *latency_table(figures), note=note(figures))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline.errors import IdentityError, MissingExtraError, RunError
-from pipeline.report import build_sections, open_report
+from pipeline.report import build_sections, open_report, open_run
 from pipeline.report.examples import Names, galleries
 from pipeline.report.figures import load_plotly
 from pipeline.report.measures import (
@@ -221,6 +221,22 @@ def test_an_unfinished_run_is_refused_alone_and_named_in_a_folder(place):
     report = open_report([place])
     assert report.unfinished == [odd]
     assert odd.name in build_sections(report)[0].missing[-1]
+
+
+def test_one_run_is_asked_for_before_several_are_compared(place):
+    """Not as a report refuses them: that they are of other data is of no interest to who wants one."""
+    change(next(place.iterdir()), "config", source="another")
+    with pytest.raises(RunError, match=r"run .*: expected one run; found 4 in it; name one's own directory"):
+        open_run(place)
+
+
+@pytest.mark.parametrize("open_it", [open_report, open_run])
+def test_a_student_of_other_tokens_is_refused_in_words_for_both_commands(place, open_it):
+    run = next(place.iterdir())
+    change(run, "config", student_data={"tokenizer": "another"})
+    told = r"has another tokenizer than the teacher.*neither report nor export is of such a student: name other runs$"
+    with pytest.raises(RunError, match=told):
+        open_it([run] if open_it is open_report else run)
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):

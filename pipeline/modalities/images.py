@@ -2,56 +2,34 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Any
 
 from pipeline.batches import Dataset, ViewedSource
 from pipeline.cache import Cache
 from pipeline.config import RunConfig
+from pipeline.modalities.splits import ImageSplits
 from pipeline.modalities.student_images import StudentImages
-from pipeline.models import Normalize, build_model, select_device
+from pipeline.models import build_model, select_device
 from pipeline.reader import SoftLabelDataset
 from pipeline.sources import SourceSettings, open_source
 from pipeline.tasks import ImageTask
 from pipeline.teacher import ImageTeacher, Teacher, TeacherSettings, load_image_teacher
-from pipeline.views import Views
 
 __all__ = ["ImageData"]
 
 
-class ImageData:
+class ImageData(ImageSplits):
     """The training and evaluation splits of a config's source, seen through its views."""
 
-    rows_of = None  # one label row per image
+    train: ViewedSource
+    evaluation: ViewedSource
 
     def __init__(self, config: RunConfig) -> None:
         assert isinstance(config.source, SourceSettings)
-        views = Views(config.views)
-        self.train = ViewedSource(open_source(config.source, split="train"), views)
-        self.evaluation = ViewedSource(open_source(config.source, split="eval"), views)
-        self._mean, self._std = config.views.mean, config.views.std
+        super().__init__(config.views)
+        self.train = ViewedSource(open_source(config.source, split="train"), self.views)
+        self.evaluation = ViewedSource(open_source(config.source, split="eval"), self.views)
         self._of_students: dict[str, StudentImages] = {}
-
-    @property
-    def num_classes(self) -> int:
-        return self.train.source.num_classes
-
-    @cached_property
-    def input_shape(self) -> tuple[int, int, int]:
-        channels, height, width = self.train.load([0], 0, fingerprints=False).images.shape[1:]
-        return channels, height, width
-
-    def normalize(self) -> Normalize:
-        """Returns a fresh module that makes model inputs of uint8 images."""
-        return Normalize(self._mean, self._std)
-
-    def identity(self) -> dict[str, Any]:
-        """Returns what tells runs on this data from others."""
-        return {
-            "source": self.train.source.digest,
-            "views": self.train.views.digest,
-            "evaluation": self.evaluation.source.digest,
-        }
 
     def of_student(self, config: RunConfig) -> ImageData | StudentImages:
         """Returns this, or what the student reads where that is not what the teacher sees; opened once."""

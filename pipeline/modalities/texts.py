@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from pipeline.cache import Cache
 from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, IdentityError
 from pipeline.language import build_language_model, tokenizer_of
+from pipeline.modalities.splits import TokenSplits
 from pipeline.models import select_device
 from pipeline.paired import PairedDataset
 from pipeline.reader import SoftLabelDataset
@@ -26,7 +26,7 @@ from pipeline.token_batches import TokenData
 __all__ = ["TextData"]
 
 
-class TextData:
+class TextData(TokenSplits):
     """The training and held-out splits of a config's text, tokenised."""
 
     def __init__(self, config: RunConfig) -> None:
@@ -36,22 +36,9 @@ class TextData:
         self.train = TokenData(open_text(config.source, split="train"), cross_documents=across)
         self.evaluation = TokenData(open_text(config.source, split="eval"), cross_documents=across)
 
-    @property
-    def num_classes(self) -> int:
-        return self.train.source.vocab_size
-
-    @cached_property
-    def rows_of(self) -> np.ndarray:
-        return self.train.source.num_rows()
-
     def identity(self) -> dict[str, Any]:
         """Returns what tells runs on this data from others."""
-        return {
-            "source": self.train.source.digest,
-            "tokenizer": self.train.source.tokenizer_digest,
-            "cross_documents": self._settings.cross_documents,
-            "evaluation": self.evaluation.source.digest,
-        }
+        return super().identity() | {"cross_documents": self._settings.cross_documents}
 
     def of_student(self, config: RunConfig) -> TextData:
         """Returns the same text in the student's own tokens, where its tokenizer is another one."""

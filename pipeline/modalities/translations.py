@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from pipeline.cache import Cache
 from pipeline.config import RunConfig
 from pipeline.errors import IdentityError
 from pipeline.language import PairTokens, build_translation_model, tokenizer_of
+from pipeline.modalities.splits import TokenSplits
 from pipeline.models import select_device
 from pipeline.reader import SoftLabelDataset
 from pipeline.sources.text_settings import Split
@@ -31,7 +31,7 @@ from pipeline.token_batches import TokenData
 __all__ = ["TranslationData"]
 
 
-class TranslationData:
+class TranslationData(TokenSplits):
     """The training and held-out pairs of a config, tokenised."""
 
     def __init__(self, config: RunConfig) -> None:
@@ -44,22 +44,6 @@ class TranslationData:
         self.tokens = PairTokens(pad=pad, start=pad, end=end)
         self.max_tokens = config.source.max_tokens
         self._pairs: dict[str, Mapping[str, Any]] = {}
-
-    @property
-    def num_classes(self) -> int:
-        return self.train.source.vocab_size
-
-    @cached_property
-    def rows_of(self) -> np.ndarray:
-        return self.train.source.num_rows()
-
-    def identity(self) -> dict[str, Any]:
-        """Returns what tells runs on this data from others."""
-        return {
-            "source": self.train.source.digest,
-            "tokenizer": self.train.source.tokenizer_digest,
-            "evaluation": self.evaluation.source.digest,
-        }
 
     def of_student(self, config: RunConfig) -> TranslationData:
         """Returns this: student and teacher see the same tokens."""

@@ -10,8 +10,8 @@ figures.py       the figures, drawn by plotly
 page.py          the page, by Jinja2
 """
 
-from pipeline.report.loading import Report, open_report
+from pipeline.report.loading import Report, open_report, open_run
 from pipeline.report.page import write_page
 from pipeline.report.panels import build_sections
 
-__all__ = ["Report", "build_sections", "open_report", "write_page"]
+__all__ = ["Report", "build_sections", "open_report", "open_run", "write_page"]

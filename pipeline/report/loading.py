@@ -23,7 +23,7 @@ from pipeline.runs import Data, open_data, open_teacher
 from pipeline.tasks import Task, TokenStudent
 from pipeline.teacher import Teacher
 
-__all__ = ["Report", "Run", "open_report"]
+__all__ = ["Report", "Run", "open_report", "open_run"]
 
 OF_THE_DATA = ("source", "views", "evaluation", "tokenizer", "cross_documents")
 
@@ -127,6 +127,19 @@ def open_report(paths: Sequence[str | Path], *, cache_url: str | None = None) ->
     return Report(runs, data, cache, _teacher(runs[0].config, data, cache, missing), unfinished, missing)
 
 
+def open_run(path: str | Path, *, cache_url: str | None = None) -> Report:
+    """Returns what one run is of: `open_report` of it alone.
+
+    Raises:
+        RunError: there are several runs, or what `open_report` raises.
+        IdentityError: what is there is not what it learnt from.
+    """
+    folders, _ = _folders([Path(path)])
+    if len(folders) != 1:
+        raise RunError(f"run {path}: expected one run; found {len(folders)} in it; name one's own directory")
+    return open_report(folders, cache_url=cache_url)
+
+
 def _folders(paths: list[Path]) -> tuple[list[Path], list[Path]]:
     found: list[Path] = []
     unfinished: list[Path] = []
@@ -170,7 +183,8 @@ def _read(path: Path) -> Run:
             else ("reads something else than the teacher (student.source, student.views), and their inputs")
         )
         raise RunError(
-            f"run {path}: its student {other} cannot be compared one by one; leave it out of the report"
+            f"run {path}: its student {other} cannot be compared one by one; neither report nor export is of such a student: "
+            "name other runs"
         )
     student = config.student.model_copy(update={"context": identity.get("context")})
     name = f"{identity['model']} ({metrics['labels']})"
@@ -199,7 +213,7 @@ def _check_same_data(run: Run, data: Data) -> None:
     differing = differences({name: run.identity.get(name) for name in here}, here)
     if differing:
         raise IdentityError(
-            f"run {run.path}: its data changed since (then; now): {'; '.join(differing)}; restore the data to report it"
+            f"run {run.path}: its data changed since (then; now): {'; '.join(differing)}; restore the data"
         )
 
 
