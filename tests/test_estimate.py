@@ -7,10 +7,13 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.errors import ConfigError, IdentityError
+from pipeline.estimate import estimate_capture
 from pipeline.runs import capture_estimate, capture_labels, open_data, open_teacher
+from pipeline.stores.objects import open_objects
 from stages.cli import softcache
 from tests.caches import digits_config
 from tests.stages.test_cli import CONFIG
+from tests.text_caches import text_config, write_texts
 
 
 def estimate(url, **tables):
@@ -48,6 +51,53 @@ def test_the_estimated_bytes_are_those_of_the_run(tmp_path, store, codec):
     assert told.num_bytes == pytest.approx(size_of(cache), rel=0.03 if store == "zarr" else 0.12)
     assert told.num_bytes_done == 0
     assert told.seconds > told.evaluate_seconds > 0
+
+
+def extrapolated(config, url, num_chunks=2):
+    """Returns what is told of a capture of many chunks from two of them, and the cache that the run then makes."""
+    data = open_data(config)
+    teacher = open_teacher(config, data)
+    told = estimate_capture(
+        open_objects(str(url)),
+        data=data.train,
+        evaluation=data.evaluation,
+        teacher=teacher,
+        labels=config.labels,
+        settings=config.capture,
+        measure_seconds=0.0,
+    )
+    assert told.measured_chunks == num_chunks
+    rest = told.rows_left * told.measured_seconds / told.measured_rows
+    assert told.seconds == pytest.approx(told.evaluate_seconds + rest)
+    cache, _ = capture_labels(config, data, teacher, str(url))
+    assert told.rows == told.rows_left == sum(marker.num_rows for marker in cache.markers.values())
+    return told, cache
+
+
+@pytest.mark.parametrize("store", ["zarr", "parquet"])
+def test_two_chunks_of_sixty_tell_the_bytes_of_all(tmp_path, store):
+    capture = {"store": store, "unit_samples": 1000, "chunk_samples": 100, "device": "cpu", "batch_size": 100}
+    config = digits_config(
+        source={"max_train_samples": None}, labels={"k": 4, "num_views": 4}, capture=capture
+    )
+    told, cache = extrapolated(config, tmp_path / "cache")
+    assert told.rows == 1501 * 4 > 25 * 2 * 100
+    if store == "zarr":
+        assert told.num_bytes == pytest.approx(size_of(cache), rel=0.04)
+    else:  # a file's footer is that of a unit of ten chunks, and is counted for each chunk
+        assert size_of(cache) < told.num_bytes < 1.3 * size_of(cache)
+
+
+def test_two_chunks_of_ragged_documents_tell_the_rows_and_bytes_of_all(tmp_path):
+    write_texts(tmp_path / "texts.jsonl", num_documents=1000)
+    config = text_config(
+        tmp_path,
+        source={"packing": "documents", "seq_len": 64},
+        capture={"unit_samples": 200, "chunk_samples": 20, "batch_size": 20},
+    )
+    told, cache = extrapolated(config, tmp_path / "cache")
+    assert told.rows > 40 * told.measured_rows
+    assert told.num_bytes == pytest.approx(size_of(cache), rel=0.05)
 
 
 def test_what_is_done_is_not_estimated_again_and_stays_as_it_is(tmp_path):
