@@ -11,6 +11,7 @@ from pipeline.runs import open_data, open_labels, train_student
 from pipeline.scores import SCORES
 from stages.options import cache_option, config_options, json_option, print_json, print_table
 from stages.rows import student_columns, student_report, student_row, student_title
+from stages.translation_rows import print_translations
 
 __all__ = ["students"]
 
@@ -48,3 +49,4 @@ def students(
         student_columns(cache.manifest.kind),
         [student_row(cache, *pair) for pair in results],
     )
+    print_translations(results)

@@ -19,6 +19,7 @@ from stages.options import (
     track_option,
 )
 from stages.rows import student_columns, student_report, student_row, student_title
+from stages.translation_rows import print_translations
 
 __all__ = ["train_student_command"]
 
@@ -83,4 +84,5 @@ def train_student_command(
         return
     columns = student_columns(cache.manifest.kind)
     print_table(student_title(cache), columns, [student_row(cache, cached, hard)])
+    print_translations([(cached, hard)])
     click.echo(f"weights, metrics and config: {cached['out']}")

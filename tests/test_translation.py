@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
+from click.testing import CliRunner
 
 from pipeline.errors import ConfigError, IdentityError, SourceError, SpecError
 from pipeline.fused import fused_distillation_loss
@@ -17,6 +19,8 @@ from pipeline.sources.translation import TranslationSettings, open_translation, 
 from pipeline.stores.local_objects import LocalObjects
 from pipeline.token_batches import TokenData
 from pipeline.verify import verify_against_teacher, verify_units
+from stages.cli import softcache
+from stages.translation_rows import translation_rows
 from tests.translations import translation_config, write_package
 
 TOKENS = PairTokens(pad=0, start=0, end=1)
@@ -278,6 +282,28 @@ def test_students_learn_from_the_cache_and_are_scored_per_language(captured, tmp
 
     assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run" / "hf")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run" / "hf")) == data.num_classes
+
+
+def test_the_last_table_of_a_training_has_chrf_and_bleu_per_language(captured, in_tmp):
+    """Of one student both of whose trainings are scored, and of one that has no baseline."""
+    _, config, _, _, cache = captured
+    tables = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
+    (in_tmp / "pairs.toml").write_text(tomli_w.dumps(tables))
+    arguments = ["train-student", "--config", "pairs.toml", "--cache", cache.url, "--out", "run"]
+    shown = CliRunner().invoke(softcache, arguments)
+    assert shown.exit_code == 0, shown.output
+    lines = [line.split() for line in shown.stdout.splitlines()]
+    run = json.loads((in_tmp / "run" / "metrics.json").read_text())
+    (path,) = in_tmp.glob("runs/*/students/*hard*/metrics.json")
+    hard = json.loads(path.read_text())
+    for language, suffix in (("de", "_de"), ("ed", "_ed"), ("mean", "")):
+        scores = [f"{of[name + suffix]:.1f}" for name in ("chrf", "bleu") for of in (run, hard)]
+        assert [config.student.model, "│", language, *(x for s in scores for x in ("│", s))] in [
+            line[1:-1] for line in lines
+        ], shown.stdout
+    alone = next(iter(translation_rows([(run | {"model": "t5"}, None)])))
+    assert alone == ("t5", "de", f"{run['chrf_de']:.1f}", "-", f"{run['bleu_de']:.1f}", "-")
+    assert list(translation_rows([({"model": "linear", "accuracy": 0.9}, None)])) == []
 
 
 def test_scores_are_those_of_sacrebleu_and_perfect_for_the_reference():
