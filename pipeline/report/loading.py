@@ -183,8 +183,8 @@ def _read(path: Path) -> Run:
             else ("reads something else than the teacher (student.source, student.views), and their inputs")
         )
         raise RunError(
-            f"run {path}: its student {other} cannot be compared one by one; neither report nor export is of such a student: "
-            "name other runs"
+            f"run {path}: its student {other} cannot be compared one by one; neither report nor export is of such a "
+            "student: name other runs"
         )
     student = config.student.model_copy(update={"context": identity.get("context")})
     name = f"{identity['model']} ({metrics['labels']})"
