@@ -45,6 +45,7 @@ __all__ = [
     "open_teacher",
     "prepare_cache",
     "score_in_words",
+    "slug_of",
     "teacher_is_missing",
     "train_student",
     "train_teacher",
@@ -385,8 +386,9 @@ def _fit(
         **identity,
     }
     if out is None:
-        slug = re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")
-        out = config.root / "students" / f"{slug}-{config.train.labels}-{digest_json(described)[:8]}"
+        out = (
+            config.root / "students" / f"{slug_of(model)}-{config.train.labels}-{digest_json(described)[:8]}"
+        )
     mirror = RunMirror(str(out)) if is_bucket(str(out)) else None
     folder = mirror.folder if mirror else Path(out)
     if mirror is not None:
@@ -422,6 +424,11 @@ def _fit(
         )
     event("run_finished", **name, **{key: metrics[key] for key in metrics.keys() - {"history", *name}})
     return metrics | {"model": model, "out": str(out)}
+
+
+def slug_of(model: str) -> str:
+    """Returns a model's spec as a part of a directory's name."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")
 
 
 def _as_trained(config: RunConfig, model: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """From a config to a measured, exported student: teacher, cache, student, ONNX, torch.export and int8.
 
 make distill                                                   # embedded data, about a minute on two cores
-make distill CONFIG=configs/stdlib-lm.toml SEARCH=1
+make distill CONFIG=configs/sweep-digits.toml SEARCH=1          # the best of a sweep
 softcache distill --config configs/digits.toml --out exported
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 
@@ -20,17 +20,20 @@ from pipeline.errors import ConfigError, RunError
 from pipeline.export import ExportSettings, load_onnxruntime
 from pipeline.progress import say
 from pipeline.runs import (
+    Data,
     cache_is_ready,
     capture_labels,
     make_teacher,
     open_data,
     open_labels,
     open_teacher,
+    slug_of,
     train_student,
 )
 from pipeline.stores.objects import is_bucket
 from stages.export import export_and_tell, export_options
 from stages.options import cache_option, config_options, log_option
+from stages.rows import score
 
 __all__ = ["distill"]
 
@@ -76,29 +79,63 @@ def distill(
         raise ConfigError("--student: --sweep chooses the student; give one of the two")
     if is_bucket(out or ""):
         raise RunError(f"export {out}: files are exported into a folder; give --out a local one")
+    data = open_data(config)
+    task = data.task(config, model or config.student.model)
+    task.serve(task.build())  # what cannot be exported says so before anything is trained
     url = url or config.cache_url
     if config.fusion is None:
-        _make_cache(config, url)
-    if sweep:
-        config, url = _swept(config, url), None  # the best trial names its own cache
-    data, cache = open_data(config), open_labels(config, url)
-    trained = train_student(config, data, model=model or config.student.model, labels="cache", cache=cache)
-    path = Path(trained["out"])
-    cost = _cost(config, cache, trained)
+        _make_cache(config, data, url)
+    cache = open_labels(config, url)
+    made = _searched(config, cache) if sweep else _trained(config, data, cache, model or config.student.model)
     export_and_tell(
-        path,
-        out or str(config.root / "export" / path.name),
+        made.run,
+        out or str(config.root / "export" / made.name),
         settings,
-        url=cache.url,
-        cost=cost,
+        url=made.cache.url,
+        cost=_cost(config, cache) | made.cost,
         max_drop=max_drop,
         as_json=as_json,
     )
 
 
-def _make_cache(config: RunConfig, url: str) -> None:
+class _Made(NamedTuple):
+    """A finished student: the directory of its run, what it is called, its cache, and what it cost."""
+
+    run: Path
+    name: str
+    cache: Cache
+    cost: dict[str, Any]
+
+
+def _trained(config: RunConfig, data: Data, cache: Cache, model: str) -> _Made:
+    metrics = train_student(config, data, model=model, labels="cache", cache=cache)
+    run = Path(metrics["out"])
+    return _Made(run, run.name, cache, {"student_training_seconds": metrics["seconds"]})
+
+
+def _searched(config: RunConfig, cache: Cache) -> _Made:
+    """Sweeps, and takes the best trial's own run: nothing is trained twice."""
+    from pipeline.sweep import run_sweep
+    from pipeline.sweep.results import best_of, ranked, write_best
+
+    sweep = run_sweep(config, cache.url, config.root / "sweep", trials=config.sweep.trials, workers=1)
+    best, written = best_of(sweep), write_best(sweep)
+    assert best.place is not None, "a finished trial has a run"
+    results = [result for result in ranked(sweep) if result.state in ("complete", "pruned")]
+    told = f"{sweep.bench.metric} {score(cache.manifest.kind, best.value)}"
+    say(f"sweep: {len(results)} trials; the best is trial {best.number}, {told}; as a config: {written}")
+    cost = {
+        "student_training_seconds": best.seconds,
+        "sweep_trials": len(results),
+        "sweep_seconds": sum(result.seconds for result in results),
+    }
+    slug = slug_of(best.params.get("student", config.student.model))
+    name = f"{slug}-sweep-{Path(best.place).name}"
+    return _Made(sweep.bench.path / best.place, name, sweep.bench.cache_of(best.params), cost)
+
+
+def _make_cache(config: RunConfig, data: Data, url: str) -> None:
     """Fills the cache, and keeps how long that took beside the run."""
-    data = open_data(config)
     if cache_is_ready(config, data, url):
         say(f"cache {url}: complete; the teacher is not loaded for it")
         return
@@ -125,22 +162,11 @@ def _capture_seconds(config: RunConfig, cache: Cache) -> float | None:
     return told.get("seconds") if told.get("cache") == cache.manifest_sha256 else None
 
 
-def _swept(config: RunConfig, url: str) -> RunConfig:
-    from pipeline.sweep import run_sweep
-    from pipeline.sweep.results import write_best
-
-    found = run_sweep(config, url, config.root / "sweep", trials=config.sweep.trials, workers=1)
-    best = write_best(found)
-    say(f"sweep: {config.sweep.trials} trials; the best one is {best}")
-    return load_config(best)
-
-
-def _cost(config: RunConfig, cache: Cache, trained: dict[str, Any]) -> dict[str, Any]:
-    """What the student cost; None where it was not measured here."""
+def _cost(config: RunConfig, cache: Cache) -> dict[str, Any]:
+    """What the labels cost; None where it was not measured here."""
     metrics = config.root / "teacher" / "metrics.json"
     return {
         "teacher_passes": cache.num_views,
         "teacher_training_seconds": json.loads(metrics.read_text())["seconds"] if metrics.is_file() else None,
         "teacher_pass_seconds": _capture_seconds(config, cache),
-        "student_training_seconds": trained["seconds"],
     }

@@ -104,6 +104,9 @@ def export_and_tell(
     figures = export_run(
         report, report.runs[0], out, settings, cost=cost, progress=lambda what: say(f"export {out}: {what}")
     )
+    # What it cost may have grown since the files were made: trials of a sweep that went on.
+    known = {name: value for name, value in (cost or {}).items() if value is not None}
+    figures = figures | {"cost": figures["cost"] | known}
     if as_json:
         print_json(figures | {"out": str(out)})
     else:
@@ -125,6 +128,8 @@ def _print_cost(figures: dict[str, Any]) -> None:
             + ("not measured" if told[name] is None else f"{told[name]:.1f} s")
             for name in names
         ]
+        if told.get("sweep_trials"):
+            parts.append(f"sweep {told['sweep_seconds']:.1f} s, {told['sweep_trials']} trials")
         passes = told["teacher_passes"]
         click.echo(
             f"what it cost: {passes} teacher {'pass' if passes == 1 else 'passes'}; {'; '.join(parts)}"

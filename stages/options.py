@@ -9,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from pipeline.errors import TemperatureError
@@ -116,12 +118,20 @@ def _finite(value: Any) -> Any:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, note: str = "") -> None:
-    """Prints a table to stdout: text left, everything after the first column right."""
+    """Prints a table to stdout: text left, everything after the first column right; into a file, no word is broken."""
     table = Table(
         title=escape(title), title_justify="left", caption=escape(note) or None, caption_justify="left"
     )
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
+        justify: Any = "left" if number == 0 else "right"
+        # A number that does not fit goes on in the next line: its last digits are worth more than a straight table.
+        table.add_column(column, justify=justify, no_wrap=number == 0, overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))  # [brackets] are text here, not a style
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    if not sys.stdout.isatty() and table.columns:
+        first = table.columns[0]
+        first.min_width = max((cell_len(str(row[0])) for row in rows), default=0)  # it is not wrapped
+        needed = Measurement.get(console, console.options.update(max_width=1000), table).minimum
+        console.width = max(console.width, needed)
+    console.print(table)

@@ -16,6 +16,7 @@ import click
 
 from pipeline.config import load_config
 from pipeline.errors import RunError
+from pipeline.runs import open_labels
 from pipeline.scores import SCORES
 from pipeline.stores.objects import is_bucket
 from pipeline.sweep import Sweep, run_sweep
@@ -79,9 +80,8 @@ def sweep_command(
     if is_bucket(out or ""):
         raise RunError(f"sweep {out}: a sweep needs a folder with locks; give --out a local one")
     path = Path(out or config.root / "sweep")
-    sweep = run_sweep(
-        config, url or config.cache_url, path, trials=trials or config.sweep.trials, workers=workers
-    )
+    labels = open_labels(config, url).url  # with [fusion], of the fused cache
+    sweep = run_sweep(config, labels, path, trials=trials or config.sweep.trials, workers=workers)
     if not as_json:
         _print_trials(sweep)
     best = write_best(sweep)

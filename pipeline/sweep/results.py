@@ -16,7 +16,7 @@ from pipeline.errors import MissingExtraError, RunError
 from pipeline.sweep.candidates import as_it_is, candidate
 from pipeline.sweep.running import Sweep
 
-__all__ = ["Repeated", "Result", "ranked", "repeats", "write_best", "write_json"]
+__all__ = ["Repeated", "Result", "best_of", "ranked", "repeats", "write_best", "write_json"]
 
 STATES = ("complete", "pruned", "running", "fail", "waiting")
 
@@ -113,7 +113,8 @@ def write_best(sweep: Sweep) -> Path:
         raise MissingExtraError("sweep: tomli-w is not installed; pip install 'softcache[sweep]'") from error
     best, bench = best_of(sweep), sweep.bench
     settings = candidate(bench.config, best.params, bench.cache)
-    tables = settings.model_dump(exclude_unset=True, exclude_none=True)
+    # The cache is named: a [fusion] table would ask for one of other caches.
+    tables = settings.model_dump(exclude_unset=True, exclude_none=True, exclude={"fusion"})
     tables = {"name": tables.pop("name"), **tables, "cache": bench.cache_of(best.params).url}
     head = f"# Trial {best.number} of the sweep in {bench.path}: {bench.metric} {best.value:.6g}.\n"
     path = bench.path / "best.toml"

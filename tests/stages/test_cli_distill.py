@@ -6,10 +6,12 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
-from pipeline.errors import ConfigError, RunError
+from pipeline.errors import ConfigError, RunError, SpecError
 from pipeline.runs import capture_labels
+from pipeline.sweep import running
 from stages import distill as stage
 from stages.cli import softcache
+from tests.translations import write_pairs
 
 CONFIG = """
 name = "small"
@@ -45,6 +47,16 @@ model = "mlp?width=8"
 epochs = 2
 batch_size = 50
 device = "cpu"
+"""
+
+
+SWEEP = """
+[sweep]
+trials = 2
+pruner = "never"
+[sweep.space]
+alpha = [0.9, 0.1]
+k = [2, 4]
 """
 
 
@@ -99,7 +111,56 @@ def test_distilling_without_a_teacher_says_what_to_do(in_tmp):
         run()
 
 
+def test_what_cannot_be_exported_is_refused_before_anything_is_trained(in_tmp):
+    write_pairs(in_tmp / "pairs.jsonl")
+    source = (
+        'modality = "translation"\nname = "files"\npath = "pairs.jsonl"\ntokenizer = "bpe?vocab_size=300"'
+    )
+    text = f'name = "small"\n[source]\n{source}\n[teacher]\nmodel = "t5?width=16&depth=1&heads=2"\n'
+    student = '[student]\nmodel = "t5?width=16&depth=1&heads=2"\n'
+    (in_tmp / "small.toml").write_text(text + student)
+    with pytest.raises(
+        SpecError, match=r"a translation model writes by a search, .* use the run's hf/ folder"
+    ):
+        run()
+    assert not (in_tmp / "runs/small/teacher").exists()
+    assert not (in_tmp / "runs/small/cache").exists()
+
+
 def test_a_sweep_and_a_student_are_not_both_taken(in_tmp):
     (in_tmp / "small.toml").write_text(CONFIG)
     with pytest.raises(ConfigError, match="--student: --sweep chooses the student"):
         run("--sweep", "--student", "linear")
+
+
+def test_a_swept_student_is_the_best_trials_own_run_and_a_killed_sweep_goes_on(in_tmp, monkeypatch):
+    (in_tmp / "small.toml").write_text(CONFIG + SWEEP)
+    run_trial, taken = running.run_trial, []
+
+    def killed_after_one(bench, study, turn):
+        taken.append(turn.place)
+        if len(taken) == 2:
+            raise KeyboardInterrupt
+        run_trial(bench, study, turn)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(running, "run_trial", killed_after_one)
+        words = ["distill", "--config", "small.toml", "--sweep"]
+        assert CliRunner().invoke(softcache, words).exit_code == 1
+    sweep = in_tmp / "runs/small/sweep"
+    first = (sweep / "trials/0000/metrics.json").stat().st_mtime_ns
+
+    told = json.loads(run("--sweep", "--json"))
+    trials = sorted((sweep / "trials").glob("*/metrics.json"))
+    assert [path.parent.name for path in trials] == ["0000", "0001"]
+    assert trials[0].stat().st_mtime_ns == first, "the finished trial was not trained again"
+    scores = {path.parent.name: json.loads(path.read_text()) for path in trials}
+    best = max(sorted(scores), key=lambda name: scores[name]["accuracy"])
+    assert told["out"] == f"runs/small/export/mlp-width-8-sweep-{best}"
+    assert told["models"]["student"]["accuracy"] == pytest.approx(scores[best]["accuracy"])
+    assert not (in_tmp / "runs/small/students").exists(), "the best trial is not trained once more"
+    assert told["cost"]["sweep_trials"] == 2
+    assert told["cost"]["sweep_seconds"] == pytest.approx(sum(row["seconds"] for row in scores.values()))
+
+    more = run("--sweep", "--set", "sweep.trials=3")
+    assert "3 trials" in more, "the cost of a sweep that went on is told, whatever the files say"

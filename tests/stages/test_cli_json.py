@@ -8,6 +8,7 @@ import pytest
 
 from stages.cli import softcache as group
 from stages.commands import COMMANDS
+from stages.options import print_table
 from tests.stages.test_cli import cache, labelled, place, run  # noqa: F401
 
 CONFIG = ("--config", "small.toml")
@@ -68,3 +69,12 @@ def test_numbers_that_json_lacks_become_null(capsys):
 
     print_json({"loss": float("nan"), "rows": [float("inf"), 1.5]})
     assert json.loads(capsys.readouterr().out) == {"loss": None, "rows": [None, 1.5]}
+
+
+def test_a_table_in_a_file_keeps_every_digit(capsys):
+    long = "timm:test_vit?img_size=8&patch_size=2 " * 3
+    print_table("models", ("model", "parameters", "FLOPs"), [(long, "1,234,567,890", "9,876,543,210 a row")])
+    printed = capsys.readouterr().out
+    assert long in printed
+    assert "1,234,567,890" in printed
+    assert "…" not in printed
