@@ -29,6 +29,7 @@ from pipeline.language.pairs import is_encoder_decoder
 from pipeline.language.splitting import context_of, head_of
 from pipeline.models import ModelSpec, parse_spec
 from pipeline.nearest import nearest
+from pipeline.sources.text_extra import auto_tokenizer
 
 __all__ = ["build_language_model", "tokenizer_of"]
 
@@ -267,8 +268,6 @@ def tokenizer_of(spec: str) -> Any | None:
     if path.is_dir() and not any((path / file).is_file() for file in files):
         return None
     try:
-        return transformers_library().AutoTokenizer.from_pretrained(
-            str(path) if path.is_dir() else name, trust_remote_code=False
-        )
+        return auto_tokenizer(str(path) if path.is_dir() else name, of=f"model {spec!r}")
     except (OSError, ValueError, KeyError):
         return None

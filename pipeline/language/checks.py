@@ -144,5 +144,5 @@ def refuse_longer(what: str, longest: int | None, length: int) -> None:
     if longest is not None and length > longest:
         raise SpecError(
             f"{what}: takes rows of at most {longest} tokens; found rows of {length}; "
-            "shorten the source's context, or take a model with more positions"
+            "shorten the samples (source.seq_len, of pairs source.max_tokens), or take a model with more positions"
         )

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.errors import SourceError, SpecError
+from pipeline.errors import MissingExtraError, SourceError, SpecError
 from pipeline.sources.made_folders import build_folder, made_folder
 from pipeline.sources.pairs import Pair, Pairs, pairs_of
-from pipeline.sources.text_extra import text_library
+from pipeline.sources.text_extra import auto_tokenizer, text_library
 from pipeline.sources.tokenizers import bpe_arguments, digest_tokenizer, is_bpe, train_byte_level
 from pipeline.sources.translation_settings import TranslationSettings
 
@@ -111,6 +111,7 @@ def load_pair_tokenizer(settings: TranslationSettings) -> PairTokenizer:
 
     Raises:
         SpecError: it cannot be loaded, or lacks a token.
+        MissingExtraError: it needs a package that is not installed.
         SourceError: the pairs that it is to be trained on cannot be read.
     """
     name = settings.tokenizer or str(Path(settings.path or "").expanduser() / "tokenizer")
@@ -121,9 +122,9 @@ def load_pair_tokenizer(settings: TranslationSettings) -> PairTokenizer:
         return PairTokenizer(tokenizer, name, prefixes)
     path = Path(name).expanduser()
     try:
-        tokenizer = text_library("transformers").AutoTokenizer.from_pretrained(
-            str(path) if path.exists() else name
-        )
+        tokenizer = auto_tokenizer(str(path) if path.exists() else name, of=f"source.tokenizer {name!r}")
+    except MissingExtraError:
+        raise
     except Exception as error:
         # transformers raises many kinds of errors here; the user needs to know which name it was.
         raise SpecError(

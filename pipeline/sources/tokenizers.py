@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from pipeline.errors import SpecError
+from pipeline.errors import MissingExtraError, SpecError
 from pipeline.identity import digest_json
 from pipeline.progress import track
 from pipeline.sources.documents import Documents, documents_of
 from pipeline.sources.made_folders import build_folder, made_folder
-from pipeline.sources.text_extra import text_library
+from pipeline.sources.text_extra import auto_tokenizer, text_library
 from pipeline.sources.text_settings import TextSettings
 
 __all__ = [
@@ -49,7 +49,11 @@ def load_tokenizer(settings: TextSettings) -> Any:
         return transformers.PreTrainedTokenizerFast.from_pretrained(str(_bpe_folder(settings)))
     path = Path(settings.tokenizer).expanduser()
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(path) if path.exists() else settings.tokenizer)
+        return auto_tokenizer(
+            str(path) if path.exists() else settings.tokenizer, of=f"source.tokenizer {settings.tokenizer!r}"
+        )
+    except MissingExtraError:
+        raise
     except Exception as error:
         # transformers raises many kinds of errors here; the user needs to know which name it was.
         raise SpecError(
