@@ -29,8 +29,8 @@ def convert(source_url: str, target_url: str, store: str, as_json: bool) -> None
       softcache convert runs/digits/cache runs/digits/cache-parquet --store parquet
     """
     cache = open_cache(source_url)
-    plan = cache.manifest.plan
-    with track("convert", sum(marker.num_rows for marker in cache.markers.values()), "rows") as advance:
+    plan, total = cache.manifest.plan, sum(marker.num_rows for marker in cache.markers.values())
+    with track("convert", total, "rows") as advance:
         copied = convert_cache(cache, target_url, store=store, progress=advance)
     if as_json:
         print_json(cache_report(copied))

@@ -133,7 +133,7 @@ def _begin(objects: Objects, plan: dict[str, Any]) -> None:
     """Creates the source, or joins the one that is there."""
     if objects.size("generation.json") is None:
         there = [path for path in objects.list("") if not path.startswith(".")]
-        if there:
+        if there and objects.size("generation.json") is None:  # else another run has begun it meanwhile
             raise SourceError(
                 f"source {objects.url}: there is something else ({', '.join(there[:3])}); give --out an empty place"
             )

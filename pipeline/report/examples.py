@@ -62,8 +62,12 @@ class Names:
     @cached_property
     def _tokenizer(self) -> Any:
         from pipeline.sources.tokenizers import load_tokenizer
+        from pipeline.sources.translation import TranslationSettings, load_pair_tokenizer
 
-        return load_tokenizer(self._report.config.source)  # type: ignore[arg-type]
+        source = self._report.config.source
+        if isinstance(source, TranslationSettings):
+            return load_pair_tokenizer(source).tokenizer
+        return load_tokenizer(source)  # type: ignore[arg-type]
 
     def __getitem__(self, number: int) -> str:
         if self._report.is_text:

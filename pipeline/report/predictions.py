@@ -118,7 +118,7 @@ def observe(report: Report, *, split: str) -> Observed:
 
 
 def _batches(data: Any, count: int, report: Report) -> Iterator[range]:
-    rows = report.config.source.seq_len if report.is_text else 1  # type: ignore[union-attr]
+    rows = data.source.seq_len if report.is_text else 1
     size = max(1, min(256, MAX_ELEMENTS // (rows * report.data.num_classes)))
     for start in range(0, count, size):
         yield range(start, min(start + size, count))
