@@ -30,10 +30,10 @@ from pipeline.runs import (
     slug_of,
     train_student,
 )
+from pipeline.scores import SCORES
 from pipeline.stores.objects import is_bucket
 from stages.export import export_and_tell, export_options
 from stages.options import cache_option, config_options, log_option
-from stages.rows import score
 
 __all__ = ["distill"]
 
@@ -122,7 +122,7 @@ def _searched(config: RunConfig, cache: Cache) -> _Made:
     best, written = best_of(sweep), write_best(sweep)
     assert best.place is not None, "a finished trial has a run"
     results = [result for result in ranked(sweep) if result.state in ("complete", "pruned")]
-    told = f"{sweep.bench.metric} {score(cache.manifest.kind, best.value)}"
+    told = f"{sweep.bench.metric} {SCORES[cache.manifest.kind].told(best.value)}"
     say(f"sweep: {len(results)} trials; the best is trial {best.number}, {told}; as a config: {written}")
     cost = {
         "student_training_seconds": best.seconds,
