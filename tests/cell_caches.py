@@ -18,15 +18,15 @@ SPEC = "fcos?width=8&depth=0&convs=1"
 NUM_SAMPLES, TOP, K = 20, 12, 3
 
 
-def weights(folder: Path, spec: str = SPEC, seed: int = 0) -> str:
+def weights(folder: Path, spec: str = SPEC, seed: int = 0, channels: int = 1) -> str:
     """Writes the weights of a fresh detector whose answers differ from cell to cell; returns their path."""
     torch.manual_seed(seed)
-    model = build_detector(spec, num_classes=10, input_shape=(1, 64, 64))
+    model = build_detector(spec, num_classes=10, input_shape=(channels, 64, 64))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "head" in name and parameter.ndim > 1:
                 parameter.mul_(6.0)  # else every cell has the prior's probability
-    path = folder / f"{spec.partition('?')[0]}-{seed}.safetensors"
+    path = folder / f"{spec.partition('?')[0]}-{seed}-{channels}.safetensors"
     save_file(model.state_dict(), path)
     return str(path)
 

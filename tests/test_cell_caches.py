@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 from pipeline.cache import open_cache
 from pipeline.codec import CellCodec, codec_from_dict
@@ -114,6 +115,46 @@ def test_a_student_learns_from_the_cache_what_it_learns_beside_the_teacher(folde
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     hard = task.loss(model, cached, mix=(1.0, 0.0))
     assert abs(float(hard.detach() - found.detach())) > 1e-3, "the labels count"
+
+
+def test_a_folder_in_cocos_format_teaches_as_scenes_do(folder, zarr):
+    """The scenes written as a folder: other keys and colours, the same boxes."""
+    root = folder / "coco"
+    (root / "images").mkdir(parents=True)
+    source = zarr[1].train.source
+    notes = []
+    for sample in range(6):
+        grey = source.image(sample)[0].numpy()
+        Image.fromarray(np.stack([grey] * 3, -1)).save(root / "images" / f"{sample}.png")
+        truth = source.truth(sample)
+        for box, kind in zip(truth.boxes.tolist(), truth.classes.tolist(), strict=True):
+            corner = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+            notes.append(
+                {
+                    "id": len(notes) + 1,
+                    "image_id": sample,
+                    "category_id": kind + 1,
+                    "bbox": corner,
+                    "iscrowd": 0,
+                }
+            )
+    images = [{"id": n, "file_name": f"{n}.png", "width": 64, "height": 64} for n in range(6)]
+    kinds = [{"id": n + 1, "name": str(n)} for n in range(10)]
+    for split in ("train", "val"):
+        tables = {"images": images, "annotations": notes, "categories": kinds}
+        (root / f"{split}.json").write_text(json.dumps(tables))
+    config, data, cache = make_cells(
+        folder,
+        "of-coco",
+        source={"name": "coco", "root": str(root), "train_scenes": 2000, "eval_scenes": 400},
+        teacher={"model": SPEC, "weights": weights(folder, channels=3)},
+    )
+    assert len(cache) == 6
+    assert_is(cache.read([4], 1), 0, said(config, data, 4, 1))
+    metrics = train_student(
+        config, data, model=SPEC, labels="cache", cache=cache, out=folder / "coco-student"
+    )
+    assert np.isfinite(metrics["eval_loss"])
 
 
 def test_labels_are_joined_by_number_whatever_the_order(zarr):
