@@ -5,6 +5,7 @@ bernoulli.py   the record of a sigmoid head: a logit per kept class
 cells.py       the record of a detector: either of the two at cells of a grid, with boxes
 arrays.py      what each of them does to its arrays
 checks.py      what its arrays must be
+alike.py       what those of detectors must be, alone and joined
 softening.py   the record at one temperature
 sampling.py    records whose classes were drawn at random, and what a drawn class weighs
 joining.py     several records made into one

@@ -15,14 +15,9 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from pipeline.errors import LabelError
+from pipeline.labels.alike import check_alike, check_array, join_columns
 from pipeline.labels.arrays import Array, as_numpy, as_torch, row_index, rows
-from pipeline.labels.bernoulli import (
-    BernoulliLabels,
-    SoftenedBernoulli,
-    check_alike,
-    check_array,
-    join_columns,
-)
+from pipeline.labels.bernoulli import BernoulliLabels, SoftenedBernoulli
 from pipeline.labels.joining import concat
 from pipeline.labels.record import SoftLabels
 from pipeline.labels.softening import SoftenedLabels

@@ -18,8 +18,8 @@ from typing import Any
 
 from pipeline.errors import SourceError
 from pipeline.progress import say
+from pipeline.sources.pair import Pair
 from pipeline.sources.pair_files import json_lines, text_field
-from pipeline.sources.pairs import Pair
 from pipeline.sources.text_settings import Split
 from pipeline.sources.translation_settings import TranslationSettings
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import SourceError
-from pipeline.sources.pairs import Pair
+from pipeline.sources.pair import Pair
 from pipeline.sources.text_settings import Split
 from pipeline.sources.translation_settings import TranslationSettings
 

@@ -19,7 +19,8 @@ import numpy as np
 
 from pipeline.errors import MissingExtraError, SourceError, SpecError
 from pipeline.sources.made_folders import build_folder, made_folder
-from pipeline.sources.pairs import Pair, Pairs, pairs_of
+from pipeline.sources.pair import Pair
+from pipeline.sources.pairs import Pairs, pairs_of
 from pipeline.sources.text_extra import auto_tokenizer, text_library
 from pipeline.sources.tokenizers import bpe_arguments, digest_tokenizer, is_bpe, train_byte_level
 from pipeline.sources.translation_settings import TranslationSettings

@@ -17,27 +17,11 @@ from functools import cached_property
 
 from pipeline.errors import SourceError
 from pipeline.identity import digest_json
+from pipeline.sources.pair import Pair
 from pipeline.sources.text_settings import Split
 from pipeline.sources.translation_settings import TranslationSettings
 
-__all__ = ["Pair", "Pairs", "pairs_of"]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """A source text and its translation; neither is empty.
-
-    Attributes:
-        key: stable, and its own.
-        language: of the target, e.g. "de"; "" where a file names none.
-        reference: a person's translation, where the target is a teacher's; else None.
-    """
-
-    key: str
-    source: str
-    target: str
-    language: str
-    reference: str | None = None
+__all__ = ["Pairs", "pairs_of"]
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ import numpy as np
 from pipeline.errors import SourceError
 from pipeline.progress import say, track
 from pipeline.sources.made_folders import build_folder, made_folder
+from pipeline.sources.pair import Pair
 from pipeline.sources.pair_tokenizer import PairTokenizer, load_pair_tokenizer
-from pipeline.sources.pairs import Pair, Pairs, pairs_of
+from pipeline.sources.pairs import Pairs, pairs_of
 from pipeline.sources.text_settings import Split
 from pipeline.sources.token_samples import Cut, TokenSample
 from pipeline.sources.token_table import TableWriter, TokenSource, described_table
