@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from pipeline.errors import (
     ConfigError,
@@ -16,7 +15,6 @@ from pipeline.errors import (
 )
 from pipeline.language import tokenizer_of
 from pipeline.sources.text import digest_tokenizer
-from pipeline.tasks import LossSettings
 
 if TYPE_CHECKING:
     from pipeline.cache import Cache
@@ -26,16 +24,17 @@ __all__ = [
     "check_cache",
     "check_classes",
     "check_tokenizer",
-    "loss_settings",
     "named_sources",
     "refuse_ignored",
+    "refuse_untested",
     "tokenizer_digest",
 ]
 
 INSTEAD = {
     "train_dataset": "training samples come from `source`, their labels from `cache`",
     "data_collator": "batches are made by the cache's reader",
-    "compute_loss_func": "the loss is `temperature` and `alpha`; for another one use pipeline.fused in a loop of your own",
+    "compute_loss_func": "the loss is `loss`, a LossSettings; for one that it does not name use pipeline.fused in a loop of "
+    "your own",
     "compute_metrics": "nothing makes the logits that it takes; evaluate() gives eval_loss, eval_perplexity and "
     "eval_accuracy; for more, subclass evaluation_loop",
     "preprocess_logits_for_metrics": "nothing makes the logits that it takes",
@@ -66,15 +65,20 @@ def refuse_ignored(args: TrainingArguments | None, trainer: dict[str, Any]) -> N
         )
 
 
-def loss_settings(temperature: float, alpha: float) -> LossSettings:
-    try:
-        return LossSettings(temperature=temperature, alpha=alpha)
-    except ValidationError as error:
-        problems = "; ".join(
-            f"{problem['loc'][0]}: {problem['msg'].lower()}; found {problem['input']!r}"
-            for problem in error.errors()
+def refuse_untested(trainer: Trainer) -> None:
+    ways = {
+        "DataParallel": trainer.args.n_gpu > 1,
+        "FSDP": trainer.is_fsdp_enabled,
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "parallelism_config": getattr(trainer.args, "parallelism_config", None) is not None,
+        "distributed_config": getattr(trainer, "is_distributed_loading_by_transformers", False),
+    }
+    for name in [name for name, used in ways.items() if used]:
+        raise ConfigError(
+            f"DistillTrainer: {name} splits the model or its batches in ways that were never tested here; expected "
+            "one device, or one process per device: start the script with `torchrun --nproc-per-node=N`, or set "
+            "CUDA_VISIBLE_DEVICES to one device"
         )
-        raise ConfigError(f"DistillTrainer: {problems}") from error
 
 
 def check_cache(cache: Cache) -> None:

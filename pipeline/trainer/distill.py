@@ -14,9 +14,10 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from pipeline.errors import AlignmentError, ConfigError
+from pipeline.losses import Mix
 from pipeline.reader import HardLabelDataset, SoftLabelDataset, joined_data
 from pipeline.sources.text import TokenSource
-from pipeline.tasks import TokenStudent, my_share
+from pipeline.tasks import LossSettings, TokenStudent, my_share
 from pipeline.token_batches import TokenBatch, TokenData
 
 if TYPE_CHECKING:
@@ -28,12 +29,13 @@ from pipeline.trainer.checks import (
     check_cache,
     check_classes,
     check_tokenizer,
-    loss_settings,
     named_sources,
     refuse_ignored,
+    refuse_untested,
     tokenizer_digest,
 )
 from pipeline.trainer.forward import Call, taught
+from pipeline.trainer.loss import check_loss, check_stall, loss_of, mix_at
 from pipeline.trainer.order import SetEpoch
 
 __all__ = ["DistillTrainer"]
@@ -42,8 +44,9 @@ __all__ = ["DistillTrainer"]
 class DistillTrainer(Trainer):
     """A `transformers.Trainer` whose student learns from a softcache token cache.
 
-    (1 - alpha) * CE(next token) + alpha * T^2 * KL(teacher || student), each a mean: CE over all rows, KL over those that
-    the cache labels (all, unless it was made with labels.positions).
+    (1 - alpha) * CE(next token) + alpha * T^2 * soft loss, each a mean: CE over all rows, the soft loss (forward KL, unless
+    `loss` names another) over those that the cache labels (all, unless it was made with labels.positions). Where T or
+    alpha change over the run, both are logged beside the loss.
 
     Args:
         model: a causal language model of the cache's tokenizer; or `model_init` instead.
@@ -51,8 +54,10 @@ class DistillTrainer(Trainer):
             needs its `if __name__ == "__main__":`.
         cache: of that source, complete.
         source: the training split that was labelled, `open_text(settings, split="train")`.
-        temperature: T, at least 1.
-        alpha: weight of the soft part, in [0, 1].
+        temperature: T, at least 1; 1 by default.
+        alpha: weight of the soft part, in [0, 1]; 0.9 by default.
+        loss: a whole `[loss]` in place of the two: another divergence, what becomes of the tail, weights of rows, schedules.
+            "stall" needs eval_strategy "epoch". No curriculum, no uld.
         eval_dataset: a held-out source, or a dict of them.
         processing_class: the student's tokenizer; compared with the cache's, and saved with the model. Without it, one
             that lies beside a model loaded from a local folder is compared.
@@ -77,16 +82,18 @@ class DistillTrainer(Trainer):
         *,
         cache: Cache,
         source: TokenSource | TokenData,
-        temperature: float = 1.0,
-        alpha: float = 0.9,
+        temperature: float | None = None,
+        alpha: float | None = None,
+        loss: LossSettings | None = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
         context: int | None = None,
         **trainer: Any,
     ) -> None:
         refuse_ignored(args, trainer)
-        self._loss = loss_settings(temperature, alpha)
+        self._loss = loss_of(loss, temperature, alpha)
         check_cache(cache)
+        check_loss(self._loss, cache)
         self._cache, self._dataset = cache, SoftLabelDataset(source, cache)
         data = joined_data(source, cache)
         self._cross_documents: bool = data.cross_documents  # type: ignore[attr-defined]
@@ -94,6 +101,7 @@ class DistillTrainer(Trainer):
         for name, held_out in named_sources(eval_dataset):
             self._eval_data(held_out, name)
         self._bound: TokenStudent | None = None
+        self._mix: Mix | None = None
         self._processing_class = processing_class
         super().__init__(
             model=model,
@@ -103,7 +111,8 @@ class DistillTrainer(Trainer):
             processing_class=processing_class,
             **trainer,
         )
-        self._refuse_untested()
+        refuse_untested(self)
+        check_stall(self._loss, self.args, eval_dataset)
         self.model_accepts_loss_kwargs = True  # says the same as loss_is_scaled_for_ga to older versions
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._order = BlockSampler(cache, seed=seed)
@@ -128,21 +137,6 @@ class DistillTrainer(Trainer):
             )
             check_classes(self._cache, self.model)
         return self._bound
-
-    def _refuse_untested(self) -> None:
-        ways = {
-            "DataParallel": self.args.n_gpu > 1,
-            "FSDP": self.is_fsdp_enabled,
-            "DeepSpeed": self.is_deepspeed_enabled,
-            "parallelism_config": getattr(self.args, "parallelism_config", None) is not None,
-            "distributed_config": getattr(self, "is_distributed_loading_by_transformers", False),
-        }
-        for name in [name for name, used in ways.items() if used]:
-            raise ConfigError(
-                f"DistillTrainer: {name} splits the model or its batches in ways that were never tested here; expected "
-                "one device, or one process per device: start the script with `torchrun --nproc-per-node=N`, or set "
-                "CUDA_VISIBLE_DEVICES to one device"
-            )
 
     # -- training ------------------------------------------------------------------------------------------
 
@@ -221,12 +215,21 @@ class DistillTrainer(Trainer):
         batch: TokenBatch = inputs["batch"].to(self.args.device)
         # Without a number of rows this batch is all there is, whatever step it came from.
         label_share = None if num_items_in_batch is None else inputs.get("label_share")
-        loss = model(Call(partial(student, batch, batch.labels, self._loss.alpha, label_share)))
+        self._mix = mix_at(self._loss, self.state)
+        loss = model(
+            Call(partial(student, batch, batch.labels, self._mix.alpha, label_share, self._mix.temperature))
+        )
         if num_items_in_batch is not None:
             # Ranks average their gradients, and the logged losses: times their number, the mean is a sum.
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             loss = loss * (batch.num_rows * ranks / num_items_in_batch)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs as the Trainer does; with temperature and alpha of the last step, where they change."""
+        if self._loss.adapts and self._mix is not None and "loss" in logs:
+            logs = logs | {"temperature": float(self._mix.temperature), "alpha": self._mix.alpha}
+        super().log(logs, *args, **kwargs)
 
     # -- evaluation ----------------------------------------------------------------------------------------
 
