@@ -1,4 +1,4 @@
-"""Is a cache what it says it is? Checksums and markers of every unit, and a fresh teacher on a sample of rows."""
+"""Is a cache what it says it is? A fresh teacher on a sample of rows; checksums and markers are `unit_faults`."""
 
 from __future__ import annotations
 
@@ -11,36 +11,15 @@ from torch.nn.functional import logsigmoid
 
 from pipeline.batches import Dataset
 from pipeline.cache import Cache
-from pipeline.errors import AlignmentError, IdentityError, SoftcacheError
+from pipeline.errors import AlignmentError, IdentityError
 from pipeline.labels import CellLabels, SoftLabels
 from pipeline.losses import forward_kl
 from pipeline.reader import check_alignment, with_labels
 from pipeline.sparsify import DenseOutputs
 from pipeline.teacher import Teacher
+from pipeline.unit_faults import verify_units
 
 __all__ = ["verify_against_teacher", "verify_units"]
-
-
-def verify_units(cache: Cache, progress: Callable[[int], None] = lambda units: None) -> Iterator[str]:
-    """Yields one line per fault: missing units, bad markers, bad checksums, rows that cannot be decoded."""
-    for check in (cache.samples_table, cache.check_metadata):
-        try:
-            check()
-        except SoftcacheError as error:
-            yield str(error)
-    for unit in cache.manifest.plan.units():
-        try:
-            marker = cache.marker(unit.number)
-            if marker is None:
-                yield (
-                    f"unit {unit.number} (view {unit.view}, samples {unit.start} to {unit.stop - 1}): not finished; "
-                    "rerun `softcache teacher-logits`"
-                )
-            else:
-                cache.check_unit(marker)
-        except SoftcacheError as error:
-            yield str(error)
-        progress(1)
 
 
 def verify_against_teacher(

@@ -5,14 +5,14 @@ softcache verify runs/digits/cache --config configs/digits.toml --rows 512
 """
 
 import sys
+from typing import Any
 
 import click
 
-from pipeline.cache import open_cache
-from pipeline.config import load_config
+from pipeline.cache import Cache, open_cache
+from pipeline.errors import missing_extra
 from pipeline.progress import track
-from pipeline.runs import open_data, open_teacher
-from pipeline.verify import verify_against_teacher, verify_units
+from pipeline.unit_faults import verify_units
 from stages.options import json_option, print_json
 
 __all__ = ["verify"]
@@ -56,22 +56,8 @@ def verify(
         faults = list(verify_units(cache, advance))
     checked, num_rows = f"{cache.manifest.plan.num_units} units", 0
     if config_path and not faults:
-        config = load_config(config_path, overrides)
-        data = open_data(config)
-        teacher = open_teacher(config, data)
         num_rows = min(rows, len(cache) * cache.num_views)
-        with track("verify: teacher", num_rows, "rows") as advance:
-            faults = list(
-                verify_against_teacher(
-                    cache,
-                    data.train,
-                    teacher,
-                    num_rows=rows,
-                    threshold_nats=threshold,
-                    seed=seed,
-                    progress=advance,
-                )
-            )
+        faults = _teacher_faults(cache, config_path, overrides, num_rows, threshold, seed)
         checked += f", {num_rows} rows against the teacher"
     for fault in faults:
         click.echo(f"FAULT {fault}", err=True)
@@ -82,3 +68,21 @@ def verify(
         click.echo(f"cache {url}: {checked}; {len(faults)} faults")
     if faults:
         sys.exit(1)
+
+
+def _teacher_faults(
+    cache: Cache, config_path: str, overrides: tuple[str, ...], num_rows: int, threshold: float, seed: int
+) -> list[str]:
+    """What a fresh teacher finds; all that needs torch is imported here, so that checksums need none."""
+    try:
+        from pipeline.config import load_config
+        from pipeline.runs import open_data, open_teacher
+        from pipeline.verify import verify_against_teacher
+    except ModuleNotFoundError as error:
+        raise missing_extra(error, "softcache verify --config") from error
+    config = load_config(config_path, overrides)
+    data = open_data(config)
+    teacher = open_teacher(config, data)
+    how: dict[str, Any] = {"num_rows": num_rows, "threshold_nats": threshold, "seed": seed}
+    with track("verify: teacher", num_rows, "rows") as advance:
+        return list(verify_against_teacher(cache, data.train, teacher, progress=advance, **how))

@@ -27,7 +27,7 @@ FLOORS = [
         "generation",
     },
     {"capture", "cache", "status"},
-    {"reader", "checkpoints", "tasks", "estimate"},
+    {"reader", "checkpoints", "tasks", "estimate", "unit_faults"},
     {"loader", "samplers", "adaptation"},
     {"sweep_space", "student", "verify", "convert", "slim", "fidelity"}
     | {"paired", "trainer", "importing", "gc", "fusion", "adapters"},

@@ -65,6 +65,23 @@ def test_a_command_says_which_extra_it_needs():
     )
 
 
+@pytest.mark.parametrize("store", ["zarr", "parquet"])
+def test_a_cache_is_verified_without_torch_and_its_teacher_is_not(store):
+    """Checksums and rows need what is in no extra."""
+
+    def verify(*words):
+        words = ["softcache", "verify", f"tests/golden/v1/{store}", *words]
+        code = f"import sys; sys.argv = {words!r}; from stages.cli import main; main()"
+        return run(WITHOUT.format(hidden=["torch"], code=code))
+
+    done = verify()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("4 units; 0 faults\n")
+    done = verify("--config", "configs/digits.toml")
+    assert done.returncode == 1
+    assert "softcache verify --config: torch is not installed" in done.stderr
+
+
 def test_a_module_that_is_in_no_extra_is_not_explained_away(monkeypatch):
     monkeypatch.setitem(pipeline._HOMES, "Cache", "pipeline.there_is_none")
     with pytest.raises(ModuleNotFoundError, match=r"pipeline\.there_is_none") as caught:

@@ -49,7 +49,12 @@ def softcache(*words: str) -> subprocess.CompletedProcess:
     return subprocess.run([command, *words], capture_output=True, text=True, check=False)
 
 
-for words in (["--help"], ["inspect", str(places["zarr"])], ["status", str(places["parquet"])]):
+for words in (
+    ["--help"],
+    ["inspect", str(places["zarr"])],
+    ["status", str(places["parquet"])],
+    ["verify", str(places["zarr"])],
+):
     done = softcache(*words)
     assert done.returncode == 0, (words, done.stderr)
 done = softcache("train-student", "--config", "digits.toml")
