@@ -97,6 +97,8 @@ class PairTokenizer:
     def decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
         """Returns the texts of target sides, without special tokens, stripped."""
         kept = [list(map(int, ids)) for ids in tokens]
+        if not kept:  # of which transformers makes one empty text
+            return []
         texts = self.tokenizer.batch_decode(
             kept, skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
