@@ -19,7 +19,7 @@ def completion(shell: str) -> None:
 
     \b
     Example:
+      softcache completion bash                            (to look at; fish: softcache completion fish | source)
       eval "$(softcache completion bash)"                  (in ~/.bashrc; zsh: in ~/.zshrc, after compinit)
-      softcache completion bash                            (the same, to look at; fish: softcache completion fish | source)
     """
     click.echo(script(shell))
