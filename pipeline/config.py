@@ -133,8 +133,8 @@ class RunConfig(Settings):
         for key in ("name", "tail", "standardize", "weights"):
             if getattr(self.loss, key) != getattr(fixed, key):
                 raise ValueError(
-                    f"loss.{key}: {getattr(self.loss, key)!r} is for images and texts; what the soft loss of a detector is "
-                    "made of says the table [cells]; drop the key"
+                    f"loss.{key}: for images and texts; what the soft loss of a detector is made of says the table [cells]; "
+                    "drop the key"
                 )
         return self
 
