@@ -347,7 +347,7 @@ def test_what_is_not_made_for_cells_says_so(zarr, tmp_path):
         ({"labels": {"temperatures": (1.0, 2.0)}}, ConfigError, "labels.temperatures: the head.*is sigmoids"),
         ({"labels": {"k": 11}}, LabelError, "labels.k: 11"),
         ({"capture": {"codec": "packed"}}, ConfigError, "capture.codec: 'packed'.*plain columns"),
-        ({"loss": {"name": "dkd"}}, ConfigError, rr"loss.name: for images and texts.*\[cells\]"),
+        ({"loss": {"name": "dkd"}}, ConfigError, r"loss.name: for images and texts.*\[cells\]"),
         ({"loss": {"standardize": True}}, ConfigError, "loss.standardize"),
     ],
 )
