@@ -86,7 +86,7 @@ def watched(monkeypatch, on_step):
         yield on_step
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.runs.track", track)
+        patch.setattr("pipeline.runs.fitting.track", track)
         yield
 
 

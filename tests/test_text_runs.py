@@ -304,7 +304,7 @@ def test_a_student_of_shorter_context_loses_no_label(made, tmp_path, context):
 
 @pytest.mark.parametrize("labels", ["cache", "hard", "online"])
 def test_interrupted_again_and_again_it_ends_with_the_same_weights(made, tmp_path, monkeypatch, labels):
-    from pipeline import runs
+    from pipeline.runs import fitting as runs
 
     fit(made, tmp_path / "whole", labels=labels, train={"checkpoint_steps": 2})
 
