@@ -226,7 +226,8 @@ sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from pipeline import open_cache, runs
+from pipeline import open_cache
+from pipeline.runs import fitting
 from tests.test_student import LONG, fit
 
 @contextmanager
@@ -237,7 +238,7 @@ def track(*_):
 
     yield on_step
 
-runs.track = track
+fitting.track = track
 fit(open_cache(sys.argv[1]), Path(sys.argv[2]), labels=sys.argv[3], tables=LONG)
 """
 
