@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from pipeline import models
 from pipeline.config import RunConfig
+from pipeline.detection.building import SMALL as DETECTORS
 from pipeline.language.building import BUILTIN as LANGUAGE_MODELS
 from pipeline.sources.torchvision_data import TORCHVISION
 from stages.commands import COMMANDS, LazyCommands
@@ -41,7 +42,7 @@ TAKES = {
 }
 """What is typed, by the metavar that --help shows."""
 
-MODELS = [*models.BUILTIN, "timm:", "torchvision:", *LANGUAGE_MODELS, "hf:"]
+MODELS = [*models.BUILTIN, "timm:", "torchvision:", *LANGUAGE_MODELS, *DETECTORS, "hf:"]
 
 NAMES = {
     "source.name": ["digits", "imagefolder", *TORCHVISION],
