@@ -18,7 +18,11 @@ __all__ = ["report_command"]
 @click.command("report")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN…")
 @click.option(
-    "--cache", "url", metavar="URL", help="Where the cache is [default: where the runs' config says]."
+    "--cache",
+    "urls",
+    multiple=True,
+    metavar="URL",
+    help="Where the cache is [default: where the runs' config says]; once for each, if there are several.",
 )
 @click.option(
     "--fidelity",
@@ -28,7 +32,7 @@ __all__ = ["report_command"]
     help="What `softcache fidelity` wrote [default: runs/NAME/fidelity/fidelity.json, if it is there].",
 )
 @click.option("--out", default="report.html", show_default=True, metavar="FILE", help="The page.")
-def report_command(runs: tuple[str, ...], url: str | None, fidelity: Path | None, out: str) -> None:
+def report_command(runs: tuple[str, ...], urls: tuple[str, ...], fidelity: Path | None, out: str) -> None:
     """Write a page about RUN… (directories of finished runs, or folders of them): scores, curves, calibration, what moved.
 
     The page is one file and asks no server for anything. What needs the teacher's weights says so where they are missing.
@@ -38,18 +42,18 @@ def report_command(runs: tuple[str, ...], url: str | None, fidelity: Path | None
       softcache report runs/digits/students --out report.html
     """
     load_plotly()
-    report = open_report(runs, cache_url=url)
+    report = open_report(runs, cache_url=urls)
     sections = build_sections(report, fidelity=fidelity, progress=lambda what: say(f"report: {what}"))
     teacher = report.config.teacher.model if report.config.teacher else "none named"
     facts = [
         ("Data", report.data.train.source.name),
         ("Held out", f"{len(report.data.evaluation):,} samples"),
         ("Teacher", teacher),
-        ("Cache", report.cache.url if report.cache else "not there"),
+        ("Cache", ", ".join(cache.url for cache in report.caches) or "not there"),
         ("Students", str(len(report.runs))),
     ]
     styles = Styles(report.runs)
-    students = [(run.name, styles.color(run.name), run.labels == "cache") for run in report.runs]
+    students = [(run.name, styles.color(run.name), styles.dash(run.name)) for run in report.runs]
     size = write_page(
         out,
         title=f"Distillation report: {report.config.name}",
@@ -57,4 +61,5 @@ def report_command(runs: tuple[str, ...], url: str | None, fidelity: Path | None
         students=students,
         sections=sections,
     )
-    click.echo(f"wrote {out}: {len(report.runs)} students, {size / 1e6:.1f} MB")
+    count = f"{len(report.runs)} student{'' if len(report.runs) == 1 else 's'}"
+    click.echo(f"wrote {out}: {count}, {size / 1e6:.1f} MB")

@@ -6,9 +6,11 @@ softcache students --config configs/digits.toml --student mlp --student timm:tes
 
 import click
 
-from pipeline.config import load_config
+from pipeline.config import RunConfig, load_config
 from pipeline.runs import open_data, open_labels, train_student
 from pipeline.scores import SCORES
+from pipeline.sources import SourceSettings
+from pipeline.sources.encoded import BytesSettings
 from stages.options import cache_option, config_options, json_option, print_json, print_table
 from stages.rows import student_columns, student_report, student_row, student_title
 from stages.translation_rows import print_translations
@@ -36,7 +38,7 @@ def students(
     data = open_data(config)
     cache = open_labels(config, url)
     results = []
-    for model in models or config.student.models:
+    for model in models or _side_by_side(config):
         cached = train_student(config, data, model=model, labels="cache", cache=cache)
         results.append((cached, train_student(config, data, model=model, labels="hard")))
     score = SCORES[cache.manifest.kind]
@@ -50,3 +52,13 @@ def students(
         [student_row(cache, *pair) for pair in results],
     )
     print_translations(results)
+
+
+def _side_by_side(config: RunConfig) -> tuple[str, ...]:
+    """Returns student.models; where the config names none and their default is not for its data, student.model."""
+    student = config.student
+    if "models" in student.model_fields_set or (
+        isinstance(config.source, SourceSettings) and not isinstance(student.source, BytesSettings)
+    ):
+        return student.models
+    return (student.model,)

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.cache import open_cache
 from pipeline.errors import IdentityError, MissingExtraError, RunError
 from pipeline.report import build_sections, open_report, open_run
 from pipeline.report.examples import Names, galleries
-from pipeline.report.figures import load_plotly
+from pipeline.report.figures import Styles, load_plotly
 from pipeline.report.measures import (
     break_even,
     by_class,
@@ -24,7 +25,11 @@ from pipeline.report.measures import (
     reliability,
 )
 from pipeline.report.predictions import dense_log_probs, observe
+from pipeline.report.stored import bytes_per_row
+from pipeline.runs import capture_labels, open_data, open_teacher, train_student
+from pipeline.slim import SlimSettings, slim_cache
 from pipeline.sparsify import LabelSettings, sparsify
+from tests.caches import digits_config
 from tests.report_runs import inside, make_runs
 
 pytest.importorskip("plotly")
@@ -192,10 +197,10 @@ def test_runs_of_other_data_are_refused_by_name(place):
         open_report([place])
 
 
-def test_runs_of_two_caches_are_refused(place):
+def test_a_run_whose_cache_is_not_there_is_refused(place):
     odd = sorted(place.glob("mlp*-cache-*"))[0]
     change(odd, "config", cache="0" * 64)
-    with pytest.raises(IdentityError, match=rf"{odd.name}: of other data than .*cache differ"):
+    with pytest.raises(IdentityError, match=rf"{odd.name}: learnt from another cache than runs/test/cache"):
         open_report([place])
 
 
@@ -294,3 +299,34 @@ def test_without_the_extra_the_error_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
     with pytest.raises(MissingExtraError, match=r"softcache\[report\]"):
         load_plotly()
+
+
+def test_students_of_caches_that_keep_less_are_laid_beside_those_of_the_whole_one(tmp_path):
+    with inside(tmp_path):
+        make_runs(tmp_path)
+        whole = open_cache("runs/test/cache")
+        slim_cache(whole, "runs/test/sweep/caches/k-2", SlimSettings(k=2))
+        first = open_report(["runs/test/students"]).runs[0]
+        config = first.config.model_copy(update={"labels": first.config.labels.model_copy(update={"k": 2})})
+        slimmed = open_cache("runs/test/sweep/caches/k-2")
+        train_student(config, open_data(config), model="linear", labels="cache", cache=slimmed)
+        report = open_report(["runs/test/students"])
+        assert [cache.manifest_sha256 for cache in report.caches] == [
+            whole.manifest_sha256,
+            slimmed.manifest_sha256,
+        ]
+        assert {"linear (cache, K = 2)", "linear (cache, K = 4)", "linear (hard)"} <= {
+            r.name for r in report.runs
+        }
+        section = next(section for section in build_sections(report) if section.key == "compression")
+        figure = next(figure for figure in section.figures if figure.key == "compression-bytes")
+        smallest = figure.rows[0][1]
+        assert smallest[:2] == ("linear (cache, K = 2)", "K = 2")
+        assert float(smallest[2]) == pytest.approx(sum(bytes_per_row(slimmed).values()), abs=0.05)
+        colors = [Styles(report.runs).color(run.name) for run in report.runs]
+        assert len(set(colors)) == len(colors), "runs of one architecture are told apart"
+
+        other = digits_config(name="test", cache="elsewhere", views={"padding": 2})
+        capture_labels(other, open_data(other), open_teacher(other, open_data(other)), "elsewhere")
+        with pytest.raises(IdentityError, match=r"learnt from another cache than elsewhere .* once for each"):
+            open_report(["runs/test/students"], cache_url=["elsewhere", "runs/test/cache"])

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pipeline.report import build_sections, open_report
+from pipeline.report.examples import _readable
 from pipeline.report.predictions import observe
 from pipeline.runs import train_student
 from tests.report_runs import inside
@@ -55,3 +56,15 @@ def test_texts_are_shown_as_shaded_tokens_up_to_the_row(report):
         text, kl = example.tokens[-1]
         assert text
         assert kl >= 0
+
+
+def test_tokens_that_only_together_make_a_letter_are_shown_as_one():
+    class Bytes:
+        def token(self, *numbers):
+            return bytes(numbers).decode(errors="replace")
+
+    tokens = [(byte, float(place)) for place, byte in enumerate("aÄ!".encode())]
+    assert _readable(Bytes(), tokens) == [("a", 0.0), ("Ä", 2.0), ("!", 3.0)]
+    whole = "".join(text for text, _ in _readable(Bytes(), [(byte, None) for byte in "tür€".encode()[:-1]]))
+    assert whole.startswith("tür")
+    assert whole.endswith("\ufffd"), "a letter that is cut off at the end is still there"

@@ -3,6 +3,7 @@
 exporting.py     torch.export and ONNX, of one program
 quantizing.py    int8 from ONNX, by onnxruntime
 measuring.py     agreement, held-out scores, FLOPs, latency in turns
+beside.py        the teacher beside a student that reads something else
 folder.py        the directory: identity, digests, atomic files
 card.py          the table, and the card in Markdown
 running.py       all of that for one run

@@ -44,7 +44,9 @@ def model_table(figures: dict[str, Any]) -> Table:
                 f"{row['flops']:,}",
                 f"{100 * row['accuracy']:.2f}%" if is_accuracy else f"{row['eval_loss']:.4f}",
                 f"{row['max_difference']:.2g}" if exported else "-",
-                "-" if name == "student" else f"{100 * row['same_predictions']:.2f}%",
+                "-"
+                if name == "student" or row["same_predictions"] is None
+                else f"{100 * row['same_predictions']:.2f}%",
             )
         )
     return columns, rows
@@ -67,10 +69,16 @@ def latency_table(figures: dict[str, Any]) -> Table:
 def note(figures: dict[str, Any]) -> str:
     """Returns what the table's numbers are."""
     machine = figures["machine"]
+    shapes = f"inputs of shape {figures['input']['latency_shape']}"
+    if (of_teacher := figures["input"].get("teacher_latency_shape")) not in (
+        None,
+        figures["input"]["latency_shape"],
+    ):
+        shapes += f" (the teacher's {of_teacher}: it reads something else)"
     rounds = next(iter(figures["models"]["student"]["latency_seconds"].values()))["rounds"]
     return (
         f"latency: of this machine only ({machine['cpu']}, {machine['threads']} threads for each), median (quartiles) of "
-        f"{rounds} rounds in turns, inputs of shape {figures['input']['latency_shape']}; differences are of logits, same "
+        f"{rounds} rounds in turns, {shapes}; differences are of logits, same "
         "predictions are of held-out rows, both against the torch student; FLOPs of one row, products and convolutions only"
     )
 

@@ -1,7 +1,8 @@
 """Models run side by side: what they say on the held-out split, how long they take, what they compute.
 
-Latency: all models get the same inputs and the same number of threads; after a warm-up they run in turns, so that a busy
-moment of the machine meets all of them, and the median and the quartiles of many rounds are told.
+Latency: all models have the same number of threads, and the same inputs unless teacher and student read different ones;
+after a warm-up they run in turns, so that a busy moment of the machine meets all of them, and the median and the quartiles
+of many rounds are told.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ __all__ = [
     "Model",
     "compare",
     "count_flops",
+    "first_inputs",
+    "in_batches",
     "load_onnx",
     "load_pt2",
     "measure_latency",
@@ -47,14 +50,14 @@ class Agreement:
         accuracy: share of label rows whose likeliest class is the ground truth.
         eval_loss: mean cross-entropy, nats.
         max_difference: of a logit, from the student's; `largest_logit` is the student's largest in absolute value.
-        same_predictions: share of rows with the student's likeliest class.
+        same_predictions: share of rows with the student's likeliest class; None where the rows are not the student's.
     """
 
     rows: int = 0
     accuracy: float = 0.0
     eval_loss: float = 0.0
     max_difference: float = 0.0
-    same_predictions: float = 0.0
+    same_predictions: float | None = 0.0
     largest_logit: float = 0.0
 
 
@@ -120,6 +123,18 @@ def requests(serving: Serving, data: Dataset, samples: np.ndarray, batch_size: i
             yield serving.ask(batch)
 
 
+def in_batches(serving: Serving, data: Dataset, num_classes: int) -> Iterator[Request]:
+    """Yields all of a split, in batches whose logits are bounded, whatever the vocabulary and the length."""
+    elements = num_classes * max(1, first_inputs(data, serving, 1)[0].numel())
+    return requests(serving, data, np.arange(len(data)), max(1, min(64, MAX_ELEMENTS // elements)))
+
+
+def first_inputs(data: Dataset, serving: Serving, rows: int) -> torch.Tensor:
+    """Returns the first inputs of a split, repeated where it has fewer."""
+    asked = next(requests(serving, data, np.arange(min(rows, len(data))), rows)).inputs
+    return asked.repeat(-(-rows // len(asked)), *[1] * (asked.dim() - 1))[:rows].contiguous()
+
+
 def compare(models: Mapping[str, Model], asked: Iterator[Request], *, reference: str) -> dict[str, Agreement]:
     """Returns what each model says of all requests, beside the reference.
 
@@ -138,7 +153,7 @@ def compare(models: Mapping[str, Model], asked: Iterator[Request], *, reference:
             _add(found[name], logits_PV, wanted_PV, request.targets)
     for row in found.values():
         row.accuracy, row.eval_loss = row.accuracy / row.rows, row.eval_loss / row.rows
-        row.same_predictions /= row.rows
+        row.same_predictions = (row.same_predictions or 0.0) / row.rows
     return found
 
 
@@ -147,7 +162,7 @@ def _add(row: Agreement, logits_PV: torch.Tensor, wanted_PV: torch.Tensor, targe
     row.rows += len(logits_PV)
     row.accuracy += int((guess_P == targets_P).sum())
     row.eval_loss += float(nn.functional.cross_entropy(logits_PV.double(), targets_P, reduction="sum"))
-    row.same_predictions += int((guess_P == wanted_PV.argmax(1)).sum())
+    row.same_predictions = (row.same_predictions or 0.0) + int((guess_P == wanted_PV.argmax(1)).sum())
     row.largest_logit = max(row.largest_logit, float(wanted_PV.abs().max()))
     if logits_PV.shape == wanted_PV.shape:  # a teacher's head may be padded to another width
         row.max_difference = max(row.max_difference, float((logits_PV - wanted_PV).abs().max()))
@@ -165,20 +180,20 @@ def count_flops(serving: Serving, example: torch.Tensor) -> int:
 
 
 def measure_latency(
-    models: Mapping[str, Model], inputs: torch.Tensor, *, rounds: int, max_seconds: float = 20.0
+    calls: Mapping[str, Callable[[], object]], *, rounds: int, max_seconds: float = 20.0
 ) -> dict[str, Latency]:
-    """Returns how long each model takes for these inputs; rounds end early after `max_seconds`, never below ten."""
-    for model in models.values():
+    """Returns how long each call of a model takes; rounds end early after `max_seconds`, never below ten."""
+    for call in calls.values():
         for _ in range(WARM_UP):
-            model(inputs)
-    seconds: dict[str, list[float]] = {name: [] for name in models}
+            call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
     for done in range(rounds):
         if done >= MIN_ROUNDS and time.perf_counter() - began > max_seconds:
             break
-        for name, model in models.items():
+        for name, call in calls.items():
             start = time.perf_counter()
-            model(inputs)
+            call()
             seconds[name].append(time.perf_counter() - start)
     found = {}
     for name, values in seconds.items():

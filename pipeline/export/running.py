@@ -8,6 +8,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.batches import Dataset
 from pipeline.errors import RunError, missing_extra
+from pipeline.export.beside import open_beside
 from pipeline.export.card import write_card
 from pipeline.export.exporting import export_program, write_onnx, write_pt2
 from pipeline.export.folder import ExportFolder
 from pipeline.export.measuring import (
-    MAX_ELEMENTS,
     Model,
     compare,
     count_flops,
+    first_inputs,
+    in_batches,
     load_onnx,
     load_pt2,
     measure_latency,
@@ -111,7 +115,7 @@ def export_run(
         "student": run.model,
         "labels": run.labels,
         "weights": digest_weights(serving.module.state_dict()),
-        "data": report.data.identity(),
+        "data": report.data.identity() | _own_data(run),
         "calibration_samples": settings.calibration_samples if serving.quantization == "static" else None,
     }
     folder = ExportFolder(out, identity)
@@ -140,7 +144,8 @@ def _write_files(
     if not missing:
         return
     progress("torch.export")
-    example = _first_inputs(report, serving, 2)
+    own = report.data_of(run)
+    example = first_inputs(own.evaluation, serving, 2)
     if {*FLOAT_FILES} & {*missing}:
         program = export_program(serving, example, name=run.model)
         folder.make("student.pt2", lambda path: write_pt2(program, path, name=run.model))
@@ -148,61 +153,63 @@ def _write_files(
         folder.make("student.onnx", lambda path: write_onnx(program, path, serving=serving, name=run.model))
     progress(f"int8 ({serving.quantization})")
     source = folder.path / "student.onnx"
-    samples = _calibration(report, serving, settings.calibration_samples)
+    samples = _calibration(own.train, serving, settings.calibration_samples)
     folder.make(
         INT8_FILE, lambda path: quantize(source, path, serving=serving, samples=samples, name=run.model)
     )
 
 
-def _calibration(report: Report, serving: Serving, count: int) -> Iterator[np.ndarray]:
+def _own_data(run: Run) -> dict[str, Any]:
+    return {"student_data": run.identity["student_data"]} if run.identity.get("student_data") else {}
+
+
+def _calibration(data: Dataset, serving: Serving, count: int) -> Iterator[np.ndarray]:
     """Yields inputs of samples spread evenly over the training split."""
-    data = report.data.train
     samples = np.unique(np.linspace(0, len(data) - 1, min(count, len(data))).astype(np.int64))
     for request in requests(serving, data, samples, CALIBRATION_BATCH):
         yield request.inputs.numpy()
 
 
-def _first_inputs(report: Report, serving: Serving, rows: int) -> torch.Tensor:
-    """Returns the first inputs of the held-out split, repeated where it has fewer."""
-    data = report.data.evaluation
-    asked = next(requests(serving, data, np.arange(min(rows, len(data))), rows)).inputs
-    return asked.repeat(-(-rows // len(asked)), *[1] * (asked.dim() - 1))[:rows].contiguous()
-
-
 def _measured(
     report: Report, run: Run, serving: Serving, folder: ExportFolder, settings: ExportSettings
 ) -> dict[str, Any]:
-    threads, servings = torch.get_num_threads(), {"student": serving}
-    if report.teacher is not None:
-        student = run.config.student.model_copy(update={"context": None})
-        task = report.data.task(run.config.model_copy(update={"student": student}), report.teacher.spec)
-        servings["teacher"] = task.serve(report.teacher.model)
-    models: dict[str, Model] = {name: run_module(serving.module) for name, serving in servings.items()}
+    threads, data = torch.get_num_threads(), report.data_of(run).evaluation
+    models: dict[str, Model] = {"student": run_module(serving.module)}
     for name in EXPORTED:
         path = folder.path / name
         is_onnx = path.suffix == ".onnx"
         models[name] = (
             load_onnx(path, input_name=serving.input_name, threads=threads) if is_onnx else load_pt2(path)
         )
-    example = _first_inputs(report, serving, max(LATENCY_BATCHES))
-    # As many samples as give a bounded piece of logits, whatever the vocabulary and the length.
-    size = max(1, min(64, MAX_ELEMENTS // (report.data.num_classes * max(1, example[0].numel()))))
-    samples = np.arange(len(report.data.evaluation))
-    said = compare(models, requests(serving, report.data.evaluation, samples, size), reference="student")
+    example = first_inputs(data, serving, max(LATENCY_BATCHES))
+    teacher = open_beside(report, run)
+    if teacher is not None and not teacher.is_apart:
+        models["teacher"] = teacher.model
+    said = compare(models, in_batches(serving, data, report.data.num_classes), reference="student")
+    calls = {name: (model, example) for name, model in models.items()}
+    if teacher is not None:
+        inputs = first_inputs(teacher.data, teacher.serving, len(example))
+        calls["teacher"] = teacher.model, inputs
+        if teacher.is_apart:
+            said["teacher"] = teacher.scores(models["student"], serving, data)
     latencies = {
-        rows: measure_latency(models, example[:rows].contiguous(), rounds=settings.rounds)
+        rows: measure_latency(
+            {name: partial(model, inputs[:rows].contiguous()) for name, (model, inputs) in calls.items()},
+            rounds=settings.rounds,
+        )
         for rows in LATENCY_BATCHES
     }
     sizes = _sizes(report, run, folder)
     rows = {}
-    for name in models:
-        of = servings.get(name, serving)
+    for name, (_, inputs) in calls.items():
+        of = teacher.serving if teacher is not None and name == "teacher" else serving
         rows[name] = asdict(said[name]) | {
             "bytes": sizes[name],
             "parameters": count_parameters(of.module),
-            "flops": count_flops(of, example),
+            "flops": count_flops(of, inputs),
             "latency_seconds": {str(batch): asdict(found[name]) for batch, found in latencies.items()},
         }
+    shapes = {name: list(inputs.shape[1:]) for name, (_, inputs) in calls.items()}
     return {
         "student": run.model,
         "teacher": report.teacher.spec if report.teacher is not None else None,
@@ -212,7 +219,8 @@ def _measured(
         "input": {
             "name": serving.input_name,
             "contract": serving.contract,
-            "latency_shape": list(example.shape[1:]),
+            "latency_shape": shapes["student"],
+            "teacher_latency_shape": shapes.get("teacher"),
         },
         "quantization": serving.quantization,
         "machine": _machine(threads),

@@ -7,7 +7,7 @@ the answers about so many views in turn, whose mean it then learns.
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from torch import nn
@@ -25,7 +25,7 @@ from pipeline.sources import open_source
 from pipeline.sources.encoded import BytesSettings, open_bytes
 from pipeline.sources.image_folders import ImageFolderSource
 from pipeline.student_views import StudentViews, StudentViewSettings
-from pipeline.tasks import ImageTask
+from pipeline.tasks import ByteTask, ImageTask
 from pipeline.teacher import ImageTeacher
 from pipeline.views import Views
 
@@ -125,14 +125,11 @@ class StudentImages:
 
     def task(self, config: RunConfig, model: str, teacher: ImageTeacher | None) -> ImageTask:
         """Returns what a student of that spec learns; `teacher` labels its batches on the spot."""
-        return ImageTask(
-            lambda: build_model(model, num_classes=self.num_classes, input_shape=self.input_shape),
-            self.evaluation,
-            _Whole() if self._normalization is None else Normalize(*self._normalization),
-            self.num_classes,
-            config.loss,
-            teacher,
-        )
+        build = partial(build_model, model, num_classes=self.num_classes, input_shape=self.input_shape)
+        settings = self.num_classes, config.loss, teacher
+        if self._normalization is None:
+            return ByteTask(build, self.evaluation, _Whole(), *settings, max_bytes=self.input_shape[0])
+        return ImageTask(build, self.evaluation, Normalize(*self._normalization), *settings)
 
 
 def _are_same(one: Any, other: Any) -> bool:

@@ -1,6 +1,8 @@
 """The report: what students of one cache learnt, what it cost and where it failed, as one page that needs no network.
 
 loading.py       finished runs, checked to be of one data set and one cache; their students rebuilt
+caches.py        the caches that the runs learnt from
+partners.py      which of a student's own samples is which of the teacher's
 predictions.py   what teacher and students say of the same rows
 measures.py      calibration, agreement, accuracy by class and by the teacher's confidence, teacher passes
 stored.py        what the cache holds: bytes, kept mass, entropy

@@ -32,8 +32,9 @@ def cache_section(report: Report, fidelity: Path | None) -> Section:
     sizes = bytes_per_row(cache)
     rows = sum(marker.num_rows for marker in cache.markers.values())
     labels = cache.manifest.identity["labels"]
+    first = f"The first of {len(report.caches)}, which keeps most: " if len(report.caches) > 1 else ""
     section.lead = (
-        f"{cache.url}: {rows:,} rows of {cache.num_classes:,} classes, policy {labels['policy']}, "
+        f"{first}{cache.url}: {rows:,} rows of {cache.num_classes:,} classes, policy {labels['policy']}, "
         f"{sum(sizes.values()):.1f} bytes a row."
     )
     section.figures.append(_bytes(sizes))

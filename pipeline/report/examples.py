@@ -22,6 +22,10 @@ __all__ = ["Example", "Gallery", "Names", "galleries"]
 
 EXAMPLES = 12
 CONTEXT_TOKENS = 24
+UNFINISHED, LONGEST_LETTER = (
+    "\ufffd",
+    4,
+)  # what stands for bytes that are no letter yet; bytes of a letter at most
 THUMBNAIL = 96  # pixels, of a picture's longer side
 
 
@@ -64,10 +68,10 @@ class Names:
         from pipeline.sources.tokenizers import load_tokenizer
         from pipeline.sources.translation import TranslationSettings, load_pair_tokenizer
 
-        source = self._report.config.source
+        source: Any = self._report.config.source
         if isinstance(source, TranslationSettings):
             return load_pair_tokenizer(source).tokenizer
-        return load_tokenizer(source)  # type: ignore[arg-type]
+        return load_tokenizer(source)
 
     def __getitem__(self, number: int) -> str:
         if self._report.is_text:
@@ -83,8 +87,9 @@ class Names:
             for name, number in zip(found, numbers, strict=True)
         ]
 
-    def token(self, number: int) -> str:
-        return str(self._tokenizer.decode([int(number)]))
+    def token(self, *numbers: int) -> str:
+        """Returns the text of tokens that follow one another."""
+        return str(self._tokenizer.decode([int(number) for number in numbers]))
 
 
 def galleries(report: Report, observed: Observed, names: Names) -> list[Gallery]:
@@ -138,4 +143,22 @@ def _tokens(
     kl_of = dict(zip(observed.position_P[of_sample].tolist(), student.kl_P[of_sample].tolist(), strict=True))
     tokens = data.source.sample(sample).tokens
     first = max(0, position + 1 - CONTEXT_TOKENS)
-    return [(names.token(tokens[at]), kl_of.get(at)) for at in range(first, position + 1)]
+    return _readable(names, [(int(tokens[at]), kl_of.get(at)) for at in range(first, position + 1)])
+
+
+def _readable(names: Names, tokens: list[tuple[int, float | None]]) -> list[tuple[str, float | None]]:
+    """Returns texts with their distances; tokens that only together make a letter are one text, with their largest."""
+    found: list[tuple[str, float | None]] = []
+    part: list[int] = []
+    distances: list[float] = []
+    for number, kl in tokens:
+        part.append(number)
+        distances += [] if kl is None else [kl]
+        text = names.token(*part)
+        if UNFINISHED in text and len(part) < LONGEST_LETTER:
+            continue
+        found.append((text, max(distances, default=None)))
+        part, distances = [], []
+    if part:
+        found.append((names.token(*part), max(distances, default=None)))
+    return found

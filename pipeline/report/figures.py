@@ -1,13 +1,14 @@
 """The figures, drawn by plotly; each carries a sentence for who does not see it and a table for who prefers to read.
 
 Colours and marks are given by student, the same in every figure: a colour of Okabe and Ito 2008, which the colour-blind can
-tell apart, for an architecture; a full line and disc for one taught from the cache, a broken line and ring for one that was
-not. Text of the data is escaped here: plotly reads a small HTML in its labels.
+tell apart, for an architecture, or for a run where several are of one; a full line and disc for one taught from the cache, a
+dotted or broken line and ring for one that was not. Text of the data is escaped here: plotly reads a small HTML.
 """
 
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ __all__ = [
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
 TEACHER = "#7f7f7f"
+DASHES = {"cache": "solid", "hard": "dot", "online": "dash"}
 
 
 def load_plotly() -> Any:
@@ -97,30 +99,34 @@ class Styles:
     """Which colour, line and mark a student has in every figure."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
-        models = list(dict.fromkeys(run.model for run in runs))
-        self._of = {
-            run.name: (COLORS[models.index(run.model) % len(COLORS)], run.labels == "cache") for run in runs
-        }
+        kinds = [(run.model, run.labels) for run in runs]
+        # An architecture has a colour, unless it learnt from the same kind of labels several times: then each run has one.
+        groups = [run.model for run in runs] if len(set(kinds)) == len(kinds) else [run.name for run in runs]
+        colors = dict(zip(dict.fromkeys(groups), itertools.cycle(COLORS), strict=False))
+        self._of = {run.name: (colors[group], run.labels) for run, group in zip(runs, groups, strict=True)}
 
     def color(self, name: str) -> str:
         return self._of[name][0] if name in self._of else TEACHER
 
+    def dash(self, name: str) -> str:
+        """Returns the kind of line: full from the cache, dotted on hard labels, broken beside the live teacher."""
+        return DASHES[self._of[name][1]] if name in self._of else "solid"
+
     def line(self, name: str) -> dict[str, Any]:
-        _, cached = self._of.get(name, (TEACHER, True))
-        return {"color": self.color(name), "dash": "solid" if cached else "dot", "width": 2}
+        return {"color": self.color(name), "dash": self.dash(name), "width": 2}
 
     def marker(self, name: str) -> dict[str, Any]:
         if name not in self._of:
             return {"color": TEACHER, "symbol": "star", "size": 13}
         return {
             "color": self.color(name),
-            "symbol": "circle" if self._of[name][1] else "circle-open",
+            "symbol": "circle" if self._of[name][1] == "cache" else "circle-open",
             "size": 10,
         }
 
     def pattern(self, name: str) -> dict[str, Any]:
-        cached = self._of.get(name, (TEACHER, True))[1]
-        return {"color": self.color(name), "pattern": {"shape": "" if cached else "/"}}
+        shape = {"solid": "", "dot": "/", "dash": "."}[self.dash(name)]
+        return {"color": self.color(name), "pattern": {"shape": shape}}
 
 
 def points(

@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.report.caches import kept_in_words
 from pipeline.report.examples import Names, galleries
-from pipeline.report.figures import Figure, Section, Styles, bars, heat, lines
+from pipeline.report.figures import Figure, Section, Styles, bars, heat, lines, points
 from pipeline.report.loading import Report
 from pipeline.report.measures import by_class, by_decile, deciles
 from pipeline.report.predictions import Observed, Predictions
+from pipeline.report.stored import bytes_per_row, kept_masses
+from pipeline.report.student_panels import metric_of, shown_score
 
 __all__ = ["compression_section", "knowledge_section"]
 
@@ -112,6 +115,8 @@ def compression_section(
 ) -> Section:
     """Accuracy that students have less than the teacher, by class and by its confidence."""
     section = Section("compression", "What compression cost", "")
+    if len(report.caches) > 1:
+        section.figures.append(_by_bytes(report, styles))
     if observed is None or observed.teacher is None:
         section.lead = "Where students lose against the teacher."
         section.missing.append(f"All of it needs the teacher: {why}.")
@@ -144,6 +149,32 @@ def compression_section(
             )
         )
     return section
+
+
+def _by_bytes(report: Report, styles: Styles) -> Figure:
+    """Each student's score against the bytes of a row of its cache: what keeping less costs."""
+    metric, words = metric_of(report)
+    caches = [(run, cache) for run in report.runs if (cache := report.cache_of(run)) is not None]
+    sizes = {run.name: sum(bytes_per_row(cache).values()) for run, cache in caches}
+    scores = {run.name: float(run.metrics[metric]) for run, _ in caches}
+    masses = {cache.url: float(kept_masses(cache)[1.0].mean()) for cache in report.caches}
+    rows: list[Any] = []
+    for run, cache in sorted(caches, key=lambda pair: (sizes[pair[0].name], pair[0].name)):
+        told = (
+            f"{sizes[run.name]:.1f}",
+            f"{100 * masses[cache.url]:.2f}%",
+            shown_score(report, scores[run.name]),
+        )
+        rows.append((run.name, (run.name, kept_in_words(cache), *told)))
+    return Figure(
+        "compression-bytes",
+        "By what a cache keeps",
+        f"{words} of each cache's students against the stored bytes of a row. One run each says nothing of the spread.",
+        points(styles, sizes, scores, x="bytes a row", y=words, log=False),
+        ("student", "the cache keeps", "bytes a row", "mass kept at T = 1", words),
+        rows,
+        width="whole",
+    )
 
 
 def _points(value: float | None) -> str:

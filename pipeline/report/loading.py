@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 
-from pipeline.cache import Cache, open_cache
+from pipeline.cache import Cache
 from pipeline.checkpoints import differences
 from pipeline.config import RunConfig, build_config
-from pipeline.errors import CacheNotFoundError, IdentityError, RunError, SpecError
+from pipeline.errors import IdentityError, RunError, SpecError
 from pipeline.models import load_weights
+from pipeline.report.caches import find_caches, kept_in_words
 from pipeline.runs import Data, open_data, open_teacher
+from pipeline.sources.encoded import BytesSettings
+from pipeline.student import StudentSettings
 from pipeline.tasks import Task, TokenStudent
 from pipeline.teacher import Teacher
 
@@ -58,10 +61,11 @@ class Report:
     """Everything that a page is made of, opened and compared.
 
     Attributes:
-        cache: None where it is not there; `missing` then says so.
+        cache: None where it is not there; `missing` then says so. Of several, the one that keeps most.
         teacher: None where its weights are not there; `missing` then says so.
         unfinished: directories without results, left out.
         missing: "cache" or "teacher" -> why it is not there.
+        caches: of all runs, the one that keeps most first.
     """
 
     runs: list[Run]
@@ -70,6 +74,7 @@ class Report:
     teacher: Teacher | None
     unfinished: list[Path] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
+    caches: list[Cache] = field(default_factory=list)
 
     @property
     def config(self) -> RunConfig:
@@ -78,6 +83,14 @@ class Report:
     @property
     def is_text(self) -> bool:
         return self.data.train.kind == "tokens"
+
+    def cache_of(self, run: Run) -> Cache | None:
+        """Returns the cache that a run learnt from; None if it learnt from none, or it is not there."""
+        return next((c for c in self.caches if c.manifest_sha256 == run.identity.get("cache")), None)
+
+    def data_of(self, run: Run) -> Any:
+        """Returns what a run's student reads: `data`, or its own where that is not what the teacher sees."""
+        return self.data.of_student(run.config)
 
     def student(self, run: Run) -> tuple[Task, torch.nn.Module]:
         """Returns a run's task and its student, on the CPU, with the weights of the run's end.
@@ -97,12 +110,12 @@ class Report:
         return task, model
 
 
-def open_report(paths: Sequence[str | Path], *, cache_url: str | None = None) -> Report:
+def open_report(paths: Sequence[str | Path], *, cache_url: str | Sequence[str] | None = None) -> Report:
     """Returns what the runs are of, once they are known to be of the same.
 
     Args:
         paths: directories of runs, or folders of such directories.
-        cache_url: where the cache is now; None: where the runs' config says.
+        cache_url: where the cache is now, or the caches are; None: where the runs' config says.
 
     Raises:
         RunError: a path holds no finished run, one that cannot be read, or detectors.
@@ -110,21 +123,37 @@ def open_report(paths: Sequence[str | Path], *, cache_url: str | None = None) ->
     """
     folders, unfinished = _folders([Path(path) for path in paths])
     read = [_read(folder) for folder in folders]
-    names = [run.name for run in read]
-    runs = [
-        replace(run, name=f"{run.name} {run.path.name}") if names.count(run.name) > 1 else run for run in read
-    ]
-    _check_alike(runs)
-    data = open_data(runs[0].config)
+    _check_alike(read)
+    data = open_data(read[0].config)
     if data.train.kind == "cells":
         raise RunError(
-            f"run {runs[0].path}: of a detector; expected students of images or texts, which the report is made for; "
+            f"run {read[0].path}: of a detector; expected students of images or texts, which the report is made for; "
             "compare detectors with `softcache students` and `softcache compare`"
         )
-    _check_same_data(runs[0], data)
+    for run in read:
+        _check_same_data(run, data)
     missing: dict[str, str] = {}
-    cache = _cache(runs, cache_url, missing)
-    return Report(runs, data, cache, _teacher(runs[0].config, data, cache, missing), unfinished, missing)
+    urls = [cache_url] if isinstance(cache_url, str) else list(cache_url or ())
+    caches = find_caches(read, urls, missing)
+    runs, cache = _named(read, caches), caches[0] if caches else None
+    teacher = _teacher(runs[0].config, data, cache, missing)
+    return Report(runs, data, cache, teacher, unfinished, missing, caches)
+
+
+def _named(runs: list[Run], caches: list[Cache]) -> list[Run]:
+    """Gives each run a name of its own: with what its cache keeps, if there are several, and at last its directory."""
+    if len(caches) > 1:
+        kept = {cache.manifest_sha256: kept_in_words(cache) for cache in caches}
+        runs = [
+            replace(run, name=f"{run.name[:-1]}, {kept[run.identity['cache']]})")
+            if "cache" in run.identity
+            else run
+            for run in runs
+        ]
+    names = [run.name for run in runs]
+    return [
+        replace(run, name=f"{run.name} {run.path.name}") if names.count(run.name) > 1 else run for run in runs
+    ]
 
 
 def open_run(path: str | Path, *, cache_url: str | None = None) -> Report:
@@ -176,75 +205,49 @@ def _read(path: Path) -> Run:
         resolved.pop("views", None)
     resolved.pop("sweep", None)
     config = build_config(resolved, str(path / "resolved.json"))
-    if identity.get("student_data"):
-        other = (
-            "has another tokenizer than the teacher, and their tokens"
-            if config.student.tokenizer
-            else ("reads something else than the teacher (student.source, student.views), and their inputs")
-        )
+    if identity.get("student_data") and not config.student.reads_otherwise:
         raise RunError(
-            f"run {path}: its student {other} cannot be compared one by one; neither report nor export is of such a "
-            "student: name other runs"
+            f"run {path}: its student has another tokenizer than the teacher, and their tokens cannot be compared one by one; "
+            "neither report nor export is of such a student: name other runs"
         )
     student = config.student.model_copy(update={"context": identity.get("context")})
-    name = f"{identity['model']} ({metrics['labels']})"
+    name = f"{identity['model']} ({metrics['labels']}{_reads(student)})"
     return Run(path, name, config.model_copy(update={"student": student}), identity, metrics)
+
+
+def _reads(student: StudentSettings) -> str:
+    """Returns what a student reads where that is not what the teacher sees, as a part of a run's name."""
+    source, views = student.source, student.views
+    what = []
+    if isinstance(source, BytesSettings):
+        what.append(f"{source.format or 'file'} bytes")
+    elif source is not None:
+        what.append(source.name)
+    if views is not None:
+        what += [f"size {views.size}"] * (views.size is not None) + ["grey"] * views.grey
+    return f", reads {' '.join(what)}" if what else ""
 
 
 def _check_alike(runs: list[Run]) -> None:
     first = runs[0]
-    cached = next((run for run in runs if "cache" in run.identity), None)
     for run in runs[1:]:
         differing = [name for name in OF_THE_DATA if run.identity.get(name) != first.identity.get(name)]
-        if (
-            cached is not None
-            and run.identity.get("cache", cached.identity["cache"]) != cached.identity["cache"]
-        ):
-            differing.append("cache")
         if differing:
             raise IdentityError(
                 f"run {run.path}: of other data than {first.path} ({', '.join(differing)} differ); a report is of one data "
-                "set and one cache: report this run apart"
+                "set: report this run apart"
             )
 
 
 def _check_same_data(run: Run, data: Data) -> None:
-    here = data.identity()
+    here: dict[str, Any] = data.identity()
+    if run.config.student.reads_otherwise:
+        here["student_data"] = data.of_student(run.config).identity()
     differing = differences({name: run.identity.get(name) for name in here}, here)
     if differing:
         raise IdentityError(
             f"run {run.path}: its data changed since (then; now): {'; '.join(differing)}; restore the data"
         )
-
-
-def _cache(runs: list[Run], url: str | None, missing: dict[str, str]) -> Cache | None:
-    cached = next((run for run in runs if "cache" in run.identity), None)
-    config = (cached or runs[0]).config
-    tried = [url] if url else [config.cache_url, *map(str, sorted(config.root.glob("fused-*")))]
-    found: list[Cache] = []
-    for place in tried:
-        try:
-            found.append(open_cache(place))
-        except CacheNotFoundError:
-            if url:
-                raise
-    for cache in found:
-        if cached is None or cache.manifest_sha256 == cached.identity["cache"]:
-            there, here = cache.manifest.identity["source"].get("digest"), runs[0].identity["source"]
-            if there != here:
-                raise IdentityError(
-                    f"cache {cache.url}: of other data than run {runs[0].path} (source {str(there)[:12]}… there, "
-                    f"{here[:12]}… in the run); give --cache the cache of these runs"
-                )
-            return cache
-    if found:
-        assert cached is not None
-        raise IdentityError(
-            f"run {cached.path}: learnt from another cache than {found[0].url} (manifest {cached.identity['cache'][:12]}… "
-            f"in the run, {found[0].manifest_sha256[:12]}… there); give --cache the cache of these runs"
-        )
-    missing["cache"] = f"there is no cache at {tried[0]}; give --cache where it is"
-    return None
 
 
 def _teacher(config: RunConfig, data: Data, cache: Cache | None, missing: dict[str, str]) -> Teacher | None:

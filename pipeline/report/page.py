@@ -32,7 +32,7 @@ def write_page(
 
     Args:
         facts: lines of the page's head: what, and its value.
-        students: (name, colour, whether it learnt from the cache), for the filter.
+        students: (name, colour, kind of line), for the filter.
 
     Raises:
         StorageError: it cannot be written.

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from pipeline.cache import Cache
-from pipeline.detection import DetectionBatch
 from pipeline.errors import RunError
 from pipeline.labels import SoftLabels
-from pipeline.report.loading import Report
+from pipeline.report.loading import Report, Run
+from pipeline.report.partners import partners
 from pipeline.tasks import TokenStudent
 
 __all__ = ["Observed", "Predictions", "dense_log_probs", "observe"]
@@ -88,27 +88,30 @@ def observe(report: Report, *, split: str) -> Observed:
 
     Args:
         split: "held-out", or "training": the first rows, with the teacher as the cache has it.
+
+    Raises:
+        RunError: students of boxes, students without a sample in common, or one whose logits are no numbers.
     """
     data = report.data.evaluation if split == "held-out" else report.data.train
-    count = len(data) if split == "held-out" else min(len(data), TRAIN_SAMPLES)
-    students = [(run.name, *report.student(run)) for run in report.runs]
+    if data.kind == "cells":
+        raise RunError(
+            f"runs of {report.config.name}: students of boxes; a report shows students of one class per row; their mean "
+            "average precision is in each run's metrics.json"
+        )
+    students = [_Student(report, run, split) for run in report.runs]
+    samples = _samples(data, split, students)
     parts: dict[str, list[tuple]] = {}
     about: list[tuple] = []
-    targets = _all_targets(data, count)
+    targets = _all_targets(data, samples)
     classes_C = _shown(targets, report.data.num_classes)
-    for samples in _batches(data, count, report):
-        batch = data.load(samples, 0, fingerprints=False)
-        if isinstance(batch, DetectionBatch):
-            raise RunError(
-                f"runs of {report.config.name}: students of boxes; a report shows students of one class per row; their mean "
-                "average precision is in each run's metrics.json"
-            )
-        sample_P = np.repeat(np.asarray(samples), batch.row_counts)
+    for part in _batches(samples, report):
+        batch: Any = data.load(part, 0, fingerprints=False)
+        sample_P = np.repeat(part, batch.row_counts)
         about.append((batch.targets.numpy(), sample_P, np.asarray(batch.positions)))
         with torch.inference_mode():
-            teacher_PV = _teacher_log_probs(report, batch, samples, split)
+            teacher_PV = _teacher_log_probs(report, batch, part, split)
             said = [("teacher", teacher_PV)] if teacher_PV is not None else []
-            said += [(name, _log_probs(task, model, batch)) for name, task, model in students]
+            said += [(student.name, student.log_probs(batch, part)) for student in students]
             for name, log_p_PV in said:
                 parts.setdefault(name, []).append(_facts(log_p_PV, teacher_PV, batch.targets, classes_C))
     targets_P, sample_P, position_P = (np.concatenate(column) for column in zip(*about, strict=True))
@@ -117,17 +120,57 @@ def observe(report: Report, *, split: str) -> Observed:
     return Observed(split, targets_P, sample_P, position_P, classes_C, teacher, list(found.values()))
 
 
-def _batches(data: Any, count: int, report: Report) -> Iterator[range]:
-    rows = data.source.seq_len if report.is_text else 1
+class _Student:
+    """A run's student, and what it reads of the teacher's samples."""
+
+    def __init__(self, report: Report, run: Run, split: str) -> None:
+        self.name = run.name
+        self._task: Any
+        self._task, self._model = report.student(run)
+        own = report.data_of(run)
+        self._own = own.evaluation if split == "held-out" else own.train
+        self.partners = partners(report, run, split)
+
+    def log_probs(self, batch: Any, samples: np.ndarray) -> torch.Tensor:
+        """Returns log-probabilities of the rows of `samples`, of which `batch` is what the teacher sees."""
+        if isinstance(self._model, TokenStudent):
+            return self._model.logits(batch).log_softmax(1)
+        if self.partners is not None:
+            batch = self._own.load(self.partners[samples], 0, fingerprints=False)
+        found: torch.Tensor = self._task.logits(self._model, batch.images).log_softmax(1)
+        return found
+
+
+def _samples(data: Any, split: str, students: list[_Student]) -> np.ndarray:
+    """Returns the samples that every student can be asked about.
+
+    Raises:
+        RunError: there are none.
+    """
+    asked = np.ones(len(data), bool)
+    for student in students:
+        if student.partners is not None:
+            asked &= student.partners >= 0
+    if not asked.any():
+        raise RunError(
+            f"{split} split: no sample of the teacher's is one of every student; report the runs apart"
+        )
+    return np.flatnonzero(asked)[: None if split == "held-out" else TRAIN_SAMPLES]
+
+
+def _batches(samples: np.ndarray, report: Report) -> Iterator[np.ndarray]:
+    source: Any = report.data.train.source
+    rows = source.seq_len if report.is_text else 1
     size = max(1, min(256, MAX_ELEMENTS // (rows * report.data.num_classes)))
-    for start in range(0, count, size):
-        yield range(start, min(start + size, count))
+    for start in range(0, len(samples), size):
+        yield samples[start : start + size]
 
 
-def _all_targets(data: Any, count: int) -> np.ndarray:
+def _all_targets(data: Any, samples: np.ndarray) -> np.ndarray:
     if data.kind == "image":
-        return np.asarray(data.source.targets())[:count]
-    return np.concatenate([data.source.sample(number).tokens for number in range(count)])
+        return np.asarray(data.source.targets())[samples]
+    read = (data.source.sample(number) for number in samples.tolist())
+    return np.concatenate([sample.tokens[sample.rows + 1] for sample in read])
 
 
 def _shown(targets: np.ndarray, num_classes: int) -> np.ndarray:
@@ -137,7 +180,7 @@ def _shown(targets: np.ndarray, num_classes: int) -> np.ndarray:
     return np.sort(np.argsort(-counts, kind="stable")[:MAX_CLASSES_SHOWN])
 
 
-def _teacher_log_probs(report: Report, batch: Any, samples: range, split: str) -> torch.Tensor | None:
+def _teacher_log_probs(report: Report, batch: Any, samples: np.ndarray, split: str) -> torch.Tensor | None:
     if split == "held-out":
         if report.teacher is None:
             return None
@@ -146,14 +189,8 @@ def _teacher_log_probs(report: Report, batch: Any, samples: range, split: str) -
     return _stored(report.cache, samples)
 
 
-def _stored(cache: Cache, samples: range) -> torch.Tensor:
-    return dense_log_probs(cache.read(np.asarray(samples), 0))
-
-
-def _log_probs(task: Any, model: torch.nn.Module, batch: Any) -> torch.Tensor:
-    if isinstance(model, TokenStudent):
-        return model.logits(batch).log_softmax(1)
-    return task.logits(model, batch.images).log_softmax(1)
+def _stored(cache: Cache, samples: np.ndarray) -> torch.Tensor:
+    return dense_log_probs(cache.read(samples, 0))
 
 
 def _facts(

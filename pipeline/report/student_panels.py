@@ -17,14 +17,23 @@ from pipeline.report.figures import Figure, Section, Styles, lines, points
 from pipeline.report.loading import Report
 from pipeline.report.measures import break_even, calibration_error, reliability
 from pipeline.report.predictions import Observed
+from pipeline.report.translation_panels import translations_figure
 from pipeline.tasks import TokenStudent
 
-__all__ = ["calibration_section", "cost_section", "curves_section", "glance_section"]
+__all__ = [
+    "calibration_section",
+    "cost_section",
+    "curves_section",
+    "glance_section",
+    "metric_of",
+    "shown_score",
+]
 
 TIMED_RUNS, WARM_RUNS = 20, 3
 
 
-def _metric(report: Report) -> tuple[str, str]:
+def metric_of(report: Report) -> tuple[str, str]:
+    """Returns the number of metrics.json by which students are compared, and its name in words."""
     return (
         ("eval_loss", "held-out loss, nats per token")
         if report.is_text
@@ -45,17 +54,18 @@ def _latency_seconds(forward: Callable[[], Any]) -> float:
 
 def _latencies(report: Report) -> dict[str, float]:
     """Returns the milliseconds of every student, and of the teacher where it is there."""
-    batch: Any = report.data.evaluation.load([0], 0, fingerprints=False)
     out = {}
     for run in report.runs:
         task: Any
         task, model = report.student(run)
+        batch: Any = report.data_of(run).evaluation.load([0], 0, fingerprints=False)
         if isinstance(model, TokenStudent):
             out[run.name] = _latency_seconds(partial(model.logits, batch))
         else:
             out[run.name] = _latency_seconds(partial(task.logits, model, batch.images))
     if (teacher := report.teacher) is not None and teacher.device.type == "cpu":
-        out["teacher"] = _latency_seconds(lambda: list(teacher.chunks(batch)))
+        seen: Any = report.data.evaluation.load([0], 0, fingerprints=False)
+        out["teacher"] = _latency_seconds(lambda: list(teacher.chunks(seen)))
     return {name: 1000 * seconds for name, seconds in out.items()}
 
 
@@ -87,7 +97,8 @@ def _teacher_seconds(report: Report) -> float | None:
     return float(json.loads(path.read_text())["seconds"])
 
 
-def _shown(report: Report, value: float | None) -> str:
+def shown_score(report: Report, value: float | None) -> str:
+    """Returns that number as tables show it."""
     if value is None:
         return "–"
     return f"{value:.4f}" if report.is_text else f"{100 * value:.2f}%"
@@ -95,7 +106,7 @@ def _shown(report: Report, value: float | None) -> str:
 
 def glance_section(report: Report, styles: Styles, held_out: Observed) -> Section:
     """Students by score against size, latency and training time, with the teacher."""
-    metric, words = _metric(report)
+    metric, words = metric_of(report)
     scores = {run.name: float(run.metrics[metric]) for run in report.runs}
     sizes = {run.name: float(run.metrics["num_parameters"]) for run in report.runs}
     latencies = _latencies(report)
@@ -114,7 +125,7 @@ def glance_section(report: Report, styles: Styles, held_out: Observed) -> Sectio
         rows: Any = [
             (
                 None if name == "teacher" else name,
-                (name, f"{value:,.4g}" if key != "size" else f"{value:,.0f}", _shown(report, ys[name])),
+                (name, f"{value:,.4g}" if key != "size" else f"{value:,.0f}", shown_score(report, ys[name])),
             )
             for name, value in (xs | beside).items()
         ]
@@ -129,6 +140,8 @@ def glance_section(report: Report, styles: Styles, held_out: Observed) -> Sectio
                 rows,
             )
         )
+    if any("chrf" in run.metrics for run in report.runs):
+        section.figures.append(translations_figure(report, styles))
     if teacher is None:
         section.missing.append("The teacher's score: it needs the teacher's weights or the cache.")
     if report.unfinished:
@@ -140,7 +153,7 @@ def glance_section(report: Report, styles: Styles, held_out: Observed) -> Sectio
 
 def _lead(report: Report, scores: dict[str, float]) -> str:
     best = (min if report.is_text else max)(scores, key=lambda name: scores[name])
-    lead = f"Best: {best}, {_shown(report, scores[best])}."
+    lead = f"Best: {best}, {shown_score(report, scores[best])}."
     of: dict[tuple[str, str], list[float]] = {}
     for run in report.runs:
         of.setdefault((run.model, run.labels), []).append(scores[run.name])
@@ -150,14 +163,23 @@ def _lead(report: Report, scores: dict[str, float]) -> str:
         better = sum(sign * (np.mean(of[m, "cache"]) - np.mean(of[m, "hard"])) > 0 for m in models)
         lead += f" From the cache {better} of {len(models)} architectures do better than on hard labels."
     if max(map(len, of.values())) > 1:
-        return lead + " Where an architecture ran several times, its mean is compared."
+        return (
+            lead if not models else lead + " Where an architecture ran several times, its mean is compared."
+        )
     return lead + " One run each says nothing of the spread between seeds."
 
 
 def curves_section(report: Report, styles: Styles) -> Section:
     """The metric by epoch, and the training loss."""
-    metric, words = _metric(report)
-    section = Section("curves", "Learning curves", "Full lines learn from the cache, dotted ones do not.")
+    metric, words = metric_of(report)
+    kinds = {
+        "cache": "full lines learn from the cache",
+        "hard": "dotted ones on hard labels",
+        "online": "broken ones beside the live teacher",
+    }
+    told = ", ".join(kinds[labels] for labels in kinds if any(run.labels == labels for run in report.runs))
+    lead = f"{told[0].upper()}{told[1:]}."
+    section = Section("curves", "Learning curves", lead)
     for key, name, title in (("metric", metric, words), ("loss", "train_loss", "training loss, nats")):
         series = {
             run.name: (
@@ -180,7 +202,10 @@ def curves_section(report: Report, styles: Styles) -> Section:
                     if key == "loss"
                     else ""
                 ),
-                lines(styles, series, x="epoch", y=title, marks=False),
+                # One or two points make no line that is seen.
+                lines(
+                    styles, series, x="epoch", y=title, marks=min(len(ys) for _, ys in series.values()) < 3
+                ),
                 ("student", "epochs", "first", "middle", "last"),
                 rows,
                 width="half",

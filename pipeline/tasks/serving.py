@@ -15,10 +15,11 @@ import torch
 from torch import nn
 
 from pipeline.batches import ImageBatch
+from pipeline.byte_batches import PADDING
 from pipeline.language.parts import takes, tensor_in
 from pipeline.token_batches import TokenBatch
 
-__all__ = ["ImageServing", "Request", "Serving", "TokenServing"]
+__all__ = ["ByteServing", "ImageServing", "Request", "Serving", "TokenServing"]
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,33 @@ class ImageServing:
 
     def ask(self, batch: ImageBatch) -> Request:
         return Request(batch.images, None, batch.targets)
+
+
+class ByteServing(ImageServing):
+    """A classifier of encoded files' bytes, all of one length: what is shorter is padded, and the padding is not seen."""
+
+    input_name = "bytes"
+
+    def __init__(self, model: nn.Module, normalize: nn.Module, max_bytes: int) -> None:
+        super().__init__(model, normalize, (max_bytes,))
+        self._max_bytes = max_bytes
+
+    @property
+    def contract(self) -> str:
+        return (
+            f"bytes of shape [batch, {self._max_bytes}], int16: the bytes of a file, 0 to 255, and {PADDING} behind its "
+            "end; encoded as the config's [student.source] does"
+        )
+
+    @property
+    def quantization(self) -> Literal["static", "dynamic"]:
+        """Such students attend over their bytes."""
+        return "dynamic"
+
+    def ask(self, batch: ImageBatch) -> Request:
+        missing = self._max_bytes - batch.images.shape[1]
+        padded_BL = nn.functional.pad(batch.images, (0, missing), value=PADDING)
+        return Request(padded_BL, None, batch.targets)
 
 
 class _Tokens(nn.Module):
