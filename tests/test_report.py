@@ -236,10 +236,10 @@ def test_one_run_is_asked_for_before_several_are_compared(place):
 
 
 @pytest.mark.parametrize("open_it", [open_report, open_run])
-def test_a_student_of_other_inputs_is_refused_in_words_for_both_commands(place, open_it):
+def test_a_student_of_other_tokens_is_refused_in_words_for_both_commands(place, open_it):
     run = next(place.iterdir())
     change(run, "config", student_data={"tokenizer": "another"})
-    told = r"reads something else than the teacher.*neither report nor export is of such a student: name other runs$"
+    told = r"has another tokenizer than the teacher.*neither report nor export is of such a student: name other runs$"
     with pytest.raises(RunError, match=told):
         open_it([run] if open_it is open_report else run)
 

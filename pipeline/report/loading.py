@@ -207,8 +207,8 @@ def _read(path: Path) -> Run:
     config = build_config(resolved, str(path / "resolved.json"))
     if identity.get("student_data") and not config.student.reads_otherwise:
         raise RunError(
-            f"run {path}: its student has another tokenizer than the teacher, and their tokens cannot be compared one by one; "
-            "neither report nor export is of such a student: name other runs"
+            f"run {path}: its student has another tokenizer than the teacher, and their tokens cannot be compared one by "
+            "one; neither report nor export is of such a student: name other runs"
         )
     student = config.student.model_copy(update={"context": identity.get("context")})
     name = f"{identity['model']} ({metrics['labels']}{_reads(student)})"
