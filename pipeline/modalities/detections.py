@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,54 +18,35 @@ from pipeline.detection.scenes import ViewedScenes
 from pipeline.detection_teacher import load_detection_teacher
 from pipeline.errors import ConfigError
 from pipeline.labels import CellLabels
-from pipeline.models import Normalize, select_device
+from pipeline.modalities.splits import ImageSplits
+from pipeline.models import select_device
 from pipeline.reader import SoftLabelDataset, cells_per_image
 from pipeline.sources.boxes import DetectionSettings
 from pipeline.sources.detection import open_detection
 from pipeline.sparsify import LabelSettings
 from pipeline.tasks.detections import DetectionTask
 from pipeline.teacher import Teacher, TeacherSettings
-from pipeline.views import Views
 
 __all__ = ["DetectionData"]
 
 
-class DetectionData:
+class DetectionData(ImageSplits):
     """The training and evaluation splits of a config's source, seen through its views."""
 
-    rows_of = None  # as many label rows per image for all
+    train: ViewedScenes
+    evaluation: ViewedScenes
 
     def __init__(self, config: RunConfig) -> None:
         assert isinstance(config.source, DetectionSettings)
-        views = Views(config.views)
+        super().__init__(config.views)
         self.train, self.evaluation = (
             ViewedScenes(
-                open_detection(config.source, split=split), views, rows_per_sample=config.labels.positions.top
+                open_detection(config.source, split=split),
+                self.views,
+                rows_per_sample=config.labels.positions.top,
             )
             for split in ("train", "eval")
         )
-        self._mean, self._std = config.views.mean, config.views.std
-
-    @property
-    def num_classes(self) -> int:
-        return self.train.source.num_classes
-
-    @cached_property
-    def input_shape(self) -> tuple[int, int, int]:
-        channels, height, width = self.train.load([0], 0, fingerprints=False).images.shape[1:]
-        return channels, height, width
-
-    def normalize(self) -> Normalize:
-        """Returns a fresh module that makes model inputs of uint8 images."""
-        return Normalize(self._mean, self._std)
-
-    def identity(self) -> dict[str, Any]:
-        """Returns what tells runs on this data from others."""
-        return {
-            "source": self.train.source.digest,
-            "views": self.train.views.digest,
-            "evaluation": self.evaluation.source.digest,
-        }
 
     def of_student(self, config: RunConfig) -> DetectionData:
         """Returns this: student and teacher see the same images.
