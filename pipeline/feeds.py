@@ -11,7 +11,7 @@ from pipeline.config import RunConfig
 from pipeline.errors import ConfigError, IncompleteCacheError
 from pipeline.modalities import Data
 from pipeline.planning import default_plan
-from pipeline.process_group import join
+from pipeline.process_group import join, on_cpu
 from pipeline.progress import say
 from pipeline.reader import HardLabelDataset
 from pipeline.shuffle import BlockShuffle
@@ -107,7 +107,7 @@ def _order(
     *,
     window_blocks: int | None,
 ) -> BlockShuffle:
-    state = join(cpu=config.train.device == "cpu", timeout_seconds=config.train.process_timeout_seconds)
+    state = join(cpu=on_cpu(config.train.device), timeout_seconds=config.train.process_timeout_seconds)
     return BlockShuffle(
         samples_of,
         batch_size=config.train.batch_size,

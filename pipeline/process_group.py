@@ -21,11 +21,24 @@ from pipeline.ranks import num_ranks, rank
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-__all__ = ["check_same", "explained", "from_first", "is_first_to_fail", "join", "leave"]
+__all__ = ["check_same", "explained", "from_first", "is_first_to_fail", "join", "leave", "on_cpu"]
 
 STORE_SECONDS = 10.0
 # What gloo and the store say when the other end is gone or silent; NCCL has an error class of its own.
 _BROKEN = ("gloo", "Connection closed", "Connection reset", "Timed out waiting", "Broken pipe")
+
+
+def on_cpu(device: str) -> bool:
+    """Returns whether a run keeps to CPUs: it is told to, or it has several processes and no accelerator for them.
+
+    accelerate looks for a group over gloo only where it is told so; one process finds its device by itself.
+
+    Args:
+        device: `train.device`, "auto" or "cpu".
+    """
+    import torch
+
+    return device == "cpu" or (num_ranks() > 1 and not torch.accelerator.is_available())
 
 
 def join(*, cpu: bool, timeout_seconds: float) -> PartialState:

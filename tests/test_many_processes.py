@@ -18,7 +18,7 @@ from pipeline import ranks
 from pipeline.cache import open_cache
 from pipeline.checkpoints import RunDirectory
 from pipeline.errors import LostProcessError, RunError
-from pipeline.process_group import check_same, explained, is_first_to_fail
+from pipeline.process_group import check_same, explained, is_first_to_fail, on_cpu
 from pipeline.progress import say, track
 from pipeline.runs import open_data, train_student
 from pipeline.stopping import Interrupted, signals_stop
@@ -390,6 +390,16 @@ def test_a_launcher_says_which_process_this_is(monkeypatch, environment, expecte
         monkeypatch.setenv(name, value)
     assert (ranks.rank(), ranks.num_ranks()) == expected
     assert ranks.is_first() == (expected[0] == 0)
+
+
+def test_several_processes_without_an_accelerator_are_on_cpus_without_being_told(second_of_two, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    assert on_cpu("auto")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    assert (on_cpu("auto"), on_cpu("cpu")) == (False, True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not on_cpu("auto"), "one process finds its device by itself"
 
 
 def test_only_the_first_process_tells_how_far_it_is(second_of_two, monkeypatch, capsys):

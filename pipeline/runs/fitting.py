@@ -12,7 +12,7 @@ from pipeline.config import RunConfig
 from pipeline.identity import digest_json
 from pipeline.mirror import RunMirror
 from pipeline.modalities import Data
-from pipeline.process_group import join
+from pipeline.process_group import join, on_cpu
 from pipeline.progress import event, say, track
 from pipeline.stores.objects import is_bucket
 from pipeline.student import Feed, train
@@ -53,7 +53,7 @@ def fit(
     mirror = RunMirror(str(out)) if is_bucket(str(out)) else None
     folder = mirror.folder if mirror else Path(out)
     if mirror is not None:
-        group = join(cpu=config.train.device == "cpu", timeout_seconds=config.train.process_timeout_seconds)
+        group = join(cpu=on_cpu(config.train.device), timeout_seconds=config.train.process_timeout_seconds)
         with group.local_main_process_first():
             mirror.fetch()
     label, finished = f"train {model} ({config.train.labels})", (folder / "metrics.json").exists()

@@ -17,7 +17,7 @@ from pipeline.errors import MissingExtraError, RunError
 from pipeline.losses import LossSettings
 from pipeline.mirror import RunMirror
 from pipeline.models import count_parameters
-from pipeline.process_group import check_same, explained, from_first, join
+from pipeline.process_group import check_same, explained, from_first, join, on_cpu
 from pipeline.stopping import Interrupted, at_boundaries
 from pipeline.student.loop import Feed, Loop
 from pipeline.student.settings import TrainSettings
@@ -58,7 +58,7 @@ def train(
     """
     if track:
         _need_tracker(track)
-    join(cpu=settings.device == "cpu", timeout_seconds=settings.process_timeout_seconds)
+    join(cpu=on_cpu(settings.device), timeout_seconds=settings.process_timeout_seconds)
     with explained():
         check_same("the run", config)
         directory = RunDirectory(out, config, resolved, mirror=mirror)
@@ -90,7 +90,7 @@ def _accelerator(settings: TrainSettings, track: str | None, out: str | Path) ->
     # accelerate keeps the precision of the first run of a process; this one may have another.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
-        cpu=settings.device == "cpu",
+        cpu=on_cpu(settings.device),
         mixed_precision=settings.precision,
         # `accelerate launch` has a setting of its own, which would divide the loss; a step is ours to split.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
