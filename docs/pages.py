@@ -1,7 +1,7 @@
 """mkdocs' hook of `make docs`: the pages that lie outside of docs/, links out of it, and the order of the sections.
 
-README.md is the site's first page. A link to a file that is no page (a config, an example, a test) becomes its name, because
-the site holds pages only.
+README.md is the site's first page, and that of all commands is made of what they say with --help. A link to a file that is
+no page (a config, an example, a test) becomes its name, because the site holds pages only.
 """
 
 from __future__ import annotations
@@ -10,7 +10,11 @@ import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import click
 from mkdocs.structure.files import File, Files
+
+from stages.cli import softcache
+from stages.commands import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
@@ -21,7 +25,15 @@ TITLES = {
     "design": "Design",
 }
 FIRST = ["index.md"]
-LAST = ["reference.md", "format.md", "compatibility.md", "faq.md", "changelog.md", "contributing.md"]
+LAST = [
+    "commands.md",
+    "reference.md",
+    "format.md",
+    "compatibility.md",
+    "faq.md",
+    "changelog.md",
+    "contributing.md",
+]
 
 _LINK = re.compile(r"(?<!\!)\[([^\]]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
@@ -38,18 +50,31 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages that lie outside of docs/; leaves out this file."""
+    """Adds the pages that lie outside of docs/ and that of all commands; leaves out this file."""
     for outside, page in OUTSIDE.items():
         files.append(
             File.generated(config, page, content=inside_links(outside, (ROOT / outside).read_text()))
         )
+    files.append(File.generated(config, "commands.md", content=commands()))
     files.remove(files.get_file_from_path("pages.py"))  # type: ignore[arg-type]
     return files
 
 
+def commands() -> str:
+    """Returns the page of all commands: what each says with --help."""
+    parts = ["# All commands\n\nWhat every command says with `--help`.\n"]
+    group = click.Context(softcache, info_name="softcache", max_content_width=110, terminal_width=110)
+    for name in COMMANDS:
+        command = softcache.get_command(group, name)
+        assert command is not None
+        with click.Context(command, info_name=name, parent=group) as context:
+            parts.append(f"## softcache {name}\n\n```text\n{command.get_help(context)}\n```\n")
+    return "\n".join(parts)
+
+
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Mends the links of a page of docs/."""
-    if page.file.src_uri in OUTSIDE.values():
+    if page.file.src_uri in {*OUTSIDE.values(), "commands.md"}:
         return markdown
     return inside_links(f"docs/{page.file.src_uri}", markdown)
 

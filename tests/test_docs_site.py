@@ -5,8 +5,11 @@ import re
 import subprocess
 import sys
 
+import click
 import pytest
 
+from stages.cli import softcache
+from stages.commands import COMMANDS
 from tests.caches import ROOT
 
 
@@ -24,7 +27,7 @@ def test_every_page_is_on_it_and_is_reached_from_the_first(site):
     first = (site / "index.html").read_text()
     pages = [path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")]
     assert len(pages) > 20
-    for page in [*map(str, pages), "changelog.html", "contributing.html"]:
+    for page in [*map(str, pages), "commands.html", "changelog.html", "contributing.html"]:
         assert (site / page).exists(), page
         assert f'href="{page}"' in first, page
 
@@ -43,6 +46,14 @@ def test_no_link_of_a_page_is_dead(site):
             continue
         for link in re.findall(r'<a [^>]*href="([^"#:]+)(?:#[^"]*)?"', page.read_text()):
             assert (page.parent / link).exists(), f"{page.name} links to {link}"
+
+
+def test_every_command_and_option_is_on_the_page_of_commands(site):
+    text = (site / "commands.html").read_text()
+    for name in COMMANDS:
+        assert f"softcache {name}" in text
+        for option in softcache.get_command(click.Context(softcache), name).params:
+            assert option.param_type_name == "argument" or option.opts[0] in text, f"{name} {option.opts[0]}"
 
 
 def test_the_reference_has_the_public_names(site):
