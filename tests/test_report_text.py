@@ -7,9 +7,10 @@ import torch
 from pipeline.report import build_sections, open_report
 from pipeline.report.examples import _readable
 from pipeline.report.predictions import observe
-from pipeline.runs import train_student
+from pipeline.runs import capture_labels, open_data, open_teacher, train_student
 from tests.report_runs import inside
 from tests.text_caches import make_text_cache
+from tests.translations import translation_config
 
 pytest.importorskip("plotly")
 pytest.importorskip("transformers")
@@ -68,3 +69,25 @@ def test_tokens_that_only_together_make_a_letter_are_shown_as_one():
     whole = "".join(text for text, _ in _readable(Bytes(), [(byte, None) for byte in "tür€".encode()[:-1]]))
     assert whole.startswith("tür")
     assert whole.endswith("\ufffd"), "a letter that is cut off at the end is still there"
+
+
+def test_translations_are_shown_with_both_sides_their_chrf_and_targets_only_as_classes(tmp_path):
+    with inside(tmp_path):
+        config = translation_config(tmp_path)
+        data = open_data(config)
+        cache, _ = capture_labels(config, data, open_teacher(config, data), "runs/test-translation/cache")
+        for labels, how in (("cache", {"cache": cache}), ("hard", {})):
+            train_student(config, data, model=config.student.model, labels=labels, **how)
+        report = open_report(["runs/test-translation/students"])
+        sections = {section.key: section for section in build_sections(report)}
+        observed = observe(report, split="held-out")
+    for run, said in zip(report.runs, observed.students, strict=True):
+        assert -said.target_log_prob_P.mean() == pytest.approx(run.metrics["eval_loss"], abs=1e-5)
+    source = report.data.evaluation.source
+    targets = {int(t) for n in range(len(source)) for t in source.sample(n).tokens[source.sample(n).rows + 1]}
+    assert set(observed.classes_C.tolist()) <= targets
+    figure = next(f for f in sections["glance"].figures if f.key == "glance-translations")
+    assert figure.columns[1:3] == ("chrF de", "chrF ed")
+    assert figure.rows[0][1][1] == f"{report.runs[0].metrics['chrf_de']:.1f}"
+    shown = [e for gallery in sections["knowledge"].galleries for e in gallery.examples]
+    assert any("<2de>" in text for example in shown for text, _ in example.tokens), "the source is shown, too"

@@ -185,7 +185,7 @@ def _folders(paths: list[Path]) -> tuple[list[Path], list[Path]]:
         if not done:
             raise RunError(
                 f"run {path}: expected a run's directory (config.json, resolved.json, metrics.json), or a folder of "
-                "such; found none; runs are under runs/NAME/students"
+                "such; found none; runs are under runs/NAME/students, and `softcache students --config FILE` makes them"
             )
         found += done
         unfinished += [child for child in inside if child not in done]
