@@ -1,10 +1,12 @@
 """The same commands on text: what they print, and that the teacher is loaded only where it must be."""
 
 import json
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from pipeline.errors import ConfigError
 from stages.cli import softcache
 from tests.text_caches import write_texts
 
@@ -99,8 +101,6 @@ def test_a_student_is_shown_by_its_held_out_loss(run, cache, monkeypatch):
 
 
 def _runs():
-    from pathlib import Path
-
     return Path("runs/small-lm/students").iterdir()
 
 
@@ -125,3 +125,12 @@ def test_inspect_verify_and_convert(run, cache):
     assert "0 faults" in run("verify", cache, "--config", "lm.toml", "--rows", "16").output
     run("convert", cache, "there", "--store", "parquet")
     assert "0 faults" in run("verify", "there", "--config", "lm.toml").output
+
+
+def test_compare_refuses_a_student_that_no_live_teacher_can_teach_before_any_is_trained(run, cache):
+    students = Path("runs/small-lm/students")
+    before = sorted(students.glob("*"))
+    other = ("--set", "loss.name=uld", "--set", "student.tokenizer=bpe?vocab_size=280")
+    with pytest.raises(ConfigError, match=r"cannot label .* student\.tokenizer .*; train from a cache"):
+        run("compare", "--config", "lm.toml", *other)
+    assert sorted(students.glob("*")) == before
