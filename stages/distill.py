@@ -77,6 +77,11 @@ def distill(
         )
     if sweep and model:
         raise ConfigError("--student: --sweep chooses the student; give one of the two")
+    if config.student.tokenizer is not None:
+        raise ConfigError(
+            f"student.tokenizer: {config.student.tokenizer!r}: a student with another tokenizer than its teacher's is not "
+            "exported beside it; use softcache train-student, whose run has an hf/ folder"
+        )
     if is_bucket(out or ""):
         raise RunError(f"export {out}: files are exported into a folder; give --out a local one")
     data = open_data(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -9,10 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import click
-from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.table import Table
 
 from pipeline.errors import TemperatureError
@@ -128,10 +127,19 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         table.add_column(column, justify=justify, no_wrap=number == 0, overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))  # [brackets] are text here, not a style
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    if not sys.stdout.isatty() and table.columns:
-        first = table.columns[0]
-        first.min_width = max((cell_len(str(row[0])) for row in rows), default=0)  # it is not wrapped
-        needed = Measurement.get(console, console.options.update(max_width=1000), table).minimum
-        console.width = max(console.width, needed)
-    console.print(table)
+    if sys.stdout.isatty():
+        Console().print(table)
+    else:
+        Console(width=_width_of_whole_words(table, [columns, *rows])).print(table)
+
+
+def _width_of_whole_words(table: Table, cells: Sequence[Sequence[Any]]) -> int:
+    """Returns how wide a table is printed into a file: 120, or more where a word would be broken."""
+    words = {word for row in cells for cell in row for word in str(cell).split()}
+    for width in range(120, 400, 10):
+        console = Console(width=width, file=io.StringIO())
+        with console.capture() as printed:
+            console.print(table)
+        if words <= set(printed.get().split()):
+            return width
+    return 120

@@ -241,7 +241,8 @@ def framed(
     }
     if x_type == "log":  # plotly's own ticks between the powers of ten are bare digits
         shown = [float(x) for trace in traces for x in trace.x]
-        digits = (1, 2, 5) if max(shown) < 50 * min(shown) else (1,)
+        span = max(shown) / min(shown)
+        digits = (1, 1.5, 2, 3, 4, 6, 8) if span < 5 else (1, 2, 5) if span < 50 else (1,)
         marks = [digit * 10.0**power for power in range(-6, 12) for digit in digits]
         layout["xaxis"] |= {"tickvals": marks, "ticktext": [_short(mark) for mark in marks], "tickangle": 0}
     if y_type == "log":

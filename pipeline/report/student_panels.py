@@ -146,7 +146,7 @@ def glance_section(report: Report, styles: Styles, held_out: Observed) -> Sectio
         section.missing.append("The teacher's score: it needs the teacher's weights or the cache.")
     if report.unfinished:
         section.missing.append(
-            "Not finished, and left out: " + ", ".join(path.name for path in report.unfinished) + "."
+            "runs that are not finished: " + ", ".join(path.name for path in report.unfinished) + "."
         )
     return section
 

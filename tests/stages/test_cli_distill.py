@@ -127,6 +127,16 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_trained(in_tmp):
     assert not (in_tmp / "runs/small/cache").exists()
 
 
+def test_a_student_of_another_tokenizer_is_refused_before_anything_is_trained(in_tmp):
+    source = 'modality = "text"\nname = "stdlib"\ntokenizer = "bpe?vocab_size=300"\nseq_len = 16'
+    text = f'name = "small"\n[source]\n{source}\n[teacher]\nmodel = "gpt2?width=16&depth=1&heads=2"\n'
+    student = '[student]\nmodel = "gpt2?width=8&depth=1&heads=2"\ntokenizer = "bytes"\n[loss]\nname = "uld"\n'
+    (in_tmp / "small.toml").write_text(text + student)
+    with pytest.raises(ConfigError, match=r"student.tokenizer: 'bytes': .* use softcache train-student"):
+        run()
+    assert not (in_tmp / "runs").exists()
+
+
 def test_a_sweep_and_a_student_are_not_both_taken(in_tmp):
     (in_tmp / "small.toml").write_text(CONFIG)
     with pytest.raises(ConfigError, match="--student: --sweep chooses the student"):

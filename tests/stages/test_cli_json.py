@@ -71,10 +71,21 @@ def test_numbers_that_json_lacks_become_null(capsys):
     assert json.loads(capsys.readouterr().out) == {"loss": None, "rows": [None, 1.5]}
 
 
-def test_a_table_in_a_file_keeps_every_digit(capsys):
-    long = "timm:test_vit?img_size=8&patch_size=2 " * 3
-    print_table("models", ("model", "parameters", "FLOPs"), [(long, "1,234,567,890", "9,876,543,210 a row")])
+def test_a_table_in_a_file_keeps_every_word_whole(capsys):
+    name = "teacher, gpt2?width=256&depth=4&heads=4"
+    columns = (
+        "model",
+        "bytes",
+        "parameters",
+        "FLOPs",
+        "held-out loss",
+        "largest difference",
+        "same predictions",
+    )
+    row = ("21,294,152", "4,273,664", "2,139,095,040", "5.8858", "2.9e-06", "100.00%")
+    print_table("models", columns, [(name, *row), ("x " * 50, *row)])
     printed = capsys.readouterr().out
-    assert long in printed
-    assert "1,234,567,890" in printed
-    assert "…" not in printed
+    assert set(row) <= set(printed.split())
+    assert name in printed
+    print_table("few", ("a", "b"), [("1", "two words " * 30)])
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 120, "text is wrapped as before"
