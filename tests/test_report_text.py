@@ -50,8 +50,12 @@ def test_divergence_is_that_of_the_whole_distributions_row_by_row(report):
 
 def test_texts_are_shown_as_shaded_tokens_up_to_the_row(report):
     sections = {section.key: section for section in build_sections(report)}
-    shown = [e for gallery in sections["knowledge"].galleries for e in gallery.examples]
+    galleries = sections["knowledge"].galleries
+    shown = [e for gallery in galleries for e in gallery.examples]
     assert shown
+    for gallery in galleries:
+        keys = [example.key for example in gallery.examples]
+        assert max(map(keys.count, keys), default=0) <= 2, "neighbours in one text are mostly one mistake"
     for example in shown:
         assert example.picture is None
         text, kl = example.tokens[-1]

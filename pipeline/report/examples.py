@@ -1,13 +1,15 @@
 """Samples where a student follows its teacher against the label, and where it fails to follow: pictures, or tokens.
 
-Of each student the `EXAMPLES` rows of which the teacher was surest. A picture is the image as the source has it, a PNG
-inside the page; a text is the tokens before the row, each shaded by how far the student is from its teacher there.
+Of each student the `EXAMPLES` rows of which the teacher was surest, `OF_ONE_SAMPLE` of a text at most. A picture is the image
+as the source has it, a PNG inside the page; a text is the tokens before the row, each shaded by how far the student is from
+its teacher there.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -21,6 +23,7 @@ from pipeline.report.predictions import Observed, Predictions
 __all__ = ["Example", "Gallery", "Names", "galleries"]
 
 EXAMPLES = 12
+OF_ONE_SAMPLE = 2
 CONTEXT_TOKENS = 24
 UNFINISHED, LONGEST_LETTER = (
     "\ufffd",
@@ -103,10 +106,24 @@ def galleries(report: Report, observed: Observed, names: Names) -> list[Gallery]
             continue
         for kind, choose in (("follows", followed), ("fails", failed)):
             rows = choose(observed.teacher.guess_P, student.guess_P, observed.targets_P)
-            surest = rows[np.argsort(-observed.teacher.confidence_P[rows], kind="stable")][:EXAMPLES]
-            shown = [_example(report, observed, student, int(row), names) for row in surest]
+            surest = rows[np.argsort(-observed.teacher.confidence_P[rows], kind="stable")]
+            chosen = _few_of_each(surest, observed.sample_P)
+            shown = [_example(report, observed, student, row, names) for row in chosen]
             out.append(Gallery(student.name, kind, len(rows), shown))
     return out
+
+
+def _few_of_each(rows: np.ndarray, sample_P: np.ndarray) -> list[int]:
+    """Returns the first rows, of one sample at most `OF_ONE_SAMPLE`: neighbours in a text are mostly the same mistake."""
+    chosen: list[int] = []
+    counts: Counter[int] = Counter()
+    for row in rows.tolist():
+        counts[int(sample_P[row])] += 1
+        if counts[int(sample_P[row])] <= OF_ONE_SAMPLE:
+            chosen.append(row)
+        if len(chosen) == EXAMPLES:
+            break
+    return chosen
 
 
 def _example(report: Report, observed: Observed, student: Predictions, row: int, names: Names) -> Example:
