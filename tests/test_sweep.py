@@ -23,7 +23,7 @@ from pipeline.sweep.study import RETRIES, SharedStudy
 from pipeline.sweep_space import Range, SpaceSettings, SweepSettings
 from stages.cli import main
 from tests import text_caches
-from tests.caches import ROOT, digits_config
+from tests.caches import ROOT, digits_config, make_cache
 
 SPACE = {
     "temperature": {"low": 1, "high": 8, "log": True},
@@ -385,6 +385,26 @@ def test_the_command_tells_trials_repeats_and_cost(softcache):
     assert "the best again, 1 other seeds" in told.out
     assert "all trials beside the live teacher" in told.out
     assert "2 trials, 4 epochs, from the cache" in told.out
+
+
+def test_a_config_with_fusion_is_swept_from_the_fused_cache_and_its_best_reads_it(
+    softcache, shared_cache, in_tmp
+):
+    shutil.copytree(shared_cache[2].url, in_tmp / "one")
+    make_cache(in_tmp / "two", teacher={"model": "tests.fakes:known_scaled"})
+    text = CONFIG.format(url=in_tmp / "fused").replace(
+        "[teacher]", '[fusion]\ncaches = ["one", "two"]\n[teacher]'
+    )
+    (in_tmp / "fused.toml").write_text(text.replace('name = "small"', 'name = "fused"'))
+    words = ("--set", "train.epochs=2", "--no-cost")
+    softcache("sweep", "--config", "fused.toml", *words)
+    told = tomllib.loads((in_tmp / "runs/fused/sweep/best.toml").read_text())
+    assert "fusion" not in told
+    again = softcache("train-student", "--config", "runs/fused/sweep/best.toml", "--no-baseline")
+    best = max(
+        row["value"] for row in json.loads((in_tmp / "runs/fused/sweep/sweep.json").read_text())["trials"]
+    )
+    assert f"{best:.2%}" in again.out
 
 
 def test_settings_of_a_space_know_their_names():

@@ -1,8 +1,8 @@
 """Samples where a student follows its teacher against the label, and where it fails to follow: pictures, or tokens.
 
-Of each student the `EXAMPLES` rows of which the teacher was surest, `OF_ONE_SAMPLE` of a text at most. A picture is the image
-as the source has it, a PNG inside the page; a text is the tokens before the row, each shaded by how far the student is from
-its teacher there.
+Of each student the `EXAMPLES` rows of which the teacher was surest, `OF_ONE_SAMPLE` of a text at most. A picture is the
+image as the source has it, a PNG inside the page; a text is the tokens before the row, each shaded by how far the student
+is from its teacher there.
 """
 
 from __future__ import annotations
