@@ -117,7 +117,7 @@ def test_a_command_that_cannot_work_on_pairs_refuses_by_name(finished, run, comm
 
 def test_a_report_shows_pairs_as_texts(finished, run, place, tmp_path):
     pytest.importorskip("plotly")
-    assert "1 students" in run("report", "run", "--cache", "one/cache", "--out", tmp_path / "report.html")
+    assert "1 student, " in run("report", "run", "--cache", "one/cache", "--out", tmp_path / "report.html")
     sections = {
         section.key: section for section in build_sections(open_report(["run"], cache_url="one/cache"))
     }
