@@ -240,7 +240,9 @@ def _write_config(folder: Path, tables: Tables) -> str:
     lines = []
     for name, table in tables.items():
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items()), ""]
-    (folder / "run.toml").write_text("\n".join(lines))
+    staged = folder / f"run-{os.getpid()}.toml"  # another process of the run may be reading it
+    staged.write_text("\n".join(lines))
+    staged.replace(folder / "run.toml")
     return "run.toml"
 
 

@@ -79,6 +79,7 @@ def two_ranks(made: Copies, folder: Path, untouched: dict[str, Found]) -> bool:
         halves = [
             sorted(one.samples + two.samples) for one, two in zip(first.steps, second.steps, strict=False)
         ]
+        print(first.err, second.err, sep="\n")  # shown where it fails
         same.append(first.code == second.code == 0 and halves == whole)
     return all(same)
 
