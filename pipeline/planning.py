@@ -92,10 +92,8 @@ def plan_manifest(
         )
     num_rows = _num_rows(data, labels)
     plan = default_plan(data, settings, num_views=labels.num_views)
-    said, class_names = (
-        labels.identity(num_classes),
-        tuple(source.class_names) if data.kind != "tokens" else (),
-    )
+    said = labels.identity(num_classes)
+    class_names = () if data.kind == "tokens" else tuple(source.class_names)
     of_kind: dict[str, Any] = {}
     codec: AnyCodec
     if data.kind == "cells":

@@ -171,13 +171,16 @@ def _source_difference(cache: Cache, data: Dataset) -> str:
         if there != here:
             why = ", ".join(told) or "the order changed"
             return f"sample {sample} was {there!r} when labelled and is {here!r} now ({why})"
-    fact, then, now = "ground truth", table.targets, np.zeros(0, np.int64)
-    if data.kind == "tokens":
-        fact, then, now = "rows", table.num_rows, source.num_rows()
-    elif data.kind == "image":  # boxes are in the source's digest alone
-        now = source.targets()
-    for sample in np.flatnonzero(then != now)[:1] if not cache.skips_positions else ():
-        return f"sample {keys[sample]!r} had {fact} {then[sample]} when labelled and has {now[sample]} now"
+    if data.kind != "cells" and not cache.skips_positions:  # boxes are in the source's digest alone
+        fact, then, now = (
+            ("rows", table.num_rows, source.num_rows())
+            if data.kind == "tokens"
+            else ("ground truth", table.targets, source.targets())
+        )
+        for sample in np.flatnonzero(then != now)[:1]:
+            return (
+                f"sample {keys[sample]!r} had {fact} {then[sample]} when labelled and has {now[sample]} now"
+            )
     for samples in np.array_split(cache.samples_in(0), max(1, len(source) // 256)):
         stored = cache.read_rows(samples, 0)[1]
         changed = np.flatnonzero(data.load(samples, 0).fingerprints != stored)
@@ -185,6 +188,10 @@ def _source_difference(cache: Cache, data: Dataset) -> str:
             return f"the contents of sample {keys[samples[changed[0]]]!r} changed since it was labelled"
     if cache.missing_units:
         return f"the contents of source {source.name} changed since it was labelled (in samples not finished yet)"
+    if data.kind == "cells":
+        return (
+            f"the boxes of source {source.name} changed since it was labelled; keys and pixels are the same"
+        )
     return (
         f"source {source.name} is another one than was labelled, though keys, ground truth and contents of its samples are "
         "the same (files that were written anew with other sizes, or what else its digest covers)"
