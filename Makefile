@@ -95,12 +95,12 @@ check: setup  ## lint, format, types and layers
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest tests/test_layers.py
+	$(VENV)/bin/lint-imports
 
 format: setup  ## format the code
 	$(VENV)/bin/ruff check --fix-only --quiet .
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove what the other targets made: .venv, runs, tool caches
-	rm -rf $(VENV) .venv-bare dist build site runs .pytest_cache .mypy_cache .ruff_cache .hypothesis softcache.egg-info
+	rm -rf $(VENV) .venv-bare dist build site runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis softcache.egg-info
 	find pipeline stages tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

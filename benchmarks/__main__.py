@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.progress import say
+from softcache.runtime.logging import say
 
 NAMES = ("capture", "scheduling", "reading", "epochs", "scale")
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import click
 
-from pipeline.cache import Cache
-from pipeline.config import RunConfig, load_config
-from pipeline.losses import LossSettings
-from pipeline.progress import say
-from pipeline.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
-from stages.options import config_options, print_table
+from softcache.config.run import RunConfig, load_config
+from softcache.losses import LossSettings
+from softcache.reader.cache import Cache
+from softcache.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
+from softcache.runtime.logging import say
+from softcache.stages.options import config_options, print_table
 
 WAYS: dict[str, dict[str, Any]] = {
     "T = 4": {"temperature": 4.0},

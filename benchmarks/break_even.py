@@ -17,11 +17,11 @@ import time
 from typing import Any
 
 from benchmarks.harness import Figure
-from pipeline.config import RunConfig, load_config
-from pipeline.modalities import Data
-from pipeline.progress import say
-from pipeline.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
-from stages.options import print_table
+from softcache.config.run import RunConfig, load_config
+from softcache.modalities import Data
+from softcache.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
+from softcache.runtime.logging import say
+from softcache.stages.options import print_table
 
 __all__ = ["bench"]
 
@@ -110,7 +110,7 @@ def _small(config: RunConfig, folder: str) -> RunConfig:
 
     from safetensors.torch import save_file
 
-    from pipeline.models import build_model
+    from softcache.models.image import build_model
 
     weights = Path(folder) / "small.safetensors"
     save_file(build_model("linear", num_classes=10, input_shape=(1, 8, 8)).state_dict(), weights)

@@ -30,15 +30,15 @@ from safetensors.torch import save_file
 
 from benchmarks.harness import Figure, compare, draw, measure, save, show
 from benchmarks.repeated import Repeated
-from pipeline.batches import ViewedSource
-from pipeline.config import RunConfig
-from pipeline.modalities import Data
-from pipeline.models import build_model
-from pipeline.planning import default_plan
-from pipeline.progress import say
-from pipeline.runs import capture_labels, open_data, open_teacher
-from pipeline.teacher import Teacher
-from stages.options import print_table
+from softcache.config.run import RunConfig
+from softcache.data.batch import ViewedSource
+from softcache.modalities import Data
+from softcache.models.image import build_model
+from softcache.runs import capture_labels, open_data, open_teacher
+from softcache.runtime.logging import say
+from softcache.stages.options import print_table
+from softcache.teacher.base import Teacher
+from softcache.teacher.capture.plan import default_plan
 
 STORES: dict[str, dict[str, Any]] = {
     "Zarr, open": {"store": "zarr", "codec": "open"},
@@ -71,7 +71,7 @@ def image_config(folder: str, model: str, size: int, samples: int | None) -> Run
 
 def text_config(folder: str, samples: int, labels: dict[str, Any], *, quick: bool) -> RunConfig:
     """The text config of the repository with fresh weights, and a tokenizer of its own where `quick`."""
-    from pipeline.language import build_language_model
+    from softcache.models.language import build_language_model
 
     vocab_size, model = (
         (300, "gpt2?width=16&depth=1&heads=2") if quick else (4096, "gpt2?width=256&depth=4&heads=4")
@@ -137,7 +137,7 @@ def contenders(config: RunConfig, data: Data, stores: dict[str, Any]) -> dict[st
 
 def fixed_seconds(config: RunConfig, data: Data) -> dict[str, float]:
     """Seconds of what does not grow with the rows: digesting the teacher's weights, and a run that has nothing to do."""
-    from pipeline.identity import digest_weights
+    from softcache.hashing.digests import digest_weights
 
     teacher = open_teacher(config, data)
     started = time.perf_counter()

@@ -29,14 +29,14 @@ import torch
 
 from benchmarks.peer_layouts import DistillKit, Megatron, MlDr, TinyViT
 from benchmarks.synthetic_logits import image_logits, text_logits
-from pipeline.codec import Codec, OpenCodec, PackedCodec
-from pipeline.identity import digest_bytes
-from pipeline.labels import SoftLabels, concat
-from pipeline.manifest import Manifest, Plan, TeacherReport
-from pipeline.sparsify import top_k
-from pipeline.stores.objects import open_objects
-from pipeline.stores.units import open_store, publish_unit
-from stages.options import print_table
+from softcache.cache.codecs import Codec, OpenCodec, PackedCodec
+from softcache.cache.manifest import Manifest, Plan, TeacherReport
+from softcache.cache.storage.open import open_objects
+from softcache.cache.units import open_store, publish_unit
+from softcache.hashing.digests import digest_bytes
+from softcache.labels import SoftLabels, concat
+from softcache.labels.sparsify import top_k
+from softcache.stages.options import print_table
 
 CHUNK_ROWS = 2048
 STEPS = (1 / 32, 1 / 64, 1 / 128, 1 / 160, 1 / 256)

@@ -30,16 +30,16 @@ from safetensors.torch import save_file
 from benchmarks import break_even
 from benchmarks.harness import Figure, draw, measure, save
 from benchmarks.repeated import Repeated
-from pipeline.batches import ViewedSource
-from pipeline.cache import Cache
-from pipeline.config import RunConfig
-from pipeline.feeds import cache_feed, hard_feed
-from pipeline.modalities import Data
-from pipeline.models import build_model
-from pipeline.progress import say
-from pipeline.runs import capture_labels, open_data, open_teacher
-from pipeline.student.loop import Loop
-from stages.options import print_table
+from softcache.config.run import RunConfig
+from softcache.data.batch import ViewedSource
+from softcache.modalities import Data
+from softcache.models.image import build_model
+from softcache.reader.cache import Cache
+from softcache.runs import capture_labels, open_data, open_teacher
+from softcache.runs.batches import cache_feed, hard_feed
+from softcache.runtime.logging import say
+from softcache.stages.options import print_table
+from softcache.student.loop import Loop
 
 TEMPERATURES = (1.0, 4.0, 3.0)
 FASHION = "/usr/share/datasets/fashion-mnist"
@@ -68,7 +68,7 @@ def image_case(folder: str, source: dict[str, Any], shape: tuple[int, int, int])
 
 
 def text_case(folder: str, *, samples: int, vocab_size: int, k: int) -> RunConfig:
-    from pipeline.language import build_language_model
+    from softcache.models.language import build_language_model
 
     weights, model = Path(folder) / "language.safetensors", "gpt2?width=64&depth=1&heads=2"
     built = build_language_model(model, vocab_size=vocab_size, context=256)

@@ -33,11 +33,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.fused import fused_distillation_loss
-from pipeline.labels import SoftLabels
-from pipeline.losses import distillation_loss
-from pipeline.progress import say
-from stages.options import print_table
+from softcache.labels import SoftLabels
+from softcache.losses import distillation_loss
+from softcache.losses.fused import fused_distillation_loss
+from softcache.runtime.logging import say
+from softcache.stages.options import print_table
 
 WIDTH, KEPT = 256, 32
 HOW = {"temperature": 2.0, "alpha": 0.5}

@@ -21,16 +21,16 @@ import click
 import numpy as np
 import torch
 
-from pipeline.cache import Cache
-from pipeline.config import RunConfig, load_config
-from pipeline.fusion import RULES, FusionSettings, Rule, fuse_caches, fused_labels
-from pipeline.labels import SoftLabels, slimmed
-from pipeline.modalities import Data
-from pipeline.progress import say
-from pipeline.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
-from pipeline.slim import SlimSettings, slim_cache
-from pipeline.sparsify import dense
-from stages.options import config_options, print_table
+from softcache.config.run import RunConfig, load_config
+from softcache.labels import SoftLabels, slimmed
+from softcache.labels.sparsify import dense
+from softcache.modalities import Data
+from softcache.reader.cache import Cache
+from softcache.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
+from softcache.runtime.logging import say
+from softcache.stages.options import config_options, print_table
+from softcache.tools.fuse import RULES, FusionSettings, Rule, fuse_caches, fused_labels
+from softcache.tools.shrink import SlimSettings, slim_cache
 
 TEACHERS = {  # name: (model, seed)
     "cnn": ("cnn?width=64&stages=2", 0),

@@ -17,8 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pipeline.progress import say
-from stages.options import print_table
+from softcache.runtime.logging import say
+from softcache.stages.options import print_table
 
 __all__ = ["Figure", "compare", "draw", "machine", "measure", "save", "show"]
 

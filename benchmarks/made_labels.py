@@ -16,17 +16,17 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 
-from pipeline.batches import ImageBatch
-from pipeline.identity import digest_json
-from pipeline.labels import SoftLabels
-from pipeline.planning import CaptureSettings, create_cache, plan_manifest
-from pipeline.sources.token_samples import Cut, TokenSample
-from pipeline.sources.token_table import TableWriter, TokenSource
-from pipeline.sparsify import LabelSettings
-from pipeline.stores.objects import open_objects
-from pipeline.stores.units import open_store, publish_unit
-from pipeline.tail import log_sum_exp
-from pipeline.token_batches import TokenData
+from softcache.cache.storage.open import open_objects
+from softcache.cache.units import open_store, publish_unit
+from softcache.data.batch import ImageBatch
+from softcache.data.sources.text.packing import Cut, TokenSample
+from softcache.data.sources.text.table import TableWriter, TokenSource
+from softcache.data.tokens import TokenData
+from softcache.hashing.digests import digest_json
+from softcache.labels import SoftLabels
+from softcache.labels.sparsify import LabelSettings
+from softcache.labels.tail import log_sum_exp
+from softcache.teacher.capture.plan import CaptureSettings, create_cache, plan_manifest
 
 __all__ = ["MadeImages", "MadeSource", "made_tokens", "varied", "write_cache"]
 
@@ -59,7 +59,8 @@ class MadeSource:
 
 
 class MadeImages:
-    """Samples that are all one tiny image (`pipeline.batches.Dataset`); a fingerprint is made from the sample's number."""
+    """Samples that are all one tiny image (`softcache.data.batch.Dataset`); a fingerprint is made from the sample's
+    number."""
 
     kind: Literal["image", "tokens"] = "image"
 

@@ -29,7 +29,7 @@ from numcodecs import Zstd
 from torch.utils.data import Dataset, IterableDataset
 
 from benchmarks.peer_layouts import DistillKit, pack_bits
-from pipeline.cache import Cache
+from softcache.reader.cache import Cache
 
 __all__ = [
     "DistillKitFiles",

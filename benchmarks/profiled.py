@@ -19,7 +19,7 @@ import click
 
 from benchmarks.capture import text_config
 from benchmarks.reading import direct_contenders, made_images
-from pipeline.runs import capture_labels, open_data, open_teacher
+from softcache.runs import capture_labels, open_data, open_teacher
 
 
 def images(folder: Path) -> Callable[[int], object]:

@@ -18,13 +18,13 @@ from typing import Any
 
 import click
 
-from pipeline.cache import Cache
-from pipeline.config import RunConfig, load_config
-from pipeline.modalities import Data
-from pipeline.progress import say
-from pipeline.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
-from pipeline.slim import SlimSettings, slim_cache
-from stages.options import config_options, print_table
+from softcache.config.run import RunConfig, load_config
+from softcache.modalities import Data
+from softcache.reader.cache import Cache
+from softcache.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
+from softcache.runtime.logging import say
+from softcache.stages.options import config_options, print_table
+from softcache.tools.shrink import SlimSettings, slim_cache
 
 
 def settings_of(record: str, largest: int | None) -> tuple[dict[str, Any], dict[str, Any]]:

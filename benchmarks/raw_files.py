@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.cache import Cache
-from pipeline.shuffle import Request
+from softcache.reader.cache import Cache
+from softcache.reader.order import Request
 
 __all__ = ["RawColumns", "RawDataset", "RawRecords", "drop_from_memory", "resident_share", "write_raw"]
 

@@ -34,9 +34,9 @@ from benchmarks.peer_files import write_distillkit, write_fkd, write_megatron, w
 from benchmarks.raw_files import drop_from_memory, write_raw
 from benchmarks.reading_contenders import Contender, Made, cache_reader, loaders, map_reader, peer_loaders
 from benchmarks.synthetic_logits import image_logits, text_logits
-from pipeline.cache import open_cache
-from pipeline.planning import CaptureSettings
-from pipeline.progress import say
+from softcache.reader.cache import open_cache
+from softcache.runtime.logging import say
+from softcache.teacher.capture.plan import CaptureSettings
 
 __all__ = ["direct_contenders", "loader_contenders", "made_images", "made_text", "main"]
 

@@ -18,11 +18,11 @@ from torch.utils.data import DataLoader
 
 from benchmarks.peer_files import DistillKitFiles, FkdFiles, MegatronFiles, TinyVitFiles
 from benchmarks.raw_files import RawDataset, RawRecords
-from pipeline.cache import DEFAULT_WINDOW_BLOCKS, Cache, StoredRows, open_cache
-from pipeline.loader import SoftLabelLoader
-from pipeline.reader import SoftLabelDataset
-from pipeline.shuffle import BlockShuffle
-from pipeline.thaw import ThawSettings
+from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache, StoredRows, open_cache
+from softcache.reader.dataset import SoftLabelDataset
+from softcache.reader.loader import SoftLabelLoader
+from softcache.reader.memmap import ThawSettings
+from softcache.reader.order import BlockShuffle
 
 __all__ = ["Contender", "Labels", "Made", "cache_reader", "loaders", "map_reader", "peer_loaders"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.sources.image_source import images_of
+from softcache.data.sources.images.base import images_of
 
 __all__ = ["Repeated"]
 

@@ -35,11 +35,11 @@ from benchmarks.harness import Figure, compare, draw, save, show
 from benchmarks.made_labels import MadeImages, made_tokens, write_cache
 from benchmarks.peer_files import TinyVitFiles, parse_keys, write_tinyvit
 from benchmarks.synthetic_logits import image_logits
-from pipeline.cache import DEFAULT_WINDOW_BLOCKS, Cache, open_cache
-from pipeline.planning import CaptureSettings
-from pipeline.progress import say
-from pipeline.shuffle import BlockShuffle
-from pipeline.thaw import ThawSettings
+from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache, open_cache
+from softcache.reader.memmap import ThawSettings
+from softcache.reader.order import BlockShuffle
+from softcache.runtime.logging import say
+from softcache.teacher.capture.plan import CaptureSettings
 
 __all__ = ["epoch_of", "main", "open_everything", "parse_everything"]
 

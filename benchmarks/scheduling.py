@@ -30,12 +30,12 @@ import torch
 
 from benchmarks.capture import image_config, with_capture
 from benchmarks.harness import Figure, draw, measure, save, show
-from pipeline.config import RunConfig
-from pipeline.parallel import capture_on_dask
-from pipeline.parallel.cluster import LocalWorkers, open_client
-from pipeline.planning import ROWS
-from pipeline.runs import capture_labels, open_data, open_teacher
-from stages.options import print_table
+from softcache.config.run import RunConfig
+from softcache.runs import capture_labels, open_data, open_teacher
+from softcache.runs.dask import capture_on_dask
+from softcache.runs.dask.cluster import LocalWorkers, open_client
+from softcache.stages.options import print_table
+from softcache.teacher.capture.plan import ROWS
 
 UNIT_ROWS = 4
 TEACHER_ROWS = (100, 1_000, 10_000, 100_000)

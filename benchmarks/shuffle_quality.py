@@ -23,16 +23,16 @@ import torch
 from accelerate import PartialState
 
 from benchmarks.harness import machine
-from pipeline.batches import ViewedSource
-from pipeline.config import RunConfig, load_config
-from pipeline.modalities import Data
-from pipeline.progress import say
-from pipeline.reader import HardLabelDataset
-from pipeline.runs import open_data
-from pipeline.shuffle import BlockShuffle
-from pipeline.sources.image_source import InMemorySource
-from pipeline.student import Feed, train
-from stages.options import config_options, print_table
+from softcache.config.run import RunConfig, load_config
+from softcache.data.batch import ViewedSource
+from softcache.data.sources.images.base import InMemorySource
+from softcache.modalities import Data
+from softcache.reader.dataset import HardLabelDataset
+from softcache.reader.order import BlockShuffle
+from softcache.runs import open_data
+from softcache.runtime.logging import say
+from softcache.stages.options import config_options, print_table
+from softcache.student import Feed, train
 
 WINDOWS: dict[str, int | None] = {
     "no shuffle": 0,

@@ -19,11 +19,11 @@ import click
 import torch
 
 from benchmarks.fused import resident_bytes
-from pipeline.language import build_language_model
-from pipeline.sparsify import LabelSettings
-from pipeline.teacher import LanguageTeacher
-from pipeline.token_batches import TokenBatch
-from stages.options import print_table
+from softcache.data.tokens import TokenBatch
+from softcache.labels.sparsify import LabelSettings
+from softcache.models.language import build_language_model
+from softcache.stages.options import print_table
+from softcache.teacher.base import LanguageTeacher
 
 
 def document(length: int, vocab_size: int) -> TokenBatch:

@@ -13,8 +13,8 @@ from typing import Any
 import click
 from mkdocs.structure.files import File, Files
 
-from stages.cli import softcache
-from stages.commands import COMMANDS
+from softcache.stages.cli import softcache
+from softcache.stages.commands import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 OUTSIDE = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}

@@ -10,10 +10,10 @@ import sys
 
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
-from pipeline.cache import open_cache
-from pipeline.config import load_config
-from pipeline.sources.text import load_tokenizer, open_text
-from pipeline.trainer import DistillTrainer
+from softcache.config.run import load_config
+from softcache.data.sources.text.source import load_tokenizer, open_text
+from softcache.reader.cache import open_cache
+from softcache.student.integrations.huggingface import DistillTrainer
 
 url, config, out = sys.argv[1:]
 source = load_config(config).source

@@ -12,12 +12,12 @@ from pathlib import Path
 from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from pipeline import ThawSettings, open_cache
-from pipeline.adapters.lightning import SoftLabelDataModule, SoftLabelModule
-from pipeline.config import load_config
-from pipeline.losses import LossSettings
-from pipeline.models import build_model
-from pipeline.sources import open_source
+from softcache import ThawSettings, open_cache
+from softcache.config.run import load_config
+from softcache.data.sources import open_source
+from softcache.losses import LossSettings
+from softcache.models.image import build_model
+from softcache.student.integrations.lightning import SoftLabelDataModule, SoftLabelModule
 
 cache, config, out = open_cache(sys.argv[1], thaw=ThawSettings()), load_config(sys.argv[2]), sys.argv[3]
 train, held_out = (open_source(config.source, split=split) for split in ("train", "eval"))

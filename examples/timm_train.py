@@ -14,11 +14,11 @@ from timm.data import create_loader
 from timm.optim import create_optimizer_v2
 from timm.utils import AverageMeter, accuracy
 
-from pipeline import ThawSettings, open_cache
-from pipeline.adapters.timm import TimmDataset, TimmImages, TimmLoss
-from pipeline.config import load_config
-from pipeline.losses import LossSettings
-from pipeline.sources import open_source
+from softcache import ThawSettings, open_cache
+from softcache.config.run import load_config
+from softcache.data.sources import open_source
+from softcache.losses import LossSettings
+from softcache.student.integrations.timm import TimmDataset, TimmImages, TimmLoss
 
 cache, source = open_cache(sys.argv[1], thaw=ThawSettings()), load_config(sys.argv[2]).source
 train = TimmDataset(open_source(source, split="train"), cache)

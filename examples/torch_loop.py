@@ -10,12 +10,12 @@ import sys
 
 import torch
 
-from pipeline import BlockSampler, SoftLabelDataset, ThawSettings, losses, open_cache
-from pipeline.batches import ViewedSource
-from pipeline.config import load_config
-from pipeline.models import Normalize, build_model
-from pipeline.reader import cached_views
-from pipeline.sources import open_source
+from softcache import BlockSampler, SoftLabelDataset, ThawSettings, losses, open_cache
+from softcache.config.run import load_config
+from softcache.data.batch import ViewedSource
+from softcache.data.sources import open_source
+from softcache.models.image import Normalize, build_model
+from softcache.reader.dataset import cached_views
 
 cache, source = open_cache(sys.argv[1], thaw=ThawSettings()), load_config(sys.argv[2]).source
 dataset = SoftLabelDataset(open_source(source, split="train"), cache)

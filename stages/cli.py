@@ -11,14 +11,15 @@ import sys
 
 import click
 
-from pipeline import __version__
-from pipeline.errors import SoftcacheError
-from pipeline.process_group import is_first_to_fail
-from pipeline.progress import report
-from pipeline.ranks import is_first
-from pipeline.stopping import Interrupted, signals_stop
-from stages.commands import LazyCommands
-from stages.completing import COMPLETE_VAR, answer
+from softcache import __version__
+from softcache.errors import SoftcacheError
+from softcache.runtime.distributed import is_first_to_fail
+from softcache.runtime.logging import report
+from softcache.runtime.ranks import is_first
+from softcache.runtime.signals import Interrupted, signals_stop
+
+from .commands import LazyCommands
+from .completing import COMPLETE_VAR, answer
 
 __all__ = ["main", "softcache"]
 
@@ -34,7 +35,9 @@ def softcache() -> None:
 def main() -> None:
     if COMPLETE_VAR in os.environ:
         sys.exit(answer(os.environ[COMPLETE_VAR]))
-    sys.path.insert(0, "")  # so that `module:factory` finds the user's own modules, as `python -m` would
+    # So that `module:factory` finds the user's own modules; last, so that they hide nothing.
+    if "" not in sys.path:
+        sys.path.append("")
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     with signals_stop():

@@ -10,7 +10,7 @@ from importlib import import_module
 
 import click
 
-from pipeline.errors import missing_extra
+from softcache.errors import missing_extra
 
 __all__ = ["COMMANDS", "LazyCommands"]
 
@@ -67,7 +67,7 @@ class LazyCommands(click.Group):
             return super().get_command(ctx, cmd_name)
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         try:
-            command: click.Command = getattr(import_module(f"stages.{module}"), attribute)
+            command: click.Command = getattr(import_module(f".{module}", __package__), attribute)
         except ModuleNotFoundError as error:
             raise missing_extra(error, f"softcache {cmd_name}") from error
         return command

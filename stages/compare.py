@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
-from pipeline.cache import Cache
-from pipeline.config import RunConfig, load_config
-from pipeline.runs import open_data, open_labels, open_teacher, train_student
-from pipeline.scores import SCORES
-from stages.options import cache_option, config_options, json_option, print_json, print_table
+from softcache.config.run import RunConfig, load_config
+from softcache.reader.cache import Cache
+from softcache.runs import open_data, open_labels, open_teacher, train_student
+from softcache.runtime.scores import SCORES
+
+from .options import cache_option, config_options, json_option, print_json, print_table
 
 __all__ = ["compare"]
 

@@ -20,7 +20,7 @@ from typing import Any
 import click
 from click.shell_completion import BashComplete, CompletionItem, FishComplete, ShellComplete, ZshComplete
 
-from stages.commands import COMMANDS
+from .commands import COMMANDS
 
 __all__ = ["COMPLETE_VAR", "SHELLS", "answer", "script"]
 
@@ -173,7 +173,7 @@ def answer(asked: str) -> int:
         shell, _, what = asked.partition("_")
         if what != "complete":
             return 1
-        table = json.loads(files("stages").joinpath("completion.json").read_text())
+        table = json.loads(files(__package__).joinpath("completion.json").read_text())
         click.echo(SHELLS[shell](_group(table), {}, "softcache", COMPLETE_VAR).complete())
     except Exception:
         return 1

@@ -5,7 +5,7 @@ softcache completion bash
 
 import click
 
-from stages.completing import SHELLS, script
+from .completing import SHELLS, script
 
 __all__ = ["completion"]
 

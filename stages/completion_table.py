@@ -1,6 +1,6 @@
 """What `stages/completing.py` answers from: every command's options and every config key, made of the code that has them.
 
-python -m stages.completion_table      # after an option or a config key has changed; writes stages/completion.json
+python -m softcache.stages.completion_table      # after an option or a config key has changed; writes stages/completion.json
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import click
 from pydantic import BaseModel
 
-from pipeline import models
-from pipeline.config import RunConfig
-from pipeline.detection.building import SMALL as DETECTORS
-from pipeline.language.building import BUILTIN as LANGUAGE_MODELS
-from pipeline.sources.torchvision_data import TORCHVISION
-from stages.commands import COMMANDS, LazyCommands
+from softcache.config.run import RunConfig
+from softcache.data.sources.images.torchvision import TORCHVISION
+from softcache.models import image as models
+from softcache.models.detection.build import SMALL as DETECTORS
+from softcache.models.language.causal_lm import BUILTIN as LANGUAGE_MODELS
+
+from .commands import COMMANDS, LazyCommands
 
 __all__ = ["make_table", "table_as_text"]
 

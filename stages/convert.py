@@ -5,11 +5,12 @@ softcache convert runs/digits/cache runs/digits/cache-parquet --store parquet
 
 import click
 
-from pipeline.cache import open_cache
-from pipeline.convert import convert_cache
-from pipeline.progress import track
-from stages.options import json_option, print_json
-from stages.rows import cache_report
+from softcache.reader.cache import open_cache
+from softcache.runtime.logging import track
+from softcache.tools.convert import convert_cache
+
+from .options import json_option, print_json
+from .rows import cache_report
 
 __all__ = ["convert"]
 

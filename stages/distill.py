@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import click
 
-from pipeline.cache import Cache
-from pipeline.config import RunConfig, load_config
-from pipeline.errors import ConfigError, RunError
-from pipeline.export import ExportSettings, load_onnxruntime
-from pipeline.progress import say
-from pipeline.runs import (
+from softcache.cache.storage.open import is_bucket
+from softcache.config.run import RunConfig, load_config
+from softcache.errors import ConfigError, RunError
+from softcache.reader.cache import Cache
+from softcache.runs import (
     Data,
     cache_is_ready,
     capture_labels,
@@ -30,10 +29,12 @@ from pipeline.runs import (
     slug_of,
     train_student,
 )
-from pipeline.scores import SCORES
-from pipeline.stores.objects import is_bucket
-from stages.export import export_and_tell, export_options
-from stages.options import cache_option, config_options, log_option
+from softcache.runs.export import ExportSettings, load_onnxruntime
+from softcache.runtime.logging import say
+from softcache.runtime.scores import SCORES
+
+from .export import export_and_tell, export_options
+from .options import cache_option, config_options, log_option
 
 __all__ = ["distill"]
 
@@ -120,8 +121,8 @@ def _trained(config: RunConfig, data: Data, cache: Cache, model: str) -> _Made:
 
 def _searched(config: RunConfig, cache: Cache) -> _Made:
     """Sweeps, and takes the best trial's own run: nothing is trained twice."""
-    from pipeline.sweep import run_sweep
-    from pipeline.sweep.results import best_of, ranked, write_best
+    from softcache.runs.sweep import run_sweep
+    from softcache.runs.sweep.results import best_of, ranked, write_best
 
     sweep = run_sweep(config, cache.url, config.root / "sweep", trials=config.sweep.trials, workers=1)
     best, written = best_of(sweep), write_best(sweep)

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
-from pipeline.doctor import devices, free_space, store_access, versions
-from stages.options import json_option, print_json, print_table
+from softcache.tools.doctor import devices, free_space, store_access, versions
+
+from .options import json_option, print_json, print_table
 
 __all__ = ["doctor"]
 

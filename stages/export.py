@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from pipeline.export import (
+from softcache.runs.export import (
     ExportSettings,
     check_drop,
     export_run,
@@ -21,9 +21,10 @@ from pipeline.export import (
     model_table,
     note,
 )
-from pipeline.progress import say
-from pipeline.report import open_run
-from stages.options import json_option, log_option, print_json, print_table
+from softcache.runs.report import open_run
+from softcache.runtime.logging import say
+
+from .options import json_option, log_option, print_json, print_table
 
 __all__ = ["export_and_tell", "export_command", "export_options"]
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import click
 
-from pipeline.cache import Cache, open_cache
-from pipeline.config import load_config
-from pipeline.fidelity import draw_frontier, measure_cache, num_points, rerun_teacher
-from pipeline.progress import track
-from pipeline.runs import open_data, open_teacher
-from stages.options import json_option, parse_temperatures, print_json, print_table
-from stages.rows import percent
+from softcache.config.run import load_config
+from softcache.reader.cache import Cache, open_cache
+from softcache.runs import open_data, open_teacher
+from softcache.runtime.logging import track
+from softcache.tools.fidelity import draw_frontier, measure_cache, num_points, rerun_teacher
+
+from .options import json_option, parse_temperatures, print_json, print_table
+from .rows import percent
 
 __all__ = ["fidelity"]
 

@@ -7,11 +7,12 @@ from typing import Any
 
 import click
 
-from pipeline.cache import open_cache
-from pipeline.fusion import RULES, FusionSettings, fuse_caches
-from pipeline.progress import track
-from stages.options import json_option, print_json
-from stages.rows import cache_report
+from softcache.reader.cache import open_cache
+from softcache.runtime.logging import track
+from softcache.tools.fuse import RULES, FusionSettings, fuse_caches
+
+from .options import json_option, print_json
+from .rows import cache_report
 
 __all__ = ["fuse"]
 

@@ -8,9 +8,10 @@ from dataclasses import asdict
 
 import click
 
-from pipeline.gc import collect_garbage
-from pipeline.stores.objects import open_objects
-from stages.options import json_option, print_json
+from softcache.cache.storage.open import open_objects
+from softcache.tools.garbage import collect_garbage
+
+from .options import json_option, print_json
 
 __all__ = ["gc"]
 

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import click
 
-from pipeline.config import load_config
-from pipeline.errors import ConfigError
-from pipeline.importing import find_responses, import_labels
-from pipeline.progress import say, track
-from pipeline.sources.text import TextSettings, open_text
-from pipeline.token_batches import TokenData
-from stages.options import cache_option, config_options, json_option, print_json
-from stages.rows import cache_report
+from softcache.config.run import load_config
+from softcache.data.sources.text.source import TextSettings, open_text
+from softcache.data.tokens import TokenData
+from softcache.errors import ConfigError
+from softcache.runtime.logging import say, track
+from softcache.tools.import_logprobs import find_responses, import_labels
+
+from .options import cache_option, config_options, json_option, print_json
+from .rows import cache_report
 
 __all__ = ["import_command"]
 

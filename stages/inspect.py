@@ -11,10 +11,11 @@ from typing import Any
 import click
 import numpy as np
 
-from pipeline.cache import Cache, open_cache
-from pipeline.labels import STATS, BernoulliLabels, CellLabels, SoftLabels
-from stages.options import json_option, print_json, print_table
-from stages.rows import percent
+from softcache.labels import STATS, BernoulliLabels, CellLabels, SoftLabels
+from softcache.reader.cache import Cache, open_cache
+
+from .options import json_option, print_json, print_table
+from .rows import percent
 
 __all__ = ["inspect_command"]
 

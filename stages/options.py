@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.errors import TemperatureError
-from pipeline.progress import log_as
+from softcache.errors import TemperatureError
+from softcache.runtime.logging import log_as
 
 __all__ = [
     "cache_option",

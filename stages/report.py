@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from pipeline.progress import say
-from pipeline.report import build_sections, open_report, write_page
-from pipeline.report.figures import Styles, load_plotly
+from softcache.runs.report import build_sections, open_report, write_page
+from softcache.runs.report.plots import Styles, load_plotly
+from softcache.runtime.logging import say
 
 __all__ = ["report_command"]
 

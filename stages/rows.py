@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from pipeline.cache import Cache
-from pipeline.scores import SCORES
+from softcache.reader.cache import Cache
+from softcache.runtime.scores import SCORES
 
 __all__ = [
     "cache_report",

@@ -8,12 +8,13 @@ from typing import Any
 
 import click
 
-from pipeline.cache import open_cache
-from pipeline.codec import COARSEST, FINEST
-from pipeline.progress import track
-from pipeline.slim import SlimSettings, slim_cache
-from stages.options import json_option, parse_temperatures, print_json
-from stages.rows import cache_report
+from softcache.cache.codecs import COARSEST, FINEST
+from softcache.reader.cache import open_cache
+from softcache.runtime.logging import track
+from softcache.tools.shrink import SlimSettings, slim_cache
+
+from .options import json_option, parse_temperatures, print_json
+from .rows import cache_report
 
 __all__ = ["slim"]
 

@@ -9,9 +9,10 @@ from dataclasses import asdict
 
 import click
 
-from pipeline.status import Status, read_status
-from pipeline.stores.objects import open_objects
-from stages.options import json_option, print_json
+from softcache.cache.storage.open import open_objects
+from softcache.tools.status import Status, read_status
+
+from .options import json_option, print_json
 
 __all__ = ["status"]
 

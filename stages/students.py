@@ -6,14 +6,15 @@ softcache students --config configs/digits.toml --student mlp --student timm:tes
 
 import click
 
-from pipeline.config import RunConfig, load_config
-from pipeline.runs import open_data, open_labels, train_student
-from pipeline.scores import SCORES
-from pipeline.sources import SourceSettings
-from pipeline.sources.encoded import BytesSettings
-from stages.options import cache_option, config_options, json_option, print_json, print_table
-from stages.rows import student_columns, student_report, student_row, student_title
-from stages.translation_rows import print_translations
+from softcache.config.run import RunConfig, load_config
+from softcache.data.sources import SourceSettings
+from softcache.data.sources.images.encoded import BytesSettings
+from softcache.runs import open_data, open_labels, train_student
+from softcache.runtime.scores import SCORES
+
+from .options import cache_option, config_options, json_option, print_json, print_table
+from .rows import student_columns, student_report, student_row, student_title
+from .translation_rows import print_translations
 
 __all__ = ["students"]
 

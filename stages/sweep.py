@@ -14,17 +14,18 @@ from typing import Any
 
 import click
 
-from pipeline.config import load_config
-from pipeline.errors import RunError
-from pipeline.runs import open_labels
-from pipeline.scores import SCORES
-from pipeline.stores.objects import is_bucket
-from pipeline.sweep import Sweep, run_sweep
-from pipeline.sweep.candidates import shown
-from pipeline.sweep.cost import Cost, measure_cost, why_unmeasured
-from pipeline.sweep.figures import draw_importance, draw_surface, importances
-from pipeline.sweep.results import Repeated, Result, ranked, repeats, write_best, write_json
-from stages.options import cache_option, config_options, json_option, log_option, print_json, print_table
+from softcache.cache.storage.open import is_bucket
+from softcache.config.run import load_config
+from softcache.errors import RunError
+from softcache.runs import open_labels
+from softcache.runs.sweep import Sweep, run_sweep
+from softcache.runs.sweep.cost import Cost, measure_cost, why_unmeasured
+from softcache.runs.sweep.plots import draw_importance, draw_surface, importances
+from softcache.runs.sweep.results import Repeated, Result, ranked, repeats, write_best, write_json
+from softcache.runs.sweep.space import shown
+from softcache.runtime.scores import SCORES
+
+from .options import cache_option, config_options, json_option, log_option, print_json, print_table
 
 __all__ = ["sweep_command"]
 

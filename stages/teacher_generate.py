@@ -5,15 +5,16 @@ softcache teacher-generate --config configs/translation.toml --out runs/translat
 
 import click
 
-from pipeline.config import load_config
-from pipeline.errors import ConfigError
-from pipeline.generation import generate_source
-from pipeline.modalities.translations import TranslationData
-from pipeline.progress import track
-from pipeline.runs import make_teacher, open_data, open_teacher
-from pipeline.stores.objects import is_bucket, open_objects
-from pipeline.teacher import LanguageTeacher
-from stages.options import config_options
+from softcache.cache.storage.open import is_bucket, open_objects
+from softcache.config.run import load_config
+from softcache.errors import ConfigError
+from softcache.modalities.translation import TranslationData
+from softcache.runs import make_teacher, open_data, open_teacher
+from softcache.runtime.logging import track
+from softcache.teacher.base import LanguageTeacher
+from softcache.teacher.generate import generate_source
+
+from .options import config_options
 
 __all__ = ["teacher_generate"]
 

@@ -9,13 +9,10 @@ from dataclasses import asdict
 
 import click
 
-from pipeline.cache import Cache, open_cache
-from pipeline.capture import CaptureReport
-from pipeline.config import load_config
-from pipeline.errors import ConfigError
-from pipeline.estimate import Estimate
-from pipeline.progress import say
-from pipeline.runs import (
+from softcache.config.run import load_config
+from softcache.errors import ConfigError
+from softcache.reader.cache import Cache, open_cache
+from softcache.runs import (
     cache_is_ready,
     capture_estimate,
     capture_labels,
@@ -23,8 +20,12 @@ from pipeline.runs import (
     open_data,
     open_teacher,
 )
-from stages.options import cache_option, config_options, json_option, log_option, print_json, print_table
-from stages.rows import cache_report
+from softcache.runtime.logging import say
+from softcache.teacher.capture.estimate import Estimate
+from softcache.teacher.capture.run import CaptureReport
+
+from .options import cache_option, config_options, json_option, log_option, print_json, print_table
+from .rows import cache_report
 
 __all__ = ["teacher_logits"]
 
@@ -101,7 +102,7 @@ def teacher_logits(
             print_json(cache_report(open_cache(url)) | {"made_now": None})
         return
     if dask is not None:
-        from pipeline.parallel import capture_on_dask
+        from softcache.runs.dask import capture_on_dask
 
         report = capture_on_dask(config, url, dask, workers=workers)
         cache = open_cache(url)

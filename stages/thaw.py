@@ -12,11 +12,12 @@ from typing import Any
 import click
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from pipeline.cache import open_cache
-from pipeline.errors import IncompleteCacheError, StorageError
-from pipeline.progress import track
-from pipeline.thaw import ThawFolder, ThawSettings
-from stages.options import json_option, print_json, print_table
+from softcache.errors import IncompleteCacheError, StorageError
+from softcache.reader.cache import open_cache
+from softcache.reader.memmap import ThawFolder, ThawSettings
+from softcache.runtime.logging import track
+
+from .options import json_option, print_json, print_table
 
 __all__ = ["thaw"]
 

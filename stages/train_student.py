@@ -7,9 +7,10 @@ softcache train-student --config configs/digits.toml --student timm:test_resnet
 
 import click
 
-from pipeline.config import load_config
-from pipeline.runs import open_data, open_labels, train_student
-from stages.options import (
+from softcache.config.run import load_config
+from softcache.runs import open_data, open_labels, train_student
+
+from .options import (
     cache_option,
     config_options,
     json_option,
@@ -18,8 +19,8 @@ from stages.options import (
     print_table,
     track_option,
 )
-from stages.rows import student_columns, student_report, student_row, student_title
-from stages.translation_rows import print_translations
+from .rows import student_columns, student_report, student_row, student_title
+from .translation_rows import print_translations
 
 __all__ = ["train_student_command"]
 

@@ -5,9 +5,10 @@ softcache train-teacher --config configs/digits.toml     # seconds on a CPU
 
 import click
 
-from pipeline.config import load_config
-from pipeline.runs import open_data, score_in_words, train_teacher
-from stages.options import config_options, json_option, print_json, track_option
+from softcache.config.run import load_config
+from softcache.runs import open_data, score_in_words, train_teacher
+
+from .options import config_options, json_option, print_json, track_option
 
 __all__ = ["train_teacher_command"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from stages.options import print_table
+from .options import print_table
 
 __all__ = ["print_translations", "translation_rows"]
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import click
 
-from pipeline.cache import Cache, open_cache
-from pipeline.errors import missing_extra
-from pipeline.progress import track
-from pipeline.unit_faults import verify_units
-from stages.options import json_option, print_json
+from softcache.errors import missing_extra
+from softcache.reader.cache import Cache, open_cache
+from softcache.runtime.logging import track
+from softcache.tools.verify.checksums import verify_units
+
+from .options import json_option, print_json
 
 __all__ = ["verify"]
 
@@ -75,9 +76,9 @@ def _teacher_faults(
 ) -> list[str]:
     """What a fresh teacher finds; all that needs torch is imported here, so that checksums need none."""
     try:
-        from pipeline.config import load_config
-        from pipeline.runs import open_data, open_teacher
-        from pipeline.verify import verify_against_teacher
+        from softcache.config.run import load_config
+        from softcache.runs import open_data, open_teacher
+        from softcache.tools.verify.teacher import verify_against_teacher
     except ModuleNotFoundError as error:
         raise missing_extra(error, "softcache verify --config") from error
     config = load_config(config_path, overrides)

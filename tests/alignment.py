@@ -23,13 +23,13 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.config import RunConfig, load_config
-from pipeline.identity import digest_bytes
-from pipeline.runs import capture_labels, open_data, open_teacher
-from pipeline.sources.image_source import InMemorySource
-from pipeline.sources.text import load_tokenizer
-from pipeline.student.loop import Loop
-from stages.cli import main
+from softcache.config.run import RunConfig, load_config
+from softcache.data.sources.images.base import InMemorySource
+from softcache.data.sources.text.source import load_tokenizer
+from softcache.hashing.digests import digest_bytes
+from softcache.runs import capture_labels, open_data, open_teacher
+from softcache.stages.cli import main
+from softcache.student.loop import Loop
 from tests.test_text_source import CHAT, save_tokenizer
 from tests.text_caches import write_texts
 

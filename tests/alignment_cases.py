@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipeline.cache import open_cache
-from pipeline.convert import convert_cache
-from pipeline.sources.image_folders import ImageFolderSource
-from pipeline.views import Views
+from softcache.data.sources.images.image_folder import ImageFolderSource
+from softcache.data.transforms import Views
+from softcache.reader.cache import open_cache
+from softcache.tools.convert import convert_cache
 from tests.alignment import Found, World
 from tests.test_text_source import CHAT, save_tokenizer
 
@@ -380,7 +380,7 @@ def _(world: World) -> None:
 
 def change_a_token(path: Path) -> None:
     """Changes one token of an Arrow table in place: every digest in its neighbourhood stays as it is."""
-    from pipeline.sources.token_table import TokenSource
+    from softcache.data.sources.text.table import TokenSource
 
     tokens = TokenSource(path.parent, name="changed").sample(3).tokens.copy()
     content = bytearray(path.read_bytes())

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.cache import open_cache
-from pipeline.slim import SlimSettings, slim_cache
+from softcache.reader.cache import open_cache
+from softcache.tools.shrink import SlimSettings, slim_cache
 from tests.alignment import Found, Tables, World, Worlds, attempt, attempt_elsewhere
 from tests.caches import ROOT
 from tests.process_groups import run_ranks

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from pipeline.config import RunConfig
-from pipeline.runs import capture_labels, open_data, open_teacher
+from softcache.config.run import RunConfig
+from softcache.runs import capture_labels, open_data, open_teacher
 
 ROOT = Path(__file__).parent.parent
 

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from pipeline.cache import Cache
-from pipeline.config import RunConfig, build_config
-from pipeline.detection.building import build_detector
-from pipeline.runs import Data, capture_labels, open_data, open_teacher
+from softcache.config.run import RunConfig, build_config
+from softcache.models.detection.build import build_detector
+from softcache.reader.cache import Cache
+from softcache.runs import Data, capture_labels, open_data, open_teacher
 
 SPEC = "fcos?width=8&depth=0&convs=1"
 NUM_SAMPLES, TOP, K = 20, 12, 3

@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 # Loader processes, and those of a run of many, are forked from a server that has imported what they need, instead of
 # importing it one by one.
 multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["pipeline.loader", "pipeline.sources", "pipeline.runs"]
+    ["softcache.reader.loader", "softcache.data.sources", "softcache.runs"]
 )
 
 

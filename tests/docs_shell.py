@@ -25,9 +25,9 @@ import click
 import torch
 from click.testing import CliRunner
 
-from pipeline.errors import SoftcacheError
-from pipeline.progress import log_as
-from stages.cli import softcache
+from softcache.errors import SoftcacheError
+from softcache.runtime.logging import log_as
+from softcache.stages.cli import softcache
 from tests.caches import ROOT
 
 LIMIT_SECONDS = 500
@@ -35,7 +35,7 @@ EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["op
 CLIENT = f"""#!{sys.executable} -IS
 import json, os, socket, sys
 words = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
-if words[0] == "python" and not (words[1:2] == ["-m"] and words[2].partition(".")[0] in ("benchmarks", "stages")):
+if words[0] == "python" and not (words[1:2] == ["-m"] and words[2].partition(".")[0] in ("benchmarks", "softcache")):
     os.execv({sys.executable!r}, [{sys.executable!r}, *words[1:]])
 with socket.socket(socket.AF_UNIX) as server, server.makefile("rw") as file:
     server.connect(os.environ["DOCS_SHELL"])
@@ -167,7 +167,7 @@ class Shell:
             extras = {name for word in words for name in re.findall(r"softcache\[([\w,]+)\]", word)}
             wrong = {name for names in extras for name in names.split(",")} - EXTRAS
             return "", f"there is no extra {', '.join(wrong)}\n" if wrong else "", int(bool(wrong))
-        if words[0] == "softcache" or words[2] == "stages.cli":
+        if words[0] == "softcache" or words[2] == "softcache":
             words = words[1:] if words[0] == "softcache" else words[3:]
             command = softcache.get_command(click.Context(softcache), words[0]) if words else None
             runs: click.Command = softcache

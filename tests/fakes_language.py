@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from pipeline.language import build_language_model
+from softcache.models.language import build_language_model
 
 
 def _seeded(vocab_size, context, spec="gpt2?width=16&depth=1&heads=2", scale=8.0):

@@ -5,8 +5,8 @@ Each takes probabilities p and s, [P, V], V buckets of which the teacher's order
 
 import torch
 
-from pipeline import losses
-from pipeline.losses import KINDS
+from softcache import losses
+from softcache.losses import KINDS
 
 P, V = 5, 12
 TARGETS = torch.tensor([3, 0, 11, 7, 3])

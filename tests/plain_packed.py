@@ -1,6 +1,6 @@
 """A second reader of packed records, written from docs/format.md alone: slow, obvious, and nothing of softcache in it.
 
-Where this and `pipeline.codec` disagree, one of them or the document is wrong.
+Where this and `softcache.cache.codecs` disagree, one of them or the document is wrong.
 """
 
 import math

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from pipeline.runs import capture_labels, open_data, open_teacher
+from softcache.runs import capture_labels, open_data, open_teacher
 from tests.test_text_source import CHAT, save_tokenizer
 from tests.text_caches import text_config
 

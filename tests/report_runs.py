@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import torch
 
-from pipeline.runs import capture_labels, open_data, open_teacher, train_student
-from pipeline.sources import SourceSettings, open_source
-from pipeline.sources.image_source import InMemorySource
+from softcache.data.sources import SourceSettings, open_source
+from softcache.data.sources.images.base import InMemorySource
+from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from tests.caches import digits_config
 
 HOSTILE = "<script>document.title = 'taken'</script>"

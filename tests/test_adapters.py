@@ -12,15 +12,15 @@ from lightning.pytorch.callbacks import Callback
 from timm.data import create_loader
 from torch import nn
 
-from pipeline import ThawSettings, open_cache
-from pipeline.adapters.lightning import SoftLabelDataModule, SoftLabelModule
-from pipeline.adapters.rows import LabelRows
-from pipeline.adapters.timm import TimmDataset, TimmImages, TimmLoss
-from pipeline.config import load_config
-from pipeline.errors import AlignmentError, ConfigError, IncompleteCacheError, LabelError, RunError
-from pipeline.losses import LossSettings, distillation_loss
-from pipeline.reader import SoftLabelDataset
-from pipeline.runs import capture_labels, make_teacher, open_data, open_teacher
+from softcache import ThawSettings, open_cache
+from softcache.config.run import load_config
+from softcache.errors import AlignmentError, ConfigError, IncompleteCacheError, LabelError, RunError
+from softcache.losses import LossSettings, distillation_loss
+from softcache.reader.dataset import SoftLabelDataset
+from softcache.runs import capture_labels, make_teacher, open_data, open_teacher
+from softcache.student.integrations.lightning import SoftLabelDataModule, SoftLabelModule
+from softcache.student.integrations.timm import TimmDataset, TimmImages, TimmLoss
+from softcache.student.integrations.timm_rows import LabelRows
 from tests.caches import ROOT, make_cache
 
 CONFIG = """
@@ -340,6 +340,6 @@ def test_an_unfinished_cache_is_refused(adapter, tmp_path):
 @pytest.mark.parametrize("name", ["lightning"])
 def test_a_missing_framework_names_its_extra(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.delitem(sys.modules, f"pipeline.adapters.{name}")
-    with pytest.raises(ImportError, match=rf"pipeline\.adapters\.{name}.*softcache\[{name}\]"):
-        __import__(f"pipeline.adapters.{name}")
+    monkeypatch.delitem(sys.modules, f"softcache.student.integrations.{name}")
+    with pytest.raises(ImportError, match=rf"softcache\.student\.integrations\.{name}.*softcache\[{name}\]"):
+        __import__(f"softcache.student.integrations.{name}")

@@ -7,13 +7,13 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pipeline.config import load_config
-from pipeline.errors import ConfigError, LabelError
-from pipeline.losses import LossSettings, cross_entropy, distillation_loss, make_loss, row_weights, scheduled
-from pipeline.losses.curriculum import CurriculumSettings
-from pipeline.losses.schedules import AlphaSchedule, TemperatureSchedule
-from pipeline.losses.weights import WeightSettings
-from pipeline.sparsify import dense, top_k
+from softcache.config.run import load_config
+from softcache.errors import ConfigError, LabelError
+from softcache.labels.sparsify import dense, top_k
+from softcache.losses import LossSettings, cross_entropy, distillation_loss, make_loss, row_weights, scheduled
+from softcache.losses.curriculum import CurriculumSettings
+from softcache.losses.sample_weights import WeightSettings
+from softcache.losses.schedules import AlphaSchedule, TemperatureSchedule
 from tests.caches import ROOT
 
 

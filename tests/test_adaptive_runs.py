@@ -8,15 +8,15 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import adaptive
-from pipeline.cache import open_cache
-from pipeline.errors import ConfigError, RunError, SpecError
-from pipeline.losses import LossSettings, distillation_loss, row_weights, scheduled
-from pipeline.manifest import Manifest
-from pipeline.models import build_model
-from pipeline.runs import open_data, open_teacher, train_student
-from pipeline.sparsify import top_k
-from pipeline.student.loop import Loop
-from pipeline.tasks import TokenStudent
+from softcache.cache.manifest import Manifest
+from softcache.errors import ConfigError, RunError, SpecError
+from softcache.labels.sparsify import top_k
+from softcache.losses import LossSettings, distillation_loss, row_weights, scheduled
+from softcache.models.image import build_model
+from softcache.reader.cache import open_cache
+from softcache.runs import open_data, open_teacher, train_student
+from softcache.student.loop import Loop
+from softcache.student.tasks import TokenStudent
 from tests.caches import make_cache
 from tests.fakes_language import known
 from tests.process_groups import run_ranks
@@ -223,7 +223,7 @@ def _two(rank, images, folder, out):
 
 
 def test_a_learnt_temperature_with_more_logits_than_fit_is_refused(tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.tasks.token_student.LIVE_ELEMENTS", 1000)
+    monkeypatch.setattr("softcache.student.tasks.token_student.LIVE_ELEMENTS", 1000)
     with pytest.raises(SpecError, match=r"loss\.curriculum: .* rows of 300 classes; expected at most 1,000"):
         fit_tokens(tokens, tmp_path, loss={"curriculum": {}})
 

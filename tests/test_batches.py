@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.batches import ViewedSource
-from pipeline.errors import SourceError
-from pipeline.identity import fingerprint
-from pipeline.sources import SourceSettings, open_source
-from pipeline.sources.image_source import InMemorySource, images_of
-from pipeline.sources.vision import FirstSamples
-from pipeline.views import Views, ViewSettings
+from softcache.data.batch import ViewedSource
+from softcache.data.sources import SourceSettings, open_source
+from softcache.data.sources.images.base import InMemorySource, images_of
+from softcache.data.sources.images.registry import FirstSamples
+from softcache.data.transforms import Views, ViewSettings
+from softcache.errors import SourceError
+from softcache.hashing.digests import fingerprint
 
 SAMPLES = np.array([5, 0, 3, 3, 8])
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from pipeline.blocks import DecodedBlocks
-from pipeline.errors import CorruptionError
+from softcache.errors import CorruptionError
+from softcache.reader.chunk_cache import DecodedBlocks
 
 
 class Decoder:

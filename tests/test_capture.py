@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import sparsify
-from pipeline.cache import open_cache
-from pipeline.errors import IdentityError, LabelError, StorageError
-from pipeline.open_units import OpenUnit
-from pipeline.runs import capture_labels, open_data, open_teacher
-from pipeline.stores import units
+from softcache.cache import units
+from softcache.errors import IdentityError, LabelError, StorageError
+from softcache.labels import sparsify
+from softcache.reader.cache import open_cache
+from softcache.runs import capture_labels, open_data, open_teacher
+from softcache.teacher.capture.writer import OpenUnit
 from tests.caches import ROOT, digits_config, make_cache
 
 
@@ -165,7 +165,7 @@ def test_a_dead_writer_stops_the_run_with_its_error(tmp_path, monkeypatch):
             raise StorageError("disk full")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr("pipeline.capture.publish_unit", full_disk)
+    monkeypatch.setattr("softcache.teacher.capture.run.publish_unit", full_disk)
     with pytest.raises(StorageError, match="disk full"):
         run(tmp_path / "cache")
     monkeypatch.undo()
@@ -186,7 +186,7 @@ def test_at_most_so_many_units_wait_for_the_writer(tmp_path, monkeypatch):
         batches.append(self.unit.number)
         real_add(self, batch, labels)
 
-    monkeypatch.setattr("pipeline.capture.publish_unit", slow)
+    monkeypatch.setattr("softcache.teacher.capture.run.publish_unit", slow)
     monkeypatch.setattr(OpenUnit, "add", counted)
     found = []
 
@@ -210,7 +210,7 @@ def test_an_error_while_labels_are_made_is_the_runs_own_and_frees_every_claim(tm
     def broken(*args, **kwargs):
         raise RuntimeError("labels cannot be made")
 
-    monkeypatch.setattr("pipeline.teacher.sparsify", broken)
+    monkeypatch.setattr("softcache.teacher.base.sparsify", broken)
     before = threading.enumerate()
     with pytest.raises(RuntimeError, match="labels cannot be made"):
         run(tmp_path / "cache")
@@ -231,7 +231,7 @@ CAPTURE = """
 import sys, time
 sys.path.insert(0, {root!r})
 from tests.caches import make_cache
-import pipeline.stores.units as units
+import softcache.cache.units as units
 units._failpoint = lambda name: time.sleep({pause})
 make_cache(sys.argv[1])
 """

@@ -15,10 +15,10 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from pipeline.cache import open_cache
-from pipeline.codec import CellCodec, codec_from_dict
-from pipeline.convert import convert_cache
-from pipeline.errors import (
+from softcache.cache.codecs import CellCodec, codec_from_dict
+from softcache.cache.manifest import Manifest
+from softcache.data.sources.detection.synthetic import SceneSource
+from softcache.errors import (
     AlignmentError,
     ConfigError,
     CorruptionError,
@@ -28,18 +28,18 @@ from pipeline.errors import (
     RunError,
     SpecError,
 )
-from pipeline.fidelity.rerun import rerun_teacher
-from pipeline.fusion import FusionSettings, fuse_caches
-from pipeline.labels import BernoulliLabels, SoftLabels
-from pipeline.manifest import Manifest
-from pipeline.reader import SoftLabelDataset
-from pipeline.report.loading import open_report
-from pipeline.runs import capture_labels, open_data, open_teacher, train_student
-from pipeline.slim import SlimSettings, slim_cache
-from pipeline.sources.scenes import SceneSource
-from pipeline.sweep.candidates import default_space
-from pipeline.verify import verify_against_teacher, verify_units
-from stages.inspect import inspect_command
+from softcache.labels import BernoulliLabels, SoftLabels
+from softcache.reader.cache import open_cache
+from softcache.reader.dataset import SoftLabelDataset
+from softcache.runs import capture_labels, open_data, open_teacher, train_student
+from softcache.runs.report.load import open_report
+from softcache.runs.sweep.space import default_space
+from softcache.stages.inspect import inspect_command
+from softcache.tools.convert import convert_cache
+from softcache.tools.fidelity.teacher_logits import rerun_teacher
+from softcache.tools.fuse import FusionSettings, fuse_caches
+from softcache.tools.shrink import SlimSettings, slim_cache
+from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.caches import ROOT
 from tests.cell_caches import NUM_SAMPLES, SPEC, TOP, K, cells_config, make_cells, said, weights
 
@@ -231,7 +231,7 @@ CAPTURE = """
 import sys, time
 sys.path.insert(0, {root!r})
 from pathlib import Path
-from pipeline.detection_teacher import DetectionTeacher
+from softcache.teacher.detection import DetectionTeacher
 from tests.cell_caches import make_cells
 plain = DetectionTeacher.outputs
 def slow(self, batch):

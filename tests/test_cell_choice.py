@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from pipeline.errors import LabelError
-from pipeline.labels import BernoulliLabels
-from pipeline.positions import PositionSettings
-from pipeline.sparsify import LabelSettings, cell_faults, choose_cells, describe_fault, sparsify_cells
-from pipeline.sparsify.cells import DenseOutputs
+from softcache.errors import LabelError
+from softcache.labels import BernoulliLabels
+from softcache.labels.positions import PositionSettings
+from softcache.labels.sparsify import LabelSettings, cell_faults, choose_cells, describe_fault, sparsify_cells
+from softcache.labels.sparsify.detection import DenseOutputs
 from tests.caches import digits_config
 from tests.text_caches import text_config
 

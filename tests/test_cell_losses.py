@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pipeline.errors import LabelError
-from pipeline.labels import BernoulliLabels
-from pipeline.losses.cells import box_giou, box_l1, localisation_distillation, quality_bce
+from softcache.errors import LabelError
+from softcache.labels import BernoulliLabels
+from softcache.losses.detection import box_giou, box_l1, localisation_distillation, quality_bce
 
 
 def normal(*shape, seed=0):

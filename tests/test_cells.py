@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.detection import DetectionBatch
-from pipeline.errors import LabelError, SourceError, TemperatureError
-from pipeline.labels import BernoulliLabels, CellLabels, SoftLabels
+from softcache.data.boxes import DetectionBatch
+from softcache.errors import LabelError, SourceError, TemperatureError
+from softcache.labels import BernoulliLabels, CellLabels, SoftLabels
 
 P, V, K = 6, 5, 2
 

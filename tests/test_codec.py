@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.codec import OpenCodec, codec_from_dict
-from pipeline.errors import LabelError, ManifestError
-from pipeline.sparsify import top_k
+from softcache.cache.codecs import OpenCodec, codec_from_dict
+from softcache.errors import LabelError, ManifestError
+from softcache.labels.sparsify import top_k
 
 GRID = (1.0, 2.0, 8.0)
 

@@ -9,11 +9,11 @@ import pytest
 import zarr
 from click.testing import CliRunner
 
-from pipeline.cache import open_cache
-from pipeline.convert import convert_cache
-from pipeline.errors import CorruptionError, IdentityError
-from pipeline.verify import verify_units
-from stages.inspect import inspect_command
+from softcache.errors import CorruptionError, IdentityError
+from softcache.reader.cache import open_cache
+from softcache.stages.inspect import inspect_command
+from softcache.tools.convert import convert_cache
+from softcache.tools.verify.teacher import verify_units
 from tests.caches import make_cache
 from tests.text_caches import make_text_cache
 

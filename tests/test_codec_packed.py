@@ -10,11 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.codec import OpenCodec, PackedCodec, codec_from_dict
-from pipeline.codec.layout import FARTHEST
-from pipeline.errors import LabelError, ManifestError
-from pipeline.labels import Sampling, SoftLabels
-from pipeline.sparsify import hybrid, sample, top_k
+from softcache.cache.codecs import OpenCodec, PackedCodec, codec_from_dict
+from softcache.cache.codecs.packed.layout import FARTHEST
+from softcache.errors import LabelError, ManifestError
+from softcache.labels import Sampling, SoftLabels
+from softcache.labels.sparsify import hybrid, sample, top_k
 from tests.caches import ROOT
 
 GRID = (1.0, 2.0, 8.0)
@@ -334,5 +334,5 @@ def test_no_rows_and_few_rows():
 
 
 def test_numba_is_imported_only_to_decode():
-    code = "import sys, pipeline.codec, pipeline.cache; sys.exit('numba' in sys.modules)"
+    code = "import sys, softcache.cache.codecs, softcache.reader.cache; sys.exit('numba' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

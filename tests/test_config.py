@@ -3,8 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import RunConfig, load_config
-from pipeline.errors import ConfigError
+from softcache.config.run import RunConfig, load_config
+from softcache.errors import ConfigError
 from tests.caches import ROOT
 
 SMALL = """

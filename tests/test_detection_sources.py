@@ -9,10 +9,10 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
-from pipeline.errors import SourceError
-from pipeline.sources.boxes import BoxSource, DetectionSettings
-from pipeline.sources.detection import open_detection
-from pipeline.sources.scenes import MAX_IOU
+from softcache.data.sources.detection.base import BoxSource, DetectionSettings
+from softcache.data.sources.detection.registry import open_detection
+from softcache.data.sources.detection.synthetic import MAX_IOU
+from softcache.errors import SourceError
 
 
 def scenes(split="train", **over):
@@ -46,7 +46,7 @@ def test_every_box_of_a_scene_frames_something_bright_and_overlaps_little():
 
 
 def test_splits_draw_from_disjoint_originals(monkeypatch):
-    from pipeline.sources import scenes as module
+    from softcache.data.sources.detection import synthetic as module
 
     seen = {}
 

@@ -5,15 +5,15 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from pipeline.config import build_config
-from pipeline.detection.scoring import new_metric, score_batch
-from pipeline.errors import ConfigError, LabelError, SpecError
-from pipeline.labels import BernoulliLabels, CellLabels
-from pipeline.losses.cells import CellLossSettings
-from pipeline.modalities import open_data
-from pipeline.runs import train_teacher
-from pipeline.tasks import LossSettings
-from pipeline.tasks.detections import DetectionTask
+from softcache.config.run import build_config
+from softcache.errors import ConfigError, LabelError, SpecError
+from softcache.labels import BernoulliLabels, CellLabels
+from softcache.losses.detection import CellLossSettings
+from softcache.modalities import open_data
+from softcache.models.detection.mean_average_precision import new_metric, score_batch
+from softcache.runs import train_teacher
+from softcache.student.tasks import LossSettings
+from softcache.student.tasks.object_detection import DetectionTask
 
 SPEC = "fcos?width=8&depth=0&convs=1"
 
@@ -115,8 +115,8 @@ def test_alpha_mixes_the_modules_own_loss_with_the_soft_one(parts):
 
 
 def test_detections_that_are_the_truth_score_one_and_crowds_do_not_count(data, monkeypatch):
-    from pipeline.detection.detector import Detector
-    from pipeline.sources.boxes import Truth
+    from softcache.data.sources.detection.base import Truth
+    from softcache.models.detection.detector import Detector
 
     task = data.task(config(None), SPEC)
     truths = data.evaluation.truths(range(4), 0)

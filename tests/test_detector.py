@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pipeline.detection.building import build_detector
-from pipeline.detection.detector import check_same_grid
-from pipeline.errors import IdentityError, SpecError
+from softcache.errors import IdentityError, SpecError
+from softcache.models.detection.build import build_detector
+from softcache.models.detection.detector import check_same_grid
 
 SMALL = ["fcos", "retinanet", "ssdlite"]
 SIZE = (48, 64)

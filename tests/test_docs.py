@@ -6,9 +6,10 @@ import click
 import pytest
 import torch
 
-from pipeline import open_cache, sources
-from stages.cli import softcache
-from stages.commands import COMMANDS
+from softcache import open_cache
+from softcache.data import sources
+from softcache.stages.cli import softcache
+from softcache.stages.commands import COMMANDS
 from tests.caches import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -54,9 +55,9 @@ def test_the_python_of_the_readme_runs(shared_cache):
 
 
 def test_public_names():
-    import pipeline
+    import softcache
 
-    for name in pipeline.__all__:
-        assert getattr(pipeline, name) is not None
-    assert open_cache is pipeline.open_cache
+    for name in softcache.__all__:
+        assert getattr(softcache, name) is not None
+    assert open_cache is softcache.open_cache
     assert sources.open_source

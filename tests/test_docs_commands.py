@@ -17,8 +17,8 @@ from pathlib import Path
 import click
 import pytest
 
-from stages.cli import softcache
-from stages.commands import COMMANDS
+from softcache.stages.cli import softcache
+from softcache.stages.commands import COMMANDS
 from tests.caches import ROOT
 from tests.docs_pages import PAGES, REASONS, Block, blocks, name_of
 from tests.docs_shell import Shell, more
@@ -52,8 +52,8 @@ def test_every_command_shown_is_one(page, command):
     ]
     if words[0] == "softcache":
         parsed(words[1:])
-    elif "stages.cli" in words:
-        parsed(words[words.index("stages.cli") + 1 :])
+    elif "softcache" in words:
+        parsed(words[words.index("softcache") + 1 :])
     elif words[0] == "make":
         names = [word for word in words[1:] if "=" not in word]
         assert set(names) <= set(TARGETS), f"{page.name}: {command}"
@@ -192,7 +192,7 @@ def test_every_command_there_is_is_run_on_some_page():
         for _, block in BLOCKS
         for command in block.commands
         if block.added is not None and block.reason(command) is None
-        for name in re.findall(r"(?:softcache|stages\.cli) ([a-z-]+)", command)
+        for name in re.findall(r"softcache ([a-z-]+)", command)
     }
     assert run == set(COMMANDS)
 

@@ -8,8 +8,8 @@ import sys
 import click
 import pytest
 
-from stages.cli import softcache
-from stages.commands import COMMANDS
+from softcache.stages.cli import softcache
+from softcache.stages.commands import COMMANDS
 from tests.caches import ROOT
 
 
@@ -57,10 +57,10 @@ def test_every_command_and_option_is_on_the_page_of_commands(site):
 
 
 def test_the_reference_has_the_public_names(site):
-    import pipeline
+    import softcache
 
     text = (site / "reference.html").read_text()
-    for name in set(pipeline.__all__) - {"__version__", "losses", "sparsify"}:
-        assert re.search(rf'id="pipeline[\w.]*\.{name}"', text), name
+    for name in set(softcache.__all__) - {"__version__", "losses", "sparsify"}:
+        assert re.search(rf'id="softcache[\w.]*\.{name}"', text), name
     assert "dkd" in text
     assert "<h4" in text

@@ -6,10 +6,10 @@ import os
 import pytest
 from click.testing import CliRunner
 
-from pipeline.doctor import store_access, versions
-from pipeline.errors import StorageError
-from pipeline.stores.local_objects import LocalObjects
-from stages.cli import softcache
+from softcache.cache.storage.local import LocalObjects
+from softcache.errors import StorageError
+from softcache.stages.cli import softcache
+from softcache.tools.doctor import store_access, versions
 
 STEPS = ["open", "write", "list", "read", "delete"]
 
@@ -62,7 +62,7 @@ def test_extras_are_those_that_softcache_declares():
 
 
 def test_an_extra_that_is_missing_says_how_to_get_it(monkeypatch, tmp_path):
-    monkeypatch.setattr("pipeline.doctor._extras", lambda: {"text": ["no-such-package"]})
+    monkeypatch.setattr("softcache.tools.doctor._extras", lambda: {"text": ["no-such-package"]})
     shown = CliRunner().invoke(softcache, ["doctor"])
     assert shown.exit_code == 0, shown.output
     assert "pip install 'softcache[text]'" in shown.output

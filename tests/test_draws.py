@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import LabelError, TemperatureError
-from pipeline.labels import DEFAULT_TEMPERATURES, Sampling, SoftLabels, concat
-from pipeline.runs import open_teacher
-from pipeline.sparsify import LabelSettings, dense, hybrid, row_seeds, sample, sparsify, top_k, top_p
-from pipeline.verify import verify_against_teacher, verify_units
+from softcache.errors import LabelError, TemperatureError
+from softcache.labels import DEFAULT_TEMPERATURES, Sampling, SoftLabels, concat
+from softcache.labels.sparsify import LabelSettings, dense, hybrid, row_seeds, sample, sparsify, top_k, top_p
+from softcache.runs import open_teacher
+from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.caches import make_cache
 from tests.text_caches import make_text_cache
 

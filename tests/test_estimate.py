@@ -6,11 +6,11 @@ import os
 import pytest
 from click.testing import CliRunner
 
-from pipeline.errors import ConfigError, IdentityError
-from pipeline.estimate import estimate_capture
-from pipeline.runs import capture_estimate, capture_labels, open_data, open_teacher
-from pipeline.stores.objects import open_objects
-from stages.cli import softcache
+from softcache.cache.storage.open import open_objects
+from softcache.errors import ConfigError, IdentityError
+from softcache.runs import capture_estimate, capture_labels, open_data, open_teacher
+from softcache.stages.cli import softcache
+from softcache.teacher.capture.estimate import estimate_capture
 from tests.caches import digits_config
 from tests.stages.test_cli import CONFIG
 from tests.text_caches import text_config, write_texts

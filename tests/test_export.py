@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.errors import CorruptionError, MissingExtraError, RunError, SpecError
-from pipeline.export import ExportSettings, check_drop, export_run, load_onnxruntime, running
-from pipeline.export.exporting import export_program
-from pipeline.export.measuring import count_flops, load_onnx, load_pt2
-from pipeline.report import open_report
-from pipeline.runs import train_student
-from pipeline.tasks.serving import ImageServing, TokenServing
+from softcache.errors import CorruptionError, MissingExtraError, RunError, SpecError
+from softcache.runs import train_student
+from softcache.runs.export import ExportSettings, check_drop, export_run, load_onnxruntime
+from softcache.runs.export import run as running
+from softcache.runs.export.benchmark import count_flops, load_onnx, load_pt2
+from softcache.runs.export.formats import export_program
+from softcache.runs.report import open_report
+from softcache.student.tasks.inference import ImageServing, TokenServing
 from tests.caches import make_cache
 from tests.text_caches import make_text_cache
 

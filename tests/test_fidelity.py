@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import AlignmentError, IdentityError, IncompleteCacheError, TemperatureError
-from pipeline.fidelity import measure_cache, rerun_teacher
-from pipeline.fidelity.frontier import DRAWS, frontier
-from pipeline.fidelity.measures import gradient_difference, measure
-from pipeline.fidelity.truth import STUDENT_T, Truth
-from pipeline.losses import forward_kl
-from pipeline.runs import open_data, open_teacher
-from pipeline.slim import SlimSettings, slim_cache
-from pipeline.sparsify import hybrid, row_seeds, sample, top_k, top_p
+from softcache.errors import AlignmentError, IdentityError, IncompleteCacheError, TemperatureError
+from softcache.labels.sparsify import hybrid, row_seeds, sample, top_k, top_p
+from softcache.losses import forward_kl
+from softcache.runs import open_data, open_teacher
+from softcache.tools.fidelity import measure_cache, rerun_teacher
+from softcache.tools.fidelity.frontier import DRAWS, frontier
+from softcache.tools.fidelity.metrics import gradient_difference, measure
+from softcache.tools.fidelity.reference import STUDENT_T, Truth
+from softcache.tools.shrink import SlimSettings, slim_cache
 from tests.caches import digits_config, make_cache
 from tests.text_caches import make_text_cache
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.errors import LabelError, TemperatureError
-from pipeline.fused import fused_distillation_loss, fused_uld_loss, token_scores
-from pipeline.losses import cross_entropy, distillation_loss, uld
-from pipeline.sparsify import dense, top_k
+from softcache.errors import LabelError, TemperatureError
+from softcache.labels.sparsify import dense, top_k
+from softcache.losses import cross_entropy, distillation_loss, uld
+from softcache.losses.fused import fused_distillation_loss, fused_uld_loss, token_scores
 
 INF = math.inf
 P, D, V = 11, 5, 17

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from pipeline.errors import LabelError
-from pipeline.fused import fused_distillation_loss
-from pipeline.losses import KINDS, distillation_loss, make_loss
-from pipeline.sparsify import dense, top_k
+from softcache.errors import LabelError
+from softcache.labels.sparsify import dense, top_k
+from softcache.losses import KINDS, distillation_loss, make_loss
+from softcache.losses.fused import fused_distillation_loss
 from tests.test_fused import (
     ODD_TEMPERATURES,
     D,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from pipeline import open_cache
-from pipeline.config import load_config
-from pipeline.errors import (
+from softcache import open_cache
+from softcache.config.run import load_config
+from softcache.errors import (
     AlignmentError,
     ConfigError,
     CorruptionError,
@@ -18,11 +18,11 @@ from pipeline.errors import (
     IncompleteCacheError,
     LabelError,
 )
-from pipeline.fusion import RULES, FusionSettings, fuse_caches, fused_labels
-from pipeline.runs import open_data, open_labels, open_teacher, train_student
-from pipeline.slim import SlimSettings, slim_cache
-from pipeline.verify import verify_against_teacher, verify_units
-from stages.cli import softcache
+from softcache.runs import open_data, open_labels, open_teacher, train_student
+from softcache.stages.cli import softcache
+from softcache.tools.fuse import RULES, FusionSettings, fuse_caches, fused_labels
+from softcache.tools.shrink import SlimSettings, slim_cache
+from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.caches import digits_config, make_cache
 from tests.text_caches import make_text_cache, text_config
 
@@ -124,7 +124,7 @@ def test_killed_anywhere_and_run_again_it_has_the_same_bytes(images, tmp_path, m
             if next(steps) == place:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr("pipeline.stores.units._failpoint", stop)
+        monkeypatch.setattr("softcache.cache.units._failpoint", stop)
         with pytest.raises(KeyboardInterrupt):
             fuse_caches(images, tmp_path / "torn", asked())
     monkeypatch.undo()

@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import LabelError
-from pipeline.fusion import RULES, fused_labels, fusion_bounds, rule_weights
-from pipeline.labels import STATS, SoftLabels
-from pipeline.sparsify import dense, sparsify, top_k, top_p
-from pipeline.sparsify.settings import LabelSettings
+from softcache.errors import LabelError
+from softcache.labels import STATS, SoftLabels
+from softcache.labels.sparsify import dense, sparsify, top_k, top_p
+from softcache.labels.sparsify.settings import LabelSettings
+from softcache.tools.fuse import RULES, fused_labels, fusion_bounds, rule_weights
 
 GRID = (1.0, 1.5, 2.0, 4.0, 8.0)
 

@@ -6,13 +6,13 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
-from pipeline.convert import convert_cache
-from pipeline.errors import CacheNotFoundError, ManifestError
-from pipeline.gc import collect_garbage
-from pipeline.manifest import UnitMarker
-from pipeline.stores.objects import open_objects
-from pipeline.verify import verify_units
-from stages.cli import softcache
+from softcache.cache.manifest import UnitMarker
+from softcache.cache.storage.open import open_objects
+from softcache.errors import CacheNotFoundError, ManifestError
+from softcache.stages.cli import softcache
+from softcache.tools.convert import convert_cache
+from softcache.tools.garbage import collect_garbage
+from softcache.tools.verify.teacher import verify_units
 from tests.caches import make_cache
 
 

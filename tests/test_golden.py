@@ -9,12 +9,12 @@ import shutil
 import numpy as np
 import pytest
 
-from pipeline.cache import open_cache
-from pipeline.manifest import differences
-from pipeline.planning import plan_manifest
-from pipeline.reader import SoftLabelDataset, cached_views
-from pipeline.runs import capture_labels, open_data, open_teacher, train_student
-from pipeline.verify import verify_against_teacher, verify_units
+from softcache.cache.manifest import differences
+from softcache.reader.cache import open_cache
+from softcache.reader.dataset import SoftLabelDataset, cached_views
+from softcache.runs import capture_labels, open_data, open_teacher, train_student
+from softcache.teacher.capture.plan import plan_manifest
+from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.caches import ROOT
 from tests.golden.make import COLUMNS, NUM_SAMPLES, NUM_VIEWS, K, config
 

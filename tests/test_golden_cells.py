@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from pipeline.cache import open_cache
-from pipeline.labels import BernoulliLabels
-from pipeline.manifest import differences
-from pipeline.planning import plan_manifest
-from pipeline.runs import open_data, open_teacher, train_student
-from pipeline.verify import verify_units
+from softcache.cache.manifest import differences
+from softcache.labels import BernoulliLabels
+from softcache.reader.cache import open_cache
+from softcache.runs import open_data, open_teacher, train_student
+from softcache.teacher.capture.plan import plan_manifest
+from softcache.tools.verify.teacher import verify_units
 from tests.caches import ROOT
 from tests.cell_caches import weights
 from tests.golden.make import CELL_SPECS, NUM_CELLS, NUM_SCENES, NUM_VIEWS, K, cell_config, main, read_cells

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache import open_cache
-from pipeline.codec import PackedCodec
-from pipeline.labels import SoftLabels
-from pipeline.manifest import differences
-from pipeline.planning import plan_manifest
-from pipeline.runs import capture_labels, open_data, open_teacher, train_student
-from pipeline.sparsify import hybrid, sample, top_k, top_p
-from pipeline.verify import verify_units
+from softcache.cache.codecs import PackedCodec
+from softcache.cache.manifest import differences
+from softcache.labels import SoftLabels
+from softcache.labels.sparsify import hybrid, sample, top_k, top_p
+from softcache.reader.cache import open_cache
+from softcache.runs import capture_labels, open_data, open_teacher, train_student
+from softcache.teacher.capture.plan import plan_manifest
+from softcache.tools.verify.teacher import verify_units
 from tests import plain_packed
 from tests.caches import ROOT
 from tests.golden.make import (

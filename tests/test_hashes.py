@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import xxhash
 
-from pipeline import hashes
-from pipeline.identity import fingerprint, fingerprints
+from softcache.hashing import batched as hashes
+from softcache.hashing.digests import fingerprint, fingerprints
 
 GENERATOR = np.random.default_rng(0)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.language import build_language_model
-from pipeline.runs import capture_labels, open_data, open_teacher, train_student
-from pipeline.sources.text import load_tokenizer
+from softcache.data.sources.text.source import load_tokenizer
+from softcache.models.language import build_language_model
+from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from tests.text_caches import text_config
 
 FAMILIES = {

@@ -13,7 +13,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.identity import digest_bytes, digest_json, digest_source, digest_weights, fingerprint
+from softcache.hashing.digests import digest_bytes, digest_json, digest_source, digest_weights, fingerprint
 
 PIXELS = np.arange(12, dtype=np.uint8).reshape(1, 3, 4)
 
@@ -138,5 +138,5 @@ def test_digest_weights_survives_safetensors(tmp_path):
 
 
 def test_importing_it_does_not_import_torch():
-    code = "import sys, pipeline.identity; sys.exit('torch' in sys.modules)"
+    code = "import sys, softcache.hashing.digests; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -8,13 +8,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pipeline.cache import open_cache
-from pipeline.config import load_config
-from pipeline.errors import AlignmentError, SourceError
-from pipeline.models import build_model
-from pipeline.reader import SoftLabelDataset
-from pipeline.runs import cache_is_ready, capture_labels, open_data, open_teacher, train_student
-from pipeline.verify import verify_against_teacher, verify_units
+from softcache.config.run import load_config
+from softcache.errors import AlignmentError, SourceError
+from softcache.models.image import build_model
+from softcache.reader.cache import open_cache
+from softcache.reader.dataset import SoftLabelDataset
+from softcache.runs import cache_is_ready, capture_labels, open_data, open_teacher, train_student
+from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.caches import ROOT
 
 CLASSES = ("cat", "dog", "newt")

@@ -15,10 +15,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pipeline.cache import open_cache
-from pipeline.codec import OpenCodec, codec_from_dict
-from pipeline.convert import convert_cache
-from pipeline.errors import (
+from softcache.cache import units
+from softcache.cache.codecs import OpenCodec, codec_from_dict
+from softcache.data.sources.text.source import open_text
+from softcache.data.tokens import TokenData
+from softcache.errors import (
     AlignmentError,
     ConfigError,
     IdentityError,
@@ -27,14 +28,13 @@ from pipeline.errors import (
     SourceError,
     TemperatureError,
 )
-from pipeline.importing import find_responses, import_labels
-from pipeline.labels import concat
-from pipeline.runs import capture_labels, open_data, open_teacher, train_student
-from pipeline.sources.text import open_text
-from pipeline.stores import units
-from pipeline.token_batches import TokenData
-from pipeline.verify import verify_against_teacher, verify_units
-from stages.import_labels import import_command
+from softcache.labels import concat
+from softcache.reader.cache import open_cache
+from softcache.runs import capture_labels, open_data, open_teacher, train_student
+from softcache.stages.import_labels import import_command
+from softcache.tools.convert import convert_cache
+from softcache.tools.import_logprobs import find_responses, import_labels
+from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.caches import ROOT
 from tests.test_text_source import CHAT, save_tokenizer
 from tests.text_caches import text_config
@@ -493,7 +493,7 @@ def test_what_is_not_json_lines_is_named(served, tmp_path, text, message):
 
 
 def test_a_line_without_end_is_not_read_into_memory(served, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.importing.responses.MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr("softcache.tools.import_logprobs.index.MAX_LINE_BYTES", 1000)
     (tmp_path / "responses.jsonl").write_bytes(b" " * 5000)
     with pytest.raises(LabelError, match="line 1: longer than 1,000 bytes"):
         find_responses([tmp_path / "responses.jsonl"], served.source)
@@ -698,8 +698,8 @@ def test_the_command_says_what_it_made(served, tmp_path, toml):
 
 KILLED = """
 import os, sys
-from pipeline.stores import units
-from stages.import_labels import import_command
+from softcache.cache import units
+from softcache.stages.import_labels import import_command
 seen = []
 def die(name):
     seen.append(name)

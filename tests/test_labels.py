@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import LabelError, TemperatureError
-from pipeline.labels import DEFAULT_TEMPERATURES, STATS, SoftLabels, collect, concat
-from pipeline.sparsify import dense, row_seeds, sample, top_k
+from softcache.errors import LabelError, TemperatureError
+from softcache.labels import DEFAULT_TEMPERATURES, STATS, SoftLabels, collect, concat
+from softcache.labels.sparsify import dense, row_seeds, sample, top_k
 
 INF = math.inf
 COLUMNS = ("ids", "log_probs", "log_tail", "target_log_prob", "stats")
@@ -384,7 +384,7 @@ def test_stats_columns_are_those_that_sparsify_writes():
 def test_reading_a_record_needs_no_torch():
     program = (
         "import sys, numpy as np\n"
-        "from pipeline.labels import SoftLabels\n"
+        "from softcache.labels import SoftLabels\n"
         "r = SoftLabels(ids=np.array([[0]]), log_probs=np.log(np.array([[.5]])), log_tail=np.log(np.array([[.5]])),"
         " num_classes=3, temperatures=(1.0,))\n"
         "assert r.at_temperature(2.0).log_probs.shape == (1, 1)\n"

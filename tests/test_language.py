@@ -7,8 +7,8 @@ import torch
 import transformers
 from torch import nn
 
-from pipeline.errors import SpecError
-from pipeline.language import (
+from softcache.errors import SpecError
+from softcache.models.language import (
     CausalParts,
     build_language_model,
     check_context,

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import SoftLabelDataset, SoftLabelLoader, open_cache
-from pipeline.cache import Cache
-from pipeline.errors import AlignmentError, CorruptionError
-from pipeline.reader import HardLabelDataset, Unlabelled
-from pipeline.shuffle import BlockShuffle
+from softcache import SoftLabelDataset, SoftLabelLoader, open_cache
+from softcache.errors import AlignmentError, CorruptionError
+from softcache.reader.cache import Cache
+from softcache.reader.dataset import HardLabelDataset, Unlabelled
+from softcache.reader.order import BlockShuffle
 from tests.test_reader import Renamed, damaged, shards  # noqa: F401
 
 

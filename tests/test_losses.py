@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import LabelError, TemperatureError
-from pipeline.labels import SoftLabels
-from pipeline.losses import cross_entropy, distillation_loss, fit_vocabulary, forward_kl, uld
-from pipeline.sparsify import dense, top_k
+from softcache.errors import LabelError, TemperatureError
+from softcache.labels import SoftLabels
+from softcache.labels.sparsify import dense, top_k
+from softcache.losses import cross_entropy, distillation_loss, fit_vocabulary, forward_kl, uld
 
 INF = math.inf
 GRID = (1.0, 1.5, 2.5, 4.0)  # of labels that are compared with the truth: on it nothing is interpolated

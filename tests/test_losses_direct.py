@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.errors import LabelError
-from pipeline.losses import cross_entropy, direct, distillation_loss, forward_kl, make_loss
-from pipeline.sparsify import dense, top_k
+from softcache.errors import LabelError
+from softcache.labels.sparsify import dense, top_k
+from softcache.losses import cross_entropy, direct, distillation_loss, forward_kl, make_loss
 
 P, V = 7, 12
 TARGETS = torch.tensor([3, 0, 11, -100, 7, 3, 5])
@@ -74,7 +74,7 @@ def test_value_and_gradient_are_those_of_the_parts(route, name, temperature, alp
 
 def test_it_is_taken_where_it_should_be_and_only_there(monkeypatch):
     taken = []
-    monkeypatch.setattr("pipeline.losses.mixing.direct_loss", lambda *args, **how: taken.append(how))
+    monkeypatch.setattr("softcache.losses.distillation.direct_loss", lambda *args, **how: taken.append(how))
     labels, z, how = top_k(logits(1), k=3), logits(2), {"temperature": 2.0, "alpha": 0.5}
     distillation_loss(z, labels, TARGETS, **how)
     assert taken == [how]

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import losses
-from pipeline.losses import KINDS, distillation_loss, make_loss
-from pipeline.sparsify import dense, top_k
+from softcache import losses
+from softcache.labels.sparsify import dense, top_k
+from softcache.losses import KINDS, distillation_loss, make_loss
 from tests.losses_dense import DENSE, NEEDS_TARGET, TARGETS, P, V, plain, truth_part, written_out
 from tests.test_losses import make_logits, numerical_gradient
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.errors import LabelError
-from pipeline.fused import fused_distillation_loss
-from pipeline.labels import Sampling, SoftLabels
-from pipeline.losses import KINDS, distillation_loss, make_loss, soft_cross_entropy
-from pipeline.sparsify import dense, hybrid, row_seeds, sample, top_k
+from softcache.errors import LabelError
+from softcache.labels import Sampling, SoftLabels
+from softcache.labels.sparsify import dense, hybrid, row_seeds, sample, top_k
+from softcache.losses import KINDS, distillation_loss, make_loss, soft_cross_entropy
+from softcache.losses.fused import fused_distillation_loss
 from tests.test_fused import assert_narrow_same
 from tests.test_losses import make_logits
 

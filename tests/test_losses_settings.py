@@ -5,12 +5,12 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from pipeline.config import load_config
-from pipeline.errors import ConfigError
-from pipeline.fused import fused_distillation_loss
-from pipeline.losses import KINDS, LossSettings, distillation_loss
-from pipeline.sparsify import dense, top_k, whole_record
-from pipeline.tasks import ImageTask, TokenStudent
+from softcache.config.run import load_config
+from softcache.errors import ConfigError
+from softcache.labels.sparsify import dense, top_k, whole_record
+from softcache.losses import KINDS, LossSettings, distillation_loss
+from softcache.losses.fused import fused_distillation_loss
+from softcache.student.tasks import ImageTask, TokenStudent
 from tests.fakes_language import known, padded
 from tests.test_losses import make_logits
 

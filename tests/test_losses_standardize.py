@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from pipeline.errors import LabelError, TemperatureError
-from pipeline.fused import fused_distillation_loss
-from pipeline.losses import KINDS, distillation_loss, forward_kl, make_loss, standardized
-from pipeline.sparsify import dense, top_k, whole_record
+from softcache.errors import LabelError, TemperatureError
+from softcache.labels.sparsify import dense, top_k, whole_record
+from softcache.losses import KINDS, distillation_loss, forward_kl, make_loss, standardized
+from softcache.losses.fused import fused_distillation_loss
 from tests.losses_dense import DENSE, TARGETS, P, V
 from tests.test_losses import make_logits
 

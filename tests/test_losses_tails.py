@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from pipeline.errors import LabelError
-from pipeline.losses import KINDS, distillation_loss, make_loss
-from pipeline.sparsify import dense, top_k
+from softcache.errors import LabelError
+from softcache.labels.sparsify import dense, top_k
+from softcache.losses import KINDS, distillation_loss, make_loss
 from tests.losses_dense import DENSE, NEEDS_TARGET, TARGETS, P, V, plain, written_out
 from tests.test_losses import make_logits
 

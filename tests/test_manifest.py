@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from pipeline.errors import ManifestError
-from pipeline.manifest import Manifest, Plan, differences
+from softcache.cache.manifest import Manifest, Plan, differences
+from softcache.errors import ManifestError
 from tests.contracts.test_stores import manifest_of
 
 

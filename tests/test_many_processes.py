@@ -14,16 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import ranks
-from pipeline.cache import open_cache
-from pipeline.checkpoints import RunDirectory
-from pipeline.errors import LostProcessError, RunError
-from pipeline.process_group import check_same, explained, is_first_to_fail, on_cpu
-from pipeline.progress import say, track
-from pipeline.runs import open_data, train_student
-from pipeline.stopping import Interrupted, signals_stop
-from pipeline.student.loop import Loop
-from stages.cli import main
+from softcache.errors import LostProcessError, RunError
+from softcache.reader.cache import open_cache
+from softcache.runs import open_data, train_student
+from softcache.runtime import ranks
+from softcache.runtime.distributed import check_same, explained, is_first_to_fail, on_cpu
+from softcache.runtime.logging import say, track
+from softcache.runtime.signals import Interrupted, signals_stop
+from softcache.stages.cli import main
+from softcache.student.checkpoint import RunDirectory
+from softcache.student.loop import Loop
 from tests.caches import ROOT, make_cache
 from tests.process_groups import run_ranks
 from tests.test_student import RESTLESS, Killed, dies_at, distance, fit, watched
@@ -128,7 +128,7 @@ def may_write_nothing():
 
     for owner, name in ((RunDirectory, "_write_json"), (RunDirectory, "save_weights")):
         setattr(owner, name, refuse)
-    from pipeline.tasks import ImageTask, TokenTask
+    from softcache.student.tasks import ImageTask, TokenTask
 
     ImageTask.export = TokenTask.export = refuse
 
@@ -290,7 +290,7 @@ checkpoint_steps = 2
 
 def _sees_another_pixel(rank, place, url):
     if rank == 1:
-        from pipeline.views import Views
+        from softcache.data.transforms import Views
 
         apply = Views.apply_batch
 
@@ -446,12 +446,14 @@ def test_other_errors_are_left_as_they_are(second_of_two, monkeypatch):
 
 def test_processes_that_disagree_about_the_run_are_refused(second_of_two, monkeypatch):
     here = {"source": "sha256:1", "train": {"lr": 1.0}, "model": "mlp"}
-    monkeypatch.setattr("pipeline.process_group.from_first", lambda value: here | {"source": "sha256:2"})
+    monkeypatch.setattr(
+        "softcache.runtime.distributed.from_first", lambda value: here | {"source": "sha256:2"}
+    )
     with pytest.raises(
         RunError, match=r"process 1 of 2: the run differs .*: source: 'sha256:2'; 'sha256:1'; give"
     ):
         check_same("the run", here)
-    monkeypatch.setattr("pipeline.process_group.from_first", lambda value: dict(here))
+    monkeypatch.setattr("softcache.runtime.distributed.from_first", lambda value: dict(here))
     check_same("the run", here)
 
 
@@ -512,7 +514,7 @@ def launch(place, url, count, *options, launcher=("torch.distributed.run",)):
                 *launcher,
                 f"--nproc-per-node={count}",
                 "-m",
-                "stages.cli",
+                "softcache",
                 "train-student",
             ),
             *("--config", "small.toml", "--cache", url, *options),
@@ -571,7 +573,7 @@ def test_accelerate_launch_starts_it_too(tmp_path, images, count):
     how = ("accelerate.commands.accelerate_cli", "launch", "--multi_gpu", f"--num_processes={count}")
     run = subprocess.run(
         [
-            *(sys.executable, "-m", *how, "--module", "stages.cli", "train-student"),
+            *(sys.executable, "-m", *how, "--module", "softcache", "train-student"),
             *("--config", "small.toml", "--cache", images, "--out", "out", "--no-baseline"),
         ],
         cwd=tmp_path,

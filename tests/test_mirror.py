@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 
-from pipeline.errors import CorruptionError, RunError
-from pipeline.mirror import RunMirror
-from pipeline.runs import open_data, train_student
-from pipeline.stores.objects import open_objects
-from pipeline.student import loop as student
+from softcache.cache.storage.open import open_objects
+from softcache.errors import CorruptionError, RunError
+from softcache.runs import open_data, train_student
+from softcache.student import loop as student
+from softcache.student.bucket_sync import RunMirror
 from tests.caches import digits_config
 
 

@@ -5,9 +5,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from pipeline.errors import ConfigError, LabelError, SpecError
-from pipeline.models import Normalize, build_model, count_parameters, load_weights, parse_spec, select_device
-from pipeline.teacher import ImageTeacher, TeacherSettings, load_image_teacher
+from softcache.errors import ConfigError, LabelError, SpecError
+from softcache.models.image import (
+    Normalize,
+    build_model,
+    count_parameters,
+    load_weights,
+    parse_spec,
+    select_device,
+)
+from softcache.teacher.base import ImageTeacher, TeacherSettings, load_image_teacher
 
 SHAPE = (1, 8, 8)
 SPECS = [

@@ -5,12 +5,12 @@ import sys
 
 import pytest
 
-from pipeline.config import load_config
-from pipeline.errors import ConfigError, SpecError
-from pipeline.models import build_model
-from pipeline.nearest import did_you_mean, nearest
-from pipeline.sources import SourceSettings, open_source
-from stages.cli import main
+from softcache.config.run import load_config
+from softcache.data.sources import SourceSettings, open_source
+from softcache.errors import ConfigError, SpecError
+from softcache.models.image import build_model
+from softcache.runtime.suggest import did_you_mean, nearest
+from softcache.stages.cli import main
 from tests.caches import ROOT
 
 
@@ -79,4 +79,6 @@ def test_one_place_knows_what_near_is():
             if isinstance(node, ast.Import)
             for alias in node.names
         }
-        assert "difflib" not in imported or path.name == "nearest.py", f"{path}: use pipeline.nearest"
+        assert "difflib" not in imported or path.name == "suggest.py", (
+            f"{path}: use softcache.runtime.suggest"
+        )

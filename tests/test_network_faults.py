@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.cache import open_cache
-from pipeline.errors import StorageError
-from pipeline.runs import capture_labels, open_data, open_teacher, train_student
-from pipeline.stores import leases
-from pipeline.stores.objects import open_objects
-from pipeline.verify import verify_units
+from softcache.cache.storage.cloud import lease as leases
+from softcache.cache.storage.open import open_objects
+from softcache.errors import StorageError
+from softcache.reader.cache import open_cache
+from softcache.runs import capture_labels, open_data, open_teacher, train_student
+from softcache.tools.verify.teacher import verify_units
 from tests.caches import digits_config, make_cache
 from tests.fault_proxy import FAULTS, fault_proxy
 

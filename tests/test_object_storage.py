@@ -16,24 +16,25 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
-from pipeline.cache import open_cache
-from pipeline.convert import convert_cache
-from pipeline.errors import (
+from softcache.cache.storage.cloud import client as cloud_client
+from softcache.cache.storage.cloud import lease as leases
+from softcache.cache.storage.cloud.lease import Lease, LeaseBoard
+from softcache.cache.storage.open import open_objects
+from softcache.cache.units import check_unit, open_store, publish_unit, read_marker
+from softcache.errors import (
     CorruptionError,
     MissingExtraError,
     SoftcacheError,
     StorageError,
 )
-from pipeline.identity import digest_bytes
-from pipeline.labels import ARRAYS
-from pipeline.runs import capture_labels, open_data, open_teacher
-from pipeline.stores import cloud_client, leases
-from pipeline.stores.leases import Lease, LeaseBoard
-from pipeline.stores.objects import open_objects
-from pipeline.stores.units import check_unit, open_store, publish_unit, read_marker
-from pipeline.thaw import ThawSettings
-from pipeline.verify import verify_units
-from stages.cli import main
+from softcache.hashing.digests import digest_bytes
+from softcache.labels import ARRAYS
+from softcache.reader.cache import open_cache
+from softcache.reader.memmap import ThawSettings
+from softcache.runs import capture_labels, open_data, open_teacher
+from softcache.stages.cli import main
+from softcache.tools.convert import convert_cache
+from softcache.tools.verify.teacher import verify_units
 from tests.caches import ROOT, digits_config, make_cache
 from tests.contracts.test_stores import columns_of, manifest_of
 from tests.fault_proxy import fault_proxy
@@ -389,7 +390,8 @@ def test_two_captures_at_once_share_the_units_of_a_bucket(bucket, local):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from pipeline.stores import leases, units
+from softcache.cache.storage.cloud import lease as leases
+from softcache.cache import units
 leases.LEASE_SECONDS = 1.0
 left = int(sys.argv[2])
 def die(name):

@@ -9,8 +9,8 @@ import pytest
 import xarray as xr
 import zarr
 
-from pipeline.cache import open_cache
-from pipeline.labels import STATS
+from softcache.labels import STATS
+from softcache.reader.cache import open_cache
 from tests.caches import make_cache
 
 NAMES = ("ids", "log_probs", "log_tail", "target_log_prob", "stats")

@@ -9,9 +9,9 @@ from importlib.metadata import packages_distributions
 import click
 import pytest
 
-import pipeline
-from pipeline.errors import EXTRA_OF, MissingExtraError
-from stages.cli import softcache
+import softcache
+from softcache.errors import EXTRA_OF, MissingExtraError
+from softcache.stages.cli import softcache as group
 from tests.caches import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -34,11 +34,11 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-@pytest.mark.parametrize("code", ["import pipeline", "from stages.cli import softcache"])
+@pytest.mark.parametrize("code", ["import softcache", "from softcache.stages.cli import softcache"])
 def test_importing_is_light(code):
     done = run(LOADED.format(code=code))
     loaded = json.loads(done.stdout)
-    assert "pipeline" in loaded
+    assert "softcache" in loaded
     assert not {name.partition(".")[0] for name in loaded} & set(HEAVY), "taken along"
 
 
@@ -47,8 +47,8 @@ def test_importing_is_light(code):
     [("losses", "torch", "vision"), ("SoftLabelLoader", "torch", "vision"), ("sparsify", "torch", "text")],
 )
 def test_a_public_name_says_which_extra_it_needs(name, hidden, extra):
-    done = run(WITHOUT.format(hidden=[hidden], code=f"import pipeline; pipeline.{name}"))
-    assert f"MissingExtraError: pipeline.{name}: {hidden} is not installed" in done.stderr
+    done = run(WITHOUT.format(hidden=[hidden], code=f"import softcache; softcache.{name}"))
+    assert f"MissingExtraError: softcache.{name}: {hidden} is not installed" in done.stderr
     assert f"softcache[{extra}]" in done.stderr
 
 
@@ -56,7 +56,7 @@ def test_a_command_says_which_extra_it_needs():
     done = run(
         WITHOUT.format(
             hidden=["torch"],
-            code="import sys; sys.argv = ['softcache', 'compare']; from stages.cli import main; main()",
+            code="import sys; sys.argv = ['softcache', 'compare']; from softcache.stages.cli import main; main()",
         )
     )
     assert done.returncode == 1
@@ -71,7 +71,7 @@ def test_a_cache_is_verified_without_torch_and_its_teacher_is_not(store):
 
     def verify(*words):
         words = ["softcache", "verify", f"tests/golden/v1/{store}", *words]
-        code = f"import sys; sys.argv = {words!r}; from stages.cli import main; main()"
+        code = f"import sys; sys.argv = {words!r}; from softcache.stages.cli import main; main()"
         return run(WITHOUT.format(hidden=["torch"], code=code))
 
     done = verify()
@@ -83,9 +83,9 @@ def test_a_cache_is_verified_without_torch_and_its_teacher_is_not(store):
 
 
 def test_a_module_that_is_in_no_extra_is_not_explained_away(monkeypatch):
-    monkeypatch.setitem(pipeline._HOMES, "Cache", "pipeline.there_is_none")
-    with pytest.raises(ModuleNotFoundError, match=r"pipeline\.there_is_none") as caught:
-        _ = pipeline.Cache
+    monkeypatch.setitem(softcache._HOMES, "Cache", "softcache.there_is_none")
+    with pytest.raises(ModuleNotFoundError, match=r"softcache\.there_is_none") as caught:
+        _ = softcache.Cache
     assert not isinstance(caught.value, MissingExtraError)
 
 
@@ -106,11 +106,18 @@ def test_all_has_every_extra_of_users():
     assert told == extras
 
 
+def test_the_packages_are_those_of_the_tree():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    tree = ROOT / "pipeline"
+    found = {".".join(path.relative_to(tree).parent.parts) for path in tree.rglob("__init__.py")}
+    assert set(listed) == found | {"softcache.stages"}
+
+
 def test_the_citation_is_of_this_version():
     lines = (ROOT / "CITATION.cff").read_text().splitlines()
-    assert f"version: {pipeline.__version__}" in lines
-    assert PROJECT["version"] == pipeline.__version__
+    assert f"version: {softcache.__version__}" in lines
+    assert PROJECT["version"] == softcache.__version__
 
 
 def test_an_unknown_command_is_none_of_the_list():
-    assert softcache.get_command(click.Context(softcache), "none") is None
+    assert group.get_command(click.Context(group), "none") is None

@@ -7,8 +7,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import csv, parquet
 
-from pipeline.errors import AlignmentError, ConfigError
-from pipeline.pairing import PairingSettings, pair_sources
+from softcache.data.pairing import PairingSettings, pair_sources
+from softcache.errors import AlignmentError, ConfigError
 
 
 def source(keys, targets=None, *, name="made", num_classes=7):

@@ -15,15 +15,15 @@ import psutil
 import pytest
 
 from benchmarks import scheduling
-from pipeline.cache import open_cache
-from pipeline.capture import UnitMetrics
-from pipeline.errors import ConfigError, IdentityError, RunError, UnitsFailedError
-from pipeline.parallel import capture_on_dask
-from pipeline.parallel.cluster import LocalWorkers, open_client
-from pipeline.parallel.scheduling import HOPELESS, TRIES, Scheduler, WorkerDied
-from pipeline.parallel.worker import Job, Outcome, label
-from pipeline.runs import capture_labels, open_data, open_teacher, prepare_cache
-from pipeline.stores.objects import open_objects
+from softcache.cache.storage.open import open_objects
+from softcache.errors import ConfigError, IdentityError, RunError, UnitsFailedError
+from softcache.reader.cache import open_cache
+from softcache.runs import capture_labels, open_data, open_teacher, prepare_cache
+from softcache.runs.dask import capture_on_dask
+from softcache.runs.dask.cluster import LocalWorkers, open_client
+from softcache.runs.dask.scheduler import HOPELESS, TRIES, Scheduler, WorkerDied
+from softcache.runs.dask.worker import Job, Outcome, label
+from softcache.teacher.capture.run import UnitMetrics
 from tests.caches import ROOT, digits_config, make_cache
 from tests.text_caches import make_text_cache, text_config
 
@@ -124,7 +124,7 @@ def test_a_neighbour_of_a_unit_that_kills_its_worker_is_not_blamed():
 
 
 def test_lost_and_held_units_are_asked_for_again(monkeypatch):
-    monkeypatch.setattr("pipeline.parallel.scheduling.HELD_SECONDS", 0.01)
+    monkeypatch.setattr("softcache.runs.dask.scheduler.HELD_SECONDS", 0.01)
 
     def answer(unit, number, avoid):
         if number <= 4:  # more often than a failure would be tried
@@ -237,7 +237,7 @@ def test_a_sample_that_the_teacher_cannot_digest_is_named_and_the_rest_is_done(t
 
 
 def test_the_command_joins_a_cluster_and_fails_with_one_message(tmp_path, address, monkeypatch, capsys):
-    from stages.cli import main
+    from softcache.stages.cli import main
 
     monkeypatch.chdir(tmp_path)
     config = digits_config(teacher={"model": "tests.fakes:nan_teacher"}, capture={"evaluate": False})
@@ -293,7 +293,7 @@ def test_a_worker_whose_weights_differ_from_the_caches_refuses_its_units(tmp_pat
     config = digits_config(capture={"evaluate": False})
     cache = make_cache(tmp_path / "cache", capture={"evaluate": False})[2]
     job = Job(config.model_dump_json(exclude_unset=True), cache.url, cache.manifest_sha256)
-    monkeypatch.setattr("pipeline.teacher.digest_weights", lambda state: "0" * 64)
+    monkeypatch.setattr("softcache.teacher.base.digest_weights", lambda state: "0" * 64)
     outcome = label(job, 0)
     assert outcome.error is not None
     assert "teacher.weights_digest" in outcome.error
@@ -303,7 +303,7 @@ def test_a_worker_whose_weights_differ_from_the_caches_refuses_its_units(tmp_pat
 def test_what_is_no_address_and_where_nobody_answers_is_said(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"--dask 4: expected auto, or a scheduler's address"):
         capture_on_dask(digits_config(), str(tmp_path / "cache"), "4")
-    monkeypatch.setattr("pipeline.parallel.cluster.CONNECT_SECONDS", "1s")
+    monkeypatch.setattr("softcache.runs.dask.cluster.CONNECT_SECONDS", "1s")
     with pytest.raises(RunError, match="no scheduler answers there"):
         capture_on_dask(digits_config(), str(tmp_path / "cache"), "tcp://127.0.0.1:1")
 
@@ -327,8 +327,8 @@ def test_the_scheduling_benchmark_gives_the_slope_of_both_roads(client):
 DRIVER = """
 import sys
 from tests.caches import digits_config
-from pipeline.parallel import capture_on_dask
-from pipeline.stopping import Interrupted, signals_stop
+from softcache.runs.dask import capture_on_dask
+from softcache.runtime.signals import Interrupted, signals_stop
 if __name__ == "__main__":
     config = digits_config(teacher={"model": "tests.fakes:slow"}, capture={"evaluate": False, "unit_samples": 32})
     with signals_stop():

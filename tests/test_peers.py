@@ -18,15 +18,15 @@ from click.testing import CliRunner
 from torch import nn
 from torch.utils.data import DataLoader
 
-from pipeline.cache import open_cache
-from pipeline.errors import IdentityError, SoftcacheError, StorageError
-from pipeline.reader import SoftLabelDataset
-from pipeline.runs import cache_is_ready, capture_labels, open_data, open_teacher, train_student
-from pipeline.shuffle import BlockShuffle
-from pipeline.sources.image_source import InMemorySource
-from pipeline.stores import units
-from pipeline.verify import verify_against_teacher, verify_units
-from stages.verify import verify
+from softcache.cache import units
+from softcache.data.sources.images.base import InMemorySource
+from softcache.errors import IdentityError, SoftcacheError, StorageError
+from softcache.reader.cache import open_cache
+from softcache.reader.dataset import SoftLabelDataset
+from softcache.reader.order import BlockShuffle
+from softcache.runs import cache_is_ready, capture_labels, open_data, open_teacher, train_student
+from softcache.stages.verify import verify
+from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.caches import digits_config, make_cache
 
 SMALL = {"max_train_samples": 100, "max_eval_samples": 10}  # two units for each of two views

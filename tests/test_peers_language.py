@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pipeline import open_cache
-from pipeline.codec import OpenCodec
-from pipeline.errors import AlignmentError, LabelError
-from pipeline.fused import fused_distillation_loss
-from pipeline.reader import SoftLabelDataset
-from pipeline.runs import capture_labels, open_data, open_teacher
-from pipeline.sparsify import top_k
+from softcache import open_cache
+from softcache.cache.codecs import OpenCodec
+from softcache.errors import AlignmentError, LabelError
+from softcache.labels.sparsify import top_k
+from softcache.losses.fused import fused_distillation_loss
+from softcache.reader.dataset import SoftLabelDataset
+from softcache.runs import capture_labels, open_data, open_teacher
 from tests.text_caches import make_text_cache, text_config
 
 

@@ -10,15 +10,15 @@ import torch
 import xxhash
 from click.testing import CliRunner
 
-from pipeline.config import load_config
-from pipeline.convert import convert_cache
-from pipeline.errors import ConfigError, IdentityError
-from pipeline.planning import plan_manifest
-from pipeline.positions import PositionSettings, chosen_rows, highest_rows
-from pipeline.reader import SoftLabelDataset
-from pipeline.runs import capture_labels, open_teacher, train_student
-from pipeline.teacher import LanguageTeacher
-from stages.cli import softcache
+from softcache.config.run import load_config
+from softcache.errors import ConfigError, IdentityError
+from softcache.labels.positions import PositionSettings, chosen_rows, highest_rows
+from softcache.reader.dataset import SoftLabelDataset
+from softcache.runs import capture_labels, open_teacher, train_student
+from softcache.stages.cli import softcache
+from softcache.teacher.base import LanguageTeacher
+from softcache.teacher.capture.plan import plan_manifest
+from softcache.tools.convert import convert_cache
 from tests.caches import digits_config
 from tests.position_caches import POLICIES, STUDENT, Made, chat_source
 from tests.test_text_runs import distributions
@@ -149,7 +149,7 @@ def test_killed_and_run_again_it_has_the_same_bytes(packed, tmp_path, monkeypatc
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.stores.units._failpoint", dies)
+            patch.setattr("softcache.cache.units._failpoint", dies)
             with pytest.raises(KeyboardInterrupt):
                 capture_labels(config, data, open_teacher(config, data), url)
     again, report = capture_labels(config, data, open_teacher(config, data), url)

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache import Cache, open_cache
-from pipeline.errors import AlignmentError
-from pipeline.losses import cross_entropy, distillation_loss
-from pipeline.reader import SoftLabelDataset
-from pipeline.runs import open_data, open_teacher, train_student
-from pipeline.shuffle import BlockShuffle
-from pipeline.sources.text import load_tokenizer
-from pipeline.token_batches import TokenBatch
-from pipeline.verify import verify_against_teacher, verify_units
+from softcache.data.sources.text.source import load_tokenizer
+from softcache.data.tokens import TokenBatch
+from softcache.errors import AlignmentError
+from softcache.losses import cross_entropy, distillation_loss
+from softcache.reader.cache import Cache, open_cache
+from softcache.reader.dataset import SoftLabelDataset
+from softcache.reader.order import BlockShuffle
+from softcache.runs import open_data, open_teacher, train_student
+from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.position_caches import POLICIES, STUDENT, Made, chat_source, stored_positions
 from tests.test_text_runs import assert_same_weights, weights
 from tests.text_caches import text_config
@@ -349,8 +349,8 @@ def test_a_batch_whose_labels_all_lie_beyond_the_students_rows_has_cross_entropy
 def test_the_trainer_takes_the_steps_of_a_dense_loop(chats, tmp_path):
     from transformers import TrainingArguments
 
-    from pipeline.tasks import LossSettings, TokenStudent
-    from pipeline.trainer import DistillTrainer
+    from softcache.student.integrations.huggingface import DistillTrainer
+    from softcache.student.tasks import LossSettings, TokenStudent
 
     cache, source = chats.cache("random"), chats.data.train.source
     how = {"temperature": 2.0, "alpha": 0.7}

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pipeline import SoftLabelDataset, open_cache
-from pipeline.errors import (
+from softcache import SoftLabelDataset, open_cache
+from softcache.errors import (
     AlignmentError,
     CacheNotFoundError,
     CorruptionError,
     IncompleteCacheError,
     ManifestError,
 )
-from pipeline.runs import open_data
+from softcache.runs import open_data
 from tests.caches import digits_config, make_cache
 
 

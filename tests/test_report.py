@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cache import open_cache
-from pipeline.errors import IdentityError, MissingExtraError, RunError
-from pipeline.report import build_sections, open_report, open_run
-from pipeline.report.examples import Names, galleries
-from pipeline.report.figures import Styles, load_plotly
-from pipeline.report.measures import (
+from softcache.errors import IdentityError, MissingExtraError, RunError
+from softcache.labels.sparsify import LabelSettings, sparsify
+from softcache.reader.cache import open_cache
+from softcache.runs import capture_labels, open_data, open_teacher, train_student
+from softcache.runs.report import build_sections, open_report, open_run
+from softcache.runs.report.cache_metrics import bytes_per_row
+from softcache.runs.report.examples import Names, galleries
+from softcache.runs.report.metrics import (
     break_even,
     by_class,
     by_decile,
@@ -24,11 +26,9 @@ from pipeline.report.measures import (
     followed,
     reliability,
 )
-from pipeline.report.predictions import dense_log_probs, observe
-from pipeline.report.stored import bytes_per_row
-from pipeline.runs import capture_labels, open_data, open_teacher, train_student
-from pipeline.slim import SlimSettings, slim_cache
-from pipeline.sparsify import LabelSettings, sparsify
+from softcache.runs.report.plots import Styles, load_plotly
+from softcache.runs.report.predictions import dense_log_probs, observe
+from softcache.tools.shrink import SlimSettings, slim_cache
 from tests.caches import digits_config
 from tests.report_runs import inside, make_runs
 

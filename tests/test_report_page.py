@@ -5,7 +5,7 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
-from stages.cli import softcache
+from softcache.stages.cli import softcache
 from tests.report_runs import HOSTILE, inside, make_runs
 
 pytest.importorskip("plotly")

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.report import build_sections, open_report
-from pipeline.report.examples import _readable
-from pipeline.report.predictions import observe
-from pipeline.runs import capture_labels, open_data, open_teacher, train_student
+from softcache.runs import capture_labels, open_data, open_teacher, train_student
+from softcache.runs.report import build_sections, open_report
+from softcache.runs.report.examples import _readable
+from softcache.runs.report.predictions import observe
 from tests.report_runs import inside
 from tests.text_caches import make_text_cache
 from tests.translations import translation_config

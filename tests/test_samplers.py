@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pipeline import BlockSampler, SoftLabelDataset, open_cache
-from pipeline.errors import RunError, StorageError
+from softcache import BlockSampler, SoftLabelDataset, open_cache
+from softcache.errors import RunError, StorageError
 from tests.caches import make_cache
 
 

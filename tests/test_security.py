@@ -17,9 +17,13 @@ import torch
 import xxhash
 from click.testing import CliRunner
 
-from pipeline.cache import open_cache
-from pipeline.codec import OpenCodec, check_stored
-from pipeline.errors import (
+from softcache.cache.codecs import OpenCodec, check_stored
+from softcache.cache.manifest import Manifest
+from softcache.cache.samples import read_samples
+from softcache.cache.storage.open import open_objects
+from softcache.cache.units import open_store, publish_unit
+from softcache.data.sources.images.image_folder import ImageFolderSource
+from softcache.errors import (
     AlignmentError,
     CorruptionError,
     LabelError,
@@ -29,16 +33,12 @@ from pipeline.errors import (
     SourceError,
     SpecError,
 )
-from pipeline.manifest import Manifest
-from pipeline.models import build_model, load_weights
-from pipeline.reader import cached_views
-from pipeline.runs import train_student
-from pipeline.sources.image_folders import ImageFolderSource
-from pipeline.stores.objects import open_objects
-from pipeline.stores.samples import read_samples
-from pipeline.stores.units import open_store, publish_unit
-from pipeline.verify import verify_units
-from stages.cli import main, softcache
+from softcache.models.image import build_model, load_weights
+from softcache.reader.cache import open_cache
+from softcache.reader.dataset import cached_views
+from softcache.runs import train_student
+from softcache.stages.cli import main, softcache
+from softcache.tools.verify.teacher import verify_units
 from tests.caches import ROOT, make_cache
 from tests.chaos.forge import MANIFEST, Files, make_small, signed, write_files
 from tests.chaos.fuzz import fuzz
@@ -272,7 +272,7 @@ def test_numbers_that_would_fill_the_memory_are_refused_by_the_manifest(small, c
 
 
 def test_a_plan_that_would_be_refused_is_refused_before_the_teacher_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.manifest.MAX_UNIT_BYTES", 100)
+    monkeypatch.setattr("softcache.cache.manifest.MAX_UNIT_BYTES", 100)
     with pytest.raises(SoftcacheError, match=r"make units smaller \(capture.unit_samples\)"):
         make_cache(tmp_path / "cache")
 

@@ -5,8 +5,8 @@ import pickle
 import numpy as np
 import pytest
 
-from pipeline.errors import RunError
-from pipeline.shuffle import BlockShuffle
+from softcache.errors import RunError
+from softcache.reader.order import BlockShuffle
 
 
 def shuffle(num_samples=1000, *, num_views=3, **changes):

@@ -5,13 +5,13 @@ import shutil
 import numpy as np
 import pytest
 
-from pipeline import open_cache
-from pipeline.errors import CorruptionError, IdentityError, LabelError, TemperatureError
-from pipeline.labels import SoftLabels, slimmed
-from pipeline.manifest import differences
-from pipeline.runs import capture_labels, open_teacher
-from pipeline.slim import SlimSettings, slim_cache, slim_manifest
-from pipeline.sparsify import dense, top_k, top_p
+from softcache import open_cache
+from softcache.cache.manifest import differences
+from softcache.errors import CorruptionError, IdentityError, LabelError, TemperatureError
+from softcache.labels import SoftLabels, slimmed
+from softcache.labels.sparsify import dense, top_k, top_p
+from softcache.runs import capture_labels, open_teacher
+from softcache.tools.shrink import SlimSettings, slim_cache, slim_manifest
 from tests.caches import make_cache
 from tests.text_caches import make_text_cache
 
@@ -198,7 +198,7 @@ def test_it_goes_on_where_it_was_stopped(images, folder, tmp_path, monkeypatch):
         if name == "before_marker" and next(steps) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("pipeline.stores.units._failpoint", stop)
+    monkeypatch.setattr("softcache.cache.units._failpoint", stop)
     with pytest.raises(KeyboardInterrupt):
         slim_cache(images, tmp_path / "slim", SlimSettings(k=3))
     assert len(open_cache(tmp_path / "slim").markers) == 2

@@ -15,8 +15,8 @@ from PIL import Image
 from pydantic import ValidationError
 from sklearn.datasets import load_digits
 
-from pipeline.errors import SourceError, SpecError
-from pipeline.sources import Source, SourceSettings, open_source
+from softcache.data.sources import Source, SourceSettings, open_source
+from softcache.errors import SourceError, SpecError
 
 IDX = {
     "train-images-idx3-ubyte": (2051, (6, 5, 4)),
@@ -493,7 +493,7 @@ def test_settings_are_strict(settings, message):
 
 
 def test_digests_do_not_depend_on_the_process():
-    code = "from pipeline.sources import *; print(open_source(SourceSettings(name='digits'), split='eval').digest)"
+    code = "from softcache.data.sources import *; print(open_source(SourceSettings(name='digits'), split='eval').digest)"
     done = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONHASHSEED": "5"}, capture_output=True, text=True, check=True
     )

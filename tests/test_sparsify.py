@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from pipeline.errors import LabelError, TemperatureError
-from pipeline.labels import DEFAULT_TEMPERATURES
-from pipeline.sparsify import LabelSettings, dense, describe_fault, logit_faults, sparsify, top_k
+from softcache.errors import LabelError, TemperatureError
+from softcache.labels import DEFAULT_TEMPERATURES
+from softcache.labels.sparsify import LabelSettings, dense, describe_fault, logit_faults, sparsify, top_k
 
 INF = math.inf
 

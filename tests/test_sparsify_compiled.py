@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from pipeline.sparsify import LabelSettings, hybrid, row_seeds, sample, sparsify, top_k, top_p
-from pipeline.sparsify.assembly import largest
+from softcache.labels.sparsify import LabelSettings, hybrid, row_seeds, sample, sparsify, top_k, top_p
+from softcache.labels.sparsify.assemble import largest
 from tests.caches import ROOT
 
 INF = math.inf
@@ -120,7 +120,7 @@ def test_every_policy_agrees_with_float64():
 RECORDS = """
 import hashlib
 import numpy as np
-from pipeline.sparsify.kernels import fill_records
+from softcache.labels.sparsify.kernels import fill_records
 
 x = (np.random.default_rng(0).standard_normal((64, 300)) * 3).astype(np.float32)
 ids, log_probs = np.zeros((64, 12), np.int64), np.zeros((64, 12), np.float32)

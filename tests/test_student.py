@@ -15,9 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.cache import Cache, open_cache
-from pipeline.checkpoints import RunDirectory
-from pipeline.errors import (
+from softcache.errors import (
     AlignmentError,
     ConfigError,
     IdentityError,
@@ -26,8 +24,10 @@ from pipeline.errors import (
     RunError,
     SpecError,
 )
-from pipeline.models import build_model
-from pipeline.runs import open_data, open_teacher, train_student
+from softcache.models.image import build_model
+from softcache.reader.cache import Cache, open_cache
+from softcache.runs import open_data, open_teacher, train_student
+from softcache.student.checkpoint import RunDirectory
 from tests.caches import ROOT, digits_config, make_cache
 
 LABELS = ["cache", "hard", "online"]
@@ -86,7 +86,7 @@ def watched(monkeypatch, on_step):
         yield on_step
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.runs.fitting.track", track)
+        patch.setattr("softcache.runs.fit.track", track)
         yield
 
 
@@ -226,8 +226,8 @@ sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from pipeline import open_cache
-from pipeline.runs import fitting
+from softcache import open_cache
+from softcache.runs import fit as fitting
 from tests.test_student import LONG, fit
 
 @contextmanager
@@ -342,7 +342,7 @@ def test_the_cache_is_enough_without_a_teacher(tmp_path, shared_cache, monkeypat
     def explode(*args, **kwargs):
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("pipeline.modalities.images.load_image_teacher", explode)
+    monkeypatch.setattr("softcache.modalities.images.load_image_teacher", explode)
     assert fit(shared_cache[2], tmp_path)["epochs"] == 3
 
 

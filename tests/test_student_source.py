@@ -12,19 +12,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipeline.byte_batches import PADDING, ByteBatch, ByteData
-from pipeline.config import RunConfig, build_config
-from pipeline.errors import AlignmentError, ConfigError, RunError, SourceError, SpecError
-from pipeline.feeds import cache_feed, hard_feed
-from pipeline.modalities import open_data
-from pipeline.models import build_model
-from pipeline.runs import capture_labels, open_teacher, train_student, train_teacher
-from pipeline.sources.encoded import BytesSettings, open_bytes
-from pipeline.sources.vision import SourceSettings, open_source
-from pipeline.student import running as loop
-from pipeline.student_views import StudentViews, StudentViewSettings
-from pipeline.sweep.candidates import candidate
-from pipeline.views import Views, ViewSettings
+from softcache.config.run import RunConfig, build_config
+from softcache.data.bytes import PADDING, ByteBatch, ByteData
+from softcache.data.sources.images.encoded import BytesSettings, open_bytes
+from softcache.data.sources.images.registry import SourceSettings, open_source
+from softcache.data.transforms import Views, ViewSettings
+from softcache.data.transforms.student import StudentViews, StudentViewSettings
+from softcache.errors import AlignmentError, ConfigError, RunError, SourceError, SpecError
+from softcache.modalities import open_data
+from softcache.models.image import build_model
+from softcache.runs import capture_labels, open_teacher, train_student, train_teacher
+from softcache.runs.batches import cache_feed, hard_feed
+from softcache.runs.sweep.space import candidate
+from softcache.student import run as loop
 from tests.caches import digits_config
 
 DIGITS = {"name": "digits", "max_train_samples": 300, "max_eval_samples": 100}

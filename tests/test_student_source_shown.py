@@ -8,13 +8,13 @@ import tomli_w
 import torch
 from click.testing import CliRunner
 
-from pipeline.export import ExportSettings, export_run
-from pipeline.export.measuring import load_onnx
-from pipeline.report import open_report
-from pipeline.report.examples import Names, galleries
-from pipeline.report.predictions import observe
-from pipeline.runs import train_student
-from stages.cli import softcache
+from softcache.runs import train_student
+from softcache.runs.export import ExportSettings, export_run
+from softcache.runs.export.benchmark import load_onnx
+from softcache.runs.report import open_report
+from softcache.runs.report.examples import Names, galleries
+from softcache.runs.report.predictions import observe
+from softcache.stages.cli import softcache
 from tests.caches import make_cache
 from tests.report_runs import inside
 from tests.test_student_source import BYTES, DIGITS, SMALL

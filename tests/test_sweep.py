@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import load_config
-from pipeline.errors import IdentityError, IncompleteCacheError, RunError, SpecError
-from pipeline.sweep import open_sweep, run_sweep
-from pipeline.sweep.cost import Cost, measure_cost, why_unmeasured
-from pipeline.sweep.figures import draw_importance, draw_surface
-from pipeline.sweep.results import ranked, repeats, write_best, write_json
-from pipeline.sweep.study import RETRIES, SharedStudy
-from pipeline.sweep_space import Range, SpaceSettings, SweepSettings
-from stages.cli import main
+from softcache.config.run import load_config
+from softcache.config.sweep import Range, SpaceSettings, SweepSettings
+from softcache.errors import IdentityError, IncompleteCacheError, RunError, SpecError
+from softcache.runs.sweep import open_sweep, run_sweep
+from softcache.runs.sweep.cost import Cost, measure_cost, why_unmeasured
+from softcache.runs.sweep.plots import draw_importance, draw_surface
+from softcache.runs.sweep.results import ranked, repeats, write_best, write_json
+from softcache.runs.sweep.study import RETRIES, SharedStudy
+from softcache.stages.cli import main
 from tests import text_caches
 from tests.caches import ROOT, digits_config, make_cache
 
@@ -189,7 +189,7 @@ def test_a_trial_with_an_error_is_marked_told_and_replaced(shared_cache, tmp_pat
 
     config, url = config_of({"alpha": [0.9, 0.5]}), shared_cache[2].url
     with monkeypatch.context() as patched:
-        patched.setattr("pipeline.sweep.trial.train_student", broken)
+        patched.setattr("softcache.runs.sweep.trial.train_student", broken)
         with pytest.raises(SpecError, match="student x"):
             run_sweep(config, url, tmp_path / "sweep", trials=1)
     sweep = run_sweep(config, url, tmp_path / "sweep", trials=1)
@@ -350,7 +350,7 @@ def kill_when(condition, *arguments):
     """Starts the command as a process of its own and kills it once the condition holds."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "stages.cli", *arguments]
+    words = [sys.executable, "-m", "softcache", *arguments]
     told = Path("said.txt")
     with told.open("w") as stderr:  # no pipe: a worker that outlives the command for a while would hold it
         process = subprocess.Popen(words, env=environment, stderr=stderr)

@@ -2,11 +2,11 @@
 
 import pytest
 
-from pipeline.config import load_config
-from pipeline.errors import ConfigError
-from pipeline.slim import SlimSettings, slim_cache
-from pipeline.sweep.candidates import candidate, checked_space, default_space
-from pipeline.sweep_space import Range
+from softcache.config.run import load_config
+from softcache.config.sweep import Range
+from softcache.errors import ConfigError
+from softcache.runs.sweep.space import candidate, checked_space, default_space
+from softcache.tools.shrink import SlimSettings, slim_cache
 from tests.caches import ROOT, digits_config, make_cache
 
 

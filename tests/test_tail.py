@@ -8,8 +8,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import TemperatureError
-from pipeline.tail import (
+from softcache.errors import TemperatureError
+from softcache.labels.tail import (
     DEFAULT_TEMPERATURES,
     check_temperatures,
     interpolate_log_tail,

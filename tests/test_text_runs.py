@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pipeline.cache import open_cache
-from pipeline.config import RunConfig, load_config
-from pipeline.errors import (
+from softcache.config.run import RunConfig, load_config
+from softcache.data.sources.text.source import load_tokenizer
+from softcache.data.tokens import TokenData
+from softcache.errors import (
     AlignmentError,
     ConfigError,
     IdentityError,
@@ -23,13 +24,12 @@ from pipeline.errors import (
     SourceError,
     SpecError,
 )
-from pipeline.fused import fused_distillation_loss
-from pipeline.losses import distillation_loss
-from pipeline.reader import SoftLabelDataset
-from pipeline.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
-from pipeline.sources.text import load_tokenizer
-from pipeline.student import StudentSettings
-from pipeline.token_batches import TokenData
+from softcache.losses import distillation_loss
+from softcache.losses.fused import fused_distillation_loss
+from softcache.reader.cache import open_cache
+from softcache.reader.dataset import SoftLabelDataset
+from softcache.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
+from softcache.student import StudentSettings
 from tests.caches import ROOT, digits_config
 from tests.text_caches import make_text_cache, text_config, write_texts
 
@@ -100,7 +100,7 @@ def test_killed_between_units_it_completes_what_is_missing_with_the_same_bytes(m
                 raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr("pipeline.stores.units._failpoint", dies)
+            patch.setattr("softcache.cache.units._failpoint", dies)
             with pytest.raises(KeyboardInterrupt):
                 capture_labels(config, data, open_teacher(config, data), url)
         assert open_cache(url).missing_units
@@ -304,7 +304,7 @@ def test_a_student_of_shorter_context_loses_no_label(made, tmp_path, context):
 
 @pytest.mark.parametrize("labels", ["cache", "hard", "online"])
 def test_interrupted_again_and_again_it_ends_with_the_same_weights(made, tmp_path, monkeypatch, labels):
-    from pipeline.runs import fitting as runs
+    from softcache.runs import fit as runs
 
     fit(made, tmp_path / "whole", labels=labels, train={"checkpoint_steps": 2})
 
@@ -347,7 +347,7 @@ def test_accumulation_splits_the_batch_and_never_changes_the_gradient(made, tmp_
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["at once", "by chunks"])
 def test_the_live_teacher_and_a_dense_cache_teach_the_same(made, tmp_path, monkeypatch, at_once):
-    monkeypatch.setattr("pipeline.tasks.token_student.LIVE_ELEMENTS", 2**26 if at_once else 0)
+    monkeypatch.setattr("softcache.student.tasks.token_student.LIVE_ELEMENTS", 2**26 if at_once else 0)
     _, data, _, folder = made
     vocab = data.train.source.vocab_size
     config = text_config(folder, labels={"policy": "dense", "k": vocab}, capture={"values": "float32"})

@@ -25,17 +25,21 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline.errors import MissingExtraError, SourceError, SpecError, StorageError
-from pipeline.identity import fingerprint
-from pipeline.sources import chats, text, token_samples, token_table, tokenizers
-from pipeline.sources.documents import Document, documents_of
-from pipeline.sources.text import open_text
-from pipeline.sources.text_settings import TextSettings
-from pipeline.sources.token_samples import TokenSample
-from pipeline.sources.token_table import TokenSource
-from pipeline.sources.tokenizers import digest_tokenizer, load_tokenizer
-from pipeline.sparsify import dense
-from pipeline.token_batches import TokenBatch, TokenData
+from softcache.data.sources.text import chat as chats
+from softcache.data.sources.text import packing as token_samples
+from softcache.data.sources.text import source as text
+from softcache.data.sources.text import table as token_table
+from softcache.data.sources.text import tokenizer as tokenizers
+from softcache.data.sources.text.documents import Document, documents_of
+from softcache.data.sources.text.packing import TokenSample
+from softcache.data.sources.text.settings import TextSettings
+from softcache.data.sources.text.source import open_text
+from softcache.data.sources.text.table import TokenSource
+from softcache.data.sources.text.tokenizer import digest_tokenizer, load_tokenizer
+from softcache.data.tokens import TokenBatch, TokenData
+from softcache.errors import MissingExtraError, SourceError, SpecError, StorageError
+from softcache.hashing.digests import fingerprint
+from softcache.labels.sparsify import dense
 
 ROOT = Path(__file__).parent.parent
 WORDS = ["<eos>", "[user]", "[assistant]", *(f"w{number}" for number in range(3, 200))]  # w7 has the id 7
@@ -463,7 +467,7 @@ def test_digests_and_keys_do_not_depend_on_the_process(opened, tmp_path):
     given = {"path": str(tmp_path / "docs.jsonl"), "tokenizer": "bpe?vocab_size=300", "seq_len": 16}
     given |= {"modality": "text", "name": "hf", "eval_share": 1e-9}
     code = (
-        "import sys, json; from pipeline.sources.text import *\n"
+        "import sys, json; from softcache.data.sources.text.source import *\n"
         f"source = open_text(TextSettings(**{given!r}, data_dir=sys.argv[1]), split='train')\n"
         "print(json.dumps([source.digest, source.tokenizer_digest, source.keys()]))"
     )
@@ -584,7 +588,7 @@ def test_everything_is_written_under_data_dir_and_little_is_said(tmp_path, words
     given = {"modality": "text", "name": "hf", "path": str(path), "data_dir": str(tmp_path / "data")}
     given |= {"tokenizer": "bpe?vocab_size=300", "eval_share": 1e-9}
     code = (
-        "from pipeline.sources.text import *; import datasets\n"
+        "from softcache.data.sources.text.source import *; import datasets\n"
         f"open_text(TextSettings(**{given!r}), split='train')\n"
         "assert not datasets.are_progress_bars_disabled()"
     )
@@ -865,7 +869,7 @@ def test_a_staged_folder_of_a_killed_process_is_never_used(opened, tmp_path):
 
 CODE = """
 import os, signal, sys
-from pipeline.sources import text, token_table
+from softcache.data.sources.text import source as text, table as token_table
 given = {given!r}
 if sys.argv[1] == "kill":
     add, left = token_table.TableWriter.add, [3]

@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from pipeline.cache import open_cache
-from pipeline.errors import CorruptionError, StorageError
-from pipeline.labels import ARRAYS
-from pipeline.thaw import ThawFolder, ThawSettings, files
-from pipeline.thaw import folder as thaw_folder
-from stages.thaw import thaw as thaw_command
+from softcache.errors import CorruptionError, StorageError
+from softcache.labels import ARRAYS
+from softcache.reader.cache import open_cache
+from softcache.reader.memmap import ThawFolder, ThawSettings
+from softcache.reader.memmap import file as files
+from softcache.reader.memmap import folder as thaw_folder
+from softcache.stages.thaw import thaw as thaw_command
 from tests import caches, text_caches
 
 
@@ -64,7 +65,7 @@ def same(one, other):
 def test_any_order_reads_the_same_as_from_the_chunks(kind, store, request, tmp_path):
     url = request.getfixturevalue(kind)
     if store is not None:
-        from pipeline.convert import convert_cache
+        from softcache.tools.convert import convert_cache
 
         convert_cache(open_cache(url), str(tmp_path / "other"), store=store)
         url = str(tmp_path / "other")
@@ -192,8 +193,8 @@ def test_damage_in_the_cache_itself_is_found_before_it_is_thawed(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from pipeline.cache import open_cache
-from pipeline.thaw import ThawSettings, files
+from softcache.reader.cache import open_cache
+from softcache.reader.memmap import ThawSettings, file as files
 def stop(name):
     if name == sys.argv[3]:
         os.kill(os.getpid(), signal.SIGKILL)

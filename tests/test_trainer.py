@@ -16,22 +16,22 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, TrainerCallback, TrainingArguments
 
-from pipeline.cache import open_cache
-from pipeline.config import load_config
-from pipeline.errors import (
+from softcache.config.run import load_config
+from softcache.data.sources.text.source import load_tokenizer, open_text
+from softcache.data.tokens import TokenData
+from softcache.errors import (
     AlignmentError,
     ConfigError,
     IdentityError,
     IncompleteCacheError,
     SpecError,
 )
-from pipeline.language import build_language_model, split
-from pipeline.losses import cross_entropy, distillation_loss
-from pipeline.reader import HardLabelDataset, SoftLabelDataset
-from pipeline.runs import capture_labels, open_data, open_teacher
-from pipeline.sources.text import load_tokenizer, open_text
-from pipeline.token_batches import TokenData
-from pipeline.trainer import DistillTrainer
+from softcache.losses import cross_entropy, distillation_loss
+from softcache.models.language import build_language_model, split
+from softcache.reader.cache import open_cache
+from softcache.reader.dataset import HardLabelDataset, SoftLabelDataset
+from softcache.runs import capture_labels, open_data, open_teacher
+from softcache.student.integrations.huggingface import DistillTrainer
 
 ROOT = Path(__file__).parent.parent
 VOCAB, SEQ_LEN = 300, 32

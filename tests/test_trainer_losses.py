@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from pipeline.config import load_config
-from pipeline.errors import ConfigError
-from pipeline.losses import LossSettings, cross_entropy, distillation_loss, row_weights
-from pipeline.reader import SoftLabelDataset
-from pipeline.runs import capture_labels, open_data, open_teacher
-from pipeline.sources.text import open_text
+from softcache.config.run import load_config
+from softcache.data.sources.text.source import open_text
+from softcache.errors import ConfigError
+from softcache.losses import LossSettings, cross_entropy, distillation_loss, row_weights
+from softcache.reader.dataset import SoftLabelDataset
+from softcache.runs import capture_labels, open_data, open_teacher
 from tests.test_trainer import (
     EXACT,
     ROUNDING,

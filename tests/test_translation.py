@@ -9,18 +9,26 @@ import tomli_w
 import torch
 from click.testing import CliRunner
 
-from pipeline.errors import ConfigError, IdentityError, SourceError, SpecError
-from pipeline.fused import fused_distillation_loss
-from pipeline.generation import corpus_scores, generate_source, translate
-from pipeline.language import PairTokens, build_language_model, build_translation_model, check_split, split
-from pipeline.losses import cross_entropy
-from pipeline.runs import capture_labels, open_data, open_teacher, train_student
-from pipeline.sources.translation import TranslationSettings, open_translation, pairs_of
-from pipeline.stores.local_objects import LocalObjects
-from pipeline.token_batches import TokenData
-from pipeline.verify import verify_against_teacher, verify_units
-from stages.cli import softcache
-from stages.translation_rows import translation_rows
+from softcache.cache.storage.local import LocalObjects
+from softcache.data.sources.translation.source import TranslationSettings, open_translation, pairs_of
+from softcache.data.tokens import TokenData
+from softcache.errors import ConfigError, IdentityError, SourceError, SpecError
+from softcache.losses import cross_entropy
+from softcache.losses.fused import fused_distillation_loss
+from softcache.models.language import (
+    PairTokens,
+    build_language_model,
+    build_translation_model,
+    check_split,
+    split,
+)
+from softcache.models.language.generate import translate
+from softcache.runs import capture_labels, open_data, open_teacher, train_student
+from softcache.stages.cli import softcache
+from softcache.stages.translation_rows import translation_rows
+from softcache.student.tasks.translation_scores import corpus_scores
+from softcache.teacher.generate import generate_source
+from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.translations import translation_config, write_package
 
 TOKENS = PairTokens(pad=0, start=0, end=1)
@@ -416,7 +424,7 @@ def test_what_the_teacher_wrote_is_a_source_with_the_same_tokenizer(captured, ge
         "data_dir": str(folder / "data"),
     }
     tables = config.model_dump(mode="json", exclude_unset=True) | {"source": source}
-    from pipeline.config import build_config
+    from softcache.config.run import build_config
 
     run = build_config(tables, "generated")
     theirs = open_data(run)
@@ -470,7 +478,7 @@ def test_settings_that_make_no_sense_for_pairs_are_refused(tmp_path, tables, com
 def test_the_command_writes_a_source(tmp_path, monkeypatch):
     from click.testing import CliRunner
 
-    from stages.cli import softcache
+    from softcache.stages.cli import softcache
 
     monkeypatch.chdir(tmp_path)
     config = translation_config(tmp_path)

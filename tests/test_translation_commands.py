@@ -7,10 +7,10 @@ import tomli_w
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from pipeline.cache import open_cache
-from pipeline.errors import ConfigError, IdentityError, SpecError
-from pipeline.report import build_sections, open_report
-from stages.cli import softcache
+from softcache.errors import ConfigError, IdentityError, SpecError
+from softcache.reader.cache import open_cache
+from softcache.runs.report import build_sections, open_report
+from softcache.stages.cli import softcache
 from tests.translations import translation_config, write_pairs
 
 

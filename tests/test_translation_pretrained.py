@@ -24,11 +24,11 @@ from transformers import (
     T5Tokenizer,
 )
 
-from pipeline.errors import IdentityError, MissingExtraError, SpecError
-from pipeline.generation import generate_source
-from pipeline.runs import capture_labels, open_data, open_teacher, train_student
-from pipeline.stores.local_objects import LocalObjects
-from pipeline.verify import verify_against_teacher, verify_units
+from softcache.cache.storage.local import LocalObjects
+from softcache.errors import IdentityError, MissingExtraError, SpecError
+from softcache.runs import capture_labels, open_data, open_teacher, train_student
+from softcache.teacher.generate import generate_source
+from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.translations import NOUNS, VERBS, translation_config, write_pairs
 
 WORDS = sorted({*NOUNS, *VERBS, *NOUNS.values(), *VERBS.values()})

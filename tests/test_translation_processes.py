@@ -8,10 +8,10 @@ import sys
 import pytest
 import tomli_w
 
-from pipeline.cache import open_cache
-from pipeline.generation import writing
-from pipeline.runs import capture_labels, open_data, open_teacher, train_student
-from stages.cli import main
+from softcache.reader.cache import open_cache
+from softcache.runs import capture_labels, open_data, open_teacher, train_student
+from softcache.stages.cli import main
+from softcache.teacher import generate as writing
 from tests.process_groups import run_ranks
 from tests.test_student import distance
 from tests.test_translation import files_of

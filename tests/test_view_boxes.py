@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import SpecError
-from pipeline.view_boxes import MIN_VISIBLE
-from pipeline.views import Views, ViewSettings
+from softcache.data.transforms import Views, ViewSettings
+from softcache.data.transforms.boxes import MIN_VISIBLE
+from softcache.errors import SpecError
 
 POLICIES = {
     "padded": {"crop": "padded", "padding": 9, "flip": 0.5},

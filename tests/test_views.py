@@ -18,11 +18,11 @@ import torch
 import xxhash
 from pydantic import ValidationError
 
-from pipeline import view_ops
-from pipeline.errors import SpecError
-from pipeline.sources import SourceSettings, open_source
-from pipeline.views import ViewParameters, Views, ViewSettings
-from pipeline.views.parameters import RANGES
+from softcache.data.sources import SourceSettings, open_source
+from softcache.data.transforms import ViewParameters, Views, ViewSettings
+from softcache.data.transforms import ops as view_ops
+from softcache.data.transforms.parameters import RANGES
+from softcache.errors import SpecError
 
 EVERYTHING = {
     "seed": 7, "size": 24, "crop": "resized", "flip": 0.5, "augment": "randaugment", "num_ops": 2,
@@ -402,9 +402,9 @@ def test_tiny_and_odd_images_go_through_everything(shape, augment):
 
 DIGEST_ALL = """
 import hashlib, torch
-from pipeline import view_ops
-from pipeline.views import Views, ViewSettings
-from pipeline.views.parameters import RANGES
+from softcache.data.transforms import ops as view_ops
+from softcache.data.transforms import Views, ViewSettings
+from softcache.data.transforms.parameters import RANGES
 from tests.test_views import EVERYTHING, photo, views
 digest = hashlib.sha256()
 for image in (photo(3, 199, 301), photo(1, 407, 399), photo(3, 33, 47), photo(1, 8, 8)):

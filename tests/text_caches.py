@@ -3,8 +3,8 @@
 import json
 import random
 
-from pipeline.config import RunConfig
-from pipeline.runs import capture_labels, open_data, open_teacher
+from softcache.config.run import RunConfig
+from softcache.runs import capture_labels, open_data, open_teacher
 
 WORDS = [
     "the",

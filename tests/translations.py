@@ -5,8 +5,8 @@ import random
 
 import torch
 
-from pipeline.config import build_config
-from pipeline.language import build_translation_model
+from softcache.config.run import build_config
+from softcache.models.language import build_translation_model
 
 CATALOGUE = """
 msgid ""

@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.cache import Cache, open_cache
-from pipeline.errors import SoftcacheError
-from pipeline.reader import SoftLabelDataset
-from pipeline.thaw import ThawSettings
-from pipeline.verify import verify_units
+from softcache.errors import SoftcacheError
+from softcache.reader.cache import Cache, open_cache
+from softcache.reader.dataset import SoftLabelDataset
+from softcache.reader.memmap import ThawSettings
+from softcache.tools.verify.teacher import verify_units
 from tests.chaos.forge import MANIFEST, SAMPLES, Files, make_small, read_files, write_files
 
 KINDS = ("images-zarr", "images-parquet", "tokens-zarr", "tokens-parquet")

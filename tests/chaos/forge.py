@@ -14,18 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.cache import open_cache
-from pipeline.errors import SoftcacheError
-from pipeline.gc import collect_garbage
-from pipeline.identity import digest_bytes
-from pipeline.losses import forward_kl
-from pipeline.reader import SoftLabelDataset
-from pipeline.runs import cache_is_ready
-from pipeline.slim import SlimSettings, slim_manifest
-from pipeline.stores.objects import open_objects
-from pipeline.thaw import ThawSettings
-from pipeline.verify import verify_units
-from stages.inspect import _identity, _labels, _storage
+from softcache.cache.storage.open import open_objects
+from softcache.errors import SoftcacheError
+from softcache.hashing.digests import digest_bytes
+from softcache.losses import forward_kl
+from softcache.reader.cache import open_cache
+from softcache.reader.dataset import SoftLabelDataset
+from softcache.reader.memmap import ThawSettings
+from softcache.runs import cache_is_ready
+from softcache.stages.inspect import _identity, _labels, _storage
+from softcache.tools.garbage import collect_garbage
+from softcache.tools.shrink import SlimSettings, slim_manifest
+from softcache.tools.verify.teacher import verify_units
 from tests.caches import make_cache
 from tests.text_caches import make_text_cache
 

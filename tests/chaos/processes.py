@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import SoftcacheError
+from softcache.errors import SoftcacheError
 
 __all__ = ["FAILED", "REFUSED", "Child", "full_disk", "kill_at_step", "killed_after"]
 
@@ -97,8 +97,8 @@ def kill_at_step(number: int, counts: mmap.mmap | None = None) -> Callable[[], N
 
 
 def _watch(step: Callable[..., None]) -> None:
-    from pipeline.stores import units
-    from pipeline.thaw import files
+    from softcache.cache import units
+    from softcache.reader.memmap import file as files
 
     units._failpoint = step
     files._failpoint = step

@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 
-import pipeline.capture
-import pipeline.stores.units
-from pipeline.cache import open_cache
-from pipeline.convert import convert_cache
-from pipeline.fusion import FusionSettings, fuse_caches
-from pipeline.gc import GarbageReport, collect_garbage
-from pipeline.importing import find_responses, import_labels
-from pipeline.runs import capture_labels, open_data, open_teacher
-from pipeline.slim import SlimSettings, slim_cache
-from pipeline.stores.objects import open_objects
-from pipeline.thaw import ThawSettings
-from pipeline.verify import verify_units
+import softcache.cache.units
+import softcache.teacher.capture.run
+from softcache.cache.storage.open import open_objects
+from softcache.reader.cache import open_cache
+from softcache.reader.memmap import ThawSettings
+from softcache.runs import capture_labels, open_data, open_teacher
+from softcache.tools.convert import convert_cache
+from softcache.tools.fuse import FusionSettings, fuse_caches
+from softcache.tools.garbage import GarbageReport, collect_garbage
+from softcache.tools.import_logprobs import find_responses, import_labels
+from softcache.tools.shrink import SlimSettings, slim_cache
+from softcache.tools.verify.teacher import verify_units
 from tests.caches import digits_config
 from tests.chaos.processes import Child
 from tests.text_caches import text_config
@@ -168,7 +168,7 @@ def _warm(folder: Path) -> None:
 def make_scenarios(folder: Path, names: Collection[str] | None = None) -> list[Scenario]:
     """Returns those of these names, or all; caches that some start from are made in children, so that this process stays
     fit to fork."""
-    pipeline.capture.WAIT_SECONDS = pipeline.stores.units.WAIT_SECONDS = 0.02
+    softcache.teacher.capture.run.WAIT_SECONDS = softcache.cache.units.WAIT_SECONDS = 0.02
     _warm(folder)
     makers: dict[str, Callable[[], Scenario]] = {
         "capture, images, parquet": lambda: _images(folder, "parquet"),

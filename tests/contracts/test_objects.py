@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from pipeline.errors import CacheNotFoundError, CorruptionError, StorageError
-from pipeline.stores.objects import LocalObjects, open_objects
+from softcache.cache.storage.open import LocalObjects, open_objects
+from softcache.errors import CacheNotFoundError, CorruptionError, StorageError
 from tests.caches import ROOT
 
 
@@ -184,8 +184,8 @@ class Contract:
 HOLD = """
 import sys, time
 sys.path.insert(0, {root!r})
-from pipeline.stores import leases
-from pipeline.stores.objects import open_objects
+from softcache.cache.storage.cloud import lease as leases
+from softcache.cache.storage.open import open_objects
 leases.LEASE_SECONDS = 1.0
 with open_objects(sys.argv[1]).claim("x.lock") as mine:
     print(mine, flush=True)

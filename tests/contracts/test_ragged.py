@@ -8,10 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
-from pipeline.cache import open_cache
-from pipeline.convert import convert_cache
-from pipeline.errors import CorruptionError, ManifestError
-from pipeline.labels import concat
+from softcache.errors import CorruptionError, ManifestError
+from softcache.labels import concat
+from softcache.reader.cache import open_cache
+from softcache.tools.convert import convert_cache
 from tests.text_caches import make_text_cache
 
 STORES = ["zarr", "parquet"]

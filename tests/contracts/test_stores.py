@@ -8,12 +8,12 @@ import sys
 import numpy as np
 import pytest
 
-from pipeline.codec import OpenCodec
-from pipeline.errors import CorruptionError, ManifestError
-from pipeline.identity import digest_bytes
-from pipeline.manifest import Manifest, Plan, TeacherReport, marker_path
-from pipeline.stores.objects import open_objects
-from pipeline.stores.units import check_unit, finished_units, open_store, publish_unit, read_marker
+from softcache.cache.codecs import OpenCodec
+from softcache.cache.manifest import Manifest, Plan, TeacherReport, marker_path
+from softcache.cache.storage.open import open_objects
+from softcache.cache.units import check_unit, finished_units, open_store, publish_unit, read_marker
+from softcache.errors import CorruptionError, ManifestError
+from softcache.hashing.digests import digest_bytes
 from tests.caches import ROOT
 
 STORES = ["zarr", "parquet"]
@@ -320,8 +320,8 @@ def test_a_marker_of_no_unit_is_refused(cache, name):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-import pipeline.stores.units as units
-from pipeline.stores.objects import open_objects
+import softcache.cache.units as units
+from softcache.cache.storage.open import open_objects
 from tests.contracts.test_stores import manifest_of, columns_of, digest_bytes
 left = int(sys.argv[4])
 def die(name):

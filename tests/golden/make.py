@@ -26,10 +26,10 @@ import torch
 import zarr
 from safetensors.torch import save_file
 
-from pipeline.config import RunConfig
-from pipeline.detection.building import build_detector
-from pipeline.manifest import FORMAT_VERSION
-from pipeline.runs import capture_labels, open_data, open_teacher
+from softcache.cache.manifest import FORMAT_VERSION
+from softcache.config.run import RunConfig
+from softcache.models.detection.build import build_detector
+from softcache.runs import capture_labels, open_data, open_teacher
 from tests.plain_packed import decode
 
 ARRAYS = ("ids", "log_probs", "log_tail", "target_log_prob", "stats")

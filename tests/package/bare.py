@@ -12,21 +12,21 @@ from pathlib import Path
 golden = Path(sys.argv[1])
 
 started = time.perf_counter()
-import pipeline  # noqa: E402
+import softcache  # noqa: E402
 
 seconds = time.perf_counter() - started
 heavy = sorted({"torch", "numba", "zarr", "tensorstore", "pyarrow", "pydantic"} & set(sys.modules))
-assert not heavy, f"`import pipeline` takes {heavy} along"
+assert not heavy, f"`import softcache` takes {heavy} along"
 for name in ("torch", "torchvision", "timm", "sklearn", "transformers", "matplotlib"):
     assert find_spec(name) is None, f"{name} is there: this is no bare environment"
-assert (Path(pipeline.__file__).parent / "py.typed").exists()
+assert (Path(softcache.__file__).parent / "py.typed").exists()
 
 import numpy as np  # noqa: E402
 
 expected = np.load(golden / "v1" / "expected.npz")
 places = {name: golden / "v1" / name for name in ("zarr", "parquet")}
 for store, place in places.items():
-    cache = pipeline.open_cache(place)
+    cache = softcache.open_cache(place)
     for view in range(cache.num_views):
         labels = cache.read(range(len(cache)), view=view)
         for name in ("ids", "log_probs", "log_tail"):
@@ -34,14 +34,14 @@ for store, place in places.items():
         soft = labels.at_temperature(2.0)
         assert np.allclose(np.exp(soft.log_probs).sum(1) + np.exp(soft.log_tail), 1, atol=1e-5), store
 for manifest in sorted((golden / "v1-packed").rglob("manifest.json")):
-    assert len(pipeline.open_cache(manifest.parent).read([0], view=0)) >= 1, manifest
+    assert len(softcache.open_cache(manifest.parent).read([0], view=0)) >= 1, manifest
 
 message = ""
 try:
-    pipeline.losses  # noqa: B018
+    softcache.losses  # noqa: B018
 except ImportError as error:
     message = str(error)
-assert "softcache[vision]" in message, message or "pipeline.losses came without torch"
+assert "softcache[vision]" in message, message or "softcache.losses came without torch"
 
 
 def softcache(*words: str) -> subprocess.CompletedProcess:

@@ -12,10 +12,10 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pipeline import open_cache
-from stages.cli import main
-from stages.cli import softcache as group
-from stages.commands import COMMANDS
+from softcache import open_cache
+from softcache.stages.cli import main
+from softcache.stages.cli import softcache as group
+from softcache.stages.commands import COMMANDS
 from tests.caches import ROOT
 
 CONFIG = """
@@ -112,12 +112,12 @@ def no_teacher(monkeypatch):
     def explode(*args, **kwargs):
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("pipeline.modalities.images.load_image_teacher", explode)
+    monkeypatch.setattr("softcache.modalities.images.load_image_teacher", explode)
 
 
 def shell(*arguments, cwd):
     done = subprocess.run(
-        [sys.executable, "-m", "stages.cli", *arguments],
+        [sys.executable, "-m", "softcache", *arguments],
         cwd=cwd,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,

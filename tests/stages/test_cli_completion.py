@@ -12,8 +12,8 @@ import time
 
 import pytest
 
-from stages.completing import SHELLS, script
-from stages.completion_table import PATH, make_table, table_as_text
+from softcache.stages.completing import SHELLS, script
+from softcache.stages.completion_table import PATH, make_table, table_as_text
 from tests.caches import ROOT
 
 # What is typed behind `softcache ` (\t is Tab), and the words that are then there.
@@ -47,7 +47,7 @@ def place(in_tmp):
         (in_tmp / path).parent.mkdir(parents=True, exist_ok=True)
         (in_tmp / path).touch()
     program = in_tmp / "bin/softcache"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m stages.cli "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m softcache "$@"\n')
     program.chmod(0o755)
     return in_tmp
 
@@ -105,7 +105,7 @@ def test_other_shells_parse_their_script(place, shell):
 def complete(line, place, *, shell="zsh", table=None):
     """Returns what the program prints for a line whose last word is not finished."""
     code = (
-        "import sys; from stages.completing import answer; code = answer(sys.argv[1]);"
+        "import sys; from softcache.stages.completing import answer; code = answer(sys.argv[1]);"
         "print({'torch', 'numpy', 'pydantic'} & sys.modules.keys(), file=sys.stderr); sys.exit(code)"
     )
     words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
@@ -140,6 +140,6 @@ def test_the_command_prints_the_script(shell, place):
 
 def test_the_table_is_of_the_commands_and_keys_that_there_are():
     assert PATH.read_text() == table_as_text(make_table()), (
-        "a command's options or a config key changed: run `python -m stages.completion_table` and commit completion.json"
+        "a command's options or a config key changed: run `python -m softcache.stages.completion_table` and commit completion.json"
     )
     assert json.loads(PATH.read_text())["config"]["capture.store"] == ["zarr", "parquet"]

@@ -6,11 +6,11 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
-from pipeline.errors import ConfigError, RunError, SpecError
-from pipeline.runs import capture_labels
-from pipeline.sweep import running
-from stages import distill as stage
-from stages.cli import softcache
+from softcache.errors import ConfigError, RunError, SpecError
+from softcache.runs import capture_labels
+from softcache.runs.sweep import run as running
+from softcache.stages import distill as stage
+from softcache.stages.cli import softcache
 from tests.translations import write_pairs
 
 CONFIG = """

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from pipeline.errors import IdentityError, LabelError, TemperatureError
-from stages.cli import softcache
+from softcache.errors import IdentityError, LabelError, TemperatureError
+from softcache.stages.cli import softcache
 
 CONFIG = """
 name = "small"

@@ -6,9 +6,9 @@ import sys
 import click
 import pytest
 
-from stages.cli import softcache as group
-from stages.commands import COMMANDS
-from stages.options import print_table
+from softcache.stages.cli import softcache as group
+from softcache.stages.commands import COMMANDS
+from softcache.stages.options import print_table
 from tests.stages.test_cli import cache, labelled, place, run  # noqa: F401
 
 CONFIG = ("--config", "small.toml")
@@ -65,7 +65,7 @@ def test_verify_tells_faults_as_json_and_fails(run, cache):  # noqa: F811
 
 
 def test_numbers_that_json_lacks_become_null(capsys):
-    from stages.options import print_json
+    from softcache.stages.options import print_json
 
     print_json({"loss": float("nan"), "rows": [float("inf"), 1.5]})
     assert json.loads(capsys.readouterr().out) == {"loss": None, "rows": [None, 1.5]}

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pipeline import open_cache
-from pipeline.stores import units
-from stages.cli import main
+from softcache import open_cache
+from softcache.cache import units
+from softcache.stages.cli import main
 from tests.stages.test_cli import CONFIG, Result
 
 SMALL = CONFIG.replace('model = "mlp?width=8"\n', 'model = "tests.fakes_students:restless"\n')
@@ -35,7 +35,7 @@ def run(in_tmp, monkeypatch, capsys):
         return Result(code, *capsys.readouterr())
 
     yield softcache
-    from pipeline.progress import log_as
+    from softcache.runtime.logging import log_as
 
     log_as("text")
 
@@ -129,7 +129,7 @@ def test_a_student_that_is_signalled_saves_a_checkpoint_and_ends_with_the_same_w
     run("teacher-logits")
     how = ("train-student", "--no-baseline", "--set", "train.epochs=3")
     assert run(*how, "--out", "whole").code == 0
-    import pipeline.student.loop as student
+    import softcache.student.loop as student
 
     signal_in(student.Loop, "_update", 5, signal.SIGTERM)  # three steps an epoch: in the middle of the second
     result = run(*how, "--out", "stopped")
@@ -149,8 +149,8 @@ def test_a_student_that_is_signalled_saves_a_checkpoint_and_ends_with_the_same_w
 
 def test_status_tells_done_claimed_and_left_while_units_are_made(run, monkeypatch):
     """It is asked in the middle of the fifth unit, by a hook of the run itself."""
-    from pipeline.status import read_status
-    from pipeline.stores.objects import open_objects
+    from softcache.cache.storage.open import open_objects
+    from softcache.tools.status import read_status
 
     seen = []
 
@@ -188,7 +188,7 @@ def test_status_watches_until_the_cache_is_complete(run, monkeypatch):
     marker = Path("runs/small/cache/units/00003.json")
     kept = marker.read_bytes()
     marker.unlink()
-    monkeypatch.setattr("stages.status.time.sleep", lambda seconds: marker.write_bytes(kept))
+    monkeypatch.setattr("softcache.stages.status.time.sleep", lambda seconds: marker.write_bytes(kept))
     lines = run("status", "runs/small/cache", "--watch", "5").out.splitlines()
     assert [line.split(": ")[1].split(";")[0] for line in lines] == ["stopped", "complete"]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pipeline.errors import ConfigError
-from stages.cli import softcache
+from softcache.errors import ConfigError
+from softcache.stages.cli import softcache
 from tests.text_caches import write_texts
 
 CONFIG = """
@@ -87,7 +87,7 @@ def test_a_student_is_shown_by_its_held_out_loss(run, cache, monkeypatch):
     def explode(*args, **kwargs):
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("pipeline.modalities.texts.load_language_teacher", explode)
+    monkeypatch.setattr("softcache.modalities.text.load_language_teacher", explode)
     shown = run("train-student", "--config", "lm.toml").output
     for column in (
         "held-out loss in nats per token",

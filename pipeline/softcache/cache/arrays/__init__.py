@@ -1,0 +1,1 @@
+"""The columns of a cache as Zarr arrays or Parquet files."""

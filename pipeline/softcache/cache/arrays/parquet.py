@@ -1,0 +1,244 @@
+"""Columns as Parquet: one file per unit, one row per position with its `view` and `sample`, page checksums on.
+
+What is known per sample is repeated on each of its rows.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from softcache.cache.codecs import Column
+from softcache.cache.manifest import Manifest, Unit
+from softcache.cache.storage.open import Objects, is_bucket
+from softcache.errors import CacheNotFoundError, CorruptionError, StorageError
+from softcache.labels import STATS
+
+__all__ = ["ParquetStore"]
+
+OPEN_FILES = 16
+
+
+class ParquetStore:
+    """The columns of one cache as a folder of Parquet files."""
+
+    def __init__(self, manifest: Manifest, objects: Objects, columns: Iterable[Column]) -> None:
+        self._manifest, self._objects = manifest, objects
+        self._columns = {column.name: column for column in columns}
+        self._chunk_rows = manifest.rows.chunk_rows if manifest.rows else manifest.plan.chunk_samples
+        self._schema = _schema(manifest, self._columns.values())
+        self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+        self._lock = threading.Lock()  # a file is read at one place at a time, and stays open meanwhile
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return tuple(self._columns.values())
+
+    def described(self) -> tuple[str, ...]:
+        """Returns nothing: every file describes itself."""
+        return ()
+
+    def create(self) -> None:
+        """Does nothing: every file describes itself."""
+
+    def check_metadata(self) -> None:
+        """Does nothing: there is none besides the units' own files."""
+
+    def objects_of(self, unit: Unit) -> dict[str, str | None]:
+        """Returns the path of a unit's file; it holds all columns."""
+        return {f"{self._manifest.data}/{unit.number:05d}.parquet": None}
+
+    def most_bytes(self, name: str | None) -> int:
+        """Returns how large a unit's file can be: what does not compress grows by a little, and pages have heads."""
+        rows, row = self._unit_rows(), self._row_bytes()
+        return (
+            rows * (row + row // 64 + 64) + 2**20 + 4096 * len(self._columns) * (rows // self._chunk_rows + 1)
+        )
+
+    def _row_bytes(self) -> int:
+        return 12 + sum(math.prod(c.shape) * np.dtype(c.dtype).itemsize for c in self._columns.values())
+
+    def _unit_rows(self) -> int:
+        return self._manifest.rows.shard_rows if self._manifest.rows else self._manifest.plan.unit_samples
+
+    def check_bomb(self, name: str | None, data: bytes, where: str) -> None:
+        """Looks at what a file says of its rows before anything of it is decoded.
+
+        Raises:
+            CorruptionError: it claims to hold more than the manifest implies.
+        """
+        try:
+            found = pq.read_metadata(pa.BufferReader(data))
+            groups = [found.row_group(number) for number in range(found.num_row_groups)]
+            # Levels, heads and what does not compress come on top.
+            claims = [
+                group.total_byte_size > 2 * group.num_rows * (self._row_bytes() + 64) + 2**20
+                for group in groups
+            ]
+            sizes = [group.num_rows > self._chunk_rows for group in groups]
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise CorruptionError(f"{where}: is no Parquet file: {error}; restore it from a copy") from error
+        if found.num_rows > self._unit_rows() or any(claims) or any(sizes):
+            raise CorruptionError(
+                f"{where}: claims to hold {found.num_rows:,} rows, {max([g.total_byte_size for g in groups], default=0):,} "
+                f"bytes in a group of them; at most {self._unit_rows():,} rows in groups of {self._chunk_rows:,} expected; "
+                "restore it from a copy"
+            )
+
+    def encode(self, unit: Unit, columns: Mapping[str, np.ndarray]) -> dict[str, tuple[str | None, bytes]]:
+        """Returns path -> (None, bytes) of a unit's file; the same columns give the same bytes.
+
+        Args:
+            columns: by name, [rows of the unit, ...]; those per sample [samples of the unit, ...].
+        """
+        samples = np.arange(unit.start, unit.stop, dtype=np.int64)
+        counts = columns["num_rows"] if self._manifest.rows else np.ones(len(samples), np.int64)
+        samples, rows = np.repeat(samples, counts), int(counts.sum())
+        arrays = [pa.array(np.full(rows, unit.view, np.uint32)), pa.array(samples)]
+        for name, column in self._columns.items():
+            values = columns[name]
+            if column.per_sample and len(values) == len(counts):
+                values = np.repeat(values, counts, axis=0)
+            if values.shape != (rows, *column.shape) or values.dtype != np.dtype(column.dtype):
+                raise CorruptionError(
+                    f"unit {unit.number}, column {name}: expected {column.dtype} {(rows, *column.shape)}; found "
+                    f"{values.dtype} {values.shape}"
+                )
+            if column.planar:
+                arrays.append(_records(np.ascontiguousarray(values)))
+                continue
+            flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+            for size in reversed(column.shape):
+                flat = pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(_item(flat.type), size))
+            arrays.append(flat)
+        planar = [name for name, column in self._columns.items() if column.planar]
+        sink = io.BytesIO()
+        pq.write_table(
+            pa.table(arrays, schema=self._schema),
+            sink,
+            row_group_size=self._chunk_rows,
+            compression="zstd",
+            use_dictionary=False,
+            use_byte_stream_split=planar,
+            # The smallest of records that are bytes says nothing, and would stand, unchecked, in every page's header.
+            write_statistics=[name for name in self._schema.names if name not in planar] if planar else True,
+            write_page_checksum=True,
+        )
+        ((path, column_of),) = self.objects_of(unit).items()
+        return {path: (column_of, sink.getvalue())}
+
+    def read(
+        self,
+        unit: Unit,
+        start: int,
+        stop: int,
+        columns: Iterable[str] | None = None,
+        *,
+        rows: tuple[int, int] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Returns what a unit holds of the samples `start` to `stop` (absolute numbers), by column.
+
+        Args:
+            rows: where samples have many rows: the first and last row of these samples, counted from the unit's first.
+
+        Raises:
+            CorruptionError: the file is missing, damaged, or of another shape.
+        """
+        names = list(self._columns if columns is None else columns)
+        first_row, last_row = rows or (start - unit.start, stop - unit.start)
+        group, last_group = first_row // self._chunk_rows, -(-last_row // self._chunk_rows)
+        try:
+            with self._lock:
+                table = self._open(unit).read_row_groups(
+                    list(range(group, last_group)), ["view", "sample", *names], use_threads=False
+                )
+            table = table.slice(first_row - group * self._chunk_rows, last_row - first_row)
+            samples, firsts = np.unique(table["sample"].to_numpy(), return_index=True)
+            if len(table) != last_row - first_row or not (
+                np.array_equal(samples, np.arange(start, stop))
+                and (table["view"].to_numpy() == unit.view).all()
+            ):
+                raise ValueError("its rows are of other samples")
+            out = {name: self._values(table[name], self._columns[name], len(table)) for name in names}
+        except StorageError:  # not of the bytes: the storage does not answer
+            raise
+        except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, CacheNotFoundError) as error:
+            raise CorruptionError(
+                f"cache {self._objects.url}: unit {unit.number} (view {unit.view}, samples {unit.start} to "
+                f"{unit.stop - 1}), {next(iter(self.objects_of(unit)))}: cannot be decoded: {error}; delete the unit's "
+                "marker and rerun `softcache teacher-logits`, or restore the file"
+            ) from error
+        return {
+            name: values[firsts] if self._columns[name].per_sample else values for name, values in out.items()
+        }
+
+    def _open(self, unit: Unit) -> pq.ParquetFile:
+        (path,) = self.objects_of(unit)
+        if path not in self._files:
+            file = pq.ParquetFile(
+                self._objects.open(path),
+                page_checksum_verification=True,
+                pre_buffer=is_bucket(
+                    self._objects.url
+                ),  # one request for neighbouring columns, not one for each
+            )
+            if not file.schema_arrow.equals(self._schema):
+                raise ValueError(f"its columns are {file.schema_arrow}; expected {self._schema}")
+            self._files[path] = file
+            while len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)[1].close(force=True)
+        self._files.move_to_end(path)
+        return self._files[path]
+
+    def _values(self, chunked: pa.ChunkedArray, column: Column, rows: int) -> np.ndarray:
+        if chunked.null_count:
+            raise ValueError(f"column {column.name} has nulls")
+        array = pa.concat_arrays(chunked.chunks) if chunked.num_chunks else pa.array([], chunked.type)
+        if column.planar:
+            return _bytes_of(array, rows, *column.shape)
+        for _ in column.shape:
+            array = array.flatten()
+        return array.to_numpy(zero_copy_only=False).reshape(rows, *column.shape)
+
+
+def _records(values: np.ndarray) -> pa.Array:
+    """Rows of bytes as one fixed-size binary value each."""
+    rows, size = values.shape
+    return pa.Array.from_buffers(pa.binary(size), rows, [None, pa.py_buffer(values)])
+
+
+def _bytes_of(array: pa.Array, rows: int, size: int) -> np.ndarray:
+    buffer = array.buffers()[1]
+    if buffer is None:
+        return np.zeros((0, size), np.uint8)
+    return np.frombuffer(buffer, np.uint8)[array.offset * size :][: rows * size].reshape(rows, size)
+
+
+def _item(kind: pa.DataType) -> pa.Field:
+    return pa.field("element", kind, nullable=False)
+
+
+def _schema(manifest: Manifest, columns: Iterable[Column]) -> pa.Schema:
+    fields = [pa.field("view", pa.uint32(), nullable=False), pa.field("sample", pa.int64(), nullable=False)]
+    for column in columns:
+        if column.planar:
+            fields.append(pa.field(column.name, pa.binary(*column.shape), nullable=False))
+            continue
+        kind = pa.from_numpy_dtype(np.dtype(column.dtype))
+        for size in reversed(column.shape):
+            kind = pa.list_(_item(kind), size)
+        fields.append(pa.field(column.name, kind, nullable=False))
+    told = {
+        "softcache_format": str(manifest.format_version),
+        "units": "nats",
+        "temperatures": ",".join(map(str, manifest.codec["temperatures"])),
+        "stats": ",".join(STATS),
+    }
+    return pa.schema(fields, metadata=told)

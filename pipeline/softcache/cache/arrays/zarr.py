@@ -1,0 +1,308 @@
+"""Columns as Zarr v3 arrays: one shard per unit, chunked inside, crc32c throughout.
+
+The axes are (view, sample, …), or (row, …) where samples have many rows: unit n's rows then start at a shard.
+
+zarr-python writes the metadata; TensorStore encodes and decodes the chunks. A shard is encoded in memory and
+published whole, so that a reader never sees half of one. Reading takes the geometry from the manifest and
+never from `zarr.json`, which is there for other tools.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from softcache.cache.arrays.zarr_metadata import GEOMETRY, describe, says_the_same
+from softcache.cache.arrays.zarr_shards import ShardCutter, WantedChunks
+from softcache.cache.codecs import Column
+from softcache.cache.manifest import Manifest, Unit
+from softcache.cache.storage.open import Objects
+from softcache.errors import CorruptionError, StorageError
+
+if TYPE_CHECKING:
+    import tensorstore
+
+__all__ = ["ZarrStore"]
+
+MISSING = 2**64 - 1
+"""In place of start and length of a chunk that is not in its shard."""
+
+
+class ZarrStore:
+    """The columns of one cache as a Zarr group."""
+
+    def __init__(self, manifest: Manifest, objects: Objects, columns: Iterable[Column]) -> None:
+        self._manifest, self._objects = manifest, objects
+        self._columns = {column.name: column for column in columns}
+        self._opened: dict[str, tensorstore.TensorStore] = {}
+        self._cutter = ShardCutter(objects)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return tuple(self._columns.values())
+
+    # -- metadata ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _documents(self) -> dict[str, bytes]:
+        """Every object of the group but the shards, by its path in the cache."""
+        with ThreadPoolExecutor(1) as thread:  # a notebook's own event loop runs in this one
+            return thread.submit(asyncio.run, describe(self._manifest, self._columns.values())).result()
+
+    def described(self) -> tuple[str, ...]:
+        """Returns the paths of what describes the columns and is of no unit."""
+        return tuple(self._documents)
+
+    def create(self) -> None:
+        """Writes the group's metadata; what is there already is left as it is."""
+        for path, data in self._documents.items():
+            self._objects.put_if_absent(path, data)
+
+    def check_metadata(self) -> None:
+        """Compares the metadata that other tools read with what the manifest implies.
+
+        Raises:
+            CorruptionError: an object is missing or says something else.
+        """
+        for path, expected in self._documents.items():
+            found = self._objects.get(path)
+            same = says_the_same(found, expected) if path.endswith("zarr.json") else found == expected
+            if not same:
+                raise CorruptionError(
+                    f"cache {self._objects.url}: {path} is not what the manifest implies; other tools would read "
+                    "other numbers: restore it, or `softcache convert` the cache to a new place"
+                )
+
+    # -- units ---------------------------------------------------------------------------------------------
+
+    def objects_of(self, unit: Unit) -> dict[str, str | None]:
+        """Returns the paths of a unit's shards, and the column that each holds."""
+        out: dict[str, str | None] = {}
+        for name, column in self._columns.items():
+            place = [unit.view, unit.start // self._manifest.plan.unit_samples]
+            if self._is_ragged(column):
+                place = [unit.number]
+            out["/".join([self._manifest.data, name, "c", *map(str, place), *["0"] * len(column.dims)])] = (
+                name
+            )
+        return out
+
+    def most_bytes(self, name: str | None) -> int:
+        """Returns how large a unit's shard of a column can be: what does not compress grows by a little."""
+        raw, chunks = self._chunk_bytes(name)
+        return (raw + raw // 64 + 1024) * chunks + 4096
+
+    def _chunk_bytes(self, name: str | None) -> tuple[int, int]:
+        """Returns the bytes of a decoded chunk of a column, and how many chunks a shard has."""
+        column, plan, rows = self._columns[str(name)], self._manifest.plan, self._manifest.rows
+        unit, chunk = plan.unit_samples, plan.chunk_samples
+        if rows is not None and self._is_ragged(column):
+            unit, chunk = rows.shard_rows, rows.chunk_rows
+        return chunk * math.prod(column.shape) * np.dtype(column.dtype).itemsize, unit // chunk
+
+    def check_bomb(self, name: str | None, data: bytes, where: str) -> None:
+        """Looks at the head of every Blosc chunk of a shard: TensorStore makes room for what it claims to hold, up to 2 GiB.
+
+        Zstandard frames are decoded as a stream, which ends at the bytes that are expected.
+
+        Raises:
+            CorruptionError: a chunk claims to hold more than the manifest implies, or is not in the shard.
+        """
+        if self._columns[str(name)].planar or name == "fingerprint":
+            return
+        raw, chunks = self._chunk_bytes(name)
+        if len(data) < 16 * chunks + 4:
+            raise CorruptionError(
+                f"{where}: too short for the index of {chunks} chunks; restore it from a copy"
+            )
+        index = np.frombuffer(data[-16 * chunks - 4 : -4], "<u8")
+        for start, length in index.reshape(-1, 2).tolist():
+            if (start, length) == (MISSING, MISSING):
+                continue
+            head = data[start : start + 16] if start + length <= len(data) and length >= 20 else b""
+            claimed = int.from_bytes(head[4:8], "little")
+            if not head or claimed != raw:
+                raise CorruptionError(
+                    f"{where}: a chunk claims to hold {claimed:,} bytes; {raw:,} expected; restore it from a copy"
+                )
+
+    def _is_ragged(self, column: Column) -> bool:
+        """Whether an array's first axis is `row`, and not `view` and `sample`."""
+        return self._manifest.rows is not None and not column.per_sample
+
+    def _part(
+        self, array: Any, unit: Unit, column: Column, start: int, stop: int, rows: tuple[int, int]
+    ) -> Any:
+        """Returns the part of an open array that holds samples of a unit, or its rows."""
+        if self._is_ragged(column):
+            assert self._manifest.rows is not None
+            first = unit.number * self._manifest.rows.shard_rows
+            return array[first + rows[0] : first + rows[1]]
+        return array[unit.view, start:stop]
+
+    def encode(self, unit: Unit, columns: Mapping[str, np.ndarray]) -> dict[str, tuple[str | None, bytes]]:
+        """Returns path -> (column, bytes) of a unit's shards; the same columns give the same bytes.
+
+        Args:
+            columns: by name, [rows of the unit, ...]; those per sample [samples of the unit, ...].
+        """
+        return {
+            path: (name, self._encode_shard(unit, self._columns[name], columns[name]))  # type: ignore[index]
+            for path, name in self.objects_of(unit).items()
+        }
+
+    def _encode_shard(self, unit: Unit, column: Column, values: np.ndarray) -> bytes:
+        ts = _tensorstore(self._objects.url)
+        length = unit.stop - unit.start
+        if self._is_ragged(column):
+            assert self._manifest.rows is not None
+            length = min(len(values), self._manifest.rows.shard_rows)
+        shape = (length, *column.shape)
+        if values.shape != shape or values.dtype != np.dtype(column.dtype):
+            raise CorruptionError(
+                f"unit {unit.number}, column {column.name}: expected {column.dtype} {shape}; found {values.dtype} "
+                f"{values.shape}"
+            )
+        context = ts.Context()
+        spec = {
+            "driver": "zarr3",
+            "kvstore": "memory://shard/",
+            "metadata": self._metadata(column),
+            # A shard of nothing but fill values is written too: a missing object always means damage.
+            "store_data_equal_to_fill_value": True,
+        }
+        array = ts.open(spec, create=True, open=True, context=context).result()
+        self._part(array, unit, column, unit.start, unit.stop, (0, length)).write(values).result()
+        shards = ts.KvStore.open("memory://shard/c/", context=context).result()
+        (key,) = shards.list().result()
+        return shards.read(key).result().value
+
+    def read(
+        self,
+        unit: Unit,
+        start: int,
+        stop: int,
+        columns: Iterable[str] | None = None,
+        *,
+        rows: tuple[int, int] | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Returns what a unit holds of the samples `start` to `stop` (absolute numbers), by column.
+
+        Args:
+            rows: where samples have many rows: the first and last row of these samples, counted from the unit's first.
+
+        Raises:
+            CorruptionError: a shard is missing or cannot be decoded.
+        """
+        rows = rows or (start - unit.start, stop - unit.start)
+        names = list(self._columns if columns is None else columns)
+        out, name = {}, ""
+        try:
+            arrays = self._cut_arrays(unit, names, start, stop, rows) or {n: self._array(n) for n in names}
+            reads = {
+                name: self._part(arrays[name], unit, self._columns[name], start, stop, rows).read(
+                    # Planes stay together, as they are stored: turning them costs as much as decompressing them.
+                    order="F" if self._columns[name].planar else "C"
+                )
+                for name in names
+            }
+            for name, future in reads.items():
+                out[name] = future.result()
+        except StorageError:  # not of the bytes: the bucket does not answer
+            raise
+        except (ValueError, OSError) as error:
+            raise CorruptionError(
+                f"cache {self._objects.url}: unit {unit.number} (view {unit.view}, samples {unit.start} to "
+                f"{unit.stop - 1}){f', column {name}' if name else ''}: cannot be decoded: {error}; delete the unit's "
+                "marker and rerun `softcache teacher-logits`, or restore the shard"
+            ) from error
+        return out
+
+    def _cut_arrays(
+        self, unit: Unit, names: list[str], start: int, stop: int, rows: tuple[int, int]
+    ) -> dict[str, tensorstore.TensorStore]:
+        """Returns the arrays with nothing in them but what is asked for, from a bucket; none of a local cache.
+
+        TensorStore has clients of its own for S3 and Google, with other credentials, endpoints and retries than those that
+        wrote the cache, and none for Azure. So the bytes come through `objects`, and TensorStore decodes them in memory.
+        """
+        if self._objects.kvstore(self._manifest.data) is not None:
+            return {}
+        ts = _tensorstore(self._objects.url)
+        paths = {name: path for path, name in self.objects_of(unit).items()}
+        wanted = {paths[name]: self._wanted(unit, self._columns[name], start, stop, rows) for name in names}
+        context = ts.Context()
+        memory = ts.KvStore.open("memory://cut/", context=context).result()
+        for path, data in self._cutter.cut(wanted).items():
+            memory.write(path, data).result()
+        return {
+            name: ts.open(
+                self._spec(name, f"memory://cut/{self._manifest.data}/{name}/"),
+                open=True,
+                assume_metadata=True,
+                context=context,
+            ).result()
+            for name in names
+        }
+
+    def _wanted(
+        self, unit: Unit, column: Column, start: int, stop: int, rows: tuple[int, int]
+    ) -> WantedChunks:
+        """Returns which chunks of a unit's shard hold samples of it, or their rows."""
+        plan, ragged = self._manifest.plan, self._manifest.rows
+        first, last = start - unit.start, stop - unit.start
+        shard, chunk = plan.unit_samples, plan.chunk_samples
+        if ragged is not None and not column.per_sample:
+            first, last = rows
+            shard, chunk = ragged.shard_rows, ragged.chunk_rows
+        return WantedChunks(shard // chunk, first // chunk, -(-last // chunk))
+
+    def _array(self, name: str) -> tensorstore.TensorStore:
+        """Returns the open array; opened in the process that reads, since TensorStore does not survive a fork."""
+        if name not in self._opened:
+            ts = _tensorstore(self._objects.url)
+            spec = self._spec(name, self._objects.kvstore(f"{self._manifest.data}/{name}/"))
+            self._opened[name] = ts.open(spec, open=True, assume_metadata=True).result()
+        return self._opened[name]
+
+    def _spec(self, name: str, kvstore: Any) -> dict[str, Any]:
+        return {
+            "driver": "zarr3",
+            "kvstore": kvstore,
+            "metadata": self._metadata(self._columns[name]),
+            "fill_missing_data_reads": False,
+        }
+
+    def _metadata(self, column: Column) -> dict[str, Any]:
+        document = json.loads(self._documents[f"{self._manifest.data}/{column.name}/zarr.json"])
+        return {name: document[name] for name in GEOMETRY}
+
+
+_used_in: set[int] = set()
+"""The processes, of this one and those that it was forked from, in which TensorStore has run."""
+
+
+def _tensorstore(url: str) -> Any:
+    """Returns the module, where it can run: it ends a forked child whose parent has used it, without a word of ours.
+
+    Raises:
+        StorageError: this process is such a child.
+    """
+    import tensorstore
+
+    if _used_in - {os.getpid()}:
+        raise StorageError(
+            f"cache {url}: this process was forked from one that had read or written a Zarr cache, and TensorStore does "
+            'not survive a fork; start processes with multiprocessing_context="forkserver" or "spawn" (of a DataLoader), '
+            "or thaw the cache before"
+        )
+    _used_in.add(os.getpid())
+    return tensorstore

@@ -1,0 +1,133 @@
+"""A shard cut down to some of its chunks, for decoding what is read of a bucket in ranges.
+
+    shard    chunk, chunk, ..., index
+    index    per chunk uint64 offset, uint64 bytes (both 2^64 - 1 where there is none); then crc32c, uint32; little-endian
+
+TensorStore decodes the cut shard from memory as it decodes a whole one from a file, so a cache's numbers, checks and
+errors are the same wherever it is. Indexes are kept: reading on costs one request per run of neighbouring chunks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from softcache.cache.storage.open import Objects
+
+__all__ = ["ShardCutter", "WantedChunks"]
+
+KEPT_INDEXES = 4096
+GAP_BYTES = 64 << 10
+"""Chunks that lie closer are asked for together."""
+NONE = np.uint64(2**64 - 1)
+
+
+class WantedChunks(NamedTuple):
+    """The chunks `first` to `stop` of a shard that has `total` of them."""
+
+    total: int
+    first: int
+    stop: int
+
+
+class _Index(NamedTuple):
+    """Where the chunks of a shard are [C, 2] uint64: offset and bytes."""
+
+    entries: np.ndarray
+
+
+class ShardCutter:
+    """Reads parts of one cache's shards; safe to use from several threads."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects, self._lock = objects, threading.Lock()
+        self._indexes: OrderedDict[str, _Index] = OrderedDict()
+
+    def cut(self, wanted: Mapping[str, WantedChunks]) -> dict[str, bytes]:
+        """Returns shards, by path, that hold the wanted chunks and say of all others that there are none.
+
+        Raises:
+            ValueError: an index or a chunk is not where it has to be, or an index fails its checksum.
+            CacheNotFoundError: a shard is missing.
+        """
+        indexes = self._read_indexes(wanted)
+        runs = [
+            (path, start, stop)
+            for path, chunks in wanted.items()
+            for start, stop in _runs(indexes[path].entries[chunks.first : chunks.stop])
+        ]
+        parts = self._objects.get_ranges(runs)
+        for (path, start, stop), part in zip(runs, parts, strict=True):
+            if len(part) != stop - start:
+                raise ValueError(f"{path}: ends before byte {stop}, where a chunk ends")
+        found: dict[str, list[tuple[int, bytes]]] = {path: [] for path in wanted}
+        for (path, start, _), part in zip(runs, parts, strict=True):
+            found[path].append((start, part))
+        return {path: _assemble(indexes[path].entries, wanted[path], found[path]) for path in wanted}
+
+    def _read_indexes(self, wanted: Mapping[str, WantedChunks]) -> dict[str, _Index]:
+        with self._lock:
+            indexes = {path: self._indexes[path] for path in wanted if path in self._indexes}
+        lengths = {path: _index_bytes(chunks.total) for path, chunks in wanted.items() if path not in indexes}
+        for path, (data, size) in zip(lengths, self._objects.get_ends(lengths), strict=True):
+            indexes[path] = _parse_index(path, data, wanted[path].total, size)
+        with self._lock:
+            for path in wanted:
+                self._indexes[path] = indexes[path]
+                self._indexes.move_to_end(path)
+            while len(self._indexes) > KEPT_INDEXES:
+                self._indexes.popitem(last=False)
+        return indexes
+
+
+def _index_bytes(num_chunks: int) -> int:
+    return 16 * num_chunks + 4
+
+
+def _parse_index(path: str, data: bytes, num_chunks: int, size: int) -> _Index:
+    """Returns a shard's index; no entry leads out of the shard."""
+    import google_crc32c
+
+    if len(data) != _index_bytes(num_chunks):
+        raise ValueError(f"{path}: {size} bytes, too few for an index of {num_chunks} chunks")
+    if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
+        raise ValueError(f"{path}: the index of its chunks fails its checksum")
+    entries = np.frombuffer(data[:-4], "<u8").reshape(num_chunks, 2)
+    limit = np.uint64(size - len(data))
+    there = entries[:, 0] != NONE
+    offsets, lengths = entries[there].T
+    if (lengths > limit).any() or (offsets > limit - np.minimum(lengths, limit)).any():
+        raise ValueError(f"{path}: a chunk lies outside of it")
+    return _Index(entries)
+
+
+def _runs(entries: np.ndarray) -> list[tuple[int, int]]:
+    """Returns the ranges of bytes that hold some chunks; neighbours are in one."""
+    spans = sorted((int(o), int(o) + int(n)) for o, n in entries if o != NONE)
+    runs: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if runs and start - runs[-1][1] <= GAP_BYTES:
+            runs[-1] = runs[-1][0], max(stop, runs[-1][1])
+        else:
+            runs.append((start, stop))
+    return runs
+
+
+def _assemble(entries: np.ndarray, chunks: WantedChunks, parts: list[tuple[int, bytes]]) -> bytes:
+    """Returns the cut shard: the parts one after the other, and an index that says where in them the chunks are."""
+    import google_crc32c
+
+    cut = np.full_like(entries, NONE)
+    base = 0
+    for start, part in parts:
+        inside = (entries[:, 0] >= np.uint64(start)) & (entries[:, 0] < np.uint64(start + len(part)))
+        for chunk in range(chunks.first, chunks.stop):
+            if inside[chunk]:
+                cut[chunk] = entries[chunk, 0] - np.uint64(start) + np.uint64(base), entries[chunk, 1]
+        base += len(part)
+    index = cut.astype("<u8").tobytes()
+    return b"".join([*(part for _, part in parts), index, google_crc32c.value(index).to_bytes(4, "little")])

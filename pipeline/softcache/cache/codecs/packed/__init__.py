@@ -1,0 +1,1 @@
+"""One record of bytes for each position: smaller, within a stated error."""

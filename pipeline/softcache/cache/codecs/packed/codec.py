@@ -1,0 +1,135 @@
+"""One record of bytes for each position: half to seven tenths of what `open` takes on disk, within a stated error.
+
+Layout: `pipeline/softcache/cache/codecs/packed/layout.py`. What is lost, with `step` = d nats:
+
+    log_probs        |error| <= d/2, each by itself: it is the differences of whole numbers of steps that are stored
+    log_tail         |error| <= d/2 at every temperature but T = 1, where it is float32; all float32 with tail = "float32"
+    target_log_prob  |error| <= d/2; equal to its slot's value wherever it was, so also to the first's
+    stats            float16 but for `support`: relative error 2^-11
+    ids, counts, log_threshold, support, -inf and unused slots: nothing
+
+So at every temperature T >= 1 of the grid KL(stored || decoded) over the kept classes and the tail is at most d^2/8:
+for any errors e_i with |e_i| <= d/2 it is log E[exp(e - E[e])], and a variable within an interval of width d has no
+more than that (Hoeffding 1963, lemma 1). Drawn classes fall under the first line. Beyond 65,504 nats finite numbers are
+kept there. What is decoded is float32, whose rounding comes on top.
+
+A teacher whose logits are rounded (bfloat16 has 8 bits) gives log-probabilities that differ by whole multiples of a
+power of two. Steps count from the first slot, so those whole multiples of `step` lose nothing but the first slot's d/512.
+
+With `step` None log-probabilities are float16 (error as in `softcache.cache.codecs.plain`), tail and target float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from softcache.cache.codecs.column import Column, checked_arrays, optional_parameters, record_of
+from softcache.cache.codecs.packed.layout import Layout, layout_of
+from softcache.errors import LabelError
+from softcache.labels import Sampling, SoftLabels
+
+__all__ = ["COARSEST", "DEFAULT_STEP", "FINEST", "PackedCodec"]
+
+DEFAULT_STEP = 1 / 128
+"""Measured (`benchmarks.codecs`, K = 64): mean KL 4e-7 of float32 logits and 2e-9 of bfloat16 ones; 1/32 saves 7 to 12
+bytes of some 155."""
+FINEST, COARSEST = 1 / 16384, 8.0  # 65,504 nats are less than 2^31 steps
+_ROWS = 4096
+"""Rows that are encoded at once: what is made meanwhile stays in the processor's cache."""
+
+
+@dataclass(frozen=True)
+class PackedCodec:
+    """Packed records; see the module docstring for what is lost.
+
+    Attributes:
+        num_classes: V.
+        k: slots.
+        temperatures: [G] the tail's grid.
+        step: nats between neighbouring log-probabilities that can be told apart; None for float16.
+        tail: "fixed": float32 at T = 1 and whole steps elsewhere; "float32".
+        stats: whether the records have statistics.
+        max_temperature: `SoftLabels.max_temperature`.
+        sampling: `SoftLabels.sampling`.
+
+    Raises:
+        LabelError: a step that is not between 1/16384 and 8 nats, or a tail of steps without a step.
+    """
+
+    num_classes: int
+    k: int
+    temperatures: tuple[float, ...]
+    step: float | None = DEFAULT_STEP
+    tail: Literal["fixed", "float32"] = "fixed"
+    stats: bool = True
+    max_temperature: float | None = None
+    sampling: Sampling | None = None
+
+    name = "packed"
+
+    def __post_init__(self) -> None:
+        if self.step is not None and not FINEST <= self.step <= COARSEST:
+            raise LabelError(f"codec packed, step: expected 1/16384 to 8 nats; found {self.step}")
+        if self.tail not in ("fixed", "float32") or (self.step is None and self.tail == "fixed"):
+            raise LabelError(
+                f'codec packed, tail: expected "float32", or "fixed" with a step; found {self.tail!r}'
+            )
+
+    @cached_property
+    def layout(self) -> Layout:
+        return layout_of(self)
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (Column("record", "uint8", (("byte", self.layout.num_bytes),), planar=True),)
+
+    def encode(self, labels: SoftLabels) -> dict[str, np.ndarray]:
+        """Returns the column `record` [P, R] of a NumPy record with targets and, unless `stats` is off, statistics.
+
+        Slots are put in order: descending log-probability, unused ones last; a tie stays as it was.
+
+        Raises:
+            LabelError: the record does not fit the codec, holds NaN or +inf, or a slot that was kept exactly has a lower
+                log-probability than one that was drawn.
+        """
+        from softcache.cache.codecs.packed.encode import pack
+
+        arrays = checked_arrays(self, labels)
+        planes = np.zeros((self.layout.num_bytes, len(labels)), np.uint8)
+        for start in range(0, len(labels), _ROWS):
+            part = slice(start, start + _ROWS)
+            pack(self, {name: values[part] for name, values in arrays.items()}, planes[:, part], start)
+        return {"record": planes.T}
+
+    def unpack(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns the arrays of the record by name, beside whatever other columns there are.
+
+        Columns that are unpacked already come back as they are.
+        """
+        from softcache.cache.codecs.packed.decode import unpack
+
+        out = dict(columns)
+        if "record" in out:
+            out |= unpack(self, out.pop("record"))
+        return out
+
+    def decode(self, columns: Mapping[str, np.ndarray]) -> SoftLabels:
+        """Returns the record of columns [P, ...]."""
+        return record_of(self, self.unpack(columns))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what a manifest says."""
+        return {
+            "name": self.name,
+            "num_classes": self.num_classes,
+            "k": self.k,
+            "temperatures": list(self.temperatures),
+            **({"values": "float16"} if self.step is None else {"step": self.step}),
+            "tail": self.tail,
+            **optional_parameters(self),
+        }

@@ -1,0 +1,365 @@
+"""What a cache is: `manifest.json`, written first and never changed, and one marker per finished unit.
+
+Both are JSON and untrusted input: every field is validated, sizes are bounded before anything is allocated,
+and paths must stay inside of the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from softcache.cache.codecs import AnyCodec, CellCodec, Codec, codec_from_dict
+from softcache.errors import LabelError, ManifestError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Manifest",
+    "Plan",
+    "RaggedRows",
+    "Shard",
+    "TeacherReport",
+    "Unit",
+    "UnitMarker",
+    "claim_path",
+    "differences",
+    "marker_path",
+]
+
+FORMAT_VERSION = 1
+MAX_UNITS = 10_000_000
+MAX_UNIT_ROWS, MAX_UNIT_BYTES, MAX_CHUNK_BYTES = 2**28, 2**36, 2**34
+"""What a writer holds in memory and a reader decodes at once, before compression."""
+MAX_MANIFEST_BYTES, MAX_MARKER_BYTES = 2**26, 2**20
+IDENTITY: dict[str, dict[str, Any]] = {
+    "teacher": {"spec": str, "dtype": str},
+    "source": {"name": str, "digest": str},
+    "labels": {"policy": str, "k": int, "temperatures": list},
+}
+"""What every identity says; each kind says more."""
+OF_KIND: dict[str, dict[str, dict[str, Any]]] = {
+    "image": {"views": {"digest": str, "settings": dict}},
+    "tokens": {"tokenizer": {"digest": str}, "attention": {"digest": str}},
+    "cells": {
+        "views": {"digest": str, "settings": dict},
+        "boxes": {"digest": str, "settings": dict},
+        "grid": {"digest": str, "num_cells": int},
+    },
+}
+
+
+def _inside(path: str) -> str:
+    """A relative, normalised path that stays inside of the cache."""
+    parts = path.split("/")
+    if not re.fullmatch(r"[A-Za-z0-9._/-]+", path) or any(part in ("", ".", "..") for part in parts):
+        raise ValueError("must be a relative path inside of the cache, without '..'")
+    return path
+
+
+Path = Annotated[str, AfterValidator(_inside)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0, le=2**48)]
+Size = Annotated[int, Field(ge=1, le=2**40)]
+Self = TypeVar("Self", bound="_Document")
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    def to_bytes(self) -> bytes:
+        """Returns canonical JSON: sorted keys, two spaces, a final newline."""
+        return (json.dumps(self.model_dump(mode="json"), indent=2, sort_keys=True) + "\n").encode()
+
+    @classmethod
+    def parse(cls: type[Self], data: bytes, *, where: str) -> Self:
+        """Returns the validated document.
+
+        Raises:
+            ManifestError: it is not JSON, of another version, or a field is wrong; `where` and field are named.
+        """
+        try:
+            # JSON mode: lists are tuples there; every other type stays strict.
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise cls._fault(data, error, where) from error
+
+    @staticmethod
+    def _fault(data: bytes, error: ValidationError, where: str) -> ManifestError:
+        """Returns what is wrong with a document that was refused, the most telling first."""
+        try:
+            content = json.loads(data)
+        except (ValueError, RecursionError) as not_json:
+            return ManifestError(f"{where}: not JSON: {not_json}; restore it from a copy")
+        version = (
+            content.get("format_version", FORMAT_VERSION) if isinstance(content, dict) else FORMAT_VERSION
+        )
+        if version != FORMAT_VERSION:
+            return ManifestError(
+                f"{where}: format_version {version!r}; this softcache reads {FORMAT_VERSION}; upgrade softcache"
+            )
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"]))
+        return ManifestError(
+            f"{where}: {field or 'document'}: {problem['msg']}; found {str(problem['input'])[:80]!r}"
+        )
+
+
+class Unit(NamedTuple):
+    """A range of samples of one view: one task, one shard object per column, one marker."""
+
+    number: int
+    view: int
+    start: int
+    stop: int
+
+
+class Plan(_Document):
+    """How samples and views are cut into units; units are numbered view by view.
+
+    Attributes:
+        num_samples: N.
+        num_views: of every sample.
+        unit_samples: samples of a unit (the last of a view may have fewer); a multiple of `chunk_samples`.
+        chunk_samples: samples that are compressed together.
+    """
+
+    num_samples: Size
+    num_views: Annotated[int, Field(ge=1, le=2**32 - 1)]
+    unit_samples: Size
+    chunk_samples: Size
+
+    @model_validator(mode="after")
+    def _check(self) -> Plan:
+        if self.unit_samples % self.chunk_samples:
+            raise ValueError("unit_samples must be a multiple of chunk_samples")
+        if self.num_units > MAX_UNITS:
+            raise ValueError(f"more than {MAX_UNITS:,} units; make units larger")
+        return self
+
+    @property
+    def units_per_view(self) -> int:
+        return -(-self.num_samples // self.unit_samples)
+
+    @property
+    def num_units(self) -> int:
+        return self.units_per_view * self.num_views
+
+    def unit(self, number: int) -> Unit:
+        """Returns the unit of that number.
+
+        Raises:
+            IndexError: there is none.
+        """
+        if not 0 <= number < self.num_units:
+            raise IndexError(f"unit {number}: the plan has units 0 to {self.num_units - 1}")
+        view, place = divmod(number, self.units_per_view)
+        start = place * self.unit_samples
+        return Unit(number, view, start, min(start + self.unit_samples, self.num_samples))
+
+    def units(self) -> Iterator[Unit]:
+        return map(self.unit, range(self.num_units))
+
+    def locate(self, view: int, sample: int) -> Unit:
+        """Returns the unit that holds a sample of a view."""
+        return self.unit(view * self.units_per_view + sample // self.unit_samples)
+
+
+def _is_none(value: Any) -> bool:
+    return (
+        value is None
+    )  # such a field is not written: manifests stay, byte for byte, what they were without it
+
+
+class RaggedRows(_Document):
+    """Samples with a row per token: how their rows lie in the arrays.
+
+    Unit n's rows start at row n * `shard_rows` of every array and follow one another, sample by sample.
+
+    Attributes:
+        num_rows: of all samples together.
+        shard_rows: rows that one shard has room for: as many as the largest unit has, rounded up to whole chunks.
+        chunk_rows: rows that are compressed together.
+    """
+
+    num_rows: Size
+    shard_rows: Size
+    chunk_rows: Size
+
+    @model_validator(mode="after")
+    def _check(self) -> RaggedRows:
+        if self.shard_rows % self.chunk_rows:
+            raise ValueError("shard_rows must be a multiple of chunk_rows")
+        return self
+
+
+class TeacherReport(_Document):
+    """What is known of the teacher besides its identity; not compared between runs.
+
+    Attributes:
+        eval_accuracy: share of the evaluation split's rows whose first guess is right.
+        eval_loss: mean negative log-likelihood of these rows, nats; of a detector its own loss, mean over images.
+        eval_map: of a detector, the mean average precision over IoU 0.5 to 0.95 on the evaluation split.
+        eval_map50: the same at IoU 0.5.
+    """
+
+    num_parameters: Count
+    eval_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
+    eval_loss: Annotated[float, Field(ge=0)] | None = Field(None, exclude_if=_is_none)
+    eval_map: Annotated[float, Field(ge=-1, le=1)] | None = Field(None, exclude_if=_is_none)
+    eval_map50: Annotated[float, Field(ge=-1, le=1)] | None = Field(None, exclude_if=_is_none)
+    eval_samples: Count = 0
+
+
+class Manifest(_Document):
+    """A whole cache; see docs/format.md.
+
+    Attributes:
+        identity: what the labels are of: teacher, source, views, labels, codec. A run with another identity
+            is refused.
+        data: where the columns are, relative to the cache.
+        rows: None where every sample has one row.
+        samples: the table of keys and ground truth, relative to the cache.
+        slimmed_from: sha256 of the manifest of the bigger cache that this one was made of (`softcache.tools.shrink`); like
+        the
+            teacher's report not compared between runs.
+    """
+
+    format_version: Literal[1] = 1
+    softcache_version: str
+    kind: Literal["image", "tokens", "cells"]
+    identity: dict[str, dict[str, Any]]
+    num_classes: Annotated[int, Field(ge=1, le=2**31)]
+    class_names: tuple[str, ...]
+    codec: dict[str, Any]
+    plan: Plan
+    rows: RaggedRows | None = Field(None, exclude_if=_is_none)
+    store: Literal["zarr", "parquet"]
+    data: Path
+    samples: Path = "samples.parquet"
+    samples_sha256: Digest
+    teacher: TeacherReport
+    slimmed_from: Digest | None = Field(None, exclude_if=_is_none)
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        try:
+            codec = codec_from_dict(self.codec)
+        except ManifestError as error:
+            raise ValueError(str(error)) from error
+        if codec.num_classes != self.num_classes:
+            raise ValueError(f"num_classes {self.num_classes} differs from the codec's {codec.num_classes}")
+        if (self.kind == "image") != (self.rows is None):
+            raise ValueError("rows: caches of tokens and cells have them, caches of images do not")
+        if (self.kind == "cells") != isinstance(codec, CellCodec):
+            raise ValueError(f"codec {codec.name}: is not of labels of kind {self.kind}")
+        for part, fields in (IDENTITY | OF_KIND[self.kind]).items():
+            for name, kind in fields.items():
+                if not isinstance(self.identity.get(part, {}).get(name), kind):
+                    raise ValueError(f"identity.{part} must have {name}, a {kind.__name__}")
+        if not all(isinstance(t, int | float) for t in self.identity["labels"]["temperatures"]):
+            raise ValueError("identity.labels.temperatures must be numbers")
+        if isinstance(codec, CellCodec) and self.identity["grid"]["num_cells"] != codec.num_cells:
+            raise ValueError(f"identity.grid.num_cells differs from the codec's {codec.num_cells}")
+        self._check_sizes(codec)
+        return self
+
+    def _check_sizes(self, codec: AnyCodec) -> None:
+        row_bytes = sum(np.dtype(c.dtype).itemsize * math.prod(c.shape) for c in codec.columns) + 16
+        unit_rows, chunk_rows = self.plan.unit_samples, self.plan.chunk_samples
+        if self.rows is not None:
+            unit_rows, chunk_rows = self.rows.shard_rows, self.rows.chunk_rows
+            if self.rows.num_rows > self.plan.units_per_view * unit_rows:
+                raise ValueError("rows.num_rows is more than the units have room for")
+        if max(unit_rows, self.plan.unit_samples) > MAX_UNIT_ROWS or unit_rows * row_bytes > MAX_UNIT_BYTES:
+            raise ValueError(
+                f"a unit has {unit_rows:,} rows of {row_bytes:,} bytes, at most {MAX_UNIT_ROWS:,} and {MAX_UNIT_BYTES:,} "
+                "bytes together are read; make units smaller (capture.unit_samples)"
+            )
+        if chunk_rows * row_bytes > MAX_CHUNK_BYTES:
+            raise ValueError(
+                f"a chunk has {chunk_rows:,} rows of {row_bytes:,} bytes, at most {MAX_CHUNK_BYTES:,} bytes together are "
+                "read; make chunks smaller (capture.chunk_samples)"
+            )
+
+    @property
+    def total_rows(self) -> int:
+        """Rows of all views together."""
+        return (self.rows.num_rows if self.rows else self.plan.num_samples) * self.plan.num_views
+
+    def build_codec(self) -> AnyCodec:
+        return codec_from_dict(self.codec)
+
+    def soft_codec(self, what: str) -> Codec:
+        """Returns the codec of a cache of `SoftLabels`.
+
+        Args:
+            what: needs one, and on which cache.
+
+        Raises:
+            LabelError: it is a cache of a detector's cells.
+        """
+        codec = self.build_codec()
+        if isinstance(codec, CellCodec):
+            raise LabelError(
+                f"{what}: expected labels of images or tokens; found labels of kind 'cells', of a detector, for which it is "
+                "not made; give another cache"
+            )
+        return codec
+
+
+def differences(here: Manifest, there: Manifest) -> list[str]:
+    """Returns one line `field: here; there` for every field in which two caches cannot be one."""
+    told = {"identity", "plan", "rows", "store", "kind", "num_classes"}
+    one, other = (json.loads(manifest.model_dump_json(include=told)) for manifest in (here, there))
+    return list(_differ(one, other, ""))
+
+
+def _differ(one: Any, other: Any, prefix: str) -> Iterator[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in sorted(set(one) | set(other)):
+            yield from _differ(one.get(key), other.get(key), f"{prefix}{key}.")
+    elif one != other:
+        yield f"{prefix.rstrip('.')}: {one!r}; {other!r}"
+
+
+class Shard(_Document):
+    """One object of a unit.
+
+    Attributes:
+        path: relative to the cache.
+        column: the column that it holds, or None if it holds all.
+        num_bytes: its size.
+        sha256: of its bytes.
+    """
+
+    path: Path
+    column: str | None
+    num_bytes: Count
+    sha256: Digest
+
+
+class UnitMarker(_Document):
+    """A finished unit; written last. A reader trusts only what a marker names."""
+
+    unit: Count
+    view: Count
+    start: Count
+    stop: Count
+    num_rows: Count
+    manifest_sha256: Digest
+    shards: Annotated[tuple[Shard, ...], Field(min_length=1, max_length=64)]
+
+
+def marker_path(number: int) -> str:
+    return f"units/{number:05d}.json"
+
+
+def claim_path(number: int) -> str:
+    """Returns what is claimed by whoever makes a unit, or removes what is left of one."""
+    return f"units/{number:05d}.lock"

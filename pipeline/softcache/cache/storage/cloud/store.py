@@ -1,0 +1,235 @@
+"""Objects in a bucket: the seam of `objects`, on S3, Google Cloud Storage and Azure, by obstore.
+
+    s3://bucket/prefix    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, AWS_ALLOW_HTTP ...
+    gs://bucket/prefix    GOOGLE_APPLICATION_CREDENTIALS ...
+    az://container/prefix AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY ...
+
+An object is one PUT, so it is there whole or not at all. Reading asks for many objects, or parts of objects, at once
+(`cloud_client` has the requests and their repetition). A bucket has no locks: a claim is a lease (`leases`).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from typing import Any
+
+import pyarrow as pa
+
+from softcache.cache.storage.base import too_large
+from softcache.cache.storage.cloud.client import CloudClient, check_path
+from softcache.cache.storage.cloud.lease import Lease, LeaseBoard, Tag
+from softcache.cache.storage.cloud.ranges import KeptObjects, RangeFile
+from softcache.errors import CacheNotFoundError
+
+__all__ = ["CloudObjects"]
+
+KEPT_BYTES = 256 << 20
+"""Memory for checked shards that will be read in parts: those of a few units."""
+
+
+class CloudObjects:
+    """Objects below a prefix of a bucket.
+
+    Raises (from the constructor):
+        StorageError: the URL is not scheme://bucket/prefix.
+        MissingExtraError: obstore is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._client = CloudClient(url)
+        self.url = self._client.url
+        self._kept = KeptObjects(KEPT_BYTES)
+        self._board = LeaseBoard(self)
+
+    # -- whole objects -------------------------------------------------------------------------------------
+
+    def put(self, path: str, data: bytes) -> None:
+        self._kept.drop(path)
+        self._client.ask(
+            path, "written", lambda client, store: client.put(store, path, data, use_multipart=False)
+        )
+
+    def put_if_absent(self, path: str, data: bytes) -> bool:
+        return self.put_where(path, data, None) is not None
+
+    def put_where(self, path: str, data: bytes, tag: Tag | None) -> Tag | None:
+        """Writes an object if the one there has this tag, or, with None, if there is none.
+
+        Returns:
+            The new tag; None if the object there is another one. After an answer that got lost, that may be our own.
+
+        Raises:
+            StorageError: the server cannot compare, refuses or does not answer.
+        """
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        mode: Any = "create" if tag is None else tag
+
+        def put(client: Any, store: Any) -> Tag | None:
+            try:
+                return _tag(client.put(store, path, data, mode=mode))
+            except (AlreadyExistsError, PreconditionError):
+                return None
+            except FileNotFoundError:
+                if tag is None:  # there is no bucket
+                    raise
+                return None
+
+        return self._client.ask(path, "written", put)
+
+    def get(self, path: str, *, max_bytes: int | None = None) -> bytes:
+        def get(client: Any, store: Any) -> bytes | int:
+            found = client.get(store, path)
+            size = int(found.meta["size"])
+            return size if max_bytes is not None and size > max_bytes else bytes(found.bytes())
+
+        found = self._client.ask(path, "read", get)
+        if isinstance(found, int):
+            raise too_large(f"{self.url}/{path}", found, max_bytes or 0)
+        return found
+
+    def get_tagged(self, path: str, *, patient: bool = True) -> tuple[bytes, Tag]:
+        """Returns an object and its tag; who is not patient asks once."""
+
+        def get(client: Any, store: Any) -> tuple[bytes, Tag]:
+            found = client.get(store, path)
+            return bytes(found.bytes()), _tag(found.meta)
+
+        return self._client.ask(path, "read", get, patient=patient)
+
+    def get_many(self, paths: Sequence[str], *, max_bytes: int | None = None) -> Iterator[bytes | None]:
+        return self._client.at_once(lambda path: self._get_or_none(path, max_bytes), paths)
+
+    def _get_or_none(self, path: str, max_bytes: int | None) -> bytes | None:
+        try:
+            return self.get(path, max_bytes=max_bytes)
+        except CacheNotFoundError:
+            return None
+
+    def get_sized(self, sizes: Mapping[str, int]) -> Iterator[bytes | int | None]:
+        return self._client.at_once(lambda item: self._get_if_sized(*item), list(sizes.items()))
+
+    def _get_if_sized(self, path: str, expected: int) -> bytes | int | None:
+        def get(client: Any, store: Any) -> bytes | int:
+            found = client.get(store, path)
+            size = int(found.meta["size"])
+            return bytes(found.bytes()) if size == expected else size
+
+        try:
+            found = self._client.ask(path, "read", get)
+        except CacheNotFoundError:
+            return None
+        if isinstance(found, bytes):
+            self._kept.add(path, found)
+        return found
+
+    def size(self, path: str) -> int | None:
+        try:
+            return self._existing_size(path)
+        except CacheNotFoundError:
+            self._listed(None, limit=1)  # the answer to a HEAD does not say that there is no bucket
+            return None
+
+    def _existing_size(self, path: str) -> int:
+        return self._client.ask(path, "read", lambda client, store: int(client.head(store, path)["size"]))
+
+    def list(self, prefix: str) -> list[str]:
+        if prefix:
+            check_path(prefix, self.url)
+        return sorted(self._listed(prefix or None))
+
+    def times(self, prefix: str) -> dict[str, float]:
+        check_path(prefix, self.url)
+        return {path: modified.timestamp() for path, modified in self._listed(prefix).items()}
+
+    def _listed(self, prefix: str | None, *, limit: int | None = None) -> dict[str, datetime]:
+        """When each object below a folder was last written, by path."""
+
+        def entries(client: Any, store: Any) -> dict[str, datetime]:
+            pages = client.list(store, prefix, chunk_size=limit or 1000)
+            return {
+                entry["path"]: entry["last_modified"]
+                for page in itertools.islice(pages, limit)
+                for entry in page
+            }
+
+        return self._client.ask(None, "listed", entries)
+
+    def dead_writes(self, *, remove: bool) -> dict[str, int]:
+        return {}
+
+    def delete(self, path: str, *, patient: bool = True) -> None:
+        self._kept.drop(path)
+        with suppress(CacheNotFoundError):
+            self._client.ask(
+                path, "deleted", lambda client, store: client.delete(store, path), patient=patient
+            )
+
+    # -- parts ---------------------------------------------------------------------------------------------
+
+    def get_ends(self, lengths: Mapping[str, int]) -> Sequence[tuple[bytes, int]]:
+        return list(self._client.at_once(lambda item: self._get_end(*item), list(lengths.items())))
+
+    def _get_end(self, path: str, length: int) -> tuple[bytes, int]:
+        if (kept := self._kept.get(path)) is not None:
+            return kept[-length:], len(kept)
+        if self.url.startswith("az://"):  # which cannot be asked for the end of an object
+            size = self._existing_size(path)
+            return self._get_range(path, max(0, size - length), size), size
+
+        def get(client: Any, store: Any) -> tuple[bytes, int]:
+            found = client.get(store, path, options={"range": {"suffix": length}})
+            return bytes(found.bytes()), int(found.meta["size"])
+
+        return self._client.ask(path, "read", get, beyond=(b"", 0))  # an empty object has no end
+
+    def get_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Sequence[bytes]:
+        return list(self._client.at_once(lambda item: self._get_range(*item), ranges))
+
+    def _get_range(self, path: str, start: int, stop: int) -> bytes:
+        if (kept := self._kept.get(path)) is not None:
+            return kept[start:stop]
+        if stop <= start:
+            return b""
+        return self._client.ask(
+            path,
+            "read",
+            lambda client, store: bytes(client.get_range(store, path, start=start, end=stop)),
+            beyond=b"",
+        )
+
+    def kvstore(self, prefix: str) -> None:
+        """None: TensorStore's own clients would have other credentials, endpoints and retries than ours."""
+
+    def open(self, path: str) -> pa.NativeFile:
+        if (kept := self._kept.get(path)) is not None:
+            return pa.BufferReader(kept)
+        size = self._existing_size(path)
+        return pa.PythonFile(RangeFile(lambda start, stop: self._get_range(path, start, stop), size), "r")
+
+    # -- claims --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def claim(self, path: str) -> Iterator[bool]:
+        lease = Lease(self._board, path)
+        if not lease.acquire():
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lease.release()
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"url": self.url}
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+
+def _tag(meta: Any) -> Tag:
+    """Returns what tells this very object from the one before it: S3 and Azure compare e-tags, Google versions."""
+    return {name: str(meta[name]) for name in ("e_tag", "version") if meta.get(name) is not None}

@@ -1,0 +1,1 @@
+"""One TOML into the tables that the packages own."""

@@ -1,0 +1,1 @@
+"""What teacher and student see: sources, views of their samples, batches."""

@@ -1,0 +1,173 @@
+"""Batches of scenes: images, the boxes in them as the view shows them, and the labels of some cells of each.
+
+`softcache.data.batch` does the same for images and `softcache.data.tokens` for text; see `Batch` there. Every image has the
+same number of label rows, so that rows and images are matched by count alone. The boxes come from the source and the view,
+never from the cache.
+
+Shape suffixes: B batch, C channels, H height, W width, N boxes of one image, P label rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from softcache.errors import LabelError, SourceError
+from softcache.labels import CellLabels
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["DetectionBatch"]
+
+
+@dataclass(frozen=True, eq=False)
+class DetectionBatch:
+    """Scenes of one view; see `softcache.data.batch.Batch`.
+
+    Attributes:
+        images: [B, C, H, W], uint8 (or what the user's own transform returns).
+        boxes: B tensors [N, 4] float32: x0, y0, x1, y1 in pixels of the viewed image; N may be 0.
+        classes: B tensors [N] int64, the class of each box.
+        rows_per_sample: the label rows of each image, `labels.positions.top`.
+        samples, view, fingerprints, unit: as in `Batch`.
+        labels: the record of the P = B * rows_per_sample cells, where there is one.
+
+    Raises:
+        SourceError: not one tensor of boxes and one of classes per image, or boxes without their classes.
+        LabelError: `labels` of another number of rows.
+    """
+
+    images: torch.Tensor
+    boxes: list[torch.Tensor]
+    classes: list[torch.Tensor]
+    samples: np.ndarray
+    view: int
+    fingerprints: np.ndarray
+    rows_per_sample: int
+    unit: int | None = None
+    labels: CellLabels | None = None
+
+    def __post_init__(self) -> None:
+        counts = {
+            len(self.images),
+            len(self.boxes),
+            len(self.classes),
+            len(self.samples),
+            len(self.fingerprints),
+        }
+        if len(counts) != 1:
+            raise SourceError(
+                f"DetectionBatch: expected images, boxes, classes, samples and fingerprints of one number of images; "
+                f"found {len(self.images)}, {len(self.boxes)}, {len(self.classes)}, {len(self.samples)} and "
+                f"{len(self.fingerprints)}; give an empty tensor for an image without boxes"
+            )
+        for sample, boxes, classes in zip(self.samples.tolist(), self.boxes, self.classes, strict=True):
+            if boxes.ndim != 2 or boxes.shape[1] != 4 or classes.shape != boxes.shape[:1]:
+                raise SourceError(
+                    f"sample {sample}: expected boxes [N, 4] and classes [N]; found {list(boxes.shape)} and "
+                    f"{list(classes.shape)}; give each box its class"
+                )
+        if self.labels is not None and len(self.labels) != self.num_rows:
+            raise LabelError(
+                f"DetectionBatch: expected {self.num_rows} label rows, {self.rows_per_sample} of each of "
+                f"{len(self)} images; found {len(self.labels)}; take the labels of the batch's own samples"
+            )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def targets(self) -> list[dict[str, torch.Tensor]]:
+        """The ground truth as torchvision's detectors take it: for each image its "boxes" and their "labels"."""
+        pairs = zip(self.boxes, self.classes, strict=True)
+        return [{"boxes": boxes, "labels": classes} for boxes, classes in pairs]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self) * self.rows_per_sample
+
+    @property
+    def row_counts(self) -> np.ndarray:
+        return np.full(len(self), self.rows_per_sample, np.int64)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """[P] int64, each row's number in its image; which cell it is, `labels.cells` says."""
+        return np.tile(np.arange(self.rows_per_sample, dtype=np.int64), len(self))
+
+    def rows_at(self, positions: np.ndarray, counts: np.ndarray) -> np.ndarray:
+        """Returns which of the P rows are at these positions, int64; -1 where it is not the next one.
+
+        Args:
+            positions: of the labels of each sample, sample by sample.
+            counts: [B] how many each sample has.
+        """
+        rows = np.arange(len(positions))
+        expected = self.positions
+        if len(positions) != len(expected) or (counts != self.rows_per_sample).any():
+            return np.full(len(positions), -1)
+        return np.where(positions == expected, rows, -1)
+
+    def split(self, pieces: int) -> list[DetectionBatch]:
+        if pieces == 1:
+            return [self]
+        size = -(-len(self) // pieces)
+        return [self._slice(start, min(start + size, len(self))) for start in range(0, len(self), size)]
+
+    def _slice(self, start: int, stop: int) -> DetectionBatch:
+        images = slice(start, stop)
+        rows = slice(start * self.rows_per_sample, stop * self.rows_per_sample)
+        return replace(
+            self,
+            images=self.images[images],
+            boxes=self.boxes[images],
+            classes=self.classes[images],
+            samples=self.samples[images],
+            fingerprints=self.fingerprints[images],
+            labels=None if self.labels is None else self.labels.take(rows),
+        )
+
+    def pin_memory(self) -> DetectionBatch:
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            boxes=[boxes.pin_memory() for boxes in self.boxes],
+            classes=[classes.pin_memory() for classes in self.classes],
+            labels=None if self.labels is None else self.labels.pin_memory(),
+        )
+
+    def to(self, device: torch.device) -> DetectionBatch:
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=True),
+            boxes=[boxes.to(device, non_blocking=True) for boxes in self.boxes],
+            classes=[classes.to(device, non_blocking=True) for classes in self.classes],
+            labels=None if self.labels is None else self.labels.to_torch(device, non_blocking=True),
+        )
+
+    @classmethod
+    def merge(cls, batches: Sequence[DetectionBatch]) -> DetectionBatch:
+        """Returns one batch of all samples, in order; some with labels beside some without raise LabelError."""
+        import torch
+
+        for batch in batches:
+            if batch.rows_per_sample != batches[0].rows_per_sample:
+                raise LabelError(
+                    f"DetectionBatch.merge: expected {batches[0].rows_per_sample} rows per sample as in the first "
+                    f"batch; found {batch.rows_per_sample}; merge only batches of one cache"
+                )
+        labels = [batch.labels for batch in batches if batch.labels is not None]
+        return replace(
+            batches[0],
+            images=torch.cat([batch.images for batch in batches]),
+            boxes=list(chain.from_iterable(batch.boxes for batch in batches)),
+            classes=list(chain.from_iterable(batch.classes for batch in batches)),
+            samples=np.concatenate([batch.samples for batch in batches]),
+            fingerprints=np.concatenate([batch.fingerprints for batch in batches]),
+            labels=CellLabels.concat(labels) if labels else None,
+        )

@@ -1,0 +1,95 @@
+"""What an image source with boxes is, and the [source] table of `modality = "detection"`.
+
+The ground truth of an image is a `Truth`: boxes in pixels, and their classes. It comes from the source (and through the
+view), never from a cache; the source's digest covers it.
+
+Shape suffixes: `N` images, `M` boxes of an image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+from pydantic import Field
+
+from softcache.data.sources.images.base import Source
+from softcache.settings import Settings
+
+__all__ = ["BoxSource", "DetectionSettings", "Truth", "digest_truths"]
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """The ground truth of one image.
+
+    Attributes:
+        boxes: [M, 4] float32, left, top, right, bottom in pixels; right and bottom are exclusive edges.
+        classes: [M] int64, 0 to num_classes - 1.
+        crowd: [M] bool, boxes around a group that nobody separated: they are no targets to learn, and detections in them
+            are neither right nor wrong.
+    """
+
+    boxes: np.ndarray
+    classes: np.ndarray
+    crowd: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    @classmethod
+    def of(
+        cls,
+        boxes: Sequence[Sequence[float]] | np.ndarray,
+        classes: Sequence[int] | np.ndarray,
+        crowd: Sequence[bool] | np.ndarray | None = None,
+    ) -> Truth:
+        """Returns the truth of plain numbers, which may be none."""
+        group = np.zeros(len(classes), bool) if crowd is None else np.asarray(crowd, bool)
+        return cls(
+            np.asarray(boxes, np.float32).reshape(-1, 4), np.asarray(classes, np.int64).reshape(-1), group
+        )
+
+    def take(self, rows: np.ndarray) -> Truth:
+        """Returns the boxes that a mask [M] or numbers choose."""
+        return Truth(self.boxes[rows], self.classes[rows], self.crowd[rows])
+
+
+@runtime_checkable
+class BoxSource(Source, Protocol):
+    """A `Source` whose images have boxes; `targets()` counts them: [N] int64."""
+
+    def truth(self, sample: int) -> Truth: ...
+
+
+class DetectionSettings(Settings):
+    """[source] with `modality = "detection"`: which images with boxes.
+
+    `name` is "scenes" (composed from `originals`: "digits", or "fashion-mnist" whose files are in `root`) or "coco"
+    (`root` with `train.json`, `eval.json` and the folder `images`). Of scenes, `size` is the side in pixels and
+    `train_scenes` and `eval_scenes` are how many there are.
+    """
+
+    modality: Literal["detection"]
+    name: Literal["scenes", "coco"]
+    root: str | None = None
+    originals: Literal["digits", "fashion-mnist"] = "digits"
+    size: int = Field(64, ge=48, le=512, multiple_of=8)
+    train_scenes: int = Field(1200, ge=1)
+    eval_scenes: int = Field(400, ge=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    max_train_samples: int | None = Field(None, ge=1)
+    max_eval_samples: int | None = Field(None, ge=1)
+
+
+def digest_truths(truths: Sequence[Truth]) -> str:
+    """Returns the sha256 of boxes, classes and crowds of all images, in order."""
+    digest = hashlib.sha256()
+    for truth in truths:
+        digest.update(np.int64(len(truth)).tobytes())
+        for part, dtype in ((truth.boxes, "<f4"), (truth.classes, "<i8"), (truth.crowd, "|b1")):
+            digest.update(np.ascontiguousarray(part, dtype).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,157 @@
+"""Scenes composed from small real images, with a box around each: detection with no download.
+
+Scene n of a split is a pure function of (seed, split, n). A Philox stream, keyed by the seed and the split's
+hash and counting from n, draws in this order: the grey level and slope of the background, 12 clutter pieces
+(quarters of originals, which are nobody's box), then 2 to 6 objects: an original, a side between 10 and 28
+pixels, a place. An object whose box overlaps an earlier one by an IoU above 0.3 is drawn again, at most ten
+times, and left out then. Pixels are added by maximum and scaled by whole numbers, so that they are the same
+bytes on every CPU.
+
+The objects of the two splits come from different originals: those of the originals' own splits. A box is the
+smallest around the object's pixels above a fifth of full ink, not its whole square.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import xxhash
+
+from softcache.data.sources.detection.base import DetectionSettings, Truth, digest_truths
+from softcache.data.sources.images.base import InMemorySource, Source, SourceSettings, Split, images_of
+from softcache.data.sources.images.registry import open_source
+from softcache.data.transforms import ops as view_ops
+from softcache.errors import SourceError
+from softcache.hashing.digests import digest_bytes, digest_source
+
+__all__ = ["SceneSource", "open_scenes"]
+
+SIDES = (10, 28)  # of an object, in pixels
+OBJECTS = (2, 6)
+CLUTTER = 12
+MAX_IOU = 0.3
+INK = 255 // 5  # below it a pixel is not of the object
+
+
+class SceneSource(InMemorySource):
+    """Composed scenes, all in memory, with their boxes."""
+
+    def __init__(
+        self, name: str, images: torch.Tensor, truths: list[Truth], keys: list[str], class_names: list[str]
+    ) -> None:
+        super().__init__(name, images, [len(truth) for truth in truths], keys, class_names)
+        self._truths = truths
+        pixels = digest_bytes(self._images.numpy().data)
+        self.digest = digest_source(keys, self._targets, {"pixels": pixels, "truth": digest_truths(truths)})
+
+    def truth(self, sample: int) -> Truth:
+        return self._truths[sample]
+
+
+def open_scenes(settings: DetectionSettings, split: Split) -> SceneSource:
+    """Returns the scenes of a split.
+
+    Raises:
+        SourceError: the originals' files are not there.
+    """
+    originals = open_source(SourceSettings(name=settings.originals, root=settings.root), split=split)
+    count = settings.train_scenes if split == "train" else settings.eval_scenes
+    limit = settings.max_train_samples if split == "train" else settings.max_eval_samples
+    images, truths = [], []
+    for number in range(min(count, limit or count)):
+        image, truth = _compose(originals, settings, split, number)
+        images.append(image)
+        truths.append(truth)
+    name = f"scenes-{settings.originals}/{split}"
+    keys = [f"{name}/{settings.size}/{settings.seed}/{number:05d}" for number in range(len(images))]
+    return SceneSource(name, torch.stack(images).unsqueeze(1), truths, keys, list(originals.class_names))
+
+
+def _compose(
+    originals: Source, settings: DetectionSettings, split: Split, number: int
+) -> tuple[torch.Tensor, Truth]:
+    """Returns a scene uint8 [H, W] and its truth."""
+    stream = np.random.Philox(
+        key=np.array([settings.seed, xxhash.xxh3_64_intdigest(split.encode())], np.uint64),
+        counter=np.array([0, number, 0, 0], np.uint64),
+    )
+    size, scene = settings.size, _background(stream, settings.size)
+    for _ in range(CLUTTER):
+        piece, _ = _object(originals, stream, size)
+        half = (piece.shape[0] + 1) // 2
+        rows, columns = (
+            _below(stream, 2) * (piece.shape[0] - half),
+            _below(stream, 2) * (piece.shape[1] - half),
+        )
+        _paste(
+            scene,
+            piece[rows : rows + half, columns : columns + half],
+            _below(stream, size),
+            _below(stream, size),
+        )
+    boxes: list[list[float]] = []
+    classes: list[int] = []
+    for _ in range(OBJECTS[0] + _below(stream, OBJECTS[1] - OBJECTS[0] + 1)):
+        pixels, kind = _object(originals, stream, size)
+        for _ in range(10):
+            top, left = _below(stream, size - len(pixels) + 1), _below(stream, size - len(pixels) + 1)
+            box = _box_of(pixels, top, left)
+            if all(_iou(box, other) <= MAX_IOU for other in boxes):
+                _paste(scene, pixels, top, left)
+                boxes.append(box)
+                classes.append(kind)
+                break
+    return torch.from_numpy(scene), Truth.of(boxes, classes)
+
+
+def _below(stream: np.random.Philox, count: int) -> int:
+    """A whole number from 0 to count - 1; the bias is below count / 2^32."""
+    return (int(stream.random_raw()) >> 32) * count >> 32
+
+
+def _background(stream: np.random.Philox, size: int) -> np.ndarray:
+    """A slope between two dark greys, uint8 [H, W]."""
+    first, last, across = _below(stream, 90), _below(stream, 90), bool(_below(stream, 2))
+    line = (first * (size - 1) + (last - first) * np.arange(size)) // (size - 1)
+    plane = np.broadcast_to(line if across else line[:, None], (size, size))
+    return plane.astype(np.uint8)
+
+
+def _object(originals: Source, stream: np.random.Philox, size: int) -> tuple[np.ndarray, int]:
+    """An original scaled to a drawn side and dimmed to a drawn ink, uint8 [side, side], and its class."""
+    sample = _below(stream, len(originals))
+    side = SIDES[0] + _below(stream, min(SIDES[1], size // 2) - SIDES[0] + 1)
+    ink = 140 + _below(stream, 116)
+    image = images_of(originals, np.array([sample]))[0]
+    pixels = view_ops.resize(image[:1], side, side)[0].numpy()
+    if pixels.max() < 2 * INK:
+        raise SourceError(
+            f"source {originals.name}: image {originals.key(sample)!r} is as good as empty (brightest pixel {pixels.max()} "
+            "of 255); scenes need originals that show something"
+        )
+    return (pixels.astype(np.int64) * ink // 255).astype(np.uint8), originals.target(sample)
+
+
+def _box_of(pixels: np.ndarray, top: int, left: int) -> list[float]:
+    inked = pixels.astype(np.int64) * 5 >= int(pixels.max())
+    rows, columns = np.flatnonzero(inked.any(1)), np.flatnonzero(inked.any(0))
+    return [
+        float(left + columns[0]),
+        float(top + rows[0]),
+        float(left + columns[-1] + 1),
+        float(top + rows[-1] + 1),
+    ]
+
+
+def _iou(a: list[float], b: list[float]) -> float:
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    if min(width, height) <= 0:
+        return 0.0
+    both = width * height
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+
+
+def _paste(scene: np.ndarray, pixels: np.ndarray, top: int, left: int) -> None:
+    """Adds pixels by maximum, cut at the scene's edges."""
+    there = scene[top : top + pixels.shape[0], left : left + pixels.shape[1]]
+    np.maximum(there, pixels[: there.shape[0], : there.shape[1]], out=there)

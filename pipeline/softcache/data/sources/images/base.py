@@ -1,0 +1,143 @@
+"""What an image dataset is to the rest of softcache, the [source] table that names it, and one held in memory.
+
+Keys are what samples are joined by and stay the same on every machine; the digest covers keys, order,
+classes and contents (for image folders the files' sizes: contents are checked sample by sample later).
+An in-memory image costs about a microsecond: it is a view of one tensor. A source may offer many at once (`images`),
+which costs a tenth of that for small ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from softcache.hashing.digests import digest_bytes, digest_source
+from softcache.settings import Settings
+
+__all__ = ["InMemorySource", "ListedSource", "Source", "SourceSettings", "Split", "images_of"]
+
+Split = Literal["train", "eval"]
+
+
+class SourceSettings(Settings):
+    """[source]: which data.
+
+    `root` is where files are read, `data_dir` where files are unpacked or downloaded to. The two maxima take
+    the first so many samples of a split, in its order: of an image folder, that is class after class.
+    """
+
+    modality: Literal["image"] = "image"
+    name: str
+    root: str | None = None
+    data_dir: str = "runs/data"
+    download: bool = False
+    max_train_samples: int | None = Field(None, ge=1)
+    max_eval_samples: int | None = Field(None, ge=1)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """What the rest of softcache needs of a dataset; it must be picklable.
+
+    It may have one more method, images(samples) -> uint8 [B, C, H, W], or a list of B images where their sizes differ:
+    `image` of each of samples [B] int64, all at once (`images_of`).
+
+    Attributes:
+        name: of the dataset and split, for messages.
+        num_classes: V.
+        class_names: [V] names.
+        digest: names keys, order, classes and contents.
+    """
+
+    name: str
+    num_classes: int
+    class_names: Sequence[str]
+    digest: str
+
+    def __len__(self) -> int: ...
+    def key(self, sample: int) -> str: ...
+    def keys(self) -> Sequence[str]: ...
+    def target(self, sample: int) -> int: ...
+    def targets(self) -> np.ndarray: ...
+    def image(self, sample: int) -> torch.Tensor: ...
+
+
+class ListedSource:
+    """Keys, classes and names of a dataset whose samples are known one by one; where the pixels are is a subclass's."""
+
+    digest: str
+
+    def __init__(
+        self,
+        name: str,
+        keys: Sequence[str],
+        targets: Sequence[int] | np.ndarray,
+        class_names: Sequence[str],
+    ) -> None:
+        self.name, self.num_classes = name, len(class_names)
+        self.class_names: Sequence[str] = tuple(class_names)
+        self._keys, self._targets = list(keys), np.asarray(targets, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def key(self, sample: int) -> str:
+        return self._keys[sample]
+
+    def keys(self) -> Sequence[str]:
+        return self._keys
+
+    def target(self, sample: int) -> int:
+        return int(self._targets[sample])
+
+    def targets(self) -> np.ndarray:
+        return self._targets
+
+
+class InMemorySource(ListedSource):
+    """Images of one size in one uint8 tensor [N, C, H, W]."""
+
+    def __init__(
+        self,
+        name: str,
+        images: torch.Tensor,
+        targets: Sequence[int] | np.ndarray,
+        keys: Sequence[str],
+        class_names: Sequence[str],
+    ) -> None:
+        super().__init__(name, keys, targets, class_names)
+        self._images = images.contiguous()
+        shape, content = list(images.shape), digest_bytes(self._images.numpy().data)
+        self.digest = digest_source(self._keys, self._targets, {"pixels": content, "shape": shape})
+
+    def image(self, sample: int) -> torch.Tensor:
+        """Returns uint8 [C, H, W], a view of the tensor."""
+        return self._images[sample]
+
+    def images(self, samples: np.ndarray) -> torch.Tensor:
+        """Returns uint8 [B, C, H, W], a copy."""
+        return self._images[torch.from_numpy(samples)]
+
+
+def images_of(source: Source, samples: np.ndarray) -> torch.Tensor | list[torch.Tensor]:
+    """Returns the images of `samples` [B] int64: uint8 [B, C, H, W] where the source gives that, else a list."""
+    if _is_batched(type(source)) and "image" not in vars(source):
+        return source.images(samples)  # type: ignore[attr-defined]
+    return [source.image(sample) for sample in samples.tolist()]
+
+
+@cache
+def _is_batched(kind: type) -> bool:
+    """Whether its `images` is of the same class as its `image`, or of one that knows that: a subclass that overrides
+    `image` alone means every image to be what it says."""
+    for level in kind.__mro__:
+        if "images" in vars(level):
+            return True
+        if "image" in vars(level):
+            return False
+    return False

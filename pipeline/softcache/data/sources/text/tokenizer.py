@@ -1,0 +1,174 @@
+"""Tokenizers: loaded from a folder or the hub, or trained once on the documents; and the digest that names one.
+
+    tokenizer         a folder or hub name, or `bpe[?vocab_size=4096&min_frequency=2]`: a byte-level BPE trained
+                      once on the documents of the train split
+
+A trained one lies under `data_dir`, in tokenizers/DIGEST: a Hugging Face tokenizer, and bpe.json.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from softcache.data.sources.text.build_cache import build_folder, made_folder
+from softcache.data.sources.text.documents import Documents, documents_of
+from softcache.data.sources.text.settings import TextSettings
+from softcache.errors import MissingExtraError, SpecError
+from softcache.hashing.digests import digest_json
+from softcache.runtime.logging import track
+from softcache.runtime.optional import auto_tokenizer, text_library
+
+__all__ = [
+    "bpe_arguments",
+    "describe_tokenizer",
+    "digest_tokenizer",
+    "is_bpe",
+    "load_tokenizer",
+    "train_byte_level",
+]
+
+END_OF_TEXT = "<|endoftext|>"
+BPE_VERSION = 1
+# Training reads no further than this into the train split: about 10 s; the standard library (11 MB) takes 2.
+BPE_MAX_CHARACTERS = 2**25
+
+
+def load_tokenizer(settings: TextSettings) -> Any:
+    """Returns the Hugging Face tokenizer of `settings.tokenizer`; a `bpe` is trained now if it was not before.
+
+    Raises:
+        SpecError: it cannot be loaded, or its arguments are wrong.
+        SourceError: the documents that it is to be trained on cannot be read.
+    """
+    transformers = text_library("transformers")
+    if is_bpe(settings.tokenizer):
+        return transformers.PreTrainedTokenizerFast.from_pretrained(str(_bpe_folder(settings)))
+    path = Path(settings.tokenizer).expanduser()
+    try:
+        return auto_tokenizer(
+            str(path) if path.exists() else settings.tokenizer, of=f"source.tokenizer {settings.tokenizer!r}"
+        )
+    except MissingExtraError:
+        raise
+    except Exception as error:
+        # transformers raises many kinds of errors here; the user needs to know which name it was.
+        raise SpecError(
+            f"source.tokenizer {settings.tokenizer!r}: cannot be loaded: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}; expected a folder with a tokenizer, a hub name, or bpe?vocab_size=…"
+        ) from error
+
+
+def digest_tokenizer(tokenizer: Any) -> str:
+    """Returns the digest of what a tokenizer does to text: its vocabulary, merges and special tokens.
+
+    Names, paths, chat templates, truncation, padding, and what only touches decoding or what is put around a
+    text, are left out: they change no id of a text.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        described = json.loads(backend.to_str())
+        for name in ("truncation", "padding", "post_processor", "decoder"):
+            described.pop(name, None)
+        return digest_json(described)
+    return digest_json({"vocab": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map})
+
+
+def describe_tokenizer(settings: TextSettings) -> dict[str, Any]:
+    """What a table depends on; for a trained `bpe` this reads one small file."""
+    if is_bpe(settings.tokenizer):
+        return json.loads((_bpe_folder(settings) / "bpe.json").read_text())
+    return _described_tokenizer(load_tokenizer(settings))
+
+
+def _described_tokenizer(tokenizer: Any) -> dict[str, Any]:
+    return {
+        "digest": digest_tokenizer(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "chat_template": tokenizer.chat_template,
+    }
+
+
+def is_bpe(spec: str) -> bool:
+    """Whether a tokenizer is one to be trained."""
+    return spec.partition("?")[0] == "bpe"
+
+
+def bpe_arguments(spec: str) -> dict[str, int]:
+    """Returns the arguments of a `bpe` spec, complete."""
+    arguments = {"vocab_size": 4096, "min_frequency": 2}
+    least = {"vocab_size": 257, "min_frequency": 1}  # every byte and the end of text
+    for name, value in parse_qsl(spec.partition("?")[2], keep_blank_values=True):
+        if name not in arguments or not value.isdecimal() or int(value) < least[name]:
+            raise SpecError(
+                f"source.tokenizer {spec!r}: {name}={value}; expected vocab_size of at least 257 and min_frequency of "
+                "at least 1, whole numbers"
+            )
+        arguments[name] = int(value)
+    return arguments
+
+
+def _bpe_folder(settings: TextSettings) -> Path:
+    """Returns the folder of a byte-level BPE of the train split, trained now if it was not before."""
+    arguments = bpe_arguments(settings.tokenizer)
+    documents = documents_of(settings, "train")
+    if settings.messages_column:
+        raise SpecError(
+            f"source.tokenizer {settings.tokenizer!r}: it has no chat template, which source.messages_column needs; "
+            "name a tokenizer that has one"
+        )
+    made_from = {"version": BPE_VERSION, "documents": documents.digest, **arguments}
+    folder = made_folder(settings, "tokenizers", made_from)
+
+    def is_whole(made: Path) -> bool:
+        return (made / "bpe.json").exists()
+
+    if not is_whole(folder):
+        with build_folder(folder, is_whole) as staged:
+            tokenizer = _train_bpe(documents, **arguments)
+            tokenizer.save_pretrained(str(staged))
+            described = _described_tokenizer(tokenizer) | {"made_from": made_from}
+            (staged / "bpe.json").write_text(json.dumps(described, indent=2) + "\n")
+    return folder
+
+
+def _train_bpe(documents: Documents, *, vocab_size: int, min_frequency: int) -> Any:
+    transformers = text_library("transformers")
+
+    def texts() -> Iterator[str]:
+        left = BPE_MAX_CHARACTERS
+        with track(f"train bpe on {documents.name}", len(documents), "documents") as advance:
+            for document in documents:
+                yield document.text[:left]
+                advance(1)
+                left -= len(document.text)
+                if left <= 0:
+                    return
+
+    tokenizer = train_byte_level(
+        texts(), special_tokens=[END_OF_TEXT], vocab_size=vocab_size, min_frequency=min_frequency
+    )
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT)
+
+
+def train_byte_level(
+    texts: Iterable[str], *, special_tokens: list[str], vocab_size: int, min_frequency: int
+) -> Any:
+    """Returns a byte-level BPE trained on texts, of the tokenizers library; special tokens come first."""
+    tokenizers = text_library("tokenizers")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = byte_level(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=special_tokens,
+        initial_alphabet=byte_level.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer

@@ -1,0 +1,97 @@
+"""What `softcache teacher-generate` wrote, as a source: the teacher's translations to learn from, people's to be scored on.
+
+    manifest.json    who wrote it, how, and the digest of every part; written last
+    train/00000.jsonl ...  key, source, target (the teacher's), score, reference (a person's), language
+    eval.jsonl       the pairs that were held out: key, source, target (a person's), language
+    tokenizer/       the teacher's; the source's own unless source.tokenizer names another
+
+A part is checked against the manifest before a pair of it is used. Where the teacher said nothing, there is nothing to
+learn: such pairs are in the parts, are counted in the manifest, and are left out here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from softcache.data.sources.text.settings import Split
+from softcache.data.sources.translation.files import json_lines, text_field
+from softcache.data.sources.translation.pair import Pair
+from softcache.data.sources.translation.settings import TranslationSettings
+from softcache.errors import SourceError
+from softcache.runtime.logging import say
+
+__all__ = ["GENERATED_VERSION", "read_generated"]
+
+GENERATED_VERSION = 1
+
+
+def read_generated(settings: TranslationSettings, split: Split) -> tuple[str, list[Pair], bool]:
+    """Returns the name of the source, the pairs of a split, and that they are of the split already.
+
+    Raises:
+        SourceError: it is not complete, or a part is not what the manifest says.
+    """
+    assert settings.path is not None
+    folder = Path(settings.path).expanduser()
+    manifest = _manifest(folder)
+    pairs, silent = [], 0
+    for name, digest in manifest["parts"].items():
+        if (name == "eval.jsonl") != (split == "eval"):
+            continue
+        path = folder / name
+        if path.resolve().parent not in (folder.resolve(), folder.resolve() / "train"):
+            raise SourceError(f"source {folder}: manifest.json names {name!r}, which lies outside")
+        _check(path, digest)
+        for line, found in json_lines(path):
+            pair = _pair(found, f"source {path}, line {line}")
+            if settings.languages and pair.language not in settings.languages:
+                continue
+            if pair.target:
+                pairs.append(pair)
+            else:
+                silent += 1
+    if silent:
+        say(f"source {folder}: left out {silent} pairs for which the teacher wrote nothing")
+    return str(settings.path), pairs, True
+
+
+def _pair(found: dict[str, Any], place: str) -> Pair:
+    fields = {
+        name: text_field(found, name, place) for name in ("key", "source", "target", "language", "reference")
+    }
+    if not fields["key"] or not fields["source"]:
+        raise SourceError(f"{place}: key or source is empty; generate the source again")
+    return Pair(**fields | {"target": fields["target"].strip()})
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+        parts = manifest["parts"]
+        if manifest["version"] != GENERATED_VERSION or not isinstance(parts, dict):
+            raise ValueError(f"version {manifest['version']}")
+    except FileNotFoundError as error:
+        raise SourceError(
+            f"source.path {folder}: no manifest.json, so nothing complete; run `softcache teacher-generate` to the end"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SourceError(
+            f"source.path {folder}: manifest.json is not of this version {GENERATED_VERSION}: {error}"
+        ) from error
+    return manifest
+
+
+def _check(path: Path, digest: str) -> None:
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise SourceError(f"source {path}: cannot be read: {error}; generate the source again") from error
+    if found != digest:
+        raise SourceError(
+            f"source {path}: sha256 {found[:12]}…; expected {str(digest)[:12]}…, as manifest.json says; restore the file, "
+            "or generate the source again"
+        )

@@ -1,0 +1,92 @@
+"""Pairs of texts under stable keys: a source text, its translation, the language of that.
+
+    gettext     the catalogues that an installed package ships, from English (gettext_pairs.py)
+    files       a JSON-lines or TSV file of your own, or a folder of them (pair_files.py)
+    generated   what `softcache teacher-generate` wrote (generated_pairs.py)
+
+A hash of the *source text* decides whether a pair is held out: no source text is then both learnt from and scored on,
+and all languages are cut alike. Another hash, of the key, decides its place in the order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+from softcache.data.sources.text.settings import Split
+from softcache.data.sources.translation.pair import Pair
+from softcache.data.sources.translation.settings import TranslationSettings
+from softcache.errors import SourceError
+from softcache.hashing.digests import digest_json
+
+__all__ = ["Pairs", "pairs_of"]
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The pairs of a split, in an order that does not depend on the machine.
+
+    Attributes:
+        name: of the dataset and split, for messages.
+        pairs: in order.
+        languages: of all pairs of the source, sorted.
+    """
+
+    name: str
+    pairs: list[Pair]
+    languages: list[str]
+
+    @cached_property
+    def digest(self) -> str:
+        """Names keys, order and contents."""
+        return digest_json([[pair.key, pair.language, pair.source, pair.target] for pair in self.pairs])
+
+
+def pairs_of(settings: TranslationSettings, split: Split) -> Pairs:
+    """Returns the pairs of a split.
+
+    Raises:
+        SourceError: they cannot be read, a side of one is empty, or there are none.
+    """
+    from softcache.data.sources.translation.files import read_pairs
+    from softcache.data.sources.translation.generated import read_generated
+    from softcache.data.sources.translation.gettext import read_catalogues
+
+    readers: dict[str, Callable[[TranslationSettings, Split], tuple[str, list[Pair], bool]]] = {
+        "gettext": read_catalogues,
+        "files": read_pairs,
+        "generated": read_generated,
+    }
+    name, everything, is_cut = readers[settings.name](settings, split)
+    languages = sorted({pair.language for pair in everything})
+    pairs = everything
+    if not is_cut:
+        pairs = [pair for pair in everything if _is_held_out(pair, settings) == (split == "eval")]
+        pairs.sort(key=lambda pair: (_number(pair.key), pair.key))
+    if not pairs:
+        raise SourceError(
+            f"source {name}/{split}: none of {len(everything)} pairs; give more pairs, or another source.eval_share "
+            f"(now {settings.eval_share})"
+        )
+    _check_keys(name, pairs)
+    return Pairs(f"{name}/{split}", pairs, languages)
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def _is_held_out(pair: Pair, settings: TranslationSettings) -> bool:
+    return _number(pair.source) < settings.eval_share * 2**64
+
+
+def _check_keys(name: str, pairs: Iterable[Pair]) -> None:
+    seen: set[str] = set()
+    for pair in pairs:
+        if pair.key in seen:
+            raise SourceError(
+                f"source {name}: key {pair.key!r} comes twice; keys name samples and must differ"
+            )
+        seen.add(pair.key)

@@ -1,0 +1,237 @@
+"""Views of images: their parameters, their pixels, and where boxes go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import xxhash
+
+from softcache.data.transforms import boxes as view_boxes
+from softcache.data.transforms import ops as view_ops
+from softcache.data.transforms.custom import import_factory, seeded
+from softcache.data.transforms.parameters import ViewParameters, crop_of, erase_of, jitter_of, ops_of
+from softcache.data.transforms.settings import ViewSettings
+from softcache.errors import SpecError
+from softcache.hashing.digests import digest_json
+
+__all__ = ["Views"]
+
+STREAM_VERSION = 1
+NUM_SLOTS = 64
+
+
+class Views:
+    """Replayable views under one policy; picklable.
+
+    Attributes:
+        settings: the policy.
+        digest: names everything that changes what a model sees: the stream, the policy, mean and std.
+    """
+
+    def __init__(self, settings: ViewSettings) -> None:
+        self.settings = settings
+        self.digest = digest_json({"stream": STREAM_VERSION, **settings.model_dump(mode="json")})
+        self._factory = import_factory(settings.transform) if settings.transform else None
+
+    def __reduce__(self) -> tuple[type[Views], tuple[ViewSettings]]:
+        # The user's factory need not be picklable: a loader process imports it anew.
+        return Views, (self.settings,)
+
+    def apply(self, image: torch.Tensor, *, key: str, view: int) -> torch.Tensor:
+        """Returns the view of an image.
+
+        Args:
+            image: uint8 [C, H, W].
+            key: the sample's stable key.
+            view: 0 for the plain view, else any positive number.
+
+        Returns:
+            uint8 [C, H', W']; what the user's own transform returns, where there is one and view > 0. It may
+            share memory with `image`, which is never written to.
+        """
+        if view == 0:
+            return self._plain(image)
+        if self._factory is not None:
+            return self._own(image, key, view)
+        return self._draw(image, self.parameters(key, view, *image.shape[1:]))
+
+    def apply_batch(
+        self, images: torch.Tensor | Sequence[torch.Tensor], *, keys: Sequence[str], view: int
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Returns the same view of many images: what `apply` gives for each, the very same pixels.
+
+        Args:
+            images: uint8 [B, C, H, W], or B images of any sizes.
+            keys: [B] stable keys.
+            view: as in `apply`.
+
+        Returns:
+            uint8 [B, C, H', W'] where the images came as one tensor and the view does no more to them than to move,
+            mirror or blank; else a list of B images. It may share memory with `images`.
+        """
+        if view == 0 and self.settings.size is None:
+            return images if isinstance(images, torch.Tensor) else list(images)
+        if view == 0 or self._factory is not None:
+            return [self.apply(image, key=key, view=view) for image, key in zip(images, keys, strict=True)]
+        u_BS = self._many_uniforms(keys, view)
+        if isinstance(images, torch.Tensor) and self._only_moves:
+            return self._move(images, u_BS)
+        return [
+            self._draw(image, self._parameters(u, *image.shape[1:]))
+            for image, u in zip(images, u_BS.tolist(), strict=True)
+        ]
+
+    def parameters(self, key: str, view: int, height: int, width: int) -> ViewParameters:
+        """Returns what view `view` > 0 does to an image of this key and size."""
+        return self._parameters(self._uniforms(key, view), height, width)
+
+    def _parameters(self, u: list[float], height: int, width: int) -> ViewParameters:
+        settings = self.settings
+        side = (settings.size or height, settings.size or width)
+        return ViewParameters(
+            crop=crop_of(settings, u, (height, width), side),
+            flip=u[0] < settings.flip,
+            ops=ops_of(settings, u),
+            jitter=jitter_of(settings, u) if any(settings.color_jitter) else None,
+            erase=erase_of(settings, u, *side) if settings.erase and u[16] < settings.erase else None,
+        )
+
+    def apply_boxes(
+        self, boxes_M4: np.ndarray, *, key: str, view: int, height: int, width: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns where the view shows boxes, float32 [M, 4], and which of them it shows enough of to keep, bool [M].
+
+        Args:
+            boxes_M4: left, top, right, bottom in pixels of the image.
+            key, view: as in `apply`.
+            height, width: of the image.
+
+        Raises:
+            SpecError: the view's settings move pixels in a way that rectangles do not follow (augment, transform).
+        """
+        settings, size, erased = self.settings, (height, width), None
+        boxes_M4 = np.asarray(boxes_M4, np.float64).reshape(-1, 4)
+        if view > 0 and (settings.augment != "none" or settings.transform is not None):
+            what = "augment" if settings.transform is None else "transform"
+            raise SpecError(
+                f"views.{what}: {getattr(settings, what)!r} with boxes: it may shear or turn the image, and boxes would not "
+                "follow; use crop, flip, color_jitter and erase"
+            )
+        if view == 0 or settings.crop != "resized":
+            boxes_M4, size = self._plain_boxes(boxes_M4, size)
+        # What the centre crop took does not come back when a padded one moves the image: 2M boxes from here, whole and cut.
+        boxes_M4 = np.concatenate([boxes_M4, view_boxes.cut(boxes_M4, size)])
+        if view > 0:
+            does = self.parameters(key, view, height, width)
+            erased = does.erase
+            if does.crop is not None:
+                top, left, rows, columns = does.crop
+                margin = settings.padding if settings.crop == "padded" else 0
+                side = (settings.size or height, settings.size or width)
+                boxes_M4 = view_boxes.moved_boxes(boxes_M4, top - margin, left - margin)
+                boxes_M4, size = view_boxes.scaled(boxes_M4, (rows, columns), side), side
+            if does.flip:
+                boxes_M4 = view_boxes.flipped(boxes_M4, size[1])
+        whole_M4, left_M4 = np.split(boxes_M4, 2)
+        cut_M4, kept_M = view_boxes.visible(whole_M4, left_M4, size, erased)
+        return cut_M4.astype(np.float32), kept_M
+
+    def _plain_boxes(
+        self, boxes_M4: np.ndarray, before: tuple[int, int]
+    ) -> tuple[np.ndarray, tuple[int, int]]:
+        """`_plain` for boxes; returns them and the new (height, width)."""
+        size = self.settings.size
+        if size is None:
+            return boxes_M4, before
+        side, shorter = max(size, round(size / self.settings.eval_share)), min(before)
+        after = (side * before[0] // shorter, side * before[1] // shorter)
+        boxes_M4 = view_boxes.scaled(boxes_M4, before, after)
+        return view_boxes.moved_boxes(boxes_M4, (after[0] - size) // 2, (after[1] - size) // 2), (size, size)
+
+    def _raw(self, key: str, view: int) -> np.ndarray:
+        philox = np.random.Philox(
+            key=np.array([self.settings.seed, xxhash.xxh3_64_intdigest(key.encode())], np.uint64),
+            counter=np.array([0, view, 0, 0], np.uint64),
+        )
+        return philox.random_raw(NUM_SLOTS)
+
+    def _uniforms(self, key: str, view: int) -> list[float]:
+        return ((self._raw(key, view) >> np.uint64(11)) * 2.0**-53).tolist()
+
+    def _many_uniforms(self, keys: Sequence[str], view: int) -> np.ndarray:
+        """The first slots of each key's stream that any op of these settings reads, float64 [B, slots]."""
+        from softcache.hashing import batched as hashes
+
+        settings = self.settings
+        few = 8 if self._only_moves and not settings.erase else 24
+        slots = NUM_SLOTS if settings.augment != "none" else few
+        return hashes.uniforms(settings.seed, hashes.hashes(keys), view, slots)
+
+    @property
+    def _only_moves(self) -> bool:
+        settings = self.settings
+        scaled = settings.size is not None or settings.crop == "resized"
+        return not (scaled or settings.augment != "none" or any(settings.color_jitter))
+
+    def _move(self, image_BCHW: torch.Tensor, u_BS: np.ndarray) -> torch.Tensor:
+        """`_draw` of every image, where it only crops with padding, mirrors and blanks."""
+        from softcache.data.transforms.crop_kernel import moved
+
+        settings, (height, width) = self.settings, image_BCHW.shape[2:]
+        flip_B, offset_B = u_BS[:, 0] < settings.flip, np.zeros(len(u_BS), np.int64)
+        top_B = left_B = offset_B
+        if settings.crop == "padded":
+            span = 2 * settings.padding + 1
+            top_B, left_B = (u_BS[:, 3] * span).astype(np.int64), (u_BS[:, 4] * span).astype(np.int64)
+        padding = settings.padding if settings.crop == "padded" else 0
+        images = image_BCHW.contiguous().numpy()
+        out_BCHW = torch.from_numpy(moved(images, top_B, left_B, flip_B, padding))
+        for row in np.flatnonzero(u_BS[:, 16] < settings.erase).tolist() if settings.erase else ():
+            top, left, rows, columns = erase_of(settings, u_BS[row].tolist(), height, width)
+            out_BCHW[row, :, top : top + rows, left : left + columns] = 0
+        return out_BCHW
+
+    def _plain(self, image: torch.Tensor) -> torch.Tensor:
+        size = self.settings.size
+        if size is None:
+            return image
+        image = view_ops.resize_shorter(image, max(size, round(size / self.settings.eval_share)))
+        top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
+        return image[:, top : top + size, left : left + size].contiguous()
+
+    def _draw(self, image: torch.Tensor, parameters: ViewParameters) -> torch.Tensor:
+        image = self._place(image, parameters.crop)
+        if parameters.flip:
+            image = image.flip(-1)
+        for name, strength in parameters.ops:
+            image = view_ops.OPS[name](image, strength)
+        if parameters.jitter is not None:
+            brightness, contrast, saturation, hue = parameters.jitter
+            image = view_ops.contrast(view_ops.brightness(image, brightness), contrast)
+            image = view_ops.adjust_hue(view_ops.saturation(image, saturation), hue)
+        if parameters.erase is not None:
+            top, left, height, width = parameters.erase
+            image = image.clone()
+            image[:, top : top + height, left : left + width] = 0
+        return image.contiguous()
+
+    def _place(self, image: torch.Tensor, crop: tuple[int, int, int, int] | None) -> torch.Tensor:
+        """Crops and scales."""
+        settings = self.settings
+        side = (settings.size or image.shape[1], settings.size or image.shape[2])
+        if settings.crop != "resized":
+            image = self._plain(image)
+        if crop is None:
+            return image
+        if settings.crop == "padded":
+            image = torch.nn.functional.pad(image, [settings.padding] * 4)
+        top, left, height, width = crop
+        return view_ops.resize(image[:, top : top + height, left : left + width], *side)
+
+    def _own(self, image: torch.Tensor, key: str, view: int) -> torch.Tensor:
+        """The user's transform, made anew for each view so that it carries nothing over from the last one."""
+        assert self._factory is not None
+        with seeded(int(self._raw(key, view)[0])):
+            return self._factory()(image.clone())  # it may write in place

@@ -1,0 +1,46 @@
+"""Padded crops and mirrors of a batch of images, compiled: one pass over the pixels, whatever moves each of them.
+
+Equal to `torch.nn.functional.pad`, a slice and `flip` of each image; of 256 images of 1x28x28 it takes a fifth of a
+millisecond where those take four. Importing this module takes numba along, so import it where it is used.
+
+Shape suffixes: `B` images, `C` channels, `H` height, `W` width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from softcache.runtime.jit import compiled
+
+__all__ = ["moved"]
+
+
+@compiled
+def moved(image_BCHW, top_B, left_B, flip_B, padding):  # type: ignore[no-untyped-def]
+    """Returns the windows of images with `padding` zeros around them, of the images' size, uint8 [B, C, H, W].
+
+    Args:
+        image_BCHW: uint8.
+        top_B, left_B: int64, where in the padded image each window begins, 0 to 2 * padding.
+        flip_B: bool, whether it is then mirrored left to right.
+        padding: zeros on each side.
+    """
+    images, channels, height, width = image_BCHW.shape
+    out_BCHW = np.empty((images, channels, height, width), np.uint8)
+    for image in range(images):
+        down, right, mirrored = top_B[image] - padding, left_B[image] - padding, flip_B[image]
+        first, last = max(0, -right), min(width, width - right)  # columns that show the image
+        for channel in range(channels):
+            for y in range(height):
+                row = out_BCHW[image, channel, y]
+                row[:] = 0
+                if not 0 <= y + down < height:
+                    continue
+                source = image_BCHW[image, channel, y + down]
+                if mirrored:
+                    for x in range(first, last):
+                        row[width - 1 - x] = source[x + right]
+                else:
+                    for x in range(first, last):
+                        row[x] = source[x + right]
+    return out_BCHW

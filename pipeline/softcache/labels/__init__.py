@@ -1,0 +1,39 @@
+"""The label record: a teacher's distributions, kept in a few numbers, good at every temperature.
+
+soft_labels.py          the record
+bernoulli.py            the record of a sigmoid head: a logit per kept class
+detection.py            the record of a detector: either of the two at cells of a grid, with boxes
+arrays.py               what each of them does to its arrays
+validate.py             what its arrays must be
+validate_detection.py   what those of detectors must be, alone and joined
+temperature.py          the record at one temperature
+sampling.py             records whose classes were drawn at random, and what a drawn class weighs
+join.py                 several records made into one
+truncate.py             a record of fewer classes from one of more
+"""
+
+from softcache.labels.bernoulli import BernoulliLabels, SoftenedBernoulli
+from softcache.labels.detection import COLUMNS, CellLabels, joined
+from softcache.labels.join import collect, concat
+from softcache.labels.sampling import Sampling
+from softcache.labels.soft_labels import ARRAYS, STATS, SoftLabels
+from softcache.labels.tail import DEFAULT_TEMPERATURES
+from softcache.labels.temperature import SoftenedLabels
+from softcache.labels.truncate import slimmed
+
+__all__ = [
+    "ARRAYS",
+    "COLUMNS",
+    "DEFAULT_TEMPERATURES",
+    "STATS",
+    "BernoulliLabels",
+    "CellLabels",
+    "Sampling",
+    "SoftLabels",
+    "SoftenedBernoulli",
+    "SoftenedLabels",
+    "collect",
+    "concat",
+    "joined",
+    "slimmed",
+]

@@ -1,0 +1,233 @@
+"""A record at one temperature.
+
+Shape suffixes: `P` positions, `K` kept classes, `G` grid of temperatures.
+
+With beta = 1/T, softening p gives p_j^beta / Z(beta). The kept part of Z is known exactly; the dropped part is stored at
+a grid of temperatures, known for free at beta = 0 and interpolated in between. Below T = 1 it is only bounded: by what
+the largest dropped class can be, and by convexity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from array_api_compat import array_namespace, is_numpy_array, is_torch_array
+
+from softcache.errors import TemperatureError
+from softcache.labels.tail import (
+    interpolate_log_tail,
+    inverse_temperature,
+    log_sum_exp,
+    log_tail_bounds_below_one,
+    working_dtype,
+)
+
+if TYPE_CHECKING:
+    from softcache.labels.soft_labels import SoftLabels
+
+__all__ = ["MASS_TOLERANCE", "SoftenedLabels", "soften", "soften_buckets", "soften_masses"]
+
+MASS_TOLERANCE = 2e-3
+"""How far, at most, the mass of the dropped classes may be from the truth below T = 1, for a record to be served."""
+
+Array = Any  # a NumPy array or a torch tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SoftenedLabels:
+    """A record at one temperature: kept classes and the rest, normalised together.
+
+    Attributes:
+        ids: [P, K] integer, the kept classes; an unused slot holds the number of classes.
+        log_probs: [P, K] float32 or float64, log of the softened probability, nats; -inf stays -inf.
+        log_tail: [P] float, log of the softened mass of all classes that were not kept, nats; -inf where none
+            was dropped. Of a sampled record: of all classes but the exact ones.
+        log_weights: None, or of a sampled record [P, K]: a drawn class stands for exp(log_weights) classes like it
+            (`Sampling`), and all of them together for the tail.
+    """
+
+    ids: Array
+    log_probs: Array
+    log_tail: Array
+    log_weights: Array | None = None
+
+    def map_arrays(self, function: Callable[[Array], Array]) -> Self:
+        """The same with a function applied to each of its arrays."""
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: None if x is None else function(x) for name, x in values.items()})
+
+
+def soften(labels: SoftLabels, T: Any) -> SoftenedLabels:
+    """See `SoftLabels.at_temperature`."""
+    xp = array_namespace(labels.ids)
+    beta = inverse_temperature(T, labels.temperatures, like=labels.log_probs, lowest=0.0)
+    _check_known(T, labels.max_temperature)
+    dtype = working_dtype(labels.log_probs, labels.log_tail, beta)
+    log_probs = xp.astype(labels.log_probs, dtype)
+    beta_PK = beta if isinstance(beta, float) else xp.reshape(xp.astype(beta, dtype), (-1, 1))
+    alive = log_probs > -xp.inf  # -inf * beta has a NaN gradient, so scale a stand-in
+    scaled = xp.where(alive, xp.where(alive, log_probs, 0.0) * beta_PK, -xp.inf)
+    tail = _log_tail(labels, log_probs, T, beta, labels.exact(scaled))
+    log_z = log_sum_exp(xp.concat((labels.exact(scaled), tail[:, None]), axis=1))
+    dropped = tail > -xp.inf
+    return SoftenedLabels(
+        ids=labels.ids,
+        log_probs=xp.where(alive, scaled - log_z[:, None], -xp.inf),
+        log_tail=xp.where(dropped, tail - log_z, -xp.inf),
+        log_weights=None
+        if labels.sampling is None
+        else labels.sampling.log_weights(
+            log_probs, labels.log_tail, labels.temperatures, labels.counts, labels.log_threshold
+        ),
+    )
+
+
+def soften_buckets(labels: SoftLabels, T: float) -> Array:
+    """See `SoftLabels.buckets_at`."""
+    import torch
+
+    log_masses, log_tail = soften_masses(labels, T)
+    return torch.cat((log_masses, log_tail[:, None]), dim=1).log_softmax(dim=1)
+
+
+def soften_masses(labels: SoftLabels, T: float) -> tuple[Array, Array]:
+    """See `SoftLabels.masses_at`."""
+    place = _on_grid(labels, T)
+    import torch
+
+    if place is None:
+        if labels.ids.device.type == "cpu":  # two hundred small operations, each of which NumPy begins sooner
+            softened = soften(labels.to_numpy(), T)
+            return torch.from_numpy(softened.log_probs), torch.from_numpy(softened.log_tail)
+        softened = soften(labels, T)
+        return softened.log_probs, softened.log_tail
+
+    _check_known(T, labels.max_temperature)
+    dtype = torch.promote_types(
+        torch.float32, torch.promote_types(labels.log_probs.dtype, labels.log_tail.dtype)
+    )
+    log_probs = labels.log_probs.to(dtype)
+    return log_probs if T == 1 else log_probs * (1.0 / float(T)), labels.log_tail[:, place].to(dtype)
+
+
+def _on_grid(labels: SoftLabels, T: float) -> int | None:
+    """Where on the grid T is, for a torch record whose tail can be read off there."""
+    if not labels.is_torch or T not in labels.temperatures:
+        return None
+    return labels.temperatures.index(T)
+
+
+def _log_tail(labels: SoftLabels, log_probs: Array, T: Any, beta: Any, scaled_exact: Array) -> Array:
+    """Log of the sum of p^beta over the classes without an exact slot, [P]."""
+    xp = array_namespace(log_probs)
+    if isinstance(beta, float) and float(T) in labels.temperatures:  # as the interpolation would give it
+        stored = labels.log_tail[:, labels.temperatures.index(float(T))]
+        alive = xp.all(labels.log_tail != -xp.inf, axis=1)
+        return xp.where(alive, xp.astype(stored, log_probs.dtype), -xp.inf)
+    log_support, ends = _tail_ends(labels, log_probs)
+    slopes, curvature = (None, None) if ends is None else (ends[:2], ends[2])
+
+    def above(t: Any) -> Array:
+        return interpolate_log_tail(
+            labels.log_tail,
+            labels.temperatures,
+            t,
+            log_support_P=log_support,
+            end_slopes_P=slopes,
+            curvature_P=curvature,
+        )
+
+    if isinstance(beta, float):
+        if beta <= 1.0:
+            return above(T)
+        return _below_one(labels, log_probs, T, scaled_exact, log_support, slopes)
+    cold = beta > 1.0
+    if not bool(xp.any(cold)):
+        return above(T)
+    T = xp.reshape(T, (-1,)) + xp.zeros_like(log_probs[:, 0])
+    below = _below_one(labels, log_probs, xp.where(T < 1.0, T, 1.0), scaled_exact, log_support, slopes)
+    return xp.where(cold, below, above(xp.where(T < 1.0, 1.0, T)))
+
+
+def _below_one(
+    labels: SoftLabels, log_probs: Array, T: Any, scaled_exact: Array, log_support: Array, slopes: Any
+) -> Array:
+    """Halfway between the bounds, if they leave the mass of the tail no more than the tolerance to either side."""
+    xp = array_namespace(log_probs)
+    values = T.detach() if is_torch_array(T) else T
+    coldest = float(xp.min(values) if is_numpy_array(T) or is_torch_array(T) else T)
+    if labels.sampling is not None:
+        raise TemperatureError(
+            f"temperature {coldest:g}: expected at least 1 for classes that were drawn at random, whose normaliser is "
+            'stored from there on; raise the temperature, or capture with policy = "dense", which serves every one'
+        )
+    lowest = xp.min(xp.where(log_probs > -xp.inf, log_probs, 0.0), axis=1)
+    lower, upper, middle = log_tail_bounds_below_one(
+        labels.log_tail,
+        labels.temperatures,
+        T,
+        log_support_P=log_support,
+        highest_log_prob_P=lowest,
+        slope_at_one_P=None if slopes is None else slopes[1],
+    )
+
+    def mass(tail: Array) -> Array:
+        log_z = log_sum_exp(xp.concat((scaled_exact, tail[:, None]), axis=1))
+        dropped = tail > -xp.inf
+        return xp.where(dropped, xp.exp(xp.where(dropped, tail, 0.0) - log_z), 0.0)
+
+    wrong = xp.maximum(mass(upper) - mass(middle), mass(middle) - mass(lower))
+    worst = float(xp.max(wrong.detach() if is_torch_array(wrong) else wrong)) if len(labels) else 0.0
+    if not worst <= MASS_TOLERANCE:
+        raise TemperatureError(
+            f"temperature {coldest:g}: below 1 the mass of the dropped classes is known within bounds only; expected "
+            f"bounds of at most {MASS_TOLERANCE:g} to either side; found {worst:.2g}. Raise the temperature, or capture "
+            'with policy = "dense", which serves every temperature'
+        )
+    return middle
+
+
+def _tail_ends(labels: SoftLabels, log_probs: Array) -> tuple[Array, tuple[Array, Array, Array] | None]:
+    """What can be known of the tail beside the grid, [P] each: the log of the count of its classes, and, of F(beta), its
+    log-mass, the slopes at beta = 0 and 1 and the curvature at 0.
+
+    Without `stats` every class without a slot counts and the rest is not known, so with masked (-inf) classes the tail
+    above the last grid temperature is overestimated. Not meaningful where nothing was dropped.
+    """
+    xp = array_namespace(labels.ids)
+    log_probs = labels.exact(log_probs)
+    if labels.stats is None:
+        used = labels.exact(xp.astype(labels.ids, xp.int64)) < labels.num_classes
+        count = labels.num_classes - xp.sum(xp.astype(used, log_probs.dtype), axis=1)
+        return xp.log(xp.clip(count, min=1.0)), None
+    stats = xp.astype(labels.stats, log_probs.dtype)
+    alive = log_probs > -xp.inf
+    finite = xp.where(alive, log_probs, 0.0)
+    count = xp.clip(stats[:, 3] - xp.sum(xp.astype(alive, log_probs.dtype), axis=1), min=1.0)
+    slope_at_zero = (stats[:, 1] * stats[:, 3] - xp.sum(finite, axis=1)) / count
+    # Centred on the tail's own mean: raw second moments would cancel in float32.
+    spread = stats[:, 3] * (stats[:, 2] ** 2 + (stats[:, 1] - slope_at_zero) ** 2)
+    kept_spread = xp.sum(xp.where(alive, (finite - slope_at_zero[:, None]) ** 2, 0.0), axis=1)
+    curvature = xp.clip((spread - kept_spread) / count, min=0.0)
+    log_mass = xp.astype(labels.log_tail[:, 0], log_probs.dtype)
+    mass = xp.exp(xp.where(log_mass > -xp.inf, log_mass, 0.0))
+    slope_at_one = (-stats[:, 0] - xp.sum(xp.exp(log_probs) * finite, axis=1)) / xp.clip(mass, min=1e-30)
+    return xp.log(count), (slope_at_zero, slope_at_one, curvature)
+
+
+def _check_known(T: Any, highest: float | None) -> None:
+    """Raises above the highest temperature at which a record is known; T has been checked otherwise."""
+    is_array = is_numpy_array(T) or is_torch_array(T)
+    if highest is None or (is_array and 0 in T.shape):
+        return
+    hottest = float(array_namespace(T).max(T) if is_array else T)
+    if hottest <= highest:
+        return
+    raise TemperatureError(
+        f"temperature: at most {highest:g} for these labels; found {hottest:g}. They were "
+        f"imported from a server's log-probabilities, which fix T={highest:g} only: how the mass outside of the kept "
+        f"classes is spread is not known. Set loss.temperature = {highest:g}, or capture with "
+        "`softcache teacher-logits` for other temperatures"
+    )

@@ -1,0 +1,74 @@
+"""Distillation losses between a student's logits and cached soft labels: pure, per position, the caller
+reduces.
+
+A loss over the kept classes alone is not a divergence: it goes negative, and the mass that the student puts
+elsewhere is free. So all dropped classes count as one more bucket, on both sides. The result is a true divergence
+(of the two distributions over K + 1 buckets), a lower bound of the full one, and equal to it at K = V. Each loss costs
+a few [P, V] temporaries beside the student's logits; `softcache.losses.fused` computes the same without logits.
+
+    functional.py       forward and reverse KL, JSD, skew and adaptive KL, total variation, soft cross-entropy
+    target_losses.py    DKD and NKD, which read the ground-truth class
+    rank_matching.py    ULD, which compares ranks
+    standardize.py      z-scores in place of logits, for every loss
+    distillation.py     a student's loss: cross-entropy and a soft part
+    settings.py         `[loss]`
+    schedules.py        temperature and alpha that change over a run
+    curriculum.py       a temperature that is learnt, by gradient reversal
+    sample_weights.py   weights of single rows in the soft part
+
+    formulas.py         each loss as a function of two distributions over buckets
+    registry.py         the losses by name, with their parameters and where their maths holds
+    buckets.py          a student's logits in a record's buckets, also where it has more classes or fewer
+    tail_modes.py       what becomes of the dropped classes
+    target_class.py     the ground-truth class as a bucket of its own
+    bucketed.py         all of that together
+"""
+
+from softcache.losses.buckets import check_vocabulary, fit_vocabulary
+from softcache.losses.distillation import check_alpha, cross_entropy, distillation_loss
+from softcache.losses.formulas import weighted_difference
+from softcache.losses.functional import (
+    adaptive_kl,
+    forward_kl,
+    jsd,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    soft_cross_entropy,
+    total_variation,
+)
+from softcache.losses.rank_matching import uld
+from softcache.losses.registry import KINDS, Loss, make_loss
+from softcache.losses.sample_weights import row_weights
+from softcache.losses.schedules import Mix, scheduled
+from softcache.losses.settings import LossSettings
+from softcache.losses.standardize import standardized
+from softcache.losses.target_losses import dkd, nkd
+
+__all__ = [
+    "KINDS",
+    "Loss",
+    "LossSettings",
+    "Mix",
+    "adaptive_kl",
+    "check_alpha",
+    "check_vocabulary",
+    "cross_entropy",
+    "distillation_loss",
+    "dkd",
+    "fit_vocabulary",
+    "forward_kl",
+    "jsd",
+    "make_loss",
+    "nkd",
+    "reverse_kl",
+    "row_weights",
+    "scheduled",
+    "skew_kl",
+    "skew_reverse_kl",
+    "soft_cross_entropy",
+    "standardized",
+    "total_variation",
+    "uld",
+    "weighted_difference",
+]

@@ -1,0 +1,120 @@
+"""Losses over a detector's cells: classes of sigmoid heads, boxes, distributions of box edges. Pure, one value per cell.
+
+The caller weighs the cells and reduces. Gradients are checked numerically in the tests, at T = 1 and beyond.
+
+Shape suffixes: `P` cells, `V` classes, `K` kept classes, `N` bins of an edge.
+
+References:
+    Li et al. 2020, Generalized Focal Loss, arXiv 2006.04388, equation 2 (quality focal loss).
+    Yang et al. 2023, Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object Detection, arXiv 2308.14286
+        (binary cross-entropy per class, weighed by the gap between teacher and student).
+    Zheng et al. 2022, Localization Distillation for Dense Object Detection, arXiv 2102.12252 (softened edge distributions).
+    Rezatofighi et al. 2019, Generalized Intersection over Union, arXiv 1902.09630.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from softcache.errors import LabelError
+from softcache.labels import BernoulliLabels
+from softcache.settings import Settings
+
+__all__ = ["CellLossSettings", "box_giou", "box_l1", "localisation_distillation", "quality_bce"]
+
+
+class CellLossSettings(Settings):
+    """[cells]: what the soft loss of a detector is made of, beside [loss] temperature and alpha.
+
+    `class_weight`, `box_weight` and `centerness_weight` weigh the three parts; `box` is the loss of boxes; `focus` is the
+    power of the gap between teacher and student by which a class counts (0: plain binary cross-entropy).
+    """
+
+    class_weight: float = Field(1.0, ge=0)
+    box_weight: float = Field(1.0, ge=0)
+    centerness_weight: float = Field(1.0, ge=0)
+    box: Literal["giou", "l1"] = "giou"
+    focus: float = Field(1.0, ge=0, le=4)
+
+
+def quality_bce(
+    student_logits_PV: torch.Tensor, labels: BernoulliLabels, *, temperature: Any = 1.0, focus: float = 1.0
+) -> torch.Tensor:
+    """Returns the sum over classes of |y - q|^focus * BCE(y, q), [P]; y = sigmoid(teacher / T), q = sigmoid(student / T).
+
+    With focus = 1 and T = 1 this is the classification loss of Yang et al.; it is Li et al.'s equation 2 with the
+    teacher's probability as quality. A class that the record dropped has y at most b = sigmoid(bound / T); it costs as
+    if y were b where q is above b, and nothing below: there nothing is known against the student.
+
+    Args:
+        student_logits_PV: [P, V] float.
+        labels: of P cells and V classes, torch.
+        temperature: T, above 0; a number, or a tensor [P].
+
+    Raises:
+        LabelError: the student's classes are not the labels'.
+    """
+    if tuple(student_logits_PV.shape) != (len(labels), labels.num_classes):
+        raise LabelError(
+            f"student: expected class logits of shape {(len(labels), labels.num_classes)} (cells, classes of the labels); "
+            f"found {tuple(student_logits_PV.shape)}; the student's head must have the teacher's classes"
+        )
+    soft = labels.at_temperature(temperature)
+    per_row = (
+        temperature[:, None] if isinstance(temperature, torch.Tensor) and temperature.ndim else temperature
+    )
+    student_PV = student_logits_PV / per_row
+    bound_P1 = soft.dropped_bound[:, None].to(student_PV.dtype)
+    # Unknown below the bound: taken for what the student says, which has no gap and so no loss.
+    known_PV = torch.minimum(student_PV.detach(), bound_P1.expand_as(student_PV))
+    teacher_PV = known_PV.scatter(1, labels.ids.long(), soft.logits.to(student_PV.dtype)).sigmoid()
+    loss_PV = binary_cross_entropy_with_logits(student_PV, teacher_PV, reduction="none")
+    gap_PV = (student_PV.sigmoid() - teacher_PV).abs()
+    if focus == 0:  # the entropy of y, which no gap hides here, would count where nothing is known
+        unknown_PV = torch.ones_like(gap_PV).scatter(1, labels.ids.long(), 0.0) * (student_PV <= bound_P1)
+        return (loss_PV * (1 - unknown_PV)).sum(1)
+    return (loss_PV * gap_PV**focus).sum(1)
+
+
+def box_l1(student_P4: torch.Tensor, teacher_P4: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of absolute differences of four raw box outputs, [P]."""
+    return (student_P4 - teacher_P4).abs().sum(1)
+
+
+def box_giou(student_P4: torch.Tensor, teacher_P4: torch.Tensor) -> torch.Tensor:
+    """Returns 1 - GIoU of decoded boxes (left, top, right, bottom), [P], in [0, 2]."""
+    from torchvision.ops import generalized_box_iou_loss
+
+    return generalized_box_iou_loss(student_P4, teacher_P4, reduction="none")
+
+
+def localisation_distillation(
+    student_P4N: torch.Tensor, teacher_P4N: torch.Tensor, *, temperature: Any = 1.0
+) -> torch.Tensor:
+    """Returns the sum over four edges of KL(softmax(teacher / T) || softmax(student / T)), nats, [P] (Zheng et al.).
+
+    Args:
+        student_P4N: logits of the bins of each edge of a distribution head (DFL).
+        teacher_P4N: the teacher's.
+        temperature: T, above 0; a number, or a tensor [P].
+
+    Raises:
+        LabelError: the two have different numbers of bins.
+    """
+    if student_P4N.shape != teacher_P4N.shape:
+        raise LabelError(
+            f"student: expected bins of shape {tuple(teacher_P4N.shape)} (cells, edges, bins of the labels); found "
+            f"{tuple(student_P4N.shape)}; give the student's head as many bins as the teacher's"
+        )
+    T = (
+        temperature[:, None, None]
+        if isinstance(temperature, torch.Tensor) and temperature.ndim
+        else temperature
+    )
+    log_teacher = (teacher_P4N.to(student_P4N.dtype) / T).log_softmax(-1)
+    log_student = (student_P4N / T).log_softmax(-1)
+    return (log_teacher.exp() * (log_teacher - log_student)).sum((1, 2))

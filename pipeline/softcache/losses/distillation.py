@@ -1,0 +1,177 @@
+"""A student's loss: cross-entropy with the ground truth and a soft part, mixed, as a masked mean over positions.
+
+Shape suffixes: `P` positions, `V` classes.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from softcache.errors import LabelError
+from softcache.labels import SoftLabels
+from softcache.losses.bucketed import compare
+from softcache.losses.buckets import promoted
+from softcache.losses.direct import direct_loss, is_direct
+from softcache.losses.rank_matching import uld
+from softcache.losses.registry import Loss, as_loss
+from softcache.losses.standardize import standardized
+from softcache.losses.target_class import teacher_log_probs
+
+__all__ = ["check_alpha", "check_needs", "cross_entropy", "distillation_loss"]
+
+
+def cross_entropy(student_logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of the ground-truth class at T=1, per position, in nats.
+
+    Args:
+        student_logits: [P, V] floating point; half precision is promoted to float32.
+        targets: [P] integer classes; a position with -100 contributes 0.
+
+    Returns:
+        [P] float32 or float64.
+    """
+    return F.cross_entropy(promoted(student_logits), targets.long(), reduction="none")
+
+
+def distillation_loss(
+    student_logits: Tensor,
+    labels: SoftLabels | None,
+    targets: Tensor | None,
+    *,
+    temperature: Any,
+    alpha: float,
+    mask: Tensor | None = None,
+    padded_vocabulary: bool = False,
+    loss: Loss | str = "forward_kl",
+    soft_weights: Tensor | None = None,
+) -> Tensor:
+    """Masked mean of (1 - alpha) * cross-entropy + alpha * T^2 * soft loss.
+
+    T^2 keeps the gradient of the soft part at the same scale for every T. It multiplies the loss itself, so
+    the reported value and the gradient belong to one function. It goes with every divergence that is smooth where
+    teacher and student agree, and with soft cross-entropy, also where the paper has T=1 only; NKD has it in one of
+    its terms, and total variation and ULD, whose papers have no factor, have none. With `standardize` T is the base
+    temperature.
+
+    Args:
+        student_logits: [P, V] floating point.
+        labels: torch record of the P positions; may be None when alpha is 0.
+        targets: [P] integer classes; may be None when alpha is 1, but for dkd and nkd.
+        temperature: a number or a tensor [P]; not read when alpha is 0.
+        alpha: weight of the soft part, in [0, 1].
+        mask: [P] bool or non-negative weights; None counts every position once.
+        padded_vocabulary: as in `forward_kl`.
+        loss: the soft part: a name, or what `make_loss` gives. With "uld" the labels' classes may be others.
+        soft_weights: [P] non-negative factors of the soft part alone; the mean stays one over positions.
+
+    Returns:
+        Scalar; 0 with a zero gradient where the mask is empty. In the usual case (`losses.direct`) it is one operation
+        of autograd, and not twice differentiable.
+
+    Raises:
+        LabelError: alpha out of range, labels or targets missing where needed, or as the soft loss raises.
+        TemperatureError: the labels cannot serve this temperature.
+
+    Examples:
+        >>> import torch
+        >>> from softcache.losses import make_loss
+        >>> from softcache.labels.sparsify import top_k
+        >>> labels, student = top_k(torch.randn(6, 9), k=3), torch.randn(6, 9)
+        >>> how = {"temperature": 2.0, "alpha": 1.0, "loss": make_loss("jsd", beta=0.3)}
+        >>> float(distillation_loss(student, labels, None, **how)) > 0
+        True
+
+    References:
+        Hinton, Vinyals, Dean 2015, arXiv 1503.02531, eq. (1) and section 2.1 (T^2).
+    """
+    loss = as_loss(loss)
+    check_needs(loss, labels, targets, alpha, "distillation_loss")
+    if (
+        mask is None
+        and soft_weights is None
+        and alpha > 0.0
+        and labels is not None
+        and is_direct(loss, student_logits, labels, temperature)
+    ):
+        return direct_loss(
+            student_logits,
+            labels,
+            targets if alpha < 1.0 else None,
+            temperature=temperature,
+            alpha=alpha,
+        )
+    terms = []
+    if alpha < 1.0:
+        assert targets is not None
+        hard_P = cross_entropy(student_logits, targets)
+        terms.append(hard_P if alpha == 0.0 else (1.0 - alpha) * hard_P)
+    if alpha > 0.0:
+        assert labels is not None
+        soft_P = _soft_part(
+            loss,
+            student_logits,
+            labels,
+            targets,
+            temperature=temperature,
+            padded_vocabulary=padded_vocabulary,
+            active_P=None if mask is None else mask > 0,
+        )
+        terms.append(
+            alpha * soft_P if soft_weights is None else alpha * soft_weights.to(soft_P.dtype) * soft_P
+        )
+    loss_P = terms[0] if len(terms) == 1 else terms[0] + terms[1]
+    if mask is None:
+        return loss_P.sum() / max(1, len(loss_P))
+    weight_P = mask.to(loss_P.dtype)
+    total = weight_P.sum()
+    return (loss_P * weight_P).where(weight_P > 0, 0.0).sum() / total.where(total > 0, 1.0)
+
+
+def check_alpha(alpha: float) -> None:
+    """Raises LabelError unless alpha, the weight of the soft part, is in [0, 1]."""
+    if not 0.0 <= alpha <= 1.0:
+        raise LabelError(
+            f"loss.alpha: expected a weight in [0, 1]; found {alpha}; 0 is hard labels only, 1 soft only"
+        )
+
+
+def check_needs(
+    loss: Loss, labels: SoftLabels | None, targets: Tensor | None, alpha: float, where: str
+) -> None:
+    """Raises LabelError where alpha is out of range, or labels or targets are missing that this mixture reads."""
+    check_alpha(alpha)
+    if alpha < 1.0 and targets is None:
+        raise LabelError(f"{where}: expected targets for alpha below 1; found None; pass them or alpha=1")
+    if alpha > 0.0 and labels is None:
+        raise LabelError(f"{where}: expected labels for alpha above 0; found None; pass them or alpha=0")
+    if alpha > 0.0 and loss.kind.needs_target and targets is None:
+        raise LabelError(
+            f"{where}: expected targets for loss {loss.name}, which tells the ground-truth class from the others; found "
+            "None; pass them, or use another loss"
+        )
+
+
+def _soft_part(
+    loss: Loss,
+    student_logits: Tensor,
+    labels: SoftLabels,
+    targets_P: Tensor | None,
+    *,
+    temperature: Any,
+    padded_vocabulary: bool,
+    active_P: Tensor | None,
+) -> Tensor:
+    """The soft loss [P], with its factor T^2."""
+    logits_PV, T = student_logits, temperature
+    if loss.standardize:
+        logits_PV, T = standardized(student_logits, labels, temperature=temperature, active_P=active_P)
+    if loss.name == "uld":
+        return uld(logits_PV, labels, temperature=T)
+    value_P = compare(loss, logits_PV, labels, targets_P, temperature=T, padded_vocabulary=padded_vocabulary)
+    value_P = temperature**loss.kind.temperature_power * value_P
+    if loss.kind.weighs_truth:
+        assert targets_P is not None
+        truth_P = teacher_log_probs(labels, targets_P.long()).exp()
+        value_P = value_P + truth_P * cross_entropy(student_logits, targets_P)
+    return value_P

@@ -1,0 +1,136 @@
+"""A run on images with boxes: detectors as teachers and students, views that move boxes too, mean average precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from softcache.config.run import RunConfig
+from softcache.data.boxes import DetectionBatch
+from softcache.data.scenes import ViewedScenes
+from softcache.data.sources.detection.base import DetectionSettings
+from softcache.data.sources.detection.registry import open_detection
+from softcache.errors import ConfigError
+from softcache.labels import CellLabels
+from softcache.labels.sparsify import LabelSettings
+from softcache.modalities.base import ImageSplits
+from softcache.models.detection.build import build_detector
+from softcache.models.detection.detector import Grid, check_same_grid
+from softcache.models.image import select_device
+from softcache.reader.cache import Cache
+from softcache.reader.dataset import SoftLabelDataset, cells_per_image
+from softcache.student.tasks.object_detection import DetectionTask
+from softcache.teacher.base import Teacher, TeacherSettings
+from softcache.teacher.dense import DenseTeacher
+from softcache.teacher.detection import load_detection_teacher
+
+__all__ = ["DetectionData"]
+
+
+class DetectionData(ImageSplits):
+    """The training and evaluation splits of a config's source, seen through its views."""
+
+    train: ViewedScenes
+    evaluation: ViewedScenes
+
+    def __init__(self, config: RunConfig) -> None:
+        assert isinstance(config.source, DetectionSettings)
+        super().__init__(config.views)
+        self.train, self.evaluation = (
+            ViewedScenes(
+                open_detection(config.source, split=split),
+                self.views,
+                rows_per_sample=config.labels.positions.top,
+            )
+            for split in ("train", "eval")
+        )
+
+    def of_student(self, config: RunConfig) -> DetectionData:
+        """Returns this: student and teacher see the same images.
+
+        Raises:
+            ConfigError: the config has the student read something else.
+        """
+        if config.student.reads_otherwise:
+            raise ConfigError(
+                "student.source and student.views: a detector's student sees the teacher's images, so that a cell is "
+                "the same place for both; drop the tables"
+            )
+        return self
+
+    def replays(self, config: RunConfig) -> bool:
+        """Returns True: the student sees every view that the teacher saw."""
+        return True
+
+    def labelled(self, config: RunConfig, cache: Cache) -> tuple[Any, None]:
+        """Returns the student's dataset of labelled samples, and which of them it has (None: all).
+
+        Raises:
+            IdentityError: the student's cells are not those of the labels.
+        """
+        reader = config.reader
+        dataset = SoftLabelDataset(
+            self.train.with_rows(cells_per_image(cache)),
+            cache,
+            check_share=reader.check_share,
+            check_first=reader.check_first,
+        )
+        self.check_student(config.student.model, cache)
+        return dataset, None
+
+    def unlabelled(self, config: RunConfig) -> ViewedScenes:
+        """Returns the student's samples without labels."""
+        return self.of_student(config).train
+
+    def grid(self, model: str) -> Grid:
+        """Returns the cells that a detector of that spec has for images of this data."""
+        detector = build_detector(model, num_classes=self.num_classes, input_shape=self.input_shape).eval()
+        with torch.no_grad():
+            return detector.grid(detector(torch.zeros(1, *self.input_shape))[0])
+
+    def check_student(self, model: str, cache: Cache) -> None:
+        """Raises unless a detector of that spec has the cells that the cache's labels are of.
+
+        Raises:
+            IdentityError: cell i is another one for it.
+        """
+        check_same_grid(model, self.grid(model).digest, cache.manifest.identity["grid"]["digest"])
+
+    def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:
+        """Returns the teacher with its weights, on the device and dtype of [capture]."""
+        return load_detection_teacher(
+            settings,
+            num_classes=self.num_classes,
+            input_shape=self.input_shape,
+            normalize=self.normalize(),
+            device=select_device(config.capture.device),
+            dtype=config.capture.dtype,
+        )
+
+    def task(self, config: RunConfig, model: str, teacher: Teacher | None = None) -> DetectionTask:
+        """Returns what a student of that spec learns; `teacher` labels its batches on the spot.
+
+        Raises:
+            IdentityError: the student's cells are not the teacher's.
+        """
+        self.of_student(config)
+        label: Callable[[DetectionBatch], CellLabels] | None = None
+        if teacher is not None:
+            assert isinstance(teacher, DenseTeacher)
+            check_same_grid(model, self.grid(model).digest, teacher.grid)
+            label = partial(_labelled, teacher, config.labels)
+        return DetectionTask(
+            lambda: build_detector(model, num_classes=self.num_classes, input_shape=self.input_shape),
+            self.evaluation,
+            self.normalize(),
+            config.loss,
+            config.cells,
+            label,
+        )
+
+
+def _labelled(teacher: DenseTeacher, settings: LabelSettings, batch: DetectionBatch) -> CellLabels:
+    return teacher.label(batch, settings)[0].to_torch(batch.images.device)

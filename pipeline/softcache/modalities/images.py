@@ -1,0 +1,88 @@
+"""A run on images: classifiers as teachers and students, replayed views, accuracy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from softcache.config.run import RunConfig
+from softcache.data.batch import Dataset, ViewedSource
+from softcache.data.sources import SourceSettings, open_source
+from softcache.modalities.base import ImageSplits
+from softcache.modalities.paired_images import StudentImages
+from softcache.models.image import build_model, select_device
+from softcache.reader.cache import Cache
+from softcache.reader.dataset import SoftLabelDataset
+from softcache.student.tasks import ImageTask
+from softcache.teacher.base import ImageTeacher, Teacher, TeacherSettings, load_image_teacher
+
+__all__ = ["ImageData"]
+
+
+class ImageData(ImageSplits):
+    """The training and evaluation splits of a config's source, seen through its views."""
+
+    train: ViewedSource
+    evaluation: ViewedSource
+
+    def __init__(self, config: RunConfig) -> None:
+        assert isinstance(config.source, SourceSettings)
+        super().__init__(config.views)
+        self.train = ViewedSource(open_source(config.source, split="train"), self.views)
+        self.evaluation = ViewedSource(open_source(config.source, split="eval"), self.views)
+        self._of_students: dict[str, StudentImages] = {}
+
+    def of_student(self, config: RunConfig) -> ImageData | StudentImages:
+        """Returns this, or what the student reads where that is not what the teacher sees; opened once."""
+        if not config.student.reads_otherwise:
+            return self
+        name = config.student.model_dump_json(include={"source", "views", "pairing"})
+        if name not in self._of_students:
+            self._of_students[name] = StudentImages(config, self.train)
+        return self._of_students[name]
+
+    def replays(self, config: RunConfig) -> bool:
+        """Returns whether the student sees every view that the teacher saw; else it has its plain view only."""
+        student = self.of_student(config)
+        return student is self or (isinstance(student, StudentImages) and student.replays)
+
+    def labelled(self, config: RunConfig, cache: Cache) -> tuple[Any, Any]:
+        """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
+        reader, student = config.reader, self.of_student(config)
+        if isinstance(student, StudentImages):
+            return student.labelled(reader, cache)
+        return SoftLabelDataset(
+            self.train, cache, check_share=reader.check_share, check_first=reader.check_first
+        ), None
+
+    def unlabelled(self, config: RunConfig) -> Dataset:
+        """Returns the student's samples without labels; with what a live teacher sees of them, where it is to label."""
+        student = self.of_student(config)
+        if isinstance(student, StudentImages) and config.train.labels == "online":
+            return student.taught()
+        return student.train
+
+    def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:
+        """Returns the teacher with its weights, on the device and dtype of [capture]."""
+        return load_image_teacher(
+            settings,
+            num_classes=self.num_classes,
+            input_shape=self.input_shape,
+            normalize=self.normalize(),
+            device=select_device(config.capture.device),
+            dtype=config.capture.dtype,
+        )
+
+    def task(self, config: RunConfig, model: str, teacher: Teacher | None = None) -> ImageTask:
+        """Returns what a student of that spec learns; `teacher` labels its batches on the spot."""
+        assert teacher is None or isinstance(teacher, ImageTeacher)
+        student = self.of_student(config)
+        if isinstance(student, StudentImages):
+            return student.task(config, model, teacher)
+        return ImageTask(
+            lambda: build_model(model, num_classes=self.num_classes, input_shape=self.input_shape),
+            self.evaluation,
+            self.normalize(),
+            self.num_classes,
+            config.loss,
+            teacher,
+        )

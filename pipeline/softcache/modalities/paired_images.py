@@ -1,0 +1,148 @@
+"""What a student of images reads where that is not what the teacher saw: a reduced view, other images, or their bytes.
+
+A student that reads the very images that were labelled replays the teacher's views, reduced, and view v has the label of
+view v. Any other sees its plain view only, with the teacher's answer about the plain view; with `reader.num_views` it has
+the answers about so many views in turn, whose mean it then learns.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property, partial
+from typing import Any
+
+from torch import nn
+
+from softcache.config.run import RunConfig
+from softcache.data.batch import Dataset, ViewedSource
+from softcache.data.bytes import ByteData
+from softcache.data.pairing import pair_sources
+from softcache.data.sources import open_source
+from softcache.data.sources.images.encoded import BytesSettings, open_bytes
+from softcache.data.sources.images.image_folder import ImageFolderSource
+from softcache.data.transforms import Views
+from softcache.data.transforms.student import StudentViews, StudentViewSettings
+from softcache.models.image import Normalize, build_model
+from softcache.reader.cache import Cache
+from softcache.reader.dataset import ReaderSettings
+from softcache.reader.paired import PairedSamples, TaughtSamples
+from softcache.runtime.logging import say
+from softcache.student.tasks import ByteTask, ImageTask
+from softcache.teacher.base import ImageTeacher
+
+__all__ = ["StudentImages"]
+
+
+class StudentImages:
+    """The training and evaluation splits of a student's own source, paired with what was labelled.
+
+    Attributes:
+        train: numbered as in the student's source.
+        evaluation: the same of its held-out split.
+        replays: whether its view v is the teacher's view v.
+        pairing: of its training samples with the teacher's.
+
+    Raises (from the constructor):
+        SpecError, SourceError: the source cannot be read.
+        AlignmentError: the samples are not paired one by one.
+    """
+
+    rows_of = None  # one label row per sample
+
+    def __init__(self, config: RunConfig, teacher: ViewedSource) -> None:
+        settings = config.student.source or config.source
+        self._teacher, self._subset = teacher, config.student.pairing.subset
+        self.train: Dataset
+        self.evaluation: Dataset
+        if isinstance(settings, BytesSettings):
+            self.train = ByteData(open_bytes(settings, split="train"))
+            self.evaluation = ByteData(open_bytes(settings, split="eval"))
+            self._identity: dict[str, Any] = {}
+            self._normalization = None
+        else:
+            how, seen = config.student.views or StudentViewSettings(), Views(config.views)
+            views = StudentViews(seen, how)
+            self.train = ViewedSource(open_source(settings, split="train"), views)  # type: ignore[arg-type]
+            self.evaluation = ViewedSource(open_source(settings, split="eval"), views)  # type: ignore[arg-type]
+            self._identity = {"views": views.digest}
+            self._normalization = how.normalization(seen)
+        self._is_own = config.student.source is not None
+        self.replays = self._normalization is not None and _are_same(teacher.source, self.train.source)
+        self.pairing = pair_sources(teacher.source, self.train.source, config.student.pairing)
+        if self.pairing.num_missing:
+            say(
+                f"student.pairing: {self.pairing.num_missing:,} of {len(teacher):,} labelled samples have no partner in "
+                f"student.source {self.train.source.name} and are not trained on (subset = true)"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        return self.train.source.num_classes
+
+    @cached_property
+    def input_shape(self) -> tuple[int, ...]:
+        if isinstance(self.train, ByteData):
+            return (max(int(data.source.lengths.max()) for data in (self.train, self.evaluation)),)
+        return tuple(self.train.load([0], 0, fingerprints=False).images.shape[1:])
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what tells runs on this data from others."""
+        return {
+            "source": self.train.source.digest,
+            "evaluation": self.evaluation.source.digest,
+            "pairing": self.pairing.digest,
+            "subset": self._subset,
+            "replays": self.replays,
+            **self._identity,
+            **self._contents,
+        }
+
+    @cached_property
+    def _contents(self) -> dict[str, str]:
+        """Of folders of its own, whose digest is of sizes and which no fingerprint covers; reads every file once."""
+        splits = {"train": self.train, "evaluation": self.evaluation} if self._is_own else {}
+        return {
+            f"{split}_files": data.source.contents_digest()
+            for split, data in splits.items()
+            if isinstance(data.source, ImageFolderSource)
+        }
+
+    def labelled(self, reader: ReaderSettings, cache: Cache) -> tuple[Any, Any]:
+        """Returns the dataset of labelled samples, and which of the cache's it has (None: all)."""
+        paired = PairedSamples(
+            self._teacher,
+            self.train,
+            self.pairing,
+            cache,
+            replays=self.replays,
+            check_share=reader.check_share,
+            check_first=reader.check_first,
+        )
+        return paired, self.pairing.samples if self.pairing.num_missing else None
+
+    def taught(self) -> TaughtSamples:
+        """Returns the training samples, each with what a live teacher sees of it."""
+        return TaughtSamples(self._teacher, self.train, self.pairing)
+
+    def task(self, config: RunConfig, model: str, teacher: ImageTeacher | None) -> ImageTask:
+        """Returns what a student of that spec learns; `teacher` labels its batches on the spot."""
+        build = partial(build_model, model, num_classes=self.num_classes, input_shape=self.input_shape)
+        settings = self.num_classes, config.loss, teacher
+        if self._normalization is None:
+            return ByteTask(build, self.evaluation, _Whole(), *settings, max_bytes=self.input_shape[0])
+        return ImageTask(build, self.evaluation, Normalize(*self._normalization), *settings)
+
+
+def _are_same(one: Any, other: Any) -> bool:
+    """Whether two sources have the same images; a folder's digest is of sizes, so copies of one are read."""
+    if one.digest != other.digest:
+        return False
+    if isinstance(one, ImageFolderSource) and isinstance(other, ImageFolderSource) and one.root != other.root:
+        return one.contents_digest() == other.contents_digest()
+    return True
+
+
+class _Whole(nn.Module):
+    """Bytes as the whole numbers that an embedding takes."""
+
+    def forward(self, bytes_BL: Any) -> Any:
+        return bytes_BL.long()

@@ -1,0 +1,141 @@
+"""A run on text: causal language models as teachers and students, label rows per token, held-out loss."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from softcache.config.run import RunConfig
+from softcache.data.sources.text.settings import TextSettings
+from softcache.data.sources.text.source import open_text
+from softcache.data.sources.text.tokenizer import digest_tokenizer, load_tokenizer
+from softcache.data.tokens import TokenData
+from softcache.errors import ConfigError, IdentityError
+from softcache.modalities.base import TokenSplits
+from softcache.models.image import select_device
+from softcache.models.language import build_language_model, tokenizer_of
+from softcache.reader.cache import Cache
+from softcache.reader.dataset import SoftLabelDataset
+from softcache.reader.paired import PairedDataset
+from softcache.student.tasks import TokenTask
+from softcache.teacher.base import LanguageTeacher, Teacher, TeacherSettings, load_language_teacher
+
+__all__ = ["TextData"]
+
+
+class TextData(TokenSplits):
+    """The training and held-out splits of a config's text, tokenised."""
+
+    def __init__(self, config: RunConfig) -> None:
+        assert isinstance(config.source, TextSettings)
+        self._settings = config.source
+        across = config.source.cross_documents
+        self.train = TokenData(open_text(config.source, split="train"), cross_documents=across)
+        self.evaluation = TokenData(open_text(config.source, split="eval"), cross_documents=across)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what tells runs on this data from others."""
+        return super().identity() | {"cross_documents": self._settings.cross_documents}
+
+    def of_student(self, config: RunConfig) -> TextData:
+        """Returns the same text in the student's own tokens, where its tokenizer is another one."""
+        name = config.student.tokenizer
+        if config.loss.name != "uld":
+            if name is not None:
+                raise ConfigError(
+                    f"student.tokenizer: {name!r} with loss.name = {config.loss.name!r}, which compares class by class; "
+                    'set loss.name = "uld", or drop student.tokenizer'
+                )
+            return self
+        if name is None:
+            raise ConfigError(
+                'student.tokenizer: missing; loss.name = "uld" is for a student with another tokenizer'
+            )
+        source = self._settings.model_copy(update={"tokenizer": name})
+        return TextData(config.model_copy(update={"source": source}))
+
+    def replays(self, config: RunConfig) -> bool:
+        """Returns True: a text has one view."""
+        return True
+
+    def unlabelled(self, config: RunConfig) -> TokenData:
+        """Returns the student's samples without labels."""
+        return self.of_student(config).train
+
+    def labelled(self, config: RunConfig, cache: Cache) -> tuple[Any, np.ndarray | None]:
+        """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
+        checks: dict[str, Any] = {
+            "check_share": config.reader.check_share,
+            "check_first": config.reader.check_first,
+        }
+        if config.loss.name != "uld":
+            return SoftLabelDataset(self.train, cache, **checks), None
+        paired = PairedDataset(self.train, self.of_student(config).train, cache, **checks)
+        return paired, paired.samples
+
+    def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:
+        """Returns the teacher with its weights, on the device and dtype of [capture]."""
+        self._check_tokenizer("teacher.model", settings.model)
+        return load_language_teacher(
+            settings,
+            vocab_size=self.num_classes,
+            seq_len=self._settings.seq_len,
+            chunk_positions=config.capture.chunk_positions,
+            cross_documents=self._settings.cross_documents,
+            device=select_device(config.capture.device),
+            dtype=config.capture.dtype,
+        )
+
+    def task(self, config: RunConfig, model: str, teacher: Teacher | None = None) -> TokenTask:
+        """Returns what a student of that spec learns; `teacher` labels its batches on the spot."""
+        assert teacher is None or isinstance(teacher, LanguageTeacher)
+        if (student := self.of_student(config)) is not self:
+            if teacher is not None:
+                raise ConfigError(
+                    f'teacher {teacher.spec}: cannot label a student\'s batches on the spot (train.labels = "online"), '
+                    f"whose tokens are those of student.tokenizer {config.student.tokenizer!r}; train from a cache"
+                )
+            plain = config.student.model_copy(update={"tokenizer": None})
+            task = student.task(
+                config.model_copy(
+                    update={"student": plain, "loss": config.loss.model_copy(update={"name": "forward_kl"})}
+                ),
+                model,
+            )
+            return replace(task, loss_settings=config.loss)
+        self._check_tokenizer("student.model", model)
+        context = min(config.student.context or self._settings.seq_len, self._settings.seq_len)
+
+        def save_tokenizer(folder: Path) -> None:
+            load_tokenizer(self._settings).save_pretrained(folder)
+
+        return TokenTask(
+            lambda: build_language_model(model, vocab_size=self.num_classes, context=context).train(),
+            self.evaluation,
+            config.loss,
+            context,
+            self._settings.cross_documents,
+            save_tokenizer,
+            teacher,
+        )
+
+    def _check_tokenizer(self, key: str, spec: str) -> None:
+        """Raises unless a pretrained model's own tokenizer is the one that made the tokens.
+
+        Raises:
+            IdentityError: it is another one.
+        """
+        tokenizer = tokenizer_of(spec)
+        if tokenizer is None:
+            return
+        found, expected = digest_tokenizer(tokenizer), self.train.source.tokenizer_digest
+        if found != expected:
+            raise IdentityError(
+                f"{key} {spec}: its tokenizer (digest {found[:12]}…, {len(tokenizer)} tokens) is not source.tokenizer "
+                f"{self._settings.tokenizer!r} (digest {expected[:12]}…, {self.num_classes} tokens): a label of token i "
+                "would be read as another token; set source.tokenizer to the model's, or give a student of another "
+                'vocabulary student.tokenizer and loss.name = "uld"'
+            )

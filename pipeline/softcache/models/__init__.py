@@ -1,0 +1,1 @@
+"""Specs of models into modules: images, texts, boxes, bytes."""

@@ -1,0 +1,1 @@
+"""Detectors: built from a spec, split into their outputs, and scored."""

@@ -1,0 +1,311 @@
+"""From a model spec to a module: the same few names for teachers and students.
+
+    linear | mlp[?width=…&depth=…] | cnn[?width=…&stages=…]   built in, for any image size
+    bytes[?width=…&depth=…&heads=…&stride=…]                  built in, for encoded files (`byte_model`)
+    timm:NAME[?arg=…]                                         timm.create_model
+    torchvision:NAME[?arg=…]                                  torchvision.models.get_model
+    package.module:factory[?arg=…]                            your own; called with the arguments you
+                                                              give, plus num_classes and input_shape
+                                                              where its signature takes them
+
+Arguments are JSON scalars (`true`, `3`, `0.1`) or else strings. `module:factory` runs code: a spec
+therefore only ever comes from the user's own config or flag, never from a cache.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from softcache.errors import SpecError
+from softcache.models.byte_classifier import ByteClassifier
+from softcache.runtime.suggest import nearest
+
+__all__ = [
+    "ModelSpec",
+    "Normalize",
+    "build_model",
+    "count_parameters",
+    "load_weights",
+    "parse_spec",
+    "select_device",
+]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A parsed spec: `family` is builtin, timm, torchvision or factory."""
+
+    family: str
+    name: str
+    args: dict[str, Any] = field(default_factory=dict)
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def parse_spec(spec: str) -> ModelSpec:
+    """Returns the parts of a model spec.
+
+    Raises:
+        SpecError: the spec is empty or has no model name.
+
+    Examples:
+        >>> parse_spec("timm:resnet18?drop_rate=0.1")
+        ModelSpec(family='timm', name='resnet18', args={'drop_rate': 0.1})
+        >>> parse_spec("mlp").family
+        'builtin'
+    """
+    path, _, query = spec.partition("?")
+    args = {key: _json_or_text(value) for key, value in parse_qsl(query, keep_blank_values=True)}
+    family, colon, name = path.partition(":")
+    if not colon:
+        family, name = "builtin", path
+    elif family not in ("timm", "torchvision"):
+        family, name = "factory", path
+    if not name or name.endswith(":"):
+        raise SpecError(
+            f"model spec {spec!r}: no model name; expected e.g. mlp, timm:resnet18, module:factory"
+        )
+    return ModelSpec(family, name, args)
+
+
+def _unknown(spec: str, name: str, known: Iterable[str]) -> SpecError:
+    known = list(known)
+    near = nearest(name, known, most=5, cutoff=0.5) or known[:5]
+    return SpecError(f"model {spec!r}: unknown name {name!r}; nearest: {', '.join(near)}")
+
+
+def build_model(spec: str, *, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    """Returns a freshly initialised module for inputs of `input_shape`.
+
+    Args:
+        spec: see the module docstring.
+        num_classes: V, the width of the logits.
+        input_shape: (channels, height, width) of one normalised image; (bytes,) of the longest encoded file.
+
+    Raises:
+        SpecError: unknown name (the nearest ones are listed) or arguments that the model refuses.
+    """
+    parsed = parse_spec(spec)
+    build = {"builtin": _builtin, "timm": _timm, "torchvision": _torchvision, "factory": _factory}[
+        parsed.family
+    ]
+    try:
+        model = build(spec, parsed, num_classes, input_shape)
+        if len(input_shape) > 1 and any(
+            isinstance(parameter, UninitializedParameter) for parameter in model.parameters()
+        ):
+            model(torch.zeros(2, *input_shape))  # lazy modules take their shapes from a first batch
+        return model
+    except SpecError:
+        raise
+    except Exception as error:
+        # A third-party constructor may raise anything; the user needs to know which spec it was.
+        raise SpecError(
+            f"model {spec!r}: cannot be built for {num_classes} classes and {_described(input_shape)}: "
+            f"{type(error).__name__}: {error}; check the arguments after '?'"
+        ) from error
+
+
+def _described(input_shape: tuple[int, ...]) -> str:
+    return f"files of {input_shape[0]} bytes" if len(input_shape) == 1 else f"images of {input_shape}"
+
+
+def _timm(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    import timm
+
+    base = parsed.name.partition(".")[0]
+    if not timm.is_model(base):
+        raise _unknown(spec, parsed.name, timm.list_models())
+    return timm.create_model(
+        parsed.name, **{"num_classes": num_classes, "in_chans": input_shape[0]} | parsed.args
+    )
+
+
+class _GrayToRgb(nn.Module):
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return images_BCHW.expand(-1, 3, -1, -1)
+
+
+def _torchvision(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    from torchvision import models
+
+    if parsed.name not in models.list_models(module=models):
+        raise _unknown(spec, parsed.name, models.list_models(module=models))
+    model = models.get_model(parsed.name, **{"num_classes": num_classes} | parsed.args)
+    # torchvision's classifiers have three input channels; a grey image is shown to each of them.
+    return nn.Sequential(_GrayToRgb(), model) if input_shape[0] == 1 else model
+
+
+def _near_family(name: str) -> str:
+    """Returns what `torchvison:resnet18` may have meant; empty where the part before the colon is like no family."""
+    family, _, rest = name.partition(":")
+    near = nearest(family, ("timm", "torchvision"), most=1)
+    return f"; did you mean {near[0]}:{rest}?" if near else ""
+
+
+def _factory(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    module_name, _, attribute = parsed.name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SpecError(
+            f"model {spec!r}: {error}; expected a built-in name ({', '.join(BUILTIN)}), timm:NAME, "
+            f"torchvision:NAME, or an importable module:factory{_near_family(parsed.name)}"
+        ) from error
+    offered = {"num_classes": num_classes, "input_shape": input_shape}
+    parameters = inspect.signature(factory).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    offered = {name: value for name, value in offered.items() if takes_any or name in parameters}
+    model = factory(**offered | parsed.args)
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"model {spec!r}: expected a torch.nn.Module; found {type(model).__name__}")
+    return model
+
+
+def _linear(num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    channels, height, width = input_shape
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * height * width, num_classes))
+
+
+def _mlp(num_classes: int, input_shape: tuple[int, ...], width: int = 64, depth: int = 1) -> nn.Module:
+    channels, height, columns = input_shape
+    sizes = [channels * height * columns, *[width] * depth]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for fan_in, fan_out in pairwise(sizes):
+        layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], num_classes))
+
+
+def _cnn(num_classes: int, input_shape: tuple[int, ...], width: int = 16, stages: int = 2) -> nn.Module:
+    """Stages of two 3x3 convolutions with batch norm; width doubles and the map halves between stages."""
+    channels = input_shape[0]
+    layers: list[nn.Module] = []
+    for stage in range(stages):
+        out = width * 2**stage
+        if stage > 0:
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
+        for fan_in in (channels, out):
+            layers += [nn.Conv2d(fan_in, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+        channels = out
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+
+
+def _bytes(num_classes: int, input_shape: tuple[int, ...], **arguments: Any) -> nn.Module:
+    return ByteClassifier(num_classes, input_shape[0], **arguments)
+
+
+BUILTIN: dict[str, Callable[..., nn.Module]] = {
+    "linear": _linear,
+    "mlp": _mlp,
+    "cnn": _cnn,
+    "bytes": _bytes,
+}
+
+
+def _builtin(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+    if parsed.name not in BUILTIN:
+        raise SpecError(
+            f"model {spec!r}: unknown name {parsed.name!r}; built in: {', '.join(BUILTIN)}; "
+            "others are written timm:NAME, torchvision:NAME or module:factory"
+        )
+    if (parsed.name == "bytes") != (len(input_shape) == 1):
+        raise SpecError(
+            f"model {spec!r}: {'reads bytes' if parsed.name == 'bytes' else 'reads images'}, the data are "
+            f"{_described(input_shape)}; set student.source.modality, or take another model"
+        )
+    return BUILTIN[parsed.name](num_classes, input_shape, **parsed.args)
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads a state dict into `model`, strictly.
+
+    `.safetensors` is read by safetensors, anything else by `torch.load(weights_only=True)`, which
+    refuses to run code. A checkpoint whose state dict sits under `model`, `state_dict` or
+    `model_state_dict` is unwrapped.
+
+    Raises:
+        SpecError: the file is missing, unreadable, or does not fit (the names that differ are listed).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SpecError(
+            f"weights {path}: no such file; run `softcache train-teacher`, or point teacher.weights at one"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            for wrapper in ("model", "state_dict", "model_state_dict"):
+                if isinstance(state.get(wrapper), dict):
+                    state = state[wrapper]
+        problems = model.load_state_dict(state, strict=False)
+    except Exception as error:
+        raise SpecError(f"weights {path}: cannot be loaded: {type(error).__name__}: {error}") from error
+    if problems.missing_keys or problems.unexpected_keys:
+        raise SpecError(
+            f"weights {path}: do not fit the model; missing {problems.missing_keys[:5]}, "
+            f"unexpected {problems.unexpected_keys[:5]}; check teacher.model and its arguments"
+        )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Returns the number of scalars in the model's parameters (buffers not counted)."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def select_device(name: str) -> torch.device:
+    """Returns the device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        SpecError: the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise SpecError(
+            f"device {name!r}: not available here ({error}); use auto, cpu, cuda or mps"
+        ) from error
+
+
+class Normalize(nn.Module):
+    """uint8 images [B, C, H, W] in 0..255 -> float32 `(x/255 - mean) / std`; float images pass unscaled.
+
+    It runs on the device, so that one byte per pixel crosses the bus. A transform of the user's own that
+    already returns floats is taken as normalised.
+    """
+
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        if images_BCHW.is_floating_point():
+            return images_BCHW.float()
+        return (images_BCHW.float() / 255 - self.mean) / self.std

@@ -1,0 +1,186 @@
+"""A language model as a backbone and a head, and how packed rows run through it.
+
+Packed rows: a document must not see its neighbours, and its positions start at 0. In transformers 5.23
+restarted `position_ids` do that for most architectures, sliding windows included (an explicit 4D mask
+would overwrite those), but not for all: OPT, BioGPT, XGLM, GPT-OSS and the recurrent ones let the
+documents leak into each other, without a word. So `split` tries it on 8 tokens, and where restarted
+positions do not hold, each document runs as a row of its own, which is right for any causal model.
+
+Shape legend: B rows, L tokens of a row, P flat positions, D width of the hidden state, V vocabulary,
+S documents.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from softcache.errors import SpecError
+
+__all__ = ["CausalParts", "Headed", "Parts", "takes", "tensor_in"]
+
+
+class Parts(Protocol):
+    """What a teacher or a student needs of a model in parts, whatever runs inside its backbone."""
+
+    @property
+    def weight(self) -> torch.Tensor: ...
+    @property
+    def bias(self) -> torch.Tensor | None: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def context(self) -> int | None: ...
+    @property
+    def logit_scale(self) -> float: ...
+    @property
+    def softcap(self) -> float | None: ...
+
+    def logits(self, hidden_PD: torch.Tensor) -> torch.Tensor: ...
+    def hidden(
+        self, tokens_BL: torch.Tensor, segments_BL: torch.Tensor | None, *, cross_documents: bool = False
+    ) -> torch.Tensor: ...
+
+
+class Headed:
+    """What all models in parts have in common: a linear head, a scale, a soft cap."""
+
+    head: nn.Linear
+    logit_scale: float
+    softcap: float | None
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The head's own weight [V, D]."""
+        return self.head.weight
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """The head's own bias [V], or None."""
+        return self.head.bias
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the head; may exceed the tokenizer's vocabulary."""
+        return len(self.head.weight)
+
+    def logits(self, hidden_PD: torch.Tensor) -> torch.Tensor:
+        """Returns float32 logits [P, V] of hidden states [P, D], scaled and capped as the model does."""
+        logits = nn.functional.linear(hidden_PD, self.weight, self.bias).float()
+        if self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
+
+
+@dataclass(frozen=True, eq=False)
+class CausalParts(Headed):
+    """A language model seen as a backbone and a head. It owns nothing: the tensors are the model's.
+
+    Not a module, so that a wrapper may keep it beside the model without registering a parameter twice:
+    `self.model, self.parts = model, split(model)`, and a `forward` that calls `self.parts.hidden` runs
+    under DDP as usual. A deep copy of the model alone wants a `split` of its own.
+
+    Attributes:
+        backbone: tokens -> last hidden state, after the final norm.
+        head: the plain linear layer to the vocabulary.
+        packing: how documents of a packed row are kept apart: by restarted "positions", or as "rows".
+        context: the longest row, or None where there is no limit.
+        logit_scale: what the head's output is multiplied by (Cohere; Granite divides).
+        softcap: c in `c tanh(logits / c)` (Gemma), or None.
+    """
+
+    backbone: nn.Module
+    head: nn.Linear
+    packing: Literal["positions", "rows"]
+    context: int | None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def hidden(
+        self, tokens_BL: torch.Tensor, segments_BL: torch.Tensor | None, *, cross_documents: bool = False
+    ) -> torch.Tensor:
+        """Returns the hidden states [B, L, D] that the head takes, after the final norm.
+
+        Args:
+            tokens_BL: int64 token ids.
+            segments_BL: number of the document that each token belongs to, non-decreasing along a row;
+                None: one document per row. Padding at the right end harms nobody in a causal model. It
+                may be a segment of its own, or carry the number of the last document, and then a row of
+                one document needs no mask at all.
+            cross_documents: attend over the whole row, positions 0..L-1, as if it were one document.
+        """
+        if segments_BL is None or cross_documents:
+            return self._run(tokens_BL, None)
+        if self.packing == "rows":
+            return self._hidden_by_rows(tokens_BL, _starts(segments_BL))
+        positions_BL = _positions(_starts(segments_BL))
+        if "flash" in (getattr(getattr(self.backbone, "config", None), "_attn_implementation", None) or ""):
+            # transformers' varlen path knows documents in a batch of one row only, else they leak.
+            flat_PD = self._run(tokens_BL.reshape(1, -1), positions_BL.reshape(1, -1))
+            return flat_PD.view(*tokens_BL.shape, -1)
+        return self._run(tokens_BL, positions_BL)
+
+    def _run(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
+        kwargs: dict[str, Any] = {}
+        if takes(self.backbone, "use_cache"):
+            kwargs["use_cache"] = False  # with a cache, transformers ignores restarted positions
+        if positions_BL is not None:
+            kwargs["position_ids"] = positions_BL
+        hidden = tensor_in(self.backbone(tokens_BL, **kwargs), "last_hidden_state")
+        expected = (*tokens_BL.shape, self.weight.shape[1])
+        if not isinstance(hidden, torch.Tensor) or tuple(hidden.shape) != expected:
+            found = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
+            raise SpecError(
+                f"model {type(self.backbone).__name__}: expected hidden states of shape {expected} (rows, "
+                f"tokens, the head's input); found {found}; base_model must end where the head begins"
+            )
+        return hidden
+
+    def _hidden_by_rows(self, tokens_BL: torch.Tensor, starts_BL: torch.Tensor) -> torch.Tensor:
+        """Each document as a row of its own, longest first, at most B x L tokens per pass.
+
+        Behind a document's end lie the tokens of the next one: later ones, which it cannot see.
+        """
+        starts_S = starts_BL.flatten().nonzero().squeeze(1)
+        if len(starts_S) == len(tokens_BL):
+            return self._run(tokens_BL, None)
+        lengths_S = torch.diff(starts_S, append=starts_S.new_tensor([tokens_BL.numel()]))
+        lengths_S, by_length_S = lengths_S.sort(descending=True)
+        starts_S = starts_S[by_length_S]
+        hidden, where, first = [], [], 0
+        while first < len(starts_S):
+            longest = int(lengths_S[first])
+            rows = slice(first, first + max(1, tokens_BL.numel() // longest))
+            offsets_L = torch.arange(longest, device=tokens_BL.device)
+            index_SL = starts_S[rows, None] + offsets_L
+            kept_SL = offsets_L < lengths_S[rows, None]
+            tokens_SL = tokens_BL.flatten()[index_SL.clamp(max=tokens_BL.numel() - 1)]
+            hidden.append(self._run(tokens_SL, None)[kept_SL])
+            where.append(index_SL[kept_SL])
+            first = rows.stop
+        return torch.cat(hidden)[torch.cat(where).argsort()].view(*tokens_BL.shape, -1)
+
+
+def _starts(segments_BL: torch.Tensor) -> torch.Tensor:
+    starts_BL = torch.ones_like(segments_BL, dtype=torch.bool)
+    starts_BL[:, 1:] = segments_BL[:, 1:] != segments_BL[:, :-1]
+    return starts_BL
+
+
+def _positions(starts_BL: torch.Tensor) -> torch.Tensor:
+    index_L = torch.arange(starts_BL.shape[1], device=starts_BL.device)
+    return index_L - torch.where(starts_BL, index_L, 0).cummax(1).values
+
+
+def tensor_in(output: Any, name: str) -> Any:
+    """Returns what a model gave: the first of a tuple, the field of that name, or the tensor itself."""
+    return output[0] if isinstance(output, tuple) else getattr(output, name, output)
+
+
+def takes(module: nn.Module, argument: str) -> bool:
+    """Whether `forward` names this argument."""
+    return argument in inspect.signature(module.forward).parameters

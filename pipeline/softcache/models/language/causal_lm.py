@@ -1,0 +1,273 @@
+"""From a spec to a causal language model.
+
+    gpt2 | llama | qwen3 [?width=…&depth=…&heads=…&kv_heads=…&mlp=…&tied=…]   built in, fresh weights
+    hf:NAME_OR_PATH[?dtype=…&attn_implementation=…&revision=…]    from_pretrained, safetensors only
+    hf-config:NAME_OR_PATH[?key=…]                                fresh weights of that configuration
+    package.module:factory[?arg=…]                                your own; called with your arguments,
+                                                                  plus vocab_size and context where its
+                                                                  signature takes them
+
+`gradient_checkpointing=true` goes with each but the last. Code from a hub is never run: there is no
+`trust_remote_code`, and no attention kernel by repository name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from softcache.errors import MissingExtraError, SpecError
+from softcache.models.image import ModelSpec, parse_spec
+from softcache.models.language.encoder_decoder_parts import is_encoder_decoder
+from softcache.models.language.probes import refuse_longer
+from softcache.models.language.splitting import context_of, head_of
+from softcache.runtime.optional import auto_tokenizer
+from softcache.runtime.suggest import nearest
+
+__all__ = ["build_language_model", "tokenizer_of"]
+
+ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+
+
+def transformers_library() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise MissingExtraError(
+            f"language models need transformers ({error}); pip install 'softcache[text]'"
+        ) from error
+    return transformers
+
+
+def build_language_model(spec: str, *, vocab_size: int, context: int) -> nn.Module:
+    """Returns a causal language model in evaluation mode for `hf:`, else freshly initialised.
+
+    Args:
+        spec: see the module docstring. `hf:` keeps the checkpoint's dtype unless `dtype=` is given;
+            fresh weights are float32.
+        vocab_size: V. `hf:` and factories may have more rows (padded vocabularies), never fewer.
+        context: L, the longest row that the model must take.
+
+    Raises:
+        SpecError: unknown name (the nearest ones are listed), arguments that the model refuses, a
+            checkpoint that is not there, is not safetensors or lacks weights, or a model too small for
+            the vocabulary or the context.
+        MissingExtraError: transformers is not installed.
+    """
+    parsed = parse_spec(spec)
+    scheme, _, name = parsed.name.partition(":")
+    build: Callable[..., nn.Module] = from_factory
+    if parsed.family == "builtin":
+        build = _builtin
+    elif scheme in ("hf", "hf-config"):
+        parsed = replace(parsed, family=scheme, name=name)
+        build = {"hf": pretrained, "hf-config": _from_config_of}[scheme]
+    try:
+        model = build(spec, parsed, vocab_size, context)
+    except (SpecError, MissingExtraError):
+        raise
+    except Exception as error:
+        # A third-party constructor may raise anything; the user needs to know which spec it was.
+        raise SpecError(
+            f"model {spec!r}: cannot be built for {vocab_size} tokens and rows of {context}: "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:400]}; check the name, and the "
+            "arguments after '?'"
+        ) from error
+    if is_encoder_decoder(model):
+        raise SpecError(
+            f"model {spec!r}: it has an encoder and a decoder; expected a causal language model for a text; pairs of texts "
+            'are source.modality = "translation"'
+        )
+    check_size(spec, model, vocab_size, context)
+    return model
+
+
+def check_size(spec: str, model: nn.Module, vocab_size: int, context: int) -> None:
+    refuse_longer(f"model {spec!r}", context_of(model), context)
+    head = head_of(model)
+    if isinstance(head, nn.Linear) and head.out_features < vocab_size:
+        raise SpecError(
+            f"model {spec!r}: its head has {head.out_features} rows; the source has {vocab_size} tokens; "
+            "the tokenizer and the model do not belong together"
+        )
+
+
+def _gpt2(vocab_size: int, context: int, *, width: int = 256, depth: int = 4, heads: int = 4,
+          mlp: int | None = None, tied: bool = True) -> Any:  # fmt: skip
+    return transformers_library().GPT2Config(
+        vocab_size=vocab_size,
+        n_positions=context,
+        n_embd=width,
+        n_layer=depth,
+        n_head=heads,
+        n_inner=mlp or 4 * width,
+        tie_word_embeddings=tied,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), None),
+    )
+
+
+def _rotary(name: str) -> Callable[..., Any]:
+    def config(vocab_size: int, context: int, *, width: int = 256, depth: int = 4, heads: int = 4,
+               kv_heads: int | None = None, mlp: int | None = None, tied: bool = True) -> Any:  # fmt: skip
+        if width % heads or heads % (kv_heads or heads):
+            raise ValueError(f"{heads} heads do not divide width {width}, or {kv_heads} kv_heads the heads")
+        return getattr(transformers_library(), name)(
+            vocab_size=vocab_size,
+            max_position_embeddings=context,
+            hidden_size=width,
+            num_hidden_layers=depth,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads or heads,
+            head_dim=width // heads,
+            # Three matrices of 8/3 width weigh as much as the two of 4 width in GPT-2.
+            intermediate_size=mlp or -(-8 * width // 3 // 32) * 32,
+            tie_word_embeddings=tied,
+            attention_dropout=0.0,
+            **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), None),
+        )
+
+    return config
+
+
+BUILTIN: dict[str, Callable[..., Any]] = {
+    "gpt2": _gpt2,
+    "llama": _rotary("LlamaConfig"),
+    "qwen3": _rotary("Qwen3Config"),
+}
+
+
+def _builtin(spec: str, parsed: ModelSpec, vocab_size: int, context: int) -> nn.Module:
+    if parsed.name not in BUILTIN:
+        near = nearest(parsed.name, BUILTIN, cutoff=0.5) or list(BUILTIN)
+        raise SpecError(
+            f"model {spec!r}: unknown name {parsed.name!r}; nearest: {', '.join(near)}; "
+            "others are written hf:NAME_OR_PATH, hf-config:NAME_OR_PATH or module:factory"
+        )
+    args = dict(parsed.args)
+    checkpointing = args.pop("gradient_checkpointing", False)
+    config = BUILTIN[parsed.name](vocab_size, context, **args)
+    model = transformers_library().AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return with_checkpointing(model, checkpointing)
+
+
+def with_checkpointing(model: Any, enabled: bool) -> nn.Module:
+    if enabled:
+        # The reentrant variant needs an input with a gradient and does not go with DDP.
+        new = hasattr(model, "activation_checkpointing_enable")  # its name from 5.23 to 6
+        enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return model
+
+
+def _safe_args(spec: str, parsed: ModelSpec) -> tuple[str, dict[str, Any], bool]:
+    """Returns (name or path, arguments, gradient checkpointing); refuses what would run foreign code."""
+    args = dict(parsed.args)
+    for banned in (
+        "trust_remote_code",
+        "use_kernels",
+        "allow_all_kernels",
+        "use_safetensors",
+        "weights_only",
+    ):
+        if banned in args:
+            raise SpecError(
+                f"model {spec!r}: {banned} is not an argument here: softcache runs no code that a checkpoint "
+                "or a hub brings along; write a module:factory of your own if you trust it"
+            )
+    attention = args.get("attn_implementation", "sdpa")
+    if attention not in ATTENTION:
+        raise SpecError(
+            f"model {spec!r}: attn_implementation {attention!r}; expected one of {', '.join(ATTENTION)}"
+        )
+    path = Path(parsed.name).expanduser()
+    if path.is_dir():
+        return str(path), args, args.pop("gradient_checkpointing", False)
+    if parsed.name.startswith(("/", ".", "~")) or parsed.name.count("/") > 1:
+        raise SpecError(f"model {spec!r}: no such folder: {path}; expected one that save_pretrained wrote")
+    return parsed.name, args, args.pop("gradient_checkpointing", False)
+
+
+def pretrained(
+    spec: str, parsed: ModelSpec, vocab_size: int, context: int, *, auto: str = "AutoModelForCausalLM"
+) -> nn.Module:
+    name, args, checkpointing = _safe_args(spec, parsed)
+    path = Path(name)
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        pickled = sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
+        raise SpecError(
+            f"model {spec!r}: no *.safetensors in the folder; found {', '.join(pickled) or 'no weights'}; "
+            "pickled weights can run code: load them where you trust them and save_pretrained(...) again"
+        )
+    model, info = getattr(transformers_library(), auto).from_pretrained(
+        name, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **args
+    )
+    # transformers fills what a checkpoint lacks with random numbers, and only warns.
+    absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if absent:
+        raise SpecError(
+            f"model {spec!r}: the checkpoint lacks {len(absent)} weights that the model needs "
+            f"({', '.join(absent[:5])}); they would be random; expected a causal language model with its head"
+        )
+    return with_checkpointing(model, checkpointing)
+
+
+def _from_config_of(spec: str, parsed: ModelSpec, vocab_size: int, context: int) -> nn.Module:
+    name, args, checkpointing = _safe_args(spec, parsed)
+    build = {key: args.pop(key) for key in ("dtype", "attn_implementation") if key in args}
+    config, unknown = transformers_library().AutoConfig.from_pretrained(
+        name, trust_remote_code=False, return_unused_kwargs=True, **{"vocab_size": vocab_size} | args
+    )
+    unknown.pop("trust_remote_code", None)
+    if unknown:
+        raise SpecError(f"model {spec!r}: the configuration has no {', '.join(unknown)}; see its config.json")
+    for token in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, token, None)  # they belong to the old vocabulary, and pad is an index into it
+    model = transformers_library().AutoModelForCausalLM.from_config(
+        config, trust_remote_code=False, **{"dtype": torch.float32} | build
+    )
+    return with_checkpointing(model, checkpointing)
+
+
+def from_factory(spec: str, parsed: ModelSpec, vocab_size: int, context: int, **more: Any) -> nn.Module:
+    module_name, _, attribute = parsed.name.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SpecError(
+            f"model {spec!r}: {error}; expected a built-in name ({', '.join(BUILTIN)}), hf:NAME_OR_PATH, "
+            "hf-config:NAME_OR_PATH, or an importable module:factory"
+        ) from error
+    parameters = inspect.signature(factory).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    offered = {"vocab_size": vocab_size, "context": context, **more}
+    offered = {name: value for name, value in offered.items() if takes_any or name in parameters}
+    model = factory(**offered | parsed.args)
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"model {spec!r}: expected a torch.nn.Module; found {type(model).__name__}")
+    return model
+
+
+def tokenizer_of(spec: str) -> Any | None:
+    """Returns the tokenizer beside an `hf:` or `hf-config:` model, or None where there is none.
+
+    A folder must hold tokenizer files of its own: transformers would otherwise make up an empty tokenizer.
+    """
+    scheme, _, name = parse_spec(spec).name.partition(":")
+    if scheme not in ("hf", "hf-config"):
+        return None
+    path = Path(name).expanduser()
+    files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    if path.is_dir() and not any((path / file).is_file() for file in files):
+        return None
+    try:
+        return auto_tokenizer(str(path) if path.is_dir() else name, of=f"model {spec!r}")
+    except (OSError, ValueError, KeyError):
+        return None

@@ -1,0 +1,148 @@
+"""What is tried on a model before labels are made with it: documents apart, logits equal, rows not too long.
+
+The probe is two rows of 8 tokens, two documents in each: run packed and one document at a time, and as whole rows,
+through the parts and through the model itself. Whoever splits a model pays for some eight such passes.
+
+Shape legend: B rows, L tokens of a row, D width of the hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from softcache.errors import SpecError
+from softcache.models.language.backbone_head import CausalParts, Parts, takes, tensor_in
+from softcache.models.language.encoder_decoder_parts import PairParts
+from softcache.models.language.pair_probes import check_pairs
+
+__all__ = ["check_context", "check_split", "keeps_documents_apart", "refuse_longer"]
+
+NUM_PROBE_TOKENS = 8
+
+
+def check_split(model: nn.Module, parts: Parts) -> None:
+    """Runs 8 tokens through the model and through its parts: the guard against silently wrong labels.
+
+    Raises:
+        SpecError: the logits differ by more than rounding (the architecture does something between hidden
+            state and logits that is not a linear head, a scale and a soft cap), a token sees a later one, or
+            a document in a packed row gives other hidden states than the same document alone.
+    """
+    name = type(model).__name__
+    with _evaluating(model):
+        if isinstance(parts, PairParts):
+            check_pairs(model, parts, _rounding)
+            return
+        assert isinstance(parts, CausalParts)
+        tokens_BL, _ = _probe(parts)
+        kwargs: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
+        hidden_BLD = parts.hidden(tokens_BL, None)
+        expected = tensor_in(model(tokens_BL, **kwargs), "logits")
+        found = parts.logits(hidden_BLD.flatten(0, 1)).view(*tokens_BL.shape, -1)
+        if expected.shape != found.shape:
+            raise SpecError(
+                f"model {name}: its logits have shape {tuple(expected.shape)}, those of its head "
+                f"{tuple(found.shape)}; the model does more than its head"
+            )
+        if torch.equal(expected == -torch.inf, found == -torch.inf):  # masked classes are legal
+            expected, found = (x.masked_fill(found == -torch.inf, 0.0) for x in (expected, found))
+        # The model's own logits carry the rounding of its dtype; ours are float32 after the product.
+        allowed = max(_rounding(expected), _rounding(hidden_BLD) if hidden_BLD.dtype != torch.float32 else 0)
+        difference = (expected.float() - found).abs().max().item()
+        if not difference <= allowed:
+            raise SpecError(
+                f"model {name}: something happens between hidden state and logits that softcache does not "
+                f"know: its logits and those of its parts differ by {difference:.3g} (rounding allows "
+                f"{allowed:.1g}); labels would be wrong; use another architecture, or wrap this one in a "
+                "module whose head is linear"
+            )
+        last_BL = torch.cat([tokens_BL[:, :-1], (tokens_BL[:, -1:] + 1) % parts.vocab_size], 1)
+        leak = (parts.hidden(last_BL, None) - hidden_BLD)[:, :-1].abs().max().item()
+        difference, allowed = _difference_alone(parts)
+        if not max(leak, difference) <= allowed:
+            raise SpecError(
+                f"model {name}: a later token changes the hidden states before it by {leak:.3g}, and packing "
+                f"those of a document by {difference:.3g} (rounding allows {allowed:.1g}); the model must be "
+                "causal, and deterministic in evaluation mode"
+            )
+
+
+def keeps_documents_apart(parts: CausalParts) -> bool:
+    """Whether the second document is blind to the first, to the last bit, and runs as it does alone."""
+    if not takes(parts.backbone, "position_ids"):
+        return False
+    with _evaluating(parts.backbone, parts.head):
+        try:
+            tokens_BL, segments_BL = _probe(parts)
+            other_BL = torch.where(segments_BL == 0, (tokens_BL + 1) % parts.vocab_size, tokens_BL)
+            second_BL = segments_BL == 1
+            before = parts.hidden(tokens_BL, segments_BL)[second_BL]
+            difference, allowed = _difference_alone(parts)
+            after = parts.hidden(other_BL, segments_BL)[second_BL]
+            return torch.equal(before, after) and difference <= allowed
+        except Exception:  # whatever refuses restarted positions gets one row per document
+            return False
+
+
+def _difference_alone(parts: CausalParts) -> tuple[float, float]:
+    """Returns (largest difference between packed documents and each one alone, the rounding to allow)."""
+    tokens_BL, segments_BL = _probe(parts)
+    packed_BLD = parts.hidden(tokens_BL, segments_BL)
+    worst = 0.0
+    for tokens_L, segments_L, hidden_LD in zip(tokens_BL, segments_BL, packed_BLD, strict=True):
+        for segment in segments_L.unique():
+            alone_LD = parts.hidden(tokens_L[None, segments_L == segment], None)[0]
+            worst = max(worst, (hidden_LD[segments_L == segment] - alone_LD).abs().max().item())
+    return worst, _rounding(packed_BLD)
+
+
+def _rounding(values: torch.Tensor) -> float:
+    eps = max(torch.finfo(values.dtype).eps * 8, 1e-5)
+    return eps * max(values.abs().max().item(), 1e-3)
+
+
+def _probe(parts: CausalParts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows of two documents each: 2 + 6 and 6 + 2 tokens, fewer where the context is shorter."""
+    length = min(NUM_PROBE_TOKENS, parts.context or NUM_PROBE_TOKENS)
+    index = torch.arange(2 * length, device=parts.weight.device).view(2, length)
+    cuts = torch.tensor([[max(1, length // 4)], [length - length // 4]], device=index.device)
+    return (5 * index + 3) % parts.vocab_size, (index % length >= cuts).long()
+
+
+@contextmanager
+def _evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every submodule gets its own mode back."""
+    modes = [(module, module.training) for root in modules for module in root.modules()]
+    try:
+        for root in modules:
+            root.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def check_context(parts: Parts, length: int, what: str) -> None:
+    """Raises SpecError where rows of `length` tokens exceed the model's positions.
+
+    Args:
+        parts: the model.
+        length: L, tokens in the longest row.
+        what: whose model it is, e.g. "student gpt2?depth=2".
+    """
+    refuse_longer(what, parts.context, length)
+
+
+def refuse_longer(what: str, longest: int | None, length: int) -> None:
+    """Raises SpecError where rows of `length` tokens are longer than `longest`; None is no limit."""
+    if longest is not None and length > longest:
+        raise SpecError(
+            f"{what}: takes rows of at most {longest} tokens; found rows of {length}; "
+            "shorten the samples (source.seq_len, of pairs source.max_tokens), or take a model with more positions"
+        )

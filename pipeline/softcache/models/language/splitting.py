@@ -1,0 +1,79 @@
+"""From a causal language model to its backbone and head, and what its configuration says of both.
+
+Architectures name the same things differently: a scale, a soft cap and a limit are looked for under each of their names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from softcache.errors import SpecError
+from softcache.models.language.backbone_head import CausalParts, Parts
+from softcache.models.language.encoder_decoder_parts import is_encoder_decoder, split_pairs
+from softcache.models.language.probes import keeps_documents_apart
+
+__all__ = ["context_of", "head_of", "split"]
+
+
+def split(model: nn.Module) -> Parts:
+    """Returns the backbone and the head of a language model, causal or of encoder and decoder, without copying anything.
+
+    Call it where the model will run (its device, its dtype): two passes over 8 tokens show how documents
+    in one row can be kept apart. A module of your own needs `base_model` (tokens -> hidden states after
+    the final norm) and `get_output_embeddings()`; with `config.max_position_embeddings`,
+    `config.final_logit_softcapping` and `config.logit_scale` where it has them.
+
+    Raises:
+        SpecError: there is no backbone, no head, or a head that is not a plain linear layer.
+    """
+    name = type(model).__name__
+    head = head_of(model)
+    if head is None:
+        raise SpecError(
+            f"model {name}: no head: expected get_output_embeddings() to return a torch.nn.Linear; found "
+            "none; take a causal language model (AutoModelForCausalLM), or add the method to your own"
+        )
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        raise SpecError(
+            f"model {name}: its head is a {type(head).__module__}.{type(head).__name__}; expected a plain "
+            "torch.nn.Linear; keep the head out of quantisation and adapters"
+        )
+    if is_encoder_decoder(model):
+        return split_pairs(model, head)
+    backbone = getattr(model, "base_model", None)
+    if not isinstance(backbone, nn.Module) or backbone is model:
+        raise SpecError(
+            f"model {name}: no backbone: expected `base_model` to be the module under the head; found "
+            f"{'the model itself' if backbone is model else type(backbone).__name__}"
+        )
+    config = _config_of(model)
+    scale = float(
+        getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
+    ) / float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    parts = CausalParts(backbone, head, "rows", context_of(model), scale, softcap)
+    restarted = replace(parts, packing="positions")
+    return restarted if keeps_documents_apart(restarted) else parts
+
+
+def head_of(model: Any) -> Any:
+    """Returns what the model says its head is, of whatever kind, or None."""
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def _config_of(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def context_of(model: nn.Module) -> int | None:
+    """Returns the longest row that the configuration allows, or None where it names no limit."""
+    config = _config_of(model)
+    for name in ("max_position_embeddings", "n_positions"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None

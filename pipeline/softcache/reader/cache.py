@@ -1,0 +1,292 @@
+"""A cache, opened for reading: soft labels by (sample, view), trusted only where a marker says so.
+
+    cache = open_cache("runs/digits/cache")
+    labels = cache.read([3, 1, 4], view=0)      # SoftLabels, NumPy arrays
+
+Reading needs no torch. Random single rows through a chunked, compressed store are slow, so whole chunks
+are decoded and the last few are kept: a reader whose order is shuffled by blocks (`softcache.reader.order`)
+decodes every chunk once per window. Given where, a cache is thawed instead (`softcache.reader.memmap`): a view is decoded
+once
+into a memory map, and reading is a gather.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from softcache.cache.storage.open import is_bucket
+from softcache.cache.units import check_unit
+from softcache.errors import StorageError
+from softcache.hashing.digests import digest_json
+from softcache.labels import SoftLabels
+from softcache.reader.chunk_cache import DecodedBlocks
+from softcache.reader.memmap import ThawedFile, ThawedPlan, ThawFolder, ThawSettings
+from softcache.reader.units import Chunk, StoredUnits
+from softcache.runtime.logging import say
+
+__all__ = ["DEFAULT_WINDOW_BLOCKS", "Cache", "StoredRows", "open_cache"]
+
+DEFAULT_WINDOW_BLOCKS = 16
+"""Chunks that are mixed with each other, and kept decoded for it, where a view is read by chunks."""
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Returns start, start + 1, … for each start, `counts` of them, one after the other."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
+
+
+def open_cache(
+    url: str,
+    *,
+    window_blocks: int = DEFAULT_WINDOW_BLOCKS,
+    verify: bool = True,
+    thaw: ThawSettings | None = None,
+) -> Cache:
+    """Returns the cache at a path or URL, its manifest validated.
+
+    Args:
+        window_blocks: decoded blocks that are kept; the shuffle's window should fit.
+        verify: compare each unit with its marker's sha256 before its first row is trusted.
+        thaw: decode a view into a local memory map when it is first read, if the cache fits and the view is finished,
+            or use the one that is there; None reads the cache's own chunks.
+
+    Raises:
+        CacheNotFoundError: there is no manifest there.
+        ManifestError: the manifest is malformed or of another format version.
+    """
+    return Cache(url, window_blocks=window_blocks, verify=verify, thaw=thaw)
+
+
+class StoredRows(NamedTuple):
+    """What a cache holds of some samples.
+
+    Attributes:
+        labels: [P] of all their rows, sample by sample; `CellLabels` of a cache of cells.
+        fingerprints: [B] uint64.
+        counts: [B] int64, the rows of each sample.
+        positions: [P] where in its sample each row is; None where each sample has one row.
+    """
+
+    labels: SoftLabels
+    fingerprints: np.ndarray
+    counts: np.ndarray
+    positions: np.ndarray | None
+
+
+class Cache(StoredUnits):
+    """Soft labels on storage, read by (sample, view).
+
+    Picklable: a loader process opens the store again by itself, on its first read.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        window_blocks: int = DEFAULT_WINDOW_BLOCKS,
+        verify: bool = True,
+        thaw: ThawSettings | None = None,
+    ) -> None:
+        super().__init__(url, verify=verify)
+        self._window_blocks, self._thaw = window_blocks, thaw
+        this = weakref.ref(self)  # without a circle, the last user of a cache takes files and locks along
+        self._blocks: DecodedBlocks[tuple[int, int], Chunk] = DecodedBlocks(
+            lambda key: this()._decode_block(key),  # type: ignore[union-attr]
+            keep=window_blocks,
+        )
+        self._thawed: dict[int, ThawedFile | None] = {}
+        self._one_each = np.ones(0, np.int64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            "url": self.url,
+            "window_blocks": self._window_blocks,
+            "verify": self._verify,
+            "thaw": self._thaw,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def read(self, samples: Sequence[int] | np.ndarray, view: int = 0) -> SoftLabels:
+        """Returns the labels of `samples`, in that order, as NumPy arrays: one row each, or (tokens) all rows of each.
+
+        Of a cache of a detector's cells they are `CellLabels`, all rows of each.
+
+        Raises:
+            IndexError: a sample or view outside of the cache.
+            IncompleteCacheError: a row's unit is not finished.
+            CorruptionError: the stored bytes are not what was written; unit and object are named.
+        """
+        return self.read_rows(samples, view)[0]
+
+    def read_rows(self, samples: Sequence[int] | np.ndarray, view: int = 0) -> tuple[SoftLabels, np.ndarray]:
+        """Returns the labels [P] and the content fingerprints [len(samples)] uint64 of `samples`."""
+        return self.read_stored(samples, view)[:2]
+
+    def read_stored(self, samples: Sequence[int] | np.ndarray, view: int = 0) -> StoredRows:
+        """Returns all that there is of `samples`, in that order; raises as `read` does."""
+        samples = np.asarray(samples, np.int64)
+        if not 0 <= view < self.num_views:
+            raise IndexError(f"cache {self.url}: view {view}; expected 0 to {self.num_views - 1}")
+        # A negative number, read as one without a sign, is a very large one.
+        if len(samples) and samples.view(np.uint64).max() >= len(self):
+            raise IndexError(
+                f"cache {self.url}: sample {samples.min()}..{samples.max()}; it holds {len(self)}"
+            )
+        if (thawed := self.thawed(view)) is not None:
+            return self._gather(thawed, samples)
+        size, index = self.manifest.plan.chunk_samples, self.rows
+        counts = index.counts(samples)
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        rows = np.empty((int(offsets[-1]), self._record.num_bytes // 8), np.uint64)
+        fingerprints = np.empty(len(samples), np.uint64)
+        blocks, inverse = np.unique(samples // size, return_inverse=True)
+        for number in self._blocks.kept_first([(view, int(block)) for block in blocks]):
+            block = int(blocks[number])
+            chosen = np.flatnonzero(inverse == number)
+            first = index.starts(samples[chosen], block * size)
+            source, target = _ranges(first, counts[chosen]), _ranges(offsets[chosen], counts[chosen])
+            decoded = self._blocks.get((view, block))
+            rows[target] = decoded.rows[source]
+            fingerprints[chosen] = decoded.fingerprints[samples[chosen] - block * size]
+        return self._stored(rows.view(np.uint8), fingerprints, counts)
+
+    def _stored(self, rows_PR: np.ndarray, fingerprints: np.ndarray | None, counts: np.ndarray) -> StoredRows:
+        columns = self._record.columns(rows_PR)
+        if fingerprints is None:
+            fingerprints = columns["fingerprint"]
+        return StoredRows(self._pattern.with_arrays(columns), fingerprints, counts, columns.get("position"))
+
+    @property
+    def fits_thawed(self) -> bool:
+        """Whether settings and size let every view be thawed, so that any order is as cheap as another.
+
+        A function of the cache and of `thaw` alone: an order that is chosen by it is the same on every machine.
+        """
+        if self._thaw is None or self.missing_units:
+            return False
+        plan = self.thawed_plan(0)
+        return plan is not None and plan.num_bytes * self.num_views <= self._thaw.limit_bytes
+
+    def thawed(
+        self,
+        view: int,
+        *,
+        limit_bytes: int | None = None,
+        progress: Callable[[int], None] = lambda rows: None,
+    ) -> ThawedFile | None:
+        """Returns a view's memory map, made on the first call; None where the cache is read by chunks.
+
+        Args:
+            limit_bytes: make it if this view alone fits, rather than all views together.
+            progress: called with a number of rows that are in the map.
+
+        Raises:
+            CorruptionError: the stored bytes are not what was written; unit and object are named.
+            StorageError: the folder of thawed views cannot be written, and `thaw.required` is on.
+        """
+        if view not in self._thawed:
+            self._thawed[view] = self._open_thawed(view, limit_bytes, progress)
+        return self._thawed[view]
+
+    def thawed_plan(self, view: int) -> ThawedPlan | None:
+        """Returns what the memory map of a view holds, made or not; None while units of the view are missing."""
+        units = [unit for unit in self.manifest.plan.units() if unit.view == view]
+        markers = [marker for unit in units if (marker := self.markers.get(unit.number)) is not None]
+        if len(markers) < len(units):
+            return None
+        content = [[shard.path, shard.sha256] for marker in markers for shard in marker.shards]
+        return ThawedPlan(
+            key=digest_json([self.manifest_sha256, view, content])[:32],
+            about=f"{self.url}, view {view}",
+            record=self._record,
+            num_rows=self.manifest.rows.num_rows if self.manifest.rows else len(self),
+            num_samples=len(self) if self.manifest.rows else 0,
+        )
+
+    def _open_thawed(
+        self, view: int, limit_bytes: int | None, progress: Callable[[int], None]
+    ) -> ThawedFile | None:
+        if self._thaw is None or (plan := self.thawed_plan(view)) is None:
+            return None
+        folder = ThawFolder(self._thaw.folder)
+        fits = plan.num_bytes <= limit_bytes if limit_bytes is not None else self.fits_thawed
+        if not fits and not folder.holds(plan):
+            return None
+
+        def fill() -> Iterator[np.ndarray]:
+            fingerprints = []
+            num_blocks = -(-len(self) // self.manifest.plan.chunk_samples)
+            if is_bucket(self.url):  # the next unit is on its way while this one is decoded
+                self._blocks.expect([(view, block) for block in range(num_blocks)])
+            for block in range(num_blocks):
+                decoded = self._blocks.get((view, block))
+                if plan.num_samples:
+                    fingerprints.append(decoded.fingerprints)
+                yield decoded.rows
+                progress(len(decoded.rows))
+            yield from fingerprints
+
+        what = f"cache {self.url}, view {view}"
+        try:
+            if not self._verify:  # the map is trusted by every process that comes after this one
+                for unit in self.manifest.plan.units():
+                    if unit.view == view:
+                        check_unit(self._objects, self.markers[unit.number], self._opened_store())
+            return folder.open(plan, fill, limit_bytes=limit_bytes or self._thaw.limit_bytes, what=what)
+        except StorageError as error:
+            if self._thaw.required:
+                raise
+            say(f"{error}. Decoding into this process's own memory instead")
+            # No view is tried again; `fits_thawed`, and with it the order of what is trained, stays as it was.
+            self._thawed = dict.fromkeys(range(self.num_views))
+            self._blocks.keep = self.manifest.plan.num_samples  # any order is asked for: keep all
+            return None
+
+    def _gather(self, thawed: ThawedFile, samples: np.ndarray) -> StoredRows:
+        if self.manifest.rows is None:
+            return self._stored(thawed.take(samples), None, self._ones(len(samples)))
+        counts = self.rows.counts(samples)
+        rows_PR = thawed.take_runs(self.rows.starts(samples, 0), counts)
+        return self._stored(rows_PR, thawed.fingerprints[samples], counts)
+
+    def _ones(self, count: int) -> np.ndarray:
+        """Row counts of samples of one row; not to be written to."""
+        if len(self._one_each) < count:
+            self._one_each = np.ones(2 * count, np.int64)
+            self._one_each.flags.writeable = False
+        return self._one_each[:count]
+
+    @cached_property
+    def _pattern(self) -> Any:
+        """A record without rows, checked once in the place of every batch that is read."""
+        return self._codec.decode(self._record.columns(np.zeros((0, self._record.num_bytes), np.uint8)))
+
+    def expect(self, windows: Sequence[tuple[int, np.ndarray]]) -> None:
+        """Says which samples will be read next, so that their chunks are decoded ahead by threads.
+
+        It replaces what was said before. As many chunks as the largest of the windows has are kept from then on, and as
+        many decoded ahead. A chunk that cannot be read raises where it is read.
+
+        Args:
+            windows: pairs (view, sample numbers), in order; the samples of one are read in any order.
+        """
+        if any(self.thawed(view) is not None for view in {view for view, _ in windows}):
+            return
+        chunks = [
+            [(view, block) for block in np.unique(samples // self.manifest.plan.chunk_samples).tolist()]
+            for view, samples in windows
+        ]
+        self._blocks.keep = max([self._blocks.keep, *map(len, chunks)])
+        self._blocks.expect([key for keys in chunks for key in keys])
+
+    def close(self) -> None:
+        """Forgets decoded chunks and ends the threads that decode; reading again starts anew."""
+        self._blocks.close()

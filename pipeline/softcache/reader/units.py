@@ -1,0 +1,221 @@
+"""The finished units of a cache: what they are, whether they are what their markers say, and their decoded chunks.
+
+Everything that is read is compared with the manifest, and a unit with its marker before its first row is trusted.
+`softcache.reader.cache` reads rows in any order on top of this.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from softcache.cache.codecs import check_stored
+from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, Unit, UnitMarker
+from softcache.cache.samples import MAX_SAMPLE_BYTES, RowIndex, SampleTable, read_row_counts, read_samples
+from softcache.cache.storage.open import open_objects
+from softcache.cache.units import alignment_columns, check_unit, finished_units, open_store, read_marker
+from softcache.errors import CacheNotFoundError, CorruptionError, IncompleteCacheError, LabelError
+from softcache.hashing.digests import digest_bytes
+from softcache.reader.memmap import Record
+
+__all__ = ["Chunk", "StoredUnits"]
+
+MANIFEST = "manifest.json"
+
+
+class Chunk(NamedTuple):
+    """A decoded chunk: its rows' records as uint64 [rows, R / 8], and the fingerprints [samples]."""
+
+    rows: np.ndarray
+    fingerprints: np.ndarray
+
+
+class StoredUnits:
+    """What a cache holds, chunk by chunk.
+
+    Attributes:
+        url: where it is.
+        manifest: what it is.
+        manifest_sha256: the digest of the manifest's bytes; it names this very cache.
+
+    Raises (from the constructor):
+        CacheNotFoundError: there is no manifest there.
+        ManifestError: the manifest is malformed or of another format version.
+    """
+
+    def __init__(self, url: str, *, verify: bool) -> None:
+        self.url, self._verify = str(url), verify
+        self._objects = open_objects(self.url)
+        if self._objects.size(MANIFEST) is None:
+            raise CacheNotFoundError(
+                f"cache {self.url}: no {MANIFEST} there; run `softcache teacher-logits`, or correct the path"
+            )
+        stored = self._objects.get(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
+        self.manifest = Manifest.parse(stored, where=f"cache {self.url}")
+        self.manifest_sha256 = digest_bytes(stored)
+        self._store: Any = None
+        self._markers: dict[int, UnitMarker] | None = None
+        self._checked: set[int] = set()
+        self._unit_locks: dict[int, threading.Lock] = {}
+        self._codec = self.manifest.build_codec()
+        self._rows: RowIndex | None = None
+
+    def __len__(self) -> int:
+        return self.manifest.plan.num_samples
+
+    @property
+    def num_views(self) -> int:
+        return self.manifest.plan.num_views
+
+    @property
+    def num_classes(self) -> int:
+        return self.manifest.num_classes
+
+    @property
+    def skips_positions(self) -> bool:
+        """Whether only some of a sample's rows have a label: its `labels.positions` were not "all". Of cells a batch has no
+        other rows than those."""
+        return self.manifest.kind != "cells" and "positions" in self.manifest.identity["labels"]
+
+    @property
+    def markers(self) -> dict[int, UnitMarker]:
+        """The markers of the finished units, by unit number, as they were when first asked for."""
+        if self._markers is None:
+            self._markers = finished_units(self._objects, self.manifest, self.manifest_sha256)
+        return self._markers
+
+    def marker(self, number: int) -> UnitMarker | None:
+        """Returns the marker of a unit as it is now, or None if the unit is not finished.
+
+        Raises:
+            ManifestError: the marker is malformed, or belongs to another cache or unit.
+        """
+        return read_marker(self._objects, self.manifest, self.manifest_sha256, number)
+
+    def check_unit(self, marker: UnitMarker) -> None:
+        """Compares every object of a unit with its marker, byte by byte, and decodes all of its rows.
+
+        Raises:
+            CorruptionError: size, checksum or content differ; unit and object are named.
+        """
+        check_unit(self._objects, marker, self._opened_store())
+        unit = self.manifest.plan.unit(marker.unit)
+        rows = self.rows.span(unit, unit.start, unit.stop)
+        if marker.num_rows != rows[1]:
+            raise CorruptionError(
+                f"cache {self.url}: unit {unit.number}: its marker counts {marker.num_rows} rows, the table of samples "
+                f"{rows[1]}; restore {self.manifest.samples} or the marker"
+            )
+        columns = self._opened_store().read(unit, unit.start, unit.stop, rows=rows)
+        self._unpack(unit, columns)
+        if self.rows.ragged and not np.array_equal(
+            columns["num_rows"], self.rows.counts(np.arange(unit.start, unit.stop))
+        ):
+            raise CorruptionError(
+                f"cache {self.url}: unit {unit.number}: its column num_rows is not that of {self.manifest.samples}; restore "
+                "the one or the other"
+            )
+
+    def _unpack(self, unit: Unit, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns the arrays of decoded columns by name, each number looked at.
+
+        Raises:
+            CorruptionError: a number that no teacher can have given; unit, column and row are named.
+        """
+        arrays = self._codec.unpack(columns)
+        try:
+            check_stored(self._codec, arrays)
+        except LabelError as error:
+            raise CorruptionError(
+                f"cache {self.url}: unit {unit.number} (view {unit.view}, samples from {unit.start}): {error}; "
+                "its checksums are right, so it was written so: make it again with a teacher that you trust"
+            ) from error
+        return arrays
+
+    def check_metadata(self) -> None:
+        """Compares the descriptions that other tools read (`zarr.json`) with the manifest.
+
+        Raises:
+            CorruptionError: one is missing or differs; it is named.
+        """
+        self._opened_store().check_metadata()
+
+    @property
+    def missing_units(self) -> list[int]:
+        return [unit.number for unit in self.manifest.plan.units() if unit.number not in self.markers]
+
+    def samples_in(self, view: int) -> np.ndarray:
+        """Returns the sample numbers [N] int64, ascending, whose rows of `view` are finished."""
+        units = [u for u in self.manifest.plan.units() if u.view == view and u.number in self.markers]
+        return np.concatenate([np.arange(u.start, u.stop) for u in units] or [np.zeros(0, np.int64)])
+
+    @cached_property
+    def _record(self) -> Record:
+        """How a row lies in memory: its decoded columns, and where it is (or, one row a sample, whose)."""
+        beside = "position" if self.manifest.rows else "fingerprint"
+        columns = [*self._codec.columns, *alignment_columns(self.manifest)]
+        kept = [column for column in columns if column.name == beside or column in self._codec.columns]
+        return Record(self._codec.unpack({c.name: np.zeros((0, *c.shape), c.dtype) for c in kept}))
+
+    def read_positions(self, number: int) -> np.ndarray:
+        """Returns where in its sample each row of a finished unit is; of a cache of tokens."""
+        unit = self.manifest.plan.unit(number)
+        rows = self.rows.span(unit, unit.start, unit.stop)
+        return self._opened_store().read(unit, unit.start, unit.stop, ["position"], rows=rows)["position"]
+
+    def _decode_block(self, key: tuple[int, int]) -> Chunk:
+        """Returns one decoded chunk from the store, its unit checked; called by several threads."""
+        view, block = key
+        plan = self.manifest.plan
+        start = block * plan.chunk_samples
+        unit = plan.locate(view, start)
+        marker = self.markers.get(unit.number)
+        if marker is None:
+            raise IncompleteCacheError(
+                f"cache {self.url}: unit {unit.number} (view {unit.view}, samples {unit.start} to {unit.stop - 1}) "
+                f"is not finished; {len(self.missing_units)} of {plan.num_units} units are missing; rerun "
+                "`softcache teacher-logits`, or train on what is there with --allow-partial"
+            )
+        with self._unit_locks.setdefault(unit.number, threading.Lock()):
+            if self._verify and unit.number not in self._checked:
+                check_unit(self._objects, marker, self._opened_store())
+                self._checked.add(unit.number)
+        stop = min(start + plan.chunk_samples, unit.stop)
+        columns = self._opened_store().read(unit, start, stop, rows=self.rows.span(unit, start, stop))
+        fingerprints = columns["fingerprint"]
+        return Chunk(self._record.pack(self._unpack(unit, columns)).view(np.uint64), fingerprints)
+
+    def _opened_store(self) -> Any:
+        if (
+            self._store is None or self._store[0] != os.getpid()
+        ):  # open files are not shared with a forked child
+            self._store = os.getpid(), open_store(self.manifest, self._objects)
+        return self._store[1]
+
+    @property
+    def rows(self) -> RowIndex:
+        """Which rows each sample has; loads the table of samples where there is not one for each."""
+        if self._rows is None:
+            ragged = self.manifest.rows is not None
+            counts = read_row_counts(self._stored_samples(), len(self)) if ragged else None
+            self._rows = RowIndex(self.manifest.plan, counts, self.manifest.rows)
+        return self._rows
+
+    def samples_table(self) -> SampleTable:
+        """Returns keys, ground truth and number of rows of every sample, as the teacher's side saw them."""
+        return read_samples(self._stored_samples(), len(self))
+
+    def _stored_samples(self) -> bytes:
+        most = MAX_SAMPLE_BYTES * (len(self) + 1024)
+        stored = self._objects.get(self.manifest.samples, max_bytes=most)
+        if digest_bytes(stored) != self.manifest.samples_sha256:
+            raise CorruptionError(
+                f"cache {self.url}: {self.manifest.samples} is not the table that the manifest names "
+                f"(sha256 {self.manifest.samples_sha256[:12]}… expected, {digest_bytes(stored)[:12]}… found); "
+                "restore it, or rebuild the cache"
+            )
+        return stored

@@ -1,0 +1,48 @@
+"""From a config to the things that it names: teacher, cache, trained students, whatever the modality.
+
+    teacher.py   the teacher
+    cache.py     its labels
+    student.py   who learns from them
+    fit.py       one run of the training loop, of a student or of a teacher
+
+The stages (one command each) and the comparisons (many runs each) are written in terms of these.
+"""
+
+from softcache.modalities import Data, open_data
+from softcache.runs.cache import (
+    cache_is_ready,
+    capture_estimate,
+    capture_labels,
+    log_capture,
+    log_unit,
+    open_labels,
+    prepare_cache,
+)
+from softcache.runs.fit import slug_of
+from softcache.runs.student import train_student
+from softcache.runs.teacher import (
+    make_teacher,
+    open_teacher,
+    score_in_words,
+    teacher_is_missing,
+    train_teacher,
+)
+
+__all__ = [
+    "Data",
+    "cache_is_ready",
+    "capture_estimate",
+    "capture_labels",
+    "log_capture",
+    "log_unit",
+    "make_teacher",
+    "open_data",
+    "open_labels",
+    "open_teacher",
+    "prepare_cache",
+    "score_in_words",
+    "slug_of",
+    "teacher_is_missing",
+    "train_student",
+    "train_teacher",
+]

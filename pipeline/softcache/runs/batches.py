@@ -1,0 +1,122 @@
+"""Where a run's training batches come from: a cache's labels, or the ground truth alone; and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from softcache.config.run import RunConfig
+from softcache.errors import ConfigError, IncompleteCacheError
+from softcache.modalities import Data
+from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache
+from softcache.reader.dataset import HardLabelDataset
+from softcache.reader.order import BlockShuffle
+from softcache.runtime.distributed import join, on_cpu
+from softcache.runtime.logging import say
+from softcache.student import Feed
+from softcache.teacher.capture.plan import default_plan
+
+__all__ = ["cache_feed", "hard_feed"]
+
+
+def cache_feed(config: RunConfig, data: Data, cache: Cache, num_views: int, allow_partial: bool) -> Feed:
+    if num_views > cache.num_views:
+        raise ConfigError(
+            f"reader.num_views: {num_views}, but cache {cache.url} holds {cache.num_views}; ask for at most that, or "
+            "make a cache with more (labels.num_views)"
+        )
+    if cache.missing_units:
+        plan = cache.manifest.plan
+        rows = sum(len(cache.samples_in(view)) for view in range(num_views))
+        found = f"{len(cache.missing_units)} of {plan.num_units} units are missing"
+        if not allow_partial or any(not len(cache.samples_in(view)) for view in range(num_views)):
+            raise IncompleteCacheError(
+                f"cache {cache.url}: {found}; rerun `softcache teacher-logits` to finish it, or train on what is "
+                "there with --allow-partial (every view that is used needs at least one finished unit)"
+            )
+        say(
+            f"cache {cache.url}: {found}; training on the {rows:,} of {plan.num_samples * num_views:,} rows there"
+        )
+    codec = cache.manifest.build_codec()
+    if codec.max_temperature is not None and config.loss.adapts:
+        _check_highest(config, cache.url, codec.max_temperature)
+    sampling = codec.sampling
+    highest = config.loss.highest_temperature
+    if sampling is not None and highest > 1.001 / sampling.exponent:
+        say(
+            f"cache {cache.url}: its classes were drawn for T = {1 / sampling.exponent:g}; at T = {highest:g}, which [loss] "
+            "asks for, they are right on average, and far noisier. Set loss.temperature = "
+            f"{1 / sampling.exponent:g}, or capture with labels.proposal_exponent = {1 / highest:g}"
+        )
+    dataset, chosen = data.labelled(config, cache)
+
+    def samples_of(view: int) -> np.ndarray:
+        there = cache.samples_in(view)
+        return there if chosen is None else np.intersect1d(there, chosen)
+
+    order = _order(
+        config,
+        samples_of,
+        lambda epoch: epoch % num_views,
+        cache.manifest.plan.chunk_samples,
+        getattr(dataset, "rows_of", data.rows_of),
+        dataset.labelled_of,
+        window_blocks=config.reader.window_blocks or (None if cache.fits_thawed else DEFAULT_WINDOW_BLOCKS),
+    )
+    return Feed(dataset, order, config.reader.workers)
+
+
+def _check_highest(config: RunConfig, url: str, known_to: float) -> None:
+    """Raises before a run, not in the middle of it, where its temperature will leave what the labels know."""
+    if config.loss.highest_temperature > known_to:
+        table = "curriculum" if config.loss.curriculum is not None else "temperature_schedule"
+        raise ConfigError(
+            f"loss.{table}: reaches T = {config.loss.highest_temperature:g}; expected at most {known_to:g} for cache {url}, "
+            "whose labels were imported from log-probabilities and are known no further; capture labels with "
+            "`softcache teacher-logits`, or keep T there"
+        )
+
+
+def hard_feed(config: RunConfig, data: Data) -> Feed:
+    samples = data.unlabelled(config)
+    dataset = HardLabelDataset(samples)
+    everything = np.arange(len(dataset))
+    # Every epoch sees a fresh view (text has one, and so has who cannot replay): the baselines get the full strength of
+    # the augmentation.
+    fresh = samples.kind != "tokens" and data.replays(config)
+    block = default_plan(samples, config.capture).chunk_samples
+    order = _order(
+        config,
+        lambda view: everything,
+        lambda epoch: epoch if fresh else 0,
+        block,
+        data.of_student(config).rows_of,
+        window_blocks=config.reader.window_blocks,
+    )
+    return Feed(dataset, order, config.reader.workers)
+
+
+def _order(
+    config: RunConfig,
+    samples_of: Callable[[int], np.ndarray],
+    view_of: Callable[[int], int],
+    chunk_samples: int,
+    rows_of: np.ndarray | None,
+    labelled_of: np.ndarray | None = None,
+    *,
+    window_blocks: int | None,
+) -> BlockShuffle:
+    state = join(cpu=on_cpu(config.train.device), timeout_seconds=config.train.process_timeout_seconds)
+    return BlockShuffle(
+        samples_of,
+        batch_size=config.train.batch_size,
+        view_of=view_of,
+        block_samples=config.reader.block_samples or chunk_samples,
+        window_blocks=window_blocks,
+        seed=config.train.seed,
+        rank=state.process_index,
+        num_ranks=state.num_processes,
+        rows_of=rows_of,
+        labelled_of=labelled_of,
+    )

@@ -1,0 +1,194 @@
+"""The cache of a config: made, joined, or found to be of something else."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from softcache.cache.manifest import Manifest
+from softcache.cache.storage.open import Objects, open_objects
+from softcache.config.run import RunConfig
+from softcache.errors import ConfigError, IdentityError
+from softcache.hashing.digests import digest_json
+from softcache.modalities import Data
+from softcache.reader.cache import Cache, open_cache
+from softcache.reader.dataset import check_alignment
+from softcache.runs.teacher import open_teacher, teacher_is_missing, teacher_settings
+from softcache.runtime.logging import event, track
+from softcache.teacher.base import Teacher
+from softcache.teacher.capture.estimate import Estimate, estimate_capture
+from softcache.teacher.capture.plan import create_cache, plan_manifest
+from softcache.teacher.capture.run import CaptureReport, UnitMetrics, capture, evaluate_teacher
+from softcache.tools.fuse import fuse_caches
+
+__all__ = [
+    "cache_is_ready",
+    "capture_estimate",
+    "capture_labels",
+    "check_said",
+    "log_capture",
+    "log_unit",
+    "open_labels",
+    "prepare_cache",
+]
+
+FUSED_AS_SAID = {"num_views", "temperatures", "positions"}
+"""What [labels] says of a fused cache as of those that it is made of."""
+
+
+def cache_is_ready(config: RunConfig, data: Data, url: str) -> bool:
+    """Returns whether the config's cache is there and complete; the teacher is not loaded for this.
+
+    Raises:
+        IdentityError, AlignmentError: there is a cache, but of something else.
+    """
+    if open_objects(url).size("manifest.json") is None:
+        return False
+    cache = open_cache(url)
+    check_said(config, cache)
+    check_alignment(cache, data.train)
+    return not cache.missing_units
+
+
+def check_said(config: RunConfig, cache: Cache) -> None:
+    """Compares what the config says in so many words with what the cache is; defaults are not compared."""
+    labels, found = config.labels, cache.manifest.identity
+    said = {f"labels.{key}": getattr(labels, key) for key in labels.model_fields_set & labels.read_fields}
+    there = {f"labels.{key}": value for key, value in found["labels"].items()}
+    there["labels.num_views"] = cache.num_views
+    there["labels.temperatures"] = tuple(there["labels.temperatures"])
+    if "labels.positions" in said:
+        said["labels.positions"] = labels.positions.identity()
+        there.setdefault("labels.positions", {"policy": "all"})
+    imported = found["labels"]["policy"] == "imported"
+    if imported:
+        said.pop("labels.policy", None)
+    fused = "fusion" in found  # [labels] and [teacher] then say how one of several teachers labels
+    if fused:
+        said = {key: value for key, value in said.items() if key.split(".")[1] in FUSED_AS_SAID}
+    if config.teacher is not None and not (imported or fused):
+        said["teacher.model"], there["teacher.model"] = config.teacher.model, found["teacher"]["spec"]
+    if "store" in config.capture.model_fields_set:
+        said["capture.store"], there["capture.store"] = config.capture.store, cache.manifest.store
+    differing = [
+        f"{key}: {value!r} in the config, {there.get(key)!r} in the cache"
+        for key, value in said.items()
+        if value != there.get(key)
+    ]
+    if differing:
+        raise IdentityError(
+            f"cache {cache.url}: made with other settings:\n  "
+            + "\n  ".join(sorted(differing))
+            + "\ndrop the setting to use this cache, or give --cache another place to make a new one"
+        )
+
+
+def open_labels(config: RunConfig, url: str | None = None) -> Cache:
+    """Returns the cache that students learn from; with a [fusion] table, made first of the caches that it names.
+
+    The fused cache is kept beside the run's own, under a name that tells it from others, and made once: what it is made of
+    is in its identity.
+
+    Args:
+        url: where the cache is, or with [fusion] is to be; None: a place under `runs/`.
+
+    Raises:
+        CacheNotFoundError, LabelError, AlignmentError, IncompleteCacheError: as `open_cache` and `fuse_caches`.
+    """
+    if config.fusion is None:
+        return config.reader.open_cache(url or config.cache_url)
+    fusion, caches = config.fusion, [open_cache(part) for part in config.fusion.caches]
+    how = [fusion.rule, fusion.k, fusion.values, *(cache.manifest_sha256 for cache in caches)]
+    url = url or str(config.root / f"fused-{fusion.rule}-{digest_json(how)[:8]}")
+    with track(
+        f"fuse {len(caches)} caches ({fusion.rule})", caches[0].manifest.total_rows, "rows"
+    ) as advance:
+        fuse_caches(caches, url, fusion, progress=advance)
+    return config.reader.open_cache(url)
+
+
+def prepare_cache(config: RunConfig, data: Data, teacher: Teacher, url: str) -> tuple[Objects, Manifest, str]:
+    """Creates the config's cache, or joins the one that is there; returns its manifest and the manifest's sha256.
+
+    Raises:
+        IdentityError: the cache there was made from something else.
+    """
+    objects = open_objects(url, create=True)
+    manifest, samples = plan_manifest(data.train, teacher, config.labels, config.capture)
+
+    def report() -> Any:
+        if not config.capture.evaluate:
+            return manifest.teacher
+        with track("teacher: evaluate", len(data.evaluation)) as advance:
+            return evaluate_teacher(
+                data.evaluation, teacher, batch_size=config.capture.batch_size, progress=advance
+            )
+
+    return objects, *create_cache(objects, manifest, samples, report=report)
+
+
+def capture_labels(config: RunConfig, data: Data, teacher: Teacher, url: str) -> tuple[Cache, CaptureReport]:
+    """Runs the teacher over what is not labelled yet; returns the complete cache and what was done."""
+    objects, manifest, digest = prepare_cache(config, data, teacher, url)
+    total = manifest.total_rows
+    event("run_started", run="teacher-logits", cache=url, rows=total, units=manifest.plan.num_units)
+    with track("teacher: label", total, "rows") as advance:
+        done = capture(
+            objects,
+            manifest,
+            digest,
+            data=data.train,
+            teacher=teacher,
+            labels=config.labels,
+            settings=config.capture,
+            progress=advance,
+            on_unit=log_unit,
+        )
+    log_capture(url, done)
+    return open_cache(url), done
+
+
+def capture_estimate(config: RunConfig, data: Data, url: str) -> Estimate:
+    """Returns what `capture_labels` would do at `url` and take for it; writes nothing there.
+
+    Raises:
+        ConfigError: the teacher has yet to be trained: its labels, and so their bytes, are not known.
+        IdentityError: the cache there was made from something else.
+    """
+    if teacher_is_missing(config):
+        raise ConfigError(
+            f"config {config.name}: the teacher has no weights at {teacher_settings(config).weights} yet, so what its "
+            "labels take is not known; run `softcache train-teacher` with this config first"
+        )
+    return estimate_capture(
+        open_objects(url),
+        data=data.train,
+        evaluation=data.evaluation,
+        teacher=open_teacher(config, data),
+        labels=config.labels,
+        settings=config.capture,
+    )
+
+
+def log_unit(unit: UnitMetrics, **more: Any) -> None:
+    """Logs a unit that was published, as an event."""
+    seconds = max(unit.seconds, 1e-9)
+    event(
+        "unit_done",
+        unit=unit.unit,
+        view=unit.view,
+        rows=unit.rows,
+        bytes=unit.num_bytes,
+        seconds=round(unit.seconds, 6),
+        rows_per_second=round(unit.rows / seconds, 3),
+        bytes_per_second=round(unit.num_bytes / seconds, 3),
+        teacher_share=round(min(1.0, unit.teacher_seconds / seconds), 4),
+        queue_depth=unit.queue_depth,
+        **more,
+    )
+
+
+def log_capture(url: str, report: CaptureReport) -> None:
+    """Logs the end of a capture, as an event."""
+    told = asdict(report) | {"slowest": report.slowest and report.slowest._asdict()}
+    event("run_finished", run="teacher-logits", cache=url, **told)

@@ -1,0 +1,149 @@
+"""`softcache teacher-logits --dask`: the cache is made on a worker, its units on all of them; the driver only counts.
+
+The driver loads neither teacher nor data, and may die at any moment: a rerun does what has no marker.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from softcache.cache.manifest import Manifest
+from softcache.cache.storage.open import Objects, open_objects
+from softcache.cache.units import finished_units
+from softcache.config.run import RunConfig
+from softcache.errors import CacheNotFoundError, RunError, UnitsFailedError
+from softcache.hashing.digests import digest_bytes
+from softcache.runs import log_capture, log_unit, make_teacher, open_data, teacher_is_missing
+from softcache.runs.dask.cluster import DaskCluster, local_workers, open_client
+from softcache.runs.dask.scheduler import TRIES, Failure, Scheduler
+from softcache.runs.dask.worker import Job, Outcome, prepare
+from softcache.runtime.logging import event, log_format, say, track
+from softcache.runtime.signals import at_boundaries
+from softcache.teacher.capture.plan import MANIFEST
+from softcache.teacher.capture.run import CaptureReport
+
+__all__ = ["capture_on_dask"]
+
+SHOWN_FAILURES = 20
+
+
+def capture_on_dask(
+    config: RunConfig,
+    url: str,
+    where: str,
+    *,
+    workers: int | None = None,
+    torch_threads: int | None = None,
+    dashboard: str = ":8787",
+) -> CaptureReport:
+    """Runs the teacher on a cluster over what is not labelled yet; returns what was done.
+
+    Args:
+        where: "auto", or the address of a scheduler.
+        workers: processes of "auto"; None: one per GPU, or per core.
+        torch_threads: of a worker; None: what a process of "auto" has of the cores, elsewhere as many as Dask gave the
+            worker. A matrix product on a CPU may differ in its last bit between numbers of threads.
+
+    Raises:
+        UnitsFailedError: units failed three times each; the others are done.
+        RunError: no cluster, or it went away.
+    """
+    if teacher_is_missing(config):
+        make_teacher(config, open_data(config))
+    if "://" not in url:
+        url = str(Path(url).absolute())  # workers may be started in another folder
+    local = local_workers(config.capture.device, workers) if where == "auto" else None
+    threads = torch_threads or (local.torch_threads if local else None)
+    job = Job(config.model_dump_json(exclude_unset=True), url, torch_threads=threads, log=log_format())
+    with open_client(where, local, dashboard=dashboard) as client:
+        cluster = DaskCluster(client, job, is_local=local is not None)
+        workers = len(cluster.threads())
+        waiting = "" if workers else ", waiting for the first"
+        say(f"dask: {workers} workers at {client.scheduler.address}{waiting}{_dashboard(client)}")
+        objects, manifest, sha256 = _prepared(client, job)
+        cluster.job = replace(job, manifest_sha256=sha256)
+        report, failures = _capture(cluster, objects, manifest)
+    if failures:
+        raise _told(manifest, url, failures)
+    log_capture(url, report)
+    return report
+
+
+def _dashboard(client: Any) -> str:
+    link = client.dashboard_link
+    return f"; dashboard {link}" if link else ""
+
+
+def _prepared(client: Any, job: Job) -> tuple[Objects, Manifest, str]:
+    """Has a worker create or join the cache; returns it as the driver sees it."""
+    try:
+        sha256, error = client.submit(prepare, job, pure=False).result()
+    except Exception as failed:  # it did not even start: no softcache there, or the process died
+        sha256, error = "", f"{type(failed).__name__}: {failed}"
+    if error:
+        raise RunError(f"dask: the first worker could not begin: {error}")
+    objects = open_objects(job.url)
+    try:
+        stored = objects.get(MANIFEST)
+    except CacheNotFoundError as missing:
+        raise RunError(
+            f"cache {job.url}: a worker made it, but it is not there for this process: driver and workers must reach the "
+            "same place; use an object store, or a folder that all of them mount"
+        ) from missing
+    if digest_bytes(stored) != sha256:
+        raise RunError(
+            f"cache {job.url}: another manifest here than the workers see; driver and workers must reach the same place"
+        )
+    return objects, Manifest.parse(stored, where=f"cache {job.url}"), sha256
+
+
+def _capture(
+    cluster: DaskCluster, objects: Objects, manifest: Manifest
+) -> tuple[CaptureReport, list[Failure]]:
+    started, report, seen = time.monotonic(), CaptureReport(workers=0), set[str]()
+    url, num_units = cluster.job.url, manifest.plan.num_units
+    finished = finished_units(objects, manifest, cluster.job.manifest_sha256)
+    report.units_found = len(finished)
+    event("run_started", run="teacher-logits", cache=url, rows=manifest.total_rows, units=num_units)
+    with track("teacher: label", manifest.total_rows, "rows") as advance, at_boundaries():
+        advance.found(sum(marker.num_rows for marker in finished.values()))
+
+        def count(outcome: Outcome) -> None:
+            seen.add(outcome.worker)
+            workers = len(cluster.threads())
+            report.workers = max(report.workers, workers)
+            advance.note(f"{workers} workers")
+            if outcome.metrics is not None:
+                report.add(outcome.metrics)
+                log_unit(outcome.metrics, worker=outcome.worker, workers=workers)
+                advance(outcome.metrics.rows)
+            elif outcome.found_rows is not None:
+                report.units_found += 1
+                advance(outcome.found_rows)
+
+        pending = (number for number in range(num_units) if number not in finished)
+        failures = Scheduler(cluster, pending, count).run()
+    report.seconds = time.monotonic() - started
+    return report, failures
+
+
+def _told(manifest: Manifest, url: str, failures: list[Failure]) -> UnitsFailedError:
+    """Returns one message that lists the units that were given up."""
+    failures = sorted(failures, key=lambda failure: failure.unit)
+    lines = []
+    for failure in failures[:SHOWN_FAILURES]:
+        unit = manifest.plan.unit(failure.unit)
+        who = f" (tried on {', '.join(failure.workers)})" if failure.workers else ""
+        lines.append(
+            f"unit {unit.number} (view {unit.view}, samples {unit.start} to {unit.stop - 1}): {failure.error}{who}"
+        )
+    if len(failures) > SHOWN_FAILURES:
+        lines.append(f"and {len(failures) - SHOWN_FAILURES} more")
+    done = manifest.plan.num_units - len(failures)
+    return UnitsFailedError(
+        f"cache {url}: {len(failures)} of {manifest.plan.num_units} units failed {TRIES} times each, the other {done} are "
+        "done:\n  " + "\n  ".join(lines) + "\nMend what they name and run again: only these are tried"
+    )

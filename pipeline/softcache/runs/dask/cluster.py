@@ -1,0 +1,189 @@
+"""A Dask cluster: started on this machine, or joined by its address; and its client as `scheduling` wants it.
+
+`auto`: one worker process per GPU where there are GPUs (by dask-cuda, which gives every process its own), else one per
+core. Each runs two tasks at a time, which take turns at the teacher. Labels never live in Dask's memory, so its memory
+limits are off. Worker processes end with this one, even by SIGKILL: they watch a pipe to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+import torch
+
+from softcache.errors import ConfigError, MissingExtraError, RunError
+from softcache.runs.dask.logs import dask_as_lines
+from softcache.runs.dask.scheduler import WorkerDied
+from softcache.runs.dask.worker import Job, Outcome, label
+
+__all__ = ["DaskCluster", "LocalWorkers", "local_workers", "open_client"]
+
+TASKS_PER_WORKER = 2
+CONNECT_SECONDS = "30s"
+PRELOAD = "softcache.runs.dask.preload"
+LOCAL_SETTINGS = {
+    # A unit that kills its worker is given up at its third death, like one that fails three times.
+    "distributed.scheduler.allowed-failures": 2,
+    # A process that starts again imports torch; where that takes longer than the default of 15 seconds, on a busy
+    # machine, Dask would end the nanny that starts it, and with the last one everything would wait for ever.
+    "distributed.deploy.lost-worker-timeout": "10 minutes",
+    # A daemon may have no children, and capture.workers are children of a worker.
+    "distributed.worker.daemon": False,
+}
+PATIENCE_SECONDS = 600.0
+"""Without a single worker of "auto", after which the run ends."""
+
+
+@dataclass(frozen=True)
+class LocalWorkers:
+    """What `auto` starts: so many processes, with a GPU each or none, and so many torch threads in each."""
+
+    workers: int
+    gpus: bool
+    torch_threads: int
+
+
+def local_workers(device: str, workers: int | None = None) -> LocalWorkers:
+    """Returns what suits this machine: a process per GPU, or per core; `workers` says another number."""
+    cores = len(os.sched_getaffinity(0))
+    gpus = torch.cuda.device_count() if device != "cpu" else 0
+    workers = workers or gpus or cores
+    return LocalWorkers(workers, gpus > 0, max(1, cores // workers))
+
+
+@contextmanager
+def open_client(where: str, local: LocalWorkers | None, *, dashboard: str = ":8787") -> Iterator[Any]:
+    """Yields a client of a cluster, which is closed afterwards if it was started here.
+
+    Args:
+        where: "auto", or the address of a scheduler.
+        local: what "auto" starts.
+        dashboard: where "auto" serves Dask's dashboard.
+
+    Raises:
+        MissingExtraError: distributed is not installed, or dask-cuda where it is needed.
+        ConfigError: `where` is neither.
+        RunError: no scheduler answers there.
+    """
+    try:
+        import dask
+        from distributed import Client
+    except ImportError as error:
+        raise MissingExtraError(
+            "--dask: distributed is not installed; pip install 'softcache[dask]'"
+        ) from error
+    if where != "auto" and "://" not in where:
+        raise ConfigError(f"--dask {where}: expected auto, or a scheduler's address such as tcp://host:8786")
+    with ExitStack() as stack:
+        stack.enter_context(dask_as_lines())
+        if local is not None:
+            stack.enter_context(dask.config.set(LOCAL_SETTINGS))
+            with warnings.catch_warnings():
+                warnings.simplefilter(
+                    "ignore"
+                )  # that the dashboard's port is taken: the link tells which it has
+                address: Any = stack.enter_context(_start(local, dashboard))
+        else:
+            address = where
+        try:
+            client = stack.enter_context(Client(address, timeout=CONNECT_SECONDS, set_as_default=False))
+        except OSError as error:
+            raise RunError(
+                f"--dask {where}: no scheduler answers there: {error}; start one, or use --dask auto"
+            ) from error
+        yield client
+
+
+def _start(local: LocalWorkers, dashboard: str) -> Any:
+    common: dict[str, Any] = {
+        "n_workers": local.workers,
+        "threads_per_worker": TASKS_PER_WORKER,
+        "memory_limit": None,
+        "dashboard_address": dashboard,
+        "silence_logs": logging.WARNING,
+        "preload": [PRELOAD],
+    }
+    if local.gpus and local.workers > 1:
+        try:
+            from dask_cuda import LocalCUDACluster
+        except ImportError as error:
+            raise MissingExtraError(
+                f"--dask auto: {local.workers} GPUs, and dask-cuda, which gives each worker its own, is not installed; pip "
+                "install dask-cuda, or hide all but one with CUDA_VISIBLE_DEVICES=0"
+            ) from error
+        return LocalCUDACluster(**common)
+    from distributed import LocalCluster
+
+    return LocalCluster(processes=True, **common)
+
+
+@dataclass
+class DaskCluster:
+    """Dask's client as `scheduling.Cluster`."""
+
+    client: Any
+    job: Job
+    is_local: bool = False
+    _run: str = field(default_factory=lambda: uuid4().hex[:8])
+    _threads: dict[str, int] = field(default_factory=dict)
+    _asked: float = -1e9
+    _last_seen: float = field(default_factory=time.monotonic)
+
+    def submit(self, unit: int, *, last: bool, avoid: frozenset[str]) -> Any:
+        others = [worker for worker in self.threads() if worker not in avoid] if avoid else []
+        return self.client.submit(
+            label,
+            self.job,
+            unit,
+            last=last,
+            key=f"unit-{unit:05d}-{self._run}-{uuid4().hex[:8]}",
+            pure=False,
+            workers=others or None,
+            allow_other_workers=bool(others),
+        )
+
+    def on_done(self, handle: Any, call: Callable[[], None]) -> None:
+        handle.add_done_callback(lambda future: call())
+
+    def result(self, handle: Any) -> Outcome | None:
+        from distributed import KilledWorker
+
+        if handle.status in ("cancelled", "lost"):
+            return None
+        try:
+            return handle.result()
+        except KilledWorker as error:
+            raise WorkerDied(
+                f"the worker process died {error.allowed_failures + 1} times while it had this unit, and again with "
+                "nothing beside it: out of memory, or a crash in native code; see the worker's log"
+            ) from error
+        except Exception as error:  # it did not even start: no softcache there, or another version of Dask
+            return Outcome(-1, "a worker", error=f"{type(error).__name__}: {error}")
+
+    def cancel(self, handles: Iterable[Any]) -> None:
+        if (found := list(handles)) and self.is_alive():
+            self.client.cancel(found, force=True)
+
+    def threads(self) -> dict[str, int]:
+        """Returns tasks at once by worker, asked once a second."""
+        if time.monotonic() - self._asked > 1.0:
+            self._asked = time.monotonic()
+            workers = self.client.scheduler_info(n_workers=-1)["workers"]
+            self._threads = {address: worker["nthreads"] for address, worker in workers.items()}
+        return self._threads
+
+    def num_threads(self) -> int:
+        return sum(self.threads().values())
+
+    def is_alive(self) -> bool:
+        if self.threads() or not self.is_local:
+            self._last_seen = time.monotonic()
+        return self.client.status == "running" and time.monotonic() - self._last_seen < PATIENCE_SECONDS

@@ -1,0 +1,176 @@
+"""Units handed out to workers, and what comes back: a bounded window, three tries, and nobody blamed for a neighbour.
+
+    while anything is left: keep `window` units in flight; take what came back; count it, try it again, or give it up
+
+A unit that fails is tried again on other workers; after three tries it is given up and the rest goes on, unless nothing
+but failures comes back. A unit whose worker process dies again and again may have been the neighbour of the one that kills
+it: it runs once more at the end with nothing beside it, and only then is it given up. Finished units are known by their
+markers alone; the driver's memory holds the window and the failures.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import queue
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from softcache.errors import RunError
+from softcache.runs.dask.worker import Outcome
+from softcache.runtime.signals import check
+
+__all__ = ["TRIES", "Cluster", "Failure", "Scheduler", "WorkerDied"]
+
+TRIES = 3
+HOPELESS = 10
+"""Units given up one after the other, without one that was made between them, after which a run ends."""
+HELD_SECONDS = 1.0
+"""Before a unit that another run holds is asked for again."""
+POLL_SECONDS = 0.25
+
+
+class WorkerDied(Exception):
+    """The process that worked on a unit died, as often as the cluster tries."""
+
+
+class Cluster(Protocol):
+    """What hands tasks to workers: Dask's client (`softcache.runs.dask.cluster`), or one of a test."""
+
+    def submit(self, unit: int, *, last: bool, avoid: frozenset[str]) -> Any:
+        """Starts a unit; returns a handle."""
+
+    def on_done(self, handle: Any, call: Callable[[], None]) -> None:
+        """Calls back, from any thread, when the handle has a result."""
+
+    def result(self, handle: Any) -> Outcome | None:
+        """Returns the outcome; None where the task was lost and has to be asked for again.
+
+        Raises:
+            WorkerDied: its worker did.
+        """
+
+    def cancel(self, handles: Iterable[Any]) -> None: ...
+    def num_threads(self) -> int:
+        """Returns how many tasks run at once."""
+
+    def is_alive(self) -> bool: ...
+
+
+@dataclass
+class Failure:
+    """A unit that was given up: why, and who tried."""
+
+    unit: int
+    error: str
+    workers: list[str] = field(default_factory=list)
+
+
+class Scheduler:
+    """Hands out the units of one run.
+
+    Args:
+        on_outcome: called in this thread with every unit that is made or found.
+    """
+
+    def __init__(self, cluster: Cluster, units: Iterable[int], on_outcome: Callable[[Outcome], None]) -> None:
+        self._cluster, self._on_outcome = cluster, on_outcome
+        self._fresh: Iterator[int] = iter(units)
+        self._later: list[tuple[float, int, int]] = []  # (not before, number, unit), a heap
+        self._numbers = itertools.count()
+        self._alone: list[int] = []
+        self._tried: dict[int, Failure] = {}
+        self._in_flight: dict[int, Any] = {}
+        self._done: queue.SimpleQueue[int] = queue.SimpleQueue()
+        self._running_alone: int | None = None
+        self._streak = 0
+        self.failures: list[Failure] = []
+
+    def run(self) -> list[Failure]:
+        """Runs until every unit is made, found or given up; returns those that were given up.
+
+        Raises:
+            RunError: the cluster is gone, or only failures come back; what is finished is kept.
+            Interrupted: a signal came; what is in flight is abandoned.
+        """
+        try:
+            while self._fill():
+                try:
+                    self._take(self._done.get(timeout=POLL_SECONDS))
+                except queue.Empty:
+                    if not self._cluster.is_alive():
+                        raise RunError(
+                            "dask: the scheduler is gone, or every local worker; finished units are kept: run again"
+                        ) from None
+                check()
+        finally:
+            self._cluster.cancel(self._in_flight.values())
+        return self.failures
+
+    def _fill(self) -> bool:
+        """Submits what the window has room for; returns whether anything is left to wait for."""
+        if self._running_alone is None:
+            window = 2 * max(1, self._cluster.num_threads())
+            while len(self._in_flight) < window and (unit := self._next()) is not None:
+                self._submit(unit)
+        if not self._in_flight and not self._later and self._alone:
+            self._running_alone = self._alone.pop()
+            self._submit(self._running_alone)
+        return bool(self._in_flight or self._later)
+
+    def _next(self) -> int | None:
+        if self._later and self._later[0][0] <= time.monotonic():
+            return heapq.heappop(self._later)[2]
+        return next(self._fresh, None)
+
+    def _submit(self, unit: int) -> None:
+        tried = self._tried.get(unit)
+        workers = tried.workers if tried else []
+        handle = self._cluster.submit(unit, last=len(workers) == TRIES - 1, avoid=frozenset(workers))
+        self._in_flight[unit] = handle
+        self._cluster.on_done(handle, lambda: self._done.put(unit))
+
+    def _again(self, unit: int, seconds: float = 0.0) -> None:
+        heapq.heappush(self._later, (time.monotonic() + seconds, next(self._numbers), unit))
+
+    def _take(self, unit: int) -> None:
+        handle = self._in_flight.pop(unit)
+        was_alone, self._running_alone = self._running_alone == unit, None
+        try:
+            outcome = self._cluster.result(handle)
+        except WorkerDied as died:
+            if was_alone:
+                self._give_up(Failure(unit, str(died)))
+            else:
+                self._alone.append(unit)
+            return
+        if outcome is None:
+            self._again(unit)
+        elif outcome.held:
+            self._again(unit, HELD_SECONDS)
+        elif outcome.error is not None:
+            self._failed(unit, outcome)
+        else:
+            self._streak = 0
+            self._tried.pop(unit, None)
+            self._on_outcome(outcome)
+
+    def _failed(self, unit: int, outcome: Outcome) -> None:
+        tried = self._tried.setdefault(unit, Failure(unit, ""))
+        tried.error = outcome.error or ""
+        tried.workers.append(outcome.worker)
+        if len(tried.workers) < TRIES:
+            self._again(unit)
+        else:
+            self._give_up(self._tried.pop(unit))
+
+    def _give_up(self, failure: Failure) -> None:
+        self.failures.append(failure)
+        self._streak += 1
+        if self._streak >= HOPELESS:
+            raise RunError(
+                f"dask: {self._streak} units failed one after the other and none was made between them; the last, unit "
+                f"{failure.unit}: {failure.error}\nFinished units are kept: mend this and run again"
+            )

@@ -1,0 +1,196 @@
+"""What runs on a worker: open the teacher once, label one unit, tell in a few bytes what became of it.
+
+A worker needs the object store and the job, which holds the resolved config: data, weights and `module:factory` are found
+by what the config says of them, from the worker's own folder. The teacher is loaded once per process. A worker may run two
+units at a time: they take turns at the teacher, so that one is labelled while the other is published.
+
+Nothing is raised across the network: an error comes back as words, so that the driver needs none of the classes that
+a user's teacher may raise.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from softcache import __version__
+from softcache.cache.manifest import Manifest, differences
+from softcache.cache.storage.open import open_objects
+from softcache.config.run import RunConfig
+from softcache.errors import CacheNotFoundError, ConfigError, IdentityError, SoftcacheError
+from softcache.hashing.digests import digest_bytes
+from softcache.runs import open_data, open_teacher, prepare_cache
+from softcache.runs.dask.culprits import find_culprit
+from softcache.runtime.logging import LogFormat, log_as
+from softcache.teacher.capture.plan import MANIFEST, plan_manifest
+from softcache.teacher.capture.run import UnitMetrics, Work, capture_units
+
+__all__ = ["Job", "Outcome", "label", "prepare"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker is told.
+
+    Attributes:
+        config: the resolved config, JSON.
+        url: the cache; absolute where it is a path.
+        manifest_sha256: of the cache; empty before there is one.
+        torch_threads: of a worker; None: as many as Dask gave it.
+        log: how the worker logs to its own stderr.
+        version: of the driver's softcache.
+    """
+
+    config: str
+    url: str
+    manifest_sha256: str = ""
+    torch_threads: int | None = None
+    log: LogFormat = "text"
+    version: str = __version__
+
+    @property
+    def key(self) -> str:
+        """Names what is to be opened: two jobs of one key share a teacher."""
+        return digest_bytes(f"{self.config}\n{self.url}".encode())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a unit on one worker; exactly one of metrics, found_rows, held and error is set.
+
+    Attributes:
+        metrics: it was made.
+        found_rows: it had been made, with so many rows.
+        held: another run has it.
+        error: what went wrong, in words.
+    """
+
+    unit: int
+    worker: str = ""
+    metrics: UnitMetrics | None = None
+    found_rows: int | None = None
+    held: bool = False
+    error: str | None = None
+
+
+_OPEN: dict[str, tuple[Work, threading.Lock]] = {}
+_OPENING = threading.Lock()
+
+
+def prepare(job: Job) -> tuple[str, str]:
+    """Creates the cache, or joins the one that is there; returns its manifest's sha256 and "", or "" and an error."""
+    try:
+        with _OPENING:
+            return _open(job, create=True)[0].manifest_sha256, ""
+    except Exception as error:
+        return "", _in_words(error)
+
+
+def label(job: Job, number: int, *, last: bool = False) -> Outcome:
+    """Labels and publishes one unit, unless somebody else has it or has made it.
+
+    Args:
+        last: nobody will try this unit again: where it fails, look for the sample that does it.
+    """
+    worker = _address()
+    work: Work | None = None
+    try:
+        with _OPENING:
+            work, turn = _open(job)
+        if job.manifest_sha256 != work.manifest_sha256:
+            raise IdentityError(
+                f"cache {job.url}: manifest {work.manifest_sha256[:12]}… was opened here, {job.manifest_sha256[:12]}… is "
+                "the driver's: the cache was replaced meanwhile; run again"
+            )
+        made: list[UnitMetrics] = []
+        found: list[int] = []
+        unit = work.manifest.plan.unit(number)
+        held = capture_units(work, [unit], on_unit=made.append, on_found=found.append, turn=turn)
+        return Outcome(
+            number, worker, made[0] if made else None, found[0] if found else None, held=bool(held)
+        )
+    except Exception as error:
+        words = _in_words(error)
+        if work is not None and last and getattr(error, "position", None) is None:
+            with turn:
+                words = find_culprit(work, number) + words
+        _leave_if_device_is_lost(error)
+        return Outcome(number, worker, error=words)
+
+
+def _open(job: Job, *, create: bool = False) -> tuple[Work, threading.Lock]:
+    """Returns this process's teacher, data and cache of a job; `_OPENING` is held."""
+    _settle(job)
+    if job.key not in _OPEN:
+        _OPEN.clear()  # one teacher at a time: the next may need the memory
+        config = RunConfig.model_validate_json(job.config)
+        data = open_data(config)
+        teacher = open_teacher(config, data)
+        if create:
+            objects, manifest, sha256 = prepare_cache(config, data, teacher, job.url)
+        else:
+            objects = open_objects(job.url)
+            try:
+                stored = objects.get(MANIFEST)
+            except CacheNotFoundError as error:
+                raise CacheNotFoundError(
+                    f"cache {job.url}: not there for this worker; every worker must reach the same place: use an object "
+                    "store, or a folder that all of them mount"
+                ) from error
+            manifest, sha256 = Manifest.parse(stored, where=f"cache {job.url}"), digest_bytes(stored)
+            planned, _ = plan_manifest(data.train, teacher, config.labels, config.capture)
+            if differing := differences(planned, manifest):
+                raise IdentityError(
+                    f"cache {job.url}: what this worker has is something else (this worker; the cache):\n  "
+                    + "\n  ".join(differing)
+                    + "\nGive every worker the same data, weights and softcache"
+                )
+        work = Work(objects, manifest, sha256, data.train, teacher, config.labels, config.capture)
+        _OPEN[job.key] = work, threading.Lock()
+    return _OPEN[job.key]
+
+
+def _settle(job: Job) -> None:
+    """Makes this process run as the job says."""
+    if job.version != __version__:
+        raise ConfigError(
+            f"softcache {__version__} on this worker, {job.version} at the driver; install the same"
+        )
+    if "" not in sys.path:
+        sys.path.append("")  # `module:factory` finds modules of the worker's folder, as in a plain run
+    log_as(job.log)
+    torch.set_num_threads(job.torch_threads or _dask_threads() or torch.get_num_threads())
+
+
+def _address() -> str:
+    try:
+        from distributed import get_worker
+
+        return str(get_worker().address)
+    except (ImportError, ValueError):
+        return f"process {os.getpid()}"
+
+
+def _dask_threads() -> int | None:
+    try:
+        from distributed import get_worker
+
+        return int(get_worker().state.nthreads)
+    except (ImportError, ValueError):
+        return None
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, SoftcacheError) else f"{type(error).__name__}: {error}"
+
+
+def _leave_if_device_is_lost(error: Exception) -> None:
+    """Ends the process after a fault that leaves its CUDA context unusable: Dask starts another and tries again."""
+    lost = getattr(torch, "AcceleratorError", None)
+    if lost is not None and isinstance(error, lost):
+        print(f"softcache: {error}; this worker ends, its context is lost", file=sys.stderr, flush=True)
+        os._exit(1)

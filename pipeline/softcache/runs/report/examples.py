@@ -1,0 +1,181 @@
+"""Samples where a student follows its teacher against the label, and where it fails to follow: pictures, or tokens.
+
+Of each student the `EXAMPLES` rows of which the teacher was surest, `OF_ONE_SAMPLE` of a text at most. A picture is the
+image as the source has it, a PNG inside the page; a text is the tokens before the row, each shaded by how far the student
+is from its teacher there.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections import Counter
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from softcache.runs.report.load import Report
+from softcache.runs.report.metrics import failed, followed
+from softcache.runs.report.predictions import Observed, Predictions
+
+__all__ = ["Example", "Gallery", "Names", "galleries"]
+
+EXAMPLES = 12
+OF_ONE_SAMPLE = 2
+CONTEXT_TOKENS = 24
+UNFINISHED, LONGEST_LETTER = (
+    "\ufffd",
+    4,
+)  # what stands for bytes that are no letter yet; bytes of a letter at most
+THUMBNAIL = 96  # pixels, of a picture's longer side
+
+
+@dataclass
+class Example:
+    """One row that is shown.
+
+    Attributes:
+        picture: a data URI; None for text.
+        tokens: (text, KL(teacher || student) in nats or None where there is no row); empty for images.
+    """
+
+    key: str
+    label: str
+    teacher: str
+    student: str
+    confidence: float
+    picture: str | None
+    tokens: list[tuple[str, float | None]]
+
+
+@dataclass
+class Gallery:
+    """The examples of one student: it follows (`kind` "follows") or does not ("fails")."""
+
+    student: str
+    kind: str
+    total: int
+    examples: list[Example]
+
+
+class Names:
+    """The names of classes: a source's own, or the tokens of its tokenizer."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from softcache.data.sources.text.tokenizer import load_tokenizer
+        from softcache.data.sources.translation.source import TranslationSettings, load_pair_tokenizer
+
+        source: Any = self._report.config.source
+        if isinstance(source, TranslationSettings):
+            return load_pair_tokenizer(source).tokenizer
+        return load_tokenizer(source)
+
+    def __getitem__(self, number: int) -> str:
+        if self._report.is_text:
+            text = self.token(number)
+            return repr(text) if text.strip() != text or not text.isprintable() else text
+        return str(self._report.data.train.source.class_names[number])  # type: ignore[union-attr]
+
+    def unique(self, numbers: np.ndarray) -> list[str]:
+        """Returns a name of its own for each class: tokens that read alike are told apart by their number."""
+        found = [self[int(number)] for number in numbers]
+        return [
+            name if found.count(name) == 1 else f"{name} #{number}"
+            for name, number in zip(found, numbers, strict=True)
+        ]
+
+    def token(self, *numbers: int) -> str:
+        """Returns the text of tokens that follow one another."""
+        return str(self._tokenizer.decode([int(number) for number in numbers]))
+
+
+def galleries(report: Report, observed: Observed, names: Names) -> list[Gallery]:
+    """Returns two galleries for every student that learnt from a teacher."""
+    if observed.teacher is None:
+        return []
+    taught = {run.name for run in report.runs if run.labels != "hard"}
+    out = []
+    for student in observed.students:
+        if student.name not in taught:
+            continue
+        for kind, choose in (("follows", followed), ("fails", failed)):
+            rows = choose(observed.teacher.guess_P, student.guess_P, observed.targets_P)
+            surest = rows[np.argsort(-observed.teacher.confidence_P[rows], kind="stable")]
+            chosen = _few_of_each(surest, observed.sample_P)
+            shown = [_example(report, observed, student, row, names) for row in chosen]
+            out.append(Gallery(student.name, kind, len(rows), shown))
+    return out
+
+
+def _few_of_each(rows: np.ndarray, sample_P: np.ndarray) -> list[int]:
+    """Returns the first rows, of one sample at most `OF_ONE_SAMPLE`: neighbours in a text are mostly the same mistake."""
+    chosen: list[int] = []
+    counts: Counter[int] = Counter()
+    for row in rows.tolist():
+        counts[int(sample_P[row])] += 1
+        if counts[int(sample_P[row])] <= OF_ONE_SAMPLE:
+            chosen.append(row)
+        if len(chosen) == EXAMPLES:
+            break
+    return chosen
+
+
+def _example(report: Report, observed: Observed, student: Predictions, row: int, names: Names) -> Example:
+    assert observed.teacher is not None
+    data: Any = report.data.evaluation if observed.split == "held-out" else report.data.train
+    sample = int(observed.sample_P[row])
+    return Example(
+        key=data.source.key(sample),
+        label=names[int(observed.targets_P[row])],
+        teacher=names[int(observed.teacher.guess_P[row])],
+        student=names[int(student.guess_P[row])],
+        confidence=float(observed.teacher.confidence_P[row]),
+        picture=None if report.is_text else _picture(data.source.image(sample)),
+        tokens=_tokens(data, observed, student, row, names) if report.is_text else [],
+    )
+
+
+def _picture(image_CHW: Any) -> str:
+    from PIL import Image
+
+    array = image_CHW.numpy()
+    picture = Image.fromarray(array[0] if len(array) == 1 else np.moveaxis(array, 0, 2))
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    picture.save(file, format="PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _tokens(
+    data: Any, observed: Observed, student: Predictions, row: int, names: Names
+) -> list[tuple[str, float | None]]:
+    sample, position = int(observed.sample_P[row]), int(observed.position_P[row])
+    of_sample = np.flatnonzero(observed.sample_P == sample)
+    kl_of = dict(zip(observed.position_P[of_sample].tolist(), student.kl_P[of_sample].tolist(), strict=True))
+    tokens = data.source.sample(sample).tokens
+    first = max(0, position + 1 - CONTEXT_TOKENS)
+    return _readable(names, [(int(tokens[at]), kl_of.get(at)) for at in range(first, position + 1)])
+
+
+def _readable(names: Names, tokens: list[tuple[int, float | None]]) -> list[tuple[str, float | None]]:
+    """Returns texts with their distances; tokens that only together make a letter are one text, with their largest."""
+    found: list[tuple[str, float | None]] = []
+    part: list[int] = []
+    distances: list[float] = []
+    for number, kl in tokens:
+        part.append(number)
+        distances += [] if kl is None else [kl]
+        text = names.token(*part)
+        if UNFINISHED in text and len(part) < LONGEST_LETTER:
+            continue
+        found.append((text, max(distances, default=None)))
+        part, distances = [], []
+    if part:
+        found.append((names.token(*part), max(distances, default=None)))
+    return found

@@ -1,0 +1,269 @@
+"""Finished runs, checked to be of one data set and one cache, and their students rebuilt from what the runs wrote.
+
+A run says what it is in config.json (digests) and every setting in resolved.json. Two runs are reported together only if
+their source, views or tokenizer, held-out split and cache have the same digests, and these are what is on the disk now.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softcache.config.run import RunConfig, build_config
+from softcache.data.sources.images.encoded import BytesSettings
+from softcache.errors import IdentityError, RunError, SpecError
+from softcache.models.image import load_weights
+from softcache.reader.cache import Cache
+from softcache.runs import Data, open_data, open_teacher
+from softcache.runs.report.caches import find_caches, kept_in_words
+from softcache.student import StudentSettings
+from softcache.student.checkpoint import differences
+from softcache.student.tasks import Task, TokenStudent
+from softcache.teacher.base import Teacher
+
+__all__ = ["Report", "Run", "open_report", "open_run"]
+
+OF_THE_DATA = ("source", "views", "evaluation", "tokenizer", "cross_documents")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes:
+        name: of the student and of what it learnt from; unique in a report.
+        identity: config.json.
+        metrics: metrics.json.
+    """
+
+    path: Path
+    name: str
+    config: RunConfig
+    identity: dict[str, Any]
+    metrics: dict[str, Any]
+
+    @property
+    def model(self) -> str:
+        return str(self.identity["model"])
+
+    @property
+    def labels(self) -> str:
+        return str(self.metrics["labels"])
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that a page is made of, opened and compared.
+
+    Attributes:
+        cache: None where it is not there; `missing` then says so. Of several, the one that keeps most.
+        teacher: None where its weights are not there; `missing` then says so.
+        unfinished: directories without results, left out.
+        missing: "cache" or "teacher" -> why it is not there.
+        caches: of all runs, the one that keeps most first.
+    """
+
+    runs: list[Run]
+    data: Data
+    cache: Cache | None
+    teacher: Teacher | None
+    unfinished: list[Path] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    caches: list[Cache] = field(default_factory=list)
+
+    @property
+    def config(self) -> RunConfig:
+        return self.runs[0].config
+
+    @property
+    def is_text(self) -> bool:
+        return self.data.train.kind == "tokens"
+
+    def cache_of(self, run: Run) -> Cache | None:
+        """Returns the cache that a run learnt from; None if it learnt from none, or it is not there."""
+        return next((c for c in self.caches if c.manifest_sha256 == run.identity.get("cache")), None)
+
+    def data_of(self, run: Run) -> Any:
+        """Returns what a run's student reads: `data`, or its own where that is not what the teacher sees."""
+        return self.data.of_student(run.config)
+
+    def student(self, run: Run) -> tuple[Task, torch.nn.Module]:
+        """Returns a run's task and its student, on the CPU, with the weights of the run's end.
+
+        Raises:
+            RunError: its weights are not there, or do not fit.
+        """
+        task = self.data.task(run.config, run.model)
+        model = task.build().eval()
+        bare = model.model if isinstance(model, TokenStudent) else model
+        try:
+            load_weights(bare, run.path / "model.safetensors")
+        except SpecError as error:
+            raise RunError(
+                f"run {run.path}: its student cannot be rebuilt ({error}); restore the run from a copy, or train it again"
+            ) from error
+        return task, model
+
+
+def open_report(paths: Sequence[str | Path], *, cache_url: str | Sequence[str] | None = None) -> Report:
+    """Returns what the runs are of, once they are known to be of the same.
+
+    Args:
+        paths: directories of runs, or folders of such directories.
+        cache_url: where the cache is now, or the caches are; None: where the runs' config says.
+
+    Raises:
+        RunError: a path holds no finished run, one that cannot be read, or detectors.
+        IdentityError: the runs are of different data or caches, or what is there is not what they learnt from.
+    """
+    folders, unfinished = _folders([Path(path) for path in paths])
+    read = [_read(folder) for folder in folders]
+    _check_alike(read)
+    data = open_data(read[0].config)
+    if data.train.kind == "cells":
+        raise RunError(
+            f"run {read[0].path}: of a detector; expected students of images or texts, which the report is made for; "
+            "compare detectors with `softcache students` and `softcache compare`"
+        )
+    for run in read:
+        _check_same_data(run, data)
+    missing: dict[str, str] = {}
+    urls = [cache_url] if isinstance(cache_url, str) else list(cache_url or ())
+    caches = find_caches(read, urls, missing)
+    runs, cache = _named(read, caches), caches[0] if caches else None
+    teacher = _teacher(runs[0].config, data, cache, missing)
+    return Report(runs, data, cache, teacher, unfinished, missing, caches)
+
+
+def _named(runs: list[Run], caches: list[Cache]) -> list[Run]:
+    """Gives each run a name of its own: with what its cache keeps, if there are several, and at last its directory."""
+    if len(caches) > 1:
+        kept = {cache.manifest_sha256: kept_in_words(cache) for cache in caches}
+        runs = [
+            replace(run, name=f"{run.name[:-1]}, {kept[run.identity['cache']]})")
+            if "cache" in run.identity
+            else run
+            for run in runs
+        ]
+    names = [run.name for run in runs]
+    return [
+        replace(run, name=f"{run.name} {run.path.name}") if names.count(run.name) > 1 else run for run in runs
+    ]
+
+
+def open_run(path: str | Path, *, cache_url: str | None = None) -> Report:
+    """Returns what one run is of: `open_report` of it alone.
+
+    Raises:
+        RunError: there are several runs, or what `open_report` raises.
+        IdentityError: what is there is not what it learnt from.
+    """
+    folders, _ = _folders([Path(path)])
+    if len(folders) != 1:
+        raise RunError(f"run {path}: expected one run; found {len(folders)} in it; name one's own directory")
+    return open_report(folders, cache_url=cache_url)
+
+
+def _folders(paths: list[Path]) -> tuple[list[Path], list[Path]]:
+    found: list[Path] = []
+    unfinished: list[Path] = []
+    for path in paths:
+        if (path / "config.json").exists():
+            if not (path / "metrics.json").exists():
+                raise RunError(
+                    f"run {path}: not finished (no metrics.json); run its command again to finish it"
+                )
+            found.append(path)
+            continue
+        inside = sorted(child.parent for child in path.glob("*/config.json"))
+        done = [child for child in inside if (child / "metrics.json").exists()]
+        if not done:
+            raise RunError(
+                f"run {path}: expected a run's directory (config.json, resolved.json, metrics.json), or a folder of "
+                "such; found none; runs are under runs/NAME/students, and `softcache students --config FILE` makes them"
+            )
+        found += done
+        unfinished += [child for child in inside if child not in done]
+    return list(dict.fromkeys(found)), unfinished
+
+
+def _read(path: Path) -> Run:
+    try:
+        identity, resolved, metrics = (
+            json.loads((path / f"{name}.json").read_text()) for name in ("config", "resolved", "metrics")
+        )
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"run {path}: cannot be read: {error}; restore it from a copy, or train it again"
+        ) from error
+    if resolved["source"].get("modality") == "text":
+        resolved.pop("views", None)
+    resolved.pop("sweep", None)
+    config = build_config(resolved, str(path / "resolved.json"))
+    if identity.get("student_data") and not config.student.reads_otherwise:
+        raise RunError(
+            f"run {path}: its student has another tokenizer than the teacher, and their tokens cannot be compared one by "
+            "one; neither report nor export is of such a student: name other runs"
+        )
+    student = config.student.model_copy(update={"context": identity.get("context")})
+    name = f"{identity['model']} ({metrics['labels']}{_reads(student)})"
+    return Run(path, name, config.model_copy(update={"student": student}), identity, metrics)
+
+
+def _reads(student: StudentSettings) -> str:
+    """Returns what a student reads where that is not what the teacher sees, as a part of a run's name."""
+    source, views = student.source, student.views
+    what = []
+    if isinstance(source, BytesSettings):
+        what.append(f"{source.format or 'file'} bytes")
+    elif source is not None:
+        what.append(source.name)
+    if views is not None:
+        what += [f"size {views.size}"] * (views.size is not None) + ["grey"] * views.grey
+    return f", reads {' '.join(what)}" if what else ""
+
+
+def _check_alike(runs: list[Run]) -> None:
+    first = runs[0]
+    for run in runs[1:]:
+        differing = [name for name in OF_THE_DATA if run.identity.get(name) != first.identity.get(name)]
+        if differing:
+            raise IdentityError(
+                f"run {run.path}: of other data than {first.path} ({', '.join(differing)} differ); a report is of one data "
+                "set: report this run apart"
+            )
+
+
+def _check_same_data(run: Run, data: Data) -> None:
+    here: dict[str, Any] = data.identity()
+    if run.config.student.reads_otherwise:
+        here["student_data"] = data.of_student(run.config).identity()
+    differing = differences({name: run.identity.get(name) for name in here}, here)
+    if differing:
+        raise IdentityError(
+            f"run {run.path}: its data changed since (then; now): {'; '.join(differing)}; restore the data"
+        )
+
+
+def _teacher(config: RunConfig, data: Data, cache: Cache | None, missing: dict[str, str]) -> Teacher | None:
+    if config.teacher is None:
+        missing["teacher"] = "the runs' config names no teacher"
+        return None
+    weights = config.teacher.weights
+    if weights is not None and not Path(weights).is_file():
+        missing["teacher"] = f"the teacher's weights are not at {weights}"
+        return None
+    teacher = open_teacher(config, data)
+    if cache is not None:
+        there = cache.manifest.identity["teacher"].get("weights_digest")
+        if there != teacher.weights_digest:
+            missing["teacher"] = (
+                f"the weights of {teacher.spec} here are not those that made the cache {cache.url}"
+            )
+            return None
+    return teacher

@@ -1,0 +1,80 @@
+"""The students of a config, one run each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from softcache.config.run import RunConfig
+from softcache.modalities import Data
+from softcache.reader.cache import Cache
+from softcache.runs.batches import cache_feed, hard_feed
+from softcache.runs.cache import check_said
+from softcache.runs.fit import fit
+from softcache.teacher.base import Teacher
+
+__all__ = ["train_student"]
+
+LabelsFrom = Literal["cache", "hard", "online"]
+
+
+def train_student(
+    config: RunConfig,
+    data: Data,
+    *,
+    model: str,
+    labels: LabelsFrom,
+    cache: Cache | None = None,
+    teacher: Teacher | None = None,
+    num_views: int | None = None,
+    out: str | Path | None = None,
+    allow_partial: bool = False,
+    track_with: str | None = None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Trains one student; returns its metrics, with `out` and `model` added.
+
+    Args:
+        model: the student's spec.
+        labels: what it learns from; "cache" needs `cache`, "online" needs `teacher`.
+        num_views: of the cache's views, use the first so many; None uses all, or where the student cannot replay them
+            the plain one.
+        out: the run's directory, a path or the URL of a bucket; None makes one under runs/ whose name tells it apart.
+        on_epoch: called with the metrics of every epoch, after its checkpoint; what it raises ends the run there, and
+            a later one goes on.
+
+    Raises:
+        IncompleteCacheError: the cache has missing units, and `allow_partial` is off.
+        AlignmentError, IdentityError: the cache is of something else.
+    """
+    config = config.model_copy(
+        update={
+            "train": config.train.model_copy(update={"labels": labels}),
+            "student": config.student.model_copy(update={"model": model}),
+        }
+    )
+    identity: dict[str, Any] = {}
+    if labels == "cache":
+        assert cache is not None
+        check_said(config, cache)
+        num_views = num_views or config.reader.num_views or (cache.num_views if data.replays(config) else 1)
+        feed = cache_feed(config, data, cache, num_views, allow_partial)
+        identity = {"cache": cache.manifest_sha256, "num_views": num_views}
+        if cache.missing_units:
+            identity["missing_units"] = cache.missing_units
+    else:
+        feed = hard_feed(config, data)
+        if labels == "online":
+            assert teacher is not None
+            identity = {
+                "teacher": {"spec": teacher.spec, "weights": teacher.weights_digest, "dtype": teacher.dtype}
+            }
+    if labels != "hard":
+        identity["loss"] = config.loss.identity()
+        if data.train.kind == "cells":
+            identity["cells"] = config.cells.model_dump()
+    task = data.task(config, model, teacher if labels == "online" else None)
+    return fit(
+        config, data, task, model, out, feed, identity=identity, track_with=track_with, on_epoch=on_epoch
+    )

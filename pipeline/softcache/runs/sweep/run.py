@@ -1,0 +1,203 @@
+"""A sweep from its config to its finished trials, by this process and as many more of this machine as are asked for.
+
+    check the space; join the study in the folder; start the other processes
+    until nothing is left to take: take a trial, run it
+    wait for what other processes run, and take over what a dead one leaves
+
+Any other process that is started on the same folder, by hand or on a machine that shares it, works on the same trials.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softcache.config.run import RunConfig
+from softcache.config.sweep import plain
+from softcache.errors import IncompleteCacheError, RunError, SoftcacheError
+from softcache.modalities import open_data
+from softcache.runs import cache_is_ready
+from softcache.runs.sweep.space import Space, as_it_is, checked_space, described
+from softcache.runs.sweep.study import SharedStudy
+from softcache.runs.sweep.trial import Bench, run_trial
+from softcache.runtime.logging import say
+from softcache.runtime.ranks import num_ranks
+from softcache.runtime.scores import SCORES
+from softcache.runtime.signals import Interrupted, check, signals_stop
+
+__all__ = ["Sweep", "open_sweep", "run_sweep"]
+
+WAIT_SECONDS = 0.5
+STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM}
+NOT_OF_A_SWEEP: Any = {  # what may differ when a sweep goes on
+    "sweep": {"trials"},
+    "train": {"device", "eval_batch_size", "process_timeout_seconds"},
+    "capture": True,
+    "cache": True,
+}
+
+
+@dataclass
+class Sweep:
+    """A sweep in a folder: what its trials share, and the study."""
+
+    bench: Bench
+    study: SharedStudy
+    space: Space
+
+
+def open_sweep(config: RunConfig, url: str, path: Path) -> Sweep:
+    """Returns the sweep of a folder; a new one where there is none.
+
+    Raises:
+        ConfigError: the space has a value that cannot be tried.
+        IdentityError, IncompleteCacheError: the cache is of something else, or not finished.
+        RunError: the folder holds another sweep, or this is one process of many that train one student.
+    """
+    if num_ranks() > 1:
+        raise RunError(
+            f"sweep {path}: started as {num_ranks()} processes of one run; a trial is trained by one process: start "
+            "`softcache sweep --workers N` without a launcher"
+        )
+    data = open_data(config)
+    cache = config.reader.open_cache(url)
+    if not cache_is_ready(config, data, url):
+        raise IncompleteCacheError(
+            f"cache {url}: {len(cache.missing_units)} of {cache.manifest.plan.num_units} units are missing; rerun "
+            "`softcache teacher-logits` to finish it: trials are compared, so all of them learn from the whole cache"
+        )
+    score = SCORES[cache.manifest.kind]
+    bench = Bench(config, data, cache, path, score.metric, score.larger_is_better)
+    space = checked_space(config, data, cache)
+    study = SharedStudy(
+        path,
+        identity=_identity(bench, space),
+        space=space,
+        settings=config.sweep,
+        epochs=config.train.epochs,
+        maximize=bench.maximize,
+        first=as_it_is(config, space, cache),
+    )
+    return Sweep(bench, study, space)
+
+
+def _identity(bench: Bench, space: Space) -> dict[str, Any]:
+    described = bench.config.model_dump(mode="json", exclude=NOT_OF_A_SWEEP)
+    described["sweep"]["space"] = {name: plain(axis) for name, axis in space.items()}
+    return described | {"cache": bench.cache.manifest_sha256, **bench.data.identity()}
+
+
+def run_sweep(config: RunConfig, url: str, path: Path, *, trials: int, workers: int = 1) -> Sweep:
+    """Runs trials until there are `trials` in total, those of earlier runs included.
+
+    Args:
+        url: of the cache.
+        path: the sweep's folder.
+        workers: processes of this machine, this one included.
+
+    Raises:
+        ConfigError, RunError: as `open_sweep`.
+        SoftcacheError: a trial could not be run.
+    """
+    sweep = open_sweep(config, url, path)
+    with _others(config, url, path, trials, workers) as others, sweep.study.worker():
+        while True:
+            # Asked before: a process that dies after the last look has left its trial to the next round.
+            others_work = sweep.study.others_run() or any(other.is_alive() for other in others)
+            ran = _work(sweep, trials)
+            _raise_failures(others, path)
+            if not (others_work or ran):
+                return sweep
+            check()
+            if not ran:
+                time.sleep(WAIT_SECONDS)
+
+
+def _work(sweep: Sweep, trials: int, wanted: Callable[[], bool] = lambda: True) -> int:
+    """Takes trials and runs them until `trials` are finished or being run; returns how many it ran."""
+    ran = 0
+    while wanted() and (turn := sweep.study.take(trials)) is not None:
+        number = turn.trial.number
+        again = turn.trial.user_attrs.get("retry_of")
+        goes_on = "" if again is None else f" (goes on where trial {again} died)"
+        say(f"trial {number}: {described(turn.trial.params)}{goes_on}")
+        run_trial(sweep.bench, sweep.study, turn)
+        done = sweep.study.trials()[number]
+        score = "" if done.value is None else f", {sweep.bench.metric} {done.value:.4f}"
+        say(f"trial {number}: {done.state.name.lower()}{score}")
+        ran += 1
+    return ran
+
+
+# -- more processes ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _others(
+    config: RunConfig, url: str, path: Path, trials: int, workers: int
+) -> Iterator[list[BaseProcess]]:
+    """Starts workers - 1 processes; ends those that still run when the block is left."""
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // workers)
+    others: list[BaseProcess] = []
+    for number in range(1, workers):
+        told = path / "workers" / f"{number}.txt"
+        other: BaseProcess = context.Process(
+            target=_worker, args=(config, url, path, trials, threads, told), daemon=False
+        )
+        other.start()
+        others.append(other)
+    before = torch.get_num_threads()
+    if workers > 1:
+        torch.set_num_threads(threads)
+    try:
+        yield others
+    finally:
+        torch.set_num_threads(before)
+        for other in others:
+            if other.is_alive():
+                other.terminate()  # SIGTERM: it saves a checkpoint after its step
+        for other in others:
+            other.join()
+
+
+def _worker(config: RunConfig, url: str, path: Path, trials: int, threads: int, told: Path) -> None:
+    """A process of `--workers`: what it says goes to a file, so that progress of several does not mix."""
+    told.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr = told.open("a", buffering=1)
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    try:
+        with signals_stop():
+            sweep = open_sweep(config, url, path)
+            with sweep.study.worker():
+                _work(sweep, trials, wanted=parent.is_alive)
+    except Interrupted as stopped:
+        sys.exit(stopped.exit_code)
+    except SoftcacheError as error:
+        sys.stderr.write(f"softcache: {error}\n")
+        sys.exit(1)
+
+
+def _raise_failures(others: list[BaseProcess], path: Path) -> None:
+    """Raises if a worker ended with an error; what one that was killed or stopped leaves is taken by the next."""
+    for number, other in enumerate(others, start=1):
+        if other.exitcode is None or other.exitcode <= 0 or other.exitcode in STOPPED:
+            continue
+        told = path / "workers" / f"{number}.txt"
+        lines = told.read_text().strip().splitlines() if told.exists() else []
+        raise RunError(
+            f"sweep {path}: worker {number} ended with exit code {other.exitcode}: {lines[-1] if lines else 'no word'}; "
+            f"all that it said is in {told}; what is finished is kept, and the same command goes on"
+        )

@@ -1,0 +1,99 @@
+"""The teacher of a config: opened, or trained where it is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from softcache.config.run import RunConfig
+from softcache.errors import ConfigError
+from softcache.modalities import Data
+from softcache.runs.batches import hard_feed
+from softcache.runs.fit import fit
+from softcache.runtime.logging import say
+from softcache.student import StudentSettings
+from softcache.teacher.base import Teacher, TeacherSettings
+
+__all__ = [
+    "make_teacher",
+    "open_teacher",
+    "score_in_words",
+    "teacher_is_missing",
+    "teacher_settings",
+    "train_teacher",
+]
+
+
+def teacher_settings(config: RunConfig) -> TeacherSettings:
+    if config.teacher is None:
+        raise ConfigError(
+            f"config {config.name}: table [teacher] is missing; it names the model that labels the data"
+        )
+    return config.teacher
+
+
+def open_teacher(config: RunConfig, data: Data) -> Teacher:
+    """Returns the config's teacher with its weights, on the device and dtype of [capture]."""
+    return data.teacher(config, teacher_settings(config))
+
+
+def train_teacher(
+    config: RunConfig, data: Data, *, track_with: str | None = None
+) -> tuple[dict[str, Any], Path]:
+    """Trains the teacher of a config on hard labels; returns its metrics and its weights file.
+
+    Raises:
+        ConfigError: there is no [train_teacher] table, or teacher.weights is not where this writes.
+    """
+    teacher = teacher_settings(config)
+    out = config.root / "teacher"
+    weights = out / "model.safetensors"
+    if config.train_teacher is None:
+        raise ConfigError(
+            f"config {config.name}: table [train_teacher] is missing; it says how to train {teacher.model}"
+        )
+    if teacher.weights is None or Path(teacher.weights) != weights:
+        raise ConfigError(
+            f"config {config.name}: teacher.weights is {teacher.weights!r}, but train-teacher writes {str(weights)!r}; "
+            "set teacher.weights to that, or keep your own weights and skip train-teacher"
+        )
+    run = _as_teacher(config).model_copy(
+        update={"train": config.train_teacher.model_copy(update={"labels": "hard"})}
+    )
+    task = data.task(run, teacher.model)
+    metrics = fit(
+        run, data, task, teacher.model, out, hard_feed(run, data), identity={}, track_with=track_with
+    )
+    return metrics, weights
+
+
+def _as_teacher(config: RunConfig) -> RunConfig:
+    """Returns the config without what [student] and [loss] say of another reader than the teacher is."""
+    plain = StudentSettings(model=config.student.model, models=config.student.models)
+    loss = config.loss.model_copy(update={"name": "forward_kl"}) if config.loss.name == "uld" else config.loss
+    return config.model_copy(update={"student": plain, "loss": loss})
+
+
+def teacher_is_missing(config: RunConfig) -> bool:
+    """Returns whether the teacher's weights file is missing and the config says how to make it."""
+    weights = teacher_settings(config).weights
+    return config.train_teacher is not None and weights is not None and not Path(weights).exists()
+
+
+def score_in_words(metrics: dict[str, Any]) -> str:
+    """Returns the score of a run: its accuracy, or of detections the mean average precision."""
+    if "map" in metrics:
+        return f"mAP {metrics['map']:.4f} (mAP50 {metrics['map50']:.4f})"
+    return f"accuracy {metrics['accuracy']:.4f}"
+
+
+def make_teacher(config: RunConfig, data: Data) -> None:
+    """Trains the teacher if its weights file is missing and the config says how."""
+    teacher = teacher_settings(config)
+    if teacher_is_missing(config):
+        say(f"teacher {teacher.model}: no weights at {teacher.weights} yet; training it once")
+        metrics, _ = train_teacher(config, data)
+        say(
+            f"teacher {teacher.model}: {metrics['num_parameters']:,} parameters, {score_in_words(metrics)}, "
+            f"loss {metrics['eval_loss']:.4f}"
+        )

@@ -1,0 +1,1 @@
+"""What a process needs: logging, signals, ranks, compiled functions, optional imports, locks, suggestions."""

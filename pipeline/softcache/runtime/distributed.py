@@ -1,0 +1,144 @@
+"""The processes that train one student: how they find each other, and how an error of one ends them all.
+
+    torchrun --nproc-per-node 4 -m softcache train-student …
+
+A process that fails says so in the launcher's store before its connections close, and prints its message; the others,
+whose next exchange then fails, find that somebody has spoken and end in silence. So a run prints one message. One that is
+killed leaves no word: the first of the others to notice says that. A process that hangs is noticed by the timeout.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from softcache.errors import LostProcessError, RunError
+from softcache.runtime.ranks import num_ranks, rank
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+__all__ = ["check_same", "explained", "from_first", "is_first_to_fail", "join", "leave", "on_cpu"]
+
+STORE_SECONDS = 10.0
+# What gloo and the store say when the other end is gone or silent; NCCL has an error class of its own.
+_BROKEN = ("gloo", "Connection closed", "Connection reset", "Timed out waiting", "Broken pipe")
+
+
+def on_cpu(device: str) -> bool:
+    """Returns whether a run keeps to CPUs: it is told to, or it has several processes and no accelerator for them.
+
+    accelerate looks for a group over gloo only where it is told so; one process finds its device by itself.
+
+    Args:
+        device: `train.device`, "auto" or "cpu".
+    """
+    import torch
+
+    return device == "cpu" or (num_ranks() > 1 and not torch.accelerator.is_available())
+
+
+def join(*, cpu: bool, timeout_seconds: float) -> PartialState:
+    """Returns accelerate's state of this process, which is in its run's group from then on.
+
+    Args:
+        cpu: leave GPUs alone, and talk through gloo.
+        timeout_seconds: after so long without an answer from another process, an exchange fails.
+
+    Raises:
+        RunError: the launcher started several processes that do not form a group.
+    """
+    from accelerate import PartialState
+
+    options = {"timeout": timedelta(seconds=timeout_seconds)} if num_ranks() > 1 else {}
+    with explained():
+        state = PartialState(cpu=cpu, **options)
+    if state.num_processes != num_ranks():
+        raise RunError(
+            f"process {rank()}: the launcher says {num_ranks()} processes (WORLD_SIZE), accelerate finds "
+            f"{state.num_processes}; start them with torchrun or `accelerate launch`, which set LOCAL_RANK too"
+        )
+    return state
+
+
+def leave() -> None:
+    """Leaves the group, if this process is in one."""
+    if num_ranks() > 1:
+        from accelerate import PartialState
+
+        PartialState().destroy_process_group()
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turns what an exchange raises when another process is gone or silent into a `LostProcessError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if num_ranks() == 1 or not _is_broken(error):
+            raise
+        silent = "timed out" in str(error).lower()
+        raise LostProcessError(
+            f"process {rank()} of {num_ranks()}: another process of this run "
+            f"{'does not answer' if silent else 'has ended without a word (killed, or out of memory)'}; all of them stop; "
+            "the same command, with any number of processes, goes on from the last checkpoint"
+        ) from error
+
+
+def _is_broken(error: RuntimeError) -> bool:
+    import torch.distributed as dist
+
+    return isinstance(error, dist.DistError) or any(part in str(error) for part in _BROKEN)
+
+
+def is_first_to_fail() -> bool:
+    """Returns whether no other process of this run has failed before; to be asked once by a process that fails.
+
+    Where no store can be reached (no launcher's, and no group yet), each process is the first: a message that comes
+    twice is better than one that is lost.
+    """
+    if num_ranks() == 1:
+        return True
+    import torch.distributed as dist
+
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and not dist.is_initialized():
+        return True
+    try:
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=timedelta(seconds=STORE_SECONDS),
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return store.add(f"softcache/failed/{attempt}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return True
+
+
+def from_first(value: Any) -> Any:
+    """Returns the first process's value, on every process; each gives its own."""
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
+def check_same(what: str, value: dict[str, Any]) -> None:
+    """Raises unless every process of the run has the same value.
+
+    Raises:
+        RunError: the first process has another one; the keys that differ are named.
+    """
+    if num_ranks() == 1:
+        return
+    first = from_first(value)
+    differing = sorted(key for key in set(first) | set(value) if first.get(key) != value.get(key))
+    if differing:
+        told = "; ".join(f"{key}: {first.get(key)!r}; {value.get(key)!r}" for key in differing)
+        raise RunError(
+            f"process {rank()} of {num_ranks()}: {what} differs from that of process 0 (there; here): {told}; give "
+            "all processes the same config, cache and data"
+        )

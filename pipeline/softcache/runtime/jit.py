@@ -1,0 +1,96 @@
+"""numba's compiler, so that a function gives the same bits in the process that compiles it and in every later one.
+
+Compiled code is kept beside the module, or in the user's cache folder. Importing this module takes numba along, so import
+it where it is used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from numba import njit, types
+
+__all__ = ["compiled", "compiled_apart", "compiled_part"]
+
+
+def compiled(function: Callable[..., Any], **options: Any) -> Any:
+    """numba's njit, without the GIL; compiled once and kept, or once for each process where nothing can be written."""
+    try:
+        return njit(cache=True, nogil=True, boundscheck=False, **options)(function)
+    except RuntimeError:
+        return njit(nogil=True, boundscheck=False, **options)(function)
+
+
+def compiled_apart(function: Callable[..., Any], **options: Any) -> Any:
+    """The same, but what is not kept yet is compiled by a process of its own, and run as it was kept.
+
+    numba keeps other machine code than it runs in the process that compiled it: sums that may be taken in any order are
+    taken in another one, and the last bits of a record would be those of the first run after an installation.
+    """
+    dispatcher = compiled(function, **options)
+    here = dispatcher.compile
+
+    def compile(signature: Any) -> Any:
+        cache = dispatcher._cache  # it has no path where nothing can be kept
+        keeps = _COMPILES not in os.environ and getattr(cache, "cache_path", None) is not None
+        if keeps and cache.load_overload(signature, dispatcher.targetctx) is None:
+            _compile_elsewhere(function, signature)
+        return here(signature)
+
+    dispatcher.compile = compile
+    return dispatcher
+
+
+_COMPILES = "SOFTCACHE_COMPILES"
+
+
+def _compile_elsewhere(function: Callable[..., Any], signature: Any) -> None:
+    """Has another process compile and keep a function; if it cannot, this one will."""
+    program = "import sys; from softcache.runtime.jit import _compile_here; _compile_here(*sys.argv[1:])"
+    words = [function.__module__, function.__name__, *map(_in_words, signature)]
+    here = {_COMPILES: "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with suppress(
+        OSError, TypeError
+    ):  # TypeError: an interpreter that is part of another program has no executable
+        subprocess.run(
+            [sys.executable, "-c", program, *words],
+            env=os.environ | here,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+
+
+def _compile_here(module: str, name: str, *words: str) -> None:
+    getattr(importlib.import_module(module), name).compile(tuple(map(_of_words, words)))
+
+
+def _in_words(kind: Any) -> str:
+    """A number's type, or an array's: float32/2/C/True, with dimensions, layout, and whether it may be written to."""
+    if isinstance(kind, types.Array):
+        return f"{kind.dtype}/{kind.ndim}/{kind.layout}/{kind.mutable}"
+    return str(kind)
+
+
+def _of_words(text: str) -> Any:
+    name, *array = text.split("/")
+    kind: Any = types.boolean if name == "bool" else getattr(types, name)
+    if not array:
+        return kind
+    layout: Any = array[1]
+    return types.Array(kind, int(array[0]), layout, readonly=array[2] == "False")
+
+
+def compiled_part(function: Callable[..., Any], **options: Any) -> Any:
+    """A part of compiled functions, which is kept with each of them and not by itself.
+
+    Out of a cache it would come as machine code, to be called; compiled together, it is merged into its caller, and sums
+    that may be taken in any order are taken in another one there.
+    """
+    return njit(nogil=True, boundscheck=False, **options)(function)

@@ -1,0 +1,224 @@
+"""A run's directory on disk: its config, its checkpoint (replaced atomically) and its results.
+
+    OUT/config.json           what the run is; a directory that holds another run is refused
+    OUT/resolved.json         every setting that it ran with, defaults included; to read, not compared
+    OUT/checkpoint/           the last state that can be resumed exactly (accelerate's layout + progress.json)
+    OUT/best.safetensors      the weights of the best epoch so far
+    OUT/model.safetensors     the weights at the end
+    OUT/metrics.json          one JSON object, written last: a run with it is finished
+
+A kill between any two steps leaves the old checkpoint or the new one, never half of one. Of many processes the first one
+writes (each adds its random state to the checkpoint), so OUT must be a place that all of them see; another number of
+processes can go on from it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+from accelerate import Accelerator
+
+from softcache.errors import RunError, StorageError
+from softcache.runtime.distributed import from_first
+from softcache.runtime.ranks import is_first
+from softcache.student.bucket_sync import RunMirror
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["RunDirectory", "differences", "store_unwrapped"]
+
+CHECKSUMS = "checksums"
+
+_UNREADABLE = (RuntimeError, OSError, ValueError, KeyError, AttributeError, EOFError, UnpicklingError)
+_WHAT_NEXT = "remove the folder to begin this run anew, or restore it from a copy"
+
+
+class RunDirectory:
+    """One training run's directory, and its mirror in a bucket, if it has one.
+
+    Raises (from the constructor):
+        RunError: the directory holds a run of another config; each key that differs is named.
+        StorageError: it cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: dict[str, Any],
+        resolved: dict[str, Any] | None = None,
+        *,
+        mirror: RunMirror | None = None,
+    ) -> None:
+        self.path, self._mirror = Path(path), mirror
+        config = json.loads(json.dumps(config))
+        if not is_first():
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            stored = self.path / "config.json"
+            if stored.exists():
+                differing = differences(json.loads(stored.read_text()), config)
+                if differing:
+                    raise RunError(
+                        f"run {self.path}: holds another run (there; this run): {'; '.join(differing)}; "
+                        "choose another --out, or remove the old run if nobody needs it"
+                    )
+            else:
+                if resolved is not None:
+                    self._write_json("resolved.json", resolved)
+                self._write_json("config.json", config)
+        except OSError as error:
+            raise StorageError(
+                f"run {self.path}: cannot be written: {error}; choose another --out"
+            ) from error
+
+    def _write_json(self, name: str, content: Any) -> None:
+        staged = self.path / f".{name}.{os.getpid()}"
+        staged.write_text(json.dumps(content, indent=2) + "\n")
+        staged.replace(self.path / name)
+
+    @property
+    def metrics(self) -> dict[str, Any] | None:
+        """The results of a finished run, else None; as the first process finds them."""
+        path = self.path / "metrics.json"
+        return from_first(json.loads(path.read_text()) if is_first() and path.exists() else None)
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        self._write_json("metrics.json", metrics)
+        if self._mirror is not None:
+            self._mirror.finish()
+
+    def save_checkpoint(self, accelerator: Accelerator, progress: dict[str, Any]) -> None:
+        """Saves model, optimizer and random states of all ranks, and where the run stands."""
+        staged, final, old = (self.path / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
+        self._settle(accelerator)
+        if accelerator.is_main_process and staged.exists():
+            shutil.rmtree(staged)
+        accelerator.wait_for_everyone()
+        # Tied weights are stored once, and loaded as they are tied; accelerate would tell the user each time.
+        logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+        accelerator.save_state(str(staged), safe_serialization=True)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            (staged / "progress.json").write_text(json.dumps(progress | {CHECKSUMS: _checksums(staged)}))
+            if old.exists():
+                shutil.rmtree(old)
+            if final.exists():
+                final.rename(old)
+            staged.rename(final)
+            if old.exists():
+                shutil.rmtree(old)
+            if self._mirror is not None:
+                self._mirror.send()
+        accelerator.wait_for_everyone()
+
+    def _settle(self, accelerator: Accelerator) -> None:
+        """Puts the old checkpoint back if a kill came between the two renames of a save."""
+        final, old = self.path / "checkpoint", self.path / "checkpoint.old"
+        if accelerator.is_main_process and old.exists() and not final.exists():
+            old.rename(final)
+        accelerator.wait_for_everyone()
+
+    def load_checkpoint(
+        self, accelerator: Accelerator, before: Callable[[dict[str, Any]], None] = lambda progress: None
+    ) -> dict[str, Any] | None:
+        """Restores the last checkpoint; returns its progress, or None if there is none.
+
+        Args:
+            before: called with the progress before random states are restored; a process that the checkpoint has none
+                of keeps the one that it leaves.
+
+        Raises:
+            RunError: a file of it is damaged, missing, or no checkpoint's.
+            StorageError: the first process has a checkpoint here, and this one does not see it.
+        """
+        final = self.path / "checkpoint"
+        self._settle(accelerator)
+        file = final / "progress.json"
+        progress = from_first(_checked_progress(final) if is_first() and file.exists() else None)
+        if progress is None:
+            return None
+        if not file.exists():
+            raise StorageError(
+                f"run {self.path}: process 0 has a checkpoint here, this one sees none; put --out on storage that all "
+                "processes share"
+            )
+        before(progress)
+        with _readable(final):
+            accelerator.load_state(str(final))
+        return progress
+
+    def save_weights(self, state: Mapping[str, torch.Tensor], name: str) -> None:
+        """Writes a state dict as NAME.safetensors, atomically."""
+        from safetensors.torch import save_file
+
+        staged = self.path / f".{name}.{os.getpid()}"
+        save_file({key: value.detach().cpu().clone().contiguous() for key, value in state.items()}, staged)
+        staged.replace(self.path / f"{name}.safetensors")
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """Returns the xxh3 of every file of a checkpoint; what accelerate cannot read it may pass over without a word."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "progress.json":
+            digest = xxhash.xxh3_128()
+            with path.open("rb") as file:
+                while data := file.read(1 << 24):
+                    digest.update(data)
+            found[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return found
+
+
+def _checked_progress(folder: Path) -> dict[str, Any]:
+    """Returns where a checkpoint's run stands, its files compared with their checksums; older versions have none."""
+    with _readable(folder):
+        progress: dict[str, Any] = json.loads((folder / "progress.json").read_text())
+        if (expected := progress.pop(CHECKSUMS, None)) is not None and expected != _checksums(folder):
+            raise RunError(f"run {folder}: a file differs from what was saved; {_WHAT_NEXT}")
+    return progress
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except _UNREADABLE as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(
+            f"run {folder}: cannot be loaded: {type(error).__name__}: {error}; {_WHAT_NEXT}"
+        ) from error
+
+
+def store_unwrapped(accelerator: Accelerator) -> None:
+    """Has the accelerator save and load models without what it wraps them in, which differs by number of processes."""
+
+    def save(models: list[Any], weights: list[Any], place: str) -> None:
+        weights[:] = [accelerator.unwrap_model(model).state_dict() for model in models]
+
+    def load(models: list[Any], place: str) -> None:
+        models[:] = [accelerator.unwrap_model(model) for model in models]
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+
+
+def differences(there: Any, here: Any, prefix: str = "") -> list[str]:
+    """Returns a line for each key whose value differs: its dotted name, what is there, what is here."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = sorted(set(there) | set(here))
+        return [
+            line for key in keys for line in differences(there.get(key), here.get(key), f"{prefix}{key}.")
+        ]
+    return [] if there == here else [f"{prefix.rstrip('.')}: {there!r}; {here!r}"]

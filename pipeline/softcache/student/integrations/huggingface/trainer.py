@@ -1,0 +1,329 @@
+"""The Trainer itself: what it overrides of transformers' own, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, SequentialSampler
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
+
+from softcache.data.sources.text.source import TokenSource
+from softcache.data.tokens import TokenBatch, TokenData
+from softcache.errors import AlignmentError, ConfigError
+from softcache.losses import Mix
+from softcache.reader.dataset import HardLabelDataset, SoftLabelDataset, joined_data
+from softcache.student.tasks import LossSettings, TokenStudent, my_share
+
+if TYPE_CHECKING:
+    from softcache.reader.cache import Cache
+
+
+from softcache.reader.sampler import BlockSampler
+from softcache.student.integrations.huggingface.forward import Call, taught
+from softcache.student.integrations.huggingface.loss import check_loss, check_stall, loss_of, mix_at
+from softcache.student.integrations.huggingface.order import SetEpoch
+from softcache.student.integrations.huggingface.validate import (
+    check_cache,
+    check_classes,
+    check_tokenizer,
+    named_sources,
+    refuse_ignored,
+    refuse_untested,
+    tokenizer_digest,
+)
+
+__all__ = ["DistillTrainer"]
+
+
+class DistillTrainer(Trainer):
+    """A `transformers.Trainer` whose student learns from a softcache token cache.
+
+    (1 - alpha) * CE(next token) + alpha * T^2 * soft loss, each a mean: CE over all rows, the soft loss (forward KL, unless
+    `loss` names another) over those that the cache labels (all, unless it was made with labels.positions). Where T or
+    alpha change over the run, both are logged beside the loss.
+
+    Args:
+        model: a causal language model of the cache's tokenizer; or `model_init` instead.
+        args: as for Trainer. `dataloader_multiprocessing_context` defaults to "forkserver" here: with workers, a script
+            needs its `if __name__ == "__main__":`.
+        cache: of that source, complete.
+        source: the training split that was labelled, `open_text(settings, split="train")`.
+        temperature: T, at least 1; 1 by default.
+        alpha: weight of the soft part, in [0, 1]; 0.9 by default.
+        loss: a whole `[loss]` in place of the two: another divergence, what becomes of the tail, weights of rows, schedules.
+            "stall" needs eval_strategy "epoch". No curriculum, no uld.
+        eval_dataset: a held-out source, or a dict of them.
+        processing_class: the student's tokenizer; compared with the cache's, and saved with the model. Without it, one
+            that lies beside a model loaded from a local folder is compared.
+        context: tokens that the student attends over, if fewer than the source's `seq_len`.
+        trainer: what else Trainer takes: model_init, callbacks, optimizers, optimizer_cls_and_kwargs.
+
+    Raises:
+        AlignmentError: the source is not what was labelled; also from `train()`, where a sample's contents changed.
+        IdentityError: the student's tokenizer is another one.
+        IncompleteCacheError: the cache is not finished.
+        SpecError: the student has no backbone and linear head, too few classes, or too short a context.
+        ConfigError: an argument that would be ignored, or that does not fit; what to use instead is named.
+    """
+
+    # `compute_loss` divides by the rows of the whole accumulated batch; the Trainer must not divide again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        cache: Cache,
+        source: TokenSource | TokenData,
+        temperature: float | None = None,
+        alpha: float | None = None,
+        loss: LossSettings | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        context: int | None = None,
+        **trainer: Any,
+    ) -> None:
+        refuse_ignored(args, trainer)
+        self._loss = loss_of(loss, temperature, alpha)
+        check_cache(cache)
+        check_loss(self._loss, cache)
+        self._cache, self._dataset = cache, SoftLabelDataset(source, cache)
+        data = joined_data(source, cache)
+        self._cross_documents: bool = data.cross_documents  # type: ignore[attr-defined]
+        self._context = context or data.source.seq_len
+        for name, held_out in named_sources(eval_dataset):
+            self._eval_data(held_out, name)
+        self._bound: TokenStudent | None = None
+        self._mix: Mix | None = None
+        self._processing_class = processing_class
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self._dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **trainer,
+        )
+        refuse_untested(self)
+        check_stall(self._loss, self.args, eval_dataset)
+        self.model_accepts_loss_kwargs = True  # says the same as loss_is_scaled_for_ga to older versions
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._order = BlockSampler(cache, seed=seed)
+        self.add_callback(SetEpoch(self._order))
+        self._student()
+
+    # -- the student ---------------------------------------------------------------------------------------
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Returns a fresh model, checked like one that was passed."""
+        return taught(super().call_model_init(trial))
+
+    def _student(self) -> TokenStudent:
+        """The loss and the scores of `self.model`, which it does not own."""
+        if self._bound is None or self._bound.model is not self.model:
+            check_tokenizer(self._cache, self.model, self._processing_class)
+            self._bound = TokenStudent(
+                taught(self.model),
+                self._loss,
+                context=self._context,
+                cross_documents=self._cross_documents,
+            )
+            check_classes(self._cache, self.model)
+        return self._bound
+
+    # -- training ------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Returns this rank's share of the batches, each a `TokenBatch` with labels."""
+        args = self.args
+        loader: DataLoader = DataLoader(
+            self._dataset,  # type: ignore[arg-type]
+            batch_size=self._train_batch_size,
+            sampler=SequentialSampler(self._dataset)
+            if args.train_sampling_strategy == "sequential"
+            else self._order,
+            drop_last=args.dataloader_drop_last,
+            collate_fn=SoftLabelDataset.collate,
+            persistent_workers=args.dataloader_persistent_workers,
+            **self._loading(),
+        )
+        return self.accelerator.prepare(loader)
+
+    def _loading(self) -> dict[str, Any]:
+        args = self.args
+        workers: dict[str, Any] = {}
+        if args.dataloader_num_workers:
+            # Stores keep threads, which do not survive a fork.
+            context = args.dataloader_multiprocessing_context or "forkserver"
+            workers = {"multiprocessing_context": context, "prefetch_factor": args.dataloader_prefetch_factor}
+        return {
+            "num_workers": args.dataloader_num_workers,
+            "pin_memory": args.dataloader_pin_memory and args.device.type == "cuda",
+            # A loader draws a number whenever it starts; from torch's own stream, evaluation would change dropout.
+            "generator": torch.Generator(),
+            **workers,
+        }
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | None]:
+        """Returns the batches of one optimizer step, and the rows in all of them, over all ranks.
+
+        A batch is {"batch": TokenBatch, "label_share": of the step's rows, "input_ids": [B, L], "attention_mask": [B, L]};
+        by the last two the Trainer counts tokens and operations.
+        """
+        batches: list[TokenBatch] = [
+            batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)
+        ]
+        counts = [(batch.num_rows, batch.num_labelled) for batch in batches]
+        rows, labelled = torch.tensor(counts, dtype=torch.int64, device=device).reshape(-1, 2).sum(0)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            rows, labelled = self.accelerator.reduce(torch.stack([rows, labelled]), reduction="sum")
+        label_share = float(labelled / rows) if self._cache.skips_positions else None
+        return [
+            {
+                "batch": batch,
+                "label_share": label_share,
+                "input_ids": batch.tokens,
+                "attention_mask": is_token(batch),
+            }
+            for batch in batches
+        ], rows
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """Returns the batch's part of the accumulated batch's mean loss, a scalar.
+
+        Args:
+            model: `self.model`, or what the Trainer wrapped around it.
+            inputs: of `get_batch_samples`.
+            num_items_in_batch: rows of all batches of the step; None: this batch is the step.
+        """
+        student = self._student()
+        batch: TokenBatch = inputs["batch"].to(self.args.device)
+        # Without a number of rows this batch is all there is, whatever step it came from.
+        label_share = None if num_items_in_batch is None else inputs.get("label_share")
+        self._mix = mix_at(self._loss, self.state)
+        loss = model(
+            Call(partial(student, batch, batch.labels, self._mix.alpha, label_share, self._mix.temperature))
+        )
+        if num_items_in_batch is not None:
+            # Ranks average their gradients, and the logged losses: times their number, the mean is a sum.
+            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            loss = loss * (batch.num_rows * ranks / num_items_in_batch)
+        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Logs as the Trainer does; with temperature and alpha of the last step, where they change."""
+        if self._loss.adapts and self._mix is not None and "loss" in logs:
+            logs = logs | {"temperature": float(self._mix.temperature), "alpha": self._mix.alpha}
+        super().log(logs, *args, **kwargs)
+
+    # -- evaluation ----------------------------------------------------------------------------------------
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Returns this rank's share of a held-out source's batches, each sample once over all ranks.
+
+        Args:
+            eval_dataset: a source, or a name in the dict that was passed; None: the one that was passed.
+        """
+        given: Any = self.eval_dataset
+        if eval_dataset is not None:
+            given = given[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
+        data = self._eval_data(given, "eval_dataset")
+        shares = my_share(len(data), self.args.eval_batch_size, self.accelerator)
+        return DataLoader(
+            HardLabelDataset(data),  # type: ignore[arg-type]
+            batch_sampler=[[(sample, 0) for sample in share] for share in shares],  # type: ignore[arg-type]
+            collate_fn=HardLabelDataset.collate,
+            **self._loading(),
+        )
+
+    def _eval_data(self, source: Any, name: str) -> TokenData:
+        if not isinstance(source, TokenSource | TokenData):
+            raise ConfigError(
+                f"{name}: expected a source of tokens; found {type(source).__name__}; pass open_text(settings, "
+                'split="eval") of the settings that the cache was made with'
+            )
+        data = (
+            source
+            if isinstance(source, TokenData)
+            else TokenData(source, cross_documents=self._cross_documents)
+        )
+        expected = tokenizer_digest(self._cache)
+        if data.source.tokenizer_digest != expected:
+            raise AlignmentError(
+                f"{name}: source {data.source.name} has tokens of another tokenizer than cache {self._cache.url} "
+                f"({data.source.tokenizer_digest[:12]}… here, {expected[:12]}… there); open it with the same settings"
+            )
+        return data
+
+    @torch.no_grad()
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Returns the mean negative log-likelihood per label row (nats), its perplexity, and the accuracy.
+
+        Over all rows of the source and all ranks. Logits are made a chunk of rows at a time and never kept.
+        """
+        args, device, student = self.args, self.args.device, self._student()
+        if not self.is_in_train and (args.fp16_full_eval or args.bf16_full_eval):
+            student.to(device, torch.float16 if args.fp16_full_eval else torch.bfloat16)
+        student.eval()
+        optimizer: Any = self.optimizer
+        if callable(getattr(optimizer, "eval", None)):  # schedule-free ones
+            optimizer.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        total = torch.zeros(3, dtype=torch.float64)  # nats, right guesses, rows
+        for loaded in dataloader:
+            batch = loaded.to(device)
+            with self.accelerator.autocast():
+                nats_P, correct_P = student.scores(batch)
+            total += torch.tensor([float(nats_P.double().sum()), int(correct_P.sum()), len(nats_P)])
+            self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
+        if args.world_size > 1:
+            total = self.accelerator.reduce(total.to(device), reduction="sum").cpu()
+        nats, correct, rows = total.tolist()
+        loss = nats / rows
+        metrics = {
+            f"{metric_key_prefix}_loss": loss,
+            f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),
+            f"{metric_key_prefix}_accuracy": correct / rows,
+        }
+        num_samples = len(dataloader.dataset)  # type: ignore[arg-type]
+        nothing: Any = None  # in place of predictions
+        return EvalLoopOutput(nothing, label_ids=None, metrics=metrics, num_samples=num_samples)
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses: predictions are [samples, positions, V] logits, which nothing here makes.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "DistillTrainer.predict: it would keep the logits of every position, V numbers each; use evaluate() for the "
+            "loss, or trainer.model.generate() for text"
+        )
+
+
+def is_token(batch: TokenBatch) -> torch.Tensor:
+    """[B, L] bool, False where a sample is padded."""
+    lengths_B = torch.from_numpy(batch.lengths).to(batch.tokens.device)
+    return torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < lengths_B[:, None]

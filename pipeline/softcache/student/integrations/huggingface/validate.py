@@ -1,0 +1,132 @@
+"""What a DistillTrainer refuses, and what to use instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import Trainer, TrainingArguments
+
+from softcache.data.sources.text.source import digest_tokenizer
+from softcache.errors import (
+    ConfigError,
+    IdentityError,
+    IncompleteCacheError,
+    SpecError,
+)
+from softcache.models.language import tokenizer_of
+
+if TYPE_CHECKING:
+    from softcache.reader.cache import Cache
+
+
+__all__ = [
+    "check_cache",
+    "check_classes",
+    "check_tokenizer",
+    "named_sources",
+    "refuse_ignored",
+    "refuse_untested",
+    "tokenizer_digest",
+]
+
+INSTEAD = {
+    "train_dataset": "training samples come from `source`, their labels from `cache`",
+    "data_collator": "batches are made by the cache's reader",
+    "compute_loss_func": "the loss is `loss`, a LossSettings; for one that it does not name use softcache.losses.fused in a "
+    "loop of your own",
+    "compute_metrics": "nothing makes the logits that it takes; evaluate() gives eval_loss, eval_perplexity and "
+    "eval_accuracy; for more, subclass evaluation_loop",
+    "preprocess_logits_for_metrics": "nothing makes the logits that it takes",
+}
+"""What the Trainer takes and this one would ignore."""
+
+
+def refuse_ignored(args: TrainingArguments | None, trainer: dict[str, Any]) -> None:
+    for name in [name for name in INSTEAD if trainer.get(name) is not None]:
+        raise ConfigError(f"DistillTrainer: {name} would be ignored; {INSTEAD[name]}; leave it out")
+    if args is None:
+        return
+    if args.label_smoothing_factor:
+        raise ConfigError(
+            f"DistillTrainer: label_smoothing_factor {args.label_smoothing_factor} would be ignored; the teacher's labels "
+            "are soft already: set it to 0, and lower alpha for more of the ground truth"
+        )
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ConfigError(
+            f"DistillTrainer: train_sampling_strategy {args.train_sampling_strategy!r} would read the cache in an order "
+            'that decodes a chunk for every sample; use "random" (shuffled by blocks) or "sequential"; against padding, '
+            'make the cache with source.packing = "packed"'
+        )
+    if args.use_liger_kernel:
+        raise ConfigError(
+            "DistillTrainer: use_liger_kernel replaces the model's forward, in which the loss runs, by one with a loss of "
+            "its own; apply the kernels to the model yourself, with fused_linear_cross_entropy=False, and set it to False"
+        )
+
+
+def refuse_untested(trainer: Trainer) -> None:
+    ways = {
+        "DataParallel": trainer.args.n_gpu > 1,
+        "FSDP": trainer.is_fsdp_enabled,
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        "parallelism_config": getattr(trainer.args, "parallelism_config", None) is not None,
+        "distributed_config": getattr(trainer, "is_distributed_loading_by_transformers", False),
+    }
+    for name in [name for name, used in ways.items() if used]:
+        raise ConfigError(
+            f"DistillTrainer: {name} splits the model or its batches in ways that were never tested here; expected "
+            "one device, or one process per device: start the script with `torchrun --nproc-per-node=N`, or set "
+            "CUDA_VISIBLE_DEVICES to one device"
+        )
+
+
+def check_cache(cache: Cache) -> None:
+    if cache.manifest.kind != "tokens":
+        raise ConfigError(
+            f"cache {cache.url}: holds labels of kind {cache.manifest.kind!r}; DistillTrainer is for language models "
+            '("tokens"); for images use softcache.SoftLabelDataset, or `softcache train-student`'
+        )
+    if cache.missing_units:
+        raise IncompleteCacheError(
+            f"cache {cache.url}: {len(cache.missing_units)} of {cache.manifest.plan.num_units} units are missing; rerun "
+            "`softcache teacher-logits` to finish it"
+        )
+
+
+def named_sources(eval_dataset: Any) -> list[tuple[str, Any]]:
+    if isinstance(eval_dataset, dict):
+        return [(f"eval_dataset[{name!r}]", source) for name, source in eval_dataset.items()]
+    return [] if eval_dataset is None else [("eval_dataset", eval_dataset)]
+
+
+def tokenizer_digest(cache: Cache) -> str:
+    return str(cache.manifest.identity["tokenizer"]["digest"])
+
+
+def check_tokenizer(cache: Cache, model: Any, tokenizer: Any) -> None:
+    """Raises unless the student's tokenizer, where there is one to be found, made the tokens of the cache.
+
+    Raises:
+        IdentityError: it is another one.
+    """
+    whose, path = "processing_class", getattr(getattr(model, "config", None), "_name_or_path", None)
+    if tokenizer is None and path and "?" not in path and Path(path).is_dir():
+        whose, tokenizer = f"model {path}", tokenizer_of(f"hf:{path}")
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
+    if tokenizer is None or digest_tokenizer(tokenizer) == tokenizer_digest(cache):
+        return
+    raise IdentityError(
+        f"{whose}: its tokenizer (digest {digest_tokenizer(tokenizer)[:12]}…, {len(tokenizer)} tokens) is not the one of "
+        f"cache {cache.url} (digest {tokenizer_digest(cache)[:12]}…, {cache.num_classes} tokens): a label of token i would "
+        "be read as another token; take a student of the teacher's tokenizer, or make a cache with the student's"
+    )
+
+
+def check_classes(cache: Cache, model: Any) -> None:
+    found = model.get_output_embeddings().out_features
+    if found < cache.num_classes:
+        raise SpecError(
+            f"model {type(model).__name__}: its head has {found} rows; cache {cache.url} labels {cache.num_classes} tokens; "
+            f"resize_token_embeddings({cache.num_classes}), or take a student of the teacher's tokenizer"
+        )

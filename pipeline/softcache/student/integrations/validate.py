@@ -1,0 +1,54 @@
+"""What every adapter asks of a cache before it trains from it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from softcache.errors import ConfigError, IncompleteCacheError
+from softcache.losses import LossSettings
+from softcache.models.image import Normalize
+from softcache.reader.dataset import cached_views
+
+if TYPE_CHECKING:
+    from softcache.data.transforms import Views
+    from softcache.reader.cache import Cache
+
+__all__ = ["check_images", "check_settled", "normalize_of"]
+
+
+def check_images(cache: Cache, who: str) -> None:
+    """Raises unless the cache is a finished one of images.
+
+    Raises:
+        ConfigError: it is of something else.
+        IncompleteCacheError: units are missing.
+    """
+    if cache.manifest.kind != "image":
+        raise ConfigError(
+            f"cache {cache.url}: holds labels of kind {cache.manifest.kind!r}; {who} is for images; for language models "
+            "use softcache.student.integrations.huggingface.DistillTrainer, or `softcache train-student`"
+        )
+    if cache.missing_units:
+        raise IncompleteCacheError(
+            f"cache {cache.url}: {len(cache.missing_units)} of {cache.manifest.plan.num_units} units are missing; rerun "
+            "`softcache teacher-logits` to finish it"
+        )
+
+
+def check_settled(loss: LossSettings, who: str) -> None:
+    """Raises where temperature or alpha are to change over a run, which a loop of other people's never tells.
+
+    Raises:
+        ConfigError: a schedule or a curriculum is set.
+    """
+    if loss.adapts:
+        raise ConfigError(
+            f"{who}: loss has a schedule or a curriculum; expected a temperature and an alpha that stay; drop the tables, "
+            "or use `softcache train-student`, whose loop moves them"
+        )
+
+
+def normalize_of(cache: Cache, views: Views | None) -> Normalize:
+    """Returns the normalisation that the teacher's pixels had; raises as `cached_views`."""
+    settings = (views or cached_views(cache)).settings
+    return Normalize(settings.mean, settings.std)

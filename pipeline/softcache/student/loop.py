@@ -1,0 +1,189 @@
+"""The moving parts of one run: model, optimizer, batches, meters; one step and one epoch of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, gather_object, set_seed
+
+from softcache.losses import LossSettings
+from softcache.reader.loader import SoftLabelLoader
+from softcache.reader.order import BlockShuffle
+from softcache.runtime.signals import asked_signal
+from softcache.student.checkpoint import RunDirectory
+from softcache.student.loss_schedule import Adaptation
+from softcache.student.settings import TrainSettings
+from softcache.student.tasks import Task
+
+__all__ = ["Feed", "Loop"]
+
+AGREE_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Feed:
+    """Where training batches come from.
+
+    Attributes:
+        dataset: of `softcache.reader.dataset`, or one like it; see `softcache.reader.loader.JoinedDataset`.
+        order: which samples make a batch.
+        workers: loader processes.
+    """
+
+    dataset: Any
+    order: BlockShuffle
+    workers: int = 0
+
+
+class Loop:
+    """The moving parts of one run: model, optimizer, batches, meters."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        task: Task,
+        feed: Feed,
+        settings: TrainSettings,
+        loss: LossSettings | None = None,
+    ) -> None:
+        self.accelerator, self.task, self.feed, self.settings = accelerator, task, feed, settings
+        model = task.build()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        self.model, self._optimizer = accelerator.prepare(model, optimizer)
+        self._loss_sum, self._loss_rows = torch.zeros((), device=accelerator.device), 0
+        self._steps = [feed.order.num_steps(epoch) for epoch in range(settings.epochs)]
+        self.adaptation: Adaptation | None = None
+        if loss is not None and loss.adapts:
+            self.adaptation = Adaptation(loss, accelerator, num_steps=sum(self._steps))
+        self._loader = SoftLabelLoader(
+            feed.dataset, feed.order, workers=feed.workers, pin_memory=accelerator.device.type == "cuda"
+        )
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done since the start of the run."""
+        return sum(self._steps[: self.feed.order.epoch]) + self.feed.order.step
+
+    def epoch(self) -> Iterator[int]:
+        """Trains on the rest of the current epoch; yields after every step how many samples it had, over all ranks."""
+        self.model.train()
+        for batch in self._loader:
+            num_samples = self.feed.order.num_samples(self.feed.order.step - 1)
+            factor = self._schedule(self.step - 1)  # the loader has counted the batch
+            for group in self._optimizer.param_groups:
+                group["lr"] = self.settings.lr * factor
+            self._update(batch.to(self.accelerator.device))
+            if self.adaptation is not None:
+                self.adaptation.update(factor)
+            yield num_samples
+
+    def asked_to_stop(self) -> int | None:
+        """Returns the signal that asked the run to end, None without one; the same on every rank.
+
+        Ranks are signalled at different steps, and a checkpoint is of one step: they agree now and then, because asking
+        each other waits for the device.
+        """
+        asked = asked_signal()
+        if self.accelerator.num_processes == 1:
+            return asked
+        if self.step % AGREE_STEPS:
+            return None
+        told = torch.tensor([float(asked or 0)], device=self.accelerator.device)
+        return int(self.accelerator.gather(told).max()) or None
+
+    def _schedule(self, step: int) -> float:
+        """Linear warm-up, then half a cosine down to zero; a factor of the learning rate in (0, 1]."""
+        total = sum(self._steps)
+        warmup = max(1, round(self.settings.warmup_share * total))
+        if step < warmup:
+            return (step + 1) / warmup
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+    def _update(self, batch: Any) -> None:
+        """One optimizer step on one batch, in `accumulation_steps` pieces of exact weight."""
+        order = self.feed.order
+        local, total = order.share(order.step - 1)
+        label_share = order.label_share(order.step - 1)
+        pieces = batch.split(self.settings.accumulation_steps)
+        for number, piece in enumerate(pieces):
+            last = number == len(pieces) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = self.task.loss(self.model, piece, label_share=label_share, **self._mix())
+                # Ranks average their gradients: the weight makes that the mean over the rows of the whole batch.
+                weight = piece.num_rows / total * self.accelerator.num_processes if local else 0.0
+                self.accelerator.backward(loss * weight)
+            if local:
+                self._loss_sum += loss.detach() * piece.num_rows
+                self._loss_rows += piece.num_rows
+        if self.settings.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def _mix(self) -> dict[str, Any]:
+        """This step's temperature and alpha, for a task's loss; nothing where they never change."""
+        if self.adaptation is None:
+            return {}
+        return {"mix": self.adaptation.mix(step=self.step - 1, epoch=self.feed.order.epoch)}
+
+    def last_mix(self) -> dict[str, float]:
+        """Temperature and alpha of the last step, for the epoch's row; nothing where they never change."""
+        return {} if self.adaptation is None else self.adaptation.last
+
+    def save_weights(self, directory: RunDirectory, name: str) -> None:
+        if self.accelerator.is_main_process:
+            directory.save_weights(self.task.weights(self.accelerator.unwrap_model(self.model)), name)
+
+    def seed_process(self, *, epoch: int, step: int) -> None:
+        """Gives every rank but the first random numbers of its own from here on; the first goes on with the run's."""
+        if rank := self.accelerator.process_index:
+            entropy = [self.settings.seed, epoch, step, rank]
+            set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
+
+    def resume_random_state(self, progress: dict[str, Any]) -> None:
+        """For a rank that was not there when the checkpoint was saved; the others' states are in it."""
+        self.seed_process(epoch=progress["epoch"], step=progress["step"])
+
+    def loss_meters(self) -> list[tuple[float, int]]:
+        """Every rank's running sum of the epoch's loss, and the number of rows in it."""
+        return gather_object([(float(self._loss_sum), self._loss_rows)])
+
+    def resume_loss_meter(self, meters: list[Any] | None) -> None:
+        """Goes on with this rank's meter; with another number of ranks the first has what all had."""
+        meters = meters or [(0.0, 0)]
+        if not isinstance(meters[0], Sequence):  # one process's, as it was stored before there were many
+            meters = [meters]
+        if len(meters) != self.accelerator.num_processes:
+            meters = [tuple(map(sum, zip(*meters, strict=True)))] + [
+                (0.0, 0)
+            ] * self.accelerator.num_processes
+        loss_sum, self._loss_rows = meters[self.accelerator.process_index]
+        self._loss_sum = torch.full_like(self._loss_sum, loss_sum)
+
+    def train_loss(self) -> float:
+        """Returns the epoch's mean loss over all ranks, and starts the next epoch's."""
+        rows = torch.tensor(float(self._loss_rows), device=self._loss_sum.device)
+        total = self.accelerator.reduce(torch.stack([self._loss_sum, rows]), reduction="sum")
+        self.resume_loss_meter(None)
+        return float(total[0] / total[1])
+
+    def finish(self) -> dict[str, float]:
+        """Returns what the task scores once, of the weights that the run ends with."""
+        self.model.eval()
+        return self.task.finish(self.model, self.accelerator)
+
+    def evaluate(self) -> dict[str, float]:
+        """Returns the task's figures on the plain view of the evaluation split, of the weights that are saved."""
+        self.model.eval()
+        for (
+            buffer
+        ) in self.model.buffers():  # running statistics are of each rank's own samples until the next step
+            broadcast(buffer)
+        return self.task.evaluate(self.model, self.accelerator, self.settings.eval_batch_size)

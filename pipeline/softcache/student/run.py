@@ -1,0 +1,192 @@
+"""One run of a student, from its directory's state to its metrics; see `softcache.student`."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
+
+from softcache.errors import MissingExtraError, RunError
+from softcache.losses import LossSettings
+from softcache.models.image import count_parameters
+from softcache.runtime.distributed import check_same, explained, from_first, join, on_cpu
+from softcache.runtime.signals import Interrupted, at_boundaries
+from softcache.student.bucket_sync import RunMirror
+from softcache.student.checkpoint import RunDirectory, store_unwrapped
+from softcache.student.loop import Feed, Loop
+from softcache.student.settings import TrainSettings
+from softcache.student.tasks import Task
+
+__all__ = ["train"]
+
+
+def train(
+    task: Task,
+    feed: Feed,
+    *,
+    settings: TrainSettings,
+    out: str | Path,
+    config: dict[str, Any],
+    resolved: dict[str, Any] | None = None,
+    mirror: RunMirror | None = None,
+    loss: LossSettings | None = None,
+    track: str | None = None,
+    on_step: Callable[[int], None] = lambda samples: None,
+    on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Trains to the end, or from the last checkpoint to the end; returns the run's metrics.
+
+    A directory with a finished run of the same config is not trained again: its metrics are returned.
+
+    Args:
+        config: what identifies the run; written to OUT/config.json and compared on a rerun.
+        resolved: every setting, written to OUT/resolved.json for who reads it later.
+        mirror: where in a bucket `out` is sent to, after every checkpoint and at the end.
+        loss: [loss], where its temperature and alpha may change over the run; `task.loss` is then given a step's `mix`.
+        track: an accelerate tracker's name, e.g. "tensorboard".
+
+    Raises:
+        RunError: `out` holds another run, or the processes of this one disagree about what it is.
+        SpecError: the student's output is not what the labels need.
+        LostProcessError: another process of the run is gone or silent.
+    """
+    if track:
+        _need_tracker(track)
+    join(cpu=on_cpu(settings.device), timeout_seconds=settings.process_timeout_seconds)
+    with explained():
+        check_same("the run", config)
+        directory = RunDirectory(out, config, resolved, mirror=mirror)
+        if (finished := directory.metrics) is not None:
+            return finished
+        accelerator = _accelerator(settings, track, out)
+        set_seed(settings.seed)
+        loop = Loop(accelerator, task, feed, settings, loss)
+        loop.seed_process(epoch=0, step=0)
+        progress = directory.load_checkpoint(accelerator, loop.resume_random_state) or {
+            "epoch": 0,
+            "step": 0,
+            "history": [],
+            "seconds": 0.0,
+        }
+        with at_boundaries():
+            metrics = _run(loop, directory, progress, on_step, on_epoch)
+        metrics |= from_first(loop.finish())
+        loop.save_weights(directory, "model")
+        if accelerator.is_main_process:
+            task.export(accelerator.unwrap_model(loop.model), directory.path)
+            directory.write_metrics(metrics)
+        if track:
+            accelerator.end_training()
+        return from_first(metrics)
+
+
+def _accelerator(settings: TrainSettings, track: str | None, out: str | Path) -> Accelerator:
+    # accelerate keeps the precision of the first run of a process; this one may have another.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        cpu=on_cpu(settings.device),
+        mixed_precision=settings.precision,
+        # `accelerate launch` has a setting of its own, which would divide the loss; a step is ours to split.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        log_with=track,
+        project_dir=str(out) if track else None,
+    )
+    if accelerator.distributed_type not in _DATA_PARALLEL:
+        raise RunError(
+            f"accelerate's configuration asks for {accelerator.distributed_type.value}; each process holds the whole "
+            "student here: choose multi-GPU or multi-CPU in `accelerate config`, or use torchrun"
+        )
+    store_unwrapped(accelerator)
+    if track:
+        accelerator.init_trackers("softcache")
+    return accelerator
+
+
+_DATA_PARALLEL = {kind for kind in DistributedType if kind.value == "NO" or kind.value.startswith("MULTI_")}
+
+
+def _need_tracker(name: str) -> None:
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"--track {name}: {name} is not installed; pip install 'softcache[track]'"
+        ) from error
+
+
+def _run(
+    loop: Loop,
+    directory: RunDirectory,
+    progress: dict[str, Any],
+    on_step: Callable[[int], None],
+    on_epoch: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Runs the epochs that are left; `progress` is where the run stands and is saved with every checkpoint."""
+    settings, order = loop.settings, loop.feed.order
+    history, started, spent = progress["history"], time.monotonic(), progress["seconds"]
+
+    def save(loss: list[tuple[float, int]] | None) -> None:
+        seconds = spent + time.monotonic() - started
+        state = {**order.state_dict(), "history": history, "seconds": seconds, "loss": loss}
+        if loop.adaptation is not None:
+            state["adaptation"] = loop.adaptation.state_dict()
+        directory.save_checkpoint(loop.accelerator, state)
+
+    order.load_state_dict(progress)
+    loop.resume_loss_meter(progress.get("loss"))
+    if loop.adaptation is not None:
+        loop.adaptation.load_state_dict(progress.get("adaptation", {}), history)
+    while order.epoch < settings.epochs and not _reached(loop.task, history, settings.stop_at):
+        epoch = order.epoch  # the loader goes on to the next at its end
+        for samples in loop.epoch():
+            on_step(samples)
+            asked = loop.asked_to_stop()
+            if asked or (settings.checkpoint_steps and loop.step % settings.checkpoint_steps == 0):
+                save(loop.loss_meters())
+            if asked:
+                raise Interrupted(asked)
+        # Processes decide by this whether to go on: all by the same number.
+        row = from_first(
+            {"epoch": epoch, "train_loss": loop.train_loss(), **loop.last_mix(), **loop.evaluate()}
+        )
+        history.append(row)
+        if loop.adaptation is not None:
+            loop.adaptation.end_epoch(row)
+        loop.accelerator.log(row, step=order.epoch)
+        if all(_is_better(loop.task, row, past) for past in history[:-1]):
+            loop.save_weights(directory, "best")
+        save(None)
+        on_epoch(row)
+    best = history[0]
+    for row in history[1:]:
+        best = row if _is_better(loop.task, row, best) else best
+    return {
+        "labels": settings.labels,
+        "num_parameters": count_parameters(loop.model),
+        **{name: value for name, value in history[-1].items() if name not in ("epoch", "train_loss")},
+        f"best_{loop.task.metric}": best[loop.task.metric],
+        "best_epoch": best["epoch"],
+        "epochs": len(history),
+        "steps": loop.step,
+        "eval_samples": len(loop.task.evaluation),
+        "seconds": round(spent + time.monotonic() - started, 3),
+        "history": history,
+    }
+
+
+def _is_better(task: Task, row: dict[str, Any], other: dict[str, Any]) -> bool:
+    one, two = row[task.metric], other[task.metric]
+    return bool(one > two if task.larger_is_better else one < two)
+
+
+def _reached(task: Task, history: list[dict[str, Any]], goal: float | None) -> bool:
+    if goal is None or not history:
+        return False
+    value = history[-1][task.metric]
+    return bool(value >= goal if task.larger_is_better else value <= goal)

@@ -1,0 +1,83 @@
+"""What a student is, and how it is trained: the tables [student] and [train]."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from softcache.data.pairing import PairingSettings
+from softcache.data.sources.images.base import SourceSettings
+from softcache.data.sources.images.encoded import BytesSettings
+from softcache.data.transforms.student import StudentViewSettings
+from softcache.settings import Settings
+
+__all__ = ["StudentSettings", "TrainSettings"]
+
+
+def _modality(source: Any) -> str:
+    return str(source.get("modality", "image") if isinstance(source, dict) else source.modality)
+
+
+StudentSource = Annotated[
+    Annotated[SourceSettings, Tag("image")] | Annotated[BytesSettings, Tag("bytes")], Discriminator(_modality)
+]
+
+
+class StudentSettings(Settings):
+    """[student]: the architecture, and the ones that `softcache students` trains side by side.
+
+    Text: `context` is what the student attends over, where that is less than source.seq_len; `tokenizer` is its own,
+    where it has another one than the teacher (with loss.name = "uld").
+
+    Images: `source` is what it reads where that is not what the teacher saw, `views` how it reduces the teacher's views,
+    `pairing` which of its samples are the teacher's (`softcache.data.pairing`).
+    """
+
+    model: str = "mlp"
+    context: int | None = Field(None, ge=2)
+    tokenizer: str | None = None
+    models: tuple[str, ...] = Field(("linear", "mlp", "cnn"), strict=False)
+    source: StudentSource | None = None
+    views: StudentViewSettings | None = None
+    pairing: PairingSettings = PairingSettings()
+
+    @property
+    def reads_otherwise(self) -> bool:
+        """Whether the student reads something else than the teacher saw."""
+        return self.source is not None or self.views is not None
+
+    @model_validator(mode="after")
+    def _check_reads(self) -> StudentSettings:
+        if self.views is not None and isinstance(self.source, BytesSettings):
+            raise ValueError(
+                "views reduce images; a student of bytes reads files as they are; drop one of them"
+            )
+        if self.source is None and self.pairing != PairingSettings():
+            raise ValueError("pairing joins a student.source with the source; there is none; drop it")
+        return self
+
+
+class TrainSettings(Settings):
+    """[train]: the loop. `labels` says what the student learns from.
+
+    `stop_at` ends the run when the accuracy (images) is at least, or the held-out loss (text, nats) at most, so much.
+    With many processes `batch_size` counts the samples of all of them, and a process that does not answer for
+    `process_timeout_seconds` ends the run.
+    """
+
+    labels: Literal["cache", "hard", "online"] = "cache"
+    epochs: int = Field(20, ge=1)
+    batch_size: int = Field(128, ge=1)
+    eval_batch_size: int = Field(1024, ge=1)
+    lr: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    warmup_share: float = Field(0.05, ge=0, le=1)
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu"] = "auto"
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    accumulation_steps: int = Field(1, ge=1)
+    clip_norm: float | None = Field(None, gt=0)
+    checkpoint_steps: int | None = Field(None, ge=1)
+    stop_at: float | None = Field(None, ge=0)
+    process_timeout_seconds: float = Field(600, ge=1)

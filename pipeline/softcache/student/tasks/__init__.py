@@ -1,0 +1,20 @@
+"""What a student learns and how it is scored, by modality: everything that the training loop leaves open."""
+
+from softcache.losses import LossSettings
+from softcache.student.tasks.base import Task, my_share
+from softcache.student.tasks.byte_classification import ByteTask
+from softcache.student.tasks.image_classification import ImageTask
+from softcache.student.tasks.language_modeling import TokenTask
+from softcache.student.tasks.token_student import TokenStudent
+from softcache.student.tasks.translation import TranslationTask
+
+__all__ = [
+    "ByteTask",
+    "ImageTask",
+    "LossSettings",
+    "Task",
+    "TokenStudent",
+    "TokenTask",
+    "TranslationTask",
+    "my_share",
+]

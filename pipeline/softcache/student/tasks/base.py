@@ -1,0 +1,81 @@
+"""What the training loop needs to know of what a student learns and how it is scored.
+
+A task builds the student, gives the mean loss of a batch's label rows, and evaluates on the plain view of the
+held-out split. The loop (`softcache.student`) knows nothing of images or tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from softcache.data.batch import Dataset
+from softcache.losses import Mix
+from softcache.student.tasks.inference import Serving
+
+__all__ = ["Task", "my_share"]
+
+
+class Task(Protocol):
+    """What the training loop needs to know.
+
+    Attributes:
+        metric: the row of an epoch's results by which epochs are compared.
+        larger_is_better: of that metric.
+        evaluation: the held-out split.
+    """
+
+    @property
+    def metric(self) -> str: ...
+    @property
+    def larger_is_better(self) -> bool: ...
+    @property
+    def evaluation(self) -> Dataset: ...
+
+    def build(self) -> nn.Module:
+        """Returns a fresh student; called after the seed is set."""
+        ...
+
+    def loss(
+        self, model: nn.Module, batch: Any, *, label_share: float | None = None, mix: Mix | None = None
+    ) -> torch.Tensor:
+        """Returns the mean loss of the batch's rows, a scalar.
+
+        Args:
+            label_share: of all rows of the optimizer step that the batch is a piece of, the share with a label: summed
+                by their rows, the pieces' losses are then the step's. None: the batch is the step, or each row has one.
+            mix: this step's temperature and alpha; given where [loss] has them change over the run. None: those of [loss].
+        """
+        ...
+
+    def evaluate(self, model: nn.Module, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
+        """Returns `eval_loss` (nats), `accuracy` and what else there is, over all ranks."""
+        ...
+
+    def finish(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """Returns what is scored once, when the training is over, over all ranks; all of them call this."""
+        ...
+
+    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """Returns what a weights file of the (unwrapped) model holds."""
+        ...
+
+    def export(self, model: nn.Module, out: Path) -> None:
+        """Writes the finished (unwrapped) model in the form that its users load, where there is one."""
+        ...
+
+    def serve(self, model: nn.Module) -> Serving:
+        """Returns the finished (unwrapped) model, or a teacher, as its users call it; it is moved to the CPU."""
+        ...
+
+
+def my_share(num_samples: int, batch_size: int, accelerator: Accelerator) -> list[range]:
+    """Returns this rank's batches of an evaluation split, as even a share as whole batches allow."""
+    batch_size = min(batch_size, max(1, -(-num_samples // accelerator.num_processes)))
+    step = accelerator.num_processes * batch_size
+    starts = range(accelerator.process_index * batch_size, num_samples, step)
+    return [range(start, min(start + batch_size, num_samples)) for start in starts]

@@ -1,0 +1,120 @@
+"""Classification, of images or of their bytes: cross-entropy and the soft loss on logits, accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+
+from softcache.data.batch import Dataset, ImageBatch
+from softcache.errors import SpecError
+from softcache.labels.sparsify import dense
+from softcache.losses import LossSettings, Mix, cross_entropy, distillation_loss, row_weights
+from softcache.student.tasks.base import my_share
+from softcache.student.tasks.inference import ImageServing
+from softcache.teacher.base import ImageTeacher
+
+__all__ = ["ImageTask"]
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """Classification of images, or of what else a student reads of them.
+
+    Attributes:
+        build_model: makes the student.
+        normalize: makes model inputs of a batch's images.
+        num_classes: V.
+        teacher: labels the batch on the spot (`labels = "online"`); None otherwise.
+    """
+
+    build_model: Callable[[], nn.Module]
+    evaluation: Dataset
+    normalize: nn.Module
+    num_classes: int
+    loss_settings: LossSettings
+    teacher: ImageTeacher | None = None
+
+    metric = "accuracy"
+    larger_is_better = True
+
+    def build(self) -> nn.Module:
+        return self.build_model()
+
+    def loss(
+        self, model: nn.Module, batch: ImageBatch, *, label_share: float | None = None, mix: Mix | None = None
+    ) -> torch.Tensor:
+        labels, how = batch.labels, self.loss_settings
+        if self.teacher is not None:
+            seen = batch.images if batch.seen is None else batch.seen
+            labels = dense(self.teacher.logits(seen)).to_torch(seen.device)
+        temperature, alpha = mix or (how.temperature, how.alpha)
+        logits_PV, weights_P = self.logits(model, batch.images), None
+        if how.weights is not None and labels is not None:
+            weights_P = row_weights(
+                how.weights,
+                labels,
+                batch.targets,
+                student_log_probs_P=-cross_entropy(logits_PV.detach(), batch.targets),
+                num_student_classes=self.num_classes,
+            )
+        return distillation_loss(
+            logits_PV,
+            labels,
+            batch.targets,
+            temperature=temperature,
+            alpha=alpha if labels is not None else 0.0,
+            loss=how.loss,
+            soft_weights=weights_P,
+        )
+
+    def logits(self, model: nn.Module, images_BCHW: torch.Tensor) -> torch.Tensor:
+        """Returns a student's logits [B, V] of uint8 images.
+
+        Raises:
+            SpecError: it returns something else.
+        """
+        logits = model(self.normalize.to(images_BCHW.device)(images_BCHW))
+        expected = (len(images_BCHW), self.num_classes)
+        if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
+            found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise SpecError(
+                f"student: expected logits of shape {expected} (batch, classes of the labels); found {found}; "
+                f"pass --student with {self.num_classes} outputs, or rebuild the cache for its classes"
+            )
+        return logits
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
+        device = accelerator.device
+        # Not through DistributedDataParallel, whose ranks would have to call it equally often.
+        model = accelerator.unwrap_model(model)
+        accuracy = MulticlassAccuracy(self.num_classes, average="micro").to(device)
+        mean_loss = MeanMetric().to(device)
+        for samples in my_share(len(self.evaluation), batch_size, accelerator):
+            batch = self.evaluation.load(samples, 0, fingerprints=False).to(device)
+            logits_PV = self.logits(model, batch.images).float()
+            accuracy.update(logits_PV, batch.targets)
+            mean_loss.update(cross_entropy(logits_PV, batch.targets))
+        return {"accuracy": float(accuracy.compute()), "eval_loss": float(mean_loss.compute())}
+
+    def finish(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """Nothing: all that is scored is scored every epoch."""
+        return {}
+
+    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return model.state_dict()
+
+    def export(self, model: nn.Module, out: Path) -> None:
+        """Nothing: `model.safetensors` and the spec are all that is needed."""
+
+    def serve(self, model: nn.Module) -> ImageServing:
+        """Returns a student or teacher of this task as a function of images; the model is moved to the CPU."""
+        shape = self.evaluation.load([0], 0, fingerprints=False).images.shape[1:]
+        return ImageServing(model, self.normalize, tuple(shape))

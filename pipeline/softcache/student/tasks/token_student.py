@@ -1,0 +1,258 @@
+"""A causal language model as a student: from tokens and labels to the mean loss, without logits where it can be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from softcache.data.tokens import TokenBatch
+from softcache.errors import SpecError
+from softcache.labels import SoftLabels
+from softcache.labels.sparsify import whole_record
+from softcache.losses import LossSettings, cross_entropy, distillation_loss, row_weights, weighted_difference
+from softcache.losses.fused import fused_distillation_loss, token_scores
+from softcache.models.language import check_context, check_split, split
+from softcache.teacher.base import LanguageTeacher
+
+__all__ = ["TokenStudent"]
+
+LIVE_ELEMENTS = 2**26
+"""Of a live teacher's logits, up to which a batch is compared at once: 256 MiB in float32."""
+
+
+class TokenStudent(nn.Module):
+    """A causal language model whose forward pass is its loss, so that no caller ever sees logits.
+
+    Args:
+        context: tokens that the student attends over; longer samples are cut into windows of so many, each of which
+            starts anew. No label is lost: row t needs the tokens up to t, and its target is known.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: LossSettings, *, context: int, cross_documents: bool = False
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._loss, self._context, self._cross_documents = loss, context, cross_documents
+        self._parts = split(model)
+        check_split(model, self._parts)
+        check_context(self._parts, context, "student")
+
+    def forward(
+        self,
+        batch: TokenBatch,
+        labels: SoftLabels | LanguageTeacher | None,
+        alpha: float,
+        label_share: float | None = None,
+        temperature: Any = None,
+    ) -> torch.Tensor:
+        """Returns the mean loss of the batch's rows; a teacher in place of labels is asked on the spot.
+
+        Cross-entropy is the mean over all rows, the soft part that over the rows with a label: of the batch, or with
+        `label_share` of the step that the batch is a piece of (`Task.loss`). `temperature` is a number, or a tensor []
+        where it is learnt; None is the one of the settings.
+        """
+        T = self._loss.temperature if temperature is None else temperature
+        if isinstance(labels, LanguageTeacher):
+            return self._live_loss(batch, labels, alpha, T)
+        if labels is None or (batch.labelled is None and label_share is None):
+            return self._mixed(self._hidden(batch), labels, batch.targets, alpha, T)
+        return self._sparse_loss(batch, labels, alpha, label_share or batch.num_labelled / batch.num_rows, T)
+
+    def _sparse_loss(
+        self, batch: TokenBatch, labels: SoftLabels, alpha: float, label_share: float, T: Any
+    ) -> torch.Tensor:
+        """Mean over all rows of (1 - alpha) * CE + (alpha / label_share) * soft part, which unlabelled rows lack.
+
+        Labelled and unlabelled rows go through the head apart, so that each goes once.
+        """
+        hidden_PD, targets_P = self._hidden(batch), batch.targets
+        soft = alpha / label_share if label_share else alpha  # without any label, the soft part is 0 anyway
+        weight = 1 - alpha + soft
+        if batch.labelled is None:
+            return weight * self._mixed(hidden_PD, labels, targets_P, soft / weight, T)
+        # A stable sort and not nonzero, which would wait for a GPU.
+        is_bare_P = torch.ones(batch.num_rows, dtype=torch.int8, device=hidden_PD.device)
+        is_bare_P[batch.labelled] = 0
+        bare = is_bare_P.argsort(descending=True, stable=True)[: batch.num_rows - batch.num_labelled]
+        share = batch.num_labelled / batch.num_rows
+        loss = self._mixed(hidden_PD[batch.labelled], labels, targets_P[batch.labelled], soft / weight, T)
+        loss = share * weight * loss
+        if alpha == 1:
+            return loss
+        return loss + (1 - share) * (1 - alpha) * self._mixed(hidden_PD[bare], None, targets_P[bare], 0.0, T)
+
+    def _mixed(
+        self,
+        hidden_PD: torch.Tensor,
+        labels: SoftLabels | None,
+        targets_P: torch.Tensor,
+        alpha: float,
+        T: Any,
+    ) -> torch.Tensor:
+        """Mean of (1 - alpha) * CE + alpha * weight * T^2 * soft loss, fused unless T is learnt.
+
+        Rows with weights of their own go through the head once for each part: fused, a row has one weight.
+        """
+        if labels is None or alpha == 0:
+            return self._fused(hidden_PD, None, targets_P, 0.0, T)
+        weights_P = self._row_weights(hidden_PD, labels, targets_P)
+        if isinstance(T, torch.Tensor) and T.requires_grad:
+            return self._unfused(hidden_PD, labels, targets_P, alpha, T, weights_P)
+        if weights_P is None:
+            return self._fused(hidden_PD, labels, targets_P, alpha, T)
+        share = weights_P.sum() / max(1, len(weights_P))  # a piece may have no label
+        soft = share * self._fused(hidden_PD, labels, targets_P, 1.0, T, weights_P)
+        if alpha == 1:
+            return soft
+        return (1 - alpha) * self._fused(hidden_PD, None, targets_P, 0.0, T) + alpha * soft
+
+    def _row_weights(
+        self, hidden_PD: torch.Tensor, labels: SoftLabels, targets_P: torch.Tensor
+    ) -> torch.Tensor | None:
+        how, student_P = self._loss.weights, None
+        if how is None:
+            return None
+        if how.by == "gap":
+            student_P = -self._token_scores(hidden_PD.detach(), targets_P)[0]
+        return row_weights(
+            how,
+            labels,
+            targets_P,
+            student_log_probs_P=student_P,
+            num_student_classes=self._parts.weight.shape[0],
+        )
+
+    def _unfused(
+        self,
+        hidden_PD: torch.Tensor,
+        labels: SoftLabels,
+        targets_P: torch.Tensor,
+        alpha: float,
+        T: torch.Tensor,
+        weights_P: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """With logits, for a T that needs a gradient, which the fused loss has none of."""
+        rows, classes = len(hidden_PD), self._parts.weight.shape[0]
+        if rows * classes > LIVE_ELEMENTS:
+            raise SpecError(
+                f"loss.curriculum: a learnt temperature needs the student's logits at once, {rows:,} rows of {classes:,} "
+                f"classes; expected at most {LIVE_ELEMENTS:,} elements; raise train.accumulation_steps, lower "
+                "train.batch_size, or use loss.temperature_schedule, which needs no logits"
+            )
+        return distillation_loss(
+            self._parts.logits(hidden_PD),
+            labels,
+            targets_P,
+            temperature=T,
+            alpha=alpha,
+            padded_vocabulary=True,
+            loss=self._loss.loss,
+            soft_weights=weights_P,
+        )
+
+    def _fused(
+        self,
+        hidden_PD: torch.Tensor,
+        labels: SoftLabels | None,
+        targets_P: torch.Tensor,
+        alpha: float,
+        T: Any,
+        weights_P: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return fused_distillation_loss(
+            hidden_PD,
+            self._parts.weight,
+            labels,
+            targets_P,
+            temperature=T,
+            alpha=alpha,
+            weights_P=weights_P,
+            bias_V=self._parts.bias,
+            softcap=self._parts.softcap,
+            logit_scale=self._parts.logit_scale,
+            padded_vocabulary=True,
+            loss=self._loss.loss,
+        )
+
+    def _live_loss(self, batch: TokenBatch, teacher: LanguageTeacher, alpha: float, T: Any) -> torch.Tensor:
+        """The same with the teacher's whole distributions, made on the spot.
+
+        A small batch (LIVE_ELEMENTS) is compared at once; of a larger one, each chunk of the teacher's rows goes through
+        the fused loss, so that one chunk of logits is held, and for each a gradient of the head.
+        """
+        hidden_PD, start, terms = self._hidden(batch), 0, []
+        # Of two heads of other sizes (one tokenizer, padded otherwise), the classes that both have are compared.
+        chunks = (logits_PV[:, : self._parts.weight.shape[0]] for logits_PV in teacher.chunks(batch))
+        if batch.num_rows * teacher.num_classes <= LIVE_ELEMENTS:
+            return self._dense_loss(hidden_PD, torch.cat(list(chunks)), batch.targets, alpha, T)
+        for teacher_PV in chunks:
+            rows = slice(start, start + len(teacher_PV))
+            term = self._mixed(hidden_PD[rows], whole_record(teacher_PV), batch.targets[rows], alpha, T)
+            terms.append(term * (len(teacher_PV) / batch.num_rows))
+            start = rows.stop
+        return torch.stack(terms).sum()
+
+    def _dense_loss(
+        self,
+        hidden_PD: torch.Tensor,
+        teacher_PV: torch.Tensor,
+        targets_P: torch.Tensor,
+        alpha: float,
+        T: Any,
+    ) -> torch.Tensor:
+        """Mean of (1 - alpha) * CE + alpha * T^2 * soft loss of whole distributions."""
+        loss, logits_PV = self._loss.loss, self._parts.logits(hidden_PD)
+        if loss.name != "forward_kl" or loss.standardize or self._loss.weights is not None:
+            record = whole_record(teacher_PV)
+            return distillation_loss(
+                logits_PV,
+                record,
+                targets_P,
+                temperature=T,
+                alpha=alpha,
+                padded_vocabulary=True,
+                loss=loss,
+                soft_weights=self._row_weights(hidden_PD, record, targets_P),
+            )
+        log_s_PV = (logits_PV / T).log_softmax(-1)[:, : teacher_PV.shape[1]]
+        log_p_PV = (teacher_PV / T).log_softmax(-1)
+        soft = alpha * T**2 * weighted_difference(log_p_PV, log_s_PV).sum(1).mean()
+        return (1 - alpha) * cross_entropy(logits_PV, targets_P).mean() + soft if alpha < 1 else soft
+
+    @torch.no_grad()
+    def scores(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the rows' negative log-likelihoods [P] (nats), and whether the first guess is right [P]."""
+        return self._token_scores(self._hidden(batch), batch.targets)
+
+    @torch.no_grad()
+    def _token_scores(
+        self, hidden_PD: torch.Tensor, targets_P: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return token_scores(
+            hidden_PD,
+            self._parts.weight,
+            targets_P,
+            bias_V=self._parts.bias,
+            softcap=self._parts.softcap,
+            logit_scale=self._parts.logit_scale,
+        )
+
+    def logits(self, batch: TokenBatch) -> torch.Tensor:
+        """Returns float32 logits [P, V] of all rows of the batch; for who looks at a few, not for training."""
+        return self._parts.logits(self._hidden(batch))
+
+    def _hidden(self, batch: TokenBatch) -> torch.Tensor:
+        """Returns the hidden states [P, D] of the rows."""
+        tokens_BL, segments_BL, rows = batch.tokens, batch.segments, batch.rows
+        length = tokens_BL.shape[1]
+        if length > self._context:
+            # Padded to whole windows, a window is a row of the reshaped batch.
+            added = -length % self._context
+            rows = rows + rows // length * added
+            tokens_BL = nn.functional.pad(tokens_BL, (0, added)).view(-1, self._context)
+            segments_BL = nn.functional.pad(segments_BL, (0, added), mode="replicate").view(-1, self._context)
+        hidden_BLD = self._parts.hidden(tokens_BL, segments_BL, cross_documents=self._cross_documents)
+        return hidden_BLD.flatten(0, 1)[rows]

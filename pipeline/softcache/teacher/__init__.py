@@ -1,0 +1,1 @@
+"""The writing half: a frozen teacher, and the capture of its labels."""

@@ -1,0 +1,1 @@
+"""The labels of a teacher into a cache: planned, labelled, written."""

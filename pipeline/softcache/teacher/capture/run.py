@@ -1,0 +1,282 @@
+"""The writing half: run the teacher once over every unit of work that is not finished yet.
+
+    for every unit without a marker: claim it, run the teacher over it, publish it, mark it
+
+The cache is planned and created before that, by `softcache.teacher.capture.plan`. Three things overlap: the teacher runs on
+a batch
+while the last one's logits are made into records (`softcache.teacher.capture.labeller`), and finished units wait in a
+bounded queue for
+one writer thread, which encodes and publishes them (`softcache.teacher.capture.writer`); a thread that fails stops the run
+with its
+error. So memory holds `queue_units` + 2 units of labels, however many samples there are. Batches never straddle units, so
+a unit's content does not depend on what was interrupted before. `capture` does a whole cache, `capture_units` some units
+of it, for one of many workers (`softcache.runs.dask`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch.utils.data import DataLoader
+
+from softcache.cache.manifest import Manifest, TeacherReport, Unit
+from softcache.cache.storage.open import Objects
+from softcache.cache.units import finished_units, open_store, publish_unit, read_marker
+from softcache.data.batch import Dataset as Data
+from softcache.data.batch import ranges
+from softcache.labels.sparsify import LabelSettings
+from softcache.runtime.signals import at_boundaries, check, ignore_interrupts
+from softcache.teacher.base import Teacher
+from softcache.teacher.capture.labeller import InFlight, Labeller
+from softcache.teacher.capture.plan import CaptureSettings
+from softcache.teacher.capture.writer import OpenUnit, UnitBatches, Writer
+
+__all__ = ["CaptureReport", "UnitMetrics", "Work", "capture", "capture_units", "evaluate_teacher"]
+
+WAIT_SECONDS = 0.5
+
+
+class UnitMetrics(NamedTuple):
+    """What one unit took.
+
+    Attributes:
+        seconds: since this process published its last unit, or since it began.
+        teacher_seconds: of these, what the capturing thread spent in the teacher or waiting for its results; the rest
+            went into loading batches, or into waiting for the writer.
+        queue_depth: units that waited for the writer when this one was done.
+    """
+
+    unit: int
+    view: int
+    rows: int
+    num_bytes: int
+    seconds: float
+    teacher_seconds: float
+    queue_depth: int
+
+
+@dataclass
+class CaptureReport:
+    """What one run did.
+
+    Attributes:
+        units_done: units that this run computed and published.
+        units_found: units that were finished before, or by another run meanwhile.
+        rows: positions that this run labelled.
+        num_bytes: that this run published.
+        seconds: wall time of the whole pass.
+        teacher_seconds: of the capturing thread (of all workers together), in the teacher or waiting for it.
+        slowest: the unit that took longest.
+        workers: that took part.
+    """
+
+    units_done: int = 0
+    units_found: int = 0
+    rows: int = 0
+    num_bytes: int = 0
+    seconds: float = 0.0
+    teacher_seconds: float = 0.0
+    slowest: UnitMetrics | None = None
+    workers: int = 1
+
+    def add(self, unit: UnitMetrics) -> None:
+        """Counts a unit that was published."""
+        self.units_done += 1
+        self.rows += unit.rows
+        self.num_bytes += unit.num_bytes
+        self.teacher_seconds += unit.teacher_seconds
+        if self.slowest is None or unit.seconds > self.slowest.seconds:
+            self.slowest = unit
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything that labelling a unit of a cache takes."""
+
+    objects: Objects
+    manifest: Manifest
+    manifest_sha256: str
+    data: Data
+    teacher: Teacher
+    labels: LabelSettings
+    settings: CaptureSettings
+
+
+def capture(
+    objects: Objects,
+    manifest: Manifest,
+    manifest_sha256: str,
+    *,
+    data: Data,
+    teacher: Teacher,
+    labels: LabelSettings,
+    settings: CaptureSettings,
+    progress: Callable[[int], None] = lambda rows: None,
+    on_unit: Callable[[UnitMetrics], None] = lambda metrics: None,
+) -> CaptureReport:
+    """Runs the teacher over every unfinished unit of the cache.
+
+    Killed at any moment and run again, it completes what is missing and nothing else. Units that another run
+    holds are left to it; this call returns when every unit is marked, whoever made it, and takes over the
+    units of a run that died.
+
+    Args:
+        progress: called with a number of finished positions, those that were there at the start first.
+        on_unit: called from the writer's thread with every unit that this run published.
+
+    Raises:
+        LabelError: the teacher's logits have a wrong shape, NaN or +inf; the sample is named.
+        StorageError: the store refused to write; finished units stay valid.
+    """
+    started, report = time.monotonic(), CaptureReport()
+    work = Work(objects, manifest, manifest_sha256, data, teacher, labels, settings)
+
+    def done(metrics: UnitMetrics) -> None:
+        report.add(metrics)
+        progress(metrics.rows)
+        on_unit(metrics)
+
+    def found(rows: int) -> None:
+        report.units_found += 1
+        progress(rows)
+
+    finished = finished_units(objects, manifest, manifest_sha256)
+    report.units_found = len(finished)
+    getattr(progress, "found", progress)(sum(marker.num_rows for marker in finished.values()))
+    pending = [unit for unit in manifest.plan.units() if unit.number not in finished]
+    with at_boundaries():
+        while pending:
+            pending = capture_units(work, pending, on_unit=done, on_found=found)
+            if pending:
+                check()
+                time.sleep(WAIT_SECONDS)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def capture_units(
+    work: Work,
+    units: Iterable[Unit],
+    *,
+    on_unit: Callable[[UnitMetrics], None],
+    on_found: Callable[[int], None] = lambda rows: None,
+    turn: AbstractContextManager | None = None,
+) -> list[Unit]:
+    """Labels and publishes those of the units that are neither finished nor claimed; returns those that others hold.
+
+    Args:
+        on_unit: called from the writer's thread with every unit that was published.
+        on_found: called with the number of rows of a unit that turns out to be finished.
+        turn: held while the teacher runs, but not while the last units are published: two threads that share a teacher
+            take turns at it.
+
+    Raises:
+        LabelError, StorageError: as `capture`.
+    """
+    manifest, last = work.manifest, time.perf_counter()
+    store, codec = open_store(manifest, work.objects), manifest.build_codec()
+
+    def publish(item: OpenUnit) -> None:
+        nonlocal last
+        columns = item.columns(codec, ragged=manifest.rows is not None)
+        marker = publish_unit(work.objects, store, work.manifest_sha256, item.unit, columns)
+        now = time.perf_counter()
+        num_bytes = sum(shard.num_bytes for shard in marker.shards)
+        unit, seconds = item.unit, now - last
+        on_unit(
+            UnitMetrics(
+                unit.number, unit.view, item.num_rows, num_bytes, seconds, item.teacher_seconds, writer.depth
+            )
+        )
+        last = now
+
+    held: list[Unit] = []
+    with ExitStack() as abandoned:
+        writer = Writer(publish, work.settings.queue_units)
+        abandoned.callback(writer.close)
+        with turn or nullcontext():
+            last = time.perf_counter()
+            _label_units(_claim_units(work, units, held, on_found), work, writer)
+    return held
+
+
+def _claim_units(
+    work: Work, units: Iterable[Unit], held: list[Unit], on_found: Callable[[int], None]
+) -> Iterator[OpenUnit]:
+    """Yields the units that this run may make; another run's go to `held`."""
+    for unit in units:
+        claim = ExitStack()
+        if not claim.enter_context(work.objects.claim(f"units/{unit.number:05d}.lock")):
+            held.append(unit)
+            claim.close()
+            continue
+        marker = read_marker(work.objects, work.manifest, work.manifest_sha256, unit.number)
+        if marker is not None:
+            claim.close()
+            on_found(marker.num_rows)
+        else:
+            yield OpenUnit(unit, claim)
+
+
+def _label_units(claims: Iterator[OpenUnit], work: Work, writer: Writer) -> None:
+    """Labels every claimed unit and hands it to the writer, one batch of device work ahead of the copies."""
+    open_units: dict[int, OpenUnit] = {}
+    size = work.settings.batch_size
+
+    def requests() -> Iterator[tuple[int, int, int, int]]:
+        for item in claims:
+            unit = item.unit
+            open_units[unit.number] = item
+            for start in range(unit.start, unit.stop, size):
+                yield unit.number, unit.view, start, min(start + size, unit.stop)
+
+    def finish(number: int, started: Callable[[], InFlight]) -> None:
+        item, began = open_units[number], time.perf_counter()
+        flight = started()
+        found = flight.wait(work.data)
+        item.teacher_seconds += time.perf_counter() - began
+        item.add(flight.batch, found)
+        if item.num_samples == item.unit.stop - item.unit.start:
+            writer.put(open_units.pop(item.unit.number))
+
+    loader = DataLoader(
+        UnitBatches(work.data, work.labels.positions),
+        batch_size=None,
+        sampler=requests(),  # type: ignore[arg-type]
+        num_workers=work.settings.workers,
+        multiprocessing_context="forkserver" if work.settings.workers else None,
+        worker_init_fn=ignore_interrupts,
+        pin_memory=work.teacher.device.type == "cuda",
+    )
+    in_flight: deque[tuple[int, Callable[[], InFlight]]] = deque()
+    try:
+        with Labeller(work.teacher, work.labels) as labeller:
+            for batch in loader:
+                check()
+                began = time.perf_counter()
+                in_flight.append((batch.unit, labeller.start(batch)))
+                open_units[batch.unit].teacher_seconds += time.perf_counter() - began
+                if len(in_flight) > 1:
+                    finish(*in_flight.popleft())
+            while in_flight:
+                finish(*in_flight.popleft())
+    finally:
+        for item in open_units.values():
+            item.claim.close()
+
+
+def evaluate_teacher(
+    data: Data,
+    teacher: Teacher,
+    *,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda samples: None,
+) -> TeacherReport:
+    """Returns what the teacher scores on the plain view of an evaluation split."""
+    found = teacher.scores(data, batches=ranges(len(data), batch_size), progress=progress)
+    return TeacherReport(num_parameters=teacher.num_parameters, eval_samples=len(data), **found)

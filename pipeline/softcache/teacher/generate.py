@@ -1,0 +1,207 @@
+"""A teacher's translations of a source, written as a source of its own: sequence-level distillation.
+
+    generation.json  what is being made, from what and how; written first, never replaced
+    tokenizer/…      the source's tokenizer, so that nobody trains another one on the teacher's words
+    train/00000.jsonl  a part: so many pairs, in the source's order; put whole
+    eval.jsonl       the held-out pairs as they are, for scores against people's translations
+    manifest.json    generation.json and the sha256 of every part; written last
+
+A part depends on its own pairs alone, and nothing in it on the time: killed anywhere and run again, the bytes are the
+same. A folder that another teacher, source or setting began is refused, with each difference named.
+
+Reference: Kim and Rush (2016), Sequence-Level Knowledge Distillation, arXiv 1606.07947, section 3.2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from softcache.cache.storage.open import Objects
+from softcache.data.sources.translation.generated import GENERATED_VERSION
+from softcache.data.tokens import TokenData
+from softcache.errors import IdentityError, SourceError
+from softcache.hashing.digests import digest_json
+from softcache.models.language import PairTokens
+from softcache.models.language.generate import Found, translate
+from softcache.models.language.generate_settings import GenerateSettings
+from softcache.teacher.base import LanguageTeacher
+
+__all__ = ["GenerateReport", "Original", "generate_source"]
+
+
+class Original(Protocol):
+    """What is translated: the data of a run on pairs."""
+
+    train: TokenData
+    tokens: PairTokens
+    max_tokens: int
+
+    def pairs_by_key(self, split: Any) -> Mapping[str, Any]: ...
+    def decode(self, tokens: Any) -> list[str]: ...
+    def identity(self) -> dict[str, Any]: ...
+    def save_tokenizer(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class GenerateReport:
+    """What a call did.
+
+    Attributes:
+        num_pairs, num_silent: written in all, and those of them for which the teacher wrote nothing.
+        parts_done, parts_found: made now, and there already.
+    """
+
+    num_pairs: int
+    num_silent: int
+    parts_done: int
+    parts_found: int
+
+
+def generate_source(
+    objects: Objects,
+    data: Original,
+    teacher: LanguageTeacher,
+    settings: GenerateSettings,
+    *,
+    progress: Callable[[int], None] = lambda pairs: None,
+) -> GenerateReport:
+    """Writes the teacher's translations of the training split, and the held-out pairs beside them.
+
+    Raises:
+        IdentityError: something else is being written there, or was.
+        SourceError: there is something else than a generated source.
+    """
+    plan = _plan(data, teacher, settings)
+    _begin(objects, plan)
+    _put_tokenizer(objects, data)
+    parts, done, silent = {}, 0, 0
+    size = settings.part_pairs
+    for number, start in enumerate(range(0, len(data.train), size)):
+        samples = np.arange(start, min(start + size, len(data.train)))
+        name = f"train/{number:05d}.jsonl"
+        if objects.size(name) is None:
+            objects.put(name, _part(data, teacher, settings, samples))
+            done += 1
+        written = objects.get(name)
+        parts[name] = hashlib.sha256(written).hexdigest()
+        silent += sum(not json.loads(line)["target"] for line in written.splitlines())
+        progress(len(samples))
+    held_out = _lines(
+        {"key": pair.key, "source": pair.source, "target": pair.target, "language": pair.language}
+        for pair in data.pairs_by_key("eval").values()
+    )
+    objects.put("eval.jsonl", held_out)
+    parts["eval.jsonl"] = hashlib.sha256(held_out).hexdigest()
+    manifest = {**plan, "num_pairs": len(data.train), "num_silent": silent, "parts": parts}
+    told = _json(manifest)
+    if not objects.put_if_absent("manifest.json", told) and objects.get("manifest.json") != told:
+        raise IdentityError(
+            f"source {objects.url}: manifest.json is of other parts than those that are there; one was changed since: "
+            "restore it, or give --out another place"
+        )
+    return GenerateReport(len(data.train), silent, done, len(parts) - 1 - done)
+
+
+def _plan(data: Original, teacher: LanguageTeacher, settings: GenerateSettings) -> dict[str, Any]:
+    """What is made: the same plan gives the same bytes on the same machine."""
+    return {
+        "kind": "softcache generated pairs",
+        "version": GENERATED_VERSION,
+        "teacher": {
+            "spec": teacher.spec,
+            "weights_digest": teacher.weights_digest,
+            "dtype": teacher.dtype,
+        },
+        "source": {"name": data.train.source.name, "num_pairs": len(data.train), **data.identity()},
+        "references": digest_json([[key, pair.target] for key, pair in data.pairs_by_key("train").items()]),
+        "generate": {
+            **settings.model_dump(mode="json", exclude={"score_beams"}),
+            "max_tokens": data.max_tokens,
+        },
+    }
+
+
+def _begin(objects: Objects, plan: dict[str, Any]) -> None:
+    """Creates the source, or joins the one that is there."""
+    if objects.size("generation.json") is None:
+        there = [path for path in objects.list("") if not path.startswith(".")]
+        if there and objects.size("generation.json") is None:  # else another run has begun it meanwhile
+            raise SourceError(
+                f"source {objects.url}: there is something else ({', '.join(there[:3])}); give --out an empty place"
+            )
+        objects.put_if_absent("generation.json", _json(plan))
+    found = json.loads(objects.get("generation.json"))
+    one, two = (_flat(value) for value in (plan, found))
+    differing = sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))
+    if differing:
+        raise IdentityError(
+            f"source {objects.url}: begun by another run:\n  "
+            + "\n  ".join(f"{key}: {one.get(key)!r} now, {two.get(key)!r} there" for key in differing)
+            + "\ngive --out another place, or go back to these settings"
+        )
+
+
+def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{before}{key}.") if isinstance(inner, dict) else {before + key: inner}
+    return flat
+
+
+def _put_tokenizer(objects: Objects, data: Original) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        data.save_tokenizer(Path(folder))
+        for path in sorted(Path(folder).rglob("*")):
+            name = f"tokenizer/{path.relative_to(folder).as_posix()}"
+            if path.is_file() and objects.size(name) is None:
+                objects.put(name, path.read_bytes())
+
+
+def _part(data: Original, teacher: LanguageTeacher, settings: GenerateSettings, samples: np.ndarray) -> bytes:
+    with teacher.autocast():
+        found = translate(
+            teacher.model,
+            teacher.parts,
+            data.train,
+            samples,
+            tokens=data.tokens,
+            max_tokens=data.max_tokens,
+            beams=settings.beams,
+            length_penalty=settings.length_penalty,
+            batch_size=settings.batch_size,
+        )
+    texts = data.decode([one.tokens for one in found])
+    originals = data.pairs_by_key("train")
+    keys = [data.train.source.key(int(sample)) for sample in samples]
+    return _lines(_line(originals[key], text, one) for key, text, one in zip(keys, texts, found, strict=True))
+
+
+def _line(pair: Any, text: str, found: Found) -> dict[str, Any]:
+    return {
+        "key": pair.key,
+        "source": pair.source,
+        "target": text,
+        "score": {
+            "log_prob": round(found.log_prob, 4),
+            "log_prob_per_token": round(found.log_prob / found.length, 4),
+            "tokens": found.length,
+        },
+        "reference": pair.reference or pair.target,
+        "language": pair.language,
+    }
+
+
+def _lines(objects: Any) -> bytes:
+    return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in objects).encode()
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

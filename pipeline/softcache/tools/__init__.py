@@ -1,0 +1,1 @@
+"""One verb on finished caches per module."""

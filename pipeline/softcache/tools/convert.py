@@ -1,0 +1,45 @@
+"""Copy a cache unit by unit into another store: the columns move as they are, so nothing is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from softcache.cache.storage.open import open_objects
+from softcache.cache.units import check_unit, claimed_units, finished_units, open_store, publish_unit
+from softcache.reader.cache import Cache, open_cache
+from softcache.teacher.capture.plan import create_cache
+
+__all__ = ["convert_cache"]
+
+
+def convert_cache(
+    cache: Cache, target_url: str, *, store: str, progress: Callable[[int], None] = lambda rows: None
+) -> Cache:
+    """Returns the copy of `cache` at `target_url`; units of it that are finished already are kept.
+
+    Every unit of the original is checked against its marker before it is copied. Units that are missing in
+    the original stay missing in the copy.
+
+    Raises:
+        CorruptionError: a unit of the original is damaged.
+        IdentityError: there is another cache at `target_url`.
+    """
+    origin = cache.manifest
+    manifest = origin.model_copy(
+        update={"store": store, "data": "labels.zarr" if store == "zarr" else "parquet"}
+    )
+    objects = open_objects(target_url, create=True)
+    source_objects = open_objects(cache.url)
+    manifest, digest = create_cache(objects, manifest, source_objects.get(origin.samples))
+    reading, writing = open_store(origin, source_objects), open_store(manifest, objects)
+    finished = finished_units(objects, manifest, digest)
+    progress(sum(marker.num_rows for number, marker in cache.markers.items() if number in finished))
+    pending = [origin.plan.unit(number) for number in cache.markers if number not in finished]
+    for unit in claimed_units(objects, manifest, digest, pending):
+        marker = cache.markers[unit.number]
+        check_unit(source_objects, marker, reading)
+        rows = cache.rows.span(unit, unit.start, unit.stop)
+        columns = reading.read(unit, unit.start, unit.stop, rows=rows)
+        publish_unit(objects, writing, digest, unit, columns)
+        progress(marker.num_rows)
+    return open_cache(target_url)

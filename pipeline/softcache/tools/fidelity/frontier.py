@@ -1,0 +1,222 @@
+"""Bytes against error: records of every policy and codec, made of the same logits, stored as the store would store them.
+
+Nothing is written: the label columns of the rows go through the Zarr store's own encoder, in one chunk, and come back
+through the codec. A chunk of fewer rows compresses less well: against chunks of 2,048, 512 rows overstate codec open by 1%
+and packed by 10% (V = 4,096, K = 64), 2,048 by nothing. What a cache has beside the labels (fingerprints, positions) costs
+the same whatever the policy; it is added as the caller says.
+
+With the 512 rows of V = 4,096 and two temperatures all 96 points take 15 seconds of one core.
+
+Drawn records are made `DRAWS` times, from different seeds. What their errors have in common is bias, what they have not is
+noise; with so few draws a bias below a third of the noise cannot be told from none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+
+from softcache.cache.codecs import DEFAULT_STEP, Codec, OpenCodec, PackedCodec
+from softcache.cache.manifest import Manifest, Plan
+from softcache.cache.storage.open import LocalObjects
+from softcache.cache.units import open_store
+from softcache.labels import SoftLabels, slimmed
+from softcache.labels.sparsify import LabelSettings, sparsify
+from softcache.tools.fidelity.metrics import gradient_difference, measure
+from softcache.tools.fidelity.reference import Truth
+from softcache.tools.fidelity.teacher_logits import Rerun
+
+__all__ = ["DETAILED", "Point", "codecs", "encoded_bytes", "frontier", "num_points", "plan_points"]
+
+MAX_K = 512
+MASSES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
+STEPS = (1 / 8, 1 / 32, DEFAULT_STEP)
+DETAILED = ("open float16", f"packed 1/{round(1 / DEFAULT_STEP)}")
+"""The codecs under which every policy is measured: the defaults of the two."""
+DRAWS = 4
+_CHUNK_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True)
+class Point:
+    """One policy and codec, and what it costs and holds.
+
+    Attributes:
+        policy: as in `[labels]`.
+        codec: "open float16", "open float32" or "packed 1/32".
+        k, p, draws, proposal_exponent: of the policy; None where it does not read them.
+        bytes_per_position: of a column and in total, with what is stored beside the labels.
+        temperatures: the means by temperature: `kl_nats` and `bucket_kl_nats` (None of drawn records), `gradient_error`
+            and of drawn records its two parts `gradient_bias` and `gradient_noise`; all relative to the true gradient.
+    """
+
+    policy: str
+    codec: str
+    k: int | None = None
+    p: float | None = None
+    draws: int | None = None
+    proposal_exponent: float | None = None
+    bytes_per_position: dict[str, float] = field(default_factory=dict)
+    temperatures: dict[str, dict[str, float | None]] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def codecs(num_classes: int, temperatures: tuple[float, ...]) -> dict[str, Callable[..., Codec]]:
+    """Returns makers of the codecs that are compared, by name; each takes `k` and `sampling`."""
+    common: dict[str, Any] = {"num_classes": num_classes, "temperatures": temperatures}
+    makers: dict[str, Callable[..., Codec]] = {}
+    for values in ("float16", "float32"):
+        makers[f"open {values}"] = _maker(OpenCodec, **common, values=values)
+    for step in STEPS:
+        makers[f"packed 1/{round(1 / step)}"] = _maker(PackedCodec, **common, step=step)
+    return makers
+
+
+def _maker(kind: Any, **fixed: Any) -> Callable[..., Codec]:
+    return lambda **more: kind(**fixed, **more)
+
+
+def plan_points(num_classes: int, names: Sequence[str], exponent: float = 1.0) -> list[Point]:
+    """Returns the points to measure: K by powers of two for every codec, masses and draws for two of them."""
+    how: dict[str, Any] = {"proposal_exponent": exponent}
+    sizes = [2**power for power in range(10) if 2**power <= min(MAX_K, num_classes)]
+    if num_classes <= MAX_K and num_classes not in sizes:
+        sizes.append(num_classes)
+    points = [Point("top_k", name, k=k) for name in names for k in sizes]
+    few = [name for name in names if name in DETAILED]
+    points += [Point("top_p", name, k=sizes[-1], p=p) for name in few for p in MASSES]
+    for slots in [size for size in sizes if 4 <= size < num_classes]:
+        points += [Point("sample", name, draws=slots, **how) for name in few]
+        points += [Point("hybrid", name, k=slots // 2, draws=slots - slots // 2, **how) for name in few]
+    return points
+
+
+def num_points(num_classes: int) -> int:
+    """Returns how many points `frontier` measures."""
+    return len(plan_points(num_classes, list(codecs(num_classes, (1.0,)))))
+
+
+def frontier(
+    rerun: Rerun,
+    manifest: Manifest,
+    *,
+    temperatures: Sequence[float],
+    other_bytes: float,
+    progress: Callable[[int], None] = lambda points: None,
+) -> list[Point]:
+    """Measures every point on the rows of a rerun.
+
+    Args:
+        manifest: of the cache; its grid and its chunks are used.
+        temperatures: at which to measure. Draws are made for the first of them: from p^(1/T), T being the grid's nearest.
+        other_bytes: that a position takes beside its labels.
+        progress: called with a number of points.
+    """
+    grid = tuple(manifest.codec["temperatures"])
+    num_classes = rerun.logits_PV.shape[1]
+    makers = codecs(num_classes, grid)
+    truths = [Truth(rerun.logits_PV, t) for t in temperatures]
+    largest = _sparse(rerun, LabelSettings(k=min(MAX_K, num_classes), temperatures=grid), 0)
+    drawn: dict[LabelSettings, dict[str, dict[str, float | None]]] = {}
+    out = []
+    exponent = 1.0 / min(grid, key=lambda t: abs(t - temperatures[0]))
+    for point in plan_points(num_classes, list(makers), exponent):
+        if point.draws is None:
+            assert point.k is not None
+            labels = slimmed(largest, point.k, p=point.p)
+        else:
+            numbers = {"k": point.k or 1, "draws": point.draws, "proposal_exponent": exponent}
+            settings = LabelSettings.model_validate({"policy": point.policy, "temperatures": grid, **numbers})
+            labels = _sparse(rerun, settings, 0)
+            if settings not in drawn:
+                drawn[settings] = _draw_errors(rerun, settings, truths)
+        codec = makers[point.codec](k=labels.k, sampling=labels.sampling)
+        columns = codec.encode(labels.to_numpy())
+        size = encoded_bytes(columns, codec, manifest) | {"beside the labels": other_bytes}
+        found: dict[str, dict[str, float | None]]
+        if point.draws is None:
+            stored = codec.decode(columns).to_torch()
+            found = {f"{truth.temperature:g}": _cut_errors(stored, truth) for truth in truths}
+        else:
+            found = drawn[settings]
+        out.append(
+            replace(point, bytes_per_position=size | {"total": sum(size.values())}, temperatures=found)
+        )
+        progress(1)
+    return out
+
+
+def _sparse(rerun: Rerun, settings: LabelSettings, draw: int, rows: slice = slice(None)) -> SoftLabels:
+    seeds_P = rerun.seeds_P[rows] + draw
+    return sparsify(rerun.logits_PV[rows], settings, targets_P=rerun.targets_P[rows], seeds_P=seeds_P)
+
+
+def encoded_bytes(columns: dict[str, Any], codec: Codec, manifest: Manifest) -> dict[str, float]:
+    """Returns the bytes per row of label columns [P, ...] as a Zarr store writes them, by column."""
+    rows = len(next(iter(columns.values())))
+    plan = Plan(num_samples=rows, num_views=1, unit_samples=rows, chunk_samples=rows)
+    described = manifest.model_copy(
+        update={"rows": None, "plan": plan, "codec": codec.to_dict(), "store": "zarr", "data": "labels.zarr"}
+    )
+    store = open_store(described, _Nowhere())
+    columns = columns | {"fingerprint": torch.zeros(rows, dtype=torch.uint64).numpy()}
+    encoded = store.encode(plan.unit(0), columns)
+    return {str(name): len(data) / rows for name, data in encoded.values() if name != "fingerprint"}
+
+
+class _Nowhere(LocalObjects):
+    """A store's objects where nothing is read or written."""
+
+    def __init__(self) -> None:
+        self.url = "nowhere"
+
+
+def _cut_errors(labels: SoftLabels, truth: Truth) -> dict[str, float | None]:
+    found = measure(labels, truth)
+    error = float(found["gradient"].sum() / truth.gradient_P.sum()) ** 0.5
+    return {
+        "kl_nats": float(found["kl_nats"].mean()),
+        "bucket_kl_nats": float(found["bucket_kl_nats"].mean()),
+        "gradient_error": error,
+        "gradient_bias": error,
+        "gradient_noise": 0.0,
+    }
+
+
+def _draw_errors(
+    rerun: Rerun, settings: LabelSettings, truths: Sequence[Truth]
+) -> dict[str, dict[str, float | None]]:
+    """Bias and noise of a policy that draws, by temperature.
+
+    With e_r the difference of draw r, m their mean: noise^2 = sum |e_r - m|^2 / (R - 1), bias^2 = |m|^2 - noise^2 / R.
+    """
+    rows = max(1, _CHUNK_ELEMENTS // rerun.logits_PV.shape[1])
+    means, squares = [0.0] * len(truths), [0.0] * len(truths)
+    for start in range(0, len(rerun), rows):
+        part = slice(start, start + rows)
+        records = [_sparse(rerun, settings, draw, part) for draw in range(DRAWS)]
+        for index, truth in enumerate(truths):
+            here = Truth(rerun.logits_PV[part], truth.temperature)
+            mean_PV: Any = 0.0
+            for record in records:
+                difference_PV = gradient_difference(record, here)
+                squares[index] += float(difference_PV.square().sum())
+                mean_PV = mean_PV + difference_PV
+            means[index] += float((mean_PV / DRAWS).square().sum())
+    found = {}
+    for mean, square, truth in zip(means, squares, truths, strict=True):
+        noise = max(0.0, square - DRAWS * mean) / (DRAWS - 1)
+        whole = float(truth.gradient_P.sum())
+        found[f"{truth.temperature:g}"] = {
+            "kl_nats": None,
+            "bucket_kl_nats": None,
+            "gradient_error": (square / DRAWS / whole) ** 0.5,
+            "gradient_bias": (max(0.0, mean - noise / DRAWS) / whole) ** 0.5,
+            "gradient_noise": (noise / whole) ** 0.5,
+        }
+    return found

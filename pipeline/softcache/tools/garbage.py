@@ -1,0 +1,124 @@
+"""What no reader will ever look at, listed and removed: all that the dead left in a cache.
+
+    staged files whose writer is gone    a write holds a lock on its staged file, which ends with its process
+    objects of unfinished units          a reader trusts what a marker names; a rerun writes the same bytes again
+    claims that nobody holds             they end when they are taken, so looking at one is enough
+    a table of samples of another run    that died, or came second, before there was a manifest
+
+A unit is claimed before its objects are called stray, and its marker is looked for again: what a run is making, or has
+just made, is never touched. Nor is anything that the manifest or a marker names. Whatever softcache does not write is
+reported and left where it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, Unit, claim_path, marker_path
+from softcache.cache.storage.open import Objects
+from softcache.cache.units import Store, finished_units, open_store, read_marker
+from softcache.errors import CacheNotFoundError, StorageError
+from softcache.hashing.digests import digest_bytes
+
+__all__ = ["GarbageReport", "collect_garbage"]
+
+MANIFEST = "manifest.json"
+SAMPLES = re.compile(r"samples(-[0-9a-f]{16})?\.parquet")
+CLAIM = re.compile(r"units/(\d{5,})\.lock")
+
+
+@dataclass
+class GarbageReport:
+    """What there was, or is, besides a cache's own objects.
+
+    Attributes:
+        stray: bytes of what no reader looks at, by path.
+        held: numbers of the unfinished units that a run holds; their objects were left alone.
+        dead_claims: how many claims had outlived their process.
+        foreign: paths that softcache did not write; they are left alone.
+    """
+
+    stray: dict[str, int] = field(default_factory=dict)
+    held: list[int] = field(default_factory=list)
+    dead_claims: int = 0
+    foreign: list[str] = field(default_factory=list)
+
+
+def collect_garbage(objects: Objects, *, delete: bool) -> GarbageReport:
+    """Returns what no reader will ever look at; removes it if told so.
+
+    Args:
+        delete: remove what is stray. Dead claims end either way.
+
+    Raises:
+        CacheNotFoundError: there is no cache there.
+        ManifestError: manifest or a marker are damaged: what is stray cannot be told.
+    """
+    if objects.size(MANIFEST) is None:
+        raise CacheNotFoundError(
+            f"cache {objects.url}: no {MANIFEST} there, so nothing tells what is stray; correct the path, or rerun the "
+            "stage that makes the cache"
+        )
+    stored = objects.get(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
+    manifest, digest = Manifest.parse(stored, where=f"cache {objects.url}"), digest_bytes(stored)
+    store, report = open_store(manifest, objects), GarbageReport()
+    report.stray |= objects.dead_writes(remove=delete)
+
+    # Objects are listed before markers are: what a unit that is finished meanwhile wrote is then known to be its own.
+    left = set(objects.list("")) - {MANIFEST, manifest.samples, *store.described()}
+    for number, marker in finished_units(objects, manifest, digest).items():
+        left -= {marker_path(number), *(shard.path for shard in marker.shards)}
+    _end_dead_claims(objects, manifest, left, report)
+    for unit, paths in _unfinished(manifest, store, left):
+        with objects.claim(claim_path(unit.number)) as ours:
+            if not ours:
+                report.held.append(unit.number)
+            elif read_marker(objects, manifest, digest, unit.number) is None:
+                _discard(objects, paths, report, delete)
+    others = {path for path in left if SAMPLES.fullmatch(path)}
+    _discard(objects, sorted(others), report, delete)
+    report.held = sorted(set(report.held))
+    report.foreign = sorted([*report.foreign, *(left - others)])
+    return report
+
+
+def _end_dead_claims(objects: Objects, manifest: Manifest, left: set[str], report: GarbageReport) -> None:
+    """Takes the claims out of `left`; each is claimed once, which ends it if nobody holds it."""
+    for path in sorted(path for path in left if CLAIM.fullmatch(path)):
+        number = int(path.removeprefix("units/").removesuffix(".lock"))
+        if number >= manifest.plan.num_units or path != claim_path(number):
+            continue
+        left.discard(path)
+        with objects.claim(path) as ours:
+            if ours:
+                report.dead_claims += 1
+            else:
+                report.held.append(number)
+
+
+def _unfinished(manifest: Manifest, store: Store, left: set[str]) -> Iterator[tuple[Unit, list[str]]]:
+    """Yields the units whose objects are among `left`, and takes them out of it; ends when no such object is left."""
+    candidates = {path for path in left if path.startswith(f"{manifest.data}/")}
+    for unit in manifest.plan.units():
+        if not candidates:
+            return
+        found = candidates.intersection(store.objects_of(unit))
+        candidates -= found
+        left -= found
+        if found:
+            yield unit, sorted(found)
+
+
+def _discard(objects: Objects, paths: list[str], report: GarbageReport, delete: bool) -> None:
+    for path in paths:
+        try:
+            size = objects.size(path)
+        except StorageError:  # a link out of the cache: none of ours
+            report.foreign.append(path)
+            continue
+        if size is not None:
+            report.stray[path] = size
+            if delete:
+                objects.delete(path)

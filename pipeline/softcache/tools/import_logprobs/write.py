@@ -1,0 +1,167 @@
+"""The second pass: the cache that a capture would have made, unit by unit, from answers instead of from a teacher.
+
+The manifest is that of a capture, with policy "imported", a teacher known by name only, and a codec without `stats`
+whose labels are known at T=1. Units are claimed, written and published as a capture does it, so an import that was
+killed goes on, and several can be at it together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+
+from softcache.cache.codecs import Codec
+from softcache.cache.manifest import Manifest, Unit
+from softcache.cache.storage.open import open_objects
+from softcache.cache.units import finished_units, open_store, publish_unit, read_marker
+from softcache.data.sources.text.source import TokenSource
+from softcache.data.tokens import TokenData
+from softcache.errors import LabelError, SourceError
+from softcache.labels.sparsify import LabelSettings
+from softcache.reader.cache import Cache, open_cache
+from softcache.teacher.capture.plan import CaptureSettings, create_cache, plan_manifest
+from softcache.teacher.capture.run import CaptureReport
+from softcache.tools.import_logprobs.index import Responses
+from softcache.tools.import_logprobs.labels import label_batch
+
+__all__ = ["import_labels"]
+
+POLICY = "imported"
+
+
+def import_labels(
+    responses: Responses,
+    data: TokenData,
+    url: str,
+    *,
+    k: int,
+    settings: CaptureSettings,
+    model_name: str | None = None,
+    allow_missing: bool = False,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> tuple[Cache, CaptureReport]:
+    """Returns the cache at `url` with every unit that the answers fill, and what was done.
+
+    Killed at any moment and run again, it completes what is missing. Units that are finished are not looked at, so
+    their samples need not be answered again.
+
+    Args:
+        k: kept tokens of each row.
+        settings: units, chunks, store and precision, as for a captured cache; how many samples are read at a time.
+        model_name: of the teacher; None takes the answers' own.
+        allow_missing: leave out units that the answers do not fill, to be made by a later import.
+        progress: called with a number of finished rows, those that were there at the start first.
+
+    Raises:
+        SourceError: samples hold several documents that must not see each other, as a server's prompt would let them.
+        AlignmentError: an answer is of other tokens than the sample; the first is named.
+        LabelError: an answer lacks rows or breaks what log-probabilities must be, samples are not answered, or no model
+            is named.
+        IdentityError: there is a cache of something else.
+    """
+    started, report = time.monotonic(), CaptureReport()
+    _check_attention(data)
+    manifest, samples = _manifest(responses, data, k=k, settings=settings, model_name=model_name)
+    if open_objects(url).size("manifest.json") is None and not allow_missing:
+        _check_complete(responses, data.source, manifest, set())
+    objects = open_objects(url, create=True)
+    manifest, digest = create_cache(objects, manifest, samples)
+    finished = finished_units(objects, manifest, digest)
+    if not allow_missing:
+        _check_complete(responses, data.source, manifest, set(finished))
+    report.units_found = len(finished)
+    progress(sum(marker.num_rows for marker in finished.values()))
+    store, codec = open_store(manifest, objects), manifest.soft_codec("import")
+    for unit in manifest.plan.units():
+        if unit.number in finished or not responses.found[unit.start : unit.stop].all():
+            continue
+        with objects.claim(f"units/{unit.number:05d}.lock") as ours:
+            if not ours:
+                continue  # another import is at it
+            if read_marker(objects, manifest, digest, unit.number) is not None:
+                report.units_found += 1
+                continue
+            columns = _unit_columns(unit, data, responses, codec, settings.batch_size)
+            marker = publish_unit(objects, store, digest, unit, columns)
+        report.units_done += 1
+        report.rows += marker.num_rows
+        progress(marker.num_rows)
+    report.seconds = time.monotonic() - started
+    return open_cache(url), report
+
+
+def _unit_columns(
+    unit: Unit, data: TokenData, responses: Responses, codec: Codec, batch_size: int
+) -> dict[str, np.ndarray]:
+    parts = []
+    for start in range(unit.start, unit.stop, batch_size):
+        batch = data.load(range(start, min(start + batch_size, unit.stop)))
+        columns = codec.encode(label_batch(batch, data.source, responses, codec))
+        columns["fingerprint"] = batch.fingerprints
+        columns["num_rows"] = batch.row_counts.astype(np.uint32)
+        columns["position"] = batch.positions.astype(np.uint32)
+        parts.append(columns)
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+@dataclass(frozen=True)
+class _Server:
+    """What a manifest says of a teacher that nobody here has seen."""
+
+    spec: str
+    num_classes: int
+    num_parameters: int = 0
+    weights_digest: str = "unknown"
+    dtype: str = "unknown"
+
+
+def _manifest(
+    responses: Responses, data: TokenData, *, k: int, settings: CaptureSettings, model_name: str | None
+) -> tuple[Manifest, bytes]:
+    """Returns the manifest that a captured cache would have, of a teacher known by name and labels known at T=1."""
+    name = model_name or responses.model
+    if name is None:
+        raise LabelError(
+            "responses: none names its `model`; give --model-name, the teacher's name in the cache's identity"
+        )
+    server = _Server(f"imported:{name}", data.source.vocab_size)
+    manifest, samples = plan_manifest(
+        data, cast(Any, server), LabelSettings(k=k, temperatures=(1.0,)), settings
+    )
+    codec = replace(manifest.soft_codec("import"), stats=False, max_temperature=1.0).to_dict()
+    identity = manifest.identity | {
+        "codec": codec,
+        "labels": manifest.identity["labels"] | {"policy": POLICY},
+    }
+    return manifest.model_copy(update={"codec": codec, "identity": identity}), samples
+
+
+def _check_attention(data: TokenData) -> None:
+    if data.source.packing == "packed" and not data.cross_documents:
+        raise SourceError(
+            f"source {data.source.name}: its samples are packed, and attention stays inside a document; a server lets a "
+            'prompt see all of itself, so its labels would be of something else; set source.packing = "documents", or '
+            "source.cross_documents = true if students shall see across documents too"
+        )
+
+
+def _check_complete(
+    responses: Responses, source: TokenSource, manifest: Manifest, finished: set[int]
+) -> None:
+    """Raises unless every sample of a unit that is not finished has an answer."""
+    wanted = np.ones(len(source), bool)
+    for number in finished:
+        unit = manifest.plan.unit(number)
+        wanted[unit.start : unit.stop] = False
+    missing = np.flatnonzero(wanted & ~responses.found)
+    if len(missing):
+        failed = f"; {responses.num_failed} requests had failed, the first: {responses.first_failed}"
+        raise LabelError(
+            f"responses: {len(missing):,} of {len(source):,} samples are not answered, the first: "
+            f"{source.key(int(missing[0]))!r}{failed if responses.num_failed else ''}; add the files that have them, or "
+            "give --allow-missing to import the units that are whole"
+        )

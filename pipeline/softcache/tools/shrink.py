@@ -1,0 +1,328 @@
+"""A smaller cache from a bigger one, as if it had been captured so: fewer classes, views or temperatures, another codec.
+
+    for every finished unit of the original: check it, read it chunk by chunk, slim its records, publish them
+
+Classes that lose their slot move into the tail (`softcache.labels.truncate`), so a top-k cache gives the one of any
+smaller k, and of any top-p. From a cache of every class in float32 those are drawn, too, with the seeds that a capture
+would use. Everything else (targets, statistics, fingerprints, positions, the table of samples) is copied as it is, and
+the manifest has the identity of a capture with these settings, so `softcache teacher-logits` goes on where this stopped.
+
+How exact, against a capture by the same teacher on the same machine:
+
+    ids, log_probs    of top_k and top_p: the same bits, if the original's values are float32, or float16 and stay so
+                      (top_p of float16: but for rows whose mass is within 2^-11 log p of it)
+    log_tail          to the rounding of float32 (1e-6 nats); of float16 to 2^-11 of the moved classes' log p, of a packed
+                      original to its own step
+    drawn classes     the same but for draws within the rounding of float32 (1e-7) of the border between two classes, and
+                      of exact ones but for the order of classes whose log p is one number in float32
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, ValidationError
+
+from softcache import __version__
+from softcache.cache.codecs import COARSEST, DEFAULT_STEP, FINEST, Codec, OpenCodec, PackedCodec, check_stored
+from softcache.cache.manifest import Manifest, Unit
+from softcache.cache.storage.open import open_objects
+from softcache.cache.units import check_unit, claimed_units, finished_units, open_store, publish_unit
+from softcache.errors import LabelError, TemperatureError
+from softcache.labels import ARRAYS, SoftLabels, concat, slimmed
+from softcache.labels.sparsify import LabelSettings, row_seeds, sparsify
+from softcache.reader.cache import Cache, open_cache
+from softcache.settings import Settings
+from softcache.teacher.capture.plan import create_cache
+
+__all__ = ["SlimSettings", "slim_cache", "slim_manifest"]
+
+IMPORTED = "imported"  # the policy of `softcache.tools.import_logprobs`
+CHUNK_ELEMENTS = 2**21  # of the log-probabilities of all classes that are drawn from at once
+
+GIVEN = {  # which of the settings each policy reads
+    "top_k": ("k",),
+    "top_p": ("k", "p"),
+    "dense": (),
+    "sample": ("draws", "proposal_exponent", "seed"),
+    "hybrid": ("k", "draws", "proposal_exponent", "seed"),
+}
+
+
+class SlimSettings(Settings):
+    """What shall differ from the original; None: nothing.
+
+    Attributes:
+        policy: of the smaller cache, and `k`, `p`, `draws`, `proposal_exponent`, `seed`: its numbers, as in `[labels]`.
+        temperatures: the grid; some of the original's.
+        num_views: the first so many views.
+        codec: "open" with `values`, or "packed" with `step` and `tail`, as in `[capture]`.
+        store: "zarr" or "parquet".
+    """
+
+    policy: Literal["top_k", "top_p", "dense", "sample", "hybrid"] | None = None
+    k: int | None = Field(None, ge=1)
+    p: float | None = Field(None, gt=0, le=1)
+    draws: int | None = Field(None, ge=1, le=65535)
+    proposal_exponent: float | None = Field(None, gt=0, le=1)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    temperatures: tuple[float, ...] | None = None
+    num_views: int | None = Field(None, ge=1)
+    codec: Literal["open", "packed"] | None = None
+    values: Literal["float16", "float32"] | None = None
+    step: float | None = Field(None, ge=FINEST, le=COARSEST)
+    tail: Literal["fixed", "float32"] | None = None
+    store: Literal["zarr", "parquet"] | None = None
+
+
+def slim_cache(
+    cache: Cache,
+    target_url: str,
+    changes: SlimSettings,
+    *,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> Cache:
+    """Returns the smaller cache at `target_url`; units of it that are finished already are kept.
+
+    Every unit of the original is checked against its marker before it is read. Units that are missing in the original
+    stay missing, for a later run of this or of `softcache teacher-logits`.
+
+    Raises:
+        LabelError: what is asked for is not in the original; what is.
+        TemperatureError: a temperature whose tail was not stored.
+        CorruptionError: a unit of the original is damaged.
+        IdentityError: there is another cache at `target_url`.
+    """
+    origin_codec = cache.manifest.soft_codec(f"slim, cache {cache.url}")
+    manifest, labels = slim_manifest(cache, changes)
+    origin, source_objects = cache.manifest, open_objects(cache.url)
+    objects = open_objects(target_url, create=True)
+    manifest, digest = create_cache(objects, manifest, source_objects.get(origin.samples))
+    reading, writing = open_store(origin, source_objects), open_store(manifest, objects)
+    codec = manifest.soft_codec("slim")
+    own = {column.name for column in origin_codec.columns}
+    finished = finished_units(objects, manifest, digest)
+    # Views that are left out have the highest numbers.
+    wanted = {number: cache.markers[number] for number in cache.markers if number < manifest.plan.num_units}
+    progress(sum(marker.num_rows for number, marker in wanted.items() if number in finished))
+    pending = [manifest.plan.unit(number) for number in wanted if number not in finished]
+    for unit in claimed_units(objects, manifest, digest, pending):
+        check_unit(source_objects, wanted[unit.number], reading)
+        records: list[SoftLabels] = []
+        others: list[dict[str, np.ndarray]] = []
+        for part in _parts(unit, origin.plan.chunk_samples):
+            columns = reading.read(unit, *part, rows=cache.rows.span(unit, *part))
+            records.append(_slim(cache, columns, labels))
+            others.append({name: column for name, column in columns.items() if name not in own})
+        joined = {name: np.concatenate([other[name] for other in others]) for name in others[0]}
+        publish_unit(objects, writing, digest, unit, {**codec.encode(concat(records)), **joined})
+        progress(wanted[unit.number].num_rows)
+    return open_cache(target_url)
+
+
+def _parts(unit: Unit, size: int) -> list[tuple[int, int]]:
+    return [(start, min(start + size, unit.stop)) for start in range(unit.start, unit.stop, size)]
+
+
+# -- records -----------------------------------------------------------------------------------------------
+
+
+def _slim(cache: Cache, columns: dict[str, np.ndarray], target: LabelSettings | None) -> SoftLabels:
+    """The smaller record of some samples; `target` None leaves the labels as they are."""
+    codec = cache.manifest.soft_codec("slim")
+    labels = codec.decode(columns)
+    check_stored(codec, {name: array for name in ARRAYS if (array := getattr(labels, name)) is not None})
+    if target is None:
+        return labels
+    if labels.sampling is not None:  # of drawn classes the grid alone can shrink
+        places = [labels.temperatures.index(t) for t in target.temperatures]
+        return replace(labels, log_tail=labels.log_tail[:, places], temperatures=target.temperatures)
+    if target.sampling is None:
+        k, p = target.num_slots(labels.num_classes), target.p if target.policy == "top_p" else None
+        return slimmed(labels, k, p=p, temperatures=target.temperatures)
+    counts = columns.get("num_rows", np.ones(len(labels), np.int64))
+    positions = columns.get("position", np.zeros(len(labels), np.int64))
+    seeds_P = row_seeds(columns["fingerprint"], counts, positions, target.seed)
+    rows = max(1, CHUNK_ELEMENTS // labels.num_classes)
+    parts = [slice(start, start + rows) for start in range(0, max(1, len(labels)), rows)]
+    return concat([_drawn(labels.take(part), target, seeds_P[part]) for part in parts])
+
+
+def _drawn(labels: SoftLabels, target: LabelSettings, seeds_P: torch.Tensor) -> SoftLabels:
+    """Draws from a record of every class; what was computed at capture is taken from there, bit for bit."""
+    stored = labels.to_torch()
+    shape = len(labels), labels.num_classes
+    log_probs_PV = torch.full(shape, -torch.inf).scatter_(1, stored.ids.long(), stored.log_probs)
+    record = sparsify(log_probs_PV, target, targets_P=None, seeds_P=seeds_P, check=False)
+    used_PK = record.ids < labels.num_classes
+    log_probs_PK = log_probs_PV.gather(1, record.ids.where(used_PK, 0)).where(used_PK, -torch.inf)
+    return replace(
+        record,
+        log_probs=log_probs_PK,
+        target_log_prob=stored.target_log_prob,
+        stats=stored.stats,
+    ).to_numpy()
+
+
+# -- the manifest ------------------------------------------------------------------------------------------
+
+
+def slim_manifest(cache: Cache, changes: SlimSettings) -> tuple[Manifest, LabelSettings | None]:
+    """Returns the manifest of the smaller cache, and the labels that it has (None: those of the original).
+
+    Raises:
+        LabelError, TemperatureError: as `slim_cache`.
+    """
+    origin = cache.manifest
+    if (changes.num_views or 0) > origin.plan.num_views:
+        raise LabelError(
+            f"cache {cache.url}: {changes.num_views} views asked for, it has {origin.plan.num_views}; ask for fewer"
+        )
+    origin.soft_codec(f"slim, cache {cache.url}")
+    labels = _labels(cache, changes)
+    _check_labels(cache, labels)
+    codec = _codec(cache, labels, changes).to_dict()
+    described = labels.identity(origin.num_classes)
+    found = origin.identity["labels"]
+    if found["policy"] == IMPORTED:
+        described["policy"] = IMPORTED
+    identity = origin.identity | {"labels": described, "codec": codec}
+    if "views" in identity:
+        identity["views"] = identity["views"] | {"num_views": labels.num_views}
+    store = changes.store or origin.store
+    manifest = origin.model_copy(
+        update={
+            "softcache_version": __version__,
+            "identity": identity,
+            "codec": codec,
+            "plan": origin.plan.model_copy(update={"num_views": labels.num_views}),
+            "store": store,
+            "data": "labels.zarr" if store == "zarr" else "parquet",
+            "slimmed_from": cache.manifest_sha256,
+        }
+    )
+    return manifest, None if described == found else labels
+
+
+def _labels(cache: Cache, changes: SlimSettings) -> LabelSettings:
+    """`[labels]` of the smaller cache: the original's, and what is asked for in its place."""
+    origin = cache.manifest
+    base = dict(origin.identity["labels"])
+    if base["policy"] == IMPORTED:
+        base["policy"] = "top_k"
+    policy = changes.policy or ("top_k" if base["policy"] == "dense" and changes.k else base["policy"])
+    asked = {
+        name: value
+        for name in ("k", "p", "draws", "proposal_exponent", "seed")
+        if (value := getattr(changes, name)) is not None
+    }
+    if policy not in GIVEN:
+        raise LabelError(
+            f"cache {cache.url}: policy {policy!r} in its manifest; expected one of {', '.join(GIVEN)}; upgrade softcache"
+        )
+    for name in sorted(set(asked) - set(GIVEN[policy])):
+        raise LabelError(
+            f"slim: {name} is given, but policy {policy!r} reads {', '.join(GIVEN[policy]) or 'no numbers'} only; "
+            f"leave it out, or give --policy"
+        )
+    settings = base | {"policy": policy} | asked
+    settings["temperatures"] = changes.temperatures or tuple(base["temperatures"])
+    settings["num_views"] = changes.num_views or origin.plan.num_views
+    try:
+        return LabelSettings.model_validate(settings)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise LabelError(f"slim: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+
+
+def _check_labels(cache: Cache, target: LabelSettings) -> None:
+    """Raises unless a capture with the target's settings would have kept nothing that the original has not."""
+    codec, found = cache.manifest.soft_codec("slim"), cache.manifest.identity["labels"]
+    where, num_classes = f"cache {cache.url}: policy {found['policy']!r}, k {found['k']}", codec.num_classes
+    slots, wanted = target.num_slots(num_classes), target.identity(num_classes)
+    if slots > num_classes or (slots > codec.k and target.sampling is None):
+        raise LabelError(
+            f"{where}: {slots} slots asked for, of {num_classes} classes; ask for {codec.k} at most"
+        )
+    is_whole = found["policy"] in ("dense", "top_k") and codec.k == num_classes
+    if not (is_whole or set(target.temperatures) <= set(codec.temperatures)):
+        raise TemperatureError(
+            f"{where}: its tail is stored at the temperatures {list(codec.temperatures)}; found "
+            f"{list(target.temperatures)}; choose among them, or capture with others"
+        )
+    numbers = {name for name in {*wanted, *found} - {"temperatures"} if wanted.get(name) != found.get(name)}
+    if not numbers or (found["policy"] == IMPORTED and target.policy == "top_k"):
+        return
+    if codec.sampling is not None:
+        raise LabelError(
+            f"{where}: its classes were drawn at random, and other draws, or fewer, are not in it (asked for: other "
+            f"{', '.join(sorted(numbers))}); slim a cache of every class in float32, or capture again"
+        )
+    if target.sampling is not None and not (is_whole and _precision(codec) == "float32"):
+        raise LabelError(
+            f"{where}: policy {target.policy!r} draws from every class as it was computed; it needs a cache with "
+            'labels.policy = "dense" and capture.values = "float32"; make one, or capture with this policy'
+        )
+    if target.policy == "dense" and not is_whole:
+        raise LabelError(f"{where}: not every class is in it; choose policy top_k or top_p")
+    if found["policy"] == "top_p" and (target.policy != "top_p" or target.p > found["p"]):
+        raise LabelError(
+            f"{where}: its rows end where p = {found['p']} is held; choose policy top_p with p of at most that"
+        )
+    if found["policy"] == IMPORTED:
+        raise LabelError(f"{where}: imported labels keep their policy; give k alone")
+
+
+def _codec(cache: Cache, labels: LabelSettings, changes: SlimSettings) -> Codec:
+    """The codec of the smaller cache.
+
+    Raises:
+        LabelError: it would promise more than the original holds, or has no such number.
+    """
+    origin = cache.manifest.soft_codec("slim")
+    common: dict[str, Any] = {
+        "num_classes": origin.num_classes,
+        "k": labels.num_slots(origin.num_classes),
+        "temperatures": labels.temperatures,
+        "stats": origin.stats,
+        "max_temperature": origin.max_temperature,
+        "sampling": labels.sampling,
+    }
+    name = changes.codec or origin.name
+    for unread in {"open": ("step", "tail"), "packed": ("values",)}[name]:
+        if getattr(changes, unread) is not None:
+            raise LabelError(
+                f"slim: {unread} is given, but codec {name!r} does not read it; leave it out, or give --codec"
+            )
+    codec: Codec
+    if name == "open":
+        codec = OpenCodec(
+            **common,
+            values=changes.values or ("float16" if isinstance(origin, PackedCodec) else origin.values),
+        )
+    else:
+        step, tail = (
+            (origin.step, origin.tail) if isinstance(origin, PackedCodec) else (DEFAULT_STEP, "fixed")
+        )
+        codec = PackedCodec(**common, step=changes.step or step, tail=changes.tail or tail)
+    found = f"cache {cache.url}: codec {_precision(origin)}"
+    if isinstance(origin, PackedCodec) and _precision(origin) not in (_precision(codec), "float16"):
+        raise LabelError(
+            f"{found}: its rounded values cannot become {_precision(codec)}; leave codec, step and tail out"
+        )
+    if _precision(codec) == "float32" != _precision(origin):
+        raise LabelError(
+            f"{found}: float32 would promise digits that it has not; leave values out, or capture again"
+        )
+    return codec
+
+
+def _precision(codec: Codec) -> str:
+    """What log-probabilities are rounded to."""
+    if isinstance(codec, OpenCodec):
+        return codec.values
+    return "float16" if codec.step is None else f"steps of {codec.step:g}, tail {codec.tail}"

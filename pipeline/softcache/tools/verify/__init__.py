@@ -1,0 +1,1 @@
+"""Whether a cache is what was written, and what its teacher says."""

@@ -1,8 +1,0 @@
-"""Many trials of one student's settings from one cache, as an Optuna study: searched, shared, pruned, told.
-
-A trial does what `softcache train-student` does: a sweep only chooses the settings, and where the run goes.
-"""
-
-from pipeline.sweep.running import Sweep, open_sweep, run_sweep
-
-__all__ = ["Sweep", "open_sweep", "run_sweep"]
