@@ -17,7 +17,7 @@ from pathlib import Path
 
 import click
 
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 
 NAMES = ("capture", "scheduling", "reading", "epochs", "scale")
 
@@ -31,7 +31,7 @@ def main(names: tuple[str, ...], quick: bool, out: str) -> None:
     Path(out).mkdir(parents=True, exist_ok=True)
     failed = []
     for name in names or NAMES:
-        say(f"benchmarks.{name}")
+        log_info(f"benchmarks.{name}")
         files = ["--json", f"{out}/{name}.json", "--plot", f"{out}/{name}.svg"]
         command = [sys.executable, "-m", f"benchmarks.{name}", *files, *(["--quick"] if quick else [])]
         if subprocess.run(command, check=False).returncode:

@@ -23,7 +23,7 @@ from softcache.config.run import RunConfig, load_config
 from softcache.losses import LossSettings
 from softcache.reader.cache import Cache
 from softcache.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 from softcache.stages.options import config_options, print_table
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -85,7 +85,7 @@ def _run(config: RunConfig, ways: tuple[str, ...], seeds: list[int], out: Path, 
         for way in ways:
             if any((row["way"], row["seed"]) == (way, seed) for row in _read(results)):
                 continue
-            say(f"{way}, seed {seed}")
+            log_info(f"{way}, seed {seed}")
             row = {"way": way, "seed": seed, **_train(config, data, cache, way, seed, out)}
             with results.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -20,7 +20,7 @@ from benchmarks.harness import Figure
 from softcache.config.run import RunConfig, load_config
 from softcache.modalities import Data
 from softcache.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 from softcache.stages.options import print_table
 
 __all__ = ["bench"]
@@ -50,7 +50,9 @@ def bench(path: str, folder: str, *, goal: float, seeds: int, quick: bool) -> di
             (CACHE, {"labels": "cache", "cache": cache}),
         ):
             runs[name].append(_run(config, data, seed, f"{folder}/{name.split()[0]}-{seed}", how))
-            say(f"seed {seed} {name}: {runs[name][-1]['seconds']:.1f} s, {runs[name][-1]['epochs']} epochs")
+            log_info(
+                f"seed {seed} {name}: {runs[name][-1]['seconds']:.1f} s, {runs[name][-1]['epochs']} epochs"
+            )
     return {f"{config.name}: seconds to {goal:g}, over the live teacher's": _figures(runs, captured, goal)}
 
 

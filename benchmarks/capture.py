@@ -35,7 +35,7 @@ from softcache.data.batch import ViewedSource
 from softcache.modalities import Data
 from softcache.models.image import build_model
 from softcache.runs import capture_labels, open_data, open_teacher
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 from softcache.stages.options import print_table
 from softcache.teacher.base import Teacher
 from softcache.teacher.capture.plan import default_plan
@@ -180,7 +180,7 @@ def _report_peak(copies: int, *, quick: bool) -> None:
         config = with_capture(config, unit_samples=16 if quick else 256, batch_size=16 if quick else 256)
         data = times_over(open_data(config), copies if quick else 4 * copies)
         capture_labels(config, data, open_teacher(config, data), f"{folder}/cache")
-    say(f"{copies} x: {len(data.train):,} samples")
+    log_info(f"{copies} x: {len(data.train):,} samples")
     # Not ru_maxrss, which begins with what the parent had when it forked.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     click.echo(f"{int(status['VmHWM'].split()[0]) / 1024:.1f}")

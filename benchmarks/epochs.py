@@ -36,10 +36,10 @@ from softcache.modalities import Data
 from softcache.models.image import build_model
 from softcache.reader.cache import Cache
 from softcache.runs import capture_labels, open_data, open_teacher
-from softcache.runs.batches import cache_feed, hard_feed
-from softcache.runtime.logging import say
+from softcache.runs.batches import cached_batches, hard_label_batches
+from softcache.runtime.logging import log_info
 from softcache.stages.options import print_table
-from softcache.student.loop import Loop
+from softcache.student.loop import Trainer
 
 TEMPERATURES = (1.0, 4.0, 3.0)
 FASHION = "/usr/share/datasets/fashion-mnist"
@@ -113,7 +113,7 @@ def cases(folder: str, fashion: str, *, quick: bool) -> Cases:
         config = image_case(folder, source | {"max_train_samples": 12_800}, (1, 28, 28))
         out["images, 28x28"] = (config, 1, {tiny: 5, mid: 1})
     else:
-        say(f"epochs: no Fashion-MNIST at {fashion}; its case is left out")
+        log_info(f"epochs: no Fashion-MNIST at {fashion}; its case is left out")
     students = {"gpt2?width=96&depth=2&heads=4": 1, "gpt2?width=256&depth=4&heads=4": 1}
     out["text"] = (text_case(folder, samples=320, vocab_size=4096, k=128), 1, students)
     return out
@@ -149,9 +149,11 @@ def contenders(
         )
         torch.manual_seed(0)
         feed = (
-            hard_feed(how, data) if labels == "hard" else cache_feed(how, data, cache, cache.num_views, False)
+            hard_label_batches(how, data)
+            if labels == "hard"
+            else cached_batches(how, data, cache, cache.num_views, False)
         )
-        step = stepper(Loop(Accelerator(cpu=True), data.task(how, student), feed, how.train), epoch)
+        step = stepper(Trainer(Accelerator(cpu=True), data.task(how, student), feed, how.train), epoch)
         step(2)  # compiled code is loaded, the optimizer's state is made
         return lambda: step(steps)
 

@@ -36,7 +36,7 @@ from torch import Tensor
 from softcache.labels import SoftLabels
 from softcache.losses import distillation_loss
 from softcache.losses.fused import fused_distillation_loss
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 from softcache.stages.options import print_table
 
 WIDTH, KEPT = 256, 32
@@ -96,7 +96,7 @@ def bench_time(num_positions: int, num_classes: int, rounds: int) -> dict[str, d
             taken = step(case, loss)
             if number > 0:  # the first round warms up
                 seconds[name].append(taken)
-                say(f"round {number}/{rounds} {name}: {1e3 * taken:,.0f} ms")
+                log_info(f"round {number}/{rounds} {name}: {1e3 * taken:,.0f} ms")
     out = {}
     for name, values in seconds.items():
         ratios = [x / base for x, base in zip(values, seconds["dense cross-entropy"], strict=True)]
@@ -147,7 +147,7 @@ def bench_memory(lengths: list[int], vocabularies: list[int], threads: int) -> l
     for num_positions, num_classes in sorted(
         ((p, v) for p in lengths for v in vocabularies), key=lambda case: case[0] * case[1]
     ):
-        say(f"memory: {num_positions} positions, {num_classes} classes")
+        log_info(f"memory: {num_positions} positions, {num_classes} classes")
         logits = num_positions * num_classes
         measured = per_logit * logits <= LIMIT_BYTES
         if measured:

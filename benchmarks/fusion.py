@@ -22,12 +22,12 @@ import numpy as np
 import torch
 
 from softcache.config.run import RunConfig, load_config
-from softcache.labels import SoftLabels, slimmed
+from softcache.labels import SoftLabels, truncate_labels
 from softcache.labels.sparsify import dense
 from softcache.modalities import Data
 from softcache.reader.cache import Cache
 from softcache.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 from softcache.stages.options import config_options, print_table
 from softcache.tools.fuse import RULES, FusionSettings, Rule, fuse_caches, fused_labels
 from softcache.tools.shrink import SlimSettings, slim_cache
@@ -63,7 +63,7 @@ def main(
         _print_estimates(list(caches.values()))
         return
     for name, cache in caches.items():
-        say(f"teacher {name}: accuracy {cache.manifest.teacher.eval_accuracy}")
+        log_info(f"teacher {name}: accuracy {cache.manifest.teacher.eval_accuracy}")
     _run(config, data, caches, seeds, out, out / f"{results}.jsonl")
     _print_students(caches, _read(out / f"{results}.jsonl"))
 
@@ -176,7 +176,7 @@ def _measured(
     for rule in rules:
         truth = fused_labels(whole, rule, whole[0].num_classes)
         for k in sizes:
-            cut = [slimmed(record, k) for record in whole]
+            cut = [truncate_labels(record, k) for record in whole]
             found = fused_labels(cut, rule, k, targets=targets)
             cells = [", ".join(f"{x:.0e}" for x in errors_at(found, truth, t)) for t in TEMPERATURES]
             yield name, rule, str(k), *cells

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 from softcache.stages.options import print_table
 
 __all__ = ["Figure", "compare", "draw", "machine", "measure", "save", "show"]
@@ -53,7 +53,7 @@ def measure(
             started = time.perf_counter()
             count = run()
             rates[name].append(count / (time.perf_counter() - started))
-            say(f"round {number + 1}/{rounds} {name}: {rates[name][-1]:,.0f}/s")
+            log_info(f"round {number + 1}/{rounds} {name}: {rates[name][-1]:,.0f}/s")
     return rates
 
 

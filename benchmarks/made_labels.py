@@ -19,7 +19,7 @@ import torch
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import open_store, publish_unit
 from softcache.data.batch import ImageBatch
-from softcache.data.sources.text.packing import Cut, TokenSample
+from softcache.data.sources.text.packing import KeyedSample, TokenSample
 from softcache.data.sources.text.table import TableWriter, TokenSource
 from softcache.data.tokens import TokenData
 from softcache.hashing.digests import digest_json
@@ -92,7 +92,7 @@ def made_tokens(folder: Path, num_samples: int, *, rows: int, vocab_size: int) -
     segments, learnt = np.zeros(rows + 1, np.int32), np.ones(rows + 1, bool)
     for number in range(num_samples):
         sample = TokenSample(random.integers(0, vocab_size, rows + 1, np.int32), segments, learnt)
-        writer.add(Cut(f"document/{number:08d}@0", sample, np.array([rows + 1], np.int32)))
+        writer.add(KeyedSample(f"document/{number:08d}@0", sample, np.array([rows + 1], np.int32)))
     described = writer.close() | {
         "num_skipped": 0,
         "num_left_out": 0,

@@ -22,7 +22,7 @@ from softcache.config.run import RunConfig, load_config
 from softcache.modalities import Data
 from softcache.reader.cache import Cache
 from softcache.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 from softcache.stages.options import config_options, print_table
 from softcache.tools.shrink import SlimSettings, slim_cache
 
@@ -87,7 +87,7 @@ def _run(config: RunConfig, records: tuple[str, ...], seeds: list[int], out: Pat
         for record in records:
             if any(row["record"] == record and row["seed"] == seed for row in _read(results)):
                 continue
-            say(f"{record}, seed {seed}")
+            log_info(f"{record}, seed {seed}")
             how: dict[str, Any] = {"labels": "hard"}
             labels, loss, size = {}, {}, None
             if record == "live":

@@ -35,7 +35,7 @@ from benchmarks.raw_files import drop_from_memory, write_raw
 from benchmarks.reading_contenders import Contender, Made, cache_reader, loaders, map_reader, peer_loaders
 from benchmarks.synthetic_logits import image_logits, text_logits
 from softcache.reader.cache import open_cache
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 from softcache.teacher.capture.plan import CaptureSettings
 
 __all__ = ["direct_contenders", "loader_contenders", "made_images", "made_text", "main"]
@@ -178,13 +178,13 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if only != "text":
-            say("images: writing the layouts")
+            log_info("images: writing the layouts")
             made = made_images(
                 folder / "images", min(images, 4096) if quick else images, **(small if quick else {})
             )
             measure_reading(made, "images", rounds, results)
         if only != "images":
-            say("text: writing the layouts")
+            log_info("text: writing the layouts")
             made = made_text(folder / "text", min(texts, 64) if quick else texts, **(small if quick else {}))
             measure_reading(made, "text", rounds, results)
     if json_path:

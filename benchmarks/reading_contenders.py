@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 
 from benchmarks.peer_files import DistillKitFiles, FkdFiles, MegatronFiles, TinyVitFiles
 from benchmarks.raw_files import RawDataset, RawRecords
-from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache, StoredRows, open_cache
+from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache, CachedBatch, open_cache
 from softcache.reader.dataset import SoftLabelDataset
 from softcache.reader.loader import SoftLabelLoader
-from softcache.reader.memmap import ThawSettings
+from softcache.reader.memmap import MemmapSettings
 from softcache.reader.order import BlockShuffle
 
 __all__ = ["Contender", "Labels", "Made", "cache_reader", "loaders", "map_reader", "peer_loaders"]
@@ -82,8 +82,8 @@ class Made:
     peer_samples: int
 
     @property
-    def thaw(self) -> ThawSettings:
-        return ThawSettings(folder=str(self.folder / "thawed"), required=True)
+    def thaw(self) -> MemmapSettings:
+        return MemmapSettings(folder=str(self.folder / "thawed"), required=True)
 
     def order(self, *, full: bool) -> BlockShuffle:
         """Returns batches in the order that the reader takes by itself: shuffled by blocks, or in full (of a thaw)."""
@@ -123,7 +123,7 @@ def map_reader(name: str, made: Made, raw: RawRecords, *, full: bool) -> Contend
 class _OpenCache:
     """A cache kept open over epochs; what it kept of an epoch is let go of by `close`."""
 
-    def __init__(self, url: str, thaw: ThawSettings | None) -> None:
+    def __init__(self, url: str, thaw: MemmapSettings | None) -> None:
         self._url, self._thaw = url, thaw
         self._cache: Cache | None = None
 
@@ -157,7 +157,7 @@ def cache_reader(name: str, made: Made, codec: str, *, thawed: bool, full: bool)
         if not thawed:
             opened.close()  # every epoch decodes all of its blocks
 
-    def labels(batch: tuple[np.ndarray, StoredRows]) -> Labels:
+    def labels(batch: tuple[np.ndarray, CachedBatch]) -> Labels:
         return Labels(batch[0], batch[1].labels.ids, batch[1].labels.log_probs)
 
     files = [made.folder / "thawed"] if thawed else [Path(made.caches[codec])]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from softcache.data.sources.images.base import images_of
+from softcache.data.sources.images.base import load_images
 
 __all__ = ["Repeated"]
 
@@ -41,4 +41,4 @@ class Repeated:
         return self._source.image(sample % self._size)
 
     def images(self, samples: np.ndarray) -> Any:
-        return images_of(self._source, samples % self._size)
+        return load_images(self._source, samples % self._size)

@@ -36,9 +36,9 @@ from benchmarks.made_labels import MadeImages, made_tokens, write_cache
 from benchmarks.peer_files import TinyVitFiles, parse_keys, write_tinyvit
 from benchmarks.synthetic_logits import image_logits
 from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache, open_cache
-from softcache.reader.memmap import ThawSettings
+from softcache.reader.memmap import MemmapSettings
 from softcache.reader.order import BlockShuffle
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 from softcache.teacher.capture.plan import CaptureSettings
 
 __all__ = ["epoch_of", "main", "open_everything", "parse_everything"]
@@ -95,7 +95,7 @@ def epoch_of(url: str, how: str, thawed: str) -> dict[str, float]:
     """Returns by how much memory rose at most while an epoch was read: "chunks", "thawed" or "TinyViT"."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before, rows = memory_bytes("VmRSS"), 0
-    cache = open_cache(url, thaw=ThawSettings(folder=thawed, required=True) if how == "thawed" else None)
+    cache = open_cache(url, thaw=MemmapSettings(folder=thawed, required=True) if how == "thawed" else None)
     order = _order(cache, full=how != "chunks")
     files = TinyVitFiles(Path(url).parent / "tinyvit", MadeImages(len(cache), cache.num_classes).source, 16)
     for request in order:
@@ -140,7 +140,7 @@ def measure_opening(folder: Path, sizes: tuple[int, ...], rounds: int) -> dict[s
     results: dict[str, list[Figure]] = {}
     base = labels_of(image_logits(1024, 2), 1)
     for num_samples in sizes:
-        say(f"opening: writing a cache of {num_samples:,} samples")
+        log_info(f"opening: writing a cache of {num_samples:,} samples")
         data, here = MadeImages(num_samples, 2), folder / str(num_samples)
         url = write_cache(str(here / "cache"), data, base, CaptureSettings())
         with (here / "keys.txt").open("w") as file:
@@ -167,7 +167,7 @@ def _race_opening(
             seconds = sum(one["seconds"] for one in told)
             rates[who].append(num_samples / seconds)
             held[who].append(sum(one["held_bytes"] for one in told) / 1e6)
-            say(f"round {number + 1}/{rounds} {who}: {_told(told[0])}{' each' if processes > 1 else ''}")
+            log_info(f"round {number + 1}/{rounds} {who}: {_told(told[0])}{' each' if processes > 1 else ''}")
     speed, memory = f"opening {name}", f"MB held after opening {name}"
     figures = {speed: compare(rates, TINYVIT), memory: compare(held, TINYVIT)}
     show(speed, figures[speed], "samples/s")
@@ -197,7 +197,7 @@ def measure_memory(folder: Path, num_samples: int) -> dict[str, list[Figure]]:
     base = labels_of(image_logits(8192, 1000), 16)
     peaks: dict[str, list[float]] = {how: [] for how in ("chunks", "thawed", "TinyViT")}
     for growth in GROWTH:
-        say(f"memory: writing a cache of {growth * num_samples:,} samples")
+        log_info(f"memory: writing a cache of {growth * num_samples:,} samples")
         here, data = folder / f"x{growth}", MadeImages(growth * num_samples, 1000)
         url = write_cache(str(here / "cache"), data, base, CaptureSettings())
         write_tinyvit(open_cache(url), data.source.keys(), here / "tinyvit")
@@ -206,7 +206,7 @@ def measure_memory(folder: Path, num_samples: int) -> dict[str, list[Figure]]:
             told = in_process(epoch_of, url, how, str(here / "thawed"))
             values.append(told["peak_bytes"] / 1e6)
             anonymous = told["anonymous_bytes"] / 1e6
-            say(
+            log_info(
                 f"{growth}x, {how}: {values[-1]:,.0f} MB more at most; {anonymous:,.0f} MB of no file at the end"
             )
     figures = [

@@ -30,9 +30,9 @@ from softcache.modalities import Data
 from softcache.reader.dataset import HardLabelDataset
 from softcache.reader.order import BlockShuffle
 from softcache.runs import open_data
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 from softcache.stages.options import config_options, print_table
-from softcache.student import Feed, train
+from softcache.student import TrainBatches, train
 
 WINDOWS: dict[str, int | None] = {
     "no shuffle": 0,
@@ -93,7 +93,7 @@ def accuracy_of(
     settings = config.train.model_copy(update={"labels": "hard", "seed": seed})
     with tempfile.TemporaryDirectory() as folder:
         task = data.task(config, config.student.model)
-        found = train(task, Feed(dataset, order), settings=settings, out=f"{folder}/run", config={})
+        found = train(task, TrainBatches(dataset, order), settings=settings, out=f"{folder}/run", config={})
     return float(found["accuracy"])
 
 
@@ -111,7 +111,7 @@ def measure(config: RunConfig, block: int, seeds: int) -> list[dict[str, Any]]:
             order = order_of(window, len(view), block=block, batch_size=config.train.batch_size, seed=seed)
             row["classes"].append(classes_per_batch(order, targets))
             row["accuracy"].append(accuracy_of(config, data, dataset, order, seed))
-            say(f"seed {seed}, {row['window']}: {row['accuracy'][-1]:.4f}")
+            log_info(f"seed {seed}, {row['window']}: {row['accuracy'][-1]:.4f}")
     for row in rows:
         row["classes"] = statistics.mean(row["classes"])
     for row in rows:

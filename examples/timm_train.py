@@ -14,13 +14,13 @@ from timm.data import create_loader
 from timm.optim import create_optimizer_v2
 from timm.utils import AverageMeter, accuracy
 
-from softcache import ThawSettings, open_cache
+from softcache import MemmapSettings, open_cache
 from softcache.config.run import load_config
 from softcache.data.sources import open_source
 from softcache.losses import LossSettings
 from softcache.student.integrations.timm import TimmDataset, TimmImages, TimmLoss
 
-cache, source = open_cache(sys.argv[1], thaw=ThawSettings()), load_config(sys.argv[2]).source
+cache, source = open_cache(sys.argv[1], thaw=MemmapSettings()), load_config(sys.argv[2]).source
 train = TimmDataset(open_source(source, split="train"), cache)
 held_out = TimmImages(open_source(source, split="eval"), cache)
 both = {"mean": train.mean, "std": train.std, "device": torch.device("cpu"), "num_workers": 0}

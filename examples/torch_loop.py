@@ -10,14 +10,14 @@ import sys
 
 import torch
 
-from softcache import BlockSampler, SoftLabelDataset, ThawSettings, losses, open_cache
+from softcache import BlockSampler, MemmapSettings, SoftLabelDataset, losses, open_cache
 from softcache.config.run import load_config
 from softcache.data.batch import ViewedSource
 from softcache.data.sources import open_source
 from softcache.models.image import Normalize, build_model
 from softcache.reader.dataset import cached_views
 
-cache, source = open_cache(sys.argv[1], thaw=ThawSettings()), load_config(sys.argv[2]).source
+cache, source = open_cache(sys.argv[1], thaw=MemmapSettings()), load_config(sys.argv[2]).source
 dataset = SoftLabelDataset(open_source(source, split="train"), cache)
 held_out = ViewedSource(open_source(source, split="eval"), views := cached_views(cache))
 normalize = Normalize(views.settings.mean, views.settings.std)

@@ -13,10 +13,10 @@ import click
 
 from softcache import __version__
 from softcache.errors import SoftcacheError
-from softcache.runtime.distributed import is_first_to_fail
-from softcache.runtime.logging import report
-from softcache.runtime.ranks import is_first
-from softcache.runtime.signals import Interrupted, signals_stop
+from softcache.runtime.distributed import claim_error_report
+from softcache.runtime.logging import log_event
+from softcache.runtime.ranks import is_rank_zero
+from softcache.runtime.signals import Interrupted, handle_signals
 
 from .commands import LazyCommands
 from .completing import COMPLETE_VAR, answer
@@ -38,23 +38,23 @@ def main() -> None:
     # So that `module:factory` finds the user's own modules; last, so that they hide nothing.
     if "" not in sys.path:
         sys.path.append("")
-    if not is_first():
+    if not is_rank_zero():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    with signals_stop():
+    with handle_signals():
         try:
             softcache(standalone_mode=True)
         except SoftcacheError as error:
-            if is_first_to_fail():
-                report("error", f"softcache: {error}", kind=type(error).__name__, message=str(error))
+            if claim_error_report():
+                log_event("error", f"softcache: {error}", kind=type(error).__name__, message=str(error))
             sys.exit(1)
         except Interrupted as stopped:
             again = shlex.join(["softcache", *sys.argv[1:]])
             text = f"softcache: {stopped}; what is finished is kept, and the same command goes on: {again}"
-            if is_first():
-                report("interrupted", text, signal=stopped.signum, resume=again)
+            if is_rank_zero():
+                log_event("interrupted", text, signal=stopped.signum, resume=again)
             sys.exit(stopped.exit_code)
         except Exception:
-            if is_first_to_fail():
+            if claim_error_report():
                 raise
             sys.exit(1)
 

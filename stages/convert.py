@@ -6,7 +6,7 @@ softcache convert runs/digits/cache runs/digits/cache-parquet --store parquet
 import click
 
 from softcache.reader.cache import open_cache
-from softcache.runtime.logging import track
+from softcache.runtime.logging import progress_bar
 from softcache.tools.convert import convert_cache
 
 from .options import json_option, print_json
@@ -31,7 +31,7 @@ def convert(source_url: str, target_url: str, store: str, as_json: bool) -> None
     """
     cache = open_cache(source_url)
     plan, total = cache.manifest.plan, sum(marker.num_rows for marker in cache.markers.values())
-    with track("convert", total, "rows") as advance:
+    with progress_bar("convert", total, "rows") as advance:
         copied = convert_cache(cache, target_url, store=store, progress=advance)
     if as_json:
         print_json(cache_report(copied))

@@ -26,14 +26,14 @@ from softcache.runs import (
     open_data,
     open_labels,
     open_teacher,
-    slug_of,
+    slugify,
     train_student,
 )
 from softcache.runs.export import ExportSettings, load_onnxruntime
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 from softcache.runtime.scores import SCORES
 
-from .export import export_and_tell, export_options
+from .export import export_and_print, export_options
 from .options import cache_option, config_options, log_option
 
 __all__ = ["distill"]
@@ -93,7 +93,7 @@ def distill(
         _make_cache(config, data, url)
     cache = open_labels(config, url)
     made = _searched(config, cache) if sweep else _trained(config, data, cache, model or config.student.model)
-    export_and_tell(
+    export_and_print(
         made.run,
         out or str(config.root / "export" / made.name),
         settings,
@@ -129,13 +129,13 @@ def _searched(config: RunConfig, cache: Cache) -> _Made:
     assert best.place is not None, "a finished trial has a run"
     results = [result for result in ranked(sweep) if result.state in ("complete", "pruned")]
     told = f"{sweep.bench.metric} {SCORES[cache.manifest.kind].told(best.value)}"
-    say(f"sweep: {len(results)} trials; the best is trial {best.number}, {told}; as a config: {written}")
+    log_info(f"sweep: {len(results)} trials; the best is trial {best.number}, {told}; as a config: {written}")
     cost = {
         "student_training_seconds": best.seconds,
         "sweep_trials": len(results),
         "sweep_seconds": sum(result.seconds for result in results),
     }
-    slug = slug_of(best.params.get("student", config.student.model))
+    slug = slugify(best.params.get("student", config.student.model))
     name = f"{slug}-sweep-{Path(best.place).name}"
     return _Made(sweep.bench.path / best.place, name, sweep.bench.cache_of(best.params), cost)
 
@@ -143,12 +143,12 @@ def _searched(config: RunConfig, cache: Cache) -> _Made:
 def _make_cache(config: RunConfig, data: Data, url: str) -> None:
     """Fills the cache, and keeps how long that took beside the run."""
     if cache_is_ready(config, data, url):
-        say(f"cache {url}: complete; the teacher is not loaded for it")
+        log_info(f"cache {url}: complete; the teacher is not loaded for it")
         return
     make_teacher(config, data)
     began = time.monotonic()
     cache, report = capture_labels(config, data, open_teacher(config, data), url)
-    say(f"cache {url}: {report.units_done} units made now, {report.units_found} were there")
+    log_info(f"cache {url}: {report.units_done} units made now, {report.units_found} were there")
     told = _capture_seconds(config, cache)
     # Units of a run that was killed took time that nobody wrote down; the total is then not known.
     known = report.units_found == 0 or told is not None

@@ -22,11 +22,11 @@ from softcache.runs.export import (
     note,
 )
 from softcache.runs.report import open_run
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 
 from .options import json_option, log_option, print_json, print_table
 
-__all__ = ["export_and_tell", "export_command", "export_options"]
+__all__ = ["export_and_print", "export_command", "export_options"]
 
 DEFAULTS = ExportSettings()
 
@@ -82,10 +82,10 @@ def export_command(
     Example:
       softcache export runs/digits/students/cnn-width-8-cache-0123abcd --out exported
     """
-    export_and_tell(Path(run), out, settings, url=url, cost=None, max_drop=max_drop, as_json=as_json)
+    export_and_print(Path(run), out, settings, url=url, cost=None, max_drop=max_drop, as_json=as_json)
 
 
-def export_and_tell(
+def export_and_print(
     run: Path,
     out: str,
     settings: ExportSettings,
@@ -103,7 +103,12 @@ def export_and_tell(
     load_onnxruntime()
     report = open_run(run, cache_url=url)
     figures = export_run(
-        report, report.runs[0], out, settings, cost=cost, progress=lambda what: say(f"export {out}: {what}")
+        report,
+        report.runs[0],
+        out,
+        settings,
+        cost=cost,
+        progress=lambda what: log_info(f"export {out}: {what}"),
     )
     # What it cost may have grown since the files were made: trials of a sweep that went on.
     known = {name: value for name, value in (cost or {}).items() if value is not None}

@@ -13,7 +13,7 @@ import click
 from softcache.config.run import load_config
 from softcache.reader.cache import Cache, open_cache
 from softcache.runs import open_data, open_teacher
-from softcache.runtime.logging import track
+from softcache.runtime.logging import progress_bar
 from softcache.tools.fidelity import draw_frontier, measure_cache, num_points, rerun_teacher
 
 from .options import json_option, parse_temperatures, print_json, print_table
@@ -72,9 +72,9 @@ def fidelity(
     wanted = _temperatures(cache, temperatures)
     data = open_data(config)
     teacher = open_teacher(config, data)
-    with track("fidelity: teacher", rows, "rows") as advance:
+    with progress_bar("fidelity: teacher", rows, "rows") as advance:
         rerun = rerun_teacher(cache, data.train, teacher, num_rows=rows, seed=seed, progress=advance)
-    with track("fidelity: frontier", num_points(cache.num_classes), "points") as advance:
+    with progress_bar("fidelity: frontier", num_points(cache.num_classes), "points") as advance:
         report, points = measure_cache(cache, rerun, temperatures=wanted, progress=advance)
     report = {"config": config.name, "seed": seed, **report}
     folder = Path(out) if out else config.root / "fidelity"

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from softcache.reader.cache import open_cache
-from softcache.runtime.logging import track
+from softcache.runtime.logging import progress_bar
 from softcache.tools.fuse import RULES, FusionSettings, fuse_caches
 
 from .options import json_option, print_json
@@ -46,7 +46,7 @@ def fuse(urls: tuple[str, ...], out: str, as_json: bool, **how: Any) -> None:
     """
     caches = [open_cache(url) for url in urls]
     rows = caches[0].manifest.total_rows if caches else 0
-    with track("fuse", rows, "rows") as advance:
+    with progress_bar("fuse", rows, "rows") as advance:
         fused = fuse_caches(caches, out, FusionSettings.model_construct(caches=urls, **how), progress=advance)
     if as_json:
         print_json(cache_report(fused) | {"rule": how["rule"], "teachers": list(urls)})

@@ -11,7 +11,7 @@ from softcache.config.run import load_config
 from softcache.data.sources.text.source import TextSettings, open_text
 from softcache.data.tokens import TokenData
 from softcache.errors import ConfigError
-from softcache.runtime.logging import say, track
+from softcache.runtime.logging import log_info, progress_bar
 from softcache.tools.import_logprobs import find_responses, import_labels
 
 from .options import cache_option, config_options, json_option, print_json
@@ -68,11 +68,11 @@ def import_command(
     source = open_text(config.source, split="train")
     data = TokenData(source, cross_documents=config.source.cross_documents)
     num_bytes = sum(Path(path).stat().st_size for path in responses if Path(path).is_file())
-    with track("import: find the samples", num_bytes, "bytes") as advance:
+    with progress_bar("import: find the samples", num_bytes, "bytes") as advance:
         found = find_responses(responses, source, any_model=model_name is not None, progress=advance)
     if found.num_failed:
-        say(f"import: {found.num_failed} requests had failed, the first: {found.first_failed}")
-    with track("import: write labels", int(source.num_rows().sum()), "rows") as advance:
+        log_info(f"import: {found.num_failed} requests had failed, the first: {found.first_failed}")
+    with progress_bar("import: write labels", int(source.num_rows().sum()), "rows") as advance:
         cache, report = import_labels(
             found,
             data,

@@ -11,7 +11,7 @@ from typing import Any
 import click
 import numpy as np
 
-from softcache.labels import STATS, BernoulliLabels, CellLabels, SoftLabels
+from softcache.labels import STATS, BernoulliLabels, DetectionLabels, SoftLabels
 from softcache.reader.cache import Cache, open_cache
 
 from .options import json_option, print_json, print_table
@@ -126,7 +126,7 @@ def _labels(cache: Cache) -> dict[str, Any]:
     entropy: list[np.ndarray] = []
     num_rows, hits = 0, 0
     for part, record in _parts(cache):
-        is_cells = isinstance(record, CellLabels)
+        is_cells = isinstance(record, DetectionLabels)
         labels: SoftLabels = record.labels if is_cells else record
         num_rows += len(labels)
         for t in temperatures:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from softcache.errors import TemperatureError
-from softcache.runtime.logging import log_as
+from softcache.runtime.logging import set_log_format
 
 __all__ = [
     "cache_option",
@@ -72,7 +72,7 @@ def log_option(command: Callable) -> Callable:
         default="text",
         show_default=True,
         expose_value=False,
-        callback=lambda context, option, value: log_as(value),
+        callback=lambda context, option, value: set_log_format(value),
         help="What stderr gets: text for people, or one JSON object per line.",
     )(command)
 

@@ -10,7 +10,7 @@ import click
 
 from softcache.runs.report import build_sections, open_report, write_page
 from softcache.runs.report.plots import Styles, load_plotly
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 
 __all__ = ["report_command"]
 
@@ -43,7 +43,7 @@ def report_command(runs: tuple[str, ...], urls: tuple[str, ...], fidelity: Path 
     """
     load_plotly()
     report = open_report(runs, cache_url=urls)
-    sections = build_sections(report, fidelity=fidelity, progress=lambda what: say(f"report: {what}"))
+    sections = build_sections(report, fidelity=fidelity, progress=lambda what: log_info(f"report: {what}"))
     teacher = report.config.teacher.model if report.config.teacher else "none named"
     facts = [
         ("Data", report.data.train.source.name),

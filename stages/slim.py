@@ -10,7 +10,7 @@ import click
 
 from softcache.cache.codecs import COARSEST, FINEST
 from softcache.reader.cache import open_cache
-from softcache.runtime.logging import track
+from softcache.runtime.logging import progress_bar
 from softcache.tools.shrink import SlimSettings, slim_cache
 
 from .options import json_option, parse_temperatures, print_json
@@ -65,7 +65,7 @@ def slim(source_url: str, target_url: str, temperatures: str | None, as_json: bo
         **changes, temperatures=parse_temperatures(temperatures) if temperatures else None
     )
     total = sum(marker.num_rows for marker in cache.markers.values())
-    with track("slim", total, "rows") as advance:
+    with progress_bar("slim", total, "rows") as advance:
         smaller = slim_cache(cache, target_url, settings, progress=advance)
     before, after = (sum(s.num_bytes for m in c.markers.values() for s in m.shards) for c in (cache, smaller))
     plan, labels = smaller.manifest.plan, smaller.manifest.identity["labels"]

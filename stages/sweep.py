@@ -22,7 +22,7 @@ from softcache.runs.sweep import Sweep, run_sweep
 from softcache.runs.sweep.cost import Cost, measure_cost, why_unmeasured
 from softcache.runs.sweep.plots import draw_importance, draw_surface, importances
 from softcache.runs.sweep.results import Repeated, Result, ranked, repeats, write_best, write_json
-from softcache.runs.sweep.space import shown
+from softcache.runs.sweep.space import format_value
 from softcache.runtime.scores import SCORES
 
 from .options import cache_option, config_options, json_option, log_option, print_json, print_table
@@ -119,7 +119,7 @@ def _print_trials(sweep: Sweep) -> None:
 
 def _row(sweep: Sweep, told: Callable[[float | None], str], result: Result) -> tuple[str, ...]:
     state = result.state if result.same_as is None else f"as trial {result.same_as}"
-    params = (shown(result.params.get(name, "-")) for name in sweep.space)
+    params = (format_value(result.params.get(name, "-")) for name in sweep.space)
     return (
         str(result.number),
         told(result.value),

@@ -10,7 +10,7 @@ from softcache.config.run import load_config
 from softcache.errors import ConfigError
 from softcache.modalities.translation import TranslationData
 from softcache.runs import make_teacher, open_data, open_teacher
-from softcache.runtime.logging import track
+from softcache.runtime.logging import progress_bar
 from softcache.teacher.base import LanguageTeacher
 from softcache.teacher.generate import generate_source
 
@@ -52,7 +52,7 @@ def teacher_generate(config_path: str, overrides: tuple[str, ...], out: str) -> 
     make_teacher(config, data)
     teacher = open_teacher(config, data)
     assert isinstance(teacher, LanguageTeacher)
-    with track("teacher: translate", len(data.train), "pairs") as advance:
+    with progress_bar("teacher: translate", len(data.train), "pairs") as advance:
         report = generate_source(
             open_objects(out, create=True), data, teacher, config.generate, progress=advance
         )

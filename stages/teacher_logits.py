@@ -20,7 +20,7 @@ from softcache.runs import (
     open_data,
     open_teacher,
 )
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 from softcache.teacher.capture.estimate import Estimate
 from softcache.teacher.capture.run import CaptureReport
 
@@ -97,7 +97,7 @@ def teacher_logits(
         _tell_estimate(url, estimate, price_per_hour, as_json)
         return
     if reuse and cache_is_ready(config, open_data(config), url):
-        say(f"cache {url}: complete; the teacher is not loaded")
+        log_info(f"cache {url}: complete; the teacher is not loaded")
         if as_json:
             print_json(cache_report(open_cache(url)) | {"made_now": None})
         return

@@ -14,8 +14,8 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from softcache.errors import IncompleteCacheError, StorageError
 from softcache.reader.cache import open_cache
-from softcache.reader.memmap import ThawFolder, ThawSettings
-from softcache.runtime.logging import track
+from softcache.reader.memmap import MemmapSettings, ThawFolder
+from softcache.runtime.logging import progress_bar
 
 from .options import json_option, print_json, print_table
 
@@ -69,7 +69,7 @@ def thaw(
 
 
 def _thaw(url: str, num_views: int | None, limit: int, place: ThawFolder, as_json: bool) -> dict[str, Any]:
-    cache = open_cache(url, thaw=ThawSettings(limit, str(place.root), required=True))
+    cache = open_cache(url, thaw=MemmapSettings(limit, str(place.root), required=True))
     views = range(min(num_views or cache.num_views, cache.num_views))
     plans = [cache.thawed_plan(view) for view in views]
     rows: list[dict[str, Any]] = []
@@ -87,7 +87,7 @@ def _thaw(url: str, num_views: int | None, limit: int, place: ThawFolder, as_jso
             f"cache {url}: {len(rows)} views take {total:,} bytes thawed; the limit is {limit:,}; raise --limit, or thaw "
             "fewer --views"
         )
-    with track("thaw", sum(plan.num_rows for plan in plans if plan), "rows") as advance:
+    with progress_bar("thaw", sum(plan.num_rows for plan in plans if plan), "rows") as advance:
         for view in views:
             cache.thawed(view, limit_bytes=limit, progress=advance)
     if not as_json:

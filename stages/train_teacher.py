@@ -6,7 +6,7 @@ softcache train-teacher --config configs/digits.toml     # seconds on a CPU
 import click
 
 from softcache.config.run import load_config
-from softcache.runs import open_data, score_in_words, train_teacher
+from softcache.runs import format_score, open_data, train_teacher
 
 from .options import config_options, json_option, print_json, track_option
 
@@ -34,6 +34,6 @@ def train_teacher_command(
         )
         return
     click.echo(
-        f"teacher {metrics.get('model')}: {metrics['num_parameters']:,} parameters, {score_in_words(metrics)}, "
+        f"teacher {metrics.get('model')}: {metrics['num_parameters']:,} parameters, {format_score(metrics)}, "
         f"loss {metrics['eval_loss']:.4f} on {metrics['eval_samples']:,} samples; weights in {weights}"
     )

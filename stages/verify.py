@@ -11,7 +11,7 @@ import click
 
 from softcache.errors import missing_extra
 from softcache.reader.cache import Cache, open_cache
-from softcache.runtime.logging import track
+from softcache.runtime.logging import progress_bar
 from softcache.tools.verify.checksums import verify_units
 
 from .options import json_option, print_json
@@ -53,7 +53,7 @@ def verify(
       softcache verify runs/digits/cache --config configs/digits.toml
     """
     cache = open_cache(url)
-    with track("verify", cache.manifest.plan.num_units, "units") as advance:
+    with progress_bar("verify", cache.manifest.plan.num_units, "units") as advance:
         faults = list(verify_units(cache, advance))
     checked, num_rows = f"{cache.manifest.plan.num_units} units", 0
     if config_path and not faults:
@@ -85,5 +85,5 @@ def _teacher_faults(
     data = open_data(config)
     teacher = open_teacher(config, data)
     how: dict[str, Any] = {"num_rows": num_rows, "threshold_nats": threshold, "seed": seed}
-    with track("verify: teacher", num_rows, "rows") as advance:
+    with progress_bar("verify: teacher", num_rows, "rows") as advance:
         return list(verify_against_teacher(cache, data.train, teacher, progress=advance, **how))

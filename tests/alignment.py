@@ -29,7 +29,7 @@ from softcache.data.sources.text.source import load_tokenizer
 from softcache.hashing.digests import digest_bytes
 from softcache.runs import capture_labels, open_data, open_teacher
 from softcache.stages.cli import main
-from softcache.student.loop import Loop
+from softcache.student.loop import Trainer
 from tests.test_text_source import CHAT, save_tokenizer
 from tests.text_caches import write_texts
 
@@ -285,16 +285,16 @@ class Found(NamedTuple):
 def attempt(world: World, *options: str) -> Found:
     """Runs `softcache train-student` in the world's folder, in this process."""
     steps: list[Step] = []
-    update = Loop._update
+    update = Trainer._update
 
-    def spy(loop: Loop, batch: Any) -> None:
+    def spy(loop: Trainer, batch: Any) -> None:
         update(loop, batch)
         keys = [loop.feed.dataset._data.source.key(int(sample)) for sample in batch.samples]
         samples = list(zip(keys, batch.fingerprints.tolist(), _labels(batch), strict=True))
         if loop.feed.order.share(loop.feed.order.step - 1)[0]:
             steps.append(Step(loop.feed.order.epoch, batch.view, samples))
 
-    world.patch.setattr(Loop, "_update", spy)
+    world.patch.setattr(Trainer, "_update", spy)
     config = _write_config(world.folder, world.tables)
     arguments = ["train-student", "--config", config, "--cache", world.cache, "--out", "out"]
     world.patch.setattr(sys, "argv", ["softcache", *arguments, "--no-baseline", *options])

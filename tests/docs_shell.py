@@ -26,7 +26,7 @@ import torch
 from click.testing import CliRunner
 
 from softcache.errors import SoftcacheError
-from softcache.runtime.logging import log_as
+from softcache.runtime.logging import set_log_format
 from softcache.stages.cli import softcache
 from tests.caches import ROOT
 
@@ -150,7 +150,7 @@ class Shell:
                     answer = self._do(words)
             finally:
                 os.chdir(here)
-                log_as("text")
+                set_log_format("text")
                 torch.set_num_threads(1)
                 for name, module in list(
                     sys.modules.items()

@@ -15,7 +15,7 @@ from softcache.losses import LossSettings, distillation_loss, row_weights, sched
 from softcache.models.image import build_model
 from softcache.reader.cache import open_cache
 from softcache.runs import open_data, open_teacher, train_student
-from softcache.student.loop import Loop
+from softcache.student.loop import Trainer
 from softcache.student.tasks import TokenStudent
 from tests.caches import make_cache
 from tests.fakes_language import known
@@ -89,8 +89,8 @@ def test_hard_labels_have_no_temperature(tmp_path, shared_cache):
 def test_every_step_has_the_schedules_temperature_and_every_epoch_says_its_last(
     tmp_path, shared_cache, monkeypatch
 ):
-    seen, real = [], Loop._mix
-    monkeypatch.setattr(Loop, "_mix", lambda loop: seen.append(real(loop)["mix"]) or {"mix": seen[-1]})
+    seen, real = [], Trainer._mix
+    monkeypatch.setattr(Trainer, "_mix", lambda loop: seen.append(real(loop)["mix"]) or {"mix": seen[-1]})
     metrics = fit(shared_cache[2], tmp_path, tables={"loss": MOVING})
     settings = LossSettings.model_validate(MOVING)
     how = {"num_steps": 18, "losses": []}

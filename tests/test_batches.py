@@ -8,8 +8,8 @@ import torch
 
 from softcache.data.batch import ViewedSource
 from softcache.data.sources import SourceSettings, open_source
-from softcache.data.sources.images.base import InMemorySource, images_of
-from softcache.data.sources.images.registry import FirstSamples
+from softcache.data.sources.images.base import InMemorySource, load_images
+from softcache.data.sources.images.registry import Subset
 from softcache.data.transforms import Views, ViewSettings
 from softcache.errors import SourceError
 from softcache.hashing.digests import fingerprint
@@ -104,20 +104,20 @@ def test_what_a_source_offers_at_once_is_what_it_shows_one_by_one():
     for source in (
         memory_source(),
         memory_source(kind=OneByOne),
-        FirstSamples(memory_source(), 9),
-        FirstSamples(memory_source(kind=OneByOne), 9),
+        Subset(memory_source(), 9),
+        Subset(memory_source(kind=OneByOne), 9),
         open_source(SourceSettings(name="digits"), split="eval"),
     ):
-        images = images_of(source, SAMPLES)
+        images = load_images(source, SAMPLES)
         assert all(torch.equal(x, source.image(n)) for x, n in zip(images, SAMPLES.tolist(), strict=True))
     with pytest.raises(IndexError, match="sample 8 of 4"):
-        FirstSamples(memory_source(), 4).images(SAMPLES)
+        Subset(memory_source(), 4).images(SAMPLES)
 
 
 def test_a_source_whose_image_was_replaced_shows_that():
     source = memory_source()
     source.image = lambda sample: torch.full((1, 6, 7), sample, dtype=torch.uint8)
-    assert [int(image.max()) for image in images_of(source, SAMPLES)] == SAMPLES.tolist()
+    assert [int(image.max()) for image in load_images(source, SAMPLES)] == SAMPLES.tolist()
 
 
 def test_a_pickled_source_loads_the_same():

@@ -130,7 +130,7 @@ def test_blocks_at_hand_come_first_where_two_windows_meet():
     for key in (5, 6, 7):
         blocks.get(key)
     wanted = [1, 2, 5, 6, 7]
-    for place in blocks.kept_first(wanted):
+    for place in blocks.cached_first(wanted):
         blocks.get(wanted[place])
     assert decode.calls == [5, 6, 7, 1, 2], "in the order asked for, 5 would have gone before its turn"
 

@@ -17,7 +17,7 @@ from softcache.errors import IdentityError, LabelError, StorageError
 from softcache.labels import sparsify
 from softcache.reader.cache import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher
-from softcache.teacher.capture.writer import OpenUnit
+from softcache.teacher.capture.writer import PendingUnit
 from tests.caches import ROOT, digits_config, make_cache
 
 
@@ -176,7 +176,7 @@ def test_a_dead_writer_stops_the_run_with_its_error(tmp_path, monkeypatch):
 def test_at_most_so_many_units_wait_for_the_writer(tmp_path, monkeypatch):
     """The writer is held up until the teacher cannot go on; then only the queue, its unit and one more were labelled."""
     released, batches = threading.Event(), []
-    real_publish, real_add = units.publish_unit, OpenUnit.add
+    real_publish, real_add = units.publish_unit, PendingUnit.add
 
     def slow(*args, **kwargs):
         released.wait(30)
@@ -187,7 +187,7 @@ def test_at_most_so_many_units_wait_for_the_writer(tmp_path, monkeypatch):
         real_add(self, batch, labels)
 
     monkeypatch.setattr("softcache.teacher.capture.run.publish_unit", slow)
-    monkeypatch.setattr(OpenUnit, "add", counted)
+    monkeypatch.setattr(PendingUnit, "add", counted)
     found = []
 
     def release():

@@ -106,7 +106,7 @@ def test_of_a_softmax_head_it_holds_the_tail_and_no_centerness(folder):
 def test_a_student_learns_from_the_cache_what_it_learns_beside_the_teacher(folder):
     """Same batch, same loss; float32 on disk, so that nothing but summation order differs."""
     config, data, cache = make_cells(folder, "exact", capture={"values": "float32"})
-    dataset, _ = data.labelled(config, cache)
+    dataset, _ = data.train_dataset(config, cache)
     cached = dataset.__getitems__([(4, 1), (9, 1)])
     plain = data.train.load([4, 9], 1)
     task, live = data.task(config, SPEC), data.task(config, SPEC, open_teacher(config, data))
@@ -223,7 +223,7 @@ def test_the_cache_says_how_many_cells_there_are_whatever_the_config_leaves_out(
     config, _, cache = zarr
     positions = config.labels.positions.model_copy(update={"top": 64})
     silent = config.model_copy(update={"labels": config.labels.model_copy(update={"positions": positions})})
-    dataset, _ = open_data(silent).labelled(silent, cache)
+    dataset, _ = open_data(silent).train_dataset(silent, cache)
     assert dataset[(0, 0)].num_rows == TOP
 
 
@@ -484,7 +484,9 @@ def test_a_record_of_another_head_is_not_encoded(zarr):
     record = zarr[2].read([0], 0)
     made = zarr[2].manifest.build_codec()
     assert made.encode(record).keys() == {column.name for column in made.columns}
-    with pytest.raises(LabelError, match=r"expected CellLabels of BernoulliLabels; found BernoulliLabels"):
+    with pytest.raises(
+        LabelError, match=r"expected DetectionLabels of BernoulliLabels; found BernoulliLabels"
+    ):
         made.encode(record.labels)
     with pytest.raises(LabelError, match=r"expected the columns .*; found .*the teacher's head changed"):
         made.encode(type(record)(record.labels, record.cells, {"boxes": record.columns["boxes"]}))

@@ -8,7 +8,7 @@ import torch
 
 from softcache.data.boxes import DetectionBatch
 from softcache.errors import LabelError, SourceError, TemperatureError
-from softcache.labels import BernoulliLabels, CellLabels, SoftLabels
+from softcache.labels import BernoulliLabels, DetectionLabels, SoftLabels
 
 P, V, K = 6, 5, 2
 
@@ -38,7 +38,7 @@ def cell_labels(labels=None, seed=0, **columns):
         "boxes": rng.normal(size=(len(labels), 4)).astype(np.float32),
         "centerness": rng.normal(size=len(labels)).astype(np.float32),
     }
-    return CellLabels(labels, rng.permutation(100)[: len(labels)].astype(np.int32), columns)
+    return DetectionLabels(labels, rng.permutation(100)[: len(labels)].astype(np.int32), columns)
 
 
 def arrays(record):
@@ -139,7 +139,7 @@ def test_a_record_survives_torch_taking_and_joining_whatever_its_distribution_an
     assert not record.is_torch
     assert_same(record, there)
     for whole in (record, there):
-        assert_same(CellLabels.concat([whole.take(slice(0, 2)), whole.take([2, 3, 4, 5])]), record)
+        assert_same(DetectionLabels.concat([whole.take(slice(0, 2)), whole.take([2, 3, 4, 5])]), record)
     order = [4, 0, 3]
     for name, array in arrays(record.take(order)).items():
         np.testing.assert_array_equal(array, arrays(record)[name][order], err_msg=name)
@@ -149,15 +149,15 @@ def test_a_record_survives_torch_taking_and_joining_whatever_its_distribution_an
 def test_records_that_differ_in_more_than_their_positions_do_not_join():
     record = cell_labels()
     with pytest.raises(LabelError, match="expected one kind of distribution"):
-        CellLabels.concat([record, cell_labels(softmax_record())])
+        DetectionLabels.concat([record, cell_labels(softmax_record())])
     with pytest.raises(LabelError, match="record 1: expected the columns"):
-        CellLabels.concat([record, replace(record, columns={})])
+        DetectionLabels.concat([record, replace(record, columns={})])
     with pytest.raises(LabelError, match="record 1: expected num_classes 5"):
-        CellLabels.concat([record, replace(record, labels=replace(record.labels, num_classes=9))])
+        DetectionLabels.concat([record, replace(record, labels=replace(record.labels, num_classes=9))])
     with pytest.raises(LabelError, match="record 1: expected the columns"):
         BernoulliLabels.concat([record.labels, replace(record.labels, dropped_mass=None)])
     with pytest.raises(LabelError, match="at least one record"):
-        CellLabels.concat([])
+        DetectionLabels.concat([])
 
 
 ROWS = 2

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from softcache.cache.codecs import OpenCodec, PackedCodec, codec_from_dict
-from softcache.cache.codecs.packed.layout import FARTHEST
+from softcache.cache.codecs.packed.layout import MAX_NEG_LOG_PROB
 from softcache.errors import LabelError, ManifestError
 from softcache.labels import Sampling, SoftLabels
 from softcache.labels.sparsify import hybrid, sample, top_k
@@ -48,7 +48,7 @@ def rounding(*values):
 
 
 def clipped(values):
-    return np.where(np.isneginf(values), values, np.maximum(values, -FARTHEST))
+    return np.where(np.isneginf(values), values, np.maximum(values, -MAX_NEG_LOG_PROB))
 
 
 def assert_near(found, wanted, bound):

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 
 from softcache.config.run import build_config
 from softcache.errors import ConfigError, LabelError, SpecError
-from softcache.labels import BernoulliLabels, CellLabels
+from softcache.labels import BernoulliLabels, DetectionLabels
 from softcache.losses.detection import CellLossSettings
 from softcache.modalities import open_data
 from softcache.models.detection.mean_average_precision import new_metric, score_batch
@@ -59,7 +59,7 @@ def record(said, cells):
         num_classes=top.values.shape[1],
     )
     columns = {"boxes": said.boxes[image, cell], "centerness": said.centerness[image, cell]}
-    return CellLabels(coins, cell.int(), columns)
+    return DetectionLabels(coins, cell.int(), columns)
 
 
 def test_the_soft_loss_reaches_the_labelled_cells_alone(parts):
@@ -115,7 +115,7 @@ def test_alpha_mixes_the_modules_own_loss_with_the_soft_one(parts):
 
 
 def test_detections_that_are_the_truth_score_one_and_crowds_do_not_count(data, monkeypatch):
-    from softcache.data.sources.detection.base import Truth
+    from softcache.data.sources.detection.base import BoxAnnotations
     from softcache.models.detection.detector import Detector
 
     task = data.task(config(None), SPEC)
@@ -139,7 +139,7 @@ def test_detections_that_are_the_truth_score_one_and_crowds_do_not_count(data, m
         return float(metric.compute()["map"])
 
     assert score(truths) == pytest.approx(1.0)
-    crowded = Truth(truths[0].boxes, truths[0].classes, np.arange(len(truths[0])) == 0)
+    crowded = BoxAnnotations(truths[0].boxes, truths[0].classes, np.arange(len(truths[0])) == 0)
     assert score([crowded, *truths[1:]]) == pytest.approx(1.0)
     gone = [truth.take(np.zeros(len(truth), bool)) for truth in truths[:1]]
     assert score([*gone, *truths[1:]]) < 1.0

@@ -9,7 +9,16 @@ import torch
 
 from softcache.errors import LabelError, TemperatureError
 from softcache.labels import DEFAULT_TEMPERATURES, Sampling, SoftLabels, concat
-from softcache.labels.sparsify import LabelSettings, dense, hybrid, row_seeds, sample, sparsify, top_k, top_p
+from softcache.labels.sparsify import (
+    LabelSettings,
+    apply_policy,
+    dense,
+    hybrid,
+    row_seeds,
+    sample,
+    top_k,
+    top_p,
+)
 from softcache.runs import open_teacher
 from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.caches import make_cache
@@ -109,10 +118,12 @@ def test_hybrid_varies_less_than_draws_with_replacement():
 def test_a_rerun_draws_the_same_whatever_the_chunks_and_the_batch(policy):
     settings = LabelSettings(policy=policy, k=2, draws=6, seed=3)
     logits = make_logits(50).expand(30, -1) + torch.arange(30)[:, None] / 10
-    whole = sparsify(logits, settings, seeds_P=seeds(30, 3))
-    parts = [sparsify(logits[i : i + 7], settings, seeds_P=seeds(30, 3)[i : i + 7]) for i in range(0, 30, 7)]
+    whole = apply_policy(logits, settings, seeds_P=seeds(30, 3))
+    parts = [
+        apply_policy(logits[i : i + 7], settings, seeds_P=seeds(30, 3)[i : i + 7]) for i in range(0, 30, 7)
+    ]
     assert torch.equal(whole.ids, concat(parts).ids)
-    assert not torch.equal(whole.ids, sparsify(logits, settings, seeds_P=seeds(30, 4)).ids)
+    assert not torch.equal(whole.ids, apply_policy(logits, settings, seeds_P=seeds(30, 4)).ids)
     function = sample if policy == "sample" else hybrid
     extra = {} if policy == "sample" else {"k": 2}
     one_by_one = function(logits, draws=6, seeds_P=seeds(30, 3), chunk_positions=1, **extra)
@@ -222,7 +233,7 @@ def test_bad_arguments_raise():
     with pytest.raises(LabelError, match=r"labels\.p"):
         top_p(logits, p=0.0, max_k=2)
     with pytest.raises(LabelError, match="seeds of the rows"):
-        sparsify(logits, LabelSettings(policy="sample", draws=2))
+        apply_policy(logits, LabelSettings(policy="sample", draws=2))
     labels = sample(logits, draws=2, seeds_P=seeds(2))
     with pytest.raises(LabelError, match=r"SoftLabels\.counts"):
         SoftLabels(

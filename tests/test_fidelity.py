@@ -11,7 +11,7 @@ from softcache.runs import open_data, open_teacher
 from softcache.tools.fidelity import measure_cache, rerun_teacher
 from softcache.tools.fidelity.frontier import DRAWS, frontier
 from softcache.tools.fidelity.metrics import gradient_difference, measure
-from softcache.tools.fidelity.reference import STUDENT_T, Truth
+from softcache.tools.fidelity.reference import STUDENT_T, ReferenceDistribution
 from softcache.tools.shrink import SlimSettings, slim_cache
 from tests.caches import digits_config, make_cache
 from tests.text_caches import make_text_cache
@@ -40,7 +40,7 @@ def student_of(logits, T):
 @pytest.mark.parametrize("make", [lambda z: top_k(z, k=4), lambda z: top_p(z, p=0.8, max_k=12)])
 def test_a_cut_record_is_measured_as_written_out(logits, make, T):
     labels, p_PV = make(logits), (logits.double() / T).softmax(1)
-    found = measure(labels, Truth(logits, T))
+    found = measure(labels, ReferenceDistribution(logits, T))
     softened = labels.map_arrays(lambda x: x.double() if x.is_floating_point() else x).at_temperature(T)
     for row in range(len(logits)):
         kept = [int(i) for i in labels.ids[row] if i < NUM_CLASSES]
@@ -78,7 +78,7 @@ def test_a_cut_record_is_measured_as_written_out(logits, make, T):
 )
 def test_the_gradient_is_that_of_the_loss(logits, make, T):
     """What the loss itself gives at the reference student, for drawn records; and the truth's is s - p."""
-    labels, truth = make(logits, seeds(len(logits))), Truth(logits, T)
+    labels, truth = make(logits, seeds(len(logits))), ReferenceDistribution(logits, T)
     student = (logits.double() / STUDENT_T).clamp(min=-1e4).requires_grad_()
     wide = labels.map_arrays(lambda x: x.double() if x.is_floating_point() else x)
     forward_kl(student, wide, temperature=T).sum().backward()
@@ -99,7 +99,9 @@ def test_a_cut_record_has_the_gradient_of_the_loss_too(logits):
     forward_kl(student, wide, temperature=T).sum().backward()
     p_PV, s_PV = (logits.double() / T).softmax(1), (student.detach() / T).softmax(1)
     expected = (T * student.grad - (s_PV - p_PV)).square().sum(1)
-    torch.testing.assert_close(measure(labels, Truth(logits, T))["gradient"], expected, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(
+        measure(labels, ReferenceDistribution(logits, T))["gradient"], expected, rtol=1e-5, atol=1e-9
+    )
 
 
 # -- caches ------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from softcache.errors import LabelError
 from softcache.labels import STATS, SoftLabels
-from softcache.labels.sparsify import dense, sparsify, top_k, top_p
+from softcache.labels.sparsify import apply_policy, dense, top_k, top_p
 from softcache.labels.sparsify.settings import LabelSettings
 from softcache.tools.fuse import RULES, fused_labels, fusion_bounds, rule_weights
 
@@ -221,7 +221,7 @@ def test_no_geometric_mean_where_the_teachers_share_no_class():
 def test_what_cannot_be_fused_is_refused():
     logits, targets = teachers(4, 6)
     good = records(logits, targets, top_k, k=2)
-    drawn = sparsify(
+    drawn = apply_policy(
         logits[0],
         LabelSettings(policy="sample", draws=3, temperatures=GRID),
         targets_P=targets,

@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 
-from softcache.cache.manifest import differences
+from softcache.cache.manifest import diff_manifests
 from softcache.reader.cache import open_cache
 from softcache.reader.dataset import SoftLabelDataset, cached_views
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
@@ -111,7 +111,7 @@ def test_todays_run_has_the_identity_of_the_frozen_one(store):
     assert today.identity["views"]["digest"] == frozen.identity["views"]["digest"]
     assert today.identity["source"]["digest"] == frozen.identity["source"]["digest"]
     # The fake teacher's weights are cosines, whose last bit is the CPU's.
-    told = [line for line in differences(today, frozen) if "weights_digest" not in line]
+    told = [line for line in diff_manifests(today, frozen) if "weights_digest" not in line]
     assert told == []
 
 

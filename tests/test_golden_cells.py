@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from softcache.cache.manifest import differences
+from softcache.cache.manifest import diff_manifests
 from softcache.labels import BernoulliLabels
 from softcache.reader.cache import open_cache
 from softcache.runs import open_data, open_teacher, train_student
@@ -65,7 +65,7 @@ def test_todays_run_has_the_identity_of_the_frozen_one(store, tmp_path):
     run = cell_config(store, weights(tmp_path, CELL_SPECS[store]))
     data = open_data(run)
     today, _ = plan_manifest(data.train, open_teacher(run, data), run.labels, run.capture)
-    assert [line for line in differences(today, frozen) if "weights_digest" not in line] == []
+    assert [line for line in diff_manifests(today, frozen) if "weights_digest" not in line] == []
 
 
 def test_a_student_still_learns_from_a_frozen_cache(store, tmp_path):

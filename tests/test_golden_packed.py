@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from softcache.cache.codecs import PackedCodec
-from softcache.cache.manifest import differences
+from softcache.cache.manifest import diff_manifests
 from softcache.labels import SoftLabels
 from softcache.labels.sparsify import hybrid, sample, top_k, top_p
 from softcache.reader.cache import open_cache
@@ -127,7 +127,7 @@ def test_todays_run_has_the_identity_of_the_frozen_one(store):
     data = open_data(run)
     today, _ = plan_manifest(data.train, open_teacher(run, data), run.labels, run.capture)
     # The fake teacher's weights are cosines, whose last bit is the CPU's.
-    assert [line for line in differences(today, frozen) if "weights_digest" not in line] == []
+    assert [line for line in diff_manifests(today, frozen) if "weights_digest" not in line] == []
 
 
 def test_every_frozen_unit_still_matches_its_marker(store):

@@ -12,7 +12,7 @@ import torch
 from softcache import SoftLabelDataset, SoftLabelLoader, open_cache
 from softcache.errors import AlignmentError, CorruptionError
 from softcache.reader.cache import Cache
-from softcache.reader.dataset import HardLabelDataset, Unlabelled
+from softcache.reader.dataset import FingerprintedSamples, HardLabelDataset
 from softcache.reader.order import BlockShuffle
 from tests.test_reader import Renamed, damaged, shards  # noqa: F401
 
@@ -256,7 +256,9 @@ def test_changed_pixels_are_caught_and_named(opened, workers):
 def test_a_worker_that_takes_no_fingerprints_is_caught(opened, monkeypatch):
     loader = loader_of(opened)
     monkeypatch.setattr(
-        Unlabelled, "load", lambda self, samples, view: self.data.load(samples, view, fingerprints=False)
+        FingerprintedSamples,
+        "load",
+        lambda self, samples, view: self.data.load(samples, view, fingerprints=False),
     )
     with pytest.raises(AlignmentError, match="the student would see 0000000000000000"):
         list(loader)
@@ -265,12 +267,14 @@ def test_a_worker_that_takes_no_fingerprints_is_caught(opened, monkeypatch):
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_share_that_is_checked_is_a_function_of_sample_and_view(shared_cache, share):
     samples = np.arange(20_000)
-    one, two = (Unlabelled(shared_cache[1].train, check_share=share, check_first=0) for _ in range(2))
-    chosen = one.is_checked(samples, 1)
+    one, two = (
+        FingerprintedSamples(shared_cache[1].train, check_share=share, check_first=0) for _ in range(2)
+    )
+    chosen = one.fingerprint_mask(samples, 1)
     assert chosen.mean() == pytest.approx(share, abs=0.015)
-    assert np.array_equal(two.is_checked(samples[::-1], 1), chosen[::-1])
+    assert np.array_equal(two.fingerprint_mask(samples[::-1], 1), chosen[::-1])
     if 0 < share < 1:
-        both = (chosen & one.is_checked(samples, 0)).mean()
+        both = (chosen & one.fingerprint_mask(samples, 0)).mean()
         assert both == pytest.approx(share**2, abs=0.015), "views are drawn apart"
         batch = one.load(samples[:300], 1)
         assert np.array_equal(batch.fingerprints != 0, chosen[:300])

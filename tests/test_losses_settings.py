@@ -7,7 +7,7 @@ from torch import nn
 
 from softcache.config.run import load_config
 from softcache.errors import ConfigError
-from softcache.labels.sparsify import dense, top_k, whole_record
+from softcache.labels.sparsify import dense, dense_labels_unsorted, top_k
 from softcache.losses import KINDS, LossSettings, distillation_loss
 from softcache.losses.fused import fused_distillation_loss
 from softcache.student.tasks import ImageTask, TokenStudent
@@ -107,7 +107,7 @@ def test_tokens_learn_by_it_from_a_live_teacher_at_once_and_by_chunks(name, stan
     targets = torch.arange(7)
     teacher = make_logits(7, 50, 3).float()[:, :num_student_classes]
     at_once = student._dense_loss(hidden, teacher, targets, 0.7, 2.0)
-    by_chunks = student._fused(hidden, whole_record(teacher), targets, 0.7, 2.0)
+    by_chunks = student._fused(hidden, dense_labels_unsorted(teacher), targets, 0.7, 2.0)
     torch.testing.assert_close(at_once, by_chunks, rtol=1e-5, atol=1e-5)
     gradients = [torch.autograd.grad(x, hidden)[0] for x in (at_once, by_chunks)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from softcache.errors import LabelError, TemperatureError
-from softcache.labels.sparsify import dense, top_k, whole_record
+from softcache.labels.sparsify import dense, dense_labels_unsorted, top_k
 from softcache.losses import KINDS, distillation_loss, forward_kl, make_loss, standardized
 from softcache.losses.fused import fused_distillation_loss
 from tests.losses_dense import DENSE, TARGETS, P, V
@@ -64,7 +64,7 @@ def test_classes_that_are_masked_count_for_nothing():
 def test_a_whole_record_needs_no_stats():
     teacher, student = make_logits(P, V, 5).float(), make_logits(P, V, 6)
     one, other = (
-        standardized(student, x, temperature=2.0)[1] for x in (whole_record(teacher), dense(teacher))
+        standardized(student, x, temperature=2.0)[1] for x in (dense_labels_unsorted(teacher), dense(teacher))
     )
     torch.testing.assert_close(one, other)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from softcache.cache.manifest import Manifest, Plan, differences
+from softcache.cache.manifest import Manifest, Plan, diff_manifests
 from softcache.errors import ManifestError
 from tests.contracts.test_stores import manifest_of
 
@@ -76,10 +76,10 @@ def test_no_manifest_at_all(data):
 
 def test_differences_name_the_fields():
     one, other = manifest_of("zarr"), manifest_of("zarr", k=2, num_views=5)
-    lines = "\n".join(differences(one, other))
+    lines = "\n".join(diff_manifests(one, other))
     assert "identity.labels.k: 3; 2" in lines
     assert "plan.num_views: 2; 5" in lines
-    assert not differences(one, one)
+    assert not diff_manifests(one, one)
 
 
 @given(st.integers(1, 500), st.integers(1, 4), st.integers(1, 12), st.integers(1, 12))

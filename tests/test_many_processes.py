@@ -18,12 +18,12 @@ from softcache.errors import LostProcessError, RunError
 from softcache.reader.cache import open_cache
 from softcache.runs import open_data, train_student
 from softcache.runtime import ranks
-from softcache.runtime.distributed import check_same, explained, is_first_to_fail, on_cpu
-from softcache.runtime.logging import say, track
-from softcache.runtime.signals import Interrupted, signals_stop
+from softcache.runtime.distributed import check_same, claim_error_report, on_cpu, translate_errors
+from softcache.runtime.logging import log_info, progress_bar
+from softcache.runtime.signals import Interrupted, handle_signals
 from softcache.stages.cli import main
 from softcache.student.checkpoint import RunDirectory
-from softcache.student.loop import Loop
+from softcache.student.loop import Trainer
 from tests.caches import ROOT, make_cache
 from tests.process_groups import run_ranks
 from tests.test_student import RESTLESS, Killed, dies_at, distance, fit, watched
@@ -57,7 +57,7 @@ TEXT = {
 @contextmanager
 def recorded():
     """Yields a list of (epoch, step, view, samples) of what this rank trains on."""
-    seen, update = [], Loop._update
+    seen, update = [], Trainer._update
 
     def spy(loop, batch):
         order = loop.feed.order
@@ -65,11 +65,11 @@ def recorded():
             seen.append((order.epoch, order.step - 1, batch.view, batch.samples.tolist()))
         update(loop, batch)
 
-    Loop._update = spy
+    Trainer._update = spy
     try:
         yield seen
     finally:
-        Loop._update = update
+        Trainer._update = update
 
 
 def train_images(url, out, *, tables=None, **options):
@@ -240,7 +240,7 @@ def _is_asked_to_end(rank, url, out, asked_rank):
         if next(steps) == 3 and rank == asked_rank:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with pytest.MonkeyPatch.context() as patch, watched(patch, on_step), signals_stop():
+    with pytest.MonkeyPatch.context() as patch, watched(patch, on_step), handle_signals():
         try:
             fit(open_cache(url), out, tables={"train": {"epochs": 2}, **SAMPLES})
         except Interrupted as stopped:
@@ -326,14 +326,14 @@ def test_the_table_is_printed_once_and_an_error_of_one_rank_ends_all_with_its_me
 
 def _ends_otherwise(rank, place, url, step, end):
     """Rank 1 is killed, or sleeps, before a step."""
-    steps, update = iter(range(1, step)), Loop._update
+    steps, update = iter(range(1, step)), Trainer._update
 
     def until(loop, batch):
         if rank == 1 and next(steps, None) is None:
             os.kill(os.getpid(), signal.SIGKILL) if end == "killed" else time.sleep(60)
         update(loop, batch)
 
-    Loop._update = until
+    Trainer._update = until
     _command(rank, place, url, "--out", "out", "--no-baseline", "--set", "train.process_timeout_seconds=20")
 
 
@@ -389,7 +389,7 @@ def test_a_launcher_says_which_process_this_is(monkeypatch, environment, expecte
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert (ranks.rank(), ranks.num_ranks()) == expected
-    assert ranks.is_first() == (expected[0] == 0)
+    assert ranks.is_rank_zero() == (expected[0] == 0)
 
 
 def test_several_processes_without_an_accelerator_are_on_cpus_without_being_told(second_of_two, monkeypatch):
@@ -404,8 +404,8 @@ def test_several_processes_without_an_accelerator_are_on_cpus_without_being_told
 
 def test_only_the_first_process_tells_how_far_it_is(second_of_two, monkeypatch, capsys):
     def speak():
-        say("a line")
-        with track("a step", 10) as advance:
+        log_info("a line")
+        with progress_bar("a step", 10) as advance:
             advance(10)
         return capsys.readouterr()
 
@@ -431,29 +431,29 @@ def test_only_the_first_process_tells_how_far_it_is(second_of_two, monkeypatch, 
 def test_a_broken_exchange_is_a_lost_process(second_of_two, raised, told):
     with (
         pytest.raises(LostProcessError, match=rf"process 1 of 2: another process of this run {told}"),
-        explained(),
+        translate_errors(),
     ):
         raise raised
 
 
 def test_other_errors_are_left_as_they_are(second_of_two, monkeypatch):
-    with pytest.raises(RuntimeError, match="a bug"), explained():
+    with pytest.raises(RuntimeError, match="a bug"), translate_errors():
         raise RuntimeError("a bug")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    with pytest.raises(RuntimeError, match=r"^Connection closed$"), explained():
+    with pytest.raises(RuntimeError, match=r"^Connection closed$"), translate_errors():
         raise RuntimeError("Connection closed")
 
 
 def test_processes_that_disagree_about_the_run_are_refused(second_of_two, monkeypatch):
     here = {"source": "sha256:1", "train": {"lr": 1.0}, "model": "mlp"}
     monkeypatch.setattr(
-        "softcache.runtime.distributed.from_first", lambda value: here | {"source": "sha256:2"}
+        "softcache.runtime.distributed.broadcast_from_rank0", lambda value: here | {"source": "sha256:2"}
     )
     with pytest.raises(
         RunError, match=r"process 1 of 2: the run differs .*: source: 'sha256:2'; 'sha256:1'; give"
     ):
         check_same("the run", here)
-    monkeypatch.setattr("softcache.runtime.distributed.from_first", lambda value: dict(here))
+    monkeypatch.setattr("softcache.runtime.distributed.broadcast_from_rank0", lambda value: dict(here))
     check_same("the run", here)
 
 
@@ -462,14 +462,14 @@ def test_the_first_to_fail_speaks_once_in_every_attempt_of_the_launcher(second_o
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(store.port))
-    assert [is_first_to_fail() for _ in range(3)] == [True, False, False]
+    assert [claim_error_report() for _ in range(3)] == [True, False, False]
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert [is_first_to_fail() for _ in range(2)] == [True, False]
+    assert [claim_error_report() for _ in range(2)] == [True, False]
 
 
 def test_without_a_store_every_process_speaks(second_of_two, monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
-    assert [is_first_to_fail() for _ in range(2)] == [True, True]
+    assert [claim_error_report() for _ in range(2)] == [True, True]
 
 
 def test_a_launcher_whose_processes_form_no_group_is_refused(second_of_two, tmp_path, shared_cache):

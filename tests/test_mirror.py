@@ -9,7 +9,7 @@ from softcache.cache.storage.open import open_objects
 from softcache.errors import CorruptionError, RunError
 from softcache.runs import open_data, train_student
 from softcache.student import loop as student
-from softcache.student.bucket_sync import RunMirror
+from softcache.student.bucket_sync import BucketSync
 from tests.caches import digits_config
 
 
@@ -35,7 +35,7 @@ class Killed(BaseException):
 
 def stop_after(epochs, monkeypatch):
     """The run dies when it evaluates for the last time of so many, after the checkpoints before that."""
-    evaluate, left = student.Loop.evaluate, [epochs]
+    evaluate, left = student.Trainer.evaluate, [epochs]
 
     def dying(loop):
         if not left[0]:
@@ -43,8 +43,8 @@ def stop_after(epochs, monkeypatch):
         left[0] -= 1
         return evaluate(loop)
 
-    monkeypatch.setattr(student.Loop, "evaluate", dying)
-    return lambda: monkeypatch.setattr(student.Loop, "evaluate", evaluate)
+    monkeypatch.setattr(student.Trainer, "evaluate", dying)
+    return lambda: monkeypatch.setattr(student.Trainer, "evaluate", evaluate)
 
 
 def test_a_finished_run_lies_in_the_bucket_as_it_would_in_a_folder(bucket, machine, shared_cache, tmp_path):
@@ -84,8 +84,8 @@ def test_another_machine_goes_on_from_the_last_checkpoint(
     again()
     machine("second")
     evaluated = []
-    evaluate = student.Loop.evaluate
-    monkeypatch.setattr(student.Loop, "evaluate", lambda loop: evaluated.append(1) or evaluate(loop))
+    evaluate = student.Trainer.evaluate
+    monkeypatch.setattr(student.Trainer, "evaluate", lambda loop: evaluated.append(1) or evaluate(loop))
     assert train(cache, url, epochs=3)["history"] == expected["history"]
     assert len(evaluated) == 1, "two of three epochs were done"
     assert objects.get("model.safetensors") == (tmp_path / "run/model.safetensors").read_bytes()
@@ -134,5 +134,5 @@ def test_a_run_that_stopped_before_its_end_was_sent_is_sent(bucket, machine, sha
 
 def test_a_folder_that_is_thrown_away_is_made_again(bucket, machine, shared_cache):
     metrics = train(shared_cache[2], f"{bucket}/run", epochs=1)
-    shutil.rmtree(RunMirror(f"{bucket}/run").folder)
+    shutil.rmtree(BucketSync(f"{bucket}/run").folder)
     assert train(shared_cache[2], f"{bucket}/run", epochs=1) == metrics

@@ -9,13 +9,13 @@ from softcache.config.run import load_config
 from softcache.data.sources import SourceSettings, open_source
 from softcache.errors import ConfigError, SpecError
 from softcache.models.image import build_model
-from softcache.runtime.suggest import did_you_mean, nearest
+from softcache.runtime.suggest import closest_matches, did_you_mean
 from softcache.stages.cli import main
 from tests.caches import ROOT
 
 
 def test_the_nearest_comes_first_and_nothing_is_forced():
-    assert nearest("parqet", ["zarr", "parquet"]) == ["parquet"]
+    assert closest_matches("parqet", ["zarr", "parquet"]) == ["parquet"]
     assert did_you_mean("xyz", ["zarr", "parquet"]) == ""
 
 

@@ -108,7 +108,7 @@ def test_every_kind_of_fault_is_got_over(network, bucket, s3_server, fault):
         objects.put_if_absent(f"b/{number}", data)
         assert objects.get(f"a/{number}") == data
         assert objects.get_ranges([(f"b/{number}", 10, 300)]) == [data[10:300]]
-        assert objects.get_ends({f"a/{number}": 5}) == [(data[-5:], len(data))]
+        assert objects.get_suffixes({f"a/{number}": 5}) == [(data[-5:], len(data))]
         assert objects.size(f"b/{number}") == len(data)
     assert len(objects.list("a")) == 4
     objects.delete("a/0")

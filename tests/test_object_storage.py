@@ -18,7 +18,7 @@ import zarr
 
 from softcache.cache.storage.cloud import client as cloud_client
 from softcache.cache.storage.cloud import lease as leases
-from softcache.cache.storage.cloud.lease import Lease, LeaseBoard
+from softcache.cache.storage.cloud.lease import Lease, LeaseManager
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import check_unit, open_store, publish_unit, read_marker
 from softcache.errors import (
@@ -30,7 +30,7 @@ from softcache.errors import (
 from softcache.hashing.digests import digest_bytes
 from softcache.labels import ARRAYS
 from softcache.reader.cache import open_cache
-from softcache.reader.memmap import ThawSettings
+from softcache.reader.memmap import MemmapSettings
 from softcache.runs import capture_labels, open_data, open_teacher
 from softcache.stages.cli import main
 from softcache.tools.convert import convert_cache
@@ -336,7 +336,7 @@ def test_thousands_of_markers_are_asked_for_many_at_once(remote, proxy):
 
 @pytest.mark.parametrize("store", STORES)
 def test_a_thawed_cache_reads_the_bucket_once(remote, local, proxy, tmp_path, store):
-    thaw = ThawSettings(folder=str(tmp_path / "thaw"), required=True)
+    thaw = MemmapSettings(folder=str(tmp_path / "thaw"), required=True)
     cache = open_cache(remote(store), thaw=thaw)
     assert_same_labels(cache, local[store], np.arange(300))
     requests = proxy.requests
@@ -429,7 +429,7 @@ def place(bucket):
 
 
 def lease(objects, seconds):
-    return Lease(LeaseBoard(objects), "units/00000.lock", seconds=seconds)
+    return Lease(LeaseManager(objects), "units/00000.lock", seconds=seconds)
 
 
 def test_a_held_lease_is_renewed_for_as_long_as_it_takes(place):
@@ -448,7 +448,7 @@ def test_a_lease_whose_holder_died_runs_out_even_for_a_clock_that_is_behind(plac
     dead = lease(place, 0.4)
     place.put_where(dead._path, dead._body(), None)
     monkeypatch.undo()
-    board = LeaseBoard(place)
+    board = LeaseManager(place)
     assert not Lease(board, "units/00000.lock", seconds=0.4).acquire(), "seen for the first time"
     time.sleep(0.5)
     taker = Lease(board, "units/00000.lock", seconds=0.4)
@@ -458,7 +458,7 @@ def test_a_lease_whose_holder_died_runs_out_even_for_a_clock_that_is_behind(plac
 
 def test_a_lease_that_says_nothing_is_taken_over_if_nobody_renews_it(place):
     place.put("units/00000.lock", b"[1]")
-    board = LeaseBoard(place)
+    board = LeaseManager(place)
     assert not Lease(board, "units/00000.lock", seconds=0.2).acquire()
     time.sleep(0.3)
     taker = Lease(board, "units/00000.lock", seconds=0.2)

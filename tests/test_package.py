@@ -10,7 +10,7 @@ import click
 import pytest
 
 import softcache
-from softcache.errors import EXTRA_OF, MissingExtraError
+from softcache.errors import EXTRA_BY_PACKAGE, MissingExtraError
 from softcache.stages.cli import softcache as group
 from tests.caches import ROOT
 
@@ -90,12 +90,12 @@ def test_a_module_that_is_in_no_extra_is_not_explained_away(monkeypatch):
 
 
 def test_every_package_of_an_extra_is_told_of():
-    """What EXTRA_OF says is what pyproject.toml installs."""
+    """What EXTRA_BY_PACKAGE says is what pyproject.toml installs."""
     distributions = packages_distributions()
     installed = {}
     for extra, wanted in PROJECT["optional-dependencies"].items():
         installed[extra] = {word.partition(">")[0].partition("[")[0].lower() for word in wanted}
-    for package, extra in EXTRA_OF.items():
+    for package, extra in EXTRA_BY_PACKAGE.items():
         names = {name.lower().replace("_", "-") for name in distributions[package]}
         assert names & installed[extra], f"{package} is not in the extra {extra}"
 

@@ -21,7 +21,7 @@ from softcache.reader.cache import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, prepare_cache
 from softcache.runs.dask import capture_on_dask
 from softcache.runs.dask.cluster import LocalWorkers, open_client
-from softcache.runs.dask.scheduler import HOPELESS, TRIES, Scheduler, WorkerDied
+from softcache.runs.dask.scheduler import MAX_ATTEMPTS, MAX_CONSECUTIVE_FAILURES, Scheduler, WorkerDied
 from softcache.runs.dask.worker import Job, Outcome, label
 from softcache.teacher.capture.run import UnitMetrics
 from tests.caches import ROOT, digits_config, make_cache
@@ -107,8 +107,8 @@ def test_where_everything_fails_the_run_ends_soon():
     cluster, scheduler, _ = schedule(lambda unit, *_: Outcome(unit, "w0", error="no disk"), range(10_000))
     with pytest.raises(RunError, match=r"10 units failed one after the other.*no disk"):
         scheduler.run()
-    assert len(cluster.tries) <= HOPELESS + 4
-    assert set(cluster.tries.values()) <= set(range(TRIES + 1))
+    assert len(cluster.tries) <= MAX_CONSECUTIVE_FAILURES + 4
+    assert set(cluster.tries.values()) <= set(range(MAX_ATTEMPTS + 1))
 
 
 def test_a_neighbour_of_a_unit_that_kills_its_worker_is_not_blamed():
@@ -328,10 +328,10 @@ DRIVER = """
 import sys
 from tests.caches import digits_config
 from softcache.runs.dask import capture_on_dask
-from softcache.runtime.signals import Interrupted, signals_stop
+from softcache.runtime.signals import Interrupted, handle_signals
 if __name__ == "__main__":
     config = digits_config(teacher={"model": "tests.fakes:slow"}, capture={"evaluate": False, "unit_samples": 32})
-    with signals_stop():
+    with handle_signals():
         try:
             capture_on_dask(config, sys.argv[1], "auto", workers=1, dashboard=":0")
         except Interrupted as stopped:

@@ -298,8 +298,8 @@ def test_row_r_of_a_document_still_meets_row_r_of_the_students_tokens(
     """Labels beyond a student's shorter sample fall away."""
     other = {"student": {"tokenizer": f"bpe?vocab_size={vocab_size}"}, "loss": {"name": "uld"}}
     config, cache = documents.config(policy, **other, train={"epochs": 1}), documents.cache(policy)
-    dataset, chosen = documents.data.labelled(config, cache)
-    whole, _ = documents.data.labelled(config, documents.cache())
+    dataset, chosen = documents.data.train_dataset(config, cache)
+    whole, _ = documents.data.train_dataset(config, documents.cache())
     for samples in (chosen[:7], chosen[::-1][:5]):
         requests = [(int(sample), 0) for sample in samples]
         batch, full = dataset.__getitems__(requests), whole.__getitems__(requests)

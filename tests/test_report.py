@@ -10,20 +10,20 @@ import pytest
 import torch
 
 from softcache.errors import IdentityError, MissingExtraError, RunError
-from softcache.labels.sparsify import LabelSettings, sparsify
+from softcache.labels.sparsify import LabelSettings, apply_policy
 from softcache.reader.cache import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from softcache.runs.report import build_sections, open_report, open_run
 from softcache.runs.report.cache_metrics import bytes_per_row
 from softcache.runs.report.examples import Names, galleries
 from softcache.runs.report.metrics import (
+    agrees_with_teacher,
     break_even,
     by_class,
     by_decile,
     calibration_error,
     deciles,
     failed,
-    followed,
     reliability,
 )
 from softcache.runs.report.plots import Styles, load_plotly
@@ -105,7 +105,7 @@ def test_tenths_have_the_least_sure_rows_first_and_equal_sizes():
 def test_means_by_class_and_rows_that_follow_or_fail():
     targets, teacher, student = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0]), np.array([1, 1, 1, 0])
     assert by_class(student == targets, targets, np.array([0, 1, 2, 3])) == [0.0, 1.0, 0.0, None]
-    assert followed(teacher, student, targets).tolist() == [1, 3]
+    assert agrees_with_teacher(teacher, student, targets).tolist() == [1, 3]
     assert failed(teacher, student, targets).tolist() == [0]
 
 
@@ -117,9 +117,9 @@ def test_break_even_is_the_first_number_of_students_with_no_more_passes(views, e
 def test_a_record_of_all_classes_gives_the_distribution_back_and_a_short_one_its_mass():
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     exact = logits.log_softmax(1)
-    whole = dense_log_probs(sparsify(logits, LabelSettings(policy="dense")))
+    whole = dense_log_probs(apply_policy(logits, LabelSettings(policy="dense")))
     torch.testing.assert_close(whole, exact, atol=1e-5, rtol=0)
-    short = dense_log_probs(sparsify(logits, LabelSettings(k=3)))
+    short = dense_log_probs(apply_policy(logits, LabelSettings(k=3)))
     torch.testing.assert_close(short.exp().sum(1), torch.ones(6), atol=1e-5, rtol=0)
     kept = exact.topk(3)
     torch.testing.assert_close(short.gather(1, kept.indices), kept.values, atol=1e-5, rtol=0)

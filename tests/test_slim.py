@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from softcache import open_cache
-from softcache.cache.manifest import differences
+from softcache.cache.manifest import diff_manifests
 from softcache.errors import CorruptionError, IdentityError, LabelError, TemperatureError
-from softcache.labels import SoftLabels, slimmed
+from softcache.labels import SoftLabels, truncate_labels
 from softcache.labels.sparsify import dense, top_k, top_p
 from softcache.runs import capture_labels, open_teacher
 from softcache.tools.shrink import SlimSettings, slim_cache, slim_manifest
@@ -61,7 +61,7 @@ def rows(cache, view=0):
 
 def assert_same(found, expected, tail=2e-6):
     """Same identity; and of the rows everything to the bit, but the tail's sum."""
-    assert differences(found.manifest, expected.manifest) == []
+    assert diff_manifests(found.manifest, expected.manifest) == []
     assert found.manifest.samples_sha256 == expected.manifest.samples_sha256
     assert found.missing_units == expected.missing_units == []
     for view in range(expected.num_views):
@@ -91,9 +91,12 @@ def test_a_slimmed_record_is_the_record_of_fewer_classes(as_numpy, k):
     convert = SoftLabels.to_numpy if as_numpy else SoftLabels.to_torch
     for big in (dense(logits, temperatures=GRID), top_k(logits, k=60, temperatures=GRID)):
         for found, expected in (
-            (slimmed(convert(big), k), top_k(logits, k=k, temperatures=GRID)),
-            (slimmed(convert(big), k, p=0.8), top_p(logits, p=0.8, max_k=k, temperatures=GRID)),
-            (slimmed(convert(big), k, temperatures=(1.0, 4.0)), top_k(logits, k=k, temperatures=(1.0, 4.0))),
+            (truncate_labels(convert(big), k), top_k(logits, k=k, temperatures=GRID)),
+            (truncate_labels(convert(big), k, p=0.8), top_p(logits, p=0.8, max_k=k, temperatures=GRID)),
+            (
+                truncate_labels(convert(big), k, temperatures=(1.0, 4.0)),
+                top_k(logits, k=k, temperatures=(1.0, 4.0)),
+            ),
         ):
             expected = convert(expected)
             assert found.temperatures == expected.temperatures
@@ -107,16 +110,16 @@ def test_the_tail_at_an_unstored_temperature_is_known_only_if_nothing_was_droppe
     import torch
 
     logits = torch.randn(5, 20, generator=torch.Generator().manual_seed(0))
-    found = slimmed(dense(logits, temperatures=(1.0,)), 3, temperatures=GRID)
+    found = truncate_labels(dense(logits, temperatures=(1.0,)), 3, temperatures=GRID)
     np.testing.assert_allclose(found.log_tail, top_k(logits, k=3, temperatures=GRID).log_tail, atol=2e-6)
     with pytest.raises(
         TemperatureError, match="found 2, at which the mass of the dropped classes was not stored"
     ):
-        slimmed(top_k(logits, k=5, temperatures=(1.0,)), 3, temperatures=GRID)
+        truncate_labels(top_k(logits, k=5, temperatures=(1.0,)), 3, temperatures=GRID)
     with pytest.raises(LabelError, match="expected k from 1 to 5"):
-        slimmed(top_k(logits, k=5), 6)
+        truncate_labels(top_k(logits, k=5), 6)
     with pytest.raises(LabelError, match=r"mass p in \(0, 1\]"):
-        slimmed(top_k(logits, k=5), 5, p=1.5)
+        truncate_labels(top_k(logits, k=5), 5, p=1.5)
 
 
 # -- caches ------------------------------------------------------------------------------------------------

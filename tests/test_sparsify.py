@@ -7,7 +7,7 @@ import torch
 
 from softcache.errors import LabelError, TemperatureError
 from softcache.labels import DEFAULT_TEMPERATURES
-from softcache.labels.sparsify import LabelSettings, dense, describe_fault, logit_faults, sparsify, top_k
+from softcache.labels.sparsify import LabelSettings, apply_policy, dense, describe_fault, logit_faults, top_k
 
 INF = math.inf
 
@@ -207,14 +207,16 @@ def test_logits_of_another_shape_or_dtype_raise(logits):
 
 def test_settings_choose_the_policy():
     logits = make_logits(3, 10)
-    assert sparsify(logits, LabelSettings(k=4)).k == 4
-    assert sparsify(logits, LabelSettings(policy="dense", k=4)).k == 10
-    labels = sparsify(logits, LabelSettings(k=2, temperatures=(1.0, 3.0)), targets_P=torch.tensor([1, 2, 3]))
+    assert apply_policy(logits, LabelSettings(k=4)).k == 4
+    assert apply_policy(logits, LabelSettings(policy="dense", k=4)).k == 10
+    labels = apply_policy(
+        logits, LabelSettings(k=2, temperatures=(1.0, 3.0)), targets_P=torch.tensor([1, 2, 3])
+    )
     assert labels.temperatures == (1.0, 3.0)
     assert labels.log_tail.shape == (3, 2)
     assert labels.target_log_prob is not None
     with pytest.raises(LabelError, match="found 11"):
-        sparsify(logits, LabelSettings(k=11))
+        apply_policy(logits, LabelSettings(k=11))
 
 
 def test_settings_take_what_toml_gives():

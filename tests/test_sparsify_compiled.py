@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from softcache.labels.sparsify import LabelSettings, hybrid, row_seeds, sample, sparsify, top_k, top_p
-from softcache.labels.sparsify.assemble import largest
+from softcache.labels.sparsify import LabelSettings, apply_policy, hybrid, row_seeds, sample, top_k, top_p
+from softcache.labels.sparsify.assemble import top_k_indices
 from tests.caches import ROOT
 
 INF = math.inf
@@ -69,7 +69,7 @@ def test_ties_go_to_the_lower_id(k):
     values = torch.randint(-3, 3, (20, 1024), generator=torch.Generator().manual_seed(1)).float()
     values[values == 0] = torch.where(torch.arange((values == 0).sum()) % 2 == 0, 0.0, -0.0)
     wanted = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    assert torch.equal(largest(values, k), wanted)
+    assert torch.equal(top_k_indices(values, k), wanted)
     assert torch.equal(top_k(values, k=k).ids, wanted)
 
 
@@ -107,7 +107,7 @@ def test_every_policy_agrees_with_float64():
         "top_p": lambda x: top_p(x, p=0.8, max_k=30),
         "sample": lambda x: sample(x, draws=40, seeds_P=seeds),
         "hybrid": lambda x: hybrid(x, k=5, draws=20, seeds_P=seeds),
-        "dense": lambda x: sparsify(x, LabelSettings(policy="dense")),
+        "dense": lambda x: apply_policy(x, LabelSettings(policy="dense")),
     }
     for name, run in runs.items():
         found, wanted = run(logits), run(logits.double())

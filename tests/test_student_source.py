@@ -22,7 +22,7 @@ from softcache.errors import AlignmentError, ConfigError, RunError, SourceError,
 from softcache.modalities import open_data
 from softcache.models.image import build_model
 from softcache.runs import capture_labels, open_teacher, train_student, train_teacher
-from softcache.runs.batches import cache_feed, hard_feed
+from softcache.runs.batches import cached_batches, hard_label_batches
 from softcache.runs.sweep.space import candidate
 from softcache.student import run as loop
 from tests.caches import digits_config
@@ -87,10 +87,10 @@ def batches_of(feed):
 
 def test_every_sample_of_another_source_has_the_label_of_its_own_key(labelled):
     base, config, data, cache = labelled
-    student = data.of_student(config)
+    student = data.student_data(config)
     seen = set()
     for indices in np.array_split(np.random.default_rng(0).permutation(60), 4):
-        batch = data.labelled(config, cache)[0].__getitems__([(int(n), 0) for n in indices])
+        batch = data.train_dataset(config, cache)[0].__getitems__([(int(n), 0) for n in indices])
         assert batch.samples.tolist() == indices.tolist()
         for row, sample in enumerate(indices):
             key = data.train.source.key(int(sample))
@@ -108,8 +108,8 @@ def test_every_sample_of_another_source_has_the_label_of_its_own_key(labelled):
 
 def test_a_reduced_view_is_of_the_very_crop_that_was_labelled(shared_cache):
     config, data, cache = digits_config(student=SMALL), open_data(digits_config()), shared_cache[2]
-    assert data.replays(config)
-    dataset, chosen = data.labelled(config, cache)
+    assert data.replays_teacher_views(config)
+    dataset, chosen = data.train_dataset(config, cache)
     assert chosen is None
     samples = [7, 3, 250]
     for view in (0, 1):
@@ -143,24 +143,24 @@ def test_a_batch_is_reduced_as_its_images_are_one_by_one():
 
 def test_who_cannot_replay_has_the_plain_view_and_its_label_unless_told_otherwise(shared_cache, tmp_path):
     config, data, cache = digits_config(student=BYTES), open_data(digits_config()), shared_cache[2]
-    assert not data.replays(config)
+    assert not data.replays_teacher_views(config)
     metrics = train_student(
         config, data, model=config.student.model, labels="cache", cache=cache, out=tmp_path / "run"
     )
     assert json.loads((tmp_path / "run" / "config.json").read_text())["num_views"] == 1
     assert metrics["epochs"] == 2
-    dataset, _ = data.labelled(config, cache)
+    dataset, _ = data.train_dataset(config, cache)
     plain, other = dataset.__getitems__([(5, 0)]), dataset.__getitems__([(5, 1)])
     assert torch.equal(plain.images, other.images)
     assert not np.array_equal(plain.labels.log_probs, other.labels.log_probs)
-    assert {batch.view for batch in batches_of(hard_feed(config, data))} == {0}
+    assert {batch.view for batch in batches_of(hard_label_batches(config, data))} == {0}
 
 
 def test_a_live_teacher_sees_its_own_images_of_the_students_samples(labelled):
     _, config, data, cache = labelled
     online = config.model_copy(update={"train": config.train.model_copy(update={"labels": "online"})})
-    batch = batches_of(hard_feed(online, data))[0]
-    teacher_of = data.of_student(config).pairing.teacher_of
+    batch = batches_of(hard_label_batches(online, data))[0]
+    teacher_of = data.student_data(config).pairing.teacher_of
     assert torch.equal(batch.seen, data.train.load(teacher_of[batch.samples], 0).images)
     pieces = batch.split(3)
     assert torch.equal(torch.cat([piece.seen for piece in pieces]), batch.seen)
@@ -170,7 +170,9 @@ def test_a_live_teacher_sees_its_own_images_of_the_students_samples(labelled):
     cached = data.task(config, config.student.model)
     torch.manual_seed(0)
     model = live.build().eval()
-    dense = data.labelled(config, cache)[0].__getitems__([(int(teacher_of[n]), 0) for n in batch.samples])
+    dense = data.train_dataset(config, cache)[0].__getitems__(
+        [(int(teacher_of[n]), 0) for n in batch.samples]
+    )
     # The cache keeps 4 of 10 classes; at T = 1 with its exact tail the losses are near each other, not equal.
     losses = [float(task.loss(model, rows).detach()) for task, rows in ((live, batch), (cached, dense))]
     assert losses[0] == pytest.approx(losses[1], rel=0.2)
@@ -200,7 +202,7 @@ def test_two_swapped_files_of_the_teacher_are_refused(labelled, same_size):
     base, config, _, cache = labelled
     swap(*files_of(base, "images", same_size=same_size))
     with pytest.raises(AlignmentError, match=r"changed since it was labelled|the teacher saw content"):
-        batches_of(cache_feed(config, open_data(config), cache, 1, False))
+        batches_of(cached_batches(config, open_data(config), cache, 1, False))
 
 
 def test_two_swapped_files_of_the_student_are_refused_by_its_run(labelled, tmp_path):
@@ -230,16 +232,16 @@ def test_a_copy_with_two_files_of_one_size_swapped_replays_nothing_and_is_anothe
     config = folder_config(base, **copy, model="linear")
     how = {"model": "linear", "labels": "cache", "cache": cache, "out": tmp_path / "run"}
     train_student(config, data := open_data(config), **how)
-    assert data.replays(config)
+    assert data.replays_teacher_views(config)
     swap(*files_of(base, "copy", same_size=True))
-    assert not open_data(config).replays(config)
+    assert not open_data(config).replays_teacher_views(config)
     with pytest.raises(RunError, match="student_data"):
         train_student(config, open_data(config), **how)
 
 
 def test_a_file_that_changes_under_a_run_is_named(labelled):
     base, config, data, cache = labelled
-    feed = cache_feed(config, data, cache, 1, False)
+    feed = cached_batches(config, data, cache, 1, False)
     first, other = files_of(base, "files", same_size=False)
     swap(first, other)
     with pytest.raises(SourceError, match=r"file 'train/.*jpg' changed since this run opened it"):
@@ -285,16 +287,18 @@ def test_a_subset_is_said_and_trains_on_what_is_there(labelled, capsys):
     for file in sorted((base / "files" / "train").rglob("*.jpg"))[::3]:
         file.unlink()
     with pytest.raises(AlignmentError, match=r"20 samples of source .* have no partner"):
-        open_data(config := folder_config(base)).of_student(config)
+        open_data(config := folder_config(base)).student_data(config)
     config = folder_config(base, pairing={"suffix": "ignore", "subset": True})
     data = open_data(config)
-    feed = cache_feed(config, data, cache, 1, False)
+    feed = cached_batches(config, data, cache, 1, False)
     assert "20 of 60 labelled samples have no partner" in capsys.readouterr().err
     samples = np.concatenate([batch.samples for batch in batches_of(feed)])
-    assert sorted(samples) == data.of_student(config).pairing.samples.tolist()
+    assert sorted(samples) == data.student_data(config).pairing.samples.tolist()
     assert len(samples) == len(feed.dataset) == 40
-    assert data.of_student(config).identity()["subset"] is True
-    assert len(np.concatenate([batch.samples for batch in batches_of(hard_feed(config, data))])) == 40
+    assert data.student_data(config).identity()["subset"] is True
+    assert (
+        len(np.concatenate([batch.samples for batch in batches_of(hard_label_batches(config, data))])) == 40
+    )
 
 
 @pytest.mark.parametrize("student", [BYTES, SMALL], ids=["bytes", "low resolution"])

@@ -311,7 +311,7 @@ def test_interrupted_again_and_again_it_ends_with_the_same_weights(made, tmp_pat
     class Killed(Exception):
         pass
 
-    real = runs.track
+    real = runs.progress_bar
     for step in (1, 3, 5):
         steps = iter(range(1, step))
 
@@ -332,7 +332,7 @@ def test_interrupted_again_and_again_it_ends_with_the_same_weights(made, tmp_pat
             patch.setattr(runs, "track", dying)
             with pytest.raises(Killed):
                 fit(made, tmp_path / "broken", labels=labels, train={"checkpoint_steps": 2})
-    assert runs.track is real
+    assert runs.progress_bar is real
     fit(made, tmp_path / "broken", labels=labels, train={"checkpoint_steps": 2})
     assert_same_weights(weights(tmp_path / "whole"), weights(tmp_path / "broken"))
 
@@ -413,8 +413,8 @@ def test_a_student_of_another_tokenizer_learns_by_sorted_probabilities(documents
 def test_row_r_of_a_document_meets_row_r_of_the_students_tokens(documents):
     _, data, cache, folder = documents
     config = text_config(folder, **OTHER)
-    dataset, chosen = data.labelled(config, cache)
-    student = data.of_student(config).train.source
+    dataset, chosen = data.train_dataset(config, cache)
+    student = data.student_data(config).train.source
     keys = student.keys()
     order = [int(chosen[4]), int(chosen[1]), int(chosen[2])]
     batch, start = dataset.__getitems__([(sample, 0) for sample in order]), 0

@@ -30,7 +30,7 @@ from softcache.data.sources.text import packing as token_samples
 from softcache.data.sources.text import source as text
 from softcache.data.sources.text import table as token_table
 from softcache.data.sources.text import tokenizer as tokenizers
-from softcache.data.sources.text.documents import Document, documents_of
+from softcache.data.sources.text.documents import Document, load_documents
 from softcache.data.sources.text.packing import TokenSample
 from softcache.data.sources.text.settings import TextSettings
 from softcache.data.sources.text.source import open_text
@@ -205,8 +205,8 @@ def test_cutting_agrees_with_the_slow_reference(lengths, seq_len, packing):
         token_samples.Encoded(f"d{number}", np.array(tokens, np.int32), np.ones(len(tokens), bool))
         for number, tokens in enumerate(documents)
     ]
-    cut = token_samples.packed if packing == "packed" else token_samples.one_each
-    every = [(key, token_samples.joined(pieces)) for key, pieces in cut(encoded, seq_len)]
+    cut = token_samples.packed if packing == "packed" else token_samples.one_sample_per_document
+    every = [(key, token_samples.concat_pieces(pieces)) for key, pieces in cut(encoded, seq_len)]
     found = [(key, sample) for key, sample in every if len(sample.rows)]
     expected = cut_slowly(documents, seq_len, packing)
 
@@ -653,7 +653,7 @@ def test_without_a_path_there_is_no_dataset(words):
     with pytest.raises(SourceError, match=r"source.path: missing; give a hub name"):
         open_text(TextSettings(modality="text", name="hf", tokenizer=words), split="train")
     with pytest.raises(SourceError, match=r"source.path: not for the source stdlib"):
-        documents_of(TextSettings(modality="text", name="stdlib", tokenizer=words, path="x"), "train")
+        load_documents(TextSettings(modality="text", name="stdlib", tokenizer=words, path="x"), "train")
 
 
 @pytest.mark.parametrize(
@@ -740,8 +740,8 @@ def test_a_bpe_is_named_by_documents_and_arguments(bpe_settings, tmp_path):
 def test_a_bpe_learns_from_the_train_split_alone(bpe_settings, tmp_path):
     path = write_texts(tmp_path / "docs.jsonl", [f"{'q' if n % 2 else 'zz'}{n} word" for n in range(200)])
     given = {"path": str(path), "eval_share": 0.5}
-    train = list(documents_of(bpe_settings(**given), "train"))
-    held_out = list(documents_of(bpe_settings(**given), "eval"))
+    train = list(load_documents(bpe_settings(**given), "train"))
+    held_out = list(load_documents(bpe_settings(**given), "eval"))
     assert len(train) + len(held_out) == 200
     seen = []
     original = tokenizers._train_bpe
@@ -761,7 +761,7 @@ def test_a_bpe_learns_from_the_train_split_alone(bpe_settings, tmp_path):
 def test_training_reads_no_further_than_the_maximum(bpe_settings, monkeypatch):
     whole = load_tokenizer(bpe_settings(tokenizer="bpe?vocab_size=400&min_frequency=1"))
     monkeypatch.setattr(tokenizers, "BPE_MAX_CHARACTERS", 20)
-    part = tokenizers._train_bpe(documents_of(bpe_settings(), "train"), vocab_size=400, min_frequency=1)
+    part = tokenizers._train_bpe(load_documents(bpe_settings(), "train"), vocab_size=400, min_frequency=1)
     assert 257 < len(part) < len(whole)
 
 
@@ -1125,7 +1125,7 @@ def stdlib(stdlib_dir, **given):
 
 
 def test_the_standard_library_is_split_by_file(stdlib_dir):
-    train, held_out = (list(documents_of(stdlib(stdlib_dir), split)) for split in ("train", "eval"))
+    train, held_out = (list(load_documents(stdlib(stdlib_dir), split)) for split in ("train", "eval"))
     keys = [document.key for document in train + held_out]
     assert len(set(keys)) == len(keys) > 400
     assert 0.04 < len(held_out) / len(keys) < 0.2
@@ -1134,10 +1134,10 @@ def test_the_standard_library_is_split_by_file(stdlib_dir):
     assert not [key for key in keys if key.startswith(("_sysconfigdata", "config-", "sitecustomize"))]
     (document,) = [document for document in train + held_out if document.key == "dataclasses.py"]
     assert "def dataclass(" in document.text
-    documents = documents_of(stdlib(stdlib_dir), "eval")
+    documents = load_documents(stdlib(stdlib_dir), "eval")
     assert len(documents) == len(held_out)
-    assert documents.digest == documents_of(stdlib(stdlib_dir), "eval").digest
-    assert documents.digest != documents_of(stdlib(stdlib_dir, shuffle_documents=False), "eval").digest
+    assert documents.digest == load_documents(stdlib(stdlib_dir), "eval").digest
+    assert documents.digest != load_documents(stdlib(stdlib_dir, shuffle_documents=False), "eval").digest
 
 
 def test_the_standard_library_is_tokenised_once(stdlib_dir, monkeypatch):
@@ -1147,7 +1147,7 @@ def test_the_standard_library_is_tokenised_once(stdlib_dir, monkeypatch):
     assert len(held_out) > 500
     assert train.vocab_size == 4096
     tokenizer = load_tokenizer(given)
-    first = next(iter(documents_of(given, "train")))
+    first = next(iter(load_documents(given, "train")))
     start = tokenizer.decode(train.sample(0).tokens)
     assert start.startswith(first.text[:100])
     monkeypatch.setattr(text, "_tokenise", None)

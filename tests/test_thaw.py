@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from softcache.errors import CorruptionError, StorageError
 from softcache.labels import ARRAYS
 from softcache.reader.cache import open_cache
-from softcache.reader.memmap import ThawFolder, ThawSettings
+from softcache.reader.memmap import MemmapSettings, ThawFolder
 from softcache.reader.memmap import file as files
 from softcache.reader.memmap import folder as thaw_folder
 from softcache.stages.thaw import thaw as thaw_command
@@ -40,7 +40,7 @@ def texts(tmp_path_factory):
 
 
 def opened(url, folder, **changes):
-    return open_cache(url, thaw=ThawSettings(folder=str(folder), required=True, **changes))
+    return open_cache(url, thaw=MemmapSettings(folder=str(folder), required=True, **changes))
 
 
 def thawed_files(folder):
@@ -115,7 +115,7 @@ def test_a_second_reader_uses_what_the_first_one_made(images, tmp_path, monkeypa
 
 def test_a_cache_that_does_not_fit_is_read_by_chunks(images, tmp_path):
     cache = opened(images, tmp_path, limit_bytes=1000)
-    assert not cache.fits_thawed
+    assert not cache.fits_in_memmap
     same(cache.read_stored([5, 2]), open_cache(images).read_stored([5, 2]))
     assert cache.thawed(0) is None
     assert not list(tmp_path.iterdir())
@@ -127,7 +127,7 @@ def test_views_that_are_not_finished_are_not_thawed(tmp_path):
     (tmp_path / f"cache/units/{units[0].number:05d}.json").unlink()
     cache = opened(cache.url, tmp_path / "thaw")
     assert cache.thawed(1) is None
-    assert not cache.fits_thawed
+    assert not cache.fits_in_memmap
 
 
 # -- stale, damaged, interrupted ---------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_damage_in_the_cache_itself_is_found_before_it_is_thawed(tmp_path):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     for verify in (True, False):
-        thaws = ThawSettings(folder=str(tmp_path / "thaw"))
+        thaws = MemmapSettings(folder=str(tmp_path / "thaw"))
         with pytest.raises(CorruptionError, match="sha256"):
             open_cache(cache.url, verify=verify, thaw=thaws).read([0])
     assert not list((tmp_path / "thaw").glob("*.thaw"))
@@ -194,12 +194,12 @@ def test_damage_in_the_cache_itself_is_found_before_it_is_thawed(tmp_path):
 KILLED = """
 import os, signal, sys
 from softcache.reader.cache import open_cache
-from softcache.reader.memmap import ThawSettings, file as files
+from softcache.reader.memmap import MemmapSettings, file as files
 def stop(name):
     if name == sys.argv[3]:
         os.kill(os.getpid(), signal.SIGKILL)
 files._failpoint = stop
-open_cache(sys.argv[1], thaw=ThawSettings(folder=sys.argv[2])).read([0])
+open_cache(sys.argv[1], thaw=MemmapSettings(folder=sys.argv[2])).read([0])
 """
 
 
@@ -223,10 +223,10 @@ def test_a_full_disk_stops_the_thaw_and_leaves_nothing(images, tmp_path, monkeyp
     ):
         opened(images, tmp_path).read([0])
     assert not thawed_files(tmp_path)
-    automatic = open_cache(images, thaw=ThawSettings(folder=str(tmp_path)))
+    automatic = open_cache(images, thaw=MemmapSettings(folder=str(tmp_path)))
     same(automatic.read_stored([7, 3]), open_cache(images).read_stored([7, 3]))
     assert "into this process's own memory instead" in capsys.readouterr().err
-    assert automatic.fits_thawed, "the order is chosen by it, and must not depend on the disk"
+    assert automatic.fits_in_memmap, "the order is chosen by it, and must not depend on the disk"
     automatic.read([0], view=1)
     assert not capsys.readouterr().err, "said once"
 

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from softcache.cache.storage.local import LocalObjects
-from softcache.data.sources.translation.source import TranslationSettings, open_translation, pairs_of
+from softcache.data.sources.translation.source import TranslationSettings, load_pairs, open_translation
 from softcache.data.tokens import TokenData
 from softcache.errors import ConfigError, IdentityError, SourceError, SpecError
 from softcache.losses import cross_entropy
@@ -51,7 +51,7 @@ def shipped(tmp_path, monkeypatch):
         found = settings(
             name="gettext", package=name, languages=how.get("languages", ("de",)), eval_share=0.4
         )
-        return {pair.source: pair for split in ("train", "eval") for pair in pairs_of(found, split).pairs}
+        return {pair.source: pair for split in ("train", "eval") for pair in load_pairs(found, split).pairs}
 
     return ship
 
@@ -72,12 +72,12 @@ def test_a_catalogue_gives_pairs_without_what_nobody_translated(shipped, kind):
 def test_a_language_that_is_not_there_is_named(shipped):
     shipped("shipped_de", languages=("de",))
     with pytest.raises(SourceError, match=r"no catalogue .* for 'fr'; it has de"):
-        pairs_of(settings(name="gettext", package="shipped_de", languages=("fr",)), "train")
+        load_pairs(settings(name="gettext", package="shipped_de", languages=("fr",)), "train")
 
 
 def test_no_english_string_of_django_is_both_learnt_from_and_scored_on():
     django = settings(name="gettext", package="django", languages=("de", "cy"))
-    train, held_out = pairs_of(django, "train").pairs, pairs_of(django, "eval").pairs
+    train, held_out = load_pairs(django, "train").pairs, load_pairs(django, "eval").pairs
     assert not {pair.source for pair in train} & {pair.source for pair in held_out}
     for language, least in (("de", 800), ("cy", 600)):
         assert sum(pair.language == language for pair in [*train, *held_out]) >= least
@@ -102,19 +102,19 @@ def test_a_pair_with_an_empty_side_is_named_by_key_and_file(tmp_path, line, comp
     path = tmp_path / "bad.jsonl"
     path.write_text('{"source": "good", "target": "gut"}\n' + line + "\n")
     with pytest.raises(SourceError, match=complaint):
-        pairs_of(settings(name="files", path=str(path)), "train")
+        load_pairs(settings(name="files", path=str(path)), "train")
 
 
 def test_tsv_pairs_are_merged_and_an_overlap_of_splits_is_refused(tmp_path):
     (tmp_path / "a.tsv").write_text("one\teins\tde\none\teins\tde\tagain\ntwo\tzwei\tde\n")
     (tmp_path / "b.tsv").write_text("two\tzwo\tde\n")
     pairs = settings(name="files", path=str(tmp_path / "a.tsv"), eval_share=0.01)
-    assert {(pair.key, pair.source) for pair in pairs_of(pairs, "train").pairs} == {
+    assert {(pair.key, pair.source) for pair in load_pairs(pairs, "train").pairs} == {
         ("a.tsv:1", "one"),
         ("a.tsv:3", "two"),
     }
     with pytest.raises(SourceError, match=r"1 of its source texts are in .*'two'"):
-        pairs_of(pairs.model_copy(update={"eval_path": str(tmp_path / "b.tsv")}), "eval")
+        load_pairs(pairs.model_copy(update={"eval_path": str(tmp_path / "b.tsv")}), "eval")
 
 
 def test_several_languages_need_a_way_to_ask_for_one(tmp_path):
@@ -451,10 +451,10 @@ def test_a_part_that_changed_or_is_not_finished_is_refused(captured, generated, 
     part = tmp_path / "copy" / "train" / "00000.jsonl"
     part.write_bytes(part.read_bytes() + b"\n")
     with pytest.raises(SourceError, match=r"00000\.jsonl: sha256 .* as manifest.json says"):
-        pairs_of(changed, "train")
+        load_pairs(changed, "train")
     (tmp_path / "copy" / "manifest.json").unlink()
     with pytest.raises(SourceError, match=r"run `softcache teacher-generate` to the end"):
-        pairs_of(changed, "train")
+        load_pairs(changed, "train")
 
 
 # -- configs -----------------------------------------------------------------------------------------------

@@ -9,10 +9,10 @@ __all__ = [
     "BlockSampler",
     "Cache",
     "DistillTrainer",
+    "MemmapSettings",
     "SoftLabelDataset",
     "SoftLabelLoader",
     "SoftLabels",
-    "ThawSettings",
     "__version__",
     "losses",
     "open_cache",
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from softcache.reader.cache import Cache, open_cache
     from softcache.reader.dataset import SoftLabelDataset
     from softcache.reader.loader import SoftLabelLoader
-    from softcache.reader.memmap import ThawSettings
+    from softcache.reader.memmap import MemmapSettings
     from softcache.reader.sampler import BlockSampler
     from softcache.student.integrations.huggingface import DistillTrainer
 
@@ -36,7 +36,7 @@ _HOMES = {
     "SoftLabelDataset": "softcache.reader.dataset",
     "SoftLabelLoader": "softcache.reader.loader",
     "SoftLabels": "softcache.labels",
-    "ThawSettings": "softcache.reader.memmap",
+    "MemmapSettings": "softcache.reader.memmap",
     "losses": "softcache.losses",
     "open_cache": "softcache.reader.cache",
     "sparsify": "softcache.labels.sparsify",

@@ -27,7 +27,7 @@ __all__ = [
     "missing_extra",
 ]
 
-EXTRA_OF = {
+EXTRA_BY_PACKAGE = {
     **dict.fromkeys(
         ("accelerate", "matplotlib", "safetensors", "torch", "torchmetrics", "torchvision"), "train"
     ),
@@ -67,7 +67,7 @@ class MissingExtraError(SoftcacheError, ImportError):
 def missing_extra(error: ModuleNotFoundError, wanted_by: str) -> ModuleNotFoundError | MissingExtraError:
     """Returns what to raise where a module is missing: the extra to install, or `error` where it is in none."""
     package = (error.name or "").partition(".")[0]
-    extra = EXTRA_OF.get(package)
+    extra = EXTRA_BY_PACKAGE.get(package)
     if extra is None:
         return error
     told = (

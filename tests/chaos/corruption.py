@@ -26,7 +26,7 @@ import numpy as np
 from softcache.errors import SoftcacheError
 from softcache.reader.cache import Cache, open_cache
 from softcache.reader.dataset import SoftLabelDataset
-from softcache.reader.memmap import ThawSettings
+from softcache.reader.memmap import MemmapSettings
 from softcache.tools.verify.teacher import verify_units
 from tests.chaos.forge import MANIFEST, SAMPLES, Files, make_small, read_files, write_files
 
@@ -166,12 +166,12 @@ class Bench:
 
     def read(self, thaw: bool = False) -> list[np.ndarray]:
         """Returns every number that a student would learn from."""
-        settings = ThawSettings(1 << 24, str(self.thaw_folder), required=True) if thaw else None
+        settings = MemmapSettings(1 << 24, str(self.thaw_folder), required=True) if thaw else None
         cache = open_cache(str(self.root), thaw=settings)
         dataset, out = SoftLabelDataset(self.data.train, cache), []
         for view in range(cache.num_views):
             stored = cache.read_stored(np.arange(len(cache)), view)
-            dataset.join(dataset.unlabelled.load(np.arange(len(cache)), view), stored)
+            dataset.join(dataset.unlabeled_dataset.load(np.arange(len(cache)), view), stored)
             labels = stored.labels
             out += [
                 np.asarray(getattr(labels, name))

@@ -20,7 +20,7 @@ from softcache.hashing.digests import digest_bytes
 from softcache.losses import forward_kl
 from softcache.reader.cache import open_cache
 from softcache.reader.dataset import SoftLabelDataset
-from softcache.reader.memmap import ThawSettings
+from softcache.reader.memmap import MemmapSettings
 from softcache.runs import cache_is_ready
 from softcache.stages.inspect import _identity, _labels, _storage
 from softcache.tools.garbage import collect_garbage
@@ -155,7 +155,7 @@ def _read_all(cache: Any) -> None:
 
 
 def _thaw(root: Path, config: Any, data: Any, thaw_folder: Path) -> None:
-    cache = open_cache(str(root), thaw=ThawSettings(1 << 24, str(thaw_folder), required=True))
+    cache = open_cache(str(root), thaw=MemmapSettings(1 << 24, str(thaw_folder), required=True))
     _read_all(cache)
 
 

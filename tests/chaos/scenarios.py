@@ -16,7 +16,7 @@ import softcache.cache.units
 import softcache.teacher.capture.run
 from softcache.cache.storage.open import open_objects
 from softcache.reader.cache import open_cache
-from softcache.reader.memmap import ThawSettings
+from softcache.reader.memmap import MemmapSettings
 from softcache.runs import capture_labels, open_data, open_teacher
 from softcache.tools.convert import convert_cache
 from softcache.tools.fuse import FusionSettings, fuse_caches
@@ -110,7 +110,7 @@ def _fuse(made: Path, other: Path) -> Scenario:
 
 def _thaw(made: Path) -> Scenario:
     def work(root: Path) -> None:
-        cache = open_cache(str(made), thaw=ThawSettings(1 << 24, str(root), required=True))
+        cache = open_cache(str(made), thaw=MemmapSettings(1 << 24, str(root), required=True))
         for view in range(cache.num_views):
             assert cache.thawed(view) is not None
 
@@ -168,7 +168,7 @@ def _warm(folder: Path) -> None:
 def make_scenarios(folder: Path, names: Collection[str] | None = None) -> list[Scenario]:
     """Returns those of these names, or all; caches that some start from are made in children, so that this process stays
     fit to fork."""
-    softcache.teacher.capture.run.WAIT_SECONDS = softcache.cache.units.WAIT_SECONDS = 0.02
+    softcache.teacher.capture.run.CLAIM_POLL_SECONDS = softcache.cache.units.WAIT_SECONDS = 0.02
     _warm(folder)
     makers: dict[str, Callable[[], Scenario]] = {
         "capture, images, parquet": lambda: _images(folder, "parquet"),

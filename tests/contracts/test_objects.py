@@ -82,7 +82,7 @@ class Contract:
 
     def test_finished_writes_leave_none_of_the_dead(self, objects):
         objects.put("a", b"1")
-        assert objects.dead_writes(remove=True) == {}
+        assert objects.orphaned_writes(remove=True) == {}
 
     @pytest.mark.parametrize("checked_before", [False, True])
     def test_parts_of_objects(self, objects, checked_before):
@@ -91,7 +91,7 @@ class Contract:
         objects.put("part/b", b"xyz")
         if checked_before:
             assert list(objects.get_sized({"part/a": len(data)})) == [data]
-        assert objects.get_ends({"part/a": 10, "part/b": 10}) == [(data[-10:], len(data)), (b"xyz", 3)]
+        assert objects.get_suffixes({"part/a": 10, "part/b": 10}) == [(data[-10:], len(data)), (b"xyz", 3)]
         ranges = [
             ("part/a", 5, 300),
             ("part/b", 1, 2),
@@ -103,9 +103,9 @@ class Contract:
             file.seek(1000)
             assert (file.read(7), file.tell(), file.size()) == (data[1000:1007], 1007, len(data))
         objects.put("part/empty", b"")
-        assert objects.get_ends({"part/empty": 10}) == [(b"", 0)]
+        assert objects.get_suffixes({"part/empty": 10}) == [(b"", 0)]
         assert objects.get_ranges([("part/empty", 0, 10), ("part/b", 5, 10)]) == [b"", b""]
-        for act in (objects.get_ends, lambda paths: objects.get_ranges([(path, 0, 3) for path in paths])):
+        for act in (objects.get_suffixes, lambda paths: objects.get_ranges([(path, 0, 3) for path in paths])):
             with pytest.raises(CacheNotFoundError, match="part/none: missing"):
                 act({"part/none": 3})
 

@@ -35,9 +35,9 @@ def run(in_tmp, monkeypatch, capsys):
         return Result(code, *capsys.readouterr())
 
     yield softcache
-    from softcache.runtime.logging import log_as
+    from softcache.runtime.logging import set_log_format
 
-    log_as("text")
+    set_log_format("text")
 
 
 @pytest.fixture
@@ -131,7 +131,9 @@ def test_a_student_that_is_signalled_saves_a_checkpoint_and_ends_with_the_same_w
     assert run(*how, "--out", "whole").code == 0
     import softcache.student.loop as student
 
-    signal_in(student.Loop, "_update", 5, signal.SIGTERM)  # three steps an epoch: in the middle of the second
+    signal_in(
+        student.Trainer, "_update", 5, signal.SIGTERM
+    )  # three steps an epoch: in the middle of the second
     result = run(*how, "--out", "stopped")
     assert result.code == 143, result
     assert "the same command goes on" in result.err

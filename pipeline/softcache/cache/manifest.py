@@ -28,7 +28,7 @@ __all__ = [
     "Unit",
     "UnitMarker",
     "claim_path",
-    "differences",
+    "diff_manifests",
     "marker_path",
 ]
 
@@ -37,13 +37,13 @@ MAX_UNITS = 10_000_000
 MAX_UNIT_ROWS, MAX_UNIT_BYTES, MAX_CHUNK_BYTES = 2**28, 2**36, 2**34
 """What a writer holds in memory and a reader decodes at once, before compression."""
 MAX_MANIFEST_BYTES, MAX_MARKER_BYTES = 2**26, 2**20
-IDENTITY: dict[str, dict[str, Any]] = {
+IDENTITY_SCHEMA: dict[str, dict[str, Any]] = {
     "teacher": {"spec": str, "dtype": str},
     "source": {"name": str, "digest": str},
     "labels": {"policy": str, "k": int, "temperatures": list},
 }
 """What every identity says; each kind says more."""
-OF_KIND: dict[str, dict[str, dict[str, Any]]] = {
+IDENTITY_SCHEMA_BY_KIND: dict[str, dict[str, dict[str, Any]]] = {
     "image": {"views": {"digest": str, "settings": dict}},
     "tokens": {"tokenizer": {"digest": str}, "attention": {"digest": str}},
     "cells": {
@@ -258,7 +258,7 @@ class Manifest(_Document):
             raise ValueError("rows: caches of tokens and cells have them, caches of images do not")
         if (self.kind == "cells") != isinstance(codec, CellCodec):
             raise ValueError(f"codec {codec.name}: is not of labels of kind {self.kind}")
-        for part, fields in (IDENTITY | OF_KIND[self.kind]).items():
+        for part, fields in (IDENTITY_SCHEMA | IDENTITY_SCHEMA_BY_KIND[self.kind]).items():
             for name, kind in fields.items():
                 if not isinstance(self.identity.get(part, {}).get(name), kind):
                     raise ValueError(f"identity.{part} must have {name}, a {kind.__name__}")
@@ -313,7 +313,7 @@ class Manifest(_Document):
         return codec
 
 
-def differences(here: Manifest, there: Manifest) -> list[str]:
+def diff_manifests(here: Manifest, there: Manifest) -> list[str]:
     """Returns one line `field: here; there` for every field in which two caches cannot be one."""
     told = {"identity", "plan", "rows", "store", "kind", "num_classes"}
     one, other = (json.loads(manifest.model_dump_json(include=told)) for manifest in (here, there))

@@ -138,14 +138,14 @@ def _checked_marker(
             f"with {room} rows{' at most' if manifest.rows else ''}; delete it and rerun `softcache teacher-logits`"
         )
     names = {shard.path: shard.column for shard in marker.shards}
-    wanted = store.objects_of(unit)
+    wanted = store.shard_paths(unit)
     if names != wanted or len(names) != len(marker.shards):
         raise ManifestError(
             f"{where}: names the shards {sorted(names)}; expected {sorted(wanted)} for unit {number}; delete it and "
             "rerun `softcache teacher-logits`"
         )
     for shard in marker.shards:
-        if shard.num_bytes > (most := store.most_bytes(shard.column)):
+        if shard.num_bytes > (most := store.max_shard_bytes(shard.column)):
             raise ManifestError(
                 f"{where}: says that {shard.path} has {shard.num_bytes:,} bytes; a unit of this cache has {most:,} at most; "
                 "restore it from a copy"
@@ -224,4 +224,4 @@ def check_unit(objects: Objects, marker: UnitMarker, store: Store | None = None)
                 f"{where}: sha256 {digest[:12]}…; {shard.sha256[:12]}… expected; {what_next}"
             )
         if store is not None:
-            store.check_bomb(shard.column, found, where)
+            store.check_decompressed_size(shard.column, found, where)

@@ -81,7 +81,7 @@ class RunConfig(Settings):
         if isinstance(self.source, TextSettings | TranslationSettings):
             if self.views != ViewSettings():
                 raise ValueError("views: a table for images; text has one view, the tokens; drop the table")
-            if self.student.reads_otherwise:
+            if self.student.has_own_input:
                 raise ValueError(
                     "student.source and student.views: for students of images; a text of another tokenizer is "
                     "student.tokenizer; drop the tables"

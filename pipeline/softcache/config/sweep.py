@@ -19,7 +19,7 @@ from pydantic_core import PydanticCustomError
 from softcache.losses.registry import LossName
 from softcache.settings import Settings
 
-__all__ = ["AXES", "Axis", "Parameter", "Range", "SpaceSettings", "SweepSettings", "plain"]
+__all__ = ["SEARCH_PARAMETERS", "Axis", "Parameter", "Range", "SpaceSettings", "SweepSettings", "to_json"]
 
 
 class Parameter(NamedTuple):
@@ -31,7 +31,7 @@ class Parameter(NamedTuple):
     allows: Callable[[Any], bool]
 
 
-AXES: dict[str, Parameter] = {
+SEARCH_PARAMETERS: dict[str, Parameter] = {
     "temperature": Parameter("loss.temperature", float, "numbers from 1 to 100", lambda x: 1 <= x <= 100),
     "alpha": Parameter("loss.alpha", float, "numbers from 0 to 1", lambda x: 0 <= x <= 1),
     "loss": Parameter(
@@ -56,7 +56,7 @@ class Range:
 Axis = Range | tuple[Any, ...]
 
 
-def plain(axis: Axis) -> Any:
+def to_json(axis: Axis) -> Any:
     """Returns a parameter's values as TOML and JSON have them."""
     return list(axis) if isinstance(axis, tuple) else asdict(axis)
 
@@ -71,25 +71,25 @@ class SpaceSettings(Settings):
     lr: Axis | None = None
     student: Axis | None = None
 
-    @field_validator(*AXES, mode="plain")
+    @field_validator(*SEARCH_PARAMETERS, mode="plain")
     @classmethod
     def _parse(cls, value: Any, info: ValidationInfo) -> Axis | None:
         assert info.field_name is not None
-        return None if value is None else _parsed(AXES[info.field_name], value)
+        return None if value is None else _parsed(SEARCH_PARAMETERS[info.field_name], value)
 
-    @field_serializer(*AXES)
+    @field_serializer(*SEARCH_PARAMETERS)
     def _written(self, axis: Axis | None) -> Any:
-        return None if axis is None else plain(axis)
+        return None if axis is None else to_json(axis)
 
     @model_validator(mode="after")
     def _check_any(self) -> Self:
         if not list(self.named()):
-            raise _error(f"names no parameter; expected some of {', '.join(AXES)}")
+            raise _error(f"names no parameter; expected some of {', '.join(SEARCH_PARAMETERS)}")
         return self
 
     def named(self) -> Iterator[tuple[str, Axis]]:
         """Yields the parameters that are swept, with what they may be."""
-        for name in AXES:
+        for name in SEARCH_PARAMETERS:
             if (axis := getattr(self, name)) is not None:
                 yield name, axis
 

@@ -217,11 +217,11 @@ class ViewedSource:
         """
         import torch
 
-        from softcache.data.sources.images.base import images_of
+        from softcache.data.sources.images.base import load_images
 
         numbers = np.asarray(samples, np.int64)
         keys = [self.source.key(sample) for sample in numbers.tolist()]
-        viewed = self.views.apply_batch(images_of(self.source, numbers), keys=keys, view=view)
+        viewed = self.views.apply_batch(load_images(self.source, numbers), keys=keys, view=view)
         if not isinstance(viewed, torch.Tensor):
             _check_shapes(viewed, keys, view)
             viewed = torch.stack(viewed)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from softcache.errors import LabelError, SourceError
-from softcache.labels import CellLabels
+from softcache.labels import DetectionLabels
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ class DetectionBatch:
     fingerprints: np.ndarray
     rows_per_sample: int
     unit: int | None = None
-    labels: CellLabels | None = None
+    labels: DetectionLabels | None = None
 
     def __post_init__(self) -> None:
         counts = {
@@ -169,5 +169,5 @@ class DetectionBatch:
             classes=list(chain.from_iterable(batch.classes for batch in batches)),
             samples=np.concatenate([batch.samples for batch in batches]),
             fingerprints=np.concatenate([batch.fingerprints for batch in batches]),
-            labels=CellLabels.concat(labels) if labels else None,
+            labels=DetectionLabels.concat(labels) if labels else None,
         )

@@ -13,8 +13,8 @@ import torch
 
 from softcache.data.batch import ViewedSource
 from softcache.data.boxes import DetectionBatch
-from softcache.data.sources.detection.base import BoxSource, Truth
-from softcache.data.sources.images.base import images_of
+from softcache.data.sources.detection.base import BoxAnnotations, BoxSource
+from softcache.data.sources.images.base import load_images
 from softcache.data.transforms import Views
 from softcache.data.transforms.boxes import MIN_VISIBLE
 from softcache.hashing.digests import digest_json
@@ -69,18 +69,18 @@ class ViewedScenes:
             rows_per_sample=self.rows_per_sample,
         )
 
-    def truths(self, samples: Sequence[int] | np.ndarray, view: int) -> list[Truth]:
+    def truths(self, samples: Sequence[int] | np.ndarray, view: int) -> list[BoxAnnotations]:
         """Returns the truth of each of `samples` as the view shows it, crowds included: what detections are scored by."""
         return self._seen(np.asarray(samples, np.int64), view)
 
-    def _seen(self, samples: np.ndarray, view: int) -> list[Truth]:
+    def _seen(self, samples: np.ndarray, view: int) -> list[BoxAnnotations]:
         plain = view == 0 and self.views.settings.size is None
-        images = [None] * len(samples) if plain else images_of(self.source, samples)
+        images = [None] * len(samples) if plain else load_images(self.source, samples)
         return [
             self._seen_one(int(sample), view, image) for sample, image in zip(samples, images, strict=True)
         ]
 
-    def _seen_one(self, sample: int, view: int, image: torch.Tensor | None) -> Truth:
+    def _seen_one(self, sample: int, view: int, image: torch.Tensor | None) -> BoxAnnotations:
         truth = self.source.truth(sample)
         if image is None:  # as it is
             return truth
@@ -88,4 +88,4 @@ class ViewedScenes:
         boxes_M4, kept_M = self.views.apply_boxes(
             truth.boxes, key=self.source.key(sample), view=view, height=height, width=width
         )
-        return Truth(boxes_M4, truth.classes, truth.crowd).take(kept_M)
+        return BoxAnnotations(boxes_M4, truth.classes, truth.crowd).take(kept_M)

@@ -14,15 +14,15 @@ Importing this takes numba along, so import it where it is used.
 
 from softcache.hashing.philox import uniforms
 from softcache.hashing.xxh3 import LONGEST, fingerprints, hashes, joined_names
-from softcache.runtime.jit import compiled, compiled_apart, compiled_part
+from softcache.runtime.jit import compiled, njit_in_subprocess, njit_inline
 
 __all__ = [
     "LONGEST",
     "compiled",
-    "compiled_apart",
-    "compiled_part",
     "fingerprints",
     "hashes",
     "joined_names",
+    "njit_in_subprocess",
+    "njit_inline",
     "uniforms",
 ]

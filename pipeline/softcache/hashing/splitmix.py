@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["STEP", "mixed"]
+__all__ = ["SPLITMIX64_GAMMA", "splitmix64"]
 
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
-STEP = 0x9E3779B97F4A7C15 - 2**64
+SPLITMIX64_GAMMA = 0x9E3779B97F4A7C15 - 2**64
 """Between the counters of one seed; odd, as a signed 64-bit number."""
 
 
-def mixed(counters: Tensor) -> Tensor:
+def splitmix64(counters: Tensor) -> Tensor:
     """The output of splitmix64 (Steele, Lea, Flood 2014) for each counter, int64 for 64 bits, modulo 2^64.
 
     >>> import torch

@@ -13,13 +13,13 @@ truncate.py             a record of fewer classes from one of more
 """
 
 from softcache.labels.bernoulli import BernoulliLabels, SoftenedBernoulli
-from softcache.labels.detection import COLUMNS, CellLabels, joined
+from softcache.labels.detection import COLUMNS, DetectionLabels, concat_labels
 from softcache.labels.join import collect, concat
 from softcache.labels.sampling import Sampling
 from softcache.labels.soft_labels import ARRAYS, STATS, SoftLabels
 from softcache.labels.tail import DEFAULT_TEMPERATURES
 from softcache.labels.temperature import SoftenedLabels
-from softcache.labels.truncate import slimmed
+from softcache.labels.truncate import truncate_labels
 
 __all__ = [
     "ARRAYS",
@@ -27,13 +27,13 @@ __all__ = [
     "DEFAULT_TEMPERATURES",
     "STATS",
     "BernoulliLabels",
-    "CellLabels",
+    "DetectionLabels",
     "Sampling",
     "SoftLabels",
     "SoftenedBernoulli",
     "SoftenedLabels",
     "collect",
     "concat",
-    "joined",
-    "slimmed",
+    "concat_labels",
+    "truncate_labels",
 ]

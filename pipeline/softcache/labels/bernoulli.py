@@ -18,7 +18,7 @@ from array_api_compat import array_namespace, is_numpy_array, is_torch_array
 
 from softcache.errors import LabelError, TemperatureError
 from softcache.labels.arrays import Array, as_numpy, as_torch, row_index, rows
-from softcache.labels.validate_detection import check_alike, check_array, join_columns
+from softcache.labels.validate_detection import check_array, check_compatible, join_columns
 
 __all__ = ["BernoulliLabels", "SoftenedBernoulli"]
 
@@ -163,7 +163,7 @@ class BernoulliLabels:
         Raises:
             LabelError: no records, or records that differ in more than their positions.
         """
-        check_alike("BernoulliLabels", records, ("num_classes", "k", "is_torch"))
+        check_compatible("BernoulliLabels", records, ("num_classes", "k", "is_torch"))
         parts = [record._arrays() for record in records]
         joined = join_columns("BernoulliLabels", parts)
         return replace(records[0], **joined)

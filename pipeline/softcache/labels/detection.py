@@ -20,16 +20,16 @@ from softcache.labels.bernoulli import BernoulliLabels, SoftenedBernoulli
 from softcache.labels.join import concat
 from softcache.labels.soft_labels import SoftLabels
 from softcache.labels.temperature import SoftenedLabels
-from softcache.labels.validate_detection import check_alike, check_array, join_columns
+from softcache.labels.validate_detection import check_array, check_compatible, join_columns
 
-__all__ = ["COLUMNS", "CellLabels", "joined"]
+__all__ = ["COLUMNS", "DetectionLabels", "concat_labels"]
 
 COLUMNS = ("boxes", "bins", "centerness")
-"""What `CellLabels.columns` may hold."""
+"""What `DetectionLabels.columns` may hold."""
 
 
 @dataclass(frozen=True, eq=False)
-class CellLabels:
+class DetectionLabels:
     """What a dense teacher says at P cells.
 
     Attributes:
@@ -50,11 +50,11 @@ class CellLabels:
     def __post_init__(self) -> None:
         object.__setattr__(self, "columns", MappingProxyType(dict(self.columns)))
         like, num_positions = self.labels.ids, len(self.labels)
-        check_array("CellLabels.cells", self.cells, (num_positions,), like=like, integer=True)
+        check_array("DetectionLabels.cells", self.cells, (num_positions,), like=like, integer=True)
         unknown = sorted(set(self.columns) - set(COLUMNS))
         if unknown or {"boxes", "bins"} <= set(self.columns):
             raise LabelError(
-                f"CellLabels.columns: expected some of {', '.join(COLUMNS)}, and boxes or bins, not both; found "
+                f"DetectionLabels.columns: expected some of {', '.join(COLUMNS)}, and boxes or bins, not both; found "
                 f"{', '.join(sorted(self.columns))}; leave out what is not the head's"
             )
         for name, array in self.columns.items():
@@ -62,7 +62,7 @@ class CellLabels:
             if wanted is None:
                 shape = tuple(array.shape)
                 wanted = (num_positions, 4, max(shape[2], 2) if len(shape) == 3 else 2)
-            check_array(f"CellLabels.{name}", array, wanted, like=like, integer=False)
+            check_array(f"DetectionLabels.{name}", array, wanted, like=like, integer=False)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -117,21 +117,23 @@ class CellLabels:
         return replace(self, labels=labels, cells=function(self.cells), columns=columns)
 
     @classmethod
-    def concat(cls, records: Sequence[CellLabels]) -> CellLabels:
+    def concat(cls, records: Sequence[DetectionLabels]) -> DetectionLabels:
         """One record of all positions, in order; the arrays are new.
 
         Raises:
             LabelError: no records, or records that differ in more than their positions.
         """
-        check_alike("CellLabels", records, ("num_classes", "k", "is_torch"))
-        joined = join_columns("CellLabels", [{**record.columns, "cells": record.cells} for record in records])
+        check_compatible("DetectionLabels", records, ("num_classes", "k", "is_torch"))
+        joined = join_columns(
+            "DetectionLabels", [{**record.columns, "cells": record.cells} for record in records]
+        )
         cells = joined.pop("cells")
         return cls(_joined_labels([record.labels for record in records]), cells, joined)
 
 
-def joined(records: Sequence[Any]) -> Any:
+def concat_labels(records: Sequence[Any]) -> Any:
     """Returns one record of all positions, in order, of records of either kind; raises as `concat` of that kind."""
-    return CellLabels.concat(records) if isinstance(records[0], CellLabels) else concat(records)
+    return DetectionLabels.concat(records) if isinstance(records[0], DetectionLabels) else concat(records)
 
 
 def _joined_labels(parts: Sequence[SoftLabels | BernoulliLabels]) -> SoftLabels | BernoulliLabels:
@@ -139,7 +141,7 @@ def _joined_labels(parts: Sequence[SoftLabels | BernoulliLabels]) -> SoftLabels 
     coins = [part for part in parts if isinstance(part, BernoulliLabels)]
     if soft and coins:
         raise LabelError(
-            f"CellLabels.concat: expected one kind of distribution; found {len(soft)} records of SoftLabels and "
+            f"DetectionLabels.concat: expected one kind of distribution; found {len(soft)} records of SoftLabels and "
             f"{len(coins)} of BernoulliLabels; join only records of one teacher"
         )
     return concat(soft) if soft else BernoulliLabels.concat(coins)

@@ -32,7 +32,7 @@ import numpy as np
 import xxhash
 from pydantic import Field, model_validator
 
-from softcache.hashing.splitmix import STEP, mixed
+from softcache.hashing.splitmix import SPLITMIX64_GAMMA, splitmix64
 from softcache.settings import Settings
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class PositionSettings(Settings):
         return self
 
     @property
-    def known_before(self) -> bool:
+    def is_static(self) -> bool:
         """Whether rows are left out, and which is known before the teacher runs."""
         return self.policy in ("every", "random")
 
@@ -111,7 +111,7 @@ def chosen_rows(
     """Returns which rows are labelled, ascending int64, where that is known before the teacher runs.
 
     Args:
-        settings: of a policy that is `known_before`.
+        settings: of a policy that is `is_static`.
         keys: [B] of the samples.
         row_counts: [B] eligible rows of each.
         positions: [P] where in its sample each of them is.
@@ -167,5 +167,5 @@ def _random_numbers(
 
     bases_B = np.array([xxhash.xxh3_64_intdigest(key.encode(), seed) for key in keys], np.uint64)
     bases_P = torch.from_numpy(np.repeat(bases_B, row_counts).view(np.int64))
-    counters_P = bases_P + (torch.from_numpy(positions.astype(np.int64)) + 1) * STEP
-    return (mixed(counters_P) >> 1) & (2**63 - 1)
+    counters_P = bases_P + (torch.from_numpy(positions.astype(np.int64)) + 1) * SPLITMIX64_GAMMA
+    return (splitmix64(counters_P) >> 1) & (2**63 - 1)

@@ -25,7 +25,7 @@ from softcache.labels.arrays import Array, as_numpy, as_torch, row_index, rows
 from softcache.labels.sampling import Sampling
 from softcache.labels.tail import log_sum_exp
 from softcache.labels.temperature import SoftenedLabels, soften, soften_buckets, soften_masses
-from softcache.labels.validate import ARRAYS, STATS, check_grid, check_kinds, check_shapes
+from softcache.labels.validate import ARRAYS, STATS, check_array_types, check_grid, check_shapes
 
 __all__ = ["ARRAYS", "STATS", "Array", "SoftLabels"]
 
@@ -90,7 +90,7 @@ class SoftLabels:
                 f"SoftLabels.max_temperature: expected at least {self.temperatures[-1]}, the last of the grid; "
                 f"found {self.max_temperature}; raise it, or shorten the grid"
             )
-        check_kinds(self)
+        check_array_types(self)
         check_shapes(self)
 
     def __len__(self) -> int:

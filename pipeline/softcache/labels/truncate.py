@@ -17,10 +17,10 @@ from softcache.errors import LabelError, TemperatureError
 from softcache.labels.soft_labels import Array, SoftLabels
 from softcache.labels.tail import check_temperatures, log_sum_exp
 
-__all__ = ["slimmed"]
+__all__ = ["truncate_labels"]
 
 
-def slimmed(
+def truncate_labels(
     labels: SoftLabels, k: int, *, p: float | None = None, temperatures: tuple[float, ...] | None = None
 ) -> SoftLabels:
     """The record that the first k slots would make.

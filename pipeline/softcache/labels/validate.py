@@ -18,7 +18,7 @@ from softcache.labels.tail import check_temperatures
 if TYPE_CHECKING:
     from softcache.labels.soft_labels import SoftLabels
 
-__all__ = ["ARRAYS", "STATS", "check_grid", "check_kinds", "check_shapes"]
+__all__ = ["ARRAYS", "STATS", "check_array_types", "check_grid", "check_shapes"]
 
 STATS = ("entropy", "logit_mean", "logit_std", "support")
 """Columns of `SoftLabels.stats`: entropy of p at T=1 (nats); mean and population standard deviation, over the
@@ -28,7 +28,7 @@ classes with p > 0, of the logits shifted so that their logsumexp is 0; support,
 ARRAYS = ("ids", "log_probs", "log_tail", "target_log_prob", "stats", "counts", "log_threshold")
 
 
-def check_kinds(labels: SoftLabels) -> None:
+def check_array_types(labels: SoftLabels) -> None:
     """Raises LabelError unless the arrays are all NumPy or all torch, and integers or floats as they should be."""
     is_kind = is_torch_array if labels.is_torch else is_numpy_array
     for name in ARRAYS:

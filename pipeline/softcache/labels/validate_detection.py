@@ -10,7 +10,7 @@ from array_api_compat import array_namespace, is_numpy_array, is_torch_array
 from softcache.errors import LabelError
 from softcache.labels.arrays import Array
 
-__all__ = ["check_alike", "check_array", "join_columns"]
+__all__ = ["check_array", "check_compatible", "join_columns"]
 
 
 def check_array(name: str, array: Array, shape: tuple[int, ...], *, like: Array, integer: bool) -> None:
@@ -29,7 +29,7 @@ def check_array(name: str, array: Array, shape: tuple[int, ...], *, like: Array,
         raise LabelError(f"{name}: expected {wanted} dtype; found {array.dtype}; cast it first")
 
 
-def check_alike(name: str, records: Sequence[Any], facts: Sequence[str]) -> None:
+def check_compatible(name: str, records: Sequence[Any], facts: Sequence[str]) -> None:
     """Raises LabelError unless there are records and all have the same `facts`."""
     if not records:
         raise LabelError(

@@ -26,7 +26,7 @@ a few [P, V] temporaries beside the student's logits; `softcache.losses.fused` c
 
 from softcache.losses.buckets import check_vocabulary, fit_vocabulary
 from softcache.losses.distillation import check_alpha, cross_entropy, distillation_loss
-from softcache.losses.formulas import weighted_difference
+from softcache.losses.formulas import kl_terms
 from softcache.losses.functional import (
     adaptive_kl,
     forward_kl,
@@ -40,7 +40,7 @@ from softcache.losses.functional import (
 from softcache.losses.rank_matching import uld
 from softcache.losses.registry import KINDS, Loss, make_loss
 from softcache.losses.sample_weights import row_weights
-from softcache.losses.schedules import Mix, scheduled
+from softcache.losses.schedules import LossMix, scheduled
 from softcache.losses.settings import LossSettings
 from softcache.losses.standardize import standardized
 from softcache.losses.target_losses import dkd, nkd
@@ -48,8 +48,8 @@ from softcache.losses.target_losses import dkd, nkd
 __all__ = [
     "KINDS",
     "Loss",
+    "LossMix",
     "LossSettings",
-    "Mix",
     "adaptive_kl",
     "check_alpha",
     "check_vocabulary",
@@ -59,6 +59,7 @@ __all__ = [
     "fit_vocabulary",
     "forward_kl",
     "jsd",
+    "kl_terms",
     "make_loss",
     "nkd",
     "reverse_kl",
@@ -70,5 +71,4 @@ __all__ = [
     "standardized",
     "total_variation",
     "uld",
-    "weighted_difference",
 ]

@@ -11,13 +11,13 @@ from torch import Tensor
 from softcache.labels import SoftenedLabels, SoftLabels
 from softcache.losses.buckets import check_student, check_vocabulary, fit_vocabulary, student_buckets
 from softcache.losses.registry import Loss
-from softcache.losses.tail_modes import with_tail
-from softcache.losses.target_class import IGNORED, as_bucket, check_targets, dropped_log_probs
+from softcache.losses.tail_modes import apply_tail_mode
+from softcache.losses.target_class import IGNORED, add_target_bucket, check_targets, dropped_log_probs
 
-__all__ = ["bucket_values", "compare", "prepare"]
+__all__ = ["align_labels", "bucket_values", "bucketed_loss"]
 
 
-def prepare(
+def align_labels(
     loss: Loss,
     softened: SoftenedLabels,
     *,
@@ -37,21 +37,21 @@ def prepare(
     """
     ready = fit_vocabulary(softened, num_classes, num_student_classes)
     if not loss.kind.needs_target:
-        return with_tail(ready, loss.tail, num_student_classes)
+        return apply_tail_mode(ready, loss.tail, num_student_classes)
     assert targets_P is not None
     assert log_dropped_P is not None
-    ready = as_bucket(ready, targets_P, log_dropped_P, num_student_classes)
+    ready = add_target_bucket(ready, targets_P, log_dropped_P, num_student_classes)
     if loss.tail == "bucket":
         return ready
     # Once more: its own share of the tail is known, and a spread tail has it among all classes.
-    ready = with_tail(ready, loss.tail, num_student_classes)
-    return as_bucket(ready, targets_P, log_dropped_P, num_student_classes)
+    ready = apply_tail_mode(ready, loss.tail, num_student_classes)
+    return add_target_bucket(ready, targets_P, log_dropped_P, num_student_classes)
 
 
 def bucket_values(
     loss: Loss, ready: SoftenedLabels, log_kept_PK: Tensor, log_tail_P: Tensor, targets_P: Tensor | None
 ) -> Tensor:
-    """The loss [P], without T^2, from a `prepare`d record and the student's log-masses in its buckets."""
+    """The loss [P], without T^2, from a `align_labels`d record and the student's log-masses in its buckets."""
     formula, tailless = loss.kind.formula, loss.tail in ("uniform", "ignore")
     assert formula is not None
     if loss.kind.linear:
@@ -71,7 +71,7 @@ def bucket_values(
     return value_P
 
 
-def compare(
+def bucketed_loss(
     loss: Loss,
     student_logits: Tensor,
     labels: SoftLabels,
@@ -92,7 +92,7 @@ def compare(
         targets_P = targets_P.long()
         check_targets(labels, targets_P, num_student_classes)
         log_dropped_P = dropped_log_probs(labels, softened, temperature)
-    ready = prepare(
+    ready = align_labels(
         loss,
         softened,
         num_classes=labels.num_classes,

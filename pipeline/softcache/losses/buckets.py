@@ -22,7 +22,7 @@ __all__ = [
     "check_vocabulary",
     "fit_vocabulary",
     "over_temperature",
-    "promoted",
+    "promote_dtype",
     "student_buckets",
 ]
 
@@ -100,7 +100,7 @@ def student_buckets(student_logits: Tensor, ids_PK: Tensor, temperature: Any) ->
 
     A slot whose id is no class of the student's is unused, and -inf.
     """
-    scaled_PV = over_temperature(promoted(student_logits), temperature)
+    scaled_PV = over_temperature(promote_dtype(student_logits), temperature)
     num_positions, num_classes = scaled_PV.shape
     ids_PK = ids_PK.long()
     # One column more than classes, for the unused slots to fall into.
@@ -121,6 +121,6 @@ def over_temperature(logits_PV: Tensor, temperature: Any) -> Tensor:
     return (logits_PV.masked_fill(masked, 0.0) / divisor).masked_fill(masked, -torch.inf)
 
 
-def promoted(logits: Tensor) -> Tensor:
+def promote_dtype(logits: Tensor) -> Tensor:
     """float64 as it is, all else as float32."""
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -14,13 +14,13 @@ import math
 
 import numpy as np
 
-from softcache.losses.cpu_vectors import exponentials, largest, total
-from softcache.runtime.jit import compiled_apart
+from softcache.losses.cpu_vectors import exp_shifted, largest, total
+from softcache.runtime.jit import njit_in_subprocess
 
 __all__ = ["mixed_loss"]
 
 
-@compiled_apart
+@njit_in_subprocess
 def mixed_loss(  # type: ignore[no-untyped-def]
     z_PV, log_probs_PK, log_tail_P, ids_PK, targets_P, T, alpha, out_PV
 ):
@@ -65,7 +65,7 @@ def mixed_loss(  # type: ignore[no-untyped-def]
         # The student's rest by itself, right however little it weighs, then its normaliser over kept and rest.
         rest_peak = largest(rest_V)
         shift = rest_peak if rest_peak > np.float32(-np.inf) else np.float32(0)
-        exponentials(rest_V, shift, out_V)
+        exp_shifted(rest_V, shift, out_V)
         rest = total(out_V)
         log_rest = -np.inf if rest == 0.0 else shift + math.log(rest)
         top = max(top, float(log_rest))
@@ -97,7 +97,7 @@ def mixed_loss(  # type: ignore[no-untyped-def]
         if target < 0 or target >= classes:
             return 0.0, row
         highest = largest(z_V)
-        exponentials(z_V, highest, second_V)
+        exp_shifted(z_V, highest, second_V)
         norm = total(second_V)
         whole += hard * (highest + math.log(norm) - z_V[target])
         share = np.float32(hard / norm)

@@ -10,9 +10,9 @@ from functools import partial
 
 import numpy as np
 
-from softcache.runtime.jit import compiled_part
+from softcache.runtime.jit import njit_inline
 
-__all__ = ["exponentials", "largest", "total"]
+__all__ = ["exp_shifted", "largest", "total"]
 
 _NONE = np.float32(-np.inf)
 _LEAST, _LOG2E, _HALF = np.float32(-87.0), np.float32(1.44269504), np.float32(0.5)
@@ -22,8 +22,8 @@ _C2, _C1, _C0 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.flo
 _ONE, _ZERO = np.float32(1), np.float32(0)
 
 
-@compiled_part
-def exponentials(x_V, shift, out_V):  # type: ignore[no-untyped-def]
+@njit_inline
+def exp_shifted(x_V, shift, out_V):  # type: ignore[no-untyped-def]
     """Writes e^(x - shift), 0 below e^-87; x at most `shift`, or NaN."""
     for j in range(len(x_V)):
         t = x_V[j] - shift
@@ -36,7 +36,7 @@ def exponentials(x_V, shift, out_V):  # type: ignore[no-untyped-def]
         out_V[j] = _ZERO if t < _LEAST else value
 
 
-@partial(compiled_part, fastmath={"reassoc"})
+@partial(njit_inline, fastmath={"reassoc"})
 def total(x_V):  # type: ignore[no-untyped-def]
     """The sum, float64, in whatever order is fastest."""
     whole = 0.0
@@ -45,7 +45,7 @@ def total(x_V):  # type: ignore[no-untyped-def]
     return whole
 
 
-@compiled_part
+@njit_inline
 def largest(x_V):  # type: ignore[no-untyped-def]
     """Of those that are numbers; -inf of none."""
     a = b = c = d = _NONE

@@ -25,10 +25,10 @@ from torch.autograd.function import once_differentiable
 
 from softcache.errors import LabelError
 from softcache.labels import SoftLabels
-from softcache.losses.buckets import check_student, promoted
+from softcache.losses.buckets import check_student, promote_dtype
 from softcache.losses.registry import Loss
 
-__all__ = ["direct_loss", "is_direct"]
+__all__ = ["direct_loss", "is_fast_path"]
 
 _MOST_CLASSES = 256  # for `losses.small`; beyond, torch with several threads catches up
 _SUM = 2  # ATen's number for that reduction
@@ -36,7 +36,7 @@ _IGNORED = -100
 _NO_TARGETS = np.zeros(0, np.int64)
 
 
-def is_direct(loss: Loss, logits_PV: Tensor, labels: SoftLabels, temperature: Any) -> bool:
+def is_fast_path(loss: Loss, logits_PV: Tensor, labels: SoftLabels, temperature: Any) -> bool:
     """Whether `direct_loss` is this loss: the divergence and tail of the defaults, at one constant temperature, of a
     student with the labels' classes and labels that are constants and were not drawn."""
     return (
@@ -55,7 +55,7 @@ def is_direct(loss: Loss, logits_PV: Tensor, labels: SoftLabels, temperature: An
 def direct_loss(
     logits_PV: Tensor, labels: SoftLabels, targets_P: Tensor | None, *, temperature: float, alpha: float
 ) -> Tensor:
-    """Mean of (1 - alpha) * cross-entropy + alpha * T^2 * forward divergence, where `is_direct`.
+    """Mean of (1 - alpha) * cross-entropy + alpha * T^2 * forward divergence, where `is_fast_path`.
 
     Args:
         logits_PV: [P, V] floating point, P > 0.
@@ -104,7 +104,7 @@ class _Small(_Scaled):
     ) -> Tensor:
         from softcache.losses.cpu_kernel import mixed_loss
 
-        z_PV = promoted(logits_PV.detach()).contiguous()
+        z_PV = promote_dtype(logits_PV.detach()).contiguous()
         log_masses_PK, log_tail_P = labels.masses_at(T)
         targets = _NO_TARGETS if targets_P is None or alpha == 1.0 else targets_P.contiguous().numpy()
         if len(targets) not in (0, len(z_PV)):
@@ -158,7 +158,7 @@ class _Direct(_Scaled):
         alpha: float,
     ) -> Tensor:
         with torch.autocast(logits_PV.device.type, enabled=False):
-            z_PV = promoted(logits_PV)
+            z_PV = promote_dtype(logits_PV)
             z_PV = z_PV.to(torch.promote_types(z_PV.dtype, log_p_PB.dtype))
             value, gradient_PV = _soft_part(z_PV, log_p_PB.to(z_PV.dtype), ids_PK.long(), T, alpha)
             if alpha < 1.0:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from softcache.errors import LabelError
 from softcache.labels import SoftLabels
-from softcache.losses.bucketed import compare
-from softcache.losses.buckets import promoted
-from softcache.losses.direct import direct_loss, is_direct
+from softcache.losses.bucketed import bucketed_loss
+from softcache.losses.buckets import promote_dtype
+from softcache.losses.direct import direct_loss, is_fast_path
 from softcache.losses.rank_matching import uld
 from softcache.losses.registry import Loss, as_loss
 from softcache.losses.standardize import standardized
@@ -31,7 +31,7 @@ def cross_entropy(student_logits: Tensor, targets: Tensor) -> Tensor:
     Returns:
         [P] float32 or float64.
     """
-    return F.cross_entropy(promoted(student_logits), targets.long(), reduction="none")
+    return F.cross_entropy(promote_dtype(student_logits), targets.long(), reduction="none")
 
 
 def distillation_loss(
@@ -92,7 +92,7 @@ def distillation_loss(
         and soft_weights is None
         and alpha > 0.0
         and labels is not None
-        and is_direct(loss, student_logits, labels, temperature)
+        and is_fast_path(loss, student_logits, labels, temperature)
     ):
         return direct_loss(
             student_logits,
@@ -168,7 +168,9 @@ def _soft_part(
         logits_PV, T = standardized(student_logits, labels, temperature=temperature, active_P=active_P)
     if loss.name == "uld":
         return uld(logits_PV, labels, temperature=T)
-    value_P = compare(loss, logits_PV, labels, targets_P, temperature=T, padded_vocabulary=padded_vocabulary)
+    value_P = bucketed_loss(
+        loss, logits_PV, labels, targets_P, temperature=T, padded_vocabulary=padded_vocabulary
+    )
     value_P = temperature**loss.kind.temperature_power * value_P
     if loss.kind.weighs_truth:
         assert targets_P is not None

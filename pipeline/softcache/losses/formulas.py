@@ -22,12 +22,12 @@ __all__ = [
     "dkd",
     "forward_kl_terms",
     "jsd",
+    "kl_terms",
     "nkd",
     "reverse_kl",
     "skew_kl",
     "skew_reverse_kl",
     "total_variation",
-    "weighted_difference",
 ]
 
 # In place of -inf: its exponential is 0 in float64 too, but 0 times it is 0, in the gradient as well.
@@ -37,7 +37,7 @@ _FAINT = (
 )  # nats, in place of a teacher's -inf where a loss would be infinite: below float32's smallest number
 
 
-def weighted_difference(log_p: Tensor, log_s: Tensor) -> Tensor:
+def kl_terms(log_p: Tensor, log_s: Tensor) -> Tensor:
     """p * (log p - log s), and 0 with a zero gradient where p is 0."""
     p = log_p.exp()
     return p * (log_p - log_s).where(p > 0, 0.0)
@@ -45,7 +45,7 @@ def weighted_difference(log_p: Tensor, log_s: Tensor) -> Tensor:
 
 def forward_kl_terms(log_p: Tensor, log_s: Tensor) -> Tensor:
     """p log(p / s), bucket by bucket."""
-    return weighted_difference(log_p, log_s)
+    return kl_terms(log_p, log_s)
 
 
 def cross_entropy_terms(log_p: Tensor, log_s: Tensor) -> Tensor:
@@ -96,27 +96,27 @@ def adaptive_kl(log_p_PB: Tensor, log_s_PB: Tensor, *, mu: float) -> Tensor:
         head_P = gap_PB.gather(1, order_PB).where(head_PB, 0.0).sum(dim=1)
         whole_P = gap_PB.sum(dim=1)
         weight_P = head_P / whole_P.where(whole_P > 0, 1.0)
-    forward_P = weighted_difference(log_p_PB, log_s_PB).sum(dim=1)
+    forward_P = kl_terms(log_p_PB, log_s_PB).sum(dim=1)
     return weight_P * forward_P + (1.0 - weight_P) * reverse_kl(log_p_PB, log_s_PB)
 
 
 def dkd(log_p_PB: Tensor, log_s_PB: Tensor, *, dkd_alpha: float, dkd_beta: float) -> Tensor:
     """dkd_alpha TCKD + dkd_beta NCKD; the last bucket but one is the ground-truth class."""
     (log_p_P, log_rest_p_P, log_within_p_PB), (log_s_P, log_rest_s_P, log_within_s_PB) = (
-        _apart(log_p_PB),
-        _apart(log_s_PB),
+        _split_target(log_p_PB),
+        _split_target(log_s_PB),
     )
-    target_P = weighted_difference(log_p_P, log_s_P) + weighted_difference(log_rest_p_P, log_rest_s_P)
-    others_P = weighted_difference(log_within_p_PB, log_within_s_PB).sum(dim=1)
+    target_P = kl_terms(log_p_P, log_s_P) + kl_terms(log_rest_p_P, log_rest_s_P)
+    others_P = kl_terms(log_within_p_PB, log_within_s_PB).sum(dim=1)
     return dkd_alpha * target_P + dkd_beta * others_P
 
 
 def nkd(log_p_PB: Tensor, log_s_PB: Tensor, *, nkd_gamma: float) -> Tensor:
     """The part of NKD over the other classes; the last bucket but one is the ground-truth class."""
-    return nkd_gamma * cross_entropy_terms(_apart(log_p_PB)[2], _apart(log_s_PB)[2]).sum(dim=1)
+    return nkd_gamma * cross_entropy_terms(_split_target(log_p_PB)[2], _split_target(log_s_PB)[2]).sum(dim=1)
 
 
-def _apart(log_x_PB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _split_target(log_x_PB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The ground-truth class [P], all others together [P], and the others among themselves [P, B - 1]."""
     others_PB = torch.cat([log_x_PB[:, :-2], log_x_PB[:, -1:]], dim=1)
     log_rest_P = log_sum_exp(others_PB)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from softcache.labels import SoftLabels
-from softcache.losses.bucketed import compare
+from softcache.losses.bucketed import bucketed_loss
 from softcache.losses.registry import make_loss
 
 __all__ = [
@@ -78,7 +78,7 @@ def forward_kl(
         Anshumann et al. 2025, "Sparse logit sampling", arXiv 2503.16870 (drawn classes).
     """
     loss = make_loss("forward_kl", tail=tail)
-    return compare(
+    return bucketed_loss(
         loss, student_logits, labels, None, temperature=temperature, padded_vocabulary=padded_vocabulary
     )
 
@@ -106,7 +106,7 @@ def reverse_kl(
         student.
     """
     loss = make_loss("reverse_kl", tail=tail)
-    return compare(
+    return bucketed_loss(
         loss, student_logits, labels, None, temperature=temperature, padded_vocabulary=padded_vocabulary
     )
 
@@ -135,7 +135,7 @@ def jsd(
         Agarwal et al. 2023, "On-policy distillation of language models" (GKD), arXiv 2306.13649, eq. (1).
     """
     loss = make_loss("jsd", tail=tail, beta=beta)
-    return compare(
+    return bucketed_loss(
         loss, student_logits, labels, None, temperature=temperature, padded_vocabulary=padded_vocabulary
     )
 
@@ -163,7 +163,7 @@ def skew_kl(
         out the term sum p log p: the same gradient, another value.
     """
     loss = make_loss("skew_kl", tail=tail, skew=skew)
-    return compare(
+    return bucketed_loss(
         loss, student_logits, labels, None, temperature=temperature, padded_vocabulary=padded_vocabulary
     )
 
@@ -190,7 +190,7 @@ def skew_reverse_kl(
         Ko, Kim, Chen, Yun 2024, "DistiLLM", arXiv 2402.03898, section 3.1 (SRKL, alpha = 0.1).
     """
     loss = make_loss("skew_reverse_kl", tail=tail, skew=skew)
-    return compare(
+    return bucketed_loss(
         loss, student_logits, labels, None, temperature=temperature, padded_vocabulary=padded_vocabulary
     )
 
@@ -225,7 +225,7 @@ def adaptive_kl(
         large language models", arXiv 2404.02657, section on AKL (mu = 0.5).
     """
     loss = make_loss("adaptive_kl", tail=tail, mu=mu)
-    return compare(
+    return bucketed_loss(
         loss, student_logits, labels, None, temperature=temperature, padded_vocabulary=padded_vocabulary
     )
 
@@ -252,7 +252,7 @@ def total_variation(
         (TVD), token by token.
     """
     loss = make_loss("total_variation", tail=tail)
-    return compare(
+    return bucketed_loss(
         loss, student_logits, labels, None, temperature=temperature, padded_vocabulary=padded_vocabulary
     )
 
@@ -280,6 +280,6 @@ def soft_cross_entropy(
         Anshumann et al. 2025, "Sparse logit sampling", arXiv 2503.16870.
     """
     loss = make_loss("cross_entropy", tail=tail)
-    return compare(
+    return bucketed_loss(
         loss, student_logits, labels, None, temperature=temperature, padded_vocabulary=padded_vocabulary
     )

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softcache.labels import SoftLabels
-from softcache.losses.buckets import check_student, over_temperature, promoted
+from softcache.losses.buckets import check_student, over_temperature, promote_dtype
 from softcache.losses.registry import make_loss
 
 __all__ = ["uld"]
@@ -53,7 +53,7 @@ def uld(student_logits: Tensor, labels: SoftLabels, *, temperature: Any) -> Tens
     make_loss("uld").check_labels(labels)
     softened = labels.at_temperature(temperature)
     teacher_PK = softened.log_probs.exp().sort(dim=1, descending=True).values
-    probs_PV = over_temperature(promoted(student_logits), temperature).softmax(dim=1)
+    probs_PV = over_temperature(promote_dtype(student_logits), temperature).softmax(dim=1)
     top = probs_PV.topk(min(labels.k, probs_PV.shape[1]), dim=1)
     tail_P = probs_PV.scatter(1, top.indices, 0.0).sum(dim=1)
     student_PK = F.pad(top.values, (0, labels.k - top.values.shape[1]))

@@ -18,9 +18,9 @@ __all__ = [
     "KINDS",
     "PARAMETERS",
     "TAILS",
-    "Kind",
     "Loss",
     "LossName",
+    "LossSpec",
     "Tail",
     "as_loss",
     "check_parameter",
@@ -45,7 +45,7 @@ LossName = Literal[
 
 
 @dataclass(frozen=True)
-class Kind:
+class LossSpec:
     """What the maths of a loss is, and allows.
 
     Attributes:
@@ -77,18 +77,18 @@ _WITH_TEACHERS_MASS = (
 )  # a renormalised teacher has none beyond the kept classes
 _WHOLE = ("bucket", "uniform")  # what they normalise by is no sum over the kept classes
 
-KINDS: dict[str, Kind] = {
-    "forward_kl": Kind(formulas.forward_kl_terms, linear=True),
-    "reverse_kl": Kind(formulas.reverse_kl, tails=_WITH_TEACHERS_MASS),
-    "jsd": Kind(formulas.jsd, {"beta": 0.5}),
-    "skew_kl": Kind(formulas.skew_kl, {"skew": 0.1}),
-    "skew_reverse_kl": Kind(formulas.skew_reverse_kl, {"skew": 0.1}),
-    "adaptive_kl": Kind(formulas.adaptive_kl, {"mu": 0.5}, tails=_WITH_TEACHERS_MASS),
-    "total_variation": Kind(formulas.total_variation, temperature_power=0),
-    "dkd": Kind(formulas.dkd, {"dkd_alpha": 1.0, "dkd_beta": 8.0}, tails=_WHOLE, needs_target=True),
-    "nkd": Kind(formulas.nkd, {"nkd_gamma": 1.5}, tails=_WHOLE, needs_target=True, weighs_truth=True),
-    "cross_entropy": Kind(formulas.cross_entropy_terms, linear=True),
-    "uld": Kind(None, tails=("bucket",), temperature_power=0),
+KINDS: dict[str, LossSpec] = {
+    "forward_kl": LossSpec(formulas.forward_kl_terms, linear=True),
+    "reverse_kl": LossSpec(formulas.reverse_kl, tails=_WITH_TEACHERS_MASS),
+    "jsd": LossSpec(formulas.jsd, {"beta": 0.5}),
+    "skew_kl": LossSpec(formulas.skew_kl, {"skew": 0.1}),
+    "skew_reverse_kl": LossSpec(formulas.skew_reverse_kl, {"skew": 0.1}),
+    "adaptive_kl": LossSpec(formulas.adaptive_kl, {"mu": 0.5}, tails=_WITH_TEACHERS_MASS),
+    "total_variation": LossSpec(formulas.total_variation, temperature_power=0),
+    "dkd": LossSpec(formulas.dkd, {"dkd_alpha": 1.0, "dkd_beta": 8.0}, tails=_WHOLE, needs_target=True),
+    "nkd": LossSpec(formulas.nkd, {"nkd_gamma": 1.5}, tails=_WHOLE, needs_target=True, weighs_truth=True),
+    "cross_entropy": LossSpec(formulas.cross_entropy_terms, linear=True),
+    "uld": LossSpec(None, tails=("bucket",), temperature_power=0),
 }
 
 PARAMETERS: dict[str, tuple[str, Callable[[float], bool]]] = {
@@ -112,7 +112,7 @@ class Loss:
     parameters: Mapping[str, float] = field(default_factory=dict)
 
     @property
-    def kind(self) -> Kind:
+    def kind(self) -> LossSpec:
         return KINDS[self.name]
 
     def check_labels(self, labels: SoftLabels) -> None:

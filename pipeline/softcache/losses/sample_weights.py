@@ -25,7 +25,7 @@ from torch import Tensor
 
 from softcache.errors import LabelError
 from softcache.labels import STATS, SoftLabels
-from softcache.losses.buckets import promoted
+from softcache.losses.buckets import promote_dtype
 from softcache.losses.target_class import IGNORED, check_targets, teacher_log_probs
 from softcache.settings import Settings
 
@@ -110,7 +110,7 @@ def _entropy(labels: SoftLabels) -> Tensor:
             "loss.weights: teacher_entropy needs labels with stats, which hold the entropy over all classes; found "
             'none; capture them with `softcache teacher-logits`, or use by = "teacher_correctness"'
         )
-    log_p_PK = promoted(labels.log_probs)
+    log_p_PK = promote_dtype(labels.log_probs)
     alive_PK = log_p_PK > -torch.inf
     finite_PK = log_p_PK.where(alive_PK, 0.0)
     return -(finite_PK.exp() * finite_PK).where(alive_PK, 0.0).sum(dim=1)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from softcache.settings import Settings
 
-__all__ = ["AlphaSchedule", "Mix", "Schedule", "TemperatureSchedule", "scheduled"]
+__all__ = ["AlphaSchedule", "LossMix", "Schedule", "TemperatureSchedule", "scheduled"]
 
 _ONLY_FOR = {
     "until": ("linear", "cosine"),
@@ -32,7 +32,7 @@ _ONLY_FOR = {
 }
 
 
-class Mix(NamedTuple):
+class LossMix(NamedTuple):
     """How the two parts of one step's loss are mixed.
 
     Attributes:

@@ -14,7 +14,7 @@ from softcache.settings import Settings
 __all__ = ["LossSettings"]
 
 # Younger than the runs that are on disk: a run that does not use them is the run that it was before.
-_LATER = ("temperature_schedule", "alpha_schedule", "curriculum", "weights")
+OPTIONAL_IDENTITY_KEYS = ("temperature_schedule", "alpha_schedule", "curriculum", "weights")
 
 
 class LossSettings(Settings):
@@ -131,7 +131,11 @@ class LossSettings(Settings):
     def identity(self) -> dict[str, Any]:
         """Returns what tells runs of this loss from others."""
         found = self.model_dump(mode="json")
-        return {key: value for key, value in found.items() if key not in _LATER or value is not None}
+        return {
+            key: value
+            for key, value in found.items()
+            if key not in OPTIONAL_IDENTITY_KEYS or value is not None
+        }
 
     @property
     def loss(self) -> Loss:

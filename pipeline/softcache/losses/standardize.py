@@ -14,7 +14,7 @@ from torch import Tensor
 
 from softcache.errors import LabelError, TemperatureError
 from softcache.labels import STATS, SoftLabels
-from softcache.losses.buckets import check_student, promoted
+from softcache.losses.buckets import check_student, promote_dtype
 
 __all__ = ["LEAST_STD", "standardized", "teacher_temperature"]
 
@@ -57,7 +57,7 @@ def standardized(
     """
     check_student(student_logits, labels)
     teacher_P = teacher_temperature(labels, temperature, active_P=active_P)
-    logits_PV = promoted(student_logits)
+    logits_PV = promote_dtype(student_logits)
     alive_PV = logits_PV > -torch.inf
     count_P1 = alive_PV.sum(dim=1, keepdim=True).clamp(min=1)
     finite_PV = logits_PV.where(alive_PV, 0.0)
@@ -106,7 +106,7 @@ def _teacher_std(labels: SoftLabels) -> Tensor:
             "none; capture them with `softcache teacher-logits`, or set standardize = false"
         )
     alive_PK = labels.log_probs > -torch.inf
-    finite_PK = promoted(labels.log_probs).where(alive_PK, 0.0)
+    finite_PK = promote_dtype(labels.log_probs).where(alive_PK, 0.0)
     count_P1 = alive_PK.sum(dim=1, keepdim=True).clamp(min=1)
     centred_PK = (finite_PK - finite_PK.sum(dim=1, keepdim=True) / count_P1).where(alive_PK, 0.0)
     return (centred_PK.square().sum(dim=1) / count_P1[:, 0]).sqrt()

@@ -24,10 +24,10 @@ from torch import Tensor
 from softcache.labels import SoftenedLabels
 from softcache.labels.tail import log_sum_exp
 
-__all__ = ["with_tail"]
+__all__ = ["apply_tail_mode"]
 
 
-def with_tail(softened: SoftenedLabels, tail: str, num_classes: int) -> SoftenedLabels:
+def apply_tail_mode(softened: SoftenedLabels, tail: str, num_classes: int) -> SoftenedLabels:
     """The record of the teacher that a tail mode makes of it.
 
     Args:

@@ -19,7 +19,7 @@ from softcache.labels.tail import log_sum_exp
 
 __all__ = [
     "IGNORED",
-    "as_bucket",
+    "add_target_bucket",
     "check_targets",
     "dropped_log_probs",
     "teacher_log_probs",
@@ -42,7 +42,7 @@ def dropped_log_probs(labels: SoftLabels, softened: SoftenedLabels, temperature:
     return ((at_one_P - first_P) / divisor + softened.log_probs[:, 0]).where(known_P, -torch.inf)
 
 
-def as_bucket(
+def add_target_bucket(
     softened: SoftenedLabels, targets_P: Tensor, log_dropped_P: Tensor, num_classes: int
 ) -> SoftenedLabels:
     """The same distribution, with the ground-truth class in a last slot of its own.

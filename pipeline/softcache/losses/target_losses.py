@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from softcache.labels import SoftLabels
-from softcache.losses.bucketed import compare
+from softcache.losses.bucketed import bucketed_loss
 from softcache.losses.distillation import cross_entropy
 from softcache.losses.registry import make_loss
 from softcache.losses.target_class import teacher_log_probs
@@ -54,7 +54,7 @@ def dkd(
         Zhao, Cui, Song, Qiu, Liang 2022, "Decoupled knowledge distillation", arXiv 2203.08679, eq. (7).
     """
     loss = make_loss("dkd", tail=tail, dkd_alpha=dkd_alpha, dkd_beta=dkd_beta)
-    return compare(
+    return bucketed_loss(
         loss, student_logits, labels, targets, temperature=temperature, padded_vocabulary=padded_vocabulary
     )
 
@@ -87,7 +87,7 @@ def nkd(
         ones, so that the ground-truth class stays among them; this follows the paper.)
     """
     loss = make_loss("nkd", tail=tail, nkd_gamma=nkd_gamma)
-    others_P = compare(
+    others_P = bucketed_loss(
         loss, student_logits, labels, targets, temperature=temperature, padded_vocabulary=padded_vocabulary
     )
     truth_P = teacher_log_probs(labels, targets.long()).exp()

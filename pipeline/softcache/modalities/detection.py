@@ -14,7 +14,7 @@ from softcache.data.scenes import ViewedScenes
 from softcache.data.sources.detection.base import DetectionSettings
 from softcache.data.sources.detection.registry import open_detection
 from softcache.errors import ConfigError
-from softcache.labels import CellLabels
+from softcache.labels import DetectionLabels
 from softcache.labels.sparsify import LabelSettings
 from softcache.modalities.base import ImageSplits
 from softcache.models.detection.build import build_detector
@@ -48,24 +48,24 @@ class DetectionData(ImageSplits):
             for split in ("train", "eval")
         )
 
-    def of_student(self, config: RunConfig) -> DetectionData:
+    def student_data(self, config: RunConfig) -> DetectionData:
         """Returns this: student and teacher see the same images.
 
         Raises:
             ConfigError: the config has the student read something else.
         """
-        if config.student.reads_otherwise:
+        if config.student.has_own_input:
             raise ConfigError(
                 "student.source and student.views: a detector's student sees the teacher's images, so that a cell is "
                 "the same place for both; drop the tables"
             )
         return self
 
-    def replays(self, config: RunConfig) -> bool:
+    def replays_teacher_views(self, config: RunConfig) -> bool:
         """Returns True: the student sees every view that the teacher saw."""
         return True
 
-    def labelled(self, config: RunConfig, cache: Cache) -> tuple[Any, None]:
+    def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, None]:
         """Returns the student's dataset of labelled samples, and which of them it has (None: all).
 
         Raises:
@@ -81,9 +81,9 @@ class DetectionData(ImageSplits):
         self.check_student(config.student.model, cache)
         return dataset, None
 
-    def unlabelled(self, config: RunConfig) -> ViewedScenes:
+    def unlabeled_dataset(self, config: RunConfig) -> ViewedScenes:
         """Returns the student's samples without labels."""
-        return self.of_student(config).train
+        return self.student_data(config).train
 
     def grid(self, model: str) -> Grid:
         """Returns the cells that a detector of that spec has for images of this data."""
@@ -116,8 +116,8 @@ class DetectionData(ImageSplits):
         Raises:
             IdentityError: the student's cells are not the teacher's.
         """
-        self.of_student(config)
-        label: Callable[[DetectionBatch], CellLabels] | None = None
+        self.student_data(config)
+        label: Callable[[DetectionBatch], DetectionLabels] | None = None
         if teacher is not None:
             assert isinstance(teacher, DenseTeacher)
             check_same_grid(model, self.grid(model).digest, teacher.grid)
@@ -132,5 +132,5 @@ class DetectionData(ImageSplits):
         )
 
 
-def _labelled(teacher: DenseTeacher, settings: LabelSettings, batch: DetectionBatch) -> CellLabels:
+def _labelled(teacher: DenseTeacher, settings: LabelSettings, batch: DetectionBatch) -> DetectionLabels:
     return teacher.label(batch, settings)[0].to_torch(batch.images.device)

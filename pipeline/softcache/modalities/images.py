@@ -31,34 +31,34 @@ class ImageData(ImageSplits):
         self.evaluation = ViewedSource(open_source(config.source, split="eval"), self.views)
         self._of_students: dict[str, StudentImages] = {}
 
-    def of_student(self, config: RunConfig) -> ImageData | StudentImages:
+    def student_data(self, config: RunConfig) -> ImageData | StudentImages:
         """Returns this, or what the student reads where that is not what the teacher sees; opened once."""
-        if not config.student.reads_otherwise:
+        if not config.student.has_own_input:
             return self
         name = config.student.model_dump_json(include={"source", "views", "pairing"})
         if name not in self._of_students:
             self._of_students[name] = StudentImages(config, self.train)
         return self._of_students[name]
 
-    def replays(self, config: RunConfig) -> bool:
+    def replays_teacher_views(self, config: RunConfig) -> bool:
         """Returns whether the student sees every view that the teacher saw; else it has its plain view only."""
-        student = self.of_student(config)
+        student = self.student_data(config)
         return student is self or (isinstance(student, StudentImages) and student.replays)
 
-    def labelled(self, config: RunConfig, cache: Cache) -> tuple[Any, Any]:
+    def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, Any]:
         """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
-        reader, student = config.reader, self.of_student(config)
+        reader, student = config.reader, self.student_data(config)
         if isinstance(student, StudentImages):
-            return student.labelled(reader, cache)
+            return student.train_dataset(reader, cache)
         return SoftLabelDataset(
             self.train, cache, check_share=reader.check_share, check_first=reader.check_first
         ), None
 
-    def unlabelled(self, config: RunConfig) -> Dataset:
+    def unlabeled_dataset(self, config: RunConfig) -> Dataset:
         """Returns the student's samples without labels; with what a live teacher sees of them, where it is to label."""
-        student = self.of_student(config)
+        student = self.student_data(config)
         if isinstance(student, StudentImages) and config.train.labels == "online":
-            return student.taught()
+            return student.with_teacher_images()
         return student.train
 
     def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:
@@ -75,7 +75,7 @@ class ImageData(ImageSplits):
     def task(self, config: RunConfig, model: str, teacher: Teacher | None = None) -> ImageTask:
         """Returns what a student of that spec learns; `teacher` labels its batches on the spot."""
         assert teacher is None or isinstance(teacher, ImageTeacher)
-        student = self.of_student(config)
+        student = self.student_data(config)
         if isinstance(student, StudentImages):
             return student.task(config, model, teacher)
         return ImageTask(

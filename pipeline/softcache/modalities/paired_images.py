@@ -24,8 +24,8 @@ from softcache.data.transforms.student import StudentViews, StudentViewSettings
 from softcache.models.image import Normalize, build_model
 from softcache.reader.cache import Cache
 from softcache.reader.dataset import ReaderSettings
-from softcache.reader.paired import PairedSamples, TaughtSamples
-from softcache.runtime.logging import say
+from softcache.reader.paired import OnlinePairedDataset, PairedSamples
+from softcache.runtime.logging import log_info
 from softcache.student.tasks import ByteTask, ImageTask
 from softcache.teacher.base import ImageTeacher
 
@@ -69,7 +69,7 @@ class StudentImages:
         self.replays = self._normalization is not None and _are_same(teacher.source, self.train.source)
         self.pairing = pair_sources(teacher.source, self.train.source, config.student.pairing)
         if self.pairing.num_missing:
-            say(
+            log_info(
                 f"student.pairing: {self.pairing.num_missing:,} of {len(teacher):,} labelled samples have no partner in "
                 f"student.source {self.train.source.name} and are not trained on (subset = true)"
             )
@@ -106,7 +106,7 @@ class StudentImages:
             if isinstance(data.source, ImageFolderSource)
         }
 
-    def labelled(self, reader: ReaderSettings, cache: Cache) -> tuple[Any, Any]:
+    def train_dataset(self, reader: ReaderSettings, cache: Cache) -> tuple[Any, Any]:
         """Returns the dataset of labelled samples, and which of the cache's it has (None: all)."""
         paired = PairedSamples(
             self._teacher,
@@ -119,9 +119,9 @@ class StudentImages:
         )
         return paired, self.pairing.samples if self.pairing.num_missing else None
 
-    def taught(self) -> TaughtSamples:
+    def with_teacher_images(self) -> OnlinePairedDataset:
         """Returns the training samples, each with what a live teacher sees of it."""
-        return TaughtSamples(self._teacher, self.train, self.pairing)
+        return OnlinePairedDataset(self._teacher, self.train, self.pairing)
 
     def task(self, config: RunConfig, model: str, teacher: ImageTeacher | None) -> ImageTask:
         """Returns what a student of that spec learns; `teacher` labels its batches on the spot."""

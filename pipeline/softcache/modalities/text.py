@@ -40,7 +40,7 @@ class TextData(TokenSplits):
         """Returns what tells runs on this data from others."""
         return super().identity() | {"cross_documents": self._settings.cross_documents}
 
-    def of_student(self, config: RunConfig) -> TextData:
+    def student_data(self, config: RunConfig) -> TextData:
         """Returns the same text in the student's own tokens, where its tokenizer is another one."""
         name = config.student.tokenizer
         if config.loss.name != "uld":
@@ -57,15 +57,15 @@ class TextData(TokenSplits):
         source = self._settings.model_copy(update={"tokenizer": name})
         return TextData(config.model_copy(update={"source": source}))
 
-    def replays(self, config: RunConfig) -> bool:
+    def replays_teacher_views(self, config: RunConfig) -> bool:
         """Returns True: a text has one view."""
         return True
 
-    def unlabelled(self, config: RunConfig) -> TokenData:
+    def unlabeled_dataset(self, config: RunConfig) -> TokenData:
         """Returns the student's samples without labels."""
-        return self.of_student(config).train
+        return self.student_data(config).train
 
-    def labelled(self, config: RunConfig, cache: Cache) -> tuple[Any, np.ndarray | None]:
+    def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, np.ndarray | None]:
         """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
         checks: dict[str, Any] = {
             "check_share": config.reader.check_share,
@@ -73,7 +73,7 @@ class TextData(TokenSplits):
         }
         if config.loss.name != "uld":
             return SoftLabelDataset(self.train, cache, **checks), None
-        paired = PairedDataset(self.train, self.of_student(config).train, cache, **checks)
+        paired = PairedDataset(self.train, self.student_data(config).train, cache, **checks)
         return paired, paired.samples
 
     def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:
@@ -92,7 +92,7 @@ class TextData(TokenSplits):
     def task(self, config: RunConfig, model: str, teacher: Teacher | None = None) -> TokenTask:
         """Returns what a student of that spec learns; `teacher` labels its batches on the spot."""
         assert teacher is None or isinstance(teacher, LanguageTeacher)
-        if (student := self.of_student(config)) is not self:
+        if (student := self.student_data(config)) is not self:
             if teacher is not None:
                 raise ConfigError(
                     f'teacher {teacher.spec}: cannot label a student\'s batches on the spot (train.labels = "online"), '

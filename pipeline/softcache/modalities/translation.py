@@ -15,8 +15,8 @@ from softcache.data.sources.text.tokenizer import digest_tokenizer
 from softcache.data.sources.translation.source import (
     TranslationSettings,
     load_pair_tokenizer,
+    load_pairs,
     open_translation,
-    pairs_of,
 )
 from softcache.data.tokens import TokenData
 from softcache.errors import IdentityError
@@ -45,22 +45,22 @@ class TranslationData(TokenSplits):
         self.max_tokens = config.source.max_tokens
         self._pairs: dict[str, Mapping[str, Any]] = {}
 
-    def of_student(self, config: RunConfig) -> TranslationData:
+    def student_data(self, config: RunConfig) -> TranslationData:
         """Returns this: student and teacher see the same tokens."""
         return self
 
-    def labelled(self, config: RunConfig, cache: Cache) -> tuple[Any, None]:
+    def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, None]:
         """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
         reader = config.reader
         return SoftLabelDataset(
             self.train, cache, check_share=reader.check_share, check_first=reader.check_first
         ), None
 
-    def replays(self, config: RunConfig) -> bool:
+    def replays_teacher_views(self, config: RunConfig) -> bool:
         """Returns True: a pair has one view."""
         return True
 
-    def unlabelled(self, config: RunConfig) -> TokenData:
+    def unlabeled_dataset(self, config: RunConfig) -> TokenData:
         """Returns the student's samples without labels."""
         return self.train
 
@@ -68,7 +68,7 @@ class TranslationData(TokenSplits):
         """Returns the pairs of a split by their keys, in order, without those that are too long."""
         if split not in self._pairs:
             data = self.train if split == "train" else self.evaluation
-            pairs = {pair.key: pair for pair in pairs_of(self._settings, split).pairs}
+            pairs = {pair.key: pair for pair in load_pairs(self._settings, split).pairs}
             self._pairs[split] = {key: pairs[key] for key in list(data.source.keys())}
         return self._pairs[split]
 

@@ -30,7 +30,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from softcache.errors import SpecError
 from softcache.models.byte_classifier import ByteClassifier
-from softcache.runtime.suggest import nearest
+from softcache.runtime.suggest import closest_matches
 
 __all__ = [
     "ModelSpec",
@@ -87,7 +87,7 @@ def parse_spec(spec: str) -> ModelSpec:
 
 def _unknown(spec: str, name: str, known: Iterable[str]) -> SpecError:
     known = list(known)
-    near = nearest(name, known, most=5, cutoff=0.5) or known[:5]
+    near = closest_matches(name, known, most=5, cutoff=0.5) or known[:5]
     return SpecError(f"model {spec!r}: unknown name {name!r}; nearest: {', '.join(near)}")
 
 
@@ -156,7 +156,7 @@ def _torchvision(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tu
 def _near_family(name: str) -> str:
     """Returns what `torchvison:resnet18` may have meant; empty where the part before the colon is like no family."""
     family, _, rest = name.partition(":")
-    near = nearest(family, ("timm", "torchvision"), most=1)
+    near = closest_matches(family, ("timm", "torchvision"), most=1)
     return f"; did you mean {near[0]}:{rest}?" if near else ""
 
 

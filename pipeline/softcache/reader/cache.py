@@ -25,11 +25,11 @@ from softcache.errors import StorageError
 from softcache.hashing.digests import digest_json
 from softcache.labels import SoftLabels
 from softcache.reader.chunk_cache import DecodedBlocks
-from softcache.reader.memmap import ThawedFile, ThawedPlan, ThawFolder, ThawSettings
-from softcache.reader.units import Chunk, StoredUnits
-from softcache.runtime.logging import say
+from softcache.reader.memmap import MemmapSettings, ThawedFile, ThawedPlan, ThawFolder
+from softcache.reader.units import CacheReaderBase, Chunk
+from softcache.runtime.logging import log_info
 
-__all__ = ["DEFAULT_WINDOW_BLOCKS", "Cache", "StoredRows", "open_cache"]
+__all__ = ["DEFAULT_WINDOW_BLOCKS", "Cache", "CachedBatch", "open_cache"]
 
 DEFAULT_WINDOW_BLOCKS = 16
 """Chunks that are mixed with each other, and kept decoded for it, where a view is read by chunks."""
@@ -46,7 +46,7 @@ def open_cache(
     *,
     window_blocks: int = DEFAULT_WINDOW_BLOCKS,
     verify: bool = True,
-    thaw: ThawSettings | None = None,
+    thaw: MemmapSettings | None = None,
 ) -> Cache:
     """Returns the cache at a path or URL, its manifest validated.
 
@@ -63,11 +63,11 @@ def open_cache(
     return Cache(url, window_blocks=window_blocks, verify=verify, thaw=thaw)
 
 
-class StoredRows(NamedTuple):
+class CachedBatch(NamedTuple):
     """What a cache holds of some samples.
 
     Attributes:
-        labels: [P] of all their rows, sample by sample; `CellLabels` of a cache of cells.
+        labels: [P] of all their rows, sample by sample; `DetectionLabels` of a cache of cells.
         fingerprints: [B] uint64.
         counts: [B] int64, the rows of each sample.
         positions: [P] where in its sample each row is; None where each sample has one row.
@@ -79,7 +79,7 @@ class StoredRows(NamedTuple):
     positions: np.ndarray | None
 
 
-class Cache(StoredUnits):
+class Cache(CacheReaderBase):
     """Soft labels on storage, read by (sample, view).
 
     Picklable: a loader process opens the store again by itself, on its first read.
@@ -91,7 +91,7 @@ class Cache(StoredUnits):
         *,
         window_blocks: int = DEFAULT_WINDOW_BLOCKS,
         verify: bool = True,
-        thaw: ThawSettings | None = None,
+        thaw: MemmapSettings | None = None,
     ) -> None:
         super().__init__(url, verify=verify)
         self._window_blocks, self._thaw = window_blocks, thaw
@@ -117,7 +117,7 @@ class Cache(StoredUnits):
     def read(self, samples: Sequence[int] | np.ndarray, view: int = 0) -> SoftLabels:
         """Returns the labels of `samples`, in that order, as NumPy arrays: one row each, or (tokens) all rows of each.
 
-        Of a cache of a detector's cells they are `CellLabels`, all rows of each.
+        Of a cache of a detector's cells they are `DetectionLabels`, all rows of each.
 
         Raises:
             IndexError: a sample or view outside of the cache.
@@ -130,7 +130,7 @@ class Cache(StoredUnits):
         """Returns the labels [P] and the content fingerprints [len(samples)] uint64 of `samples`."""
         return self.read_stored(samples, view)[:2]
 
-    def read_stored(self, samples: Sequence[int] | np.ndarray, view: int = 0) -> StoredRows:
+    def read_stored(self, samples: Sequence[int] | np.ndarray, view: int = 0) -> CachedBatch:
         """Returns all that there is of `samples`, in that order; raises as `read` does."""
         samples = np.asarray(samples, np.int64)
         if not 0 <= view < self.num_views:
@@ -148,7 +148,7 @@ class Cache(StoredUnits):
         rows = np.empty((int(offsets[-1]), self._record.num_bytes // 8), np.uint64)
         fingerprints = np.empty(len(samples), np.uint64)
         blocks, inverse = np.unique(samples // size, return_inverse=True)
-        for number in self._blocks.kept_first([(view, int(block)) for block in blocks]):
+        for number in self._blocks.cached_first([(view, int(block)) for block in blocks]):
             block = int(blocks[number])
             chosen = np.flatnonzero(inverse == number)
             first = index.starts(samples[chosen], block * size)
@@ -158,14 +158,16 @@ class Cache(StoredUnits):
             fingerprints[chosen] = decoded.fingerprints[samples[chosen] - block * size]
         return self._stored(rows.view(np.uint8), fingerprints, counts)
 
-    def _stored(self, rows_PR: np.ndarray, fingerprints: np.ndarray | None, counts: np.ndarray) -> StoredRows:
+    def _stored(
+        self, rows_PR: np.ndarray, fingerprints: np.ndarray | None, counts: np.ndarray
+    ) -> CachedBatch:
         columns = self._record.columns(rows_PR)
         if fingerprints is None:
             fingerprints = columns["fingerprint"]
-        return StoredRows(self._pattern.with_arrays(columns), fingerprints, counts, columns.get("position"))
+        return CachedBatch(self._pattern.with_arrays(columns), fingerprints, counts, columns.get("position"))
 
     @property
-    def fits_thawed(self) -> bool:
+    def fits_in_memmap(self) -> bool:
         """Whether settings and size let every view be thawed, so that any order is as cheap as another.
 
         A function of the cache and of `thaw` alone: an order that is chosen by it is the same on every machine.
@@ -217,7 +219,7 @@ class Cache(StoredUnits):
         if self._thaw is None or (plan := self.thawed_plan(view)) is None:
             return None
         folder = ThawFolder(self._thaw.folder)
-        fits = plan.num_bytes <= limit_bytes if limit_bytes is not None else self.fits_thawed
+        fits = plan.num_bytes <= limit_bytes if limit_bytes is not None else self.fits_in_memmap
         if not fits and not folder.holds(plan):
             return None
 
@@ -244,13 +246,13 @@ class Cache(StoredUnits):
         except StorageError as error:
             if self._thaw.required:
                 raise
-            say(f"{error}. Decoding into this process's own memory instead")
-            # No view is tried again; `fits_thawed`, and with it the order of what is trained, stays as it was.
+            log_info(f"{error}. Decoding into this process's own memory instead")
+            # No view is tried again; `fits_in_memmap`, and with it the order of what is trained, stays as it was.
             self._thawed = dict.fromkeys(range(self.num_views))
             self._blocks.keep = self.manifest.plan.num_samples  # any order is asked for: keep all
             return None
 
-    def _gather(self, thawed: ThawedFile, samples: np.ndarray) -> StoredRows:
+    def _gather(self, thawed: ThawedFile, samples: np.ndarray) -> CachedBatch:
         if self.manifest.rows is None:
             return self._stored(thawed.take(samples), None, self._ones(len(samples)))
         counts = self.rows.counts(samples)

@@ -95,7 +95,7 @@ class DecodedBlocks(Generic[Key, Value]):
         self._fill()
         return future, mine
 
-    def kept_first(self, keys: Sequence[Key]) -> list[int]:
+    def cached_first(self, keys: Sequence[Key]) -> list[int]:
         """Returns the places in `keys` in the order in which to get them: a new block may end the stay of an old one."""
         self._check_process()
         with self._lock:

@@ -18,9 +18,9 @@ from pydantic import Field
 
 from softcache.data.batch import Dataset, ViewedSource
 from softcache.errors import AlignmentError, ManifestError
-from softcache.hashing.splitmix import STEP, mixed
-from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache, StoredRows, open_cache
-from softcache.reader.memmap import ThawSettings
+from softcache.hashing.splitmix import SPLITMIX64_GAMMA, splitmix64
+from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache, CachedBatch, open_cache
+from softcache.reader.memmap import MemmapSettings
 from softcache.reader.order import Request
 from softcache.settings import Settings
 
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from softcache.data.transforms import Views
 
 __all__ = [
+    "FingerprintedSamples",
     "HardLabelDataset",
     "ReaderSettings",
     "SoftLabelDataset",
-    "Unlabelled",
+    "as_teacher_saw",
+    "attach_labels",
     "cached_views",
     "cells_per_image",
     "check_alignment",
-    "joined_data",
-    "requests_of",
-    "with_labels",
+    "group_by_view",
 ]
 
 
@@ -68,7 +68,7 @@ class ReaderSettings(Settings):
     def open_cache(self, url: str) -> Cache:
         """Returns the cache at a path or URL, to be read as these settings say; raises as
         `softcache.reader.cache.open_cache`."""
-        thaw = ThawSettings(self.thaw_limit_bytes, self.thaw_folder) if self.thaw == "auto" else None
+        thaw = MemmapSettings(self.thaw_limit_bytes, self.thaw_folder) if self.thaw == "auto" else None
         window = self.window_blocks or DEFAULT_WINDOW_BLOCKS
         return open_cache(url, window_blocks=window, verify=self.verify, thaw=thaw)
 
@@ -93,7 +93,7 @@ def cached_views(cache: Cache) -> Views:
         raise ManifestError(f"cache {cache.url}: identity.views.settings cannot be read: {error}") from error
 
 
-def joined_data(source: Any, cache: Cache, views: Views | None = None) -> Dataset:
+def as_teacher_saw(source: Any, cache: Cache, views: Views | None = None) -> Dataset:
     """Returns a source as the cache's teacher saw it: through its views, boxes and all, or as tokens."""
     if hasattr(source, "load"):  # it is one already
         return source
@@ -200,7 +200,7 @@ def _source_difference(cache: Cache, data: Dataset) -> str:
     )
 
 
-def with_labels(batch: Any, stored: StoredRows, cache: Cache, data: Dataset) -> Any:
+def attach_labels(batch: Any, stored: CachedBatch, cache: Cache, data: Dataset) -> Any:
     """Returns the batch with its labels, each at the row of its own position.
 
     Raises:
@@ -229,7 +229,7 @@ def with_labels(batch: Any, stored: StoredRows, cache: Cache, data: Dataset) -> 
     return replace(batch, labels=labels)
 
 
-class Unlabelled:
+class FingerprintedSamples:
     """What a loader process does of a batch: pixels or tokens with their fingerprints, and no labels.
 
     Which samples are fingerprinted is a function of (sample, view), so this needs no cache and travels light.
@@ -247,17 +247,19 @@ class Unlabelled:
         if self._check_first > 0:
             self._check_first -= len(samples)
         else:
-            chosen = self.is_checked(samples, view)
+            chosen = self.fingerprint_mask(samples, view)
         return self.data.load(samples, view, fingerprints=chosen)
 
-    def is_checked(self, samples: np.ndarray, view: int) -> np.ndarray:
+    def fingerprint_mask(self, samples: np.ndarray, view: int) -> np.ndarray:
         """Returns [B] bool, which samples have their content checked whenever they are seen."""
         if self._check_share in (0.0, 1.0):
             return np.full(len(samples), self._check_share == 1.0)
         import torch
 
-        counters_B = torch.from_numpy(np.asarray(samples, np.int64) + 1) * STEP
-        drawn_B = mixed(mixed(counters_B) + torch.tensor(view) * STEP).numpy().view(np.uint64)
+        counters_B = torch.from_numpy(np.asarray(samples, np.int64) + 1) * SPLITMIX64_GAMMA
+        drawn_B = (
+            splitmix64(splitmix64(counters_B) + torch.tensor(view) * SPLITMIX64_GAMMA).numpy().view(np.uint64)
+        )
         return (drawn_B >> np.uint64(32)).astype(np.float64) < self._check_share * 2.0**32
 
 
@@ -278,7 +280,7 @@ class SoftLabelDataset:
         cache: where the labels are.
         view: of an index that names none.
         labelled_of: [N] int64, the rows of each sample that have a label; None: all of them.
-        unlabelled: the half of the work that needs no cache.
+        unlabeled_dataset: the half of the work that needs no cache.
 
     Raises (from the constructor and on every fetch):
         AlignmentError: the source or the transform is not what was labelled; the sample is named.
@@ -294,11 +296,13 @@ class SoftLabelDataset:
         check_share: float = 1.0,
         check_first: int = 1024,
     ) -> None:
-        self._data = joined_data(source, cache, views)
+        self._data = as_teacher_saw(source, cache, views)
         check_alignment(cache, self._data)
         self.cache, self.view = cache, view
         self.labelled_of = cache.rows.counts(np.arange(len(cache))) if cache.skips_positions else None
-        self.unlabelled = Unlabelled(self._data, check_share=check_share, check_first=check_first)
+        self.unlabeled_dataset = FingerprintedSamples(
+            self._data, check_share=check_share, check_first=check_first
+        )
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -313,22 +317,24 @@ class SoftLabelDataset:
             indices: sample numbers, of `view`; or pairs (sample, view); an array of either is the fast way.
         """
         batches = []
-        for request in requests_of(indices, self.view):
+        for request in group_by_view(indices, self.view):
             stored = self.read(*request)
-            batches.append(self.join(self.unlabelled.load(*request), stored))
+            batches.append(self.join(self.unlabeled_dataset.load(*request), stored))
         return batches[0] if len(batches) == 1 else self.collate(batches)
 
-    def read(self, samples: np.ndarray, view: int) -> StoredRows:
+    def read(self, samples: np.ndarray, view: int) -> CachedBatch:
         """Returns what the cache holds of `samples`; raises as `Cache.read` does."""
         return self.cache.read_stored(samples, view)
 
-    def join(self, batch: Any, stored: StoredRows) -> Any:
-        """Returns an unlabelled batch with its labels, its contents compared with what the teacher saw.
+    def join(self, batch: Any, stored: CachedBatch) -> Any:
+        """Returns an unlabeled_dataset batch with its labels, its contents compared with what the teacher saw.
 
         Raises:
             AlignmentError: a sample's content or rows are not what was labelled; the sample is named.
         """
-        taken_B = self.unlabelled.is_checked(batch.samples, batch.view) | (batch.fingerprints != 0)
+        taken_B = self.unlabeled_dataset.fingerprint_mask(batch.samples, batch.view) | (
+            batch.fingerprints != 0
+        )
         for row in np.flatnonzero(taken_B & (batch.fingerprints != stored.fingerprints)):
             raise AlignmentError(
                 f"cache {self.cache.url}: sample {self._data.source.key(int(batch.samples[row]))!r}, view {batch.view}: "
@@ -336,7 +342,7 @@ class SoftLabelDataset:
                 f"{int(batch.fingerprints[row]):016x}; the data, its decoder or the transform changed since the cache "
                 "was made; restore them, or rebuild the cache"
             )
-        return with_labels(batch, stored, self.cache, self._data)
+        return attach_labels(batch, stored, self.cache, self._data)
 
     @staticmethod
     def collate(items: Any) -> Any:
@@ -349,28 +355,28 @@ class HardLabelDataset:
 
     Attributes:
         cache: None; there is nothing to join.
-        unlabelled: the work of a loader process, which is all there is.
+        unlabeled_dataset: the work of a loader process, which is all there is.
     """
 
     cache: None = None
 
     def __init__(self, data: Dataset) -> None:
-        self.unlabelled = Unlabelled(data, check_share=0.0, check_first=0)
+        self.unlabeled_dataset = FingerprintedSamples(data, check_share=0.0, check_first=0)
 
     def __len__(self) -> int:
-        return len(self.unlabelled.data)
+        return len(self.unlabeled_dataset.data)
 
     def __getitem__(self, index: tuple[int, int]) -> Any:
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Request | np.ndarray | Sequence[tuple[int, int]]) -> Any:
-        batches = [self.unlabelled.load(*request) for request in requests_of(indices, 0)]
+        batches = [self.unlabeled_dataset.load(*request) for request in group_by_view(indices, 0)]
         return batches[0] if len(batches) == 1 else self.collate(batches)
 
     collate = staticmethod(SoftLabelDataset.collate)
 
 
-def requests_of(indices: Any, view: int) -> list[tuple[np.ndarray, int]]:
+def group_by_view(indices: Any, view: int) -> list[tuple[np.ndarray, int]]:
     """Returns (samples [B] int64, view) of each run of indices of one view; of no index, one empty run."""
     if isinstance(indices, Request):
         return [(indices.samples, indices.view)]

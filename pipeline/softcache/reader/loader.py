@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from softcache.reader.cache import Cache, StoredRows
+from softcache.reader.cache import Cache, CachedBatch
 from softcache.reader.order import BlockShuffle, Request
 from softcache.runtime.signals import ignore_interrupts
 
@@ -41,15 +41,15 @@ class JoinedDataset(Protocol):
 
     Attributes:
         cache: None: the batches have no labels.
-        unlabelled: picklable; a loader process calls its `__getitems__(request)`.
+        unlabeled_dataset: picklable; a loader process calls its `__getitems__(request)`.
     """
 
     @property
     def cache(self) -> Cache | None: ...
     @property
-    def unlabelled(self) -> Any: ...
-    def read(self, samples: np.ndarray, view: int) -> StoredRows: ...
-    def join(self, batch: Any, stored: StoredRows) -> Any: ...
+    def unlabeled_dataset(self) -> Any: ...
+    def read(self, samples: np.ndarray, view: int) -> CachedBatch: ...
+    def join(self, batch: Any, stored: CachedBatch) -> Any: ...
 
 
 class SoftLabelLoader:
@@ -126,7 +126,7 @@ class SoftLabelLoader:
 
     def _open(self) -> DataLoader:
         return DataLoader(
-            self._dataset.unlabelled,
+            self._dataset.unlabeled_dataset,
             batch_sampler=self._order,  # type: ignore[arg-type]
             collate_fn=_as_it_is,
             num_workers=self._workers,
@@ -150,7 +150,7 @@ class SoftLabelLoader:
             coming=None if thawed or order.window_blocks is None else self._coming(),
         )
 
-    def _read(self, cache: Cache, request: Request, windows: list[Request] | None) -> StoredRows:
+    def _read(self, cache: Cache, request: Request, windows: list[Request] | None) -> CachedBatch:
         if windows:
             cache.expect([(window.view, window.samples) for window in windows])
         stored = self._dataset.read(request.samples, request.view)
@@ -187,7 +187,7 @@ class _Labels:
 
     def __init__(
         self,
-        read: Callable[[Request, list[Request] | None], StoredRows],
+        read: Callable[[Request, list[Request] | None], CachedBatch],
         requests: Iterator[Request],
         *,
         ahead: int,
@@ -196,10 +196,10 @@ class _Labels:
         self._read, self._requests, self._ahead = read, requests, ahead
         self._windows = coming
         self._pool = ThreadPoolExecutor(1, "softcache-labels") if ahead else None
-        self._coming: deque[Future[StoredRows]] = deque()
+        self._coming: deque[Future[CachedBatch]] = deque()
         self._fill()
 
-    def __next__(self) -> StoredRows:
+    def __next__(self) -> CachedBatch:
         if self._pool is None:
             return self._read(next(self._requests), None)
         stored = self._coming.popleft().result()

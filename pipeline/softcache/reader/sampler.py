@@ -60,7 +60,7 @@ class BlockSampler(Sampler[int]):
         if not 0 <= rank < num_ranks:
             raise ValueError(f"BlockSampler: rank {rank} of {num_ranks}; expected 0 to {num_ranks - 1}")
         if window_blocks == "auto":
-            window_blocks = None if cache.fits_thawed else DEFAULT_WINDOW_BLOCKS
+            window_blocks = None if cache.fits_in_memmap else DEFAULT_WINDOW_BLOCKS
         chosen = getattr(data, "view", 0) if view is None else view
         self._rank, self._num_ranks, self._uneven = rank, num_ranks, uneven
         # A batch of one sample: a step is a sample of the order, over all ranks.

@@ -22,7 +22,7 @@ from softcache.errors import CacheNotFoundError, CorruptionError, IncompleteCach
 from softcache.hashing.digests import digest_bytes
 from softcache.reader.memmap import Record
 
-__all__ = ["Chunk", "StoredUnits"]
+__all__ = ["CacheReaderBase", "Chunk"]
 
 MANIFEST = "manifest.json"
 
@@ -34,7 +34,7 @@ class Chunk(NamedTuple):
     fingerprints: np.ndarray
 
 
-class StoredUnits:
+class CacheReaderBase:
     """What a cache holds, chunk by chunk.
 
     Attributes:

@@ -18,12 +18,12 @@ from softcache.runs.cache import (
     open_labels,
     prepare_cache,
 )
-from softcache.runs.fit import slug_of
+from softcache.runs.fit import slugify
 from softcache.runs.student import train_student
 from softcache.runs.teacher import (
+    format_score,
     make_teacher,
     open_teacher,
-    score_in_words,
     teacher_is_missing,
     train_teacher,
 )
@@ -33,6 +33,7 @@ __all__ = [
     "cache_is_ready",
     "capture_estimate",
     "capture_labels",
+    "format_score",
     "log_capture",
     "log_unit",
     "make_teacher",
@@ -40,8 +41,7 @@ __all__ = [
     "open_labels",
     "open_teacher",
     "prepare_cache",
-    "score_in_words",
-    "slug_of",
+    "slugify",
     "teacher_is_missing",
     "train_student",
     "train_teacher",

@@ -13,14 +13,16 @@ from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache
 from softcache.reader.dataset import HardLabelDataset
 from softcache.reader.order import BlockShuffle
 from softcache.runtime.distributed import join, on_cpu
-from softcache.runtime.logging import say
-from softcache.student import Feed
+from softcache.runtime.logging import log_info
+from softcache.student import TrainBatches
 from softcache.teacher.capture.plan import default_plan
 
-__all__ = ["cache_feed", "hard_feed"]
+__all__ = ["cached_batches", "hard_label_batches"]
 
 
-def cache_feed(config: RunConfig, data: Data, cache: Cache, num_views: int, allow_partial: bool) -> Feed:
+def cached_batches(
+    config: RunConfig, data: Data, cache: Cache, num_views: int, allow_partial: bool
+) -> TrainBatches:
     if num_views > cache.num_views:
         raise ConfigError(
             f"reader.num_views: {num_views}, but cache {cache.url} holds {cache.num_views}; ask for at most that, or "
@@ -35,7 +37,7 @@ def cache_feed(config: RunConfig, data: Data, cache: Cache, num_views: int, allo
                 f"cache {cache.url}: {found}; rerun `softcache teacher-logits` to finish it, or train on what is "
                 "there with --allow-partial (every view that is used needs at least one finished unit)"
             )
-        say(
+        log_info(
             f"cache {cache.url}: {found}; training on the {rows:,} of {plan.num_samples * num_views:,} rows there"
         )
     codec = cache.manifest.build_codec()
@@ -44,12 +46,12 @@ def cache_feed(config: RunConfig, data: Data, cache: Cache, num_views: int, allo
     sampling = codec.sampling
     highest = config.loss.highest_temperature
     if sampling is not None and highest > 1.001 / sampling.exponent:
-        say(
+        log_info(
             f"cache {cache.url}: its classes were drawn for T = {1 / sampling.exponent:g}; at T = {highest:g}, which [loss] "
             "asks for, they are right on average, and far noisier. Set loss.temperature = "
             f"{1 / sampling.exponent:g}, or capture with labels.proposal_exponent = {1 / highest:g}"
         )
-    dataset, chosen = data.labelled(config, cache)
+    dataset, chosen = data.train_dataset(config, cache)
 
     def samples_of(view: int) -> np.ndarray:
         there = cache.samples_in(view)
@@ -62,9 +64,10 @@ def cache_feed(config: RunConfig, data: Data, cache: Cache, num_views: int, allo
         cache.manifest.plan.chunk_samples,
         getattr(dataset, "rows_of", data.rows_of),
         dataset.labelled_of,
-        window_blocks=config.reader.window_blocks or (None if cache.fits_thawed else DEFAULT_WINDOW_BLOCKS),
+        window_blocks=config.reader.window_blocks
+        or (None if cache.fits_in_memmap else DEFAULT_WINDOW_BLOCKS),
     )
-    return Feed(dataset, order, config.reader.workers)
+    return TrainBatches(dataset, order, config.reader.workers)
 
 
 def _check_highest(config: RunConfig, url: str, known_to: float) -> None:
@@ -78,23 +81,23 @@ def _check_highest(config: RunConfig, url: str, known_to: float) -> None:
         )
 
 
-def hard_feed(config: RunConfig, data: Data) -> Feed:
-    samples = data.unlabelled(config)
+def hard_label_batches(config: RunConfig, data: Data) -> TrainBatches:
+    samples = data.unlabeled_dataset(config)
     dataset = HardLabelDataset(samples)
     everything = np.arange(len(dataset))
     # Every epoch sees a fresh view (text has one, and so has who cannot replay): the baselines get the full strength of
     # the augmentation.
-    fresh = samples.kind != "tokens" and data.replays(config)
+    fresh = samples.kind != "tokens" and data.replays_teacher_views(config)
     block = default_plan(samples, config.capture).chunk_samples
     order = _order(
         config,
         lambda view: everything,
         lambda epoch: epoch if fresh else 0,
         block,
-        data.of_student(config).rows_of,
+        data.student_data(config).rows_of,
         window_blocks=config.reader.window_blocks,
     )
-    return Feed(dataset, order, config.reader.workers)
+    return TrainBatches(dataset, order, config.reader.workers)
 
 
 def _order(

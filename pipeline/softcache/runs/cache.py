@@ -14,7 +14,7 @@ from softcache.modalities import Data
 from softcache.reader.cache import Cache, open_cache
 from softcache.reader.dataset import check_alignment
 from softcache.runs.teacher import open_teacher, teacher_is_missing, teacher_settings
-from softcache.runtime.logging import event, track
+from softcache.runtime.logging import event, progress_bar
 from softcache.teacher.base import Teacher
 from softcache.teacher.capture.estimate import Estimate, estimate_capture
 from softcache.teacher.capture.plan import create_cache, plan_manifest
@@ -25,14 +25,14 @@ __all__ = [
     "cache_is_ready",
     "capture_estimate",
     "capture_labels",
-    "check_said",
+    "check_config_matches_cache",
     "log_capture",
     "log_unit",
     "open_labels",
     "prepare_cache",
 ]
 
-FUSED_AS_SAID = {"num_views", "temperatures", "positions"}
+FUSED_CACHE_SETTINGS = {"num_views", "temperatures", "positions"}
 """What [labels] says of a fused cache as of those that it is made of."""
 
 
@@ -45,12 +45,12 @@ def cache_is_ready(config: RunConfig, data: Data, url: str) -> bool:
     if open_objects(url).size("manifest.json") is None:
         return False
     cache = open_cache(url)
-    check_said(config, cache)
+    check_config_matches_cache(config, cache)
     check_alignment(cache, data.train)
     return not cache.missing_units
 
 
-def check_said(config: RunConfig, cache: Cache) -> None:
+def check_config_matches_cache(config: RunConfig, cache: Cache) -> None:
     """Compares what the config says in so many words with what the cache is; defaults are not compared."""
     labels, found = config.labels, cache.manifest.identity
     said = {f"labels.{key}": getattr(labels, key) for key in labels.model_fields_set & labels.read_fields}
@@ -65,7 +65,7 @@ def check_said(config: RunConfig, cache: Cache) -> None:
         said.pop("labels.policy", None)
     fused = "fusion" in found  # [labels] and [teacher] then say how one of several teachers labels
     if fused:
-        said = {key: value for key, value in said.items() if key.split(".")[1] in FUSED_AS_SAID}
+        said = {key: value for key, value in said.items() if key.split(".")[1] in FUSED_CACHE_SETTINGS}
     if config.teacher is not None and not (imported or fused):
         said["teacher.model"], there["teacher.model"] = config.teacher.model, found["teacher"]["spec"]
     if "store" in config.capture.model_fields_set:
@@ -100,7 +100,7 @@ def open_labels(config: RunConfig, url: str | None = None) -> Cache:
     fusion, caches = config.fusion, [open_cache(part) for part in config.fusion.caches]
     how = [fusion.rule, fusion.k, fusion.values, *(cache.manifest_sha256 for cache in caches)]
     url = url or str(config.root / f"fused-{fusion.rule}-{digest_json(how)[:8]}")
-    with track(
+    with progress_bar(
         f"fuse {len(caches)} caches ({fusion.rule})", caches[0].manifest.total_rows, "rows"
     ) as advance:
         fuse_caches(caches, url, fusion, progress=advance)
@@ -119,7 +119,7 @@ def prepare_cache(config: RunConfig, data: Data, teacher: Teacher, url: str) -> 
     def report() -> Any:
         if not config.capture.evaluate:
             return manifest.teacher
-        with track("teacher: evaluate", len(data.evaluation)) as advance:
+        with progress_bar("teacher: evaluate", len(data.evaluation)) as advance:
             return evaluate_teacher(
                 data.evaluation, teacher, batch_size=config.capture.batch_size, progress=advance
             )
@@ -132,7 +132,7 @@ def capture_labels(config: RunConfig, data: Data, teacher: Teacher, url: str) ->
     objects, manifest, digest = prepare_cache(config, data, teacher, url)
     total = manifest.total_rows
     event("run_started", run="teacher-logits", cache=url, rows=total, units=manifest.plan.num_units)
-    with track("teacher: label", total, "rows") as advance:
+    with progress_bar("teacher: label", total, "rows") as advance:
         done = capture(
             objects,
             manifest,

@@ -13,44 +13,44 @@ from softcache.config.run import RunConfig
 from softcache.hashing.digests import digest_json
 from softcache.modalities import Data
 from softcache.runtime.distributed import join, on_cpu
-from softcache.runtime.logging import event, say, track
-from softcache.student import Feed, train
-from softcache.student.bucket_sync import RunMirror
+from softcache.runtime.logging import event, log_info, progress_bar
+from softcache.student import TrainBatches, train
+from softcache.student.bucket_sync import BucketSync
 from softcache.student.tasks import Task
 
-__all__ = ["fit", "slug_of"]
+__all__ = ["run_training", "slugify"]
 
-NOT_OF_A_RUN = {"device", "eval_batch_size", "process_timeout_seconds"}
+NON_IDENTITY_SETTINGS = {"device", "eval_batch_size", "process_timeout_seconds"}
 """What may be another in a rerun: it decides where and how, not what is learnt."""
 
 
-def fit(
+def run_training(
     config: RunConfig,
     data: Data,
     task: Task,
     model: str,
     out: str | Path | None,
-    feed: Feed,
+    feed: TrainBatches,
     *,
     identity: dict[str, Any],
     track_with: str | None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
-    otherwise = config.student.tokenizer or config.student.reads_otherwise
+    otherwise = config.student.tokenizer or config.student.has_own_input
     described = {
         "model": model,
         **data.identity(),
-        "student_data": data.of_student(config).identity() if otherwise else None,
+        "student_data": data.student_data(config).identity() if otherwise else None,
         "context": config.student.context,
-        "train": config.train.model_dump(mode="json", exclude=NOT_OF_A_RUN),
+        "train": config.train.model_dump(mode="json", exclude=NON_IDENTITY_SETTINGS),
         "order": {"block_samples": feed.order.block_samples, "window_blocks": feed.order.window_blocks},
         **identity,
     }
     if out is None:
         out = (
-            config.root / "students" / f"{slug_of(model)}-{config.train.labels}-{digest_json(described)[:8]}"
+            config.root / "students" / f"{slugify(model)}-{config.train.labels}-{digest_json(described)[:8]}"
         )
-    mirror = RunMirror(str(out)) if is_bucket(str(out)) else None
+    mirror = BucketSync(str(out)) if is_bucket(str(out)) else None
     folder = mirror.folder if mirror else Path(out)
     if mirror is not None:
         group = join(cpu=on_cpu(config.train.device), timeout_seconds=config.train.process_timeout_seconds)
@@ -59,9 +59,9 @@ def fit(
     label, finished = f"train {model} ({config.train.labels})", (folder / "metrics.json").exists()
     follow: AbstractContextManager = nullcontext(lambda samples: None)
     if finished:
-        say(f"{label}: {out} holds this run, finished; reporting it")
+        log_info(f"{label}: {out} holds this run, finished; reporting it")
     else:
-        follow = track(label, config.train.epochs * len(feed.dataset))
+        follow = progress_bar(label, config.train.epochs * len(feed.dataset))
     name = {"run": f"train {model}", "labels": config.train.labels, "out": str(out)}
     event("run_started", **name, samples=len(feed.dataset), epochs=config.train.epochs)
 
@@ -87,7 +87,7 @@ def fit(
     return metrics | {"model": model, "out": str(out)}
 
 
-def slug_of(model: str) -> str:
+def slugify(model: str) -> str:
     """Returns a model's spec as a part of a directory's name."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", model).strip("-")
 
@@ -95,7 +95,7 @@ def slug_of(model: str) -> str:
 def _as_trained(config: RunConfig, model: str) -> dict[str, Any]:
     """Returns what a resolved config says of the student: its architecture, and what else it reads than the teacher."""
     student, said = config.student, {"context", "tokenizer"}
-    if student.reads_otherwise:
+    if student.has_own_input:
         said |= {"source", "views", "pairing"}
     told = student.model_dump(mode="json", include=said)
     return {"model": model} | {key: value for key, value in told.items() if value is not None}

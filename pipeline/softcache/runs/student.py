@@ -9,9 +9,9 @@ from typing import Any, Literal
 from softcache.config.run import RunConfig
 from softcache.modalities import Data
 from softcache.reader.cache import Cache
-from softcache.runs.batches import cache_feed, hard_feed
-from softcache.runs.cache import check_said
-from softcache.runs.fit import fit
+from softcache.runs.batches import cached_batches, hard_label_batches
+from softcache.runs.cache import check_config_matches_cache
+from softcache.runs.fit import run_training
 from softcache.teacher.base import Teacher
 
 __all__ = ["train_student"]
@@ -57,14 +57,18 @@ def train_student(
     identity: dict[str, Any] = {}
     if labels == "cache":
         assert cache is not None
-        check_said(config, cache)
-        num_views = num_views or config.reader.num_views or (cache.num_views if data.replays(config) else 1)
-        feed = cache_feed(config, data, cache, num_views, allow_partial)
+        check_config_matches_cache(config, cache)
+        num_views = (
+            num_views
+            or config.reader.num_views
+            or (cache.num_views if data.replays_teacher_views(config) else 1)
+        )
+        feed = cached_batches(config, data, cache, num_views, allow_partial)
         identity = {"cache": cache.manifest_sha256, "num_views": num_views}
         if cache.missing_units:
             identity["missing_units"] = cache.missing_units
     else:
-        feed = hard_feed(config, data)
+        feed = hard_label_batches(config, data)
         if labels == "online":
             assert teacher is not None
             identity = {
@@ -75,6 +79,6 @@ def train_student(
         if data.train.kind == "cells":
             identity["cells"] = config.cells.model_dump()
     task = data.task(config, model, teacher if labels == "online" else None)
-    return fit(
+    return run_training(
         config, data, task, model, out, feed, identity=identity, track_with=track_with, on_epoch=on_epoch
     )

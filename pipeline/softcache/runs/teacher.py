@@ -8,16 +8,16 @@ from typing import Any
 from softcache.config.run import RunConfig
 from softcache.errors import ConfigError
 from softcache.modalities import Data
-from softcache.runs.batches import hard_feed
-from softcache.runs.fit import fit
-from softcache.runtime.logging import say
+from softcache.runs.batches import hard_label_batches
+from softcache.runs.fit import run_training
+from softcache.runtime.logging import log_info
 from softcache.student import StudentSettings
 from softcache.teacher.base import Teacher, TeacherSettings
 
 __all__ = [
+    "format_score",
     "make_teacher",
     "open_teacher",
-    "score_in_words",
     "teacher_is_missing",
     "teacher_settings",
     "train_teacher",
@@ -61,8 +61,8 @@ def train_teacher(
         update={"train": config.train_teacher.model_copy(update={"labels": "hard"})}
     )
     task = data.task(run, teacher.model)
-    metrics = fit(
-        run, data, task, teacher.model, out, hard_feed(run, data), identity={}, track_with=track_with
+    metrics = run_training(
+        run, data, task, teacher.model, out, hard_label_batches(run, data), identity={}, track_with=track_with
     )
     return metrics, weights
 
@@ -80,7 +80,7 @@ def teacher_is_missing(config: RunConfig) -> bool:
     return config.train_teacher is not None and weights is not None and not Path(weights).exists()
 
 
-def score_in_words(metrics: dict[str, Any]) -> str:
+def format_score(metrics: dict[str, Any]) -> str:
     """Returns the score of a run: its accuracy, or of detections the mean average precision."""
     if "map" in metrics:
         return f"mAP {metrics['map']:.4f} (mAP50 {metrics['map50']:.4f})"
@@ -91,9 +91,9 @@ def make_teacher(config: RunConfig, data: Data) -> None:
     """Trains the teacher if its weights file is missing and the config says how."""
     teacher = teacher_settings(config)
     if teacher_is_missing(config):
-        say(f"teacher {teacher.model}: no weights at {teacher.weights} yet; training it once")
+        log_info(f"teacher {teacher.model}: no weights at {teacher.weights} yet; training it once")
         metrics, _ = train_teacher(config, data)
-        say(
-            f"teacher {teacher.model}: {metrics['num_parameters']:,} parameters, {score_in_words(metrics)}, "
+        log_info(
+            f"teacher {teacher.model}: {metrics['num_parameters']:,} parameters, {format_score(metrics)}, "
             f"loss {metrics['eval_loss']:.4f}"
         )

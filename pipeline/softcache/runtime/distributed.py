@@ -21,7 +21,15 @@ from softcache.runtime.ranks import num_ranks, rank
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-__all__ = ["check_same", "explained", "from_first", "is_first_to_fail", "join", "leave", "on_cpu"]
+__all__ = [
+    "broadcast_from_rank0",
+    "check_same",
+    "claim_error_report",
+    "join",
+    "leave",
+    "on_cpu",
+    "translate_errors",
+]
 
 STORE_SECONDS = 10.0
 # What gloo and the store say when the other end is gone or silent; NCCL has an error class of its own.
@@ -54,7 +62,7 @@ def join(*, cpu: bool, timeout_seconds: float) -> PartialState:
     from accelerate import PartialState
 
     options = {"timeout": timedelta(seconds=timeout_seconds)} if num_ranks() > 1 else {}
-    with explained():
+    with translate_errors():
         state = PartialState(cpu=cpu, **options)
     if state.num_processes != num_ranks():
         raise RunError(
@@ -73,7 +81,7 @@ def leave() -> None:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def translate_errors() -> Iterator[None]:
     """Turns what an exchange raises when another process is gone or silent into a `LostProcessError`."""
     try:
         yield
@@ -94,7 +102,7 @@ def _is_broken(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(part in str(error) for part in _BROKEN)
 
 
-def is_first_to_fail() -> bool:
+def claim_error_report() -> bool:
     """Returns whether no other process of this run has failed before; to be asked once by a process that fails.
 
     Where no store can be reached (no launcher's, and no group yet), each process is the first: a message that comes
@@ -119,7 +127,7 @@ def is_first_to_fail() -> bool:
         return True
 
 
-def from_first(value: Any) -> Any:
+def broadcast_from_rank0(value: Any) -> Any:
     """Returns the first process's value, on every process; each gives its own."""
     from accelerate.utils import broadcast_object_list
 
@@ -134,7 +142,7 @@ def check_same(what: str, value: dict[str, Any]) -> None:
     """
     if num_ranks() == 1:
         return
-    first = from_first(value)
+    first = broadcast_from_rank0(value)
     differing = sorted(key for key in set(first) | set(value) if first.get(key) != value.get(key))
     if differing:
         told = "; ".join(f"{key}: {first.get(key)!r}; {value.get(key)!r}" for key in differing)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from softcache.errors import StorageError
-from softcache.runtime.signals import check
+from softcache.runtime.signals import raise_if_signalled
 
 __all__ = ["held", "is_held"]
 
@@ -33,7 +33,7 @@ def held(path: Path) -> Iterator[None]:
         ) from error
     try:
         while not _take(handle):
-            check()
+            raise_if_signalled()
             time.sleep(LOOK_SECONDS)
         yield
     finally:

@@ -16,7 +16,7 @@ from typing import Any
 
 from numba import njit, types
 
-__all__ = ["compiled", "compiled_apart", "compiled_part"]
+__all__ = ["compiled", "njit_in_subprocess", "njit_inline"]
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Any:
@@ -27,7 +27,7 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
         return njit(nogil=True, boundscheck=False, **options)(function)
 
 
-def compiled_apart(function: Callable[..., Any], **options: Any) -> Any:
+def njit_in_subprocess(function: Callable[..., Any], **options: Any) -> Any:
     """The same, but what is not kept yet is compiled by a process of its own, and run as it was kept.
 
     numba keeps other machine code than it runs in the process that compiled it: sums that may be taken in any order are
@@ -87,7 +87,7 @@ def _of_words(text: str) -> Any:
     return types.Array(kind, int(array[0]), layout, readonly=array[2] == "False")
 
 
-def compiled_part(function: Callable[..., Any], **options: Any) -> Any:
+def njit_inline(function: Callable[..., Any], **options: Any) -> Any:
     """A part of compiled functions, which is kept with each of them and not by itself.
 
     Out of a cache it would come as machine code, to be called; compiled together, it is merged into its caller, and sums

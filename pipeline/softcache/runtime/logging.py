@@ -1,8 +1,8 @@
 """What a run says while it goes on: a live bar on a terminal, plain lines elsewhere, or one JSON object per line.
 
-Results go to stdout, all of this to stderr. `log_as("json")` (`--log json` of a command) makes every line there an
-object with `time` (UTC), `event` and the event's own fields; `say` becomes {"event": "message", "text": …}, and bars become
-{"event": "progress", …}. As text, events are not shown: the bars tell what they tell.
+Results go to stdout, all of this to stderr. `set_log_format("json")` (`--log json` of a command) makes every line there an
+object with `time` (UTC), `event` and the event's own fields; `log_info` becomes {"event": "message", "text": …}, and bars
+become {"event": "progress", …}. As text, events are not shown: the bars tell what they tell.
 
 Of a run of many processes, the first one speaks.
 """
@@ -22,9 +22,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 
-from softcache.runtime.ranks import is_first
+from softcache.runtime.ranks import is_rank_zero
 
-__all__ = ["Advance", "LogFormat", "event", "log_as", "log_format", "report", "say", "track"]
+__all__ = [
+    "Advance",
+    "LogFormat",
+    "event",
+    "log_event",
+    "log_format",
+    "log_info",
+    "progress_bar",
+    "set_log_format",
+]
 
 PLAIN_SECONDS = 10.0
 LogFormat = Literal["text", "json"]
@@ -42,7 +51,7 @@ def log_format() -> LogFormat:
     return _Mode.format
 
 
-def log_as(format: LogFormat) -> None:
+def set_log_format(format: LogFormat) -> None:
     """Chooses how this process logs from here on."""
     _Mode.format = format
 
@@ -53,7 +62,7 @@ def event(name: str, **fields: Any) -> None:
     Args:
         fields: numbers, strings, None, and lists and dicts of them.
     """
-    if _Mode.format == "json" and is_first():
+    if _Mode.format == "json" and is_rank_zero():
         _write_event(name, fields)
 
 
@@ -68,13 +77,13 @@ def _write(line: str) -> None:
     print(f"{line}\n", end="", file=sys.stderr, flush=True)  # one write: processes may share a stderr
 
 
-def say(text: str) -> None:
+def log_info(text: str) -> None:
     """Says one line about what goes on."""
-    if is_first():
-        report("message", text, text=text)
+    if is_rank_zero():
+        log_event("message", text, text=text)
 
 
-def report(name: str, line: str, **fields: Any) -> None:
+def log_event(name: str, line: str, **fields: Any) -> None:
     """Says a line, of whatever process; where objects are logged, an event instead."""
     if _Mode.format == "json":
         _write_event(name, fields)
@@ -95,9 +104,9 @@ class Advance(Protocol):
 
 
 @contextmanager
-def track(label: str, total: int, unit: str = "samples") -> Iterator[Advance]:
+def progress_bar(label: str, total: int, unit: str = "samples") -> Iterator[Advance]:
     """Yields `advance(n)`; shows how far the step is, its rate and the time left."""
-    if not is_first():
+    if not is_rank_zero():
         yield _Silence()
         return
     console = Console(stderr=True)
@@ -196,4 +205,4 @@ class _Lines:
             return
         end = f" in {spent:,.1f} s" if left is None else f", {left:,.0f} s left"
         note = f" ({self._note})" if self._note else ""
-        say(f"{self._label}: {done:,}/{total:,} {self._unit}, {rate:,.0f}/s{end}{note}")
+        log_info(f"{self._label}: {done:,}/{total:,} {self._unit}, {rate:,.0f}/s{end}{note}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["is_first", "num_ranks", "rank"]
+__all__ = ["is_rank_zero", "num_ranks", "rank"]
 
 # In the order in which accelerate looks for them.
 _RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -25,7 +25,7 @@ def num_ranks() -> int:
     return max(1, _first_number(_SIZE, 1))
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Returns whether this is the process that prints, writes and exports."""
     return rank() == 0
 

@@ -1,14 +1,14 @@
 """SIGINT and SIGTERM: a run ends where it can be resumed, says how, and exits with 128 + the signal's number.
 
-    with signals_stop():                # once, around a command
+    with handle_signals():                # once, around a command
         prepare()                       # a signal here raises Interrupted at once
-        with at_boundaries():           # around a loop whose body should not be torn
+        with defer_signals():           # around a loop whose body should not be torn
             for batch in batches:
                 check()                 # a signal that came meanwhile raises Interrupted here
                 step(batch)
 
 The first signal asks; a second one ends the process at once, as SIGKILL would, which is safe, too: everything that is
-published is whole. Library code calls `check` freely: without `signals_stop` around it, no signal is touched.
+published is whole. Library code calls `raise_if_signalled` freely: without `handle_signals` around it, no signal is touched.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["Interrupted", "asked_signal", "at_boundaries", "check", "ignore_interrupts", "signals_stop"]
+__all__ = [
+    "Interrupted",
+    "defer_signals",
+    "handle_signals",
+    "ignore_interrupts",
+    "pending_signal",
+    "raise_if_signalled",
+]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -49,7 +56,7 @@ class _State:
 
 
 @contextmanager
-def signals_stop() -> Iterator[None]:
+def handle_signals() -> Iterator[None]:
     """Makes SIGINT and SIGTERM raise `Interrupted` in the main thread; elsewhere it changes nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -73,22 +80,22 @@ def _received(signum: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def at_boundaries() -> Iterator[None]:
-    """Within, a signal waits for the next `check`, or for the end of the block."""
+def defer_signals() -> Iterator[None]:
+    """Within, a signal waits for the next `raise_if_signalled`, or for the end of the block."""
     _State.depth += 1
     try:
         yield
     finally:
         _State.depth -= 1
-    check()
+    raise_if_signalled()
 
 
-def asked_signal() -> int | None:
+def pending_signal() -> int | None:
     """Returns the signal that asked this process to end; None without one."""
     return _State.asked
 
 
-def check() -> None:
+def raise_if_signalled() -> None:
     """Raises Interrupted if a signal asked this process to end."""
     if _State.asked is not None:
         raise Interrupted(_State.asked)

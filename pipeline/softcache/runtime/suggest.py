@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["did_you_mean", "nearest"]
+__all__ = ["closest_matches", "did_you_mean"]
 
 
-def nearest(name: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0.6) -> list[str]:
+def closest_matches(name: str, known: Iterable[str], *, most: int = 3, cutoff: float = 0.6) -> list[str]:
     """Returns the names most like one, nearest first; empty where none is like it.
 
     Args:
@@ -29,5 +29,5 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         >>> did_you_mean("parqet", ["zarr", "parquet"])
         'did you mean parquet?'
     """
-    near = nearest(name, known)
+    near = closest_matches(name, known)
     return f"did you mean {' or '.join(near)}?" if near else ""

@@ -16,8 +16,8 @@ each takes its slice of every batch, and its gradient weighs as much as its rows
     run.py        a run: checkpoints, epochs, metrics
 """
 
-from softcache.student.loop import Feed
+from softcache.student.loop import TrainBatches
 from softcache.student.run import train
 from softcache.student.settings import StudentSettings, TrainSettings
 
-__all__ = ["Feed", "StudentSettings", "TrainSettings", "train"]
+__all__ = ["StudentSettings", "TrainBatches", "TrainSettings", "train"]

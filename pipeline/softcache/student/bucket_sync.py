@@ -22,7 +22,7 @@ from softcache.cache.storage.open import open_objects
 from softcache.errors import CacheNotFoundError, CorruptionError, StorageError
 from softcache.hashing.digests import digest_bytes
 
-__all__ = ["RunMirror"]
+__all__ = ["BucketSync"]
 
 POINTER, STATE, METRICS = "checkpoint.json", "checkpoint", "metrics.json"
 UNFINISHED = ("checkpoint.new/", "checkpoint.old/", ".")
@@ -35,7 +35,7 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softcache" / "runs"
 
 
-class RunMirror:
+class BucketSync:
     """A run's directory in a bucket, and the local folder in which the run works.
 
     Attributes:

@@ -28,14 +28,14 @@ import xxhash
 from accelerate import Accelerator
 
 from softcache.errors import RunError, StorageError
-from softcache.runtime.distributed import from_first
-from softcache.runtime.ranks import is_first
-from softcache.student.bucket_sync import RunMirror
+from softcache.runtime.distributed import broadcast_from_rank0
+from softcache.runtime.ranks import is_rank_zero
+from softcache.student.bucket_sync import BucketSync
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RunDirectory", "differences", "store_unwrapped"]
+__all__ = ["RunDirectory", "diff_settings", "store_unwrapped"]
 
 CHECKSUMS = "checksums"
 
@@ -57,17 +57,17 @@ class RunDirectory:
         config: dict[str, Any],
         resolved: dict[str, Any] | None = None,
         *,
-        mirror: RunMirror | None = None,
+        mirror: BucketSync | None = None,
     ) -> None:
         self.path, self._mirror = Path(path), mirror
         config = json.loads(json.dumps(config))
-        if not is_first():
+        if not is_rank_zero():
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             stored = self.path / "config.json"
             if stored.exists():
-                differing = differences(json.loads(stored.read_text()), config)
+                differing = diff_settings(json.loads(stored.read_text()), config)
                 if differing:
                     raise RunError(
                         f"run {self.path}: holds another run (there; this run): {'; '.join(differing)}; "
@@ -91,7 +91,9 @@ class RunDirectory:
     def metrics(self) -> dict[str, Any] | None:
         """The results of a finished run, else None; as the first process finds them."""
         path = self.path / "metrics.json"
-        return from_first(json.loads(path.read_text()) if is_first() and path.exists() else None)
+        return broadcast_from_rank0(
+            json.loads(path.read_text()) if is_rank_zero() and path.exists() else None
+        )
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         self._write_json("metrics.json", metrics)
@@ -145,7 +147,9 @@ class RunDirectory:
         final = self.path / "checkpoint"
         self._settle(accelerator)
         file = final / "progress.json"
-        progress = from_first(_checked_progress(final) if is_first() and file.exists() else None)
+        progress = broadcast_from_rank0(
+            _checked_progress(final) if is_rank_zero() and file.exists() else None
+        )
         if progress is None:
             return None
         if not file.exists():
@@ -214,11 +218,11 @@ def store_unwrapped(accelerator: Accelerator) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
-def differences(there: Any, here: Any, prefix: str = "") -> list[str]:
+def diff_settings(there: Any, here: Any, prefix: str = "") -> list[str]:
     """Returns a line for each key whose value differs: its dotted name, what is there, what is here."""
     if isinstance(there, dict) and isinstance(here, dict):
         keys = sorted(set(there) | set(here))
         return [
-            line for key in keys for line in differences(there.get(key), here.get(key), f"{prefix}{key}.")
+            line for key in keys for line in diff_settings(there.get(key), here.get(key), f"{prefix}{key}.")
         ]
     return [] if there == here else [f"{prefix.rstrip('.')}: {there!r}; {here!r}"]

@@ -16,19 +16,19 @@ from accelerate.utils import broadcast, gather_object, set_seed
 from softcache.losses import LossSettings
 from softcache.reader.loader import SoftLabelLoader
 from softcache.reader.order import BlockShuffle
-from softcache.runtime.signals import asked_signal
+from softcache.runtime.signals import pending_signal
 from softcache.student.checkpoint import RunDirectory
-from softcache.student.loss_schedule import Adaptation
+from softcache.student.loss_schedule import LossScheduler
 from softcache.student.settings import TrainSettings
 from softcache.student.tasks import Task
 
-__all__ = ["Feed", "Loop"]
+__all__ = ["TrainBatches", "Trainer"]
 
-AGREE_STEPS = 8
+SIGNAL_SYNC_INTERVAL_STEPS = 8
 
 
 @dataclass(frozen=True)
-class Feed:
+class TrainBatches:
     """Where training batches come from.
 
     Attributes:
@@ -42,14 +42,14 @@ class Feed:
     workers: int = 0
 
 
-class Loop:
+class Trainer:
     """The moving parts of one run: model, optimizer, batches, meters."""
 
     def __init__(
         self,
         accelerator: Accelerator,
         task: Task,
-        feed: Feed,
+        feed: TrainBatches,
         settings: TrainSettings,
         loss: LossSettings | None = None,
     ) -> None:
@@ -59,9 +59,9 @@ class Loop:
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self._loss_sum, self._loss_rows = torch.zeros((), device=accelerator.device), 0
         self._steps = [feed.order.num_steps(epoch) for epoch in range(settings.epochs)]
-        self.adaptation: Adaptation | None = None
+        self.adaptation: LossScheduler | None = None
         if loss is not None and loss.adapts:
-            self.adaptation = Adaptation(loss, accelerator, num_steps=sum(self._steps))
+            self.adaptation = LossScheduler(loss, accelerator, num_steps=sum(self._steps))
         self._loader = SoftLabelLoader(
             feed.dataset, feed.order, workers=feed.workers, pin_memory=accelerator.device.type == "cuda"
         )
@@ -84,16 +84,16 @@ class Loop:
                 self.adaptation.update(factor)
             yield num_samples
 
-    def asked_to_stop(self) -> int | None:
+    def stop_requested(self) -> int | None:
         """Returns the signal that asked the run to end, None without one; the same on every rank.
 
         Ranks are signalled at different steps, and a checkpoint is of one step: they agree now and then, because asking
         each other waits for the device.
         """
-        asked = asked_signal()
+        asked = pending_signal()
         if self.accelerator.num_processes == 1:
             return asked
-        if self.step % AGREE_STEPS:
+        if self.step % SIGNAL_SYNC_INTERVAL_STEPS:
             return None
         told = torch.tensor([float(asked or 0)], device=self.accelerator.device)
         return int(self.accelerator.gather(told).max()) or None

@@ -19,12 +19,12 @@ import torch
 from accelerate import Accelerator
 
 from softcache.errors import RunError
-from softcache.losses import LossSettings, Mix, scheduled
+from softcache.losses import LossMix, LossSettings, scheduled
 
-__all__ = ["Adaptation"]
+__all__ = ["LossScheduler"]
 
 
-class Adaptation:
+class LossScheduler:
     """What changes in a run's loss.
 
     Args:
@@ -35,13 +35,13 @@ class Adaptation:
     def __init__(self, loss: LossSettings, accelerator: Accelerator, *, num_steps: int) -> None:
         self._loss, self._accelerator, self._num_steps = loss, accelerator, num_steps
         self._losses: list[float] = []
-        self._last: Mix = Mix(loss.temperature, loss.alpha)
+        self._last: LossMix = LossMix(loss.temperature, loss.alpha)
         self._theta: torch.Tensor | None = None
         if loss.curriculum is not None:
             theta = torch.tensor(loss.curriculum.theta(loss.temperature), device=accelerator.device)
             self._theta, self._velocity = theta.requires_grad_(), torch.zeros_like(theta)
 
-    def mix(self, *, step: int, epoch: int) -> Mix:
+    def mix(self, *, step: int, epoch: int) -> LossMix:
         """The temperature and alpha of a step; with a curriculum T is a float32 tensor [] with a reversed gradient.
 
         Args:
@@ -52,12 +52,12 @@ class Adaptation:
         how: dict[str, Any] = {"step": step, "num_steps": self._num_steps, "losses": self._losses}
         alpha = scheduled(loss.alpha_schedule, loss.alpha, **how)
         if self._theta is None:
-            self._last = Mix(scheduled(loss.temperature_schedule, loss.temperature, **how), alpha)
+            self._last = LossMix(scheduled(loss.temperature_schedule, loss.temperature, **how), alpha)
             return self._last
         assert loss.curriculum is not None
         temperature = loss.curriculum.temperature(self._theta, epoch=epoch)
-        self._last = Mix(temperature.detach(), alpha)
-        return Mix(temperature, alpha)
+        self._last = LossMix(temperature.detach(), alpha)
+        return LossMix(temperature, alpha)
 
     @property
     def last(self) -> dict[str, float]:
@@ -98,7 +98,7 @@ class Adaptation:
         """
         self._losses = [float(row["eval_loss"]) for row in history]
         if "last" in state:
-            self._last = Mix(**state["last"])
+            self._last = LossMix(**state["last"])
         if self._theta is None:
             return
         curriculum = state.get("curriculum")

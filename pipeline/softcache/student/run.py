@@ -15,11 +15,11 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_se
 from softcache.errors import MissingExtraError, RunError
 from softcache.losses import LossSettings
 from softcache.models.image import count_parameters
-from softcache.runtime.distributed import check_same, explained, from_first, join, on_cpu
-from softcache.runtime.signals import Interrupted, at_boundaries
-from softcache.student.bucket_sync import RunMirror
+from softcache.runtime.distributed import broadcast_from_rank0, check_same, join, on_cpu, translate_errors
+from softcache.runtime.signals import Interrupted, defer_signals
+from softcache.student.bucket_sync import BucketSync
 from softcache.student.checkpoint import RunDirectory, store_unwrapped
-from softcache.student.loop import Feed, Loop
+from softcache.student.loop import TrainBatches, Trainer
 from softcache.student.settings import TrainSettings
 from softcache.student.tasks import Task
 
@@ -28,13 +28,13 @@ __all__ = ["train"]
 
 def train(
     task: Task,
-    feed: Feed,
+    feed: TrainBatches,
     *,
     settings: TrainSettings,
     out: str | Path,
     config: dict[str, Any],
     resolved: dict[str, Any] | None = None,
-    mirror: RunMirror | None = None,
+    mirror: BucketSync | None = None,
     loss: LossSettings | None = None,
     track: str | None = None,
     on_step: Callable[[int], None] = lambda samples: None,
@@ -59,14 +59,14 @@ def train(
     if track:
         _need_tracker(track)
     join(cpu=on_cpu(settings.device), timeout_seconds=settings.process_timeout_seconds)
-    with explained():
+    with translate_errors():
         check_same("the run", config)
         directory = RunDirectory(out, config, resolved, mirror=mirror)
         if (finished := directory.metrics) is not None:
             return finished
         accelerator = _accelerator(settings, track, out)
         set_seed(settings.seed)
-        loop = Loop(accelerator, task, feed, settings, loss)
+        loop = Trainer(accelerator, task, feed, settings, loss)
         loop.seed_process(epoch=0, step=0)
         progress = directory.load_checkpoint(accelerator, loop.resume_random_state) or {
             "epoch": 0,
@@ -74,16 +74,16 @@ def train(
             "history": [],
             "seconds": 0.0,
         }
-        with at_boundaries():
+        with defer_signals():
             metrics = _run(loop, directory, progress, on_step, on_epoch)
-        metrics |= from_first(loop.finish())
+        metrics |= broadcast_from_rank0(loop.finish())
         loop.save_weights(directory, "model")
         if accelerator.is_main_process:
             task.export(accelerator.unwrap_model(loop.model), directory.path)
             directory.write_metrics(metrics)
         if track:
             accelerator.end_training()
-        return from_first(metrics)
+        return broadcast_from_rank0(metrics)
 
 
 def _accelerator(settings: TrainSettings, track: str | None, out: str | Path) -> Accelerator:
@@ -121,7 +121,7 @@ def _need_tracker(name: str) -> None:
 
 
 def _run(
-    loop: Loop,
+    loop: Trainer,
     directory: RunDirectory,
     progress: dict[str, Any],
     on_step: Callable[[int], None],
@@ -146,13 +146,13 @@ def _run(
         epoch = order.epoch  # the loader goes on to the next at its end
         for samples in loop.epoch():
             on_step(samples)
-            asked = loop.asked_to_stop()
+            asked = loop.stop_requested()
             if asked or (settings.checkpoint_steps and loop.step % settings.checkpoint_steps == 0):
                 save(loop.loss_meters())
             if asked:
                 raise Interrupted(asked)
         # Processes decide by this whether to go on: all by the same number.
-        row = from_first(
+        row = broadcast_from_rank0(
             {"epoch": epoch, "train_loss": loop.train_loss(), **loop.last_mix(), **loop.evaluate()}
         )
         history.append(row)

@@ -43,7 +43,7 @@ class StudentSettings(Settings):
     pairing: PairingSettings = PairingSettings()
 
     @property
-    def reads_otherwise(self) -> bool:
+    def has_own_input(self) -> bool:
         """Whether the student reads something else than the teacher saw."""
         return self.source is not None or self.views is not None
 

@@ -19,7 +19,7 @@ from softcache.data.tokens import TokenBatch
 from softcache.errors import ConfigError, LabelError
 from softcache.hashing.digests import digest_weights
 from softcache.labels import SoftLabels, collect
-from softcache.labels.sparsify import LabelSettings, logit_faults, row_seeds, sparsify
+from softcache.labels.sparsify import LabelSettings, apply_policy, logit_faults, row_seeds
 from softcache.models.image import Normalize, build_model, count_parameters, load_weights, parse_spec
 from softcache.models.language import build_language_model, check_split, split
 from softcache.settings import Settings
@@ -97,7 +97,9 @@ class Teacher(ABC):
             for logits_PV in self.chunks(batch) if chunks is None else chunks:
                 rows = slice(start, start + len(logits_PV))
                 seeds = None if seeds_P is None else seeds_P[rows]
-                record = sparsify(logits_PV, settings, targets_P=targets_P[rows], seeds_P=seeds, check=False)
+                record = apply_policy(
+                    logits_PV, settings, targets_P=targets_P[rows], seeds_P=seeds, check=False
+                )
                 # A bad logit makes its row's statistics NaN; what it was is asked only then, where asking waits for nothing.
                 if logits_PV.device.type != "cpu" or bool(record.stats.isnan().any()):  # type: ignore[union-attr]
                     faults_P[rows] = logit_faults(logits_PV)

@@ -15,7 +15,7 @@ import torch
 
 from softcache.data.boxes import DetectionBatch
 from softcache.errors import LabelError
-from softcache.labels import CellLabels
+from softcache.labels import DetectionLabels
 from softcache.labels.sparsify import DenseOutputs, LabelSettings, cell_faults, sparsify_cells
 from softcache.teacher.base import Teacher
 
@@ -29,7 +29,7 @@ class DenseTeacher(Teacher):
         distribution: of a cell: "bernoulli" of a sigmoid head; "categorical" of a softmax whose class 0 is the background.
         grid: the digest of its cells (anchors or locations, strides, how boxes are coded).
         num_cells: A.
-        columns: the head's other outputs by the names of `CellLabels.columns`, with their inner shapes.
+        columns: the head's other outputs by the names of `DetectionLabels.columns`, with their inner shapes.
         num_classes: V of the head; of a softmax with the background.
     """
 
@@ -64,13 +64,13 @@ class DenseTeacher(Teacher):
     @torch.inference_mode()
     def label(  # type: ignore[override]
         self, batch: DetectionBatch, settings: LabelSettings, *, chunks: Iterable[Any] | None = None
-    ) -> tuple[CellLabels, torch.Tensor]:
+    ) -> tuple[DetectionLabels, torch.Tensor]:
         """Returns the record of the batch's chosen cells, and the faults [P] uint8, on the device.
 
         Raises:
             LabelError: an image has more ground-truth cells than rows; the sample is named.
         """
-        records: list[CellLabels] = []
+        records: list[DetectionLabels] = []
         faults: list[torch.Tensor] = []
         for outputs in self.chunks(batch) if chunks is None else chunks:
             try:
@@ -82,7 +82,7 @@ class DenseTeacher(Teacher):
                 raise LabelError(f"sample {sample}, view {batch.view}: {error}") from error
             faults.append(cell_faults(outputs, distribution=self.distribution))
         faults_P = torch.cat(faults).repeat_interleave(settings.positions.top)
-        return CellLabels.concat(records), faults_P
+        return DetectionLabels.concat(records), faults_P
 
     def score(self, batch: Any) -> tuple[float, int]:
         """Raises: a detector's quality is its mean average precision, and not a sum over rows.

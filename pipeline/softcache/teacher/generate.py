@@ -30,14 +30,14 @@ from softcache.data.tokens import TokenData
 from softcache.errors import IdentityError, SourceError
 from softcache.hashing.digests import digest_json
 from softcache.models.language import PairTokens
-from softcache.models.language.generate import Found, translate
+from softcache.models.language.generate import GeneratedSequence, translate
 from softcache.models.language.generate_settings import GenerateSettings
 from softcache.teacher.base import LanguageTeacher
 
-__all__ = ["GenerateReport", "Original", "generate_source"]
+__all__ = ["GenerateReport", "SourcePairs", "generate_source"]
 
 
-class Original(Protocol):
+class SourcePairs(Protocol):
     """What is translated: the data of a run on pairs."""
 
     train: TokenData
@@ -67,7 +67,7 @@ class GenerateReport:
 
 def generate_source(
     objects: Objects,
-    data: Original,
+    data: SourcePairs,
     teacher: LanguageTeacher,
     settings: GenerateSettings,
     *,
@@ -110,7 +110,7 @@ def generate_source(
     return GenerateReport(len(data.train), silent, done, len(parts) - 1 - done)
 
 
-def _plan(data: Original, teacher: LanguageTeacher, settings: GenerateSettings) -> dict[str, Any]:
+def _plan(data: SourcePairs, teacher: LanguageTeacher, settings: GenerateSettings) -> dict[str, Any]:
     """What is made: the same plan gives the same bytes on the same machine."""
     return {
         "kind": "softcache generated pairs",
@@ -156,7 +156,7 @@ def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return flat
 
 
-def _put_tokenizer(objects: Objects, data: Original) -> None:
+def _put_tokenizer(objects: Objects, data: SourcePairs) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data.save_tokenizer(Path(folder))
         for path in sorted(Path(folder).rglob("*")):
@@ -165,7 +165,9 @@ def _put_tokenizer(objects: Objects, data: Original) -> None:
                 objects.put(name, path.read_bytes())
 
 
-def _part(data: Original, teacher: LanguageTeacher, settings: GenerateSettings, samples: np.ndarray) -> bytes:
+def _part(
+    data: SourcePairs, teacher: LanguageTeacher, settings: GenerateSettings, samples: np.ndarray
+) -> bytes:
     with teacher.autocast():
         found = translate(
             teacher.model,
@@ -184,7 +186,7 @@ def _part(data: Original, teacher: LanguageTeacher, settings: GenerateSettings, 
     return _lines(_line(originals[key], text, one) for key, text, one in zip(keys, texts, found, strict=True))
 
 
-def _line(pair: Any, text: str, found: Found) -> dict[str, Any]:
+def _line(pair: Any, text: str, found: GeneratedSequence) -> dict[str, Any]:
     return {
         "key": pair.key,
         "source": pair.source,

@@ -28,9 +28,9 @@ from softcache.reader.memmap import default_folder
 __all__ = ["devices", "free_space", "store_access", "versions"]
 
 CORE = ("torch", "zarr", "tensorstore", "pyarrow", "numpy")
-NOT_FOR_USERS = {"dev", "all"}
+DEV_EXTRAS = {"dev", "all"}
 EXTRA = re.compile(r"""^\s*([A-Za-z0-9._-]+).*;.*extra\s*==\s*["']([\w-]+)["']""")
-TO_DO = {
+REMEDIES = {
     "open": "correct the path or URL; for a bucket see docs/how-to/object-storage.md",
     "write": "choose a place that this user may write (bucket: the right to put objects), with free space",
     "list": "give this user the right to list it (bucket: s3:ListBucket or its like)",
@@ -62,7 +62,7 @@ def _extras() -> dict[str, list[str]]:
     with suppress(importlib.metadata.PackageNotFoundError):
         for line in importlib.metadata.requires("softcache") or ():
             match = EXTRA.match(line)
-            if match and match[1] != "softcache" and match[2] not in NOT_FOR_USERS:
+            if match and match[1] != "softcache" and match[2] not in DEV_EXTRAS:
                 found.setdefault(match[2], []).append(match[1])
     return found
 
@@ -120,7 +120,7 @@ def store_access(url: str) -> dict[str, Any]:
             work()
             found["done"].append(step)
     except (SoftcacheError, OSError) as error:
-        found["failed"] = {"step": step, "message": str(error), "to_do": TO_DO[step]}
+        found["failed"] = {"step": step, "message": str(error), "to_do": REMEDIES[step]}
     return found
 
 

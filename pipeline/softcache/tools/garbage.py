@@ -64,7 +64,7 @@ def collect_garbage(objects: Objects, *, delete: bool) -> GarbageReport:
     stored = objects.get(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
     manifest, digest = Manifest.parse(stored, where=f"cache {objects.url}"), digest_bytes(stored)
     store, report = open_store(manifest, objects), GarbageReport()
-    report.stray |= objects.dead_writes(remove=delete)
+    report.stray |= objects.orphaned_writes(remove=delete)
 
     # Objects are listed before markers are: what a unit that is finished meanwhile wrote is then known to be its own.
     left = set(objects.list("")) - {MANIFEST, manifest.samples, *store.described()}
@@ -104,7 +104,7 @@ def _unfinished(manifest: Manifest, store: Store, left: set[str]) -> Iterator[tu
     for unit in manifest.plan.units():
         if not candidates:
             return
-        found = candidates.intersection(store.objects_of(unit))
+        found = candidates.intersection(store.shard_paths(unit))
         candidates -= found
         left -= found
         if found:

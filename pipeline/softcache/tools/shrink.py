@@ -33,8 +33,8 @@ from softcache.cache.manifest import Manifest, Unit
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import check_unit, claimed_units, finished_units, open_store, publish_unit
 from softcache.errors import LabelError, TemperatureError
-from softcache.labels import ARRAYS, SoftLabels, concat, slimmed
-from softcache.labels.sparsify import LabelSettings, row_seeds, sparsify
+from softcache.labels import ARRAYS, SoftLabels, concat, truncate_labels
+from softcache.labels.sparsify import LabelSettings, apply_policy, row_seeds
 from softcache.reader.cache import Cache, open_cache
 from softcache.settings import Settings
 from softcache.teacher.capture.plan import create_cache
@@ -44,7 +44,7 @@ __all__ = ["SlimSettings", "slim_cache", "slim_manifest"]
 IMPORTED = "imported"  # the policy of `softcache.tools.import_logprobs`
 CHUNK_ELEMENTS = 2**21  # of the log-probabilities of all classes that are drawn from at once
 
-GIVEN = {  # which of the settings each policy reads
+POLICY_PARAMETERS = {  # which of the settings each policy reads
     "top_k": ("k",),
     "top_p": ("k", "p"),
     "dense": (),
@@ -143,7 +143,7 @@ def _slim(cache: Cache, columns: dict[str, np.ndarray], target: LabelSettings | 
         return replace(labels, log_tail=labels.log_tail[:, places], temperatures=target.temperatures)
     if target.sampling is None:
         k, p = target.num_slots(labels.num_classes), target.p if target.policy == "top_p" else None
-        return slimmed(labels, k, p=p, temperatures=target.temperatures)
+        return truncate_labels(labels, k, p=p, temperatures=target.temperatures)
     counts = columns.get("num_rows", np.ones(len(labels), np.int64))
     positions = columns.get("position", np.zeros(len(labels), np.int64))
     seeds_P = row_seeds(columns["fingerprint"], counts, positions, target.seed)
@@ -157,7 +157,7 @@ def _drawn(labels: SoftLabels, target: LabelSettings, seeds_P: torch.Tensor) -> 
     stored = labels.to_torch()
     shape = len(labels), labels.num_classes
     log_probs_PV = torch.full(shape, -torch.inf).scatter_(1, stored.ids.long(), stored.log_probs)
-    record = sparsify(log_probs_PV, target, targets_P=None, seeds_P=seeds_P, check=False)
+    record = apply_policy(log_probs_PV, target, targets_P=None, seeds_P=seeds_P, check=False)
     used_PK = record.ids < labels.num_classes
     log_probs_PK = log_probs_PV.gather(1, record.ids.where(used_PK, 0)).where(used_PK, -torch.inf)
     return replace(
@@ -220,14 +220,15 @@ def _labels(cache: Cache, changes: SlimSettings) -> LabelSettings:
         for name in ("k", "p", "draws", "proposal_exponent", "seed")
         if (value := getattr(changes, name)) is not None
     }
-    if policy not in GIVEN:
+    if policy not in POLICY_PARAMETERS:
         raise LabelError(
-            f"cache {cache.url}: policy {policy!r} in its manifest; expected one of {', '.join(GIVEN)}; upgrade softcache"
+            f"cache {cache.url}: policy {policy!r} in its manifest; expected one of {', '.join(POLICY_PARAMETERS)}; "
+            "upgrade softcache"
         )
-    for name in sorted(set(asked) - set(GIVEN[policy])):
+    for name in sorted(set(asked) - set(POLICY_PARAMETERS[policy])):
         raise LabelError(
-            f"slim: {name} is given, but policy {policy!r} reads {', '.join(GIVEN[policy]) or 'no numbers'} only; "
-            f"leave it out, or give --policy"
+            f"slim: {name} is given, but policy {policy!r} reads {', '.join(POLICY_PARAMETERS[policy]) or 'no numbers'} "
+            f"only; leave it out, or give --policy"
         )
     settings = base | {"policy": policy} | asked
     settings["temperatures"] = changes.temperatures or tuple(base["temperatures"])

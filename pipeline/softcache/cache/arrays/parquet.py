@@ -51,11 +51,11 @@ class ParquetStore:
     def check_metadata(self) -> None:
         """Does nothing: there is none besides the units' own files."""
 
-    def objects_of(self, unit: Unit) -> dict[str, str | None]:
+    def shard_paths(self, unit: Unit) -> dict[str, str | None]:
         """Returns the path of a unit's file; it holds all columns."""
         return {f"{self._manifest.data}/{unit.number:05d}.parquet": None}
 
-    def most_bytes(self, name: str | None) -> int:
+    def max_shard_bytes(self, name: str | None) -> int:
         """Returns how large a unit's file can be: what does not compress grows by a little, and pages have heads."""
         rows, row = self._unit_rows(), self._row_bytes()
         return (
@@ -68,7 +68,7 @@ class ParquetStore:
     def _unit_rows(self) -> int:
         return self._manifest.rows.shard_rows if self._manifest.rows else self._manifest.plan.unit_samples
 
-    def check_bomb(self, name: str | None, data: bytes, where: str) -> None:
+    def check_decompressed_size(self, name: str | None, data: bytes, where: str) -> None:
         """Looks at what a file says of its rows before anything of it is decoded.
 
         Raises:
@@ -131,7 +131,7 @@ class ParquetStore:
             write_statistics=[name for name in self._schema.names if name not in planar] if planar else True,
             write_page_checksum=True,
         )
-        ((path, column_of),) = self.objects_of(unit).items()
+        ((path, column_of),) = self.shard_paths(unit).items()
         return {path: (column_of, sink.getvalue())}
 
     def read(
@@ -172,7 +172,7 @@ class ParquetStore:
         except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, CacheNotFoundError) as error:
             raise CorruptionError(
                 f"cache {self._objects.url}: unit {unit.number} (view {unit.view}, samples {unit.start} to "
-                f"{unit.stop - 1}), {next(iter(self.objects_of(unit)))}: cannot be decoded: {error}; delete the unit's "
+                f"{unit.stop - 1}), {next(iter(self.shard_paths(unit)))}: cannot be decoded: {error}; delete the unit's "
                 "marker and rerun `softcache teacher-logits`, or restore the file"
             ) from error
         return {
@@ -180,7 +180,7 @@ class ParquetStore:
         }
 
     def _open(self, unit: Unit) -> pq.ParquetFile:
-        (path,) = self.objects_of(unit)
+        (path,) = self.shard_paths(unit)
         if path not in self._files:
             file = pq.ParquetFile(
                 self._objects.open(path),

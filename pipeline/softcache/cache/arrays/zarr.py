@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from softcache.cache.arrays.zarr_metadata import GEOMETRY, describe, says_the_same
+from softcache.cache.arrays.zarr_metadata import GEOMETRY, describe, metadata_equal
 from softcache.cache.arrays.zarr_shards import ShardCutter, WantedChunks
 from softcache.cache.codecs import Column
 from softcache.cache.manifest import Manifest, Unit
@@ -74,7 +74,7 @@ class ZarrStore:
         """
         for path, expected in self._documents.items():
             found = self._objects.get(path)
-            same = says_the_same(found, expected) if path.endswith("zarr.json") else found == expected
+            same = metadata_equal(found, expected) if path.endswith("zarr.json") else found == expected
             if not same:
                 raise CorruptionError(
                     f"cache {self._objects.url}: {path} is not what the manifest implies; other tools would read "
@@ -83,7 +83,7 @@ class ZarrStore:
 
     # -- units ---------------------------------------------------------------------------------------------
 
-    def objects_of(self, unit: Unit) -> dict[str, str | None]:
+    def shard_paths(self, unit: Unit) -> dict[str, str | None]:
         """Returns the paths of a unit's shards, and the column that each holds."""
         out: dict[str, str | None] = {}
         for name, column in self._columns.items():
@@ -95,7 +95,7 @@ class ZarrStore:
             )
         return out
 
-    def most_bytes(self, name: str | None) -> int:
+    def max_shard_bytes(self, name: str | None) -> int:
         """Returns how large a unit's shard of a column can be: what does not compress grows by a little."""
         raw, chunks = self._chunk_bytes(name)
         return (raw + raw // 64 + 1024) * chunks + 4096
@@ -108,7 +108,7 @@ class ZarrStore:
             unit, chunk = rows.shard_rows, rows.chunk_rows
         return chunk * math.prod(column.shape) * np.dtype(column.dtype).itemsize, unit // chunk
 
-    def check_bomb(self, name: str | None, data: bytes, where: str) -> None:
+    def check_decompressed_size(self, name: str | None, data: bytes, where: str) -> None:
         """Looks at the head of every Blosc chunk of a shard: TensorStore makes room for what it claims to hold, up to 2 GiB.
 
         Zstandard frames are decoded as a stream, which ends at the bytes that are expected.
@@ -156,7 +156,7 @@ class ZarrStore:
         """
         return {
             path: (name, self._encode_shard(unit, self._columns[name], columns[name]))  # type: ignore[index]
-            for path, name in self.objects_of(unit).items()
+            for path, name in self.shard_paths(unit).items()
         }
 
     def _encode_shard(self, unit: Unit, column: Column, values: np.ndarray) -> bytes:
@@ -237,7 +237,7 @@ class ZarrStore:
         if self._objects.kvstore(self._manifest.data) is not None:
             return {}
         ts = _tensorstore(self._objects.url)
-        paths = {name: path for path, name in self.objects_of(unit).items()}
+        paths = {name: path for path, name in self.shard_paths(unit).items()}
         wanted = {paths[name]: self._wanted(unit, self._columns[name], start, stop, rows) for name in names}
         context = ts.Context()
         memory = ts.KvStore.open("memory://cut/", context=context).result()

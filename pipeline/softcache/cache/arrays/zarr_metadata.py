@@ -12,7 +12,7 @@ from softcache.cache.codecs import Column
 from softcache.cache.manifest import Manifest, Plan
 from softcache.labels import STATS
 
-__all__ = ["GEOMETRY", "describe", "says_the_same"]
+__all__ = ["GEOMETRY", "describe", "metadata_equal"]
 
 COMPRESSION_LEVEL = 3
 PLANAR_LEVEL = 1
@@ -33,7 +33,7 @@ GEOMETRY = (
 DESCRIBED = (*GEOMETRY, "dimension_names", "attributes")
 
 
-def says_the_same(found: bytes, expected: bytes) -> bool:
+def metadata_equal(found: bytes, expected: bytes) -> bool:
     """Whether two `zarr.json` describe the same numbers by the same names.
 
     What later versions of Zarr may add is left alone; a key in place of another is damage.

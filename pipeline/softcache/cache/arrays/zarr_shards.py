@@ -73,7 +73,7 @@ class ShardCutter:
         with self._lock:
             indexes = {path: self._indexes[path] for path in wanted if path in self._indexes}
         lengths = {path: _index_bytes(chunks.total) for path, chunks in wanted.items() if path not in indexes}
-        for path, (data, size) in zip(lengths, self._objects.get_ends(lengths), strict=True):
+        for path, (data, size) in zip(lengths, self._objects.get_suffixes(lengths), strict=True):
             indexes[path] = _parse_index(path, data, wanted[path].total, size)
         with self._lock:
             for path in wanted:

@@ -18,7 +18,7 @@ import numpy as np
 
 from softcache.cache.codecs.column import Column, ids_dtype
 from softcache.errors import LabelError
-from softcache.labels import COLUMNS, STATS, BernoulliLabels, CellLabels, SoftLabels
+from softcache.labels import COLUMNS, STATS, BernoulliLabels, DetectionLabels, SoftLabels
 
 __all__ = ["CellCodec"]
 
@@ -79,7 +79,7 @@ class CellCodec:
         )
         return (ids, *kept, Column("cells", "int32"), *beside)
 
-    def encode(self, labels: CellLabels) -> dict[str, np.ndarray]:
+    def encode(self, labels: DetectionLabels) -> dict[str, np.ndarray]:
         """Returns the columns [P, ...] of a NumPy record.
 
         Finite numbers below float16's range are kept at its lowest finite value; -inf stays -inf.
@@ -88,10 +88,10 @@ class CellCodec:
             LabelError: the record does not fit the codec, or holds a number that none of it can be; its row is named.
         """
         kind = BernoulliLabels if self.distribution == "bernoulli" else SoftLabels
-        if not isinstance(labels, CellLabels) or not isinstance(labels.labels, kind):
-            found = type(labels.labels if isinstance(labels, CellLabels) else labels).__name__
+        if not isinstance(labels, DetectionLabels) or not isinstance(labels.labels, kind):
+            found = type(labels.labels if isinstance(labels, DetectionLabels) else labels).__name__
             raise LabelError(
-                f"codec cells: expected CellLabels of {kind.__name__}; found {found}; make a cache for "
+                f"codec cells: expected DetectionLabels of {kind.__name__}; found {found}; make a cache for "
                 "each teacher"
             )
         found_columns = {"cells": labels.cells, **labels.columns}
@@ -131,7 +131,7 @@ class CellCodec:
         """Returns the arrays of a record by name: here, the columns as they are."""
         return dict(columns)
 
-    def decode(self, columns: Mapping[str, np.ndarray]) -> CellLabels:
+    def decode(self, columns: Mapping[str, np.ndarray]) -> DetectionLabels:
         """Returns the record of columns [P, ...]; nothing is copied or converted."""
         labels: SoftLabels | BernoulliLabels
         if self.distribution == "bernoulli":
@@ -146,7 +146,7 @@ class CellCodec:
                 num_classes=self.num_classes,
                 temperatures=self.temperatures,
             )
-        return CellLabels(labels, columns["cells"], {name: columns[name] for name, _ in self.beside})
+        return DetectionLabels(labels, columns["cells"], {name: columns[name] for name, _ in self.beside})
 
     def check(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Looks at every number of columns [P, ...].

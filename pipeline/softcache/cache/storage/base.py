@@ -2,10 +2,10 @@
 
 from softcache.errors import CorruptionError
 
-__all__ = ["too_large"]
+__all__ = ["size_error"]
 
 
-def too_large(where: str, found: int, max_bytes: int) -> CorruptionError:
+def size_error(where: str, found: int, max_bytes: int) -> CorruptionError:
     """Returns the error of an object that is larger than what it is can be."""
     return CorruptionError(
         f"{where}: {found:,} bytes; at most {max_bytes:,} are expected there; restore it from a copy"

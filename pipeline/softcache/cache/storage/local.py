@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from softcache.cache.storage.base import too_large
+from softcache.cache.storage.base import size_error
 from softcache.errors import CacheNotFoundError, StorageError
 
 __all__ = ["LocalObjects"]
@@ -103,7 +103,7 @@ class LocalObjects:
             with open(target, "rb", opener=_open_plain) as file:
                 # A file of holes has any size and takes no room: its size is looked at before there is room made for it.
                 if max_bytes is not None and (size := os.fstat(file.fileno()).st_size) > max_bytes:
-                    raise too_large(f"{target}", size, max_bytes)
+                    raise size_error(f"{target}", size, max_bytes)
                 return file.read()
         except FileNotFoundError as error:
             raise CacheNotFoundError(
@@ -124,7 +124,7 @@ class LocalObjects:
             found = self.size(path)
             yield self.get(path, max_bytes=expected) if found == expected else found
 
-    def get_ends(self, lengths: Mapping[str, int]) -> Sequence[tuple[bytes, int]]:
+    def get_suffixes(self, lengths: Mapping[str, int]) -> Sequence[tuple[bytes, int]]:
         sizes = [(path, length, self._existing_size(path)) for path, length in lengths.items()]
         parts = self.get_ranges([(path, max(0, size - length), size) for path, length, size in sizes])
         return [(part, size) for part, (_, _, size) in zip(parts, sizes, strict=True)]
@@ -160,10 +160,10 @@ class LocalObjects:
                 found[path] = (self.root / path).stat().st_mtime
         return found
 
-    def dead_writes(self, *, remove: bool) -> dict[str, int]:
+    def orphaned_writes(self, *, remove: bool) -> dict[str, int]:
         found = {}
         for path in _files(os.fspath(self.path(STAGING))):
-            with _explained(Path(path)), _lock_of_the_dead(path) as dead:
+            with _explained(Path(path)), _try_stale_lock(path) as dead:
                 if dead is not None:
                     found[os.path.relpath(path, self.root)] = dead
                     if remove:
@@ -238,7 +238,7 @@ def _lock(path: Path) -> int | None:
 
 
 @contextmanager
-def _lock_of_the_dead(path: str) -> Iterator[int | None]:
+def _try_stale_lock(path: str) -> Iterator[int | None]:
     """Yields the size of a staged file, locked meanwhile; None if its writer lives, or has just finished."""
     try:
         # No link is followed: it would lock, and count, a file elsewhere.

@@ -56,7 +56,7 @@ class Objects(Protocol):
         They will be read again in ranges: a bucket's are kept in memory, as far as it is set aside for that.
         """
 
-    def get_ends(self, lengths: Mapping[str, int]) -> Sequence[tuple[bytes, int]]:
+    def get_suffixes(self, lengths: Mapping[str, int]) -> Sequence[tuple[bytes, int]]:
         """Returns the last bytes of objects, so many as `lengths` says, and how long each object is."""
 
     def get_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Sequence[bytes]:
@@ -74,7 +74,7 @@ class Objects(Protocol):
     def delete(self, path: str) -> None:
         """Removes an object, if it is there."""
 
-    def dead_writes(self, *, remove: bool) -> dict[str, int]:
+    def orphaned_writes(self, *, remove: bool) -> dict[str, int]:
         """Returns the bytes of writes whose process died, by path; removes them if told so. Live ones are not touched.
 
         A bucket has none: an object is there when its one PUT is.

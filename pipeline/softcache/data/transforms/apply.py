@@ -130,7 +130,7 @@ class Views:
                 top, left, rows, columns = does.crop
                 margin = settings.padding if settings.crop == "padded" else 0
                 side = (settings.size or height, settings.size or width)
-                boxes_M4 = view_boxes.moved_boxes(boxes_M4, top - margin, left - margin)
+                boxes_M4 = view_boxes.transform_boxes(boxes_M4, top - margin, left - margin)
                 boxes_M4, size = view_boxes.scaled(boxes_M4, (rows, columns), side), side
             if does.flip:
                 boxes_M4 = view_boxes.flipped(boxes_M4, size[1])
@@ -148,7 +148,10 @@ class Views:
         side, shorter = max(size, round(size / self.settings.eval_share)), min(before)
         after = (side * before[0] // shorter, side * before[1] // shorter)
         boxes_M4 = view_boxes.scaled(boxes_M4, before, after)
-        return view_boxes.moved_boxes(boxes_M4, (after[0] - size) // 2, (after[1] - size) // 2), (size, size)
+        return view_boxes.transform_boxes(boxes_M4, (after[0] - size) // 2, (after[1] - size) // 2), (
+            size,
+            size,
+        )
 
     def _raw(self, key: str, view: int) -> np.ndarray:
         philox = np.random.Philox(
@@ -177,7 +180,7 @@ class Views:
 
     def _move(self, image_BCHW: torch.Tensor, u_BS: np.ndarray) -> torch.Tensor:
         """`_draw` of every image, where it only crops with padding, mirrors and blanks."""
-        from softcache.data.transforms.crop_kernel import moved
+        from softcache.data.transforms.crop_kernel import crop_and_flip
 
         settings, (height, width) = self.settings, image_BCHW.shape[2:]
         flip_B, offset_B = u_BS[:, 0] < settings.flip, np.zeros(len(u_BS), np.int64)
@@ -187,7 +190,7 @@ class Views:
             top_B, left_B = (u_BS[:, 3] * span).astype(np.int64), (u_BS[:, 4] * span).astype(np.int64)
         padding = settings.padding if settings.crop == "padded" else 0
         images = image_BCHW.contiguous().numpy()
-        out_BCHW = torch.from_numpy(moved(images, top_B, left_B, flip_B, padding))
+        out_BCHW = torch.from_numpy(crop_and_flip(images, top_B, left_B, flip_B, padding))
         for row in np.flatnonzero(u_BS[:, 16] < settings.erase).tolist() if settings.erase else ():
             top, left, rows, columns = erase_of(settings, u_BS[row].tolist(), height, width)
             out_BCHW[row, :, top : top + rows, left : left + columns] = 0

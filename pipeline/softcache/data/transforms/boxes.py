@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["MIN_VISIBLE", "cut", "flipped", "moved_boxes", "scaled", "visible"]
+__all__ = ["MIN_VISIBLE", "cut", "flipped", "scaled", "transform_boxes", "visible"]
 
 MIN_VISIBLE = 0.25
 """The least share of a box's area that a view must show; a cache's rows depend on it, so it is in the cache's identity."""
@@ -24,7 +24,7 @@ def scaled(boxes_M4: np.ndarray, before: tuple[int, int], after: tuple[int, int]
     return boxes_M4 * np.array([right, down, right, down])
 
 
-def moved_boxes(boxes_M4: np.ndarray, top: int, left: int) -> np.ndarray:
+def transform_boxes(boxes_M4: np.ndarray, top: int, left: int) -> np.ndarray:
     """Returns boxes as seen from a window that begins at (top, left)."""
     return boxes_M4 - np.array([left, top, left, top])
 

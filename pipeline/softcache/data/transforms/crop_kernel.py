@@ -12,11 +12,11 @@ import numpy as np
 
 from softcache.runtime.jit import compiled
 
-__all__ = ["moved"]
+__all__ = ["crop_and_flip"]
 
 
 @compiled
-def moved(image_BCHW, top_B, left_B, flip_B, padding):  # type: ignore[no-untyped-def]
+def crop_and_flip(image_BCHW, top_B, left_B, flip_B, padding):  # type: ignore[no-untyped-def]
     """Returns the windows of images with `padding` zeros around them, of the images' size, uint8 [B, C, H, W].
 
     Args:

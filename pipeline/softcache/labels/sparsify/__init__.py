@@ -8,8 +8,8 @@ validate.py        what is wrong with logits and targets
 """
 
 from softcache.labels.sparsify.detection import DenseOutputs, cell_faults, choose_cells, sparsify_cells
-from softcache.labels.sparsify.deterministic import dense, top_k, top_p, whole_record
-from softcache.labels.sparsify.registry import sparsify
+from softcache.labels.sparsify.deterministic import dense, dense_labels_unsorted, top_k, top_p
+from softcache.labels.sparsify.registry import apply_policy
 from softcache.labels.sparsify.sampled import hybrid, row_seeds, sample
 from softcache.labels.sparsify.settings import LabelSettings
 from softcache.labels.sparsify.validate import describe_fault, logit_faults
@@ -17,17 +17,17 @@ from softcache.labels.sparsify.validate import describe_fault, logit_faults
 __all__ = [
     "DenseOutputs",
     "LabelSettings",
+    "apply_policy",
     "cell_faults",
     "choose_cells",
     "dense",
+    "dense_labels_unsorted",
     "describe_fault",
     "hybrid",
     "logit_faults",
     "row_seeds",
     "sample",
-    "sparsify",
     "sparsify_cells",
     "top_k",
     "top_p",
-    "whole_record",
 ]

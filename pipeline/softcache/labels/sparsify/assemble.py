@@ -19,7 +19,7 @@ from torch import Tensor
 from softcache.labels import Sampling, SoftLabels, collect
 from softcache.labels.sparsify.validate import checked_targets, raise_on_fault
 
-__all__ = ["Chosen", "Rows", "assemble", "largest"]
+__all__ = ["Chosen", "Rows", "build_soft_labels", "top_k_indices"]
 
 _CHUNK_ELEMENTS = 2**22
 
@@ -60,7 +60,7 @@ class Chosen(NamedTuple):
     log_threshold_P: Tensor | None = None
 
 
-def assemble(
+def build_soft_labels(
     logits_PV: Tensor,
     choose: Callable[[Rows], Chosen] | int,
     *,
@@ -96,7 +96,7 @@ def assemble(
         targets_p = None if targets is None else targets[part]
         if _is_compiled(chunk.logits_PV):
             return _compiled_record(chunk, choose, temperatures, targets_p, sampling)
-        chosen = Chosen(largest(chunk.logits_PV, choose)) if isinstance(choose, int) else choose(chunk)
+        chosen = Chosen(top_k_indices(chunk.logits_PV, choose)) if isinstance(choose, int) else choose(chunk)
         return _record(chunk.log_probs_PV, chosen, temperatures, targets_p, sampling)
 
     with torch.no_grad():
@@ -180,7 +180,7 @@ def _record(
     )
 
 
-def largest(values_PV: Tensor, k: int) -> Tensor:
+def top_k_indices(values_PV: Tensor, k: int) -> Tensor:
     """Ids of the k largest values, descending; equal values by ascending id (`topk` leaves ties open)."""
     if _is_compiled(values_PV):
         from softcache.labels.sparsify.top_k_kernel import fill_largest

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from softcache.errors import LabelError
-from softcache.labels import BernoulliLabels, CellLabels, SoftLabels
-from softcache.labels.sparsify.assemble import largest
+from softcache.labels import BernoulliLabels, DetectionLabels, SoftLabels
+from softcache.labels.sparsify.assemble import top_k_indices
 from softcache.labels.sparsify.deterministic import top_k
 from softcache.labels.sparsify.settings import LabelSettings
 from softcache.labels.sparsify.validate import CELL_FAULT
@@ -35,7 +35,7 @@ class DenseOutputs:
 
     Attributes:
         logits: [B, A, V] float.
-        columns: [B, A, ...] float, the head's other outputs by the names of `CellLabels.columns`.
+        columns: [B, A, ...] float, the head's other outputs by the names of `DetectionLabels.columns`.
         truth: of each image its ground-truth cells [M] int64, on any device; M may be 0, and a cell may come twice.
     """
 
@@ -84,7 +84,7 @@ def choose_cells(
                 position=image,
             )
         scores_BA[image, cells.to(scores_BA.device, torch.int64, non_blocking=True)] = torch.inf
-    return largest(scores_BA, top)
+    return top_k_indices(scores_BA, top)
 
 
 def sparsify_cells(
@@ -92,7 +92,7 @@ def sparsify_cells(
     settings: LabelSettings,
     *,
     distribution: Literal["bernoulli", "categorical"],
-) -> CellLabels:
+) -> DetectionLabels:
     """Makes the record of the chosen cells, image by image.
 
     Args:
@@ -122,14 +122,14 @@ def sparsify_cells(
             name: values[images_B1, cells_BN].flatten(0, 1).float()
             for name, values in outputs.columns.items()
         }
-        return CellLabels(labels, cells_BN.flatten().to(torch.int32), columns)
+        return DetectionLabels(labels, cells_BN.flatten().to(torch.int32), columns)
 
 
 def _coins(logits_PV: Tensor, k: int) -> BernoulliLabels:
     num_classes = logits_PV.shape[1]
     if not 1 <= k <= num_classes:
         raise LabelError(f"labels.k: expected 1 to {num_classes}, the number of classes; found {k}; lower k")
-    ids_PK = largest(logits_PV, k)
+    ids_PK = top_k_indices(logits_PV, k)
     others_PV = logits_PV.scatter(1, ids_PK, -torch.inf)
     return BernoulliLabels(
         ids=ids_PK,

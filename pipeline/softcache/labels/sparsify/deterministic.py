@@ -8,10 +8,10 @@ from torch import Tensor
 
 from softcache.errors import LabelError
 from softcache.labels import DEFAULT_TEMPERATURES, SoftLabels
-from softcache.labels.sparsify.assemble import Chosen, Rows, assemble, largest
+from softcache.labels.sparsify.assemble import Chosen, Rows, build_soft_labels, top_k_indices
 from softcache.labels.sparsify.validate import check_arguments
 
-__all__ = ["dense", "top_k", "top_p", "whole_record"]
+__all__ = ["dense", "dense_labels_unsorted", "top_k", "top_p"]
 
 
 def top_k(
@@ -44,7 +44,7 @@ def top_k(
         TemperatureError: a malformed grid.
     """
     check_arguments(logits_PV, k, targets_P)
-    return assemble(
+    return build_soft_labels(
         logits_PV,
         k,
         temperatures=temperatures,
@@ -88,14 +88,14 @@ def top_p(
         raise LabelError(f"labels.p: expected a mass in (0, 1]; found {p}; 0.9 keeps nine tenths of it")
 
     def choose(rows: Rows) -> Chosen:
-        ids_PK = largest(rows.logits_PV, max_k)
+        ids_PK = top_k_indices(rows.logits_PV, max_k)
         probs_PK = rows.log_probs_PV.gather(1, ids_PK).exp()
         before_PK = probs_PK.cumsum(dim=1) - probs_PK
         wanted_PK = before_PK < p
         wanted_PK[:, 0] = True
         return Chosen(ids_PK.where(wanted_PK, rows.logits_PV.shape[1]))
 
-    return assemble(
+    return build_soft_labels(
         logits_PV,
         choose,
         temperatures=temperatures,
@@ -124,7 +124,7 @@ def dense(
     )
 
 
-def whole_record(logits_PV: Tensor) -> SoftLabels:
+def dense_labels_unsorted(logits_PV: Tensor) -> SoftLabels:
     """A record of all classes in their own order: nothing is dropped, so nothing need be sorted; [P, V] logits."""
     log_probs_PV = logits_PV.float().log_softmax(-1)
     num_positions, num_classes = log_probs_PV.shape

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from softcache.runtime.jit import compiled_apart, compiled_part
+from softcache.runtime.jit import njit_in_subprocess, njit_inline
 
 __all__ = [
     "BLOCK",
@@ -24,7 +24,7 @@ __all__ = [
     "exp2",
     "float_of",
     "key_of",
-    "vectorised",
+    "njit_fastmath",
     "vectorised_part",
 ]
 
@@ -42,14 +42,14 @@ _C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(c) for c in (
 ))  # fmt: skip
 
 
-def vectorised(function: Callable[..., Any]) -> Any:
+def njit_fastmath(function: Callable[..., Any]) -> Any:
     """Compiled, with sums in the order that suits vector instructions."""
-    return compiled_apart(function, error_model="numpy", fastmath=_MATHS)
+    return njit_in_subprocess(function, error_model="numpy", fastmath=_MATHS)
 
 
 def vectorised_part(function: Callable[..., Any], fastmath: Any = _MATHS) -> Any:
-    """A part of `vectorised` functions."""
-    return compiled_part(function, error_model="numpy", fastmath=fastmath)
+    """A part of `njit_fastmath` functions."""
+    return njit_inline(function, error_model="numpy", fastmath=fastmath)
 
 
 @intrinsic

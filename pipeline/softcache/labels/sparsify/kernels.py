@@ -26,7 +26,7 @@ from softcache.labels.sparsify.float_bits import (
     exp2,
     float_of,
     key_of,
-    vectorised,
+    njit_fastmath,
     vectorised_part,
 )
 from softcache.labels.sparsify.top_k_kernel import select_largest
@@ -133,7 +133,7 @@ def _moments(x_V, top):
     return alive, mean, square / alive
 
 
-@vectorised
+@njit_fastmath
 def fill_log_probs(logits_PV, log_probs_PV):
     """Writes the log-probabilities of all classes, the very numbers of `fill_records`; NaN in a row with a fault."""
     for row in range(len(logits_PV)):
@@ -164,7 +164,7 @@ def _is_faulty(peak, trough):
     return peak >= infinity or trough < lowest or peak == lowest
 
 
-@vectorised
+@njit_fastmath
 def fill_records(
     logits_PV, select, exact, beta_G, ids_PK, target_P, log_probs_PK, tail_PG, target_log_prob_P, stats_P4
 ):

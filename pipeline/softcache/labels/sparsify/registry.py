@@ -10,10 +10,10 @@ from softcache.labels.sparsify.deterministic import dense, top_k, top_p
 from softcache.labels.sparsify.sampled import hybrid, sample
 from softcache.labels.sparsify.settings import LabelSettings
 
-__all__ = ["sparsify"]
+__all__ = ["apply_policy"]
 
 
-def sparsify(
+def apply_policy(
     logits_PV: Tensor,
     settings: LabelSettings,
     *,

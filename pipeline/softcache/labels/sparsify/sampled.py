@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from softcache.errors import LabelError
-from softcache.hashing.splitmix import STEP, mixed
+from softcache.hashing.splitmix import SPLITMIX64_GAMMA, splitmix64
 from softcache.labels import DEFAULT_TEMPERATURES, Sampling, SoftLabels
-from softcache.labels.sparsify.assemble import Chosen, Rows, assemble, largest
+from softcache.labels.sparsify.assemble import Chosen, Rows, build_soft_labels, top_k_indices
 from softcache.labels.sparsify.validate import check_arguments
 
 __all__ = ["hybrid", "row_seeds", "sample"]
@@ -40,9 +40,9 @@ def row_seeds(
     Returns:
         [P] int64 on the CPU.
     """
-    mixed_B = mixed(torch.from_numpy(np.ascontiguousarray(fingerprints_B).view(np.int64)) ^ seed)
+    mixed_B = splitmix64(torch.from_numpy(np.ascontiguousarray(fingerprints_B).view(np.int64)) ^ seed)
     rows_P = mixed_B.repeat_interleave(torch.from_numpy(np.asarray(row_counts_B, np.int64)))
-    return mixed(rows_P + torch.from_numpy(np.asarray(positions_P, np.int64)) * STEP)
+    return splitmix64(rows_P + torch.from_numpy(np.asarray(positions_P, np.int64)) * SPLITMIX64_GAMMA)
 
 
 def sample(
@@ -89,7 +89,7 @@ def sample(
         weights_PV = (log_probs_PV.double() * exponent).exp()
         reached_PV = weights_PV.cumsum(dim=1)
         number_N = torch.arange(1, draws + 1, device=log_probs_PV.device)
-        uniform_PN = _uniform(seeds_P[rows.part, None] + number_N * STEP)
+        uniform_PN = _uniform(seeds_P[rows.part, None] + number_N * SPLITMIX64_GAMMA)
         wanted_PN = uniform_PN * reached_PV[:, -1:]
         # The first class whose cumulative weight is above the draw; it never has weight 0.
         drawn_PN = torch.searchsorted(reached_PV, wanted_PN, right=True)
@@ -102,7 +102,7 @@ def sample(
         slots = min(draws, log_probs_PV.shape[1])
         return _most_likely_first(log_probs_PV, ids_PN[:, :slots], counts_PN[:, :slots])
 
-    return assemble(
+    return build_soft_labels(
         logits_PV,
         choose,
         temperatures=temperatures,
@@ -159,8 +159,8 @@ def hybrid(
     num_classes = logits_PV.shape[1]
 
     def choose(rows: Rows) -> Chosen:
-        log_probs_PV, ids_PK = rows.log_probs_PV, largest(rows.logits_PV, k)
-        class_V = torch.arange(1, num_classes + 1, device=log_probs_PV.device) * STEP
+        log_probs_PV, ids_PK = rows.log_probs_PV, top_k_indices(rows.logits_PV, k)
+        class_V = torch.arange(1, num_classes + 1, device=log_probs_PV.device) * SPLITMIX64_GAMMA
         log_uniform_PV = _uniform(seeds_P[rows.part, None] + class_V).log().to(log_probs_PV.dtype)
         priority_PV = (log_probs_PV * exponent).sub_(log_uniform_PV).scatter_(1, ids_PK, -torch.inf)
         found = priority_PV.topk(min(draws + 1, num_classes), dim=1)
@@ -173,7 +173,7 @@ def hybrid(
         taken_PN = _most_likely_first(log_probs_PV, taken_PN, torch.ones_like(taken_PN)).ids_PK
         return Chosen(torch.cat([ids_PK, taken_PN], dim=1), log_threshold_P=threshold_P)
 
-    return assemble(
+    return build_soft_labels(
         logits_PV,
         choose,
         temperatures=temperatures,
@@ -207,5 +207,5 @@ def _checked_seeds(seeds_P: Tensor, logits_PV: Tensor) -> Tensor:
 
 def _uniform(counter: Tensor) -> Tensor:
     """float64 in (0, 1) of 64-bit counters."""
-    high_bits = (mixed(counter) >> 12) & (2**52 - 1)
+    high_bits = (splitmix64(counter) >> 12) & (2**52 - 1)
     return (high_bits.double() + 0.5) * 2.0**-52

@@ -12,13 +12,13 @@ from softcache.settings import Settings
 __all__ = ["LabelSettings"]
 
 
-_DRAWN = {"draws", "proposal_exponent", "seed"}
-_READ_BY: dict[str, set[str]] = {
+SAMPLING_PARAMETERS = {"draws", "proposal_exponent", "seed"}
+POLICY_PARAMETERS: dict[str, set[str]] = {
     "top_k": {"k"},
     "top_p": {"k", "p"},
     "dense": set(),
-    "sample": _DRAWN,
-    "hybrid": {"k"} | _DRAWN,
+    "sample": SAMPLING_PARAMETERS,
+    "hybrid": {"k"} | SAMPLING_PARAMETERS,
 }
 
 
@@ -70,7 +70,7 @@ class LabelSettings(Settings):
     def read_fields(self) -> set[str]:
         """Names of the settings that the policy reads."""
         always = set(type(self).model_fields) - {"k", "p", "draws", "proposal_exponent", "seed"}
-        return always | _READ_BY[self.policy]
+        return always | POLICY_PARAMETERS[self.policy]
 
     @property
     def sampling(self) -> Sampling | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from softcache.labels.sparsify.float_bits import LOWEST_KEY, key_of, vectorised, vectorised_part
+from softcache.labels.sparsify.float_bits import LOWEST_KEY, key_of, njit_fastmath, vectorised_part
 
 __all__ = ["fill_largest", "select_largest"]
 
@@ -97,7 +97,7 @@ def select_largest(key_V, peak_S, is_high_V, key_2V, id_2V, ids_K):
     ids_K[:] = _sorted(key_2V[0], id_2V[0], many, key_2V[1], id_2V[1])[:k]
 
 
-@vectorised
+@njit_fastmath
 def fill_largest(values_PV, ids_PK):
     """Writes the ids of the largest float32 values of each row, descending; equal ones by ascending id."""
     num_rows, num_classes = values_PV.shape

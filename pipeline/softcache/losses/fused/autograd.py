@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from softcache.losses.fused.chunk import Mixture
+from softcache.losses.fused.chunk import ChunkObjective
 from softcache.losses.fused.cpu import CompiledMixture, RecordMixture
 from softcache.losses.fused.head import Head
 from softcache.losses.fused.rows import Rows
@@ -77,7 +77,7 @@ class HeadLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         head: Head,
         rows: Rows,
-        mixture: Mixture | CompiledMixture | RecordMixture,
+        mixture: ChunkObjective | CompiledMixture | RecordMixture,
         needs: tuple[bool, bool, bool],
     ) -> Tensor:
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden_PD, weight_VD, bias_V)]

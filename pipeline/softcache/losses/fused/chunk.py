@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from softcache.losses.fused.head import Head
-from softcache.losses.fused.soft import Masses, Soft
+from softcache.losses.fused.soft import ChunkLoss, StudentBuckets
 from softcache.losses.standardize import LEAST_STD
 from softcache.losses.target_class import IGNORED
 
-__all__ = ["Mixture"]
+__all__ = ["ChunkObjective"]
 
 
 class _Term(NamedTuple):
@@ -41,7 +41,7 @@ class _Term(NamedTuple):
     even_P: Tensor | None = None
 
 
-class Mixture:
+class ChunkObjective:
     """hard weight * cross-entropy + alpha * T^power * soft loss of a chunk, and its gradient.
 
     With s the student's masses at T and u the soft loss's derivatives by log s, the gradient is (u_k - s_k
@@ -61,7 +61,7 @@ class Mixture:
         self,
         targets_P: Tensor | None,
         alpha: float,
-        soft: Soft | None,
+        soft: ChunkLoss | None,
         T: Any,
         *,
         standardize: bool = False,
@@ -124,7 +124,9 @@ class Mixture:
             return weight_P
         return weight_P + (self.alpha * self.truth_P[part]).where(targets_P != IGNORED, 0.0)
 
-    def _soft_term(self, masses: Masses, part: slice, base: Any, T: Any, dropped: "_Dropped | None") -> _Term:
+    def _soft_term(
+        self, masses: StudentBuckets, part: slice, base: Any, T: Any, dropped: "_Dropped | None"
+    ) -> _Term:
         assert self.soft is not None
         if dropped is not None:
             mean_P = (dropped.mean_P1 / T)[:, 0] - masses.log_z_P
@@ -147,7 +149,7 @@ class Mixture:
         )
 
 
-def _hard_term(masses: Masses, weight_P: Tensor, at_target_P: Tensor) -> _Term:
+def _hard_term(masses: StudentBuckets, weight_P: Tensor, at_target_P: Tensor) -> _Term:
     return _Term(
         loss_P=weight_P * (masses.log_z_P - at_target_P).where(weight_P > 0, 0.0),
         kept_PK=weight_P[:, None] * masses.kept_PK.exp(),
@@ -206,7 +208,7 @@ def _take_out(logits_PV: Tensor, ids_PK: Tensor) -> tuple[Tensor, Tensor, Tensor
     return ids_PK, kept_PK, peak_P1
 
 
-def _soften(logits_PV: Tensor, kept_PK: Tensor, peak_P1: Tensor, out_PV: Tensor) -> Masses:
+def _soften(logits_PV: Tensor, kept_PK: Tensor, peak_P1: Tensor, out_PV: Tensor) -> StudentBuckets:
     """Softmax of the dropped classes alone, into `out_PV`, and the masses of all.
 
     The log-sum-exp of the dropped ones is their largest logit, less the log of its softmax: exact however
@@ -215,7 +217,7 @@ def _soften(logits_PV: Tensor, kept_PK: Tensor, peak_P1: Tensor, out_PV: Tensor)
     torch.softmax(logits_PV, dim=1, out=out_PV)
     tail_P1 = peak_P1 - out_PV.amax(dim=1, keepdim=True).log()
     log_z_P1 = torch.cat([kept_PK, tail_P1], dim=1).logsumexp(dim=1, keepdim=True)
-    return Masses(kept_PK - log_z_P1, (tail_P1 - log_z_P1)[:, 0], log_z_P1[:, 0])
+    return StudentBuckets(kept_PK - log_z_P1, (tail_P1 - log_z_P1)[:, 0], log_z_P1[:, 0])
 
 
 def _shared_out(terms: list[tuple[Tensor, _Term]]) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from softcache.labels import SoftLabels
-from softcache.losses.fused.chunk import Mixture
+from softcache.losses.fused.chunk import ChunkObjective
 from softcache.losses.fused.head import Head
 from softcache.losses.fused.rows import Rows, kept_out_of_range
 from softcache.losses.fused.soft import Buckets
@@ -28,7 +28,7 @@ from softcache.losses.target_class import IGNORED
 __all__ = ["CompiledMixture", "RecordMixture", "is_compiled", "is_record"]
 
 
-def is_compiled(head: Head, mixture: Mixture) -> bool:
+def is_compiled(head: Head, mixture: ChunkObjective) -> bool:
     """Whether `CompiledMixture` can take the place of a mixture."""
     soft = mixture.soft
     return (
@@ -62,7 +62,7 @@ def _is_narrow(head: Head) -> bool:
 class CompiledMixture:
     """The same loss and gradient as the mixture that it is made of."""
 
-    def __init__(self, mixture: Mixture) -> None:
+    def __init__(self, mixture: ChunkObjective) -> None:
         self._mixture = mixture
 
     def __call__(

@@ -21,19 +21,19 @@ import math
 
 import numpy as np
 
-from softcache.losses.cpu_vectors import exponentials, largest, total
-from softcache.runtime.jit import compiled_apart, compiled_part
+from softcache.losses.cpu_vectors import exp_shifted, largest, total
+from softcache.runtime.jit import njit_in_subprocess, njit_inline
 
 __all__ = ["mix_records", "mix_rows"]
 
 
-@compiled_part
+@njit_inline
 def _normalise(log_rest, kept_K, shares_K):  # type: ignore[no-untyped-def]
     """Writes the kept classes' shares and returns the log of the normaliser, of float32 logits of kept and rest."""
     top = max(np.float64(largest(kept_K)), log_rest)
     if not top > -np.inf:
         top = 0.0  # all masked: a NaN or -inf, as the definition has it
-    exponentials(kept_K, np.float32(top), shares_K)
+    exp_shifted(kept_K, np.float32(top), shares_K)
     # The peak was rounded to float32: the rest is taken against the same one.
     top = np.float64(np.float32(top))
     norm = total(shares_K) + math.exp(log_rest - top)
@@ -42,19 +42,19 @@ def _normalise(log_rest, kept_K, shares_K):  # type: ignore[no-untyped-def]
     return top + math.log(norm)
 
 
-@compiled_part
+@njit_inline
 def _soften(z_V, scaled_V, beta, peak, out_V):  # type: ignore[no-untyped-def]
     """Writes e^(beta (z - peak)) of the classes that are not taken out; returns their sum."""
     if beta == 1.0:
-        exponentials(z_V, peak, out_V)
+        exp_shifted(z_V, peak, out_V)
     else:
         for j in range(len(z_V)):
             scaled_V[j] = (z_V[j] - peak) * beta
-        exponentials(scaled_V, np.float32(0), out_V)
+        exp_shifted(scaled_V, np.float32(0), out_V)
     return total(out_V)
 
 
-@compiled_part
+@njit_inline
 def _raise(soft_V, times, out_V):  # type: ignore[no-untyped-def]
     """Writes soft^(2^times); returns the sum."""
     for j in range(len(soft_V)):
@@ -66,7 +66,7 @@ def _raise(soft_V, times, out_V):  # type: ignore[no-untyped-def]
     return total(out_V)
 
 
-@compiled_part
+@njit_inline
 def _mix_row(  # type: ignore[no-untyped-def]
     z_V, ids_K, own_K, own_tail, weights_K, weight_tail, factor, T, hard, target, scratch_3V, scratch_4K
 ):
@@ -134,7 +134,7 @@ def _mix_row(  # type: ignore[no-untyped-def]
     return loss
 
 
-@compiled_apart
+@njit_in_subprocess
 def mix_rows(  # type: ignore[no-untyped-def]
     z_PV,
     ids_PK,
@@ -172,7 +172,7 @@ def mix_rows(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-@compiled_apart
+@njit_in_subprocess
 def mix_records(  # type: ignore[no-untyped-def]
     z_PV,
     ids_PK,

@@ -13,11 +13,11 @@ from softcache.labels import SoftLabels
 from softcache.losses import Loss, check_vocabulary
 from softcache.losses.distillation import check_needs
 from softcache.losses.fused.autograd import HeadLoss
-from softcache.losses.fused.chunk import Mixture
+from softcache.losses.fused.chunk import ChunkObjective
 from softcache.losses.fused.cpu import CompiledMixture, RecordMixture, is_compiled, is_record
 from softcache.losses.fused.head import Head
 from softcache.losses.fused.rows import Rows
-from softcache.losses.fused.soft import Buckets, Soft, Uld
+from softcache.losses.fused.soft import Buckets, ChunkLoss, Uld
 from softcache.losses.registry import as_loss
 from softcache.losses.standardize import teacher_temperature
 from softcache.losses.target_class import dropped_log_probs, teacher_log_probs
@@ -192,11 +192,11 @@ def _mean_loss(
         head, labels, targets_P, weights_P, needs_truth=loss.kind.needs_target, checks_ids=not as_it_is
     )
     with torch.no_grad():
-        run: Mixture | CompiledMixture | RecordMixture
+        run: ChunkObjective | CompiledMixture | RecordMixture
         if labels is not None and as_it_is:
             run = RecordMixture(loss, labels, rows, float(temperature), alpha)
         else:
-            run = Mixture(rows.targets_P, 0.0, None, 1.0)
+            run = ChunkObjective(rows.targets_P, 0.0, None, 1.0)
             if labels is not None:
                 run = _mixture(loss, labels, targets_P, rows, head, temperature, alpha)
             run = CompiledMixture(run) if is_compiled(head, run) else run
@@ -215,7 +215,7 @@ def _mixture(
     head: Head,
     temperature: Any,
     alpha: float,
-) -> Mixture:
+) -> ChunkObjective:
     """The loss of a chunk of the active rows, where there is a soft part."""
     T, dtype = temperature, head.dtype
     if loss.standardize:
@@ -228,7 +228,7 @@ def _mixture(
         if loss.kind.weighs_truth:
             targets_P = targets_P.to(softened.ids.device).long()
             truth_P = rows.take(teacher_log_probs(labels, targets_P)).to(dtype).exp()
-    soft: Soft = (
+    soft: ChunkLoss = (
         Uld(rows.of(softened, dtype))
         if loss.name == "uld"
         else Buckets(
@@ -239,7 +239,7 @@ def _mixture(
             log_dropped_P,
         )
     )
-    return Mixture(
+    return ChunkObjective(
         rows.targets_P if alpha < 1.0 or loss.kind.weighs_truth else None,
         alpha,
         soft,

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from softcache.labels import SoftenedLabels
-from softcache.losses.bucketed import bucket_values, prepare
+from softcache.losses.bucketed import align_labels, bucket_values
 from softcache.losses.registry import Loss
 
-__all__ = ["Buckets", "Masses", "Slopes", "Soft", "Uld"]
+__all__ = ["Buckets", "ChunkLoss", "LossGradients", "StudentBuckets", "Uld"]
 
 
-class Masses(NamedTuple):
+class StudentBuckets(NamedTuple):
     """A student's log-masses at one temperature, -inf where a bucket is empty.
 
     Attributes:
@@ -40,7 +40,7 @@ class Masses(NamedTuple):
     num_dropped_P: Tensor | None = None
 
 
-class Slopes(NamedTuple):
+class LossGradients(NamedTuple):
     """A loss [P] and its derivatives by the log-masses, those by `mean_P` where the loss is `even`."""
 
     value_P: Tensor
@@ -49,7 +49,7 @@ class Slopes(NamedTuple):
     mean_P: Tensor | None = None
 
 
-class Soft(Protocol):
+class ChunkLoss(Protocol):
     """A loss of the student's masses in K kept buckets and the bucket of all other classes.
 
     Attributes:
@@ -63,7 +63,7 @@ class Soft(Protocol):
     def kept(self, logits_PV: Tensor, part: slice) -> Tensor:
         """[P, K] int64 ids of the kept classes of a chunk; V in unused slots."""
 
-    def slopes(self, masses: Masses, part: slice) -> Slopes:
+    def slopes(self, masses: StudentBuckets, part: slice) -> LossGradients:
         """The loss of the chunk that was last asked for its `kept` classes, and its slopes."""
 
 
@@ -92,7 +92,7 @@ class Buckets:
         self._chunk = softened
 
     def kept(self, logits_PV: Tensor, part: slice) -> Tensor:
-        self._chunk = prepare(
+        self._chunk = align_labels(
             self._loss,
             self._softened.map_arrays(lambda x: x[part]),
             num_classes=self._sizes[0],
@@ -102,7 +102,7 @@ class Buckets:
         )
         return self._chunk.ids
 
-    def slopes(self, masses: Masses, part: slice) -> Slopes:
+    def slopes(self, masses: StudentBuckets, part: slice) -> LossGradients:
         if self._loss.kind.linear:
             return self._linear_slopes(masses)
         targets_P = None if self._targets_P is None else self._targets_P[part]
@@ -113,18 +113,22 @@ class Buckets:
             slope_PK, slope_P = torch.autograd.grad(
                 value_P.sum(), (log_kept_PK, log_tail_P), materialize_grads=True
             )
-        return Slopes(value_P.detach(), slope_PK, slope_P)
+        return LossGradients(value_P.detach(), slope_PK, slope_P)
 
-    def _linear_slopes(self, masses: Masses) -> Slopes:
+    def _linear_slopes(self, masses: StudentBuckets) -> LossGradients:
         loss, chunk = self._loss, self._chunk
         if masses.mean_P is not None and masses.num_dropped_P is not None:
             formula, num_P = loss.kind.formula, masses.num_dropped_P
             assert formula is not None
             value_P = formula(chunk.log_probs, masses.kept_PK).sum(dim=1)
             value_P += num_P * formula(chunk.log_tail - num_P.clamp(min=1).log(), masses.mean_P)
-            return Slopes(value_P, -chunk.log_probs.exp(), torch.zeros_like(value_P), -chunk.log_tail.exp())
+            return LossGradients(
+                value_P, -chunk.log_probs.exp(), torch.zeros_like(value_P), -chunk.log_tail.exp()
+            )
         _, _, weights_PK, weight_P = self.linear_terms()
-        return Slopes(bucket_values(loss, chunk, masses.kept_PK, masses.tail_P, None), -weights_PK, -weight_P)
+        return LossGradients(
+            bucket_values(loss, chunk, masses.kept_PK, masses.tail_P, None), -weights_PK, -weight_P
+        )
 
     @property
     def is_linear(self) -> bool:
@@ -156,9 +160,9 @@ class Uld:
         num_kept = min(self._probs_PK.shape[1], logits_PV.shape[1])
         return logits_PV.topk(num_kept, dim=1).indices
 
-    def slopes(self, masses: Masses, part: slice) -> Slopes:
+    def slopes(self, masses: StudentBuckets, part: slice) -> LossGradients:
         probs_PK, num_kept = self._probs_PK[part], masses.kept_PK.shape[1]
         student_PK, student_P = masses.kept_PK.exp(), masses.tail_P.exp()
         more_PK, more_P = student_PK - probs_PK[:, :num_kept], student_P - self._tail_P[part]
         value_P = more_PK.abs().sum(dim=1) + probs_PK[:, num_kept:].sum(dim=1) + more_P.abs()
-        return Slopes(value_P, more_PK.sign() * student_PK, more_P.sign() * student_P)
+        return LossGradients(value_P, more_PK.sign() * student_PK, more_P.sign() * student_P)

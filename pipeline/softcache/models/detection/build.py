@@ -22,7 +22,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from softcache.errors import SpecError
 from softcache.models.detection.detector import Detector
 from softcache.models.image import parse_spec
-from softcache.runtime.suggest import nearest
+from softcache.runtime.suggest import closest_matches
 
 __all__ = ["build_detector"]
 
@@ -70,7 +70,7 @@ def build_detector(spec: str, *, num_classes: int, input_shape: tuple[int, int, 
         if parsed.family == "torchvision":
             return _named(parsed.name, parsed.args, num_classes, input_shape)
         if parsed.family != "builtin" or parsed.name not in SMALL:
-            near = nearest(parsed.name, SMALL) or list(SMALL)
+            near = closest_matches(parsed.name, SMALL) or list(SMALL)
             raise SpecError(
                 f"model {spec!r}: not a detector that is known; nearest: {', '.join(near)}; others are written "
                 "torchvision:NAME"
@@ -91,7 +91,7 @@ def _named(name: str, args: dict[str, Any], num_classes: int, input_shape: tuple
 
     known = models.list_models(module=models.detection)
     if name not in known:
-        near = nearest(name, known, cutoff=0.4) or known[:3]
+        near = closest_matches(name, known, cutoff=0.4) or known[:3]
         raise SpecError(
             f"model 'torchvision:{name}': not one of torchvision's detectors; nearest: {', '.join(near)}"
         )

@@ -13,23 +13,23 @@ The logits of one batch are the largest tensor of a run (16 rows of 1024 positio
 head, run on as many positions at a time as the caller can afford.
 """
 
-from softcache.models.language.backbone_head import CausalParts, Parts
+from softcache.models.language.backbone_head import BackboneHead, CausalParts
 from softcache.models.language.causal_lm import build_language_model, tokenizer_of
 from softcache.models.language.encoder_decoder import PairTokens, build_translation_model
-from softcache.models.language.encoder_decoder_parts import PairParts, sides
+from softcache.models.language.encoder_decoder_parts import PairParts, split_source_target
 from softcache.models.language.probes import check_context, check_split
 from softcache.models.language.splitting import split
 
 __all__ = [
+    "BackboneHead",
     "CausalParts",
     "PairParts",
     "PairTokens",
-    "Parts",
     "build_language_model",
     "build_translation_model",
     "check_context",
     "check_split",
-    "sides",
     "split",
+    "split_source_target",
     "tokenizer_of",
 ]

@@ -21,10 +21,10 @@ from torch import nn
 
 from softcache.errors import SpecError
 
-__all__ = ["CausalParts", "Headed", "Parts", "takes", "tensor_in"]
+__all__ = ["BackboneHead", "CausalParts", "LMHeadMixin", "accepts_argument", "tensor_in"]
 
 
-class Parts(Protocol):
+class BackboneHead(Protocol):
     """What a teacher or a student needs of a model in parts, whatever runs inside its backbone."""
 
     @property
@@ -46,7 +46,7 @@ class Parts(Protocol):
     ) -> torch.Tensor: ...
 
 
-class Headed:
+class LMHeadMixin:
     """What all models in parts have in common: a linear head, a scale, a soft cap."""
 
     head: nn.Linear
@@ -77,7 +77,7 @@ class Headed:
 
 
 @dataclass(frozen=True, eq=False)
-class CausalParts(Headed):
+class CausalParts(LMHeadMixin):
     """A language model seen as a backbone and a head. It owns nothing: the tensors are the model's.
 
     Not a module, so that a wrapper may keep it beside the model without registering a parameter twice:
@@ -126,7 +126,7 @@ class CausalParts(Headed):
 
     def _run(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
         kwargs: dict[str, Any] = {}
-        if takes(self.backbone, "use_cache"):
+        if accepts_argument(self.backbone, "use_cache"):
             kwargs["use_cache"] = False  # with a cache, transformers ignores restarted positions
         if positions_BL is not None:
             kwargs["position_ids"] = positions_BL
@@ -181,6 +181,6 @@ def tensor_in(output: Any, name: str) -> Any:
     return output[0] if isinstance(output, tuple) else getattr(output, name, output)
 
 
-def takes(module: nn.Module, argument: str) -> bool:
+def accepts_argument(module: nn.Module, argument: str) -> bool:
     """Whether `forward` names this argument."""
     return argument in inspect.signature(module.forward).parameters

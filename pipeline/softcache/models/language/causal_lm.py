@@ -26,10 +26,10 @@ from torch import nn
 from softcache.errors import MissingExtraError, SpecError
 from softcache.models.image import ModelSpec, parse_spec
 from softcache.models.language.encoder_decoder_parts import is_encoder_decoder
-from softcache.models.language.probes import refuse_longer
+from softcache.models.language.probes import check_max_length
 from softcache.models.language.splitting import context_of, head_of
 from softcache.runtime.optional import auto_tokenizer
-from softcache.runtime.suggest import nearest
+from softcache.runtime.suggest import closest_matches
 
 __all__ = ["build_language_model", "tokenizer_of"]
 
@@ -90,7 +90,7 @@ def build_language_model(spec: str, *, vocab_size: int, context: int) -> nn.Modu
 
 
 def check_size(spec: str, model: nn.Module, vocab_size: int, context: int) -> None:
-    refuse_longer(f"model {spec!r}", context_of(model), context)
+    check_max_length(f"model {spec!r}", context_of(model), context)
     head = head_of(model)
     if isinstance(head, nn.Linear) and head.out_features < vocab_size:
         raise SpecError(
@@ -146,7 +146,7 @@ BUILTIN: dict[str, Callable[..., Any]] = {
 
 def _builtin(spec: str, parsed: ModelSpec, vocab_size: int, context: int) -> nn.Module:
     if parsed.name not in BUILTIN:
-        near = nearest(parsed.name, BUILTIN, cutoff=0.5) or list(BUILTIN)
+        near = closest_matches(parsed.name, BUILTIN, cutoff=0.5) or list(BUILTIN)
         raise SpecError(
             f"model {spec!r}: unknown name {parsed.name!r}; nearest: {', '.join(near)}; "
             "others are written hf:NAME_OR_PATH, hf-config:NAME_OR_PATH or module:factory"

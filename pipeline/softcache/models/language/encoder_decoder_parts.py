@@ -20,13 +20,13 @@ import torch
 from torch import nn
 
 from softcache.errors import SpecError
-from softcache.models.language.backbone_head import Headed, tensor_in
+from softcache.models.language.backbone_head import LMHeadMixin, tensor_in
 
-__all__ = ["PairParts", "is_encoder_decoder", "sides", "split_pairs"]
+__all__ = ["PairParts", "is_encoder_decoder", "split_pairs", "split_source_target"]
 
 
 @dataclass(frozen=True, eq=False)
-class PairParts(Headed):
+class PairParts(LMHeadMixin):
     """An encoder-decoder model seen as a backbone and a head. It owns nothing, as `CausalParts`.
 
     Attributes:
@@ -64,7 +64,7 @@ class PairParts(Headed):
                 f"model {type(self.model).__name__}: rows without two sides; expected pairs (source.modality = "
                 '"translation"); found one text per row'
             )
-        source_BS, mask_BS, target_BT, starts_B = sides(tokens_BL, segments_BL)
+        source_BS, mask_BS, target_BT, starts_B = split_source_target(tokens_BL, segments_BL)
         memory = self.model.get_encoder()(input_ids=source_BS, attention_mask=mask_BS)
         output = self.model.get_decoder()(
             input_ids=target_BT,
@@ -78,7 +78,7 @@ class PairParts(Headed):
         return hidden_BTD.gather(1, index_BL[..., None].expand(-1, -1, hidden_BTD.shape[2]))
 
 
-def sides(
+def split_source_target(
     tokens_BL: torch.Tensor, segments_BL: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Returns what the encoder reads [B, S] and its mask, what the decoder is given [B, T], and where that starts [B].

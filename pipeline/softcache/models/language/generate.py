@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from softcache.data.tokens import TokenBatch, TokenData
-from softcache.models.language import PairTokens, Parts, sides
+from softcache.models.language import BackboneHead, PairTokens, split_source_target
 
-__all__ = ["Found", "translate"]
+__all__ = ["GeneratedSequence", "translate"]
 
 
-class Found(NamedTuple):
+class GeneratedSequence(NamedTuple):
     """What a model wrote for one pair.
 
     Attributes:
@@ -39,7 +39,7 @@ class Found(NamedTuple):
 @torch.inference_mode()
 def translate(
     model: Any,
-    parts: Parts,
+    parts: BackboneHead,
     data: TokenData,
     samples: np.ndarray,
     *,
@@ -48,7 +48,7 @@ def translate(
     beams: int = 1,
     length_penalty: float = 1.0,
     batch_size: int = 64,
-) -> list[Found]:
+) -> list[GeneratedSequence]:
     """Returns what the model writes for each of the samples, in their order.
 
     Args:
@@ -56,10 +56,10 @@ def translate(
         samples: [N] int64, of `data`.
         max_tokens: the longest target, its end included.
     """
-    found: list[Found | None] = [None] * len(samples)
+    found: list[GeneratedSequence | None] = [None] * len(samples)
     for chosen, batch in _by_length(data, samples, batch_size):
         batch = batch.to(parts.weight.device)
-        source_BS, mask_BS, _, _ = sides(batch.tokens, batch.segments)
+        source_BS, mask_BS, _, _ = split_source_target(batch.tokens, batch.segments)
         ids_BT = _plain_generate(
             model,
             input_ids=source_BS,
@@ -70,7 +70,7 @@ def translate(
         for number, target, log_prob in zip(
             chosen, targets, _log_probs(parts, batch, targets, tokens), strict=True
         ):
-            found[number] = Found(target, log_prob, len(target) + 1)
+            found[number] = GeneratedSequence(target, log_prob, len(target) + 1)
     return [one for one in found if one is not None]
 
 
@@ -126,9 +126,11 @@ def _until(ids: np.ndarray, tokens: PairTokens) -> np.ndarray:
     return kept[kept != tokens.pad]
 
 
-def _log_probs(parts: Parts, batch: TokenBatch, targets: list[np.ndarray], tokens: PairTokens) -> list[float]:
+def _log_probs(
+    parts: BackboneHead, batch: TokenBatch, targets: list[np.ndarray], tokens: PairTokens
+) -> list[float]:
     """The log-probability of each target and its end."""
-    source_BS, mask_BS, _, _ = sides(batch.tokens, batch.segments)
+    source_BS, mask_BS, _, _ = split_source_target(batch.tokens, batch.segments)
     rows, segments = [], []
     for source, mask, target in zip(source_BS.cpu().numpy(), mask_BS.cpu().numpy(), targets, strict=True):
         before = source[mask == 1]

@@ -12,7 +12,7 @@ import torch
 
 from softcache.errors import SpecError
 from softcache.models.language.backbone_head import tensor_in
-from softcache.models.language.encoder_decoder_parts import PairParts, sides
+from softcache.models.language.encoder_decoder_parts import PairParts, split_source_target
 
 __all__ = ["check_pairs"]
 
@@ -31,7 +31,7 @@ def check_pairs(model: Any, parts: PairParts, rounding: Any) -> None:
     target = segments_BL == 1
     hidden_BLD = parts.hidden(tokens_BL, segments_BL)
     found = parts.logits(hidden_BLD[target])
-    source_BS, mask_BS, given_BT, starts_B = sides(tokens_BL, segments_BL)
+    source_BS, mask_BS, given_BT, starts_B = split_source_target(tokens_BL, segments_BL)
     output = model(input_ids=source_BS, attention_mask=mask_BS, decoder_input_ids=given_BT, use_cache=False)
     lengths_B = target.sum(1)
     steps_T = torch.arange(given_BT.shape[1], device=given_BT.device)

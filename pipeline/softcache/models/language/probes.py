@@ -16,16 +16,16 @@ import torch
 from torch import nn
 
 from softcache.errors import SpecError
-from softcache.models.language.backbone_head import CausalParts, Parts, takes, tensor_in
+from softcache.models.language.backbone_head import BackboneHead, CausalParts, accepts_argument, tensor_in
 from softcache.models.language.encoder_decoder_parts import PairParts
 from softcache.models.language.pair_probes import check_pairs
 
-__all__ = ["check_context", "check_split", "keeps_documents_apart", "refuse_longer"]
+__all__ = ["check_context", "check_max_length", "check_split", "isolates_documents"]
 
 NUM_PROBE_TOKENS = 8
 
 
-def check_split(model: nn.Module, parts: Parts) -> None:
+def check_split(model: nn.Module, parts: BackboneHead) -> None:
     """Runs 8 tokens through the model and through its parts: the guard against silently wrong labels.
 
     Raises:
@@ -40,7 +40,7 @@ def check_split(model: nn.Module, parts: Parts) -> None:
             return
         assert isinstance(parts, CausalParts)
         tokens_BL, _ = _probe(parts)
-        kwargs: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
+        kwargs: dict[str, Any] = {"use_cache": False} if accepts_argument(model, "use_cache") else {}
         hidden_BLD = parts.hidden(tokens_BL, None)
         expected = tensor_in(model(tokens_BL, **kwargs), "logits")
         found = parts.logits(hidden_BLD.flatten(0, 1)).view(*tokens_BL.shape, -1)
@@ -72,9 +72,9 @@ def check_split(model: nn.Module, parts: Parts) -> None:
             )
 
 
-def keeps_documents_apart(parts: CausalParts) -> bool:
+def isolates_documents(parts: CausalParts) -> bool:
     """Whether the second document is blind to the first, to the last bit, and runs as it does alone."""
-    if not takes(parts.backbone, "position_ids"):
+    if not accepts_argument(parts.backbone, "position_ids"):
         return False
     with _evaluating(parts.backbone, parts.head):
         try:
@@ -128,7 +128,7 @@ def _evaluating(*modules: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def check_context(parts: Parts, length: int, what: str) -> None:
+def check_context(parts: BackboneHead, length: int, what: str) -> None:
     """Raises SpecError where rows of `length` tokens exceed the model's positions.
 
     Args:
@@ -136,10 +136,10 @@ def check_context(parts: Parts, length: int, what: str) -> None:
         length: L, tokens in the longest row.
         what: whose model it is, e.g. "student gpt2?depth=2".
     """
-    refuse_longer(what, parts.context, length)
+    check_max_length(what, parts.context, length)
 
 
-def refuse_longer(what: str, longest: int | None, length: int) -> None:
+def check_max_length(what: str, longest: int | None, length: int) -> None:
     """Raises SpecError where rows of `length` tokens are longer than `longest`; None is no limit."""
     if longest is not None and length > longest:
         raise SpecError(

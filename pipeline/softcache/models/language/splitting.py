@@ -11,14 +11,14 @@ from typing import Any
 from torch import nn
 
 from softcache.errors import SpecError
-from softcache.models.language.backbone_head import CausalParts, Parts
+from softcache.models.language.backbone_head import BackboneHead, CausalParts
 from softcache.models.language.encoder_decoder_parts import is_encoder_decoder, split_pairs
-from softcache.models.language.probes import keeps_documents_apart
+from softcache.models.language.probes import isolates_documents
 
 __all__ = ["context_of", "head_of", "split"]
 
 
-def split(model: nn.Module) -> Parts:
+def split(model: nn.Module) -> BackboneHead:
     """Returns the backbone and the head of a language model, causal or of encoder and decoder, without copying anything.
 
     Call it where the model will run (its device, its dtype): two passes over 8 tokens show how documents
@@ -56,7 +56,7 @@ def split(model: nn.Module) -> Parts:
     softcap = getattr(config, "final_logit_softcapping", None)
     parts = CausalParts(backbone, head, "rows", context_of(model), scale, softcap)
     restarted = replace(parts, packing="positions")
-    return restarted if keeps_documents_apart(restarted) else parts
+    return restarted if isolates_documents(restarted) else parts
 
 
 def head_of(model: Any) -> Any:

@@ -11,7 +11,7 @@ after it was written or the machine was started; a file that fails is thrown awa
 """
 
 from softcache.reader.memmap.file import ThawedFile
-from softcache.reader.memmap.folder import ThawFolder, ThawSettings, default_folder
+from softcache.reader.memmap.folder import MemmapSettings, ThawFolder, default_folder
 from softcache.reader.memmap.layout import Record, ThawedPlan
 
-__all__ = ["Record", "ThawFolder", "ThawSettings", "ThawedFile", "ThawedPlan", "default_folder"]
+__all__ = ["MemmapSettings", "Record", "ThawFolder", "ThawedFile", "ThawedPlan", "default_folder"]

@@ -15,7 +15,7 @@ import xxhash
 
 from softcache.errors import CorruptionError
 from softcache.reader.memmap.layout import PAGE, ThawedPlan, read_header
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 
 __all__ = ["ThawedFile", "is_whole", "remove_unfinished", "write_file"]
 
@@ -111,7 +111,9 @@ def is_whole(path: Path, plan: ThawedPlan, use: Path, what: str) -> bool:
         if signature is not None:
             use.write_text(signature)
         return True
-    say(f"{what}: {path} is damaged (its checksum differs); it is thrown away and made again from the cache")
+    log_info(
+        f"{what}: {path} is damaged (its checksum differs); it is thrown away and made again from the cache"
+    )
     path.unlink(missing_ok=True)
     use.unlink(missing_ok=True)  # who maps the damaged file may keep its lock; the new file gets a new one
     return False

@@ -17,16 +17,16 @@ import numpy as np
 from softcache.errors import CorruptionError, SoftcacheError, StorageError
 from softcache.reader.memmap.file import ThawedFile, is_whole, remove_unfinished, write_file
 from softcache.reader.memmap.layout import PAGE, ThawedPlan, read_header
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 
-__all__ = ["ThawFolder", "ThawSettings", "default_folder"]
+__all__ = ["MemmapSettings", "ThawFolder", "default_folder"]
 
 ATTEMPTS = 3
-LOOK_SECONDS = 0.02
+LOCK_POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
-class ThawSettings:
+class MemmapSettings:
     """Whether and where a cache may be thawed.
 
     Attributes:
@@ -102,7 +102,7 @@ class ThawFolder:
                 # Not waited for: who has made it meanwhile holds it for as long as it is used.
                 lock = _locked(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if lock is None:
-                    time.sleep(LOOK_SECONDS)
+                    time.sleep(LOCK_POLL_SECONDS)
                     continue
                 attempts += 1
                 try:
@@ -172,7 +172,7 @@ def _locked(path: Path, how: int, waiting: str = "") -> Any:
                 if how & fcntl.LOCK_NB:
                     os.close(handle)
                     return None
-                say(waiting)
+                log_info(waiting)
                 fcntl.flock(handle, how)
             # Whoever removed the file between our open and our lock left us a lock on nothing: then try again.
             if os.fstat(handle).st_ino == os.stat(path).st_ino:

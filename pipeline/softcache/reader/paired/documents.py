@@ -17,8 +17,8 @@ import torch
 
 from softcache.data.tokens import TokenBatch, TokenData
 from softcache.errors import AlignmentError, SourceError
-from softcache.reader.cache import Cache, StoredRows
-from softcache.reader.dataset import SoftLabelDataset, Unlabelled
+from softcache.reader.cache import Cache, CachedBatch
+from softcache.reader.dataset import FingerprintedSamples, SoftLabelDataset
 from softcache.reader.order import Request
 from softcache.reader.paired.image_batch import PairedBatch
 
@@ -29,7 +29,7 @@ class _Unlabelled:
     """What a loader process does: the tokens of both sides, without labels."""
 
     def __init__(
-        self, teacher: Unlabelled, student: TokenData, partner: np.ndarray, rows_of: np.ndarray
+        self, teacher: FingerprintedSamples, student: TokenData, partner: np.ndarray, rows_of: np.ndarray
     ) -> None:
         self._teacher, self._student, self._partner, self._rows_of = teacher, student, partner, rows_of
 
@@ -49,7 +49,7 @@ class PairedDataset:
         samples: [S] int64, the samples that both sides have.
         rows_of: [N] int64, the rows that each sample has on both sides.
         labelled_of: [N] int64, how many of them have a label; None: all.
-        unlabelled: the half of the work that needs no cache.
+        unlabeled_dataset: the half of the work that needs no cache.
 
     Raises (from the constructor):
         SourceError: the samples are not documents.
@@ -77,7 +77,9 @@ class PairedDataset:
             self._partner[sample] = theirs[keys[sample]]
         self.rows_of = np.minimum(teacher.source.num_rows(), student.source.num_rows()[self._partner])
         self.labelled_of = self._count_labels(teacher) if cache.skips_positions else None
-        self.unlabelled = _Unlabelled(self._labelled.unlabelled, student, self._partner, self.rows_of)
+        self.unlabeled_dataset = _Unlabelled(
+            self._labelled.unlabeled_dataset, student, self._partner, self.rows_of
+        )
 
     def _count_labels(self, teacher: TokenData) -> np.ndarray:
         """Returns how many labels of each finished sample are for rows of both sides; reads all positions once."""
@@ -100,13 +102,13 @@ class PairedDataset:
 
     def __getitems__(self, indices: Sequence[tuple[int, int]]) -> TokenBatch:
         samples = np.array([sample for sample, _ in indices], np.int64)
-        return self.join(self.unlabelled.load(samples), self.read(samples))
+        return self.join(self.unlabeled_dataset.load(samples), self.read(samples))
 
-    def read(self, samples: np.ndarray, view: int = 0) -> StoredRows:
+    def read(self, samples: np.ndarray, view: int = 0) -> CachedBatch:
         """Returns what the cache holds of `samples`, for the teacher's tokens."""
         return self._labelled.read(samples, view)
 
-    def join(self, batch: PairedBatch, stored: StoredRows) -> TokenBatch:
+    def join(self, batch: PairedBatch, stored: CachedBatch) -> TokenBatch:
         """Returns the student's tokens with the labels of their places; raises as `SoftLabelDataset.join`."""
         labelled = self._labelled.join(batch.teacher, stored)
         samples, counts = labelled.samples, self.rows_of[labelled.samples]

@@ -14,18 +14,20 @@ import numpy as np
 
 from softcache.data.batch import Dataset, ImageBatch
 from softcache.data.pairing import Pairing
-from softcache.reader.cache import Cache, StoredRows
-from softcache.reader.dataset import SoftLabelDataset, Unlabelled, requests_of
+from softcache.reader.cache import Cache, CachedBatch
+from softcache.reader.dataset import FingerprintedSamples, SoftLabelDataset, group_by_view
 from softcache.reader.order import Request
 from softcache.reader.paired.image_batch import PairedBatch
 
-__all__ = ["PairedSamples", "TaughtSamples"]
+__all__ = ["OnlinePairedDataset", "PairedSamples"]
 
 
 class _Unlabelled:
     """What a loader process does: both sides of a batch, the teacher's with its fingerprints, without labels."""
 
-    def __init__(self, teacher: Unlabelled, student: Dataset, pairing: Pairing, replays: bool) -> None:
+    def __init__(
+        self, teacher: FingerprintedSamples, student: Dataset, pairing: Pairing, replays: bool
+    ) -> None:
         self._teacher, self._student, self._replays = teacher, student, replays
         self._student_of = pairing.student_of
 
@@ -49,7 +51,7 @@ class PairedSamples:
 
     Attributes:
         labelled_of: None; each sample has its one label.
-        unlabelled: the half of the work that needs no cache.
+        unlabeled_dataset: the half of the work that needs no cache.
 
     Raises (from the constructor and on every fetch):
         AlignmentError: the teacher's side is not what was labelled; the sample is named.
@@ -69,7 +71,7 @@ class PairedSamples:
     ) -> None:
         self._labelled, self._num_samples = SoftLabelDataset(teacher, cache, **checks), len(pairing.samples)
         self.cache = cache
-        self.unlabelled = _Unlabelled(self._labelled.unlabelled, student, pairing, replays)
+        self.unlabeled_dataset = _Unlabelled(self._labelled.unlabeled_dataset, student, pairing, replays)
 
     def __len__(self) -> int:
         return self._num_samples
@@ -80,23 +82,23 @@ class PairedSamples:
     def __getitems__(self, indices: Any) -> ImageBatch:
         """Returns one batch of pairs (sample of the teacher, view), in their order."""
         batches = [
-            self.join(self.unlabelled.load(samples, view), self.read(samples, view))
-            for samples, view in requests_of(indices, 0)
+            self.join(self.unlabeled_dataset.load(samples, view), self.read(samples, view))
+            for samples, view in group_by_view(indices, 0)
         ]
         return batches[0] if len(batches) == 1 else self.collate(batches)
 
-    def read(self, samples: np.ndarray, view: int = 0) -> StoredRows:
+    def read(self, samples: np.ndarray, view: int = 0) -> CachedBatch:
         """Returns what the cache holds of the teacher's `samples`."""
         return self._labelled.read(samples, view)
 
-    def join(self, batch: PairedBatch, stored: StoredRows) -> ImageBatch:
+    def join(self, batch: PairedBatch, stored: CachedBatch) -> ImageBatch:
         """Returns the student's side with its labels; raises as `SoftLabelDataset.join`."""
         return replace(batch.student, labels=self._labelled.join(batch.teacher, stored).labels)
 
     collate = staticmethod(SoftLabelDataset.collate)
 
 
-class TaughtSamples:
+class OnlinePairedDataset:
     """The student's samples, each with what a live teacher sees of it; numbered as in the student's source."""
 
     kind: Literal["image", "tokens", "cells"] = "image"

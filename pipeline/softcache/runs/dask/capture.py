@@ -18,10 +18,10 @@ from softcache.errors import CacheNotFoundError, RunError, UnitsFailedError
 from softcache.hashing.digests import digest_bytes
 from softcache.runs import log_capture, log_unit, make_teacher, open_data, teacher_is_missing
 from softcache.runs.dask.cluster import DaskCluster, local_workers, open_client
-from softcache.runs.dask.scheduler import TRIES, Failure, Scheduler
+from softcache.runs.dask.scheduler import MAX_ATTEMPTS, Failure, Scheduler
 from softcache.runs.dask.worker import Job, Outcome, prepare
-from softcache.runtime.logging import event, log_format, say, track
-from softcache.runtime.signals import at_boundaries
+from softcache.runtime.logging import event, log_format, log_info, progress_bar
+from softcache.runtime.signals import defer_signals
 from softcache.teacher.capture.plan import MANIFEST
 from softcache.teacher.capture.run import CaptureReport
 
@@ -62,7 +62,7 @@ def capture_on_dask(
         cluster = DaskCluster(client, job, is_local=local is not None)
         workers = len(cluster.threads())
         waiting = "" if workers else ", waiting for the first"
-        say(f"dask: {workers} workers at {client.scheduler.address}{waiting}{_dashboard(client)}")
+        log_info(f"dask: {workers} workers at {client.scheduler.address}{waiting}{_dashboard(client)}")
         objects, manifest, sha256 = _prepared(client, job)
         cluster.job = replace(job, manifest_sha256=sha256)
         report, failures = _capture(cluster, objects, manifest)
@@ -108,7 +108,7 @@ def _capture(
     finished = finished_units(objects, manifest, cluster.job.manifest_sha256)
     report.units_found = len(finished)
     event("run_started", run="teacher-logits", cache=url, rows=manifest.total_rows, units=num_units)
-    with track("teacher: label", manifest.total_rows, "rows") as advance, at_boundaries():
+    with progress_bar("teacher: label", manifest.total_rows, "rows") as advance, defer_signals():
         advance.found(sum(marker.num_rows for marker in finished.values()))
 
         def count(outcome: Outcome) -> None:
@@ -144,6 +144,8 @@ def _told(manifest: Manifest, url: str, failures: list[Failure]) -> UnitsFailedE
         lines.append(f"and {len(failures) - SHOWN_FAILURES} more")
     done = manifest.plan.num_units - len(failures)
     return UnitsFailedError(
-        f"cache {url}: {len(failures)} of {manifest.plan.num_units} units failed {TRIES} times each, the other {done} are "
-        "done:\n  " + "\n  ".join(lines) + "\nMend what they name and run again: only these are tried"
+        f"cache {url}: {len(failures)} of {manifest.plan.num_units} units failed {MAX_ATTEMPTS} times each, the other "
+        f"{done} are done:\n  "
+        + "\n  ".join(lines)
+        + "\nMend what they name and run again: only these are tried"
     )

@@ -20,7 +20,7 @@ from uuid import uuid4
 import torch
 
 from softcache.errors import ConfigError, MissingExtraError, RunError
-from softcache.runs.dask.logs import dask_as_lines
+from softcache.runs.dask.logs import redirect_dask_logs
 from softcache.runs.dask.scheduler import WorkerDied
 from softcache.runs.dask.worker import Job, Outcome, label
 
@@ -38,7 +38,7 @@ LOCAL_SETTINGS = {
     # A daemon may have no children, and capture.workers are children of a worker.
     "distributed.worker.daemon": False,
 }
-PATIENCE_SECONDS = 600.0
+NO_WORKER_TIMEOUT_SECONDS = 600.0
 """Without a single worker of "auto", after which the run ends."""
 
 
@@ -83,7 +83,7 @@ def open_client(where: str, local: LocalWorkers | None, *, dashboard: str = ":87
     if where != "auto" and "://" not in where:
         raise ConfigError(f"--dask {where}: expected auto, or a scheduler's address such as tcp://host:8786")
     with ExitStack() as stack:
-        stack.enter_context(dask_as_lines())
+        stack.enter_context(redirect_dask_logs())
         if local is not None:
             stack.enter_context(dask.config.set(LOCAL_SETTINGS))
             with warnings.catch_warnings():
@@ -186,4 +186,6 @@ class DaskCluster:
     def is_alive(self) -> bool:
         if self.threads() or not self.is_local:
             self._last_seen = time.monotonic()
-        return self.client.status == "running" and time.monotonic() - self._last_seen < PATIENCE_SECONDS
+        return (
+            self.client.status == "running" and time.monotonic() - self._last_seen < NO_WORKER_TIMEOUT_SECONDS
+        )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from softcache.teacher.capture.run import Work
+from softcache.teacher.capture.run import CaptureContext
 
-__all__ = ["find_culprit"]
+__all__ = ["bisect_failing_sample"]
 
 
-def find_culprit(work: Work, number: int) -> str:
+def bisect_failing_sample(work: CaptureContext, number: int) -> str:
     """Returns "sample KEY, view V: " of the first sample that fails by itself, or "" where none does.
 
     Costs at most one more pass of the teacher over the unit.
@@ -29,7 +29,7 @@ def find_culprit(work: Work, number: int) -> str:
     return ""
 
 
-def _fails(work: Work, view: int, start: int, stop: int) -> bool:
+def _fails(work: CaptureContext, view: int, start: int, stop: int) -> bool:
     try:
         batch = work.data.load(range(start, stop), view)
         _, faults_P = work.teacher.label(batch, work.labels)

@@ -6,21 +6,21 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 
-__all__ = ["dask_as_lines"]
+__all__ = ["redirect_dask_logs"]
 
 
 class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         if "CancelledError" not in text:  # of a unit that the driver abandons: it knows
-            say(f"dask: {text}")
+            log_info(f"dask: {text}")
 
 
 @contextmanager
-def dask_as_lines() -> Iterator[None]:
-    """Within, what Dask logs from warnings on goes through `say`."""
+def redirect_dask_logs() -> Iterator[None]:
+    """Within, what Dask logs from warnings on goes through `log_info`."""
     logger = logging.getLogger("distributed")
     handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
     logger.handlers, logger.propagate = [_Lines(logging.WARNING)], False

@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from typing import Any
 
-from softcache.runs.dask.logs import dask_as_lines
+from softcache.runs.dask.logs import redirect_dask_logs
 from softcache.runtime.signals import ignore_interrupts
 
 __all__ = ["dask_setup"]
@@ -14,4 +14,4 @@ _UNTIL_THE_END = ExitStack()
 def dask_setup(worker: Any) -> None:
     """Called by Dask in the worker's main thread."""
     ignore_interrupts()
-    _UNTIL_THE_END.enter_context(dask_as_lines())
+    _UNTIL_THE_END.enter_context(redirect_dask_logs())

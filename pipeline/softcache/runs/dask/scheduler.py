@@ -20,14 +20,14 @@ from typing import Any, Protocol
 
 from softcache.errors import RunError
 from softcache.runs.dask.worker import Outcome
-from softcache.runtime.signals import check
+from softcache.runtime.signals import raise_if_signalled
 
-__all__ = ["TRIES", "Cluster", "Failure", "Scheduler", "WorkerDied"]
+__all__ = ["MAX_ATTEMPTS", "Cluster", "Failure", "Scheduler", "WorkerDied"]
 
-TRIES = 3
-HOPELESS = 10
+MAX_ATTEMPTS = 3
+MAX_CONSECUTIVE_FAILURES = 10
 """Units given up one after the other, without one that was made between them, after which a run ends."""
-HELD_SECONDS = 1.0
+CLAIM_RETRY_SECONDS = 1.0
 """Before a unit that another run holds is asked for again."""
 POLL_SECONDS = 0.25
 
@@ -104,7 +104,7 @@ class Scheduler:
                         raise RunError(
                             "dask: the scheduler is gone, or every local worker; finished units are kept: run again"
                         ) from None
-                check()
+                raise_if_signalled()
         finally:
             self._cluster.cancel(self._in_flight.values())
         return self.failures
@@ -128,7 +128,7 @@ class Scheduler:
     def _submit(self, unit: int) -> None:
         tried = self._tried.get(unit)
         workers = tried.workers if tried else []
-        handle = self._cluster.submit(unit, last=len(workers) == TRIES - 1, avoid=frozenset(workers))
+        handle = self._cluster.submit(unit, last=len(workers) == MAX_ATTEMPTS - 1, avoid=frozenset(workers))
         self._in_flight[unit] = handle
         self._cluster.on_done(handle, lambda: self._done.put(unit))
 
@@ -149,7 +149,7 @@ class Scheduler:
         if outcome is None:
             self._again(unit)
         elif outcome.held:
-            self._again(unit, HELD_SECONDS)
+            self._again(unit, CLAIM_RETRY_SECONDS)
         elif outcome.error is not None:
             self._failed(unit, outcome)
         else:
@@ -161,7 +161,7 @@ class Scheduler:
         tried = self._tried.setdefault(unit, Failure(unit, ""))
         tried.error = outcome.error or ""
         tried.workers.append(outcome.worker)
-        if len(tried.workers) < TRIES:
+        if len(tried.workers) < MAX_ATTEMPTS:
             self._again(unit)
         else:
             self._give_up(self._tried.pop(unit))
@@ -169,7 +169,7 @@ class Scheduler:
     def _give_up(self, failure: Failure) -> None:
         self.failures.append(failure)
         self._streak += 1
-        if self._streak >= HOPELESS:
+        if self._streak >= MAX_CONSECUTIVE_FAILURES:
             raise RunError(
                 f"dask: {self._streak} units failed one after the other and none was made between them; the last, unit "
                 f"{failure.unit}: {failure.error}\nFinished units are kept: mend this and run again"

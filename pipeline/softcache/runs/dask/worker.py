@@ -18,16 +18,16 @@ from dataclasses import dataclass
 import torch
 
 from softcache import __version__
-from softcache.cache.manifest import Manifest, differences
+from softcache.cache.manifest import Manifest, diff_manifests
 from softcache.cache.storage.open import open_objects
 from softcache.config.run import RunConfig
 from softcache.errors import CacheNotFoundError, ConfigError, IdentityError, SoftcacheError
 from softcache.hashing.digests import digest_bytes
 from softcache.runs import open_data, open_teacher, prepare_cache
-from softcache.runs.dask.culprits import find_culprit
-from softcache.runtime.logging import LogFormat, log_as
+from softcache.runs.dask.culprits import bisect_failing_sample
+from softcache.runtime.logging import LogFormat, set_log_format
 from softcache.teacher.capture.plan import MANIFEST, plan_manifest
-from softcache.teacher.capture.run import UnitMetrics, Work, capture_units
+from softcache.teacher.capture.run import CaptureContext, UnitMetrics, capture_units
 
 __all__ = ["Job", "Outcome", "label", "prepare"]
 
@@ -77,7 +77,7 @@ class Outcome:
     error: str | None = None
 
 
-_OPEN: dict[str, tuple[Work, threading.Lock]] = {}
+_OPEN: dict[str, tuple[CaptureContext, threading.Lock]] = {}
 _OPENING = threading.Lock()
 
 
@@ -97,7 +97,7 @@ def label(job: Job, number: int, *, last: bool = False) -> Outcome:
         last: nobody will try this unit again: where it fails, look for the sample that does it.
     """
     worker = _address()
-    work: Work | None = None
+    work: CaptureContext | None = None
     try:
         with _OPENING:
             work, turn = _open(job)
@@ -117,12 +117,12 @@ def label(job: Job, number: int, *, last: bool = False) -> Outcome:
         words = _in_words(error)
         if work is not None and last and getattr(error, "position", None) is None:
             with turn:
-                words = find_culprit(work, number) + words
+                words = bisect_failing_sample(work, number) + words
         _leave_if_device_is_lost(error)
         return Outcome(number, worker, error=words)
 
 
-def _open(job: Job, *, create: bool = False) -> tuple[Work, threading.Lock]:
+def _open(job: Job, *, create: bool = False) -> tuple[CaptureContext, threading.Lock]:
     """Returns this process's teacher, data and cache of a job; `_OPENING` is held."""
     _settle(job)
     if job.key not in _OPEN:
@@ -143,13 +143,13 @@ def _open(job: Job, *, create: bool = False) -> tuple[Work, threading.Lock]:
                 ) from error
             manifest, sha256 = Manifest.parse(stored, where=f"cache {job.url}"), digest_bytes(stored)
             planned, _ = plan_manifest(data.train, teacher, config.labels, config.capture)
-            if differing := differences(planned, manifest):
+            if differing := diff_manifests(planned, manifest):
                 raise IdentityError(
                     f"cache {job.url}: what this worker has is something else (this worker; the cache):\n  "
                     + "\n  ".join(differing)
                     + "\nGive every worker the same data, weights and softcache"
                 )
-        work = Work(objects, manifest, sha256, data.train, teacher, config.labels, config.capture)
+        work = CaptureContext(objects, manifest, sha256, data.train, teacher, config.labels, config.capture)
         _OPEN[job.key] = work, threading.Lock()
     return _OPEN[job.key]
 
@@ -162,7 +162,7 @@ def _settle(job: Job) -> None:
         )
     if "" not in sys.path:
         sys.path.append("")  # `module:factory` finds modules of the worker's folder, as in a plain run
-    log_as(job.log)
+    set_log_format(job.log)
     torch.set_num_threads(job.torch_threads or _dask_threads() or torch.get_num_threads())
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.errors import CorruptionError, RunError, StorageError
-from softcache.student.checkpoint import differences
+from softcache.student.checkpoint import diff_settings
 
 __all__ = ["ExportFolder", "sha256_of"]
 
@@ -66,7 +66,7 @@ class ExportFolder:
             raise CorruptionError(
                 f"{state}: cannot be read ({error}); remove the folder to export anew, or restore it from a copy"
             ) from error
-        if differing := differences(there, identity):
+        if differing := diff_settings(there, identity):
             raise RunError(
                 f"export {self.path}: holds another student (there; this one): {'; '.join(differing)}; choose another "
                 "--out, or remove the old export if nobody needs it"

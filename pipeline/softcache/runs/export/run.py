@@ -36,7 +36,7 @@ from softcache.runs.export.folder import ExportFolder
 from softcache.runs.export.formats import export_program, write_onnx, write_pt2
 from softcache.runs.export.model_card import write_card
 from softcache.runs.export.quantize import quantize
-from softcache.runs.export.teacher import open_beside
+from softcache.runs.export.teacher import load_teacher_for_comparison
 from softcache.runs.report.load import Report, Run
 from softcache.student.tasks.inference import Serving
 
@@ -182,7 +182,7 @@ def _measured(
             load_onnx(path, input_name=serving.input_name, threads=threads) if is_onnx else load_pt2(path)
         )
     example = first_inputs(data, serving, max(LATENCY_BATCHES))
-    teacher = open_beside(report, run)
+    teacher = load_teacher_for_comparison(report, run)
     if teacher is not None and not teacher.is_apart:
         models["teacher"] = teacher.model
     said = compare(models, in_batches(serving, data, report.data.num_classes), reference="student")

@@ -18,11 +18,11 @@ from softcache.runs.report.load import Report, Run
 from softcache.runs.report.partners import partners
 from softcache.student.tasks.inference import Serving
 
-__all__ = ["Beside", "open_beside"]
+__all__ = ["TeacherComparison", "load_teacher_for_comparison"]
 
 
 @dataclass(frozen=True)
-class Beside:
+class TeacherComparison:
     """A teacher as its users call it.
 
     Attributes:
@@ -54,7 +54,7 @@ class Beside:
         return np.concatenate([one.logits_of(model(one.inputs)).argmax(1).numpy() for one in asked])
 
 
-def open_beside(report: Report, run: Run) -> Beside | None:
+def load_teacher_for_comparison(report: Report, run: Run) -> TeacherComparison | None:
     """Returns a run's teacher; None where its weights are not there."""
     if report.teacher is None:
         return None
@@ -68,11 +68,11 @@ def open_beside(report: Report, run: Run) -> Beside | None:
         student_of = partners(report, run, "held-out")
     except RunError:  # the report refuses these; here it costs one number
         student_of = None
-    return Beside(
+    return TeacherComparison(
         run_module(serving.module),
         serving,
         report.data.evaluation,
         report.data.num_classes,
-        run.config.student.reads_otherwise,
+        run.config.student.has_own_input,
         student_of,
     )

@@ -15,9 +15,9 @@ from softcache.reader.cache import Cache, open_cache
 if TYPE_CHECKING:
     from softcache.runs.report.load import Run
 
-__all__ = ["find_caches", "kept_in_words"]
+__all__ = ["describe_policy", "find_caches"]
 
-OF_WHAT_IS_KEPT = ("labels", "codec")
+LABEL_POLICY_KEYS = ("labels", "codec")
 
 
 def find_caches(runs: Sequence[Run], urls: Sequence[str], missing: dict[str, str]) -> list[Cache]:
@@ -53,7 +53,7 @@ def find_caches(runs: Sequence[Run], urls: Sequence[str], missing: dict[str, str
     return sorted(caches, key=lambda cache: -int(cache.manifest.identity["labels"]["k"]))
 
 
-def kept_in_words(cache: Cache) -> str:
+def describe_policy(cache: Cache) -> str:
     """Returns what a cache keeps of a row: K, and where it is not the likeliest classes, by which policy."""
     labels = cache.manifest.identity["labels"]
     return f"K = {labels['k']}" if labels["policy"] == "top_k" else f"{labels['policy']}, K = {labels['k']}"
@@ -86,7 +86,7 @@ def _check_source(run: Run, cache: Cache) -> None:
 
 def _check_same_teacher(one: Cache, other: Cache) -> None:
     here, there = one.manifest.identity, other.manifest.identity
-    parts = (here.keys() | there.keys()) - {*OF_WHAT_IS_KEPT}
+    parts = (here.keys() | there.keys()) - {*LABEL_POLICY_KEYS}
     differing = sorted(part for part in parts if here.get(part) != there.get(part))
     if one.num_views != other.num_views:
         differing.append("num_views")

@@ -1,8 +1,8 @@
 """Samples where a student follows its teacher against the label, and where it fails to follow: pictures, or tokens.
 
-Of each student the `EXAMPLES` rows of which the teacher was surest, `OF_ONE_SAMPLE` of a text at most. A picture is the
-image as the source has it, a PNG inside the page; a text is the tokens before the row, each shaded by how far the student
-is from its teacher there.
+Of each student the `EXAMPLES` rows of which the teacher was surest, `MAX_ROWS_PER_SAMPLE` of a text at most. A picture is
+the image as the source has it, a PNG inside the page; a text is the tokens before the row, each shaded by how far the
+student is from its teacher there.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from softcache.runs.report.load import Report
-from softcache.runs.report.metrics import failed, followed
+from softcache.runs.report.metrics import agrees_with_teacher, failed
 from softcache.runs.report.predictions import Observed, Predictions
 
-__all__ = ["Example", "Gallery", "Names", "galleries"]
+__all__ = ["Example", "ExampleSet", "Names", "galleries"]
 
 EXAMPLES = 12
-OF_ONE_SAMPLE = 2
+MAX_ROWS_PER_SAMPLE = 2
 CONTEXT_TOKENS = 24
 UNFINISHED, LONGEST_LETTER = (
     "\ufffd",
@@ -51,7 +51,7 @@ class Example:
 
 
 @dataclass
-class Gallery:
+class ExampleSet:
     """The examples of one student: it follows (`kind` "follows") or does not ("fails")."""
 
     student: str
@@ -95,7 +95,7 @@ class Names:
         return str(self._tokenizer.decode([int(number) for number in numbers]))
 
 
-def galleries(report: Report, observed: Observed, names: Names) -> list[Gallery]:
+def galleries(report: Report, observed: Observed, names: Names) -> list[ExampleSet]:
     """Returns two galleries for every student that learnt from a teacher."""
     if observed.teacher is None:
         return []
@@ -104,22 +104,22 @@ def galleries(report: Report, observed: Observed, names: Names) -> list[Gallery]
     for student in observed.students:
         if student.name not in taught:
             continue
-        for kind, choose in (("follows", followed), ("fails", failed)):
+        for kind, choose in (("follows", agrees_with_teacher), ("fails", failed)):
             rows = choose(observed.teacher.guess_P, student.guess_P, observed.targets_P)
             surest = rows[np.argsort(-observed.teacher.confidence_P[rows], kind="stable")]
             chosen = _few_of_each(surest, observed.sample_P)
             shown = [_example(report, observed, student, row, names) for row in chosen]
-            out.append(Gallery(student.name, kind, len(rows), shown))
+            out.append(ExampleSet(student.name, kind, len(rows), shown))
     return out
 
 
 def _few_of_each(rows: np.ndarray, sample_P: np.ndarray) -> list[int]:
-    """Returns the first rows, of one sample at most `OF_ONE_SAMPLE`: neighbours in a text are mostly the same mistake."""
+    """Returns the first rows, of one sample at most `MAX_ROWS_PER_SAMPLE`: neighbours in a text mostly share a mistake."""
     chosen: list[int] = []
     counts: Counter[int] = Counter()
     for row in rows.tolist():
         counts[int(sample_P[row])] += 1
-        if counts[int(sample_P[row])] <= OF_ONE_SAMPLE:
+        if counts[int(sample_P[row])] <= MAX_ROWS_PER_SAMPLE:
             chosen.append(row)
         if len(chosen) == EXAMPLES:
             break

@@ -20,15 +20,15 @@ from softcache.errors import IdentityError, RunError, SpecError
 from softcache.models.image import load_weights
 from softcache.reader.cache import Cache
 from softcache.runs import Data, open_data, open_teacher
-from softcache.runs.report.caches import find_caches, kept_in_words
+from softcache.runs.report.caches import describe_policy, find_caches
 from softcache.student import StudentSettings
-from softcache.student.checkpoint import differences
+from softcache.student.checkpoint import diff_settings
 from softcache.student.tasks import Task, TokenStudent
 from softcache.teacher.base import Teacher
 
 __all__ = ["Report", "Run", "open_report", "open_run"]
 
-OF_THE_DATA = ("source", "views", "evaluation", "tokenizer", "cross_documents")
+DATA_IDENTITY_KEYS = ("source", "views", "evaluation", "tokenizer", "cross_documents")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Report:
 
     def data_of(self, run: Run) -> Any:
         """Returns what a run's student reads: `data`, or its own where that is not what the teacher sees."""
-        return self.data.of_student(run.config)
+        return self.data.student_data(run.config)
 
     def student(self, run: Run) -> tuple[Task, torch.nn.Module]:
         """Returns a run's task and its student, on the CPU, with the weights of the run's end.
@@ -143,7 +143,7 @@ def open_report(paths: Sequence[str | Path], *, cache_url: str | Sequence[str] |
 def _named(runs: list[Run], caches: list[Cache]) -> list[Run]:
     """Gives each run a name of its own: with what its cache keeps, if there are several, and at last its directory."""
     if len(caches) > 1:
-        kept = {cache.manifest_sha256: kept_in_words(cache) for cache in caches}
+        kept = {cache.manifest_sha256: describe_policy(cache) for cache in caches}
         runs = [
             replace(run, name=f"{run.name[:-1]}, {kept[run.identity['cache']]})")
             if "cache" in run.identity
@@ -205,7 +205,7 @@ def _read(path: Path) -> Run:
         resolved.pop("views", None)
     resolved.pop("sweep", None)
     config = build_config(resolved, str(path / "resolved.json"))
-    if identity.get("student_data") and not config.student.reads_otherwise:
+    if identity.get("student_data") and not config.student.has_own_input:
         raise RunError(
             f"run {path}: its student has another tokenizer than the teacher, and their tokens cannot be compared one by "
             "one; neither report nor export is of such a student: name other runs"
@@ -231,7 +231,9 @@ def _reads(student: StudentSettings) -> str:
 def _check_alike(runs: list[Run]) -> None:
     first = runs[0]
     for run in runs[1:]:
-        differing = [name for name in OF_THE_DATA if run.identity.get(name) != first.identity.get(name)]
+        differing = [
+            name for name in DATA_IDENTITY_KEYS if run.identity.get(name) != first.identity.get(name)
+        ]
         if differing:
             raise IdentityError(
                 f"run {run.path}: of other data than {first.path} ({', '.join(differing)} differ); a report is of one data "
@@ -241,9 +243,9 @@ def _check_alike(runs: list[Run]) -> None:
 
 def _check_same_data(run: Run, data: Data) -> None:
     here: dict[str, Any] = data.identity()
-    if run.config.student.reads_otherwise:
-        here["student_data"] = data.of_student(run.config).identity()
-    differing = differences({name: run.identity.get(name) for name in here}, here)
+    if run.config.student.has_own_input:
+        here["student_data"] = data.student_data(run.config).identity()
+    differing = diff_settings({name: run.identity.get(name) for name in here}, here)
     if differing:
         raise IdentityError(
             f"run {run.path}: its data changed since (then; now): {'; '.join(differing)}; restore the data"

@@ -9,13 +9,13 @@ import numpy as np
 
 __all__ = [
     "Bin",
+    "agrees_with_teacher",
     "break_even",
     "by_class",
     "by_decile",
     "calibration_error",
     "deciles",
     "failed",
-    "followed",
     "reliability",
 ]
 
@@ -73,7 +73,7 @@ def by_class(values_P: np.ndarray, targets_P: np.ndarray, classes_C: np.ndarray)
     return [float(values_P[chosen].mean()) if (chosen := targets_P == c).any() else None for c in classes_C]
 
 
-def followed(teacher_P: np.ndarray, student_P: np.ndarray, targets_P: np.ndarray) -> np.ndarray:
+def agrees_with_teacher(teacher_P: np.ndarray, student_P: np.ndarray, targets_P: np.ndarray) -> np.ndarray:
     """Returns the rows [n] on which the student says what the teacher says, and the label says otherwise."""
     return np.flatnonzero((teacher_P == student_P) & (teacher_P != targets_P))
 

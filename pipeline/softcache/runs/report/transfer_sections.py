@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from softcache.runs.report.cache_metrics import bytes_per_row, kept_masses
-from softcache.runs.report.caches import kept_in_words
+from softcache.runs.report.caches import describe_policy
 from softcache.runs.report.examples import Names, galleries
 from softcache.runs.report.load import Report
 from softcache.runs.report.metrics import by_class, by_decile, deciles
@@ -165,7 +165,7 @@ def _by_bytes(report: Report, styles: Styles) -> Figure:
             f"{100 * masses[cache.url]:.2f}%",
             shown_score(report, scores[run.name]),
         )
-        rows.append((run.name, (run.name, kept_in_words(cache), *told)))
+        rows.append((run.name, (run.name, describe_policy(cache), *told)))
     return Figure(
         "compression-bytes",
         "By what a cache keeps",

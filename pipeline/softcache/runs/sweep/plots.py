@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from softcache.config.sweep import AXES, Range
+from softcache.config.sweep import SEARCH_PARAMETERS, Range
 from softcache.runs.sweep.results import Result, ranked
 from softcache.runs.sweep.run import Sweep
 from softcache.runs.sweep.space import Space
@@ -18,7 +18,7 @@ from softcache.runs.sweep.study import load_optuna
 
 __all__ = ["draw_importance", "draw_surface", "importances"]
 
-FEWEST = 4  # finished trials below which a figure would show chance
+MIN_TRIALS_FOR_IMPORTANCE = 4  # finished trials below which a figure would show chance
 STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -32,7 +32,7 @@ STYLE: Any = {
 def importances(sweep: Sweep) -> dict[str, float] | None:
     """Returns each parameter's share of the metric's variance; None where too few trials, or equal ones, tell it."""
     values = [result.value for result in ranked(sweep) if result.state == "complete"]
-    if len(values) < FEWEST or len(set(values)) < 2:
+    if len(values) < MIN_TRIALS_FOR_IMPORTANCE or len(set(values)) < 2:
         return None
     optuna = load_optuna()
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
@@ -49,7 +49,9 @@ def draw_importance(sweep: Sweep, out: Path) -> list[Path]:
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(4.6, 0.5 + 0.32 * len(found)), layout="constrained")
         names = list(reversed(found))
-        axes.barh([AXES[name].key for name in names], [found[name] for name in names], color="#0072B2")
+        axes.barh(
+            [SEARCH_PARAMETERS[name].key for name in names], [found[name] for name in names], color="#0072B2"
+        )
         axes.set_xlabel(f"share of the variance of {sweep.bench.metric}")
         axes.spines[["top", "right"]].set_visible(False)
         return _save(plt, figure, out, "importance")
@@ -59,7 +61,7 @@ def draw_surface(sweep: Sweep, out: Path) -> list[Path]:
     """Writes surface.png and .svg; returns their paths, none where temperature or alpha has one value only."""
     finished = [result for result in ranked(sweep) if result.state == "complete"]
     pairs = {(r.params.get("temperature"), r.params.get("alpha")) for r in finished}
-    if not {"temperature", "alpha"} <= sweep.space.keys() or len(pairs) < FEWEST:
+    if not {"temperature", "alpha"} <= sweep.space.keys() or len(pairs) < MIN_TRIALS_FOR_IMPORTANCE:
         return []
     plt = _pyplot()
     with plt.rc_context(STYLE):

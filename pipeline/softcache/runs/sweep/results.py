@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from softcache.errors import MissingExtraError, RunError
 from softcache.runs.sweep.run import Sweep
-from softcache.runs.sweep.space import as_it_is, candidate
+from softcache.runs.sweep.space import baseline_params, candidate
 
 __all__ = ["Repeated", "Result", "best_of", "ranked", "repeats", "write_best", "write_json"]
 
@@ -146,7 +146,7 @@ def repeats(sweep: Sweep, *, seeds: int, best: int = 3) -> list[Repeated]:
     """
     bench = sweep.bench
     finished = [r for r in ranked(sweep) if r.state == "complete" and r.same_as is None][:best]
-    own = as_it_is(bench.config, sweep.space, bench.cache)
+    own = baseline_params(bench.config, sweep.space, bench.cache)
     chosen: list[tuple[int | None, dict[str, Any]]] = [(r.number, r.params) for r in finished]
     if all(params != own for _, params in chosen):
         chosen.append((None, {}))

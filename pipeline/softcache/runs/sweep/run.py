@@ -23,23 +23,23 @@ from typing import Any
 import torch
 
 from softcache.config.run import RunConfig
-from softcache.config.sweep import plain
+from softcache.config.sweep import to_json
 from softcache.errors import IncompleteCacheError, RunError, SoftcacheError
 from softcache.modalities import open_data
 from softcache.runs import cache_is_ready
-from softcache.runs.sweep.space import Space, as_it_is, checked_space, described
+from softcache.runs.sweep.space import Space, baseline_params, checked_space, format_params
 from softcache.runs.sweep.study import SharedStudy
-from softcache.runs.sweep.trial import Bench, run_trial
-from softcache.runtime.logging import say
+from softcache.runs.sweep.trial import TrialContext, run_trial
+from softcache.runtime.logging import log_info
 from softcache.runtime.ranks import num_ranks
 from softcache.runtime.scores import SCORES
-from softcache.runtime.signals import Interrupted, check, signals_stop
+from softcache.runtime.signals import Interrupted, handle_signals, raise_if_signalled
 
 __all__ = ["Sweep", "open_sweep", "run_sweep"]
 
 WAIT_SECONDS = 0.5
-STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM}
-NOT_OF_A_SWEEP: Any = {  # what may differ when a sweep goes on
+INTERRUPTED_EXIT_CODES = {128 + signal.SIGINT, 128 + signal.SIGTERM}
+NON_IDENTITY_SETTINGS: Any = {  # what may differ when a sweep goes on
     "sweep": {"trials"},
     "train": {"device", "eval_batch_size", "process_timeout_seconds"},
     "capture": True,
@@ -51,7 +51,7 @@ NOT_OF_A_SWEEP: Any = {  # what may differ when a sweep goes on
 class Sweep:
     """A sweep in a folder: what its trials share, and the study."""
 
-    bench: Bench
+    bench: TrialContext
     study: SharedStudy
     space: Space
 
@@ -77,7 +77,7 @@ def open_sweep(config: RunConfig, url: str, path: Path) -> Sweep:
             "`softcache teacher-logits` to finish it: trials are compared, so all of them learn from the whole cache"
         )
     score = SCORES[cache.manifest.kind]
-    bench = Bench(config, data, cache, path, score.metric, score.larger_is_better)
+    bench = TrialContext(config, data, cache, path, score.metric, score.larger_is_better)
     space = checked_space(config, data, cache)
     study = SharedStudy(
         path,
@@ -86,14 +86,14 @@ def open_sweep(config: RunConfig, url: str, path: Path) -> Sweep:
         settings=config.sweep,
         epochs=config.train.epochs,
         maximize=bench.maximize,
-        first=as_it_is(config, space, cache),
+        first=baseline_params(config, space, cache),
     )
     return Sweep(bench, study, space)
 
 
-def _identity(bench: Bench, space: Space) -> dict[str, Any]:
-    described = bench.config.model_dump(mode="json", exclude=NOT_OF_A_SWEEP)
-    described["sweep"]["space"] = {name: plain(axis) for name, axis in space.items()}
+def _identity(bench: TrialContext, space: Space) -> dict[str, Any]:
+    described = bench.config.model_dump(mode="json", exclude=NON_IDENTITY_SETTINGS)
+    described["sweep"]["space"] = {name: to_json(axis) for name, axis in space.items()}
     return described | {"cache": bench.cache.manifest_sha256, **bench.data.identity()}
 
 
@@ -118,7 +118,7 @@ def run_sweep(config: RunConfig, url: str, path: Path, *, trials: int, workers: 
             _raise_failures(others, path)
             if not (others_work or ran):
                 return sweep
-            check()
+            raise_if_signalled()
             if not ran:
                 time.sleep(WAIT_SECONDS)
 
@@ -130,11 +130,11 @@ def _work(sweep: Sweep, trials: int, wanted: Callable[[], bool] = lambda: True) 
         number = turn.trial.number
         again = turn.trial.user_attrs.get("retry_of")
         goes_on = "" if again is None else f" (goes on where trial {again} died)"
-        say(f"trial {number}: {described(turn.trial.params)}{goes_on}")
+        log_info(f"trial {number}: {format_params(turn.trial.params)}{goes_on}")
         run_trial(sweep.bench, sweep.study, turn)
         done = sweep.study.trials()[number]
         score = "" if done.value is None else f", {sweep.bench.metric} {done.value:.4f}"
-        say(f"trial {number}: {done.state.name.lower()}{score}")
+        log_info(f"trial {number}: {done.state.name.lower()}{score}")
         ran += 1
     return ran
 
@@ -179,7 +179,7 @@ def _worker(config: RunConfig, url: str, path: Path, trials: int, threads: int, 
     parent = multiprocessing.parent_process()
     assert parent is not None
     try:
-        with signals_stop():
+        with handle_signals():
             sweep = open_sweep(config, url, path)
             with sweep.study.worker():
                 _work(sweep, trials, wanted=parent.is_alive)
@@ -193,7 +193,7 @@ def _worker(config: RunConfig, url: str, path: Path, trials: int, threads: int, 
 def _raise_failures(others: list[BaseProcess], path: Path) -> None:
     """Raises if a worker ended with an error; what one that was killed or stopped leaves is taken by the next."""
     for number, other in enumerate(others, start=1):
-        if other.exitcode is None or other.exitcode <= 0 or other.exitcode in STOPPED:
+        if other.exitcode is None or other.exitcode <= 0 or other.exitcode in INTERRUPTED_EXIT_CODES:
             continue
         told = path / "workers" / f"{number}.txt"
         lines = told.read_text().strip().splitlines() if told.exists() else []

@@ -11,14 +11,23 @@ from __future__ import annotations
 from typing import Any
 
 from softcache.config.run import RunConfig, build_config
-from softcache.config.sweep import AXES, Axis, Range, SpaceSettings
+from softcache.config.sweep import SEARCH_PARAMETERS, Axis, Range, SpaceSettings
 from softcache.errors import ConfigError, LabelError, SoftcacheError
 from softcache.losses.registry import PARAMETERS
 from softcache.modalities import Data, DetectionData
 from softcache.reader.cache import Cache
 from softcache.tools.shrink import SlimSettings, slim_manifest
 
-__all__ = ["Space", "as_it_is", "candidate", "checked_space", "default_space", "described", "kept", "shown"]
+__all__ = [
+    "Space",
+    "baseline_params",
+    "candidate",
+    "checked_space",
+    "default_space",
+    "format_params",
+    "format_value",
+    "num_kept_classes",
+]
 
 Space = dict[str, Axis]
 LOSSES = ("forward_kl", "reverse_kl", "jsd", "dkd")  # of the default space, where the data and the tail allow
@@ -36,7 +45,7 @@ def candidate(config: RunConfig, params: dict[str, Any], cache: Cache) -> RunCon
     tables = config.model_dump(exclude_unset=True, exclude={"sweep"})
     tables["source"].setdefault("modality", config.source.modality)
     for name, value in params.items():
-        table, key = AXES[name].key.split(".")
+        table, key = SEARCH_PARAMETERS[name].key.split(".")
         if name == "k":
             tables["labels"] = _labels(tables.get("labels", {}), value, cache)
         else:
@@ -45,37 +54,40 @@ def candidate(config: RunConfig, params: dict[str, Any], cache: Cache) -> RunCon
         tables.get("loss", {}).get("name", config.loss.name) != config.loss.name
     ):  # these are of the other loss
         tables["loss"] = {key: value for key, value in tables["loss"].items() if key not in PARAMETERS}
-    return build_config(tables, f"of a trial with {described(params)}")
+    return build_config(tables, f"of a trial with {format_params(params)}")
 
 
 def _labels(labels: dict[str, Any], k: int, cache: Cache) -> dict[str, Any]:
-    if k == kept(cache):  # the cache as it is
+    if k == num_kept_classes(cache):  # the cache as it is
         return labels
     return labels | {"k": k} | ({"policy": "top_k"} if labels.get("policy") == "dense" else {})
 
 
-def described(params: dict[str, Any]) -> str:
+def format_params(params: dict[str, Any]) -> str:
     """Returns `key = value` of every parameter, with the config's names."""
-    return ", ".join(f"{AXES[name].key} = {shown(value)}" for name, value in params.items()) or "no changes"
+    return (
+        ", ".join(f"{SEARCH_PARAMETERS[name].key} = {format_value(value)}" for name, value in params.items())
+        or "no changes"
+    )
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Returns a value as tables and messages show it; a run has all of its digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def kept(cache: Cache) -> int:
+def num_kept_classes(cache: Cache) -> int:
     """Returns how many classes a row of the cache has."""
     return int(cache.manifest.identity["labels"]["k"])
 
 
-def as_it_is(config: RunConfig, space: Space, cache: Cache) -> dict[str, Any] | None:
+def baseline_params(config: RunConfig, space: Space, cache: Cache) -> dict[str, Any] | None:
     """Returns the parameters that the config has itself; None if the space does not hold them."""
     values = {
         "temperature": config.loss.temperature,
         "alpha": config.loss.alpha,
         "loss": config.loss.name,
-        "k": kept(cache),
+        "k": num_kept_classes(cache),
         "lr": config.train.lr,
         "student": config.student.model,
     }
@@ -103,7 +115,7 @@ def default_space(config: RunConfig, data: Data, cache: Cache) -> Space:
     space["alpha"] = ALPHAS
     losses = dict.fromkeys((config.loss.name, *LOSSES))
     space["loss"] = tuple(name for name in losses if _is_allowed(config, name, cache))
-    whole = kept(cache)
+    whole = num_kept_classes(cache)
     if labels["policy"] in ("top_k", "dense", "imported") and cache.manifest.kind != "cells":
         space["k"] = tuple(sorted({k for k in (whole, whole // 2, whole // 4) if k >= 1}))
     space["lr"] = Range(config.train.lr / LR_FACTOR, config.train.lr * LR_FACTOR, log=True)
@@ -144,10 +156,10 @@ def checked_space(config: RunConfig, data: Data, cache: Cache) -> Space:
 
 
 def _check_kept(k: int, cache: Cache) -> None:
-    if k > kept(cache):
+    if k > num_kept_classes(cache):
         raise LabelError(
-            f"cache {cache.url} keeps {kept(cache)} classes of each row; ask for at most that, or capture with a larger "
-            "labels.k"
+            f"cache {cache.url} keeps {num_kept_classes(cache)} classes of each row; ask for at most that, or capture with "
+            "a larger labels.k"
         )
-    if k < kept(cache):
+    if k < num_kept_classes(cache):
         slim_manifest(cache, SlimSettings(k=k))

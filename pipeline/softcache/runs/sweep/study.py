@@ -23,22 +23,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from softcache.config.sweep import AXES, Range, SweepSettings
+from softcache.config.sweep import SEARCH_PARAMETERS, Range, SweepSettings
 from softcache.errors import MissingExtraError, RunError
 from softcache.runs.sweep.space import Space
 from softcache.runtime.file_lock import held, is_held
-from softcache.student.checkpoint import differences
+from softcache.student.checkpoint import diff_settings
 
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["SharedStudy", "Turn", "load_optuna"]
+__all__ = ["ClaimedTrial", "SharedStudy", "load_optuna"]
 
 RETRIES = 2  # of one trial's settings after their process died; then they are taken for the reason
 BUSY_SECONDS = 60.0  # that SQLite waits for another process
 
 
-class Turn(NamedTuple):
+class ClaimedTrial(NamedTuple):
     """A trial to run.
 
     Attributes:
@@ -135,7 +135,7 @@ class SharedStudy:
         """Returns all trials, by number."""
         return self._study.get_trials(deepcopy=False)
 
-    def take(self, total: int) -> Turn | None:
+    def take(self, total: int) -> ClaimedTrial | None:
         """Returns this process's next trial; None if `total` are finished or being run."""
         assert self._worker is not None, "only within `worker`"
         states = self._optuna.trial.TrialState
@@ -156,7 +156,7 @@ class SharedStudy:
             trial.set_user_attr("place", place)
             finished = [past for past in trials if past.state in (states.COMPLETE, states.PRUNED)]
             twin = next((past for past in finished if past.params == trial.params), None)
-            return Turn(trial, place, twin)
+            return ClaimedTrial(trial, place, twin)
 
     def others_run(self) -> bool:
         """Returns whether a trial is with another process that lives."""
@@ -214,7 +214,7 @@ def _readable(path: Path) -> Iterator[None]:
 def _suggest(trial: optuna.Trial, name: str, axis: Any) -> None:
     if not isinstance(axis, Range):
         trial.suggest_categorical(name, axis)
-    elif AXES[name].kind is int:
+    elif SEARCH_PARAMETERS[name].kind is int:
         trial.suggest_int(name, int(axis.low), int(axis.high), log=axis.log)
     else:
         trial.suggest_float(name, axis.low, axis.high, log=axis.log)
@@ -228,7 +228,7 @@ def _check_identity(stored: Path, identity: dict[str, Any]) -> None:
         staged.write_text(json.dumps(identity, indent=2) + "\n")
         staged.replace(stored)
         return
-    if differing := differences(json.loads(stored.read_text()), identity):
+    if differing := diff_settings(json.loads(stored.read_text()), identity):
         raise RunError(
             f"sweep {stored.parent}: holds another sweep (there; this one): {'; '.join(differing)}; choose another "
             "--out, or remove the old sweep if nobody needs it"

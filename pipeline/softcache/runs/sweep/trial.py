@@ -18,16 +18,16 @@ from softcache.errors import SoftcacheError
 from softcache.modalities import Data
 from softcache.reader.cache import Cache
 from softcache.runs import train_student
-from softcache.runs.sweep.space import candidate, kept
-from softcache.runs.sweep.study import SharedStudy, Turn, load_optuna
-from softcache.runtime.logging import say
+from softcache.runs.sweep.space import candidate, num_kept_classes
+from softcache.runs.sweep.study import ClaimedTrial, SharedStudy, load_optuna
+from softcache.runtime.logging import log_info
 from softcache.tools.shrink import SlimSettings, slim_cache
 
-__all__ = ["Bench", "run_trial"]
+__all__ = ["TrialContext", "run_trial"]
 
 
 @dataclass
-class Bench:
+class TrialContext:
     """What all trials of a process share.
 
     Attributes:
@@ -49,8 +49,8 @@ class Bench:
 
     def cache_of(self, params: dict[str, Any]) -> Cache:
         """Returns the cache with as many classes as the trial wants; slimmed if nobody has done it yet."""
-        k = params.get("k", kept(self.cache))
-        if k == kept(self.cache):
+        k = params.get("k", num_kept_classes(self.cache))
+        if k == num_kept_classes(self.cache):
             return self.cache
         if k not in self._slim:
             url = str(self.path / "caches" / f"k-{k}")
@@ -81,7 +81,7 @@ class Bench:
         )
 
 
-def run_trial(bench: Bench, study: SharedStudy, turn: Turn) -> None:
+def run_trial(bench: TrialContext, study: SharedStudy, turn: ClaimedTrial) -> None:
     """Runs a trial to its end, its pruning or an error, and tells the study.
 
     Raises:
@@ -129,11 +129,11 @@ def _note(trial: Any, found: dict[str, Any]) -> None:
         trial.set_user_attr(name, value)
 
 
-def _tell_twin(study: SharedStudy, turn: Turn) -> None:
+def _tell_twin(study: SharedStudy, turn: ClaimedTrial) -> None:
     """Gives a trial the result of an earlier one with the same settings, seed included."""
     twin, trial = turn.twin, turn.trial
     assert twin is not None
-    say(f"trial {trial.number}: the settings of trial {twin.number} once more; its result holds")
+    log_info(f"trial {trial.number}: the settings of trial {twin.number} once more; its result holds")
     for step, value in twin.intermediate_values.items():
         trial.report(value, step)
     same = {name: twin.user_attrs[name] for name in ("epochs", "num_parameters") if name in twin.user_attrs}

@@ -169,7 +169,7 @@ class SoftLabelDataModule(lightning.LightningDataModule):
             batch_size=self._batch_size,
             view_of=lambda epoch: epoch % num_views,
             block_samples=self._cache.manifest.plan.chunk_samples,
-            window_blocks=None if self._cache.fits_thawed else DEFAULT_WINDOW_BLOCKS,
+            window_blocks=None if self._cache.fits_in_memmap else DEFAULT_WINDOW_BLOCKS,
             seed=self._seed,
         )
         return CheckpointLoader(SoftLabelLoader(self._dataset, order, workers=self._workers), order)

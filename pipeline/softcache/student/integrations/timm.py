@@ -19,7 +19,7 @@ Normalising stays timm's, in its prefetcher (`use_prefetcher`, the default): pas
 
 timm resumes at the beginning of an epoch, in an order of torch's own random state; what is exact is that
 every sample meets its own label. Loader processes read labels for themselves, and are forked: open the cache with
-`thaw=ThawSettings()`, or pass `num_workers=0`; else they say so.
+`thaw=MemmapSettings()`, or pass `num_workers=0`; else they say so.
 In several processes call the sampler's `set_epoch` too: `train.py` calls only the dataset's, where there is one.
 """
 
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TimmDataset", "TimmImages", "TimmLoss"]
 
-HARMLESS = {"Resize", "CenterCrop", "ToNumpy", "PILToTensor", "MaybePILToTensor"}
+IDENTITY_TRANSFORMS = {"Resize", "CenterCrop", "ToNumpy", "PILToTensor", "MaybePILToTensor"}
 """Steps that leave an image of the right size as it is."""
 
 
@@ -104,7 +104,7 @@ class TimmImages(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
     def transform(self, given: Any) -> None:
         for step in getattr(given, "transforms", [] if given is None else [given]):
             name, size = type(step).__name__, getattr(step, "size", None)
-            if name not in HARMLESS:
+            if name not in IDENTITY_TRANSFORMS:
                 raise ConfigError(
                     f"{type(self).__name__}: timm's {name} would change the pixels that the teacher labelled; expected no "
                     "augmentation and no second normalisation; call create_loader with no_aug=True (in train.py --no-aug) "

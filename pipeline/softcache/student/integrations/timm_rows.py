@@ -22,8 +22,8 @@ from softcache.labels import SoftLabels
 __all__ = ["LabelRows"]
 
 COLUMNS = ("ids", "log_probs", "log_tail", "target_log_prob", "stats", "counts", "log_threshold")
-WHOLE = {"ids", "counts"}
-EXACT_BELOW = 2**24
+INTEGER_COLUMNS = {"ids", "counts"}
+MAX_EXACT_FLOAT32_INT = 2**24
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class LabelRows:
         Raises:
             LabelError: it has too many classes for a float32.
         """
-        if labels.num_classes >= EXACT_BELOW:
+        if labels.num_classes >= MAX_EXACT_FLOAT32_INT:
             raise LabelError(
-                f"LabelRows: {labels.num_classes:,} classes; expected fewer than {EXACT_BELOW:,}, the whole numbers that a "
-                "float32 tells apart; use SoftLabelDataset"
+                f"LabelRows: {labels.num_classes:,} classes; expected fewer than {MAX_EXACT_FLOAT32_INT:,}, the whole "
+                "numbers that a float32 tells apart; use SoftLabelDataset"
             )
         there = {name: value for name in COLUMNS if (value := getattr(labels, name)) is not None}
         fixed = {
@@ -84,5 +84,5 @@ class LabelRows:
         values = {}
         for (name, width), column in zip(self.widths.items(), columns, strict=True):
             column = column[:, 0] if width is None else column
-            values[name] = column.long() if name in WHOLE else column
+            values[name] = column.long() if name in INTEGER_COLUMNS else column
         return SoftLabels(**values, **self.fixed), target[:, 0].long()

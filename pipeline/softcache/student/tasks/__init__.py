@@ -1,7 +1,7 @@
 """What a student learns and how it is scored, by modality: everything that the training loop leaves open."""
 
 from softcache.losses import LossSettings
-from softcache.student.tasks.base import Task, my_share
+from softcache.student.tasks.base import Task, shard_batches
 from softcache.student.tasks.byte_classification import ByteTask
 from softcache.student.tasks.image_classification import ImageTask
 from softcache.student.tasks.language_modeling import TokenTask
@@ -16,5 +16,5 @@ __all__ = [
     "TokenStudent",
     "TokenTask",
     "TranslationTask",
-    "my_share",
+    "shard_batches",
 ]

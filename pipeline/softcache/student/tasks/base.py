@@ -14,10 +14,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from softcache.data.batch import Dataset
-from softcache.losses import Mix
+from softcache.losses import LossMix
 from softcache.student.tasks.inference import Serving
 
-__all__ = ["Task", "my_share"]
+__all__ = ["Task", "shard_batches"]
 
 
 class Task(Protocol):
@@ -41,7 +41,7 @@ class Task(Protocol):
         ...
 
     def loss(
-        self, model: nn.Module, batch: Any, *, label_share: float | None = None, mix: Mix | None = None
+        self, model: nn.Module, batch: Any, *, label_share: float | None = None, mix: LossMix | None = None
     ) -> torch.Tensor:
         """Returns the mean loss of the batch's rows, a scalar.
 
@@ -73,7 +73,7 @@ class Task(Protocol):
         ...
 
 
-def my_share(num_samples: int, batch_size: int, accelerator: Accelerator) -> list[range]:
+def shard_batches(num_samples: int, batch_size: int, accelerator: Accelerator) -> list[range]:
     """Returns this rank's batches of an evaluation split, as even a share as whole batches allow."""
     batch_size = min(batch_size, max(1, -(-num_samples // accelerator.num_processes)))
     step = accelerator.num_processes * batch_size

@@ -15,8 +15,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from softcache.data.batch import Dataset, ImageBatch
 from softcache.errors import SpecError
 from softcache.labels.sparsify import dense
-from softcache.losses import LossSettings, Mix, cross_entropy, distillation_loss, row_weights
-from softcache.student.tasks.base import my_share
+from softcache.losses import LossMix, LossSettings, cross_entropy, distillation_loss, row_weights
+from softcache.student.tasks.base import shard_batches
 from softcache.student.tasks.inference import ImageServing
 from softcache.teacher.base import ImageTeacher
 
@@ -48,7 +48,12 @@ class ImageTask:
         return self.build_model()
 
     def loss(
-        self, model: nn.Module, batch: ImageBatch, *, label_share: float | None = None, mix: Mix | None = None
+        self,
+        model: nn.Module,
+        batch: ImageBatch,
+        *,
+        label_share: float | None = None,
+        mix: LossMix | None = None,
     ) -> torch.Tensor:
         labels, how = batch.labels, self.loss_settings
         if self.teacher is not None:
@@ -97,7 +102,7 @@ class ImageTask:
         model = accelerator.unwrap_model(model)
         accuracy = MulticlassAccuracy(self.num_classes, average="micro").to(device)
         mean_loss = MeanMetric().to(device)
-        for samples in my_share(len(self.evaluation), batch_size, accelerator):
+        for samples in shard_batches(len(self.evaluation), batch_size, accelerator):
             batch = self.evaluation.load(samples, 0, fingerprints=False).to(device)
             logits_PV = self.logits(model, batch.images).float()
             accuracy.update(logits_PV, batch.targets)

@@ -18,7 +18,7 @@ from torch import nn
 from softcache.data.batch import ImageBatch
 from softcache.data.bytes import PADDING
 from softcache.data.tokens import TokenBatch
-from softcache.models.language.backbone_head import takes, tensor_in
+from softcache.models.language.backbone_head import accepts_argument, tensor_in
 
 __all__ = ["ByteServing", "ImageServing", "Request", "Serving", "TokenServing"]
 
@@ -137,7 +137,7 @@ class _Tokens(nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        more = {"use_cache": False} if takes(self.model, "use_cache") else {}
+        more = {"use_cache": False} if accepts_argument(self.model, "use_cache") else {}
         logits: torch.Tensor = tensor_in(self.model(input_ids, **more), "logits")
         return logits
 

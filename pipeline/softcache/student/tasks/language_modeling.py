@@ -14,8 +14,8 @@ from torch import nn
 from torchmetrics import MeanMetric
 
 from softcache.data.tokens import TokenBatch, TokenData
-from softcache.losses import LossSettings, Mix
-from softcache.student.tasks.base import my_share
+from softcache.losses import LossMix, LossSettings
+from softcache.student.tasks.base import shard_batches
 from softcache.student.tasks.inference import TokenServing
 from softcache.student.tasks.token_student import TokenStudent
 from softcache.teacher.base import LanguageTeacher
@@ -55,7 +55,12 @@ class TokenTask:
         )
 
     def loss(
-        self, model: nn.Module, batch: TokenBatch, *, label_share: float | None = None, mix: Mix | None = None
+        self,
+        model: nn.Module,
+        batch: TokenBatch,
+        *,
+        label_share: float | None = None,
+        mix: LossMix | None = None,
     ) -> torch.Tensor:
         temperature, alpha = mix or (self.loss_settings.temperature, self.loss_settings.alpha)
         if self.teacher is not None:
@@ -68,7 +73,7 @@ class TokenTask:
         student = accelerator.unwrap_model(model)
         assert isinstance(student, TokenStudent)
         accuracy, mean_loss = MeanMetric().to(accelerator.device), MeanMetric().to(accelerator.device)
-        for samples in my_share(len(self.evaluation), batch_size, accelerator):
+        for samples in shard_batches(len(self.evaluation), batch_size, accelerator):
             batch = self.evaluation.load(samples, 0, fingerprints=False).to(accelerator.device)
             with accelerator.autocast():
                 loss_P, correct_P = student.scores(batch)

@@ -26,13 +26,13 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from softcache.data.boxes import DetectionBatch
 from softcache.data.scenes import ViewedScenes
 from softcache.errors import LabelError, SpecError
-from softcache.labels import BernoulliLabels, CellLabels
-from softcache.losses import LossSettings, Mix, forward_kl
+from softcache.labels import BernoulliLabels, DetectionLabels
+from softcache.losses import LossMix, LossSettings, forward_kl
 from softcache.losses.detection import CellLossSettings, box_giou, box_l1, quality_bce
 from softcache.models.detection.detector import CellOutputs
 from softcache.models.detection.mean_average_precision import as_detector, mean_average_precision
 from softcache.models.image import Normalize
-from softcache.student.tasks.base import my_share
+from softcache.student.tasks.base import shard_batches
 from softcache.student.tasks.inference import Serving
 
 __all__ = ["DetectionTask"]
@@ -52,7 +52,7 @@ class DetectionTask:
     normalize: Normalize
     loss_settings: LossSettings
     cells: CellLossSettings = field(default_factory=CellLossSettings)
-    label: Callable[[DetectionBatch], CellLabels] | None = None
+    label: Callable[[DetectionBatch], DetectionLabels] | None = None
 
     metric = "map"
     larger_is_better = True
@@ -66,7 +66,7 @@ class DetectionTask:
         batch: DetectionBatch,
         *,
         label_share: float | None = None,
-        mix: Mix | None = None,
+        mix: LossMix | None = None,
     ) -> torch.Tensor:
         labels = batch.labels if self.label is None else self.label(batch)
         temperature, alpha = mix or (self.loss_settings.temperature, self.loss_settings.alpha)
@@ -78,7 +78,7 @@ class DetectionTask:
         return (1 - alpha) * hard + alpha * self.soft(model, outputs, labels, temperature)
 
     def soft(
-        self, model: nn.Module, outputs: CellOutputs, labels: CellLabels, temperature: Any
+        self, model: nn.Module, outputs: CellOutputs, labels: DetectionLabels, temperature: Any
     ) -> torch.Tensor:
         """Returns the soft loss of a batch's labelled cells, a scalar; see the module docstring.
 
@@ -114,7 +114,7 @@ class DetectionTask:
             total = total + how.centerness_weight * (score_P * bce_P).sum()
         return total / score_P.sum().clamp(min=1)
 
-    def _classes(self, student_PV: torch.Tensor, labels: CellLabels, temperature: Any) -> torch.Tensor:
+    def _classes(self, student_PV: torch.Tensor, labels: DetectionLabels, temperature: Any) -> torch.Tensor:
         if isinstance(labels.labels, BernoulliLabels):
             return quality_bce(student_PV, labels.labels, temperature=temperature, focus=self.cells.focus)
         return forward_kl(student_PV, labels.labels, temperature=temperature)
@@ -127,7 +127,7 @@ class DetectionTask:
             self.evaluation,
             self.normalize,
             device=accelerator.device,
-            batches=my_share(len(self.evaluation), batch_size, accelerator),
+            batches=shard_batches(len(self.evaluation), batch_size, accelerator),
         )
 
     def finish(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
@@ -152,7 +152,7 @@ class DetectionTask:
         )
 
 
-def _scores(labels: CellLabels) -> torch.Tensor:
+def _scores(labels: DetectionLabels) -> torch.Tensor:
     """The teacher's highest class probability at each cell, [P]; of a softmax, without the background (class 0)."""
     record = labels.labels
     if isinstance(record, BernoulliLabels):

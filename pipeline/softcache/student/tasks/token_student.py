@@ -10,8 +10,8 @@ from torch import nn
 from softcache.data.tokens import TokenBatch
 from softcache.errors import SpecError
 from softcache.labels import SoftLabels
-from softcache.labels.sparsify import whole_record
-from softcache.losses import LossSettings, cross_entropy, distillation_loss, row_weights, weighted_difference
+from softcache.labels.sparsify import dense_labels_unsorted
+from softcache.losses import LossSettings, cross_entropy, distillation_loss, kl_terms, row_weights
 from softcache.losses.fused import fused_distillation_loss, token_scores
 from softcache.models.language import check_context, check_split, split
 from softcache.teacher.base import LanguageTeacher
@@ -64,9 +64,9 @@ class TokenStudent(nn.Module):
     def _sparse_loss(
         self, batch: TokenBatch, labels: SoftLabels, alpha: float, label_share: float, T: Any
     ) -> torch.Tensor:
-        """Mean over all rows of (1 - alpha) * CE + (alpha / label_share) * soft part, which unlabelled rows lack.
+        """Mean over all rows of (1 - alpha) * CE + (alpha / label_share) * soft part, which unlabeled_dataset rows lack.
 
-        Labelled and unlabelled rows go through the head apart, so that each goes once.
+        Labelled and unlabeled_dataset rows go through the head apart, so that each goes once.
         """
         hidden_PD, targets_P = self._hidden(batch), batch.targets
         soft = alpha / label_share if label_share else alpha  # without any label, the soft part is 0 anyway
@@ -190,7 +190,9 @@ class TokenStudent(nn.Module):
             return self._dense_loss(hidden_PD, torch.cat(list(chunks)), batch.targets, alpha, T)
         for teacher_PV in chunks:
             rows = slice(start, start + len(teacher_PV))
-            term = self._mixed(hidden_PD[rows], whole_record(teacher_PV), batch.targets[rows], alpha, T)
+            term = self._mixed(
+                hidden_PD[rows], dense_labels_unsorted(teacher_PV), batch.targets[rows], alpha, T
+            )
             terms.append(term * (len(teacher_PV) / batch.num_rows))
             start = rows.stop
         return torch.stack(terms).sum()
@@ -206,7 +208,7 @@ class TokenStudent(nn.Module):
         """Mean of (1 - alpha) * CE + alpha * T^2 * soft loss of whole distributions."""
         loss, logits_PV = self._loss.loss, self._parts.logits(hidden_PD)
         if loss.name != "forward_kl" or loss.standardize or self._loss.weights is not None:
-            record = whole_record(teacher_PV)
+            record = dense_labels_unsorted(teacher_PV)
             return distillation_loss(
                 logits_PV,
                 record,
@@ -219,7 +221,7 @@ class TokenStudent(nn.Module):
             )
         log_s_PV = (logits_PV / T).log_softmax(-1)[:, : teacher_PV.shape[1]]
         log_p_PV = (teacher_PV / T).log_softmax(-1)
-        soft = alpha * T**2 * weighted_difference(log_p_PV, log_s_PV).sum(1).mean()
+        soft = alpha * T**2 * kl_terms(log_p_PV, log_s_PV).sum(1).mean()
         return (1 - alpha) * cross_entropy(logits_PV, targets_P).mean() + soft if alpha < 1 else soft
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from softcache.errors import SpecError
 from softcache.models.language import PairTokens, split
 from softcache.models.language.generate import translate
 from softcache.models.language.generate_settings import GenerateSettings
-from softcache.student.tasks.base import my_share
+from softcache.student.tasks.base import shard_batches
 from softcache.student.tasks.inference import TokenServing
 from softcache.student.tasks.language_modeling import TokenTask
 from softcache.student.tasks.token_student import TokenStudent
@@ -50,7 +50,7 @@ class TranslationTask(TokenTask):
             return {}
         student = accelerator.unwrap_model(model)
         assert isinstance(student, TokenStudent)
-        mine = [number for share in my_share(len(self.evaluation), 64, accelerator) for number in share]
+        mine = [number for share in shard_batches(len(self.evaluation), 64, accelerator) for number in share]
         found = translate(
             student.model.eval(),
             split(student.model),

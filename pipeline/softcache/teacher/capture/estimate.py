@@ -23,12 +23,12 @@ from softcache.cache.units import finished_units
 from softcache.data.batch import Dataset as Data
 from softcache.data.batch import ranges
 from softcache.labels.sparsify import LabelSettings
-from softcache.runtime.signals import at_boundaries
+from softcache.runtime.signals import defer_signals
 from softcache.teacher.base import Teacher
 from softcache.teacher.capture.labeller import Labeller
 from softcache.teacher.capture.plan import CaptureSettings, create_cache, join_cache, plan_manifest
-from softcache.teacher.capture.run import UnitMetrics, Work, capture_units
-from softcache.teacher.capture.writer import OpenUnit, UnitBatches
+from softcache.teacher.capture.run import CaptureContext, UnitMetrics, capture_units
+from softcache.teacher.capture.writer import PendingUnit, UnitBatches
 
 __all__ = ["MEASURE_SECONDS", "Estimate", "estimate_capture"]
 
@@ -131,7 +131,7 @@ def _warm_up(
     with Labeller(teacher, labels) as labeller, ExitStack() as nothing:
         flight = labeller.start(batch)()
         record = flight.wait(data)
-        item = OpenUnit(manifest.plan.unit(0), nothing)
+        item = PendingUnit(manifest.plan.unit(0), nothing)
         item.add(flight.batch, record)
         item.columns(manifest.build_codec(), ragged=manifest.rows is not None)
 
@@ -153,8 +153,8 @@ def _measure(
     with tempfile.TemporaryDirectory(prefix="softcache-dry-run-") as folder:
         objects = open_objects(folder, create=True)
         manifest, digest = create_cache(objects, manifest, samples)
-        work = Work(objects, manifest, digest, data, teacher, labels, small)
-        with at_boundaries():
+        work = CaptureContext(objects, manifest, digest, data, teacher, labels, small)
+        with defer_signals():
             capture_units(work, _until(limit_seconds, _spread(manifest.plan)), on_unit=measured.append)
     return measured
 

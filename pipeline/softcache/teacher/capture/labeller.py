@@ -19,19 +19,23 @@ import torch
 from softcache.data.batch import Batch
 from softcache.data.batch import Dataset as Data
 from softcache.errors import LabelError
-from softcache.labels import STATS, CellLabels, SoftLabels
+from softcache.labels import STATS, DetectionLabels, SoftLabels
 from softcache.labels.positions import highest_rows
 from softcache.labels.sparsify import LabelSettings, describe_fault
 from softcache.teacher.base import Teacher
 
-__all__ = ["InFlight", "Labeller"]
+__all__ = ["Labeller", "PendingLabels"]
 
 
-class InFlight:
+class PendingLabels:
     """A record on its way from the device to host memory, started but not waited for."""
 
     def __init__(
-        self, batch: Any, labels: SoftLabels | CellLabels, faults_P: torch.Tensor, chosen: torch.Tensor | None
+        self,
+        batch: Any,
+        labels: SoftLabels | DetectionLabels,
+        faults_P: torch.Tensor,
+        chosen: torch.Tensor | None,
     ) -> None:
         self.batch = replace(batch, labels=None)
         self._chosen = None if chosen is None else chosen.to("cpu", non_blocking=True)
@@ -42,7 +46,7 @@ class InFlight:
         if self._event is not None:
             self._event.record()
 
-    def wait(self, data: Data) -> SoftLabels | CellLabels:
+    def wait(self, data: Data) -> SoftLabels | DetectionLabels:
         """Returns the labels as NumPy, `batch` being theirs; raises LabelError naming the first sample with a bad row."""
         if self._event is not None:
             self._event.synchronize()
@@ -78,7 +82,7 @@ class Labeller:
         if self._thread is not None:
             self._thread.shutdown()
 
-    def start(self, batch: Batch) -> Callable[[], InFlight]:
+    def start(self, batch: Batch) -> Callable[[], PendingLabels]:
         """Runs the teacher on a batch; returns what waits for its record, or raises what went wrong with it.
 
         Raises:
@@ -96,9 +100,9 @@ class Labeller:
             chunks.put(None)
         return record.result
 
-    def _labelled(self, batch: Batch, chunks: Iterator[torch.Tensor] | None) -> InFlight:
+    def _labelled(self, batch: Batch, chunks: Iterator[torch.Tensor] | None) -> PendingLabels:
         record, faults_P = self._teacher.label(batch, self._settings, chunks=chunks)
-        return InFlight(batch, record, faults_P, _most_uncertain(batch, record, self._settings))
+        return PendingLabels(batch, record, faults_P, _most_uncertain(batch, record, self._settings))
 
 
 class _Chunks:
@@ -117,7 +121,7 @@ class _Chunks:
             if logits_PV is not None:
                 yield logits_PV
 
-    def read_by(self, read: Callable[[], InFlight]) -> InFlight:
+    def read_by(self, read: Callable[[], PendingLabels]) -> PendingLabels:
         """Returns what `read` makes of the chunks; where it fails, the rest is read and dropped."""
         try:
             return read()
@@ -127,7 +131,7 @@ class _Chunks:
 
 
 def _most_uncertain(
-    batch: Batch, record: SoftLabels | CellLabels, settings: LabelSettings
+    batch: Batch, record: SoftLabels | DetectionLabels, settings: LabelSettings
 ) -> torch.Tensor | None:
     """Returns which rows are kept, on the device, where the teacher's entropy decides; None where all are."""
     if settings.positions.policy != "entropy":

@@ -24,7 +24,7 @@ from softcache.cache.codecs import (
     OpenCodec,
     PackedCodec,
 )
-from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, Plan, TeacherReport, differences
+from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, Plan, TeacherReport, diff_manifests
 from softcache.cache.samples import RowIndex, encode_samples
 from softcache.cache.storage.open import Objects
 from softcache.cache.units import open_store
@@ -284,7 +284,7 @@ def join_cache(objects: Objects, manifest: Manifest) -> tuple[Manifest, str] | N
 def _joined(objects: Objects, manifest: Manifest) -> tuple[Manifest, str]:
     stored = objects.get(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
     found = Manifest.parse(stored, where=f"cache {objects.url}")
-    differing = differences(manifest, found)
+    differing = diff_manifests(manifest, found)
     if differing:
         raise IdentityError(
             f"cache {objects.url}: made from something else than this run (this run; there):\n  "

@@ -30,15 +30,15 @@ from softcache.cache.units import finished_units, open_store, publish_unit, read
 from softcache.data.batch import Dataset as Data
 from softcache.data.batch import ranges
 from softcache.labels.sparsify import LabelSettings
-from softcache.runtime.signals import at_boundaries, check, ignore_interrupts
+from softcache.runtime.signals import defer_signals, ignore_interrupts, raise_if_signalled
 from softcache.teacher.base import Teacher
-from softcache.teacher.capture.labeller import InFlight, Labeller
+from softcache.teacher.capture.labeller import Labeller, PendingLabels
 from softcache.teacher.capture.plan import CaptureSettings
-from softcache.teacher.capture.writer import OpenUnit, UnitBatches, Writer
+from softcache.teacher.capture.writer import PendingUnit, UnitBatches, Writer
 
-__all__ = ["CaptureReport", "UnitMetrics", "Work", "capture", "capture_units", "evaluate_teacher"]
+__all__ = ["CaptureContext", "CaptureReport", "UnitMetrics", "capture", "capture_units", "evaluate_teacher"]
 
-WAIT_SECONDS = 0.5
+CLAIM_POLL_SECONDS = 0.5
 
 
 class UnitMetrics(NamedTuple):
@@ -95,7 +95,7 @@ class CaptureReport:
 
 
 @dataclass(frozen=True)
-class Work:
+class CaptureContext:
     """Everything that labelling a unit of a cache takes."""
 
     objects: Objects
@@ -134,7 +134,7 @@ def capture(
         StorageError: the store refused to write; finished units stay valid.
     """
     started, report = time.monotonic(), CaptureReport()
-    work = Work(objects, manifest, manifest_sha256, data, teacher, labels, settings)
+    work = CaptureContext(objects, manifest, manifest_sha256, data, teacher, labels, settings)
 
     def done(metrics: UnitMetrics) -> None:
         report.add(metrics)
@@ -149,18 +149,18 @@ def capture(
     report.units_found = len(finished)
     getattr(progress, "found", progress)(sum(marker.num_rows for marker in finished.values()))
     pending = [unit for unit in manifest.plan.units() if unit.number not in finished]
-    with at_boundaries():
+    with defer_signals():
         while pending:
             pending = capture_units(work, pending, on_unit=done, on_found=found)
             if pending:
-                check()
-                time.sleep(WAIT_SECONDS)
+                raise_if_signalled()
+                time.sleep(CLAIM_POLL_SECONDS)
     report.seconds = time.monotonic() - started
     return report
 
 
 def capture_units(
-    work: Work,
+    work: CaptureContext,
     units: Iterable[Unit],
     *,
     on_unit: Callable[[UnitMetrics], None],
@@ -181,7 +181,7 @@ def capture_units(
     manifest, last = work.manifest, time.perf_counter()
     store, codec = open_store(manifest, work.objects), manifest.build_codec()
 
-    def publish(item: OpenUnit) -> None:
+    def publish(item: PendingUnit) -> None:
         nonlocal last
         columns = item.columns(codec, ragged=manifest.rows is not None)
         marker = publish_unit(work.objects, store, work.manifest_sha256, item.unit, columns)
@@ -206,8 +206,8 @@ def capture_units(
 
 
 def _claim_units(
-    work: Work, units: Iterable[Unit], held: list[Unit], on_found: Callable[[int], None]
-) -> Iterator[OpenUnit]:
+    work: CaptureContext, units: Iterable[Unit], held: list[Unit], on_found: Callable[[int], None]
+) -> Iterator[PendingUnit]:
     """Yields the units that this run may make; another run's go to `held`."""
     for unit in units:
         claim = ExitStack()
@@ -220,12 +220,12 @@ def _claim_units(
             claim.close()
             on_found(marker.num_rows)
         else:
-            yield OpenUnit(unit, claim)
+            yield PendingUnit(unit, claim)
 
 
-def _label_units(claims: Iterator[OpenUnit], work: Work, writer: Writer) -> None:
+def _label_units(claims: Iterator[PendingUnit], work: CaptureContext, writer: Writer) -> None:
     """Labels every claimed unit and hands it to the writer, one batch of device work ahead of the copies."""
-    open_units: dict[int, OpenUnit] = {}
+    open_units: dict[int, PendingUnit] = {}
     size = work.settings.batch_size
 
     def requests() -> Iterator[tuple[int, int, int, int]]:
@@ -235,7 +235,7 @@ def _label_units(claims: Iterator[OpenUnit], work: Work, writer: Writer) -> None
             for start in range(unit.start, unit.stop, size):
                 yield unit.number, unit.view, start, min(start + size, unit.stop)
 
-    def finish(number: int, started: Callable[[], InFlight]) -> None:
+    def finish(number: int, started: Callable[[], PendingLabels]) -> None:
         item, began = open_units[number], time.perf_counter()
         flight = started()
         found = flight.wait(work.data)
@@ -253,11 +253,11 @@ def _label_units(claims: Iterator[OpenUnit], work: Work, writer: Writer) -> None
         worker_init_fn=ignore_interrupts,
         pin_memory=work.teacher.device.type == "cuda",
     )
-    in_flight: deque[tuple[int, Callable[[], InFlight]]] = deque()
+    in_flight: deque[tuple[int, Callable[[], PendingLabels]]] = deque()
     try:
         with Labeller(work.teacher, work.labels) as labeller:
             for batch in loader:
-                check()
+                raise_if_signalled()
                 began = time.perf_counter()
                 in_flight.append((batch.unit, labeller.start(batch)))
                 open_units[batch.unit].teacher_seconds += time.perf_counter() - began

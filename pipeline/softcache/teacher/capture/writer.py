@@ -16,10 +16,10 @@ from softcache.cache.codecs import AnyCodec
 from softcache.cache.manifest import Unit
 from softcache.data.batch import Batch
 from softcache.data.batch import Dataset as Data
-from softcache.labels import CellLabels, SoftLabels, joined
+from softcache.labels import DetectionLabels, SoftLabels, concat_labels
 from softcache.labels.positions import PositionSettings, chosen_rows
 
-__all__ = ["OpenUnit", "UnitBatches", "Writer"]
+__all__ = ["PendingUnit", "UnitBatches", "Writer"]
 
 
 class UnitBatches(Dataset):
@@ -34,14 +34,14 @@ class UnitBatches(Dataset):
     def __getitem__(self, request: tuple[int, int, int, int]) -> Any:
         unit, view, start, stop = request
         batch = replace(self._data.load(range(start, stop), view), unit=unit)
-        if not self._positions.known_before:
+        if not self._positions.is_static:
             return batch
         keys = [self._data.source.key(sample) for sample in range(start, stop)]
         return batch.select(chosen_rows(self._positions, keys, batch.row_counts, batch.positions))
 
 
 @dataclass
-class OpenUnit:
+class PendingUnit:
     """A claimed unit whose batches are being labelled.
 
     Attributes:
@@ -51,12 +51,12 @@ class OpenUnit:
     unit: Unit
     claim: ExitStack
     teacher_seconds: float = 0.0
-    labels: list[SoftLabels | CellLabels] = field(default_factory=list)
+    labels: list[SoftLabels | DetectionLabels] = field(default_factory=list)
     fingerprints: list[np.ndarray] = field(default_factory=list)
     row_counts: list[np.ndarray] = field(default_factory=list)
     positions: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, batch: Batch, labels: SoftLabels | CellLabels) -> None:
+    def add(self, batch: Batch, labels: SoftLabels | DetectionLabels) -> None:
         self.labels.append(labels)
         self.fingerprints.append(batch.fingerprints)
         self.row_counts.append(batch.row_counts)
@@ -71,7 +71,7 @@ class OpenUnit:
         return sum(map(len, self.positions))
 
     def columns(self, codec: AnyCodec, *, ragged: bool) -> dict[str, np.ndarray]:
-        columns = codec.encode(joined(self.labels))
+        columns = codec.encode(concat_labels(self.labels))
         columns["fingerprint"] = np.concatenate(self.fingerprints)
         if ragged:
             columns["num_rows"] = np.concatenate(self.row_counts).astype(np.uint32)
@@ -82,8 +82,8 @@ class OpenUnit:
 class Writer:
     """One thread that encodes and publishes units; the queue is bounded, and its error is ours."""
 
-    def __init__(self, publish: Callable[[OpenUnit], None], depth: int) -> None:
-        self._publish, self._queue = publish, queue.Queue[OpenUnit | None](depth)
+    def __init__(self, publish: Callable[[PendingUnit], None], depth: int) -> None:
+        self._publish, self._queue = publish, queue.Queue[PendingUnit | None](depth)
         self._error: BaseException | None = None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="softcache-writer", daemon=True)
@@ -103,7 +103,7 @@ class Writer:
         """Units that wait, beside the one that is being published."""
         return max(0, self._queue.qsize() - self._closing)
 
-    def put(self, item: OpenUnit) -> None:
+    def put(self, item: PendingUnit) -> None:
         if self._error is not None:
             item.claim.close()
             raise self._error

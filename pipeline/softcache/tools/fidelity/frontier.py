@@ -23,18 +23,18 @@ from softcache.cache.codecs import DEFAULT_STEP, Codec, OpenCodec, PackedCodec
 from softcache.cache.manifest import Manifest, Plan
 from softcache.cache.storage.open import LocalObjects
 from softcache.cache.units import open_store
-from softcache.labels import SoftLabels, slimmed
-from softcache.labels.sparsify import LabelSettings, sparsify
+from softcache.labels import SoftLabels, truncate_labels
+from softcache.labels.sparsify import LabelSettings, apply_policy
 from softcache.tools.fidelity.metrics import gradient_difference, measure
-from softcache.tools.fidelity.reference import Truth
+from softcache.tools.fidelity.reference import ReferenceDistribution
 from softcache.tools.fidelity.teacher_logits import Rerun
 
-__all__ = ["DETAILED", "Point", "codecs", "encoded_bytes", "frontier", "num_points", "plan_points"]
+__all__ = ["DEFAULT_CODECS", "Point", "codecs", "encoded_bytes", "frontier", "num_points", "plan_points"]
 
 MAX_K = 512
 MASSES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99)
 STEPS = (1 / 8, 1 / 32, DEFAULT_STEP)
-DETAILED = ("open float16", f"packed 1/{round(1 / DEFAULT_STEP)}")
+DEFAULT_CODECS = ("open float16", f"packed 1/{round(1 / DEFAULT_STEP)}")
 """The codecs under which every policy is measured: the defaults of the two."""
 DRAWS = 4
 _CHUNK_ELEMENTS = 2**22
@@ -88,7 +88,7 @@ def plan_points(num_classes: int, names: Sequence[str], exponent: float = 1.0) -
     if num_classes <= MAX_K and num_classes not in sizes:
         sizes.append(num_classes)
     points = [Point("top_k", name, k=k) for name in names for k in sizes]
-    few = [name for name in names if name in DETAILED]
+    few = [name for name in names if name in DEFAULT_CODECS]
     points += [Point("top_p", name, k=sizes[-1], p=p) for name in few for p in MASSES]
     for slots in [size for size in sizes if 4 <= size < num_classes]:
         points += [Point("sample", name, draws=slots, **how) for name in few]
@@ -120,7 +120,7 @@ def frontier(
     grid = tuple(manifest.codec["temperatures"])
     num_classes = rerun.logits_PV.shape[1]
     makers = codecs(num_classes, grid)
-    truths = [Truth(rerun.logits_PV, t) for t in temperatures]
+    truths = [ReferenceDistribution(rerun.logits_PV, t) for t in temperatures]
     largest = _sparse(rerun, LabelSettings(k=min(MAX_K, num_classes), temperatures=grid), 0)
     drawn: dict[LabelSettings, dict[str, dict[str, float | None]]] = {}
     out = []
@@ -128,7 +128,7 @@ def frontier(
     for point in plan_points(num_classes, list(makers), exponent):
         if point.draws is None:
             assert point.k is not None
-            labels = slimmed(largest, point.k, p=point.p)
+            labels = truncate_labels(largest, point.k, p=point.p)
         else:
             numbers = {"k": point.k or 1, "draws": point.draws, "proposal_exponent": exponent}
             settings = LabelSettings.model_validate({"policy": point.policy, "temperatures": grid, **numbers})
@@ -153,7 +153,7 @@ def frontier(
 
 def _sparse(rerun: Rerun, settings: LabelSettings, draw: int, rows: slice = slice(None)) -> SoftLabels:
     seeds_P = rerun.seeds_P[rows] + draw
-    return sparsify(rerun.logits_PV[rows], settings, targets_P=rerun.targets_P[rows], seeds_P=seeds_P)
+    return apply_policy(rerun.logits_PV[rows], settings, targets_P=rerun.targets_P[rows], seeds_P=seeds_P)
 
 
 def encoded_bytes(columns: dict[str, Any], codec: Codec, manifest: Manifest) -> dict[str, float]:
@@ -176,7 +176,7 @@ class _Nowhere(LocalObjects):
         self.url = "nowhere"
 
 
-def _cut_errors(labels: SoftLabels, truth: Truth) -> dict[str, float | None]:
+def _cut_errors(labels: SoftLabels, truth: ReferenceDistribution) -> dict[str, float | None]:
     found = measure(labels, truth)
     error = float(found["gradient"].sum() / truth.gradient_P.sum()) ** 0.5
     return {
@@ -189,7 +189,7 @@ def _cut_errors(labels: SoftLabels, truth: Truth) -> dict[str, float | None]:
 
 
 def _draw_errors(
-    rerun: Rerun, settings: LabelSettings, truths: Sequence[Truth]
+    rerun: Rerun, settings: LabelSettings, truths: Sequence[ReferenceDistribution]
 ) -> dict[str, dict[str, float | None]]:
     """Bias and noise of a policy that draws, by temperature.
 
@@ -201,7 +201,7 @@ def _draw_errors(
         part = slice(start, start + rows)
         records = [_sparse(rerun, settings, draw, part) for draw in range(DRAWS)]
         for index, truth in enumerate(truths):
-            here = Truth(rerun.logits_PV[part], truth.temperature)
+            here = ReferenceDistribution(rerun.logits_PV[part], truth.temperature)
             mean_PV: Any = 0.0
             for record in records:
                 difference_PV = gradient_difference(record, here)

@@ -23,12 +23,12 @@ import torch
 from torch import Tensor
 
 from softcache.labels import SoftenedLabels, SoftLabels
-from softcache.tools.fidelity.reference import Truth
+from softcache.tools.fidelity.reference import ReferenceDistribution
 
 __all__ = ["gradient_difference", "measure"]
 
 
-def measure(labels: SoftLabels, truth: Truth) -> dict[str, Tensor]:
+def measure(labels: SoftLabels, truth: ReferenceDistribution) -> dict[str, Tensor]:
     """Measures a record at the temperature of the truth.
 
     Args:
@@ -54,13 +54,15 @@ def measure(labels: SoftLabels, truth: Truth) -> dict[str, Tensor]:
     return found | {"kept_mass": softened.log_probs.exp().sum(1)} | _cut(softened, log_p_PK, log_s_PK, truth)
 
 
-def _softened(labels: SoftLabels, truth: Truth) -> SoftenedLabels:
+def _softened(labels: SoftLabels, truth: ReferenceDistribution) -> SoftenedLabels:
     """The record at T in float64, so that what is measured is its own rounding and not ours."""
     wide = labels.map_arrays(lambda x: x.double() if x.is_floating_point() else x.long())
     return wide.at_temperature(truth.temperature)
 
 
-def _cut(softened: SoftenedLabels, log_p_PK: Tensor, log_s_PK: Tensor, truth: Truth) -> dict[str, Tensor]:
+def _cut(
+    softened: SoftenedLabels, log_p_PK: Tensor, log_s_PK: Tensor, truth: ReferenceDistribution
+) -> dict[str, Tensor]:
     log_q_PK, log_q_tail_P = softened.log_probs, softened.log_tail
     p_PK, s_PK, q_PK, q_tail_P = log_p_PK.exp(), log_s_PK.exp(), log_q_PK.exp(), log_q_tail_P.exp()
     num_dropped_P = truth.num_classes - (softened.ids < truth.num_classes).sum(1)
@@ -88,7 +90,9 @@ def _cut(softened: SoftenedLabels, log_p_PK: Tensor, log_s_PK: Tensor, truth: Tr
     }
 
 
-def _drawn(softened: SoftenedLabels, log_p_PK: Tensor, log_s_PK: Tensor, truth: Truth) -> dict[str, Tensor]:
+def _drawn(
+    softened: SoftenedLabels, log_p_PK: Tensor, log_s_PK: Tensor, truth: ReferenceDistribution
+) -> dict[str, Tensor]:
     p_PK, s_PK = log_p_PK.exp(), log_s_PK.exp()
     weighted_PK = _weighted(softened)
     over_P1 = weighted_PK.sum(1, keepdim=True) - 1.0
@@ -110,7 +114,7 @@ def _weighted(softened: SoftenedLabels) -> Tensor:
     return (softened.log_probs + softened.log_weights).where(used_PK, -torch.inf).exp()
 
 
-def gradient_difference(labels: SoftLabels, truth: Truth) -> Tensor:
+def gradient_difference(labels: SoftLabels, truth: ReferenceDistribution) -> Tensor:
     """[P, V] float64, g(record) - g(truth) of a drawn record, to be averaged over draws."""
     softened = _softened(labels, truth)
     weighted_PK = _weighted(softened)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from softcache.tools.fidelity.frontier import DETAILED, Point
+from softcache.tools.fidelity.frontier import DEFAULT_CODECS, Point
 
 __all__ = ["draw_frontier"]
 
@@ -72,7 +72,7 @@ def draw_frontier(
     with matplotlib.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 4.3), layout="constrained")
         _draw_divergence(left, points, key, own)
-        codec = DETAILED["packed" in own["codec"]]
+        codec = DEFAULT_CODECS["packed" in own["codec"]]
         _draw_gradient(right, points, key, own, codec)
         for axes in (left, right):
             axes.set(xscale="log", yscale="log", xlabel="bytes per position, all columns")

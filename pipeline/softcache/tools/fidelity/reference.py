@@ -15,13 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["STUDENT_T", "Truth"]
+__all__ = ["STUDENT_T", "ReferenceDistribution"]
 
 STUDENT_T = 2.0
 _CHUNK_ELEMENTS = 2**22
 
 
-class Truth:
+class ReferenceDistribution:
     """P distributions over V classes, softened to T, and a student's beside them.
 
     Attributes:

@@ -11,7 +11,7 @@ from torch import Tensor
 from softcache.reader.cache import Cache
 from softcache.tools.fidelity.frontier import Point, frontier
 from softcache.tools.fidelity.metrics import measure
-from softcache.tools.fidelity.reference import STUDENT_T, Truth
+from softcache.tools.fidelity.reference import STUDENT_T, ReferenceDistribution
 from softcache.tools.fidelity.teacher_logits import Rerun
 
 __all__ = ["bytes_per_position", "measure_cache"]
@@ -38,7 +38,9 @@ def measure_cache(
     else:  # Parquet's one file holds all: 8 bytes of fingerprint per sample are most of what is not labels
         rows = sum(marker.num_rows for marker in cache.markers.values())
         other_bytes = 8.0 * sum(marker.stop - marker.start for marker in cache.markers.values()) / rows
-    by_temperature = {f"{t:g}": _summary(rerun, Truth(rerun.logits_PV, t)) for t in temperatures}
+    by_temperature = {
+        f"{t:g}": _summary(rerun, ReferenceDistribution(rerun.logits_PV, t)) for t in temperatures
+    }
     points = frontier(
         rerun, cache.manifest, temperatures=temperatures, other_bytes=other_bytes, progress=progress
     )
@@ -70,7 +72,7 @@ def bytes_per_position(cache: Cache) -> dict[str, float]:
     return {name: total / rows for name, total in totals.items()}
 
 
-def _summary(rerun: Rerun, truth: Truth) -> dict[str, float]:
+def _summary(rerun: Rerun, truth: ReferenceDistribution) -> dict[str, float]:
     found = measure(rerun.labels, truth)
     out = {
         "top1_agreement": _mean(found["agrees"]),

@@ -20,7 +20,7 @@ from softcache.errors import AlignmentError, IdentityError, IncompleteCacheError
 from softcache.labels import SoftLabels, concat
 from softcache.labels.sparsify import describe_fault, logit_faults, row_seeds
 from softcache.reader.cache import Cache
-from softcache.reader.dataset import check_alignment, with_labels
+from softcache.reader.dataset import attach_labels, check_alignment
 from softcache.teacher.base import Teacher
 
 __all__ = ["Rerun", "rerun_teacher"]
@@ -138,7 +138,7 @@ def _rerun(
     cache: Cache, data: Dataset, teacher: Teacher, samples: np.ndarray, view: int, draw: np.random.Generator
 ) -> Rerun:
     stored = cache.read_stored(samples, view)
-    batch = with_labels(data.load(samples, view), stored, cache, data)
+    batch = attach_labels(data.load(samples, view), stored, cache, data)
     for row in np.flatnonzero(batch.fingerprints != stored.fingerprints)[:1]:
         raise AlignmentError(
             f"cache {cache.url}: sample {data.source.key(int(samples[row]))!r}, view {view}: its content changed since it "

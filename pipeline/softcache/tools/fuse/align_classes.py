@@ -30,9 +30,9 @@ import numpy as np
 
 from softcache.labels import SoftLabels
 
-__all__ = ["Completed", "Tail", "complete"]
+__all__ = ["Completed", "Tail", "align_on_union"]
 
-ALMOST = 1.0 - 1e-6
+MAX_TARGET_SHARE = 1.0 - 1e-6
 """Of a tail's mass, the most that the ground truth may be where other classes are left: rounding may say more."""
 
 
@@ -78,7 +78,7 @@ class Completed:
     whole: Tail
 
 
-def complete(records: Sequence[SoftLabels], targets: np.ndarray | None = None) -> Completed:
+def align_on_union(records: Sequence[SoftLabels], targets: np.ndarray | None = None) -> Completed:
     """Returns M records on the union of their kept classes.
 
     Args:
@@ -192,7 +192,7 @@ def _target_share(record: SoftLabels, whole: Tail, dropped_P: np.ndarray) -> np.
     assert record.target_log_prob is not None
     log_mass_P = np.where(dropped_P, whole.log_mass[:, 0], 0.0)
     share_P = np.exp(np.minimum(record.target_log_prob.astype(np.float64) - log_mass_P, 0.0))
-    share_P = np.where(whole.count > 1, np.minimum(share_P, ALMOST), 1.0)
+    share_P = np.where(whole.count > 1, np.minimum(share_P, MAX_TARGET_SHARE), 1.0)
     return np.where(dropped_P, share_P, 0.0)
 
 
@@ -206,7 +206,7 @@ def _shares(
     # As many classes as the tail seems to have, but more than are asked for, if there are more.
     size_P = np.minimum(np.maximum(typical_P, guessed_P + 1.0), count_P)
     size_P = np.maximum(size_P, guessed_P)
-    log_q_P = mass_P + np.log1p(-np.minimum(target_P, ALMOST)) - np.log(np.maximum(size_P, 1.0))
+    log_q_P = mass_P + np.log1p(-np.minimum(target_P, MAX_TARGET_SHARE)) - np.log(np.maximum(size_P, 1.0))
     some_left_P = guessed_P < count_P
     log_q_P = np.where(some_left_P, np.minimum(log_q_P, highest_P), log_q_P)
     share_P = target_P + guessed_P * np.exp(log_q_P - mass_P)

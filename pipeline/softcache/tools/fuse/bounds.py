@@ -25,7 +25,7 @@ import numpy as np
 
 from softcache.errors import LabelError
 from softcache.labels import SoftLabels
-from softcache.tools.fuse.align_classes import Completed, complete
+from softcache.tools.fuse.align_classes import Completed, align_on_union
 from softcache.tools.fuse.weights import Rule, rule_weights
 
 __all__ = ["FusionBounds", "fusion_bounds"]
@@ -60,7 +60,7 @@ def fusion_bounds(
         raise LabelError(
             'fusion_bounds: rule "best" takes rows as they are and estimates nothing; ask for another'
         )
-    completed, weights_MP = complete(records, targets), rule_weights(records, rule)
+    completed, weights_MP = align_on_union(records, targets), rule_weights(records, rule)
     grid = np.array(records[0].temperatures)
     lower_MPU = np.where(completed.estimated, 0.0, np.exp(completed.log_probs))
     upper_MPU = np.where(completed.estimated, np.exp(completed.highest)[:, :, None], lower_MPU)

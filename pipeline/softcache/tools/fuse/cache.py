@@ -22,7 +22,7 @@ from softcache.cache.units import claimed_units, finished_units, open_store, pub
 from softcache.errors import AlignmentError
 from softcache.hashing.digests import digest_json
 from softcache.labels import SoftLabels, concat
-from softcache.reader.cache import Cache, StoredRows, open_cache
+from softcache.reader.cache import Cache, CachedBatch, open_cache
 from softcache.teacher.capture.plan import create_cache
 from softcache.tools.fuse.compatibility import check_agreement, check_same_rows
 from softcache.tools.fuse.labels import fused_labels
@@ -73,7 +73,7 @@ def fuse_caches(
     return open_cache(target_url)
 
 
-def _read(caches: Sequence[Cache], unit: Unit, keys: Sequence[str]) -> list[StoredRows]:
+def _read(caches: Sequence[Cache], unit: Unit, keys: Sequence[str]) -> list[CachedBatch]:
     samples = np.arange(unit.start, unit.stop)
     stored = [cache.read_stored(samples, unit.view) for cache in caches]
     for cache, rows in zip(caches[1:], stored[1:], strict=True):
@@ -104,7 +104,7 @@ def _fused(records: Sequence[SoftLabels], rule: Rule, k: int, targets: np.ndarra
     )
 
 
-def _beside(stored: StoredRows) -> dict[str, np.ndarray]:
+def _beside(stored: CachedBatch) -> dict[str, np.ndarray]:
     """The columns besides the labels."""
     columns = {"fingerprint": stored.fingerprints}
     if stored.positions is not None:

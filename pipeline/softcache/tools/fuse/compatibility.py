@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from softcache.errors import AlignmentError, IncompleteCacheError, LabelError
-from softcache.reader.cache import Cache, StoredRows
+from softcache.reader.cache import Cache, CachedBatch
 
 __all__ = ["check_agreement", "check_same_rows"]
 
@@ -148,7 +148,7 @@ def _content_difference(first: Cache, cache: Cache) -> str:
     return f"its source has another digest than that of {first.url}, though keys, ground truth and contents are the same"
 
 
-def check_same_rows(one: StoredRows, other: StoredRows) -> tuple[int, str] | None:
+def check_same_rows(one: CachedBatch, other: CachedBatch) -> tuple[int, str] | None:
     """Returns which of the samples has other contents or rows in two caches, and what differs; None: none has."""
     for place in np.flatnonzero(one.fingerprints != other.fingerprints)[:1]:
         return int(

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from softcache.errors import LabelError
-from softcache.labels import SoftLabels, slimmed
-from softcache.tools.fuse.align_classes import Completed, Tail, complete
+from softcache.labels import SoftLabels, truncate_labels
+from softcache.tools.fuse.align_classes import Completed, Tail, align_on_union
 from softcache.tools.fuse.weights import Rule, rule_weights
 
 __all__ = ["fused_labels"]
@@ -60,7 +60,7 @@ def fused_labels(
     weights_MP = rule_weights(records, rule)
     if rule == "best":
         return _chosen(records, weights_MP.argmax(axis=0), k)
-    completed = complete(records, targets)
+    completed = align_on_union(records, targets)
     target_MP = np.stack([record.target_log_prob.astype(np.float64) for record in records])  # type: ignore[union-attr]
     grid = np.array(records[0].temperatures)
     fuse = _geometric if rule == "geometric" else _arithmetic
@@ -110,7 +110,7 @@ def _check(records: Sequence[SoftLabels], k: int) -> None:
 def _chosen(records: Sequence[SoftLabels], choice_P: np.ndarray, k: int) -> SoftLabels:
     """Row by row the record of one teacher, bit for bit but for what the cut moves into the tail."""
     wide = max(k, *(record.k for record in records))
-    padded = [slimmed(_padded(record, wide), k) for record in records]
+    padded = [truncate_labels(_padded(record, wide), k) for record in records]
     rows_P = np.arange(len(choice_P))
 
     def pick(name: str) -> np.ndarray:

@@ -32,7 +32,7 @@ __all__ = ["RULES", "Rule", "rule_weights"]
 Rule = Literal["mean", "geometric", "entropy", "confidence", "best"]
 RULES: tuple[str, ...] = get_args(Rule)
 
-NEVER_NATS = 1e4
+MAX_CROSS_ENTROPY_NATS = 1e4
 """Cross-entropy of a teacher that gives the ground truth no probability: larger than any that is stored."""
 
 
@@ -59,7 +59,9 @@ def rule_weights(records: Sequence[SoftLabels], rule: Rule) -> np.ndarray:
         return np.full(shape, 1.0 / len(records))
     if rule == "entropy":
         return _softmax(-np.stack([_column(record, "stats") for record in records]))
-    loss_MP = np.minimum(-np.stack([_column(record, "target_log_prob") for record in records]), NEVER_NATS)
+    loss_MP = np.minimum(
+        -np.stack([_column(record, "target_log_prob") for record in records]), MAX_CROSS_ENTROPY_NATS
+    )
     if rule == "confidence":
         return (1.0 - _softmax(loss_MP)) / (len(records) - 1)
     return (np.arange(len(records))[:, None] == loss_MP.argmin(axis=0)).astype(np.float64)

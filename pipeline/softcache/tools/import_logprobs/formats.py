@@ -34,12 +34,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from softcache.errors import LabelError
-from softcache.tools.import_logprobs.jsonl import Answer, Place, expect
+from softcache.tools.import_logprobs.jsonl import Answer, LineLocation, expect
 
-__all__ = ["Given", "read_given"]
+__all__ = ["ParsedLogprobs", "read_given"]
 
 
-class Given(NamedTuple):
+class ParsedLogprobs(NamedTuple):
     """What an answer says of its tokens, in any shape.
 
     Attributes:
@@ -55,7 +55,7 @@ class Given(NamedTuple):
     num_prompt: int | None
 
 
-def read_given(answer: Answer) -> Given:
+def read_given(answer: Answer) -> ParsedLogprobs:
     """Returns what the answer gives.
 
     Raises:
@@ -65,14 +65,14 @@ def read_given(answer: Answer) -> Given:
     prompt_ids, prompt_rows = answer.field("prompt_token_ids", list), answer.field("prompt_logprobs", list)
     if prompt_ids is not None and prompt_rows is not None:
         _check_aligned(place, prompt_token_ids=prompt_ids, prompt_logprobs=prompt_rows)
-        return Given(prompt_ids, prompt_rows, _prompt_row, len(prompt_ids))
+        return ParsedLogprobs(prompt_ids, prompt_rows, _prompt_row, len(prompt_ids))
     if logprobs.get("tokens") is not None:
         return _echoed(answer, logprobs)
     if prompt_ids is not None and logprobs.get("content") is not None:
         content = expect(place, "logprobs.content", logprobs["content"], list)
         texts = [expect(place, "logprobs.content[]", entry, dict).get("token") for entry in content]
         tokens = [*prompt_ids, *_token_ids(place, "logprobs.content", texts)]
-        return Given(tokens, [None] * len(prompt_ids) + content, _chat_row, len(prompt_ids))
+        return ParsedLogprobs(tokens, [None] * len(prompt_ids) + content, _chat_row, len(prompt_ids))
     if prompt_rows is not None or logprobs.get("content") is not None:
         raise LabelError(
             f"{place}: no prompt_token_ids beside the log-probabilities, so they cannot be compared with the source; ask "
@@ -84,17 +84,17 @@ def read_given(answer: Answer) -> Given:
     )
 
 
-def _echoed(answer: Answer, logprobs: Mapping[str, Any]) -> Given:
+def _echoed(answer: Answer, logprobs: Mapping[str, Any]) -> ParsedLogprobs:
     names = ("tokens", "token_logprobs", "top_logprobs")
     texts, own, top = (expect(answer.place, f"logprobs.{name}", logprobs.get(name), list) for name in names)
     _check_aligned(answer.place, tokens=texts, top_logprobs=top, token_logprobs=own)
     tokens = _token_ids(answer.place, "logprobs.tokens", texts)
     rows = [None if row[1:] == (None, None) else row for row in zip(tokens, own, top, strict=True)]
     usage = answer.field("usage", dict) or {}
-    return Given(tokens, rows, _echo_row, usage.get("prompt_tokens"))
+    return ParsedLogprobs(tokens, rows, _echo_row, usage.get("prompt_tokens"))
 
 
-def _check_aligned(place: Place, **lists: list[Any]) -> None:
+def _check_aligned(place: LineLocation, **lists: list[Any]) -> None:
     """Raises unless the lists are of one length and the last begins with null, as servers write it."""
     sizes = {name: len(values) for name, values in lists.items()}
     if len(set(sizes.values())) > 1:
@@ -110,7 +110,7 @@ def _check_aligned(place: Place, **lists: list[Any]) -> None:
         )
 
 
-def _token_ids(place: Place, name: str, texts: list[Any]) -> list[int]:
+def _token_ids(place: LineLocation, name: str, texts: list[Any]) -> list[int]:
     try:
         return [_id_in(text) for text in texts]
     except (AttributeError, ValueError) as error:

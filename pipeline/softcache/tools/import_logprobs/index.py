@@ -14,7 +14,7 @@ import numpy as np
 
 from softcache.data.sources.text.source import TokenSource
 from softcache.errors import IdentityError, LabelError, SourceError
-from softcache.tools.import_logprobs.jsonl import Answer, Place, parse_line
+from softcache.tools.import_logprobs.jsonl import Answer, LineLocation, parse_line
 
 __all__ = ["Responses", "find_responses"]
 
@@ -53,7 +53,7 @@ class Responses:
         Raises:
             SourceError: the file has changed since it was indexed.
         """
-        place = Place(self.paths[self.files_N[sample]], int(self.lines_N[sample]), key)
+        place = LineLocation(self.paths[self.files_N[sample]], int(self.lines_N[sample]), key)
         try:
             with place.path.open("rb") as file:
                 file.seek(self.offsets_N[sample])
@@ -103,7 +103,7 @@ def find_responses(
                 num_failed, first_failed = num_failed + 1, first_failed or f"{place}: {answer.failed}"
                 continue
             if files_N[number] >= 0:
-                first = Place(files[files_N[number]], int(lines_N[number]))
+                first = LineLocation(files[files_N[number]], int(lines_N[number]))
                 raise LabelError(f"{place}: comes twice; it was in {first} before; remove one of them")
             if answer.model is not None and model is None:
                 model, model_at = answer.model, str(place)
@@ -116,14 +116,14 @@ def find_responses(
     return Responses(files, model, num_failed, first_failed, files_N, offsets_N, lines_N)
 
 
-def _lines(path: Path) -> Iterator[tuple[Place, int, bytes]]:
+def _lines(path: Path) -> Iterator[tuple[LineLocation, int, bytes]]:
     """Yields the lines that are not blank, with where they begin."""
     try:
         with path.open("rb") as file:
             offset, number = 0, 0
             while line := file.readline(MAX_LINE_BYTES):
                 number += 1
-                place = Place(path, number)
+                place = LineLocation(path, number)
                 if len(line) == MAX_LINE_BYTES:
                     raise LabelError(
                         f"{place}: longer than {MAX_LINE_BYTES:,} bytes; give one JSON object per line"

@@ -16,11 +16,11 @@ from typing import Any
 
 from softcache.errors import LabelError
 
-__all__ = ["Answer", "Place", "expect", "parse_line"]
+__all__ = ["Answer", "LineLocation", "expect", "parse_line"]
 
 
 @dataclass(frozen=True)
-class Place:
+class LineLocation:
     """A line of a file, for messages."""
 
     path: Path
@@ -40,7 +40,7 @@ class Answer:
         holders: where its fields are looked up, in this order.
     """
 
-    place: Place
+    place: LineLocation
     key: str
     model: str | None
     failed: str
@@ -55,7 +55,7 @@ class Answer:
         return None
 
 
-def expect(place: Place, name: str, value: Any, kind: type) -> Any:
+def expect(place: LineLocation, name: str, value: Any, kind: type) -> Any:
     """Returns the value.
 
     Raises:
@@ -69,7 +69,7 @@ def expect(place: Place, name: str, value: Any, kind: type) -> Any:
     return value
 
 
-def parse_line(line: bytes, place: Place) -> Answer:
+def parse_line(line: bytes, place: LineLocation) -> Answer:
     """Returns what a line says; its place then has the key.
 
     Raises:

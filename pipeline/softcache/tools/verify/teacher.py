@@ -11,11 +11,11 @@ from torch.nn.functional import logsigmoid
 
 from softcache.data.batch import Dataset
 from softcache.errors import AlignmentError, IdentityError
-from softcache.labels import CellLabels, SoftLabels
+from softcache.labels import DetectionLabels, SoftLabels
 from softcache.labels.sparsify import DenseOutputs
 from softcache.losses import forward_kl
 from softcache.reader.cache import Cache
-from softcache.reader.dataset import check_alignment, with_labels
+from softcache.reader.dataset import attach_labels, check_alignment
 from softcache.teacher.base import Teacher
 from softcache.tools.verify.checksums import verify_units
 
@@ -64,7 +64,7 @@ def _compare(
 ) -> Iterator[str]:
     stored = cache.read_stored(samples, view)
     try:
-        batch = with_labels(data.load(samples, view), stored, cache, data)
+        batch = attach_labels(data.load(samples, view), stored, cache, data)
     except AlignmentError as error:
         yield str(error)
         return
@@ -86,7 +86,7 @@ def _compare(
 
 
 @torch.inference_mode()
-def _divergence(labels: SoftLabels | CellLabels, batch: Any, teacher: Teacher) -> np.ndarray:
+def _divergence(labels: SoftLabels | DetectionLabels, batch: Any, teacher: Teacher) -> np.ndarray:
     """Returns KL(record || teacher now) [P] at T=1, chunk by chunk.
 
     Of classes that were drawn at random, half the mean of (log p - log q)^2 over them: what KL is for small
@@ -94,7 +94,7 @@ def _divergence(labels: SoftLabels | CellLabels, batch: Any, teacher: Teacher) -
     """
     parts, start = [], 0
     for logits_PV in teacher.chunks(batch):
-        if isinstance(labels, CellLabels):
+        if isinstance(labels, DetectionLabels):
             parts.append(_cells_divergence(labels, cast(Any, logits_PV)).numpy())
             continue
         rows = labels.take(slice(start, start + len(logits_PV)))
@@ -107,7 +107,7 @@ def _divergence(labels: SoftLabels | CellLabels, batch: Any, teacher: Teacher) -
     return np.concatenate(parts)
 
 
-def _cells_divergence(labels: CellLabels, outputs: DenseOutputs) -> torch.Tensor:
+def _cells_divergence(labels: DetectionLabels, outputs: DenseOutputs) -> torch.Tensor:
     """Returns the measure of `verify_against_teacher` [P] at all cells of a batch."""
     num_images, cell_P = len(outputs.logits), labels.cells.long()
     image_P = torch.arange(num_images).repeat_interleave(len(labels) // num_images)

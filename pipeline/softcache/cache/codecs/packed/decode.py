@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from softcache.cache.codecs.column import ids_dtype, sampling_column
-from softcache.cache.codecs.packed.layout import FARTHEST, FINE
+from softcache.cache.codecs.packed.layout import FIRST_SUBSTEPS, MAX_NEG_LOG_PROB
 from softcache.cache.codecs.packed.prediction import tail_weights
 from softcache.errors import LabelError
 from softcache.labels import STATS
@@ -98,7 +98,7 @@ class _Fields:
             half_PK = np.ascontiguousarray(self.numbers("half").T.astype(np.uint16)).view(np.float16)
             half_PK[np.arange(codec.k) >= finite_P[:, None]] = -np.inf
             return {"log_probs": half_PK, "target_log_prob": self.floats("target")[:, 0]}
-        anchor_P = _signed(self.numbers("first")[0]) * (codec.step / FINE)
+        anchor_P = _signed(self.numbers("first")[0]) * (codec.step / FIRST_SUBSTEPS)
         out_PK = np.empty((len(finite_P), codec.k), np.float32)
         start, _, width = self._place("gaps")
         self._kernels.log_probs(self._planes_RP, start, width, anchor_P, codec.step, out_PK)
@@ -121,7 +121,7 @@ class _Fields:
             dropped_P, mean_P = stats[:, 3] - np.minimum(finite_P, exact), stats[:, 1].astype(np.float64)
         log_count_P = np.log(np.maximum(dropped_P.astype(np.float64), 1.0))
         mass_P = stored[:, 0]
-        mass_P = np.where(np.isneginf(mass_P), 0.0, np.maximum(mass_P, -FARTHEST)).astype(np.float64)
+        mass_P = np.where(np.isneginf(mass_P), 0.0, np.maximum(mass_P, -MAX_NEG_LOG_PROB)).astype(np.float64)
         weights = tail_weights(codec.temperatures, slope=codec.stats)
         steps_SP = self.numbers("tail_rest")
         self._kernels.tails(steps_SP, log_count_P, mean_P, mass_P, weights, codec.step, out_PG)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from softcache.cache.codecs.packed.layout import FARTHEST, FINE
+from softcache.cache.codecs.packed.layout import FIRST_SUBSTEPS, MAX_NEG_LOG_PROB
 from softcache.cache.codecs.packed.prediction import tail_weights
 from softcache.errors import LabelError
 
@@ -40,12 +40,12 @@ def pack(codec: PackedCodec, arrays: dict[str, np.ndarray], planes_RN: np.ndarra
     write("finite", finite_NK.sum(axis=1))
     target, tail = arrays["target_log_prob"], arrays["log_tail"]
     if codec.step is None:
-        lowest = np.where(finite_NK, np.maximum(log_probs, -FARTHEST), 0.0)
+        lowest = np.where(finite_NK, np.maximum(log_probs, -MAX_NEG_LOG_PROB), 0.0)
         write("half", lowest.astype(np.float16).view(np.uint16))
         write("target", _bits(np.where(np.isneginf(target), 0.0, target)))
     else:
-        first_N = _steps(np.where(finite_NK[:, 0], log_probs[:, 0], 0.0), codec.step / FINE)
-        anchor_N = first_N * (codec.step / FINE)
+        first_N = _steps(np.where(finite_NK[:, 0], log_probs[:, 0], 0.0), codec.step / FIRST_SUBSTEPS)
+        anchor_N = first_N * (codec.step / FIRST_SUBSTEPS)
         write("first", _zigzag(first_N))
         below_NK = _steps(anchor_N[:, None] - np.where(finite_NK, log_probs, 0.0), codec.step)
         below_NK[:, 0] = 0
@@ -59,7 +59,7 @@ def pack(codec: PackedCodec, arrays: dict[str, np.ndarray], planes_RN: np.ndarra
     means_N = None
     if codec.stats:
         stats = arrays["stats"]
-        moments = np.clip(stats[:, :3], -FARTHEST, FARTHEST).astype(np.float16)
+        moments = np.clip(stats[:, :3], -MAX_NEG_LOG_PROB, MAX_NEG_LOG_PROB).astype(np.float16)
         write("moments", moments.view(np.uint16))
         write("support", _bits(stats[:, 3]))
         means_N = moments[:, 1].astype(np.float64)
@@ -155,7 +155,7 @@ def _tail_steps(
     known[:, 0] = np.log(np.maximum(dropped_N, 1.0))
     if means_N is not None:
         known[:, 1] = means_N
-    known[:, 2:] = np.where(np.isneginf(tail_NG), 0.0, np.maximum(tail_NG, -FARTHEST))
+    known[:, 2:] = np.where(np.isneginf(tail_NG), 0.0, np.maximum(tail_NG, -MAX_NEG_LOG_PROB))
     weights = tail_weights(codec.temperatures, slope=codec.stats)
     steps = np.zeros((len(tail_NG), len(weights)), np.int64)
     for row, column in enumerate(range(known.shape[1] - 1, 2, -1)):
@@ -166,8 +166,10 @@ def _tail_steps(
 
 
 def _steps(nats: np.ndarray, step: float) -> np.ndarray:
-    """Whole steps, int64, of numbers that are not told apart beyond `FARTHEST`."""
-    return np.rint(np.clip(nats.astype(np.float64), -FARTHEST, FARTHEST) / step).astype(np.int64)
+    """Whole steps, int64, of numbers that are not told apart beyond `MAX_NEG_LOG_PROB`."""
+    return np.rint(np.clip(nats.astype(np.float64), -MAX_NEG_LOG_PROB, MAX_NEG_LOG_PROB) / step).astype(
+        np.int64
+    )
 
 
 def _zigzag(numbers: np.ndarray) -> np.ndarray:

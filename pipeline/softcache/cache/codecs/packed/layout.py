@@ -33,12 +33,12 @@ import numpy as np
 
 from softcache.cache.codecs.packed.prediction import tail_weights
 
-__all__ = ["FARTHEST", "FINE", "Field", "Layout", "layout_of"]
+__all__ = ["FIRST_SUBSTEPS", "MAX_NEG_LOG_PROB", "Field", "Layout", "layout_of"]
 
-FARTHEST = 65504.0
+MAX_NEG_LOG_PROB = 65504.0
 """Nats below which finite numbers are not told apart: the lowest of float16."""
 
-FINE = 256
+FIRST_SUBSTEPS = 256
 """Steps of `first` in one step."""
 
 
@@ -91,11 +91,11 @@ def layout_of(codec: Any) -> Layout:
     if codec.step is None:
         add("half", k, 2)
     else:
-        farthest = int(FARTHEST / codec.step) + 1
+        farthest = int(MAX_NEG_LOG_PROB / codec.step) + 1
         add("gaps", k - 1, _bytes_for(farthest))
     add("ids_high", -(-k * high_bits // 8), 1)
     if codec.step is not None:
-        add("first", 1, _bytes_for(2 * FINE * farthest))
+        add("first", 1, _bytes_for(2 * FIRST_SUBSTEPS * farthest))
     add("tail", 1 if codec.tail == "fixed" else grid, 4)
     if codec.tail == "fixed":
         # What is expected is a weighted sum of what is known, none of it farther than that.

@@ -19,7 +19,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from softcache.cache.storage.cloud.errors import PROVIDERS, explained, is_beyond, is_passing
+from softcache.cache.storage.cloud.errors import PROVIDERS, is_range_error, is_transient, translate_error
 from softcache.errors import MissingExtraError, StorageError
 
 __all__ = ["SCHEMES", "CloudClient", "check_path"]
@@ -102,12 +102,14 @@ class CloudClient:
             try:
                 return request(obstore, store)
             except _failures() as error:
-                if beyond is not None and is_beyond(error):
+                if beyond is not None and is_range_error(error):
                     return beyond
                 seconds = time.monotonic() - started
-                if not patient or not is_passing(error) or seconds > retry_seconds():
+                if not patient or not is_transient(error) or seconds > retry_seconds():
                     tried = f", after {tries} {'try' if tries == 1 else 'tries'} in {seconds:.1f} s"
-                    raise explained(error, url=self.url, path=path or "", doing=doing, tried=tried) from error
+                    raise translate_error(
+                        error, url=self.url, path=path or "", doing=doing, tried=tried
+                    ) from error
                 time.sleep(random.uniform(0.05, min(MAX_PAUSE_SECONDS, 0.1 * 2**tries)))
         raise AssertionError("unreachable")
 
@@ -137,7 +139,7 @@ class CloudClient:
                 retry_config=OBSTORE_RETRIES | {"retry_timeout": timedelta(seconds=retry_seconds())},
             )
         except _failures() as error:
-            raise explained(error, url=self.url, path="", doing="opened") from error
+            raise translate_error(error, url=self.url, path="", doing="opened") from error
 
 
 def check_path(relative: str, where: str) -> None:

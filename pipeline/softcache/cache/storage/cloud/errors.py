@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from softcache.errors import CacheNotFoundError, SoftcacheError, StorageError
 
-__all__ = ["PROVIDERS", "Provider", "explained", "is_beyond", "is_passing"]
+__all__ = ["PROVIDERS", "Provider", "is_range_error", "is_transient", "translate_error"]
 
 
 class Provider(NamedTuple):
@@ -60,7 +60,7 @@ _REFUSED = re.compile(r"\b(401 Unauthorized|403 Forbidden)\b")
 _STATUS = re.compile(r"Server returned (?:non-2xx status code|error response): (\d{3} [^:\n]*)")
 
 
-def is_passing(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether another try may go well: no answer, half of one, or a server that is busy or has two writers at once (409)."""
     text = str(error)
     if isinstance(error, FileNotFoundError | ValueError) or _REFUSED.search(text) or "builder error" in text:
@@ -71,12 +71,12 @@ def is_passing(error: Exception) -> bool:
     return status is None or status[1][0] == "5" or status[1].startswith(("408", "409", "429"))
 
 
-def is_beyond(error: Exception) -> bool:
+def is_range_error(error: Exception) -> bool:
     """Whether a range was asked for that begins behind the object's end."""
     return "416 Range Not Satisfiable" in str(error)
 
 
-def explained(error: Exception, *, url: str, path: str, doing: str, tried: str = "") -> SoftcacheError:
+def translate_error(error: Exception, *, url: str, path: str, doing: str, tried: str = "") -> SoftcacheError:
     """Returns the error to raise for one of obstore's.
 
     Args:
@@ -110,7 +110,7 @@ def explained(error: Exception, *, url: str, path: str, doing: str, tried: str =
             f"{where}: cannot be {doing}: the endpoint is plain http://, which is off; set "
             f"{provider.prefix}_ALLOW_HTTP=true if the network is trusted"
         )
-    if is_passing(error):
+    if is_transient(error):
         return StorageError(
             f"{where}: cannot be {doing}: {said}{tried}; check the network and {provider.endpoint}, then rerun: what is "
             "finished is kept"

@@ -27,7 +27,7 @@ from typing import Protocol
 
 from softcache.errors import CacheNotFoundError, SoftcacheError
 
-__all__ = ["LEASE_SECONDS", "Lease", "LeaseBoard", "Tag"]
+__all__ = ["LEASE_SECONDS", "Lease", "LeaseManager", "Tag"]
 
 LEASE_SECONDS = 60.0
 RENEWALS = 3
@@ -48,7 +48,7 @@ def _wall_clock() -> float:
     return time.time()
 
 
-class LeaseBoard:
+class LeaseManager:
     """Where leases are, and since when this process has seen other people's unchanged."""
 
     def __init__(self, objects: _Tagged) -> None:
@@ -78,7 +78,7 @@ class Lease:
         seconds: for how long the claim outlives its process.
     """
 
-    def __init__(self, board: LeaseBoard, path: str, *, seconds: float | None = None) -> None:
+    def __init__(self, board: LeaseManager, path: str, *, seconds: float | None = None) -> None:
         self._board, self._objects, self._path = board, board.objects, path
         self._seconds = LEASE_SECONDS if seconds is None else seconds
         self._owner, self._tag = uuid.uuid4().hex, Tag()

@@ -18,9 +18,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from softcache.cache.storage.base import too_large
+from softcache.cache.storage.base import size_error
 from softcache.cache.storage.cloud.client import CloudClient, check_path
-from softcache.cache.storage.cloud.lease import Lease, LeaseBoard, Tag
+from softcache.cache.storage.cloud.lease import Lease, LeaseManager, Tag
 from softcache.cache.storage.cloud.ranges import KeptObjects, RangeFile
 from softcache.errors import CacheNotFoundError
 
@@ -42,7 +42,7 @@ class CloudObjects:
         self._client = CloudClient(url)
         self.url = self._client.url
         self._kept = KeptObjects(KEPT_BYTES)
-        self._board = LeaseBoard(self)
+        self._board = LeaseManager(self)
 
     # -- whole objects -------------------------------------------------------------------------------------
 
@@ -88,7 +88,7 @@ class CloudObjects:
 
         found = self._client.ask(path, "read", get)
         if isinstance(found, int):
-            raise too_large(f"{self.url}/{path}", found, max_bytes or 0)
+            raise size_error(f"{self.url}/{path}", found, max_bytes or 0)
         return found
 
     def get_tagged(self, path: str, *, patient: bool = True) -> tuple[bytes, Tag]:
@@ -158,7 +158,7 @@ class CloudObjects:
 
         return self._client.ask(None, "listed", entries)
 
-    def dead_writes(self, *, remove: bool) -> dict[str, int]:
+    def orphaned_writes(self, *, remove: bool) -> dict[str, int]:
         return {}
 
     def delete(self, path: str, *, patient: bool = True) -> None:
@@ -170,7 +170,7 @@ class CloudObjects:
 
     # -- parts ---------------------------------------------------------------------------------------------
 
-    def get_ends(self, lengths: Mapping[str, int]) -> Sequence[tuple[bytes, int]]:
+    def get_suffixes(self, lengths: Mapping[str, int]) -> Sequence[tuple[bytes, int]]:
         return list(self._client.at_once(lambda item: self._get_end(*item), list(lengths.items())))
 
     def _get_end(self, path: str, length: int) -> tuple[bytes, int]:

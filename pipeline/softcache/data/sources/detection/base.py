@@ -1,7 +1,7 @@
 """What an image source with boxes is, and the [source] table of `modality = "detection"`.
 
-The ground truth of an image is a `Truth`: boxes in pixels, and their classes. It comes from the source (and through the
-view), never from a cache; the source's digest covers it.
+The ground truth of an image is a `BoxAnnotations`: boxes in pixels, and their classes. It comes from the source (and through
+the view), never from a cache; the source's digest covers it.
 
 Shape suffixes: `N` images, `M` boxes of an image.
 """
@@ -19,11 +19,11 @@ from pydantic import Field
 from softcache.data.sources.images.base import Source
 from softcache.settings import Settings
 
-__all__ = ["BoxSource", "DetectionSettings", "Truth", "digest_truths"]
+__all__ = ["BoxAnnotations", "BoxSource", "DetectionSettings", "digest_truths"]
 
 
 @dataclass(frozen=True, eq=False)
-class Truth:
+class BoxAnnotations:
     """The ground truth of one image.
 
     Attributes:
@@ -46,23 +46,23 @@ class Truth:
         boxes: Sequence[Sequence[float]] | np.ndarray,
         classes: Sequence[int] | np.ndarray,
         crowd: Sequence[bool] | np.ndarray | None = None,
-    ) -> Truth:
+    ) -> BoxAnnotations:
         """Returns the truth of plain numbers, which may be none."""
         group = np.zeros(len(classes), bool) if crowd is None else np.asarray(crowd, bool)
         return cls(
             np.asarray(boxes, np.float32).reshape(-1, 4), np.asarray(classes, np.int64).reshape(-1), group
         )
 
-    def take(self, rows: np.ndarray) -> Truth:
+    def take(self, rows: np.ndarray) -> BoxAnnotations:
         """Returns the boxes that a mask [M] or numbers choose."""
-        return Truth(self.boxes[rows], self.classes[rows], self.crowd[rows])
+        return BoxAnnotations(self.boxes[rows], self.classes[rows], self.crowd[rows])
 
 
 @runtime_checkable
 class BoxSource(Source, Protocol):
     """A `Source` whose images have boxes; `targets()` counts them: [N] int64."""
 
-    def truth(self, sample: int) -> Truth: ...
+    def truth(self, sample: int) -> BoxAnnotations: ...
 
 
 class DetectionSettings(Settings):
@@ -85,7 +85,7 @@ class DetectionSettings(Settings):
     max_eval_samples: int | None = Field(None, ge=1)
 
 
-def digest_truths(truths: Sequence[Truth]) -> str:
+def digest_truths(truths: Sequence[BoxAnnotations]) -> str:
     """Returns the sha256 of boxes, classes and crowds of all images, in order."""
     digest = hashlib.sha256()
     for truth in truths:

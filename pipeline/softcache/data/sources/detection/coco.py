@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from softcache.data.sources.detection.base import DetectionSettings, Truth, digest_truths
+from softcache.data.sources.detection.base import BoxAnnotations, DetectionSettings, digest_truths
 from softcache.data.sources.images.base import Split
 from softcache.data.sources.images.image_folder import ImageFolderSource
 from softcache.errors import SourceError
@@ -39,7 +39,7 @@ class CocoSource(ImageFolderSource):
         root: Path,
         files: list[str],
         sizes: list[tuple[int, int]],
-        truths: list[Truth],
+        truths: list[BoxAnnotations],
         class_names: list[str],
     ) -> None:
         super().__init__(
@@ -50,7 +50,7 @@ class CocoSource(ImageFolderSource):
         facts = {"file_sizes": hashlib.sha256(lengths).hexdigest(), "truth": digest_truths(truths)}
         self.digest = digest_source(self._keys, self._targets, facts)
 
-    def truth(self, sample: int) -> Truth:
+    def truth(self, sample: int) -> BoxAnnotations:
         return self._truths[sample]
 
     def image(self, sample: int) -> torch.Tensor:
@@ -156,7 +156,7 @@ class _Annotations:
         if twice:
             raise SourceError(f"annotations {self.path}: {what} {twice[0]!r} comes twice; each needs its own")
 
-    def samples(self, limit: int | None) -> tuple[list[str], list[tuple[int, int]], list[Truth]]:
+    def samples(self, limit: int | None) -> tuple[list[str], list[tuple[int, int]], list[BoxAnnotations]]:
         """Returns files, sizes (width, height) and truths, in order of the file names."""
         class_of = {number: place for place, (number, _) in enumerate(self.categories)}
         size_of = {number: (width, height) for number, _, width, height in self._images}
@@ -171,7 +171,7 @@ class _Annotations:
             kept[image].append((cut, class_of[category], crowd))
         images = sorted(self._images, key=lambda entry: entry[1])[:limit]
         truths = [
-            Truth.of(*([list(part) for part in zip(*kept[number], strict=True)] or [[], [], []]))
+            BoxAnnotations.of(*([list(part) for part in zip(*kept[number], strict=True)] or [[], [], []]))
             for number, *_ in images
         ]
         return [file for _, file, *_ in images], [size_of[number] for number, *_ in images], truths

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import xxhash
 
-from softcache.data.sources.detection.base import DetectionSettings, Truth, digest_truths
-from softcache.data.sources.images.base import InMemorySource, Source, SourceSettings, Split, images_of
+from softcache.data.sources.detection.base import BoxAnnotations, DetectionSettings, digest_truths
+from softcache.data.sources.images.base import InMemorySource, Source, SourceSettings, Split, load_images
 from softcache.data.sources.images.registry import open_source
 from softcache.data.transforms import ops as view_ops
 from softcache.errors import SourceError
@@ -37,14 +37,19 @@ class SceneSource(InMemorySource):
     """Composed scenes, all in memory, with their boxes."""
 
     def __init__(
-        self, name: str, images: torch.Tensor, truths: list[Truth], keys: list[str], class_names: list[str]
+        self,
+        name: str,
+        images: torch.Tensor,
+        truths: list[BoxAnnotations],
+        keys: list[str],
+        class_names: list[str],
     ) -> None:
         super().__init__(name, images, [len(truth) for truth in truths], keys, class_names)
         self._truths = truths
         pixels = digest_bytes(self._images.numpy().data)
         self.digest = digest_source(keys, self._targets, {"pixels": pixels, "truth": digest_truths(truths)})
 
-    def truth(self, sample: int) -> Truth:
+    def truth(self, sample: int) -> BoxAnnotations:
         return self._truths[sample]
 
 
@@ -69,7 +74,7 @@ def open_scenes(settings: DetectionSettings, split: Split) -> SceneSource:
 
 def _compose(
     originals: Source, settings: DetectionSettings, split: Split, number: int
-) -> tuple[torch.Tensor, Truth]:
+) -> tuple[torch.Tensor, BoxAnnotations]:
     """Returns a scene uint8 [H, W] and its truth."""
     stream = np.random.Philox(
         key=np.array([settings.seed, xxhash.xxh3_64_intdigest(split.encode())], np.uint64),
@@ -101,7 +106,7 @@ def _compose(
                 boxes.append(box)
                 classes.append(kind)
                 break
-    return torch.from_numpy(scene), Truth.of(boxes, classes)
+    return torch.from_numpy(scene), BoxAnnotations.of(boxes, classes)
 
 
 def _below(stream: np.random.Philox, count: int) -> int:
@@ -122,7 +127,7 @@ def _object(originals: Source, stream: np.random.Philox, size: int) -> tuple[np.
     sample = _below(stream, len(originals))
     side = SIDES[0] + _below(stream, min(SIDES[1], size // 2) - SIDES[0] + 1)
     ink = 140 + _below(stream, 116)
-    image = images_of(originals, np.array([sample]))[0]
+    image = load_images(originals, np.array([sample]))[0]
     pixels = view_ops.resize(image[:1], side, side)[0].numpy()
     if pixels.max() < 2 * INK:
         raise SourceError(

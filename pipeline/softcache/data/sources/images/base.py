@@ -19,7 +19,7 @@ from pydantic import Field
 from softcache.hashing.digests import digest_bytes, digest_source
 from softcache.settings import Settings
 
-__all__ = ["InMemorySource", "ListedSource", "Source", "SourceSettings", "Split", "images_of"]
+__all__ = ["InMemorySource", "IndexedSource", "Source", "SourceSettings", "Split", "load_images"]
 
 Split = Literal["train", "eval"]
 
@@ -45,7 +45,7 @@ class Source(Protocol):
     """What the rest of softcache needs of a dataset; it must be picklable.
 
     It may have one more method, images(samples) -> uint8 [B, C, H, W], or a list of B images where their sizes differ:
-    `image` of each of samples [B] int64, all at once (`images_of`).
+    `image` of each of samples [B] int64, all at once (`load_images`).
 
     Attributes:
         name: of the dataset and split, for messages.
@@ -67,7 +67,7 @@ class Source(Protocol):
     def image(self, sample: int) -> torch.Tensor: ...
 
 
-class ListedSource:
+class IndexedSource:
     """Keys, classes and names of a dataset whose samples are known one by one; where the pixels are is a subclass's."""
 
     digest: str
@@ -99,7 +99,7 @@ class ListedSource:
         return self._targets
 
 
-class InMemorySource(ListedSource):
+class InMemorySource(IndexedSource):
     """Images of one size in one uint8 tensor [N, C, H, W]."""
 
     def __init__(
@@ -124,7 +124,7 @@ class InMemorySource(ListedSource):
         return self._images[torch.from_numpy(samples)]
 
 
-def images_of(source: Source, samples: np.ndarray) -> torch.Tensor | list[torch.Tensor]:
+def load_images(source: Source, samples: np.ndarray) -> torch.Tensor | list[torch.Tensor]:
     """Returns the images of `samples` [B] int64: uint8 [B, C, H, W] where the source gives that, else a list."""
     if _is_batched(type(source)) and "image" not in vars(source):
         return source.images(samples)  # type: ignore[attr-defined]

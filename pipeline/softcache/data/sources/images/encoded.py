@@ -20,7 +20,7 @@ import torch
 import xxhash
 from pydantic import Field, model_validator
 
-from softcache.data.sources.images.base import ListedSource, Source, SourceSettings, Split
+from softcache.data.sources.images.base import IndexedSource, Source, SourceSettings, Split
 from softcache.data.sources.images.image_folder import ImageFolderSource
 from softcache.data.sources.images.registry import open_source
 from softcache.errors import SourceError
@@ -52,7 +52,7 @@ class BytesSettings(SourceSettings):
         return self
 
 
-class EncodedSource(ListedSource):
+class EncodedSource(IndexedSource):
     """Images of another source, encoded by Pillow and kept in memory; the same image gives the same bytes."""
 
     def __init__(self, source: Source, settings: BytesSettings) -> None:
@@ -98,7 +98,7 @@ def _array_of(image_CHW: torch.Tensor, key: str) -> np.ndarray:
     return (image_CHW[0] if len(image_CHW) == 1 else image_CHW.permute(1, 2, 0)).numpy()
 
 
-class FileSource(ListedSource):
+class FileSource(IndexedSource):
     """The files of an image folder, undecoded.
 
     Attributes:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import xxhash
 
-from softcache.data.sources.images.base import ListedSource, Source, SourceSettings, Split
+from softcache.data.sources.images.base import IndexedSource, Source, SourceSettings, Split
 from softcache.errors import SourceError
 from softcache.hashing.digests import digest_source
 
@@ -24,7 +24,7 @@ __all__ = ["ImageFolderSource", "open_image_folder"]
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 
 
-class ImageFolderSource(ListedSource):
+class ImageFolderSource(IndexedSource):
     """Image files in class folders, decoded to RGB when asked for; keys are paths relative to `root`."""
 
     def __init__(

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from softcache.data.sources.images.base import InMemorySource, Source, SourceSettings, Split, images_of
+from softcache.data.sources.images.base import InMemorySource, Source, SourceSettings, Split, load_images
 from softcache.data.sources.images.image_folder import open_image_folder
 from softcache.data.sources.images.torchvision import TORCHVISION, open_torchvision
 from softcache.errors import SourceError, SpecError
 from softcache.hashing.digests import digest_source
-from softcache.runtime.suggest import nearest
+from softcache.runtime.suggest import closest_matches
 
 __all__ = ["Source", "SourceSettings", "open_source"]
 
@@ -45,7 +45,7 @@ def open_source(settings: SourceSettings, *, split: Split) -> Source:
     if settings.name in TORCHVISION:
         return open_torchvision(settings, split, limit)
     known = ["digits", "imagefolder", *TORCHVISION]
-    near = nearest(settings.name, known) or known
+    near = closest_matches(settings.name, known) or known
     raise SpecError(
         f"source.name {settings.name!r}: unknown; nearest: {', '.join(near)}; or your own module:factory"
     )
@@ -67,7 +67,7 @@ def _digits(split: Split, limit: int | None) -> Source:
     return InMemorySource(f"digits/{split}", images, data.target[chosen], keys, [str(d) for d in range(10)])
 
 
-class FirstSamples:
+class Subset:
     """The first samples of another source."""
 
     def __init__(self, source: Source, count: int) -> None:
@@ -96,7 +96,7 @@ class FirstSamples:
     def images(self, samples: np.ndarray) -> torch.Tensor | list[torch.Tensor]:
         if len(samples) and samples.max() >= self._count:
             raise IndexError(f"source {self.name}: sample {samples.max()} of {self._count}")
-        return images_of(self._source, samples)
+        return load_images(self._source, samples)
 
 
 _MEMBERS = (
@@ -138,4 +138,4 @@ def _own(spec: str, split: Split, limit: int | None) -> Source:
         raise SourceError(
             f"source {source.name}: classes {targets.min()} to {targets.max()}; expected 0 to {source.num_classes - 1}"
         )
-    return source if limit is None else FirstSamples(source, limit)
+    return source if limit is None else Subset(source, limit)

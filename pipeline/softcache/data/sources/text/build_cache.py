@@ -24,10 +24,10 @@ from softcache.data.sources.translation.settings import TranslationSettings
 from softcache.errors import SoftcacheError, StorageError
 from softcache.hashing.digests import digest_json
 
-__all__ = ["build_folder", "made_folder"]
+__all__ = ["build_dir_path", "build_folder"]
 
 
-def made_folder(
+def build_dir_path(
     settings: TextSettings | TranslationSettings, kind: str, made_from: Mapping[str, Any]
 ) -> Path:
     """Returns where what is made from `made_from` lies; it need not be there yet."""

@@ -30,7 +30,7 @@ from softcache.errors import MissingExtraError, SourceError
 from softcache.hashing.digests import digest_json
 from softcache.runtime.optional import text_library
 
-__all__ = ["Document", "Documents", "documents_of"]
+__all__ = ["Document", "Documents", "load_documents"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Documents(Protocol):
     def __iter__(self) -> Iterator[Document]: ...
 
 
-def documents_of(settings: TextSettings, split: Split) -> Documents:
+def load_documents(settings: TextSettings, split: Split) -> Documents:
     """Returns the documents of a split.
 
     Raises:

@@ -20,7 +20,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-__all__ = ["Cut", "Encoded", "Pieces", "TokenSample", "joined", "one_each", "packed"]
+__all__ = [
+    "Encoded",
+    "KeyedSample",
+    "Pieces",
+    "TokenSample",
+    "concat_pieces",
+    "one_sample_per_document",
+    "packed",
+]
 
 
 class TokenSample(NamedTuple):
@@ -62,7 +70,7 @@ class Encoded(NamedTuple):
     learnt: np.ndarray  # [L] bool
 
 
-class Cut(NamedTuple):
+class KeyedSample(NamedTuple):
     """A sample under its key."""
 
     key: str
@@ -73,14 +81,14 @@ class Cut(NamedTuple):
 Pieces = list[tuple[np.ndarray, np.ndarray]]
 
 
-def joined(pieces: Pieces) -> TokenSample:
+def concat_pieces(pieces: Pieces) -> TokenSample:
     """Returns the sample whose segments are these pieces of documents."""
     lengths = [len(tokens) for tokens, _ in pieces]
     tokens, learnt = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
     return TokenSample(tokens, np.arange(len(pieces), dtype=np.int32).repeat(lengths), learnt)
 
 
-def one_each(documents: Iterable[Encoded], seq_len: int) -> Iterator[tuple[str, Pieces]]:
+def one_sample_per_document(documents: Iterable[Encoded], seq_len: int) -> Iterator[tuple[str, Pieces]]:
     """Cuts each document by itself, from its start on."""
     for document in documents:
         for start in range(0, len(document.tokens), seq_len):

@@ -21,15 +21,21 @@ from typing import Any
 
 import numpy as np
 
-from softcache.data.sources.text.build_cache import build_folder, made_folder
+from softcache.data.sources.text.build_cache import build_dir_path, build_folder
 from softcache.data.sources.text.chat import check_chat_template, encode_chats
-from softcache.data.sources.text.documents import Document, Documents, documents_of
-from softcache.data.sources.text.packing import Cut, Encoded, joined, one_each, packed
+from softcache.data.sources.text.documents import Document, Documents, load_documents
+from softcache.data.sources.text.packing import (
+    Encoded,
+    KeyedSample,
+    concat_pieces,
+    one_sample_per_document,
+    packed,
+)
 from softcache.data.sources.text.settings import Split, TextSettings
 from softcache.data.sources.text.table import TableWriter, TokenSource, described_table
 from softcache.data.sources.text.tokenizer import describe_tokenizer, digest_tokenizer, load_tokenizer
 from softcache.errors import SourceError
-from softcache.runtime.logging import say, track
+from softcache.runtime.logging import log_info, progress_bar
 
 __all__ = ["TextSettings", "TokenSource", "digest_tokenizer", "load_tokenizer", "open_text"]
 
@@ -46,7 +52,7 @@ def open_text(settings: TextSettings, *, split: Split) -> TokenSource:
         StorageError: `data_dir` cannot be written.
         MissingExtraError: transformers, or for hf datasets, is not installed.
     """
-    documents = documents_of(settings, split)
+    documents = load_documents(settings, split)
     tokenizer = describe_tokenizer(settings)
     made_from = {
         "version": TABLE_VERSION,
@@ -58,7 +64,7 @@ def open_text(settings: TextSettings, *, split: Split) -> TokenSource:
         "packing": settings.packing,
         "max_samples": settings.max_train_samples if split == "train" else settings.max_eval_samples,
     }
-    folder = made_folder(settings, "tokens", made_from)
+    folder = build_dir_path(settings, "tokens", made_from)
     if described_table(folder) is None:
         _tokenise(documents, settings, folder, made_from)
     return TokenSource(folder, name=documents.name)
@@ -74,7 +80,7 @@ def _tokenise(
 
     def learnable() -> Iterator[Encoded]:
         nonlocal skipped
-        with track(f"tokenise {name}", len(documents), "documents") as advance:
+        with progress_bar(f"tokenise {name}", len(documents), "documents") as advance:
             for batch in _batches(documents):
                 for encoded in _encode(batch, settings, tokenizer):
                     if encoded.learnt[1:].any():
@@ -83,13 +89,13 @@ def _tokenise(
                         skipped += 1
                 advance(len(batch))
 
-    def samples() -> Iterator[Cut]:
+    def samples() -> Iterator[KeyedSample]:
         nonlocal left_out
-        cut = packed if settings.packing == "packed" else one_each
+        cut = packed if settings.packing == "packed" else one_sample_per_document
         for key, pieces in cut(learnable(), settings.seq_len):
-            sample = joined(pieces)
+            sample = concat_pieces(pieces)
             if len(sample.rows):
-                yield Cut(key, sample, np.array([len(tokens) for tokens, _ in pieces], np.int32))
+                yield KeyedSample(key, sample, np.array([len(tokens) for tokens, _ in pieces], np.int32))
             else:
                 left_out += 1
 
@@ -118,7 +124,9 @@ def _tokenise(
         # Last: a folder without it is not a table.
         (staged / "table.json").write_text(json.dumps(described, indent=2) + "\n")
     if skipped or left_out:
-        say(f"source {name}: left out {skipped} documents and {left_out} samples with nothing to predict")
+        log_info(
+            f"source {name}: left out {skipped} documents and {left_out} samples with nothing to predict"
+        )
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

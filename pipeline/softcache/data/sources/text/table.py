@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from softcache.data.sources.text.packing import Cut, TokenSample
+from softcache.data.sources.text.packing import KeyedSample, TokenSample
 from softcache.errors import SourceError
 
 __all__ = ["TableWriter", "TokenSource", "described_table"]
@@ -158,11 +158,11 @@ class TableWriter:
     def __init__(self, path: Path) -> None:
         self._path, self._digest = path, hashlib.sha256()
         self._writer = pa.ipc.new_stream(str(path), SCHEMA)
-        self._waiting: list[Cut] = []
+        self._waiting: list[KeyedSample] = []
         self._waiting_tokens = self.num_samples = self.num_tokens = 0
         self.largest = -1
 
-    def add(self, cut: Cut) -> None:
+    def add(self, cut: KeyedSample) -> None:
         content = np.ascontiguousarray(cut.sample.content, "<i4")
         for part in (cut.key.encode(), content.data):
             self._digest.update(memoryview(part).nbytes.to_bytes(8, "little"))

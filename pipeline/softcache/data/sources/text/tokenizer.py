@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from softcache.data.sources.text.build_cache import build_folder, made_folder
-from softcache.data.sources.text.documents import Documents, documents_of
+from softcache.data.sources.text.build_cache import build_dir_path, build_folder
+from softcache.data.sources.text.documents import Documents, load_documents
 from softcache.data.sources.text.settings import TextSettings
 from softcache.errors import MissingExtraError, SpecError
 from softcache.hashing.digests import digest_json
-from softcache.runtime.logging import track
+from softcache.runtime.logging import progress_bar
 from softcache.runtime.optional import auto_tokenizer, text_library
 
 __all__ = [
@@ -114,14 +114,14 @@ def bpe_arguments(spec: str) -> dict[str, int]:
 def _bpe_folder(settings: TextSettings) -> Path:
     """Returns the folder of a byte-level BPE of the train split, trained now if it was not before."""
     arguments = bpe_arguments(settings.tokenizer)
-    documents = documents_of(settings, "train")
+    documents = load_documents(settings, "train")
     if settings.messages_column:
         raise SpecError(
             f"source.tokenizer {settings.tokenizer!r}: it has no chat template, which source.messages_column needs; "
             "name a tokenizer that has one"
         )
     made_from = {"version": BPE_VERSION, "documents": documents.digest, **arguments}
-    folder = made_folder(settings, "tokenizers", made_from)
+    folder = build_dir_path(settings, "tokenizers", made_from)
 
     def is_whole(made: Path) -> bool:
         return (made / "bpe.json").exists()
@@ -140,7 +140,7 @@ def _train_bpe(documents: Documents, *, vocab_size: int, min_frequency: int) -> 
 
     def texts() -> Iterator[str]:
         left = BPE_MAX_CHARACTERS
-        with track(f"train bpe on {documents.name}", len(documents), "documents") as advance:
+        with progress_bar(f"train bpe on {documents.name}", len(documents), "documents") as advance:
             for document in documents:
                 yield document.text[:left]
                 advance(1)

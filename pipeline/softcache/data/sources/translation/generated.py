@@ -21,7 +21,7 @@ from softcache.data.sources.translation.files import json_lines, text_field
 from softcache.data.sources.translation.pair import Pair
 from softcache.data.sources.translation.settings import TranslationSettings
 from softcache.errors import SourceError
-from softcache.runtime.logging import say
+from softcache.runtime.logging import log_info
 
 __all__ = ["GENERATED_VERSION", "read_generated"]
 
@@ -54,7 +54,7 @@ def read_generated(settings: TranslationSettings, split: Split) -> tuple[str, li
             else:
                 silent += 1
     if silent:
-        say(f"source {folder}: left out {silent} pairs for which the teacher wrote nothing")
+        log_info(f"source {folder}: left out {silent} pairs for which the teacher wrote nothing")
     return str(settings.path), pairs, True
 
 

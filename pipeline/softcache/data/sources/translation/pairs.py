@@ -21,7 +21,7 @@ from softcache.data.sources.translation.settings import TranslationSettings
 from softcache.errors import SourceError
 from softcache.hashing.digests import digest_json
 
-__all__ = ["Pairs", "pairs_of"]
+__all__ = ["Pairs", "load_pairs"]
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Pairs:
         return digest_json([[pair.key, pair.language, pair.source, pair.target] for pair in self.pairs])
 
 
-def pairs_of(settings: TranslationSettings, split: Split) -> Pairs:
+def load_pairs(settings: TranslationSettings, split: Split) -> Pairs:
     """Returns the pairs of a split.
 
     Raises:

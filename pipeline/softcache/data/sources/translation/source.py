@@ -17,18 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from softcache.data.sources.text.build_cache import build_folder, made_folder
-from softcache.data.sources.text.packing import Cut, TokenSample
+from softcache.data.sources.text.build_cache import build_dir_path, build_folder
+from softcache.data.sources.text.packing import KeyedSample, TokenSample
 from softcache.data.sources.text.settings import Split
 from softcache.data.sources.text.table import TableWriter, TokenSource, described_table
 from softcache.data.sources.translation.pair import Pair
-from softcache.data.sources.translation.pairs import Pairs, pairs_of
+from softcache.data.sources.translation.pairs import Pairs, load_pairs
 from softcache.data.sources.translation.settings import TranslationSettings
 from softcache.data.sources.translation.tokenizer import PairTokenizer, load_pair_tokenizer
 from softcache.errors import SourceError
-from softcache.runtime.logging import say, track
+from softcache.runtime.logging import log_info, progress_bar
 
-__all__ = ["TranslationSettings", "load_pair_tokenizer", "open_translation", "pairs_of"]
+__all__ = ["TranslationSettings", "load_pair_tokenizer", "load_pairs", "open_translation"]
 
 PAIR_TABLE_VERSION = 1
 BATCH_PAIRS = 1024
@@ -43,7 +43,7 @@ def open_translation(settings: TranslationSettings, *, split: Split) -> TokenSou
         StorageError: `data_dir` cannot be written.
         MissingExtraError: transformers or Babel is not installed.
     """
-    pairs, tokenizer = pairs_of(settings, split), load_pair_tokenizer(settings)
+    pairs, tokenizer = load_pairs(settings, split), load_pair_tokenizer(settings)
     tokenizer.check_languages(pairs.languages)
     made_from = {
         "pairs": PAIR_TABLE_VERSION,
@@ -56,7 +56,7 @@ def open_translation(settings: TranslationSettings, *, split: Split) -> TokenSou
         "packing": "pairs",
         "max_samples": settings.max_train_samples if split == "train" else settings.max_eval_samples,
     }
-    folder = made_folder(settings, "tokens", made_from)
+    folder = build_dir_path(settings, "tokens", made_from)
     if described_table(folder) is None:
         _tokenise(pairs, tokenizer, folder, made_from)
     return TokenSource(folder, name=pairs.name)
@@ -67,7 +67,7 @@ def _tokenise(pairs: Pairs, tokenizer: PairTokenizer, folder: Path, made_from: d
     too_long = 0
     with build_folder(folder, lambda made: described_table(made) is not None) as staged:
         writer = TableWriter(staged / "samples.arrow")
-        with track(f"tokenise {pairs.name}", len(pairs.pairs), "pairs") as advance:
+        with progress_bar(f"tokenise {pairs.name}", len(pairs.pairs), "pairs") as advance:
             for pair, source, target in _encoded(pairs.pairs, tokenizer):
                 advance(1)
                 if writer.num_samples == made_from["max_samples"]:
@@ -91,7 +91,7 @@ def _tokenise(pairs: Pairs, tokenizer: PairTokenizer, folder: Path, made_from: d
         # Last: a folder without it is not a table.
         (staged / "table.json").write_text(json.dumps(described, indent=2) + "\n")
     if too_long:
-        say(
+        log_info(
             f"source {pairs.name}: left out {too_long} pairs with a side of more than {made_from['max_tokens']} tokens"
         )
 
@@ -103,9 +103,9 @@ def _encoded(pairs: list[Pair], tokenizer: PairTokenizer) -> Iterator[tuple[Pair
             yield pair, source, target
 
 
-def _cut(key: str, source: np.ndarray, target: np.ndarray) -> Cut:
+def _cut(key: str, source: np.ndarray, target: np.ndarray) -> KeyedSample:
     lengths = np.array([len(source), len(target)], np.int32)
     learnt = np.ones(lengths.sum(), bool)
     learnt[: len(source) + 1] = False  # nobody predicts the source, nor the start token
     segments = np.arange(2, dtype=np.int32).repeat(lengths)
-    return Cut(key, TokenSample(np.concatenate([source, target]), segments, learnt), lengths)
+    return KeyedSample(key, TokenSample(np.concatenate([source, target]), segments, learnt), lengths)

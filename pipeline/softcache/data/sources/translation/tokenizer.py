@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from softcache.data.sources.text.build_cache import build_folder, made_folder
+from softcache.data.sources.text.build_cache import build_dir_path, build_folder
 from softcache.data.sources.text.tokenizer import bpe_arguments, digest_tokenizer, is_bpe, train_byte_level
 from softcache.data.sources.translation.pair import Pair
-from softcache.data.sources.translation.pairs import Pairs, pairs_of
+from softcache.data.sources.translation.pairs import Pairs, load_pairs
 from softcache.data.sources.translation.settings import TranslationSettings
 from softcache.errors import MissingExtraError, SourceError, SpecError
 from softcache.runtime.optional import auto_tokenizer, text_library
@@ -138,14 +138,14 @@ def load_pair_tokenizer(settings: TranslationSettings) -> PairTokenizer:
 
 
 def _bpe_folder(settings: TranslationSettings, spec: str) -> Path:
-    arguments, pairs = bpe_arguments(spec), pairs_of(settings, "train")
+    arguments, pairs = bpe_arguments(spec), load_pairs(settings, "train")
     made_from = {
         "pairs": PAIR_BPE_VERSION,
         "documents": pairs.digest,
         "languages": pairs.languages,
         **arguments,
     }
-    folder = made_folder(settings, "tokenizers", made_from)
+    folder = build_dir_path(settings, "tokenizers", made_from)
 
     def is_whole(made: Path) -> bool:
         return (made / "bpe.json").exists()

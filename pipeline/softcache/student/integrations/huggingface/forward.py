@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     pass
 
 
-__all__ = ["Call", "taught"]
+__all__ = ["Call", "patched_forward"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Call:
     run: Callable[[], Any]
 
 
-def taught(model: Any) -> Any:
+def patched_forward(model: Any) -> Any:
     """Returns the model, its forward able to run a `Call`.
 
     It knows neither trainer nor loss, so that one model may see several trainers, and a copy of a model runs on its own

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from transformers import TrainerState, TrainingArguments
 
 from softcache.errors import ConfigError
-from softcache.losses import KINDS, Mix, scheduled
+from softcache.losses import KINDS, LossMix, scheduled
 from softcache.student.tasks import LossSettings
 
 if TYPE_CHECKING:
@@ -99,14 +99,14 @@ def _described(eval_dataset: Any) -> str:
     return f"{len(eval_dataset)} of them" if isinstance(eval_dataset, dict) else "one eval_dataset"
 
 
-def mix_at(loss: LossSettings, state: TrainerState) -> Mix:
+def mix_at(loss: LossSettings, state: TrainerState) -> LossMix:
     """Returns temperature and alpha of the step that is being made: functions of what the Trainer's own checkpoints hold."""
     how: dict[str, Any] = {
         "step": state.global_step,
         "num_steps": state.max_steps,
         "losses": _epoch_losses(state),
     }
-    return Mix(
+    return LossMix(
         scheduled(loss.temperature_schedule, loss.temperature, **how),
         scheduled(loss.alpha_schedule, loss.alpha, **how),
     )

@@ -16,16 +16,16 @@ from transformers.trainer_utils import EvalLoopOutput
 from softcache.data.sources.text.source import TokenSource
 from softcache.data.tokens import TokenBatch, TokenData
 from softcache.errors import AlignmentError, ConfigError
-from softcache.losses import Mix
-from softcache.reader.dataset import HardLabelDataset, SoftLabelDataset, joined_data
-from softcache.student.tasks import LossSettings, TokenStudent, my_share
+from softcache.losses import LossMix
+from softcache.reader.dataset import HardLabelDataset, SoftLabelDataset, as_teacher_saw
+from softcache.student.tasks import LossSettings, TokenStudent, shard_batches
 
 if TYPE_CHECKING:
     from softcache.reader.cache import Cache
 
 
 from softcache.reader.sampler import BlockSampler
-from softcache.student.integrations.huggingface.forward import Call, taught
+from softcache.student.integrations.huggingface.forward import Call, patched_forward
 from softcache.student.integrations.huggingface.loss import check_loss, check_stall, loss_of, mix_at
 from softcache.student.integrations.huggingface.order import SetEpoch
 from softcache.student.integrations.huggingface.validate import (
@@ -95,13 +95,13 @@ class DistillTrainer(Trainer):
         check_cache(cache)
         check_loss(self._loss, cache)
         self._cache, self._dataset = cache, SoftLabelDataset(source, cache)
-        data = joined_data(source, cache)
+        data = as_teacher_saw(source, cache)
         self._cross_documents: bool = data.cross_documents  # type: ignore[attr-defined]
         self._context = context or data.source.seq_len
         for name, held_out in named_sources(eval_dataset):
             self._eval_data(held_out, name)
         self._bound: TokenStudent | None = None
-        self._mix: Mix | None = None
+        self._mix: LossMix | None = None
         self._processing_class = processing_class
         super().__init__(
             model=model,
@@ -123,14 +123,14 @@ class DistillTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Returns a fresh model, checked like one that was passed."""
-        return taught(super().call_model_init(trial))
+        return patched_forward(super().call_model_init(trial))
 
     def _student(self) -> TokenStudent:
         """The loss and the scores of `self.model`, which it does not own."""
         if self._bound is None or self._bound.model is not self.model:
             check_tokenizer(self._cache, self.model, self._processing_class)
             self._bound = TokenStudent(
-                taught(self.model),
+                patched_forward(self.model),
                 self._loss,
                 context=self._context,
                 cross_documents=self._cross_documents,
@@ -243,7 +243,7 @@ class DistillTrainer(Trainer):
         if eval_dataset is not None:
             given = given[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         data = self._eval_data(given, "eval_dataset")
-        shares = my_share(len(data), self.args.eval_batch_size, self.accelerator)
+        shares = shard_batches(len(data), self.args.eval_batch_size, self.accelerator)
         return DataLoader(
             HardLabelDataset(data),  # type: ignore[arg-type]
             batch_sampler=[[(sample, 0) for sample in share] for share in shares],  # type: ignore[arg-type]

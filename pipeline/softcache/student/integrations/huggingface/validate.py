@@ -30,7 +30,7 @@ __all__ = [
     "tokenizer_digest",
 ]
 
-INSTEAD = {
+UNSUPPORTED_ARGUMENTS = {
     "train_dataset": "training samples come from `source`, their labels from `cache`",
     "data_collator": "batches are made by the cache's reader",
     "compute_loss_func": "the loss is `loss`, a LossSettings; for one that it does not name use softcache.losses.fused in a "
@@ -43,8 +43,10 @@ INSTEAD = {
 
 
 def refuse_ignored(args: TrainingArguments | None, trainer: dict[str, Any]) -> None:
-    for name in [name for name in INSTEAD if trainer.get(name) is not None]:
-        raise ConfigError(f"DistillTrainer: {name} would be ignored; {INSTEAD[name]}; leave it out")
+    for name in [name for name in UNSUPPORTED_ARGUMENTS if trainer.get(name) is not None]:
+        raise ConfigError(
+            f"DistillTrainer: {name} would be ignored; {UNSUPPORTED_ARGUMENTS[name]}; leave it out"
+        )
     if args is None:
         return
     if args.label_smoothing_factor:
