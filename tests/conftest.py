@@ -14,8 +14,8 @@ import uuid
 import pytest
 import torch
 
-from tests.caches import make_cache
-from tests.object_server import environment_of, find_weed, object_server
+from tests.support.caches import make_cache
+from tests.support.object_server import environment_of, find_weed, object_server
 
 torch.set_num_threads(1)
 # Loader processes, and those of a run of many, are forked from a server that has imported what they need, instead of

@@ -26,8 +26,8 @@ from softcache.stages.inspect import _identity, _labels, _storage
 from softcache.tools.garbage import collect_garbage
 from softcache.tools.shrink import SlimSettings, slim_manifest
 from softcache.tools.verify.teacher import verify_units
-from tests.caches import make_cache
-from tests.text_caches import make_text_cache
+from tests.support.caches import make_cache
+from tests.support.text_caches import make_text_cache
 
 KINDS = ("images-zarr", "images-parquet", "images-packed", "tokens-zarr", "tokens-parquet")
 MANIFEST, SAMPLES = "manifest.json", "samples.parquet"

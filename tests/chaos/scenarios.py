@@ -24,9 +24,9 @@ from softcache.tools.garbage import GarbageReport, collect_garbage
 from softcache.tools.import_logprobs import find_responses, import_labels
 from softcache.tools.shrink import SlimSettings, slim_cache
 from softcache.tools.verify.teacher import verify_units
-from tests.caches import digits_config
 from tests.chaos.processes import Child
-from tests.text_caches import text_config
+from tests.support.caches import digits_config
+from tests.support.text_caches import text_config
 
 __all__ = ["Scenario", "make_scenarios"]
 

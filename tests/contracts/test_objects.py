@@ -12,7 +12,7 @@ import pytest
 
 from softcache.cache.storage.open import LocalObjects, open_objects
 from softcache.errors import CacheNotFoundError, CorruptionError, StorageError
-from tests.caches import ROOT
+from tests.support.caches import ROOT
 
 
 class Contract:

@@ -12,7 +12,7 @@ from softcache.errors import CorruptionError, ManifestError
 from softcache.labels import concat
 from softcache.reader.cache import open_cache
 from softcache.tools.convert import convert_cache
-from tests.text_caches import make_text_cache
+from tests.support.text_caches import make_text_cache
 
 STORES = ["zarr", "parquet"]
 FIELDS = ("ids", "log_probs", "log_tail", "target_log_prob", "stats")

@@ -14,7 +14,7 @@ from softcache.cache.storage.open import open_objects
 from softcache.cache.units import check_unit, finished_units, open_store, publish_unit, read_marker
 from softcache.errors import CorruptionError, ManifestError
 from softcache.hashing.digests import digest_bytes
-from tests.caches import ROOT
+from tests.support.caches import ROOT
 
 STORES = ["zarr", "parquet"]
 

@@ -1,4 +1,4 @@
-"""Freeze tiny caches and the numbers in them, for tests/test_golden.py, test_golden_packed.py and test_golden_cells.py.
+"""Freeze tiny caches and the numbers in them, for tests/cache/test_golden.py, test_golden_packed.py and test_golden_cells.py.
 
     .venv/bin/python -m tests.golden.make
     .venv/bin/python -m tests.golden.make packed
@@ -7,7 +7,7 @@
 Run once per format version and codec, never to refresh a failing test: if today's code no longer reads what is frozen,
 users' caches are no longer read either, and the code is at fault. The caches go to tests/golden/vN, where N is
 the format version, or tests/golden/vN-packed, and a folder that exists is never written to. The expected numbers are taken from the files
-by zarr-python and pyarrow, not by softcache; packed records are decoded by tests/plain_packed.py.
+by zarr-python and pyarrow, not by softcache; packed records are decoded by tests/support/plain_packed.py.
 
 Two label the first 24 digits with a teacher whose answers are known. Between them they use every step of a
 view, both stores and both dtypes of the values. Those of cells label 6 scenes with detectors that were never trained: one
@@ -30,7 +30,7 @@ from softcache.cache.manifest import FORMAT_VERSION
 from softcache.config.run import RunConfig
 from softcache.models.detection.build import build_detector
 from softcache.runs import capture_labels, open_data, open_teacher
-from tests.plain_packed import decode
+from tests.support.plain_packed import decode
 
 ARRAYS = ("ids", "log_probs", "log_tail", "target_log_prob", "stats")
 COLUMNS = (*ARRAYS, "fingerprint")

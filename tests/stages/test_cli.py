@@ -16,7 +16,7 @@ from softcache import open_cache
 from softcache.stages.cli import main
 from softcache.stages.cli import softcache as group
 from softcache.stages.commands import COMMANDS
-from tests.caches import ROOT
+from tests.support.caches import ROOT
 
 CONFIG = """
 name = "small"
@@ -33,7 +33,7 @@ mean = [0.3]
 std = [0.4]
 
 [teacher]
-model = "tests.fakes_students:parametric"
+model = "tests.support.fakes_students:parametric"
 
 [labels]
 k = 4
@@ -343,7 +343,13 @@ def test_a_cache_of_something_else_is_refused(run, cache, change, parts):
 def test_inspect_shows_identity_bytes_and_mass(run, cache):
     result = run("inspect", cache)
     assert result.code == 0
-    for part in ("spec tests.fakes_students:parametric", "k 4", "10 of 10 units", "bytes per row", "T=4.0"):
+    for part in (
+        "spec tests.support.fakes_students:parametric",
+        "k 4",
+        "10 of 10 units",
+        "bytes per row",
+        "T=4.0",
+    ):
         assert part in result.out
     report = json.loads(run("inspect", cache, "--json").out)
     assert (report["rows"], report["units"], report["units_done"], report["store"]) == (600, 10, 10, "zarr")
@@ -397,7 +403,7 @@ def test_verify_names_missing_units(run, cache):
 
 
 def test_verify_finds_another_teacher_by_its_rows(run, cache):
-    other = ("--set", "teacher.model=tests.fakes_students:parametric?scale=1.5")
+    other = ("--set", "teacher.model=tests.support.fakes_students:parametric?scale=1.5")
     result = run("verify", cache, "--config", "small.toml", "--rows", "20", *other)
     assert result.code == 1
     faults = [line for line in result.err.splitlines() if line.startswith("FAULT")]

@@ -14,7 +14,7 @@ import pytest
 
 from softcache.stages.completing import SHELLS, script
 from softcache.stages.completion_table import PATH, make_table, table_as_text
-from tests.caches import ROOT
+from tests.support.caches import ROOT
 
 # What is typed behind `softcache ` (\t is Tab), and the words that are then there.
 TYPED = {

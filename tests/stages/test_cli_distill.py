@@ -11,7 +11,7 @@ from softcache.runs import capture_labels
 from softcache.runs.sweep import run as running
 from softcache.stages import distill as stage
 from softcache.stages.cli import softcache
-from tests.translations import write_pairs
+from tests.support.translations import write_pairs
 
 CONFIG = """
 name = "small"

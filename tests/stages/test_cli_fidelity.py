@@ -119,7 +119,14 @@ def test_json_is_the_report(run, cache):
 
 def test_another_teacher_is_refused(run, cache):
     with pytest.raises(IdentityError, match="made by another teacher"):
-        run("fidelity", cache, "--config", "small.toml", "--set", "teacher.model=tests.fakes:known_scaled")
+        run(
+            "fidelity",
+            cache,
+            "--config",
+            "small.toml",
+            "--set",
+            "teacher.model=tests.fakes:known_scaled",
+        )
     with pytest.raises(TemperatureError, match="found '1,x'"):
         run("fidelity", cache, "--config", "small.toml", "--temperatures", "1,x")
 

@@ -15,7 +15,7 @@ from softcache.cache import units
 from softcache.stages.cli import main
 from tests.stages.test_cli import CONFIG, Result
 
-SMALL = CONFIG.replace('model = "mlp?width=8"\n', 'model = "tests.fakes_students:restless"\n')
+SMALL = CONFIG.replace('model = "mlp?width=8"\n', 'model = "tests.support.fakes_students:restless"\n')
 
 
 @pytest.fixture

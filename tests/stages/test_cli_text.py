@@ -8,7 +8,7 @@ from click.testing import CliRunner
 
 from softcache.errors import ConfigError
 from softcache.stages.cli import softcache
-from tests.text_caches import write_texts
+from tests.support.text_caches import write_texts
 
 CONFIG = """
 name = "small-lm"

@@ -1,0 +1,142 @@
+"""Compiled records on the CPU: against float64 in torch, where the two share no code."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from softcache.labels.sparsify import LabelSettings, apply_policy, hybrid, row_seeds, sample, top_k, top_p
+from softcache.labels.sparsify.assemble import top_k_indices
+from tests.support.caches import ROOT
+
+INF = math.inf
+ARRAYS = ("log_probs", "log_tail", "target_log_prob", "stats")
+
+
+def make_logits(rows, num_classes, scale=3.0, seed=0):
+    return torch.randn(rows, num_classes, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def assert_agrees(logits_PV, **how):
+    targets = torch.arange(len(logits_PV)) % logits_PV.shape[1]
+    found = top_k(logits_PV, targets_P=targets, **how)
+    wanted = top_k(logits_PV.double(), targets_P=targets, **how)
+    assert torch.equal(found.ids, wanted.ids)
+    for name in ARRAYS:
+        assert getattr(found, name).dtype == torch.float32
+        torch.testing.assert_close(getattr(found, name).double(), getattr(wanted, name), rtol=2e-6, atol=4e-6)
+
+
+@pytest.mark.parametrize(
+    ("num_classes", "k"),
+    [(1, 1), (2, 1), (7, 7), (10, 5), (63, 15), (64, 16), (1000, 10), (4096, 128), (4099, 700)],
+)
+def test_agrees_with_float64(num_classes, k):
+    assert_agrees(make_logits(9, num_classes), k=k)
+
+
+@pytest.mark.parametrize(
+    "temperatures", [(1.0,), (1.0, 1.5), (1.0, 3.0, 100.0), (1.0, 2.0, 8.0), (1.0, 2.0, 16.0)]
+)
+def test_any_grid(temperatures):
+    assert_agrees(make_logits(5, 3000, scale=6.0), k=20, temperatures=temperatures)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 50.0])
+def test_flat_and_steep_rows(scale):
+    assert_agrees(make_logits(6, 500, scale=scale), k=8, temperatures=(1.0, 2.0, 4.0))
+
+
+def test_a_tail_far_below_the_top_keeps_its_digits():
+    logits = make_logits(4, 900)
+    logits[:, 17] += 300.0
+    assert_agrees(logits, k=1)
+
+
+def test_masked_classes_are_as_good_as_absent():
+    logits = make_logits(5, 800)
+    logits[:, ::3] = -INF
+    assert_agrees(logits, k=10)
+    logits[:, 20:] = -INF
+    assert_agrees(logits, k=20)
+
+
+@pytest.mark.parametrize("k", [1, 5, 200, 1024])
+def test_ties_go_to_the_lower_id(k):
+    values = torch.randint(-3, 3, (20, 1024), generator=torch.Generator().manual_seed(1)).float()
+    values[values == 0] = torch.where(torch.arange((values == 0).sum()) % 2 == 0, 0.0, -0.0)
+    wanted = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(top_k_indices(values, k), wanted)
+    assert torch.equal(top_k(values, k=k).ids, wanted)
+
+
+@pytest.mark.parametrize("bad", [math.nan, -math.nan, INF])
+def test_a_bad_logit_anywhere_spoils_its_row_and_no_other(bad):
+    logits = make_logits(6, 300)
+    logits[2, 299] = bad
+    logits[4] = -INF
+    labels = top_k(logits, k=7, check=False, targets_P=torch.zeros(6, dtype=torch.int64))
+    for name in ARRAYS:
+        is_nan = getattr(labels, name).reshape(6, -1).isnan()
+        assert is_nan[[2, 4]].all()
+        assert not is_nan[[0, 1, 3, 5]].any()
+    clean = top_k(logits[[0, 1, 3, 5]], k=7, targets_P=torch.zeros(4, dtype=torch.int64))
+    assert torch.equal(labels.log_tail[[0, 1, 3, 5]], clean.log_tail)
+    assert ((labels.ids >= 0) & (labels.ids < 300)).all()
+
+
+def test_a_row_does_not_depend_on_its_neighbours_or_its_place_in_memory():
+    logits = make_logits(8, 1000)
+    whole = top_k(logits, k=30)
+    strided = torch.empty(8, 2000)[:, ::2].copy_(logits)
+    for row in range(8):
+        for other in (top_k(logits[row : row + 1], k=30), top_k(strided[row : row + 1], k=30)):
+            for name in ("ids", "log_probs", "log_tail", "stats"):
+                assert torch.equal(getattr(other, name)[0], getattr(whole, name)[row]), name
+
+
+def test_every_policy_agrees_with_float64():
+    logits = make_logits(6, 400)
+    seeds = row_seeds(
+        torch.arange(6).numpy().astype("uint64"), torch.ones(6).numpy(), torch.zeros(6).numpy(), 1
+    )
+    runs = {
+        "top_p": lambda x: top_p(x, p=0.8, max_k=30),
+        "sample": lambda x: sample(x, draws=40, seeds_P=seeds),
+        "hybrid": lambda x: hybrid(x, k=5, draws=20, seeds_P=seeds),
+        "dense": lambda x: apply_policy(x, LabelSettings(policy="dense")),
+    }
+    for name, run in runs.items():
+        found, wanted = run(logits), run(logits.double())
+        assert torch.equal(found.ids, wanted.ids), name
+        for array in ("log_probs", "log_tail", "stats"):
+            a, b = getattr(found, array).double(), getattr(wanted, array)
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=4e-6, msg=f"{name} {array}")
+
+
+RECORDS = """
+import hashlib
+import numpy as np
+from softcache.labels.sparsify.kernels import fill_records
+
+x = (np.random.default_rng(0).standard_normal((64, 300)) * 3).astype(np.float32)
+ids, log_probs = np.zeros((64, 12), np.int64), np.zeros((64, 12), np.float32)
+tail, target, stats = (np.zeros(shape, np.float32) for shape in ((64, 8), 64, (64, 4)))
+beta = np.arange(8, 0, -1) / 8
+fill_records(x, True, 12, beta, ids, np.zeros(64, np.int64), log_probs, tail, target, stats)
+print(hashlib.sha256(log_probs.tobytes() + tail.tobytes() + stats.tobytes()).hexdigest())
+"""
+
+
+def test_the_process_that_compiles_makes_the_bits_of_all_that_come_after_it(tmp_path):
+    """numba keeps other machine code than it runs where it compiles."""
+    environment = dict(os.environ) | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", RECORDS]
+    made = {
+        subprocess.run(command, env=environment, cwd=ROOT, check=True, capture_output=True).stdout
+        for _ in range(2)
+    }
+    assert len(made) == 1

@@ -1,0 +1,141 @@
+"""Specs, weights files and normalisation."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from softcache.errors import ConfigError, LabelError, SpecError
+from softcache.models.image import (
+    Normalize,
+    build_model,
+    count_parameters,
+    load_weights,
+    parse_spec,
+    select_device,
+)
+from softcache.teacher.base import ImageTeacher, TeacherSettings, load_image_teacher
+
+SHAPE = (1, 8, 8)
+SPECS = [
+    "linear",
+    "mlp?width=8&depth=2",
+    "cnn?width=4&stages=3",
+    "timm:test_efficientnet",
+    "timm:test_vit?img_size=8&patch_size=2",
+    "torchvision:squeezenet1_1",
+    "tests.models.test_models:tiny?width=3",
+]
+
+
+def tiny(num_classes, input_shape, width=2):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.Linear(width, num_classes))
+
+
+def just_a_name():
+    return "model"
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_spec_builds_a_model_with_one_output_per_class(spec):
+    shape = (1, 64, 64) if "torchvision" in spec else SHAPE
+    model = build_model(spec, num_classes=7, input_shape=shape).eval()
+    assert model(torch.randn(2, *shape)).shape == (2, 7)
+
+
+def test_arguments_are_json_scalars_or_text():
+    assert parse_spec("timm:vit?a=1&b=0.5&c=true&d=gelu").args == {"a": 1, "b": 0.5, "c": True, "d": "gelu"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "match"),
+    [
+        ("timm:resnet1800", "unknown name 'resnet1800'; nearest: .*resnet18"),
+        ("torchvision:resnett18", "nearest: .*resnet18"),
+        ("mpl", "unknown name 'mpl'; built in: linear, mlp, cnn"),
+        ("no.such.module:thing", "No module named 'no'"),
+        ("tests.models.test_models:missing", "has no attribute 'missing'"),
+        ("tests.models.test_models:just_a_name", "expected a torch.nn.Module; found str"),
+        ("mlp?widht=3", "cannot be built .*widht"),
+        ("timm:", "no model name"),
+        ("", "no model name"),
+    ],
+)
+def test_a_wrong_spec_names_what_is_wrong(spec, match):
+    with pytest.raises(SpecError, match=match):
+        build_model(spec, num_classes=7, input_shape=SHAPE)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".wrapped.pt"])
+def test_weights_come_from_safetensors_or_a_state_dict(tmp_path, suffix):
+    model = build_model("mlp", num_classes=3, input_shape=SHAPE)
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".safetensors":
+        save_file(model.state_dict(), path)
+    else:
+        torch.save({"state_dict": model.state_dict()} if "wrapped" in suffix else model.state_dict(), path)
+    other = build_model("mlp", num_classes=3, input_shape=SHAPE)
+    load_weights(other, path)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_weights_that_run_code_are_refused(tmp_path):
+    torch.save({"model": nn.Linear(2, 2)}, tmp_path / "pickled.pt")
+    with pytest.raises(SpecError, match="cannot be loaded"):
+        load_weights(nn.Linear(2, 2), tmp_path / "pickled.pt")
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path):
+    save_file(nn.Linear(2, 2).state_dict(), tmp_path / "a.safetensors")
+    with pytest.raises(SpecError, match=r"missing \['0.weight'"):
+        load_weights(nn.Sequential(nn.Linear(2, 2)), tmp_path / "a.safetensors")
+    with pytest.raises(SpecError, match="size mismatch"):
+        load_weights(nn.Linear(3, 2), tmp_path / "a.safetensors")
+    with pytest.raises(SpecError, match="no such file"):
+        load_weights(nn.Linear(3, 2), tmp_path / "missing.safetensors")
+
+
+def teacher(model, num_classes=4):
+    return ImageTeacher(
+        model,
+        spec="test",
+        num_classes=num_classes,
+        normalize=Normalize((0.5,), (0.25,)),
+        device=torch.device("cpu"),
+        dtype="float32",
+    )
+
+
+def test_the_teacher_normalises_and_evaluates():
+    images = torch.randint(0, 256, (3, 1, 2, 2), dtype=torch.uint8)
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(4, 4))
+    expected = model[2](((images.double() / 255 - 0.5) / 0.25).flatten(1).float())
+    assert torch.allclose(teacher(model).logits(images), expected, atol=1e-6)
+
+
+def test_a_teacher_with_the_wrong_head_is_refused():
+    with pytest.raises(LabelError, match=r"expected logits of shape \(3, 5\) .*; found \(3, 4\)"):
+        teacher(nn.Sequential(nn.Flatten(), nn.Linear(4, 4)), num_classes=5).logits(
+            torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+        )
+
+
+def test_a_random_teacher_is_refused():
+    with pytest.raises(ConfigError, match=r"teacher.weights: missing, and timm:test_vit would be random"):
+        load_image_teacher(
+            TeacherSettings(model="timm:test_vit"),
+            num_classes=4,
+            input_shape=SHAPE,
+            normalize=Normalize((0.5,), (0.5,)),
+            device=torch.device("cpu"),
+            dtype="float32",
+        )
+
+
+def test_unknown_device():
+    with pytest.raises(SpecError, match="device 'warp'"):
+        select_device("warp")
+
+
+def test_parameters_are_counted_without_buffers():
+    assert count_parameters(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))) == 3 * 2 + 2 + 4

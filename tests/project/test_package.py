@@ -1,0 +1,123 @@
+"""The package: what it imports, which extra has what, and what is said where one is missing."""
+
+import json
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+
+import click
+import pytest
+
+import softcache
+from softcache.errors import EXTRA_BY_PACKAGE, MissingExtraError
+from softcache.stages.cli import softcache as group
+from tests.support.caches import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+HEAVY = ["torch", "numba", "zarr", "tensorstore", "pyarrow", "pydantic", "scipy", "pandas"]
+
+LOADED = "import json, sys; before = set(sys.modules); {code}; print(json.dumps(sorted(set(sys.modules) - before)))"
+
+WITHOUT = """
+import sys
+class Without:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {hidden!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Without())
+{code}
+"""
+
+
+def run(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+@pytest.mark.parametrize("code", ["import softcache", "from softcache.stages.cli import softcache"])
+def test_importing_is_light(code):
+    done = run(LOADED.format(code=code))
+    loaded = json.loads(done.stdout)
+    assert "softcache" in loaded
+    assert not {name.partition(".")[0] for name in loaded} & set(HEAVY), "taken along"
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden", "extra"),
+    [("losses", "torch", "vision"), ("SoftLabelLoader", "torch", "vision"), ("sparsify", "torch", "text")],
+)
+def test_a_public_name_says_which_extra_it_needs(name, hidden, extra):
+    done = run(WITHOUT.format(hidden=[hidden], code=f"import softcache; softcache.{name}"))
+    assert f"MissingExtraError: softcache.{name}: {hidden} is not installed" in done.stderr
+    assert f"softcache[{extra}]" in done.stderr
+
+
+def test_a_command_says_which_extra_it_needs():
+    done = run(
+        WITHOUT.format(
+            hidden=["torch"],
+            code="import sys; sys.argv = ['softcache', 'compare']; from softcache.stages.cli import main; main()",
+        )
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "softcache: softcache compare: torch is not installed; pip install 'softcache[vision]'"
+    )
+
+
+@pytest.mark.parametrize("store", ["zarr", "parquet"])
+def test_a_cache_is_verified_without_torch_and_its_teacher_is_not(store):
+    """Checksums and rows need what is in no extra."""
+
+    def verify(*words):
+        words = ["softcache", "verify", f"tests/golden/v1/{store}", *words]
+        code = f"import sys; sys.argv = {words!r}; from softcache.stages.cli import main; main()"
+        return run(WITHOUT.format(hidden=["torch"], code=code))
+
+    done = verify()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("4 units; 0 faults\n")
+    done = verify("--config", "configs/digits.toml")
+    assert done.returncode == 1
+    assert "softcache verify --config: torch is not installed" in done.stderr
+
+
+def test_a_module_that_is_in_no_extra_is_not_explained_away(monkeypatch):
+    monkeypatch.setitem(softcache._HOMES, "Cache", "softcache.there_is_none")
+    with pytest.raises(ModuleNotFoundError, match=r"softcache\.there_is_none") as caught:
+        _ = softcache.Cache
+    assert not isinstance(caught.value, MissingExtraError)
+
+
+def test_every_package_of_an_extra_is_told_of():
+    """What EXTRA_BY_PACKAGE says is what pyproject.toml installs."""
+    distributions = packages_distributions()
+    installed = {}
+    for extra, wanted in PROJECT["optional-dependencies"].items():
+        installed[extra] = {word.partition(">")[0].partition("[")[0].lower() for word in wanted}
+    for package, extra in EXTRA_BY_PACKAGE.items():
+        names = {name.lower().replace("_", "-") for name in distributions[package]}
+        assert names & installed[extra], f"{package} is not in the extra {extra}"
+
+
+def test_all_has_every_extra_of_users():
+    extras = set(PROJECT["optional-dependencies"]) - {"all", "dev", "train", "docs"}
+    told = set(PROJECT["optional-dependencies"]["all"][0].partition("[")[2].rstrip("]").split(","))
+    assert told == extras
+
+
+def test_the_packages_are_those_of_the_tree():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    tree = ROOT / "pipeline"
+    found = {".".join(path.relative_to(tree).parent.parts) for path in tree.rglob("__init__.py")}
+    assert set(listed) == found | {"softcache.stages"}
+
+
+def test_the_citation_is_of_this_version():
+    lines = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert f"version: {softcache.__version__}" in lines
+    assert PROJECT["version"] == softcache.__version__
+
+
+def test_an_unknown_command_is_none_of_the_list():
+    assert group.get_command(click.Context(group), "none") is None

@@ -1,0 +1,316 @@
+"""The loader: a state before every batch gives the rest bit for bit; labels are read once, ahead, and never wrongly."""
+
+import random
+import threading
+import time
+from itertools import chain
+
+import numpy as np
+import pytest
+import torch
+
+from softcache import SoftLabelDataset, SoftLabelLoader, open_cache
+from softcache.errors import AlignmentError, CorruptionError
+from softcache.reader.cache import Cache
+from softcache.reader.dataset import FingerprintedSamples, HardLabelDataset
+from softcache.reader.order import BlockShuffle
+from tests.reader.test_dataset import Renamed, damaged, shards  # noqa: F401
+
+
+def order_of(cache, *, rank=0, num_ranks=1, **changes):
+    options = {
+        "batch_size": 50,
+        "view_of": lambda epoch: epoch % 2,
+        "block_samples": 32,
+        "window_blocks": 2,
+        "seed": 3,
+    }
+    return BlockShuffle(cache.samples_in, rank=rank, num_ranks=num_ranks, **options | changes)
+
+
+@pytest.fixture
+def opened(shared_cache):
+    """A cache of the shared ones that nobody has read yet, and its source."""
+    cache = open_cache(shared_cache[2].url)
+    yield cache, shared_cache[1].train.source
+    cache.close()
+
+
+def loader_of(opened, *, checks=None, source=None, workers=0, ahead=4, **order):
+    cache, there = opened
+    dataset = SoftLabelDataset(source or there, cache, **(checks or {}))
+    return SoftLabelLoader(dataset, order_of(cache, **order), workers=workers, ahead=ahead)
+
+
+def content(batch):
+    """Everything of a batch that a student sees, as bytes."""
+    labels = batch.labels.to_numpy()
+    arrays = [
+        batch.samples,
+        batch.images.numpy(),
+        batch.targets.numpy(),
+        labels.ids,
+        labels.log_probs,
+        labels.log_tail,
+    ]
+    return batch.view, [array.tobytes() for array in arrays]
+
+
+def label_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("softcache-labels")]
+
+
+# -- resume ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def whole(opened):
+    """Two epochs, and the state before each of their batches and after the last."""
+    loader = loader_of(opened)
+    batches, states = [], [loader.state_dict()]
+    for _ in range(2):
+        for batch in loader:
+            batches.append(content(batch))
+            states.append(loader.state_dict())
+    return batches, states
+
+
+def rest(loader, num_batches):
+    out = []
+    while len(out) < num_batches:
+        out += [content(batch) for batch in loader]
+    return out
+
+
+def test_a_state_saved_before_every_batch_gives_the_rest_in_a_fresh_loader(opened, whole):
+    batches, states = whole
+    assert len(batches) == 12
+    for place in range(12):
+        loader = loader_of(opened)
+        loader.load_state_dict(states[place])
+        assert rest(loader, 12 - place) == batches[place:]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+@pytest.mark.parametrize("workers", [1, 3])
+def test_so_it_does_with_loader_processes_which_count_what_was_consumed(opened, whole, workers):
+    batches, states = whole
+    with loader_of(opened, workers=workers) as loader:
+        for place in (0, 1, 4, 5, 7, 11):
+            loader.load_state_dict(states[place])
+            iterator = iter(loader)
+            assert content(next(iterator)) == batches[place]
+            assert loader.state_dict() == states[place + 1], "what was fetched ahead does not count"
+            iterator.close()
+        loader.load_state_dict(states[2])
+        assert rest(loader, 10) == batches[2:]
+
+
+def test_a_change_of_ranks_in_the_middle_of_an_epoch_loses_and_repeats_nothing(opened, whole):
+    whole_samples = [np.frombuffer(batch[1][0], np.int64).tolist() for batch in whole[0][:6]]
+    seen, state = [], order_of(opened[0]).state_dict()
+    for num_ranks, until in ((1, 2), (2, 4), (3, 6)):
+        ranks = [loader_of(opened, rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
+        for loader in ranks:
+            loader.load_state_dict(state)
+        iterators = [iter(loader) for loader in ranks]
+        for _ in range(until - state["step"]):
+            seen.append([sample for iterator in iterators for sample in next(iterator).samples.tolist()])
+        assert len({str(loader.state_dict()) for loader in ranks}) == 1
+        state = ranks[0].state_dict()
+        for iterator in iterators:
+            iterator.close()
+    assert seen == whole_samples
+    assert sorted(chain(*seen)) == list(range(300))
+
+
+def test_leaving_an_epoch_in_the_middle_keeps_the_place(opened, whole):
+    loader, found = loader_of(opened), []
+    while len(found) < 12:
+        for batch in loader:
+            found.append(content(batch))
+            if len(found) % 5 == 4:
+                break
+    assert found == whole[0]
+
+
+def test_an_epoch_ends_at_its_end_and_the_next_begins(opened):
+    loader = loader_of(opened)
+    assert (len(loader), loader.epoch) == (6, 0)
+    views = [{batch.view for batch in loader} for _ in range(3)]
+    assert views == [{0}, {1}, {0}]
+    assert (len(loader), loader.epoch, loader.step) == (6, 3, 0)
+    loader.load_state_dict({"epoch": 1, "step": 6})
+    assert list(loader) == [], "that epoch is done"
+    assert (loader.epoch, loader.step) == (2, 0)
+
+
+def test_an_iteration_of_a_place_that_was_left_is_refused(opened):
+    loader = loader_of(opened)
+    iterator = iter(loader)
+    next(iterator)
+    loader.load_state_dict({"epoch": 0, "step": 4})
+    with pytest.raises(RuntimeError, match="moved from epoch 0, step 1 to epoch 0, step 4"):
+        next(iterator)
+
+
+# -- what is joined ----------------------------------------------------------------------------------------
+
+
+def test_labels_are_those_of_the_batchs_samples(opened, shared_cache):
+    for batch in loader_of(opened):
+        expected = shared_cache[2].read(batch.samples, batch.view)
+        assert np.array_equal(batch.labels.to_numpy().log_tail, expected.log_tail)
+
+
+def test_each_chunk_is_decoded_once_per_epoch_and_no_more_is_kept_than_two_windows(opened, monkeypatch):
+    cache, decoded, real, most = opened[0], [], Cache._decode_block, 0
+
+    def counting(self, key):
+        decoded.append(key)
+        return real(self, key)
+
+    monkeypatch.setattr(Cache, "_decode_block", counting)
+    cache = open_cache(cache.url, window_blocks=2)
+    loader = loader_of((cache, opened[1]), view_of=lambda epoch: 0)
+    for epoch in range(2):
+        for _ in loader:
+            most = max(most, len(cache._blocks._used) + len(cache._blocks._ahead))
+        if epoch == 0:
+            in_epoch = list(decoded[:10])
+    loader.close()
+    cache.close()
+    assert sorted(in_epoch) == [(0, block) for block in range(10)]
+    assert len(decoded) <= 20 + 2, "the second epoch's, and at most the first window of the third ahead"
+    assert most <= 4
+
+
+def test_labels_are_read_ahead_by_a_thread_and_bounded(opened, monkeypatch):
+    read, real = [], Cache.read_stored
+
+    def spy(self, samples, view=0):
+        read.append(threading.current_thread() is threading.main_thread())
+        return real(self, samples, view)
+
+    monkeypatch.setattr(Cache, "read_stored", spy)
+    iterator = iter(loader_of(opened, ahead=2, batch_size=10))
+    for number in range(5):
+        next(iterator)
+        time.sleep(0.01)
+        assert number + 1 <= len(read) <= number + 3
+    assert not any(read)
+    iterator.close()
+
+
+def test_a_thawed_view_is_gathered_where_it_is_needed(opened, monkeypatch):
+    monkeypatch.setattr(SoftLabelLoader, "_coming", None)  # and nothing is decoded ahead
+    cache, source = opened
+    threads, real = [], Cache.read_stored
+
+    def spy(self, samples, view=0):
+        threads.append(threading.current_thread())
+        return chunks(self, samples, view)
+
+    def chunks(self, samples, view):
+        with monkeypatch.context() as patch:
+            patch.setattr(Cache, "thawed", lambda self, view: None)
+            return real(self, samples, view)
+
+    monkeypatch.setattr(Cache, "thawed", lambda self, view: "a memory map")
+    monkeypatch.setattr(Cache, "read_stored", spy)
+    assert len(list(loader_of((cache, source)))) == 6
+    assert set(threads) == {threading.main_thread()}
+
+
+def test_hard_labels_need_no_cache(opened, shared_cache):
+    dataset = HardLabelDataset(shared_cache[1].train)
+    batches = list(SoftLabelLoader(dataset, order_of(opened[0])))
+    assert sorted(np.concatenate([batch.samples for batch in batches])) == list(range(300))
+    assert all(batch.labels is None for batch in batches)
+
+
+def test_a_transform_may_seed_the_process_wide_random_state(opened):
+    """Which pixels get, seeded while a thread reads labels, and what a loop draws are as without threads."""
+    drawn = []
+    for ahead in (0, 4):
+        random.seed(5)
+        torch.manual_seed(5)
+        drawn.append([(random.random(), float(torch.rand(()))) for _ in loader_of(opened, ahead=ahead)])
+    assert drawn[0] == drawn[1]
+
+
+# -- what must never pass ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_changed_pixels_are_caught_and_named(opened, workers):
+    source = Renamed(opened[1], image=33)
+    with (
+        loader_of(opened, source=source, workers=workers) as loader,
+        pytest.raises(AlignmentError, match=rf"sample '{source.key(33)}', view 0: the teacher saw content"),
+    ):
+        list(loader)
+    assert not label_threads()
+
+
+def test_a_worker_that_takes_no_fingerprints_is_caught(opened, monkeypatch):
+    loader = loader_of(opened)
+    monkeypatch.setattr(
+        FingerprintedSamples,
+        "load",
+        lambda self, samples, view: self.data.load(samples, view, fingerprints=False),
+    )
+    with pytest.raises(AlignmentError, match="the student would see 0000000000000000"):
+        list(loader)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_share_that_is_checked_is_a_function_of_sample_and_view(shared_cache, share):
+    samples = np.arange(20_000)
+    one, two = (
+        FingerprintedSamples(shared_cache[1].train, check_share=share, check_first=0) for _ in range(2)
+    )
+    chosen = one.fingerprint_mask(samples, 1)
+    assert chosen.mean() == pytest.approx(share, abs=0.015)
+    assert np.array_equal(two.fingerprint_mask(samples[::-1], 1), chosen[::-1])
+    if 0 < share < 1:
+        both = (chosen & one.fingerprint_mask(samples, 0)).mean()
+        assert both == pytest.approx(share**2, abs=0.015), "views are drawn apart"
+        batch = one.load(samples[:300], 1)
+        assert np.array_equal(batch.fingerprints != 0, chosen[:300])
+
+
+def test_a_failing_checksum_in_a_thread_reaches_the_consumer(damaged, shared_cache):  # noqa: F811
+    for path in shards(damaged):
+        if path.as_posix().endswith("/log_probs/c/0/4/0"):
+            bad = bytearray(path.read_bytes())
+            bad[len(bad) // 2] ^= 4
+            path.write_bytes(bad)
+    cache = open_cache(damaged)
+    loader = loader_of((cache, shared_cache[1].train.source))
+    with pytest.raises(CorruptionError, match=r"unit 4 .*log_probs"):
+        list(loader)
+    assert loader.step < 6
+    assert not label_threads()
+    cache.close()
+
+
+def test_an_error_in_the_loop_leaves_no_thread_and_the_place(opened):
+    loader = loader_of(opened)
+    with pytest.raises(ZeroDivisionError):
+        list(map(lambda batch: 1 // 0, loader))  # noqa: C417
+    assert loader.step == 1
+    loader.close()
+    for _ in range(100):
+        if not label_threads():
+            break
+        time.sleep(0.01)
+    assert not label_threads()
+    assert len(list(loader)) == 5
+
+
+def test_breaking_off_leaves_no_thread_blocked(opened):
+    for place, _ in enumerate(loader_of(opened, ahead=3)):
+        if place == 1:
+            break
+    assert not label_threads()

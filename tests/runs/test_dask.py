@@ -1,0 +1,396 @@
+"""Units on many workers: the same bytes as in a plain run, whatever dies, and every failure by name.
+
+The scheduler's rules are tested with a cluster of made-up answers; the rest with one real Dask cluster of two processes.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+
+import psutil
+import pytest
+
+from benchmarks import scheduling
+from softcache.cache.storage.open import open_objects
+from softcache.errors import ConfigError, IdentityError, RunError, UnitsFailedError
+from softcache.reader.cache import open_cache
+from softcache.runs import capture_labels, open_data, open_teacher, prepare_cache
+from softcache.runs.dask import capture_on_dask
+from softcache.runs.dask.cluster import LocalWorkers, open_client
+from softcache.runs.dask.scheduler import MAX_ATTEMPTS, MAX_CONSECUTIVE_FAILURES, Scheduler, WorkerDied
+from softcache.runs.dask.worker import Job, Outcome, label
+from softcache.teacher.capture.run import UnitMetrics
+from tests.support.caches import ROOT, digits_config, make_cache
+from tests.support.text_caches import make_text_cache, text_config
+
+# -- the scheduler's rules, without a cluster --------------------------------------------------------------
+
+
+class Answers:
+    """A cluster that answers as a function says; `answer(unit, try, avoid)` gives an Outcome, None or an exception."""
+
+    def __init__(self, answer, threads=2):
+        self.answer, self.threads, self.open, self.most = answer, threads, {}, 0
+        self.tries, self.order, self.alone, self.cancelled = Counter(), [], [], []
+
+    def submit(self, unit, *, last, avoid):
+        self.tries[unit] += 1
+        self.order.append((unit, last, avoid))
+        self.open[unit] = self.answer(unit, self.tries[unit], avoid)
+        self.most = max(self.most, len(self.open))
+        if len(self.open) == 1:
+            self.alone.append(unit)
+        return unit
+
+    def on_done(self, handle, call):
+        call()
+
+    def result(self, handle):
+        answer = self.open.pop(handle)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def cancel(self, handles):
+        self.cancelled += list(handles)
+
+    def num_threads(self):
+        return self.threads
+
+    def is_alive(self):
+        return True
+
+
+def made(unit):
+    return Outcome(unit, "w0", UnitMetrics(unit, 0, 1, 1, 1.0, 1.0, 0))
+
+
+def schedule(answer, units, **how):
+    cluster, came = Answers(answer, **how), []
+    scheduler = Scheduler(cluster, units, came.append)
+    return cluster, scheduler, came
+
+
+def test_a_million_units_are_never_all_in_flight():
+    cluster, scheduler, came = schedule(lambda unit, *_: made(unit), iter(range(5000)), threads=3)
+    assert scheduler.run() == []
+    assert sorted(outcome.unit for outcome in came) == list(range(5000))
+    assert cluster.most == 6
+
+
+def test_a_unit_is_tried_three_times_on_other_workers_and_the_rest_goes_on():
+    def answer(unit, number, avoid):
+        return Outcome(unit, f"w{number}", error="bad") if unit == 4 else made(unit)
+
+    cluster, scheduler, came = schedule(answer, range(10))
+    (failure,) = scheduler.run()
+    assert (failure.unit, failure.error, failure.workers) == (4, "bad", ["w1", "w2", "w3"])
+    assert len(came) == 9
+    tries = [(last, sorted(avoid)) for unit, last, avoid in cluster.order if unit == 4]
+    assert tries == [(False, []), (False, ["w1"]), (True, ["w1", "w2"])]
+
+
+def test_a_unit_that_succeeds_at_its_second_try_is_no_failure():
+    def answer(unit, number, avoid):
+        return made(unit) if number == 2 else Outcome(unit, "w1", error="bad")
+
+    _, scheduler, came = schedule(answer, range(20))
+    assert scheduler.run() == []
+    assert len(came) == 20
+
+
+def test_where_everything_fails_the_run_ends_soon():
+    cluster, scheduler, _ = schedule(lambda unit, *_: Outcome(unit, "w0", error="no disk"), range(10_000))
+    with pytest.raises(RunError, match=r"10 units failed one after the other.*no disk"):
+        scheduler.run()
+    assert len(cluster.tries) <= MAX_CONSECUTIVE_FAILURES + 4
+    assert set(cluster.tries.values()) <= set(range(MAX_ATTEMPTS + 1))
+
+
+def test_a_neighbour_of_a_unit_that_kills_its_worker_is_not_blamed():
+    def answer(unit, number, avoid):
+        if unit == 3 or (unit == 5 and number == 1):
+            return WorkerDied("the worker died")
+        return made(unit)
+
+    cluster, scheduler, came = schedule(answer, range(10))
+    assert [failure.unit for failure in scheduler.run()] == [3]
+    assert 5 in {outcome.unit for outcome in came}
+    assert {3, 5} <= set(cluster.alone)
+
+
+def test_lost_and_held_units_are_asked_for_again(monkeypatch):
+    monkeypatch.setattr("softcache.runs.dask.scheduler.HELD_SECONDS", 0.01)
+
+    def answer(unit, number, avoid):
+        if number <= 4:  # more often than a failure would be tried
+            return None if unit % 2 else Outcome(unit, "w0", held=True)
+        return made(unit)
+
+    _, scheduler, came = schedule(answer, range(6))
+    assert scheduler.run() == []
+    assert len(came) == 6
+
+
+# -- a real cluster ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def client():
+    with open_client("auto", LocalWorkers(2, gpus=False, torch_threads=1), dashboard=":0") as client:
+        yield client
+
+
+@pytest.fixture
+def address(client):
+    return client.scheduler.address
+
+
+def files(cache, *, below=""):
+    """Every byte of a cache, by path; what another run staged, or held when it was killed, is left out."""
+    root = cache / below
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file() and ".staging" not in path.parts and path.suffix != ".lock"
+    }
+
+
+def test_images_have_the_bytes_of_a_plain_run(tmp_path, address, shared_cache):
+    report = capture_on_dask(digits_config(), str(tmp_path / "cache"), address)
+    assert (report.units_done, report.units_found, report.rows) == (10, 0, 600)
+    assert report.workers == 2
+    plain = make_cache(tmp_path / "plain")[2]
+    assert files(tmp_path / "cache") == files(tmp_path / "plain")
+    assert not plain.missing_units
+    again = capture_on_dask(digits_config(), str(tmp_path / "cache"), address)
+    assert (again.units_done, again.units_found) == (0, 10)
+
+
+def test_texts_have_the_bytes_of_a_plain_run(tmp_path, address):
+    make_text_cache(tmp_path / "plain", tmp_path, capture={"store": "parquet"})
+    config = text_config(tmp_path, capture={"store": "parquet"})
+    report = capture_on_dask(config, str(tmp_path / "cache"), address, torch_threads=1)
+    assert report.units_done > 2
+    found, expected = files(tmp_path / "cache"), files(tmp_path / "plain")
+    assert [path for path in expected if found.get(path) != expected[path]] == []
+    assert found.keys() == expected.keys()
+
+
+def test_workers_may_have_loader_processes(tmp_path, address):
+    report = capture_on_dask(
+        digits_config(capture={"workers": 1, "evaluate": False}), str(tmp_path / "cache"), address
+    )
+    assert report.units_done == 10
+    make_cache(tmp_path / "plain", capture={"evaluate": False})
+    assert files(tmp_path / "cache") == files(tmp_path / "plain")
+
+
+def test_one_unit_asked_for_twice_at_once_is_made_once(tmp_path, client):
+    config = digits_config(teacher={"model": "tests.fakes:slow"}, capture={"evaluate": False})
+    url, data = str(tmp_path / "cache"), open_data(config)
+    sha256 = prepare_cache(config, data, open_teacher(config, data), url)[2]
+    job = Job(config.model_dump_json(exclude_unset=True), url, sha256)
+    for unit in range(3):
+        twice = [client.submit(label, job, unit, pure=False) for _ in range(4)]
+        outcomes = [future.result() for future in twice]
+        assert [outcome.error for outcome in outcomes] == [None] * 4
+        assert sum(outcome.metrics is not None for outcome in outcomes) == 1
+    assert sorted(open_cache(url).markers) == [0, 1, 2]
+
+
+def test_a_worker_that_is_killed_in_a_unit_costs_nothing_but_time(tmp_path, address):
+    lives = tmp_path / "lives"
+    lives.mkdir()
+    (lives / "one").touch()
+    model = f"tests.fakes:dying?lives={lives}"
+    config = digits_config(teacher={"model": model}, capture={"evaluate": False})
+    report = capture_on_dask(config, str(tmp_path / "cache"), address)
+    assert not list(lives.iterdir()), "a worker did die"
+    assert report.units_done + report.units_found == 10
+    capture_labels(config, data := open_data(config), open_teacher(config, data), str(tmp_path / "plain"))
+    assert files(tmp_path / "cache") == files(tmp_path / "plain")
+
+
+def poisonous_config(sample, view):
+    config = digits_config()
+    data = open_data(config)
+    logit = open_teacher(config, data).logits(data.train.load([sample], view).images)[0, 0]
+    return digits_config(
+        teacher={"model": f"tests.fakes:poisoned?poison={float(logit)!r}"},
+        capture={"evaluate": False},
+    ), data.train.source.key(sample)
+
+
+def test_a_sample_that_the_teacher_cannot_digest_is_named_and_the_rest_is_done(tmp_path, address):
+    config, key = poisonous_config(137, view=1)
+    unit = 5 + 137 // 64
+    expected = rf"1 of 10 units failed 3 times each, the other 9 are done:\n  unit {unit} \(view 1, samples 128 to 191\): "
+    expected += rf"sample '{key}', view 1: RuntimeError: cannot digest this image \(tried on tcp://.*, tcp://.*, tcp://"
+    with pytest.raises(UnitsFailedError, match=expected):
+        capture_on_dask(config, str(tmp_path / "cache"), address)
+    assert list(open_cache(tmp_path / "cache").missing_units) == [unit]
+    assert not list((tmp_path / "cache/units").glob("*.lock"))
+
+
+def test_the_command_joins_a_cluster_and_fails_with_one_message(tmp_path, address, monkeypatch, capsys):
+    from softcache.stages.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    config = digits_config(teacher={"model": "tests.fakes:nan_teacher"}, capture={"evaluate": False})
+    (tmp_path / "small.toml").write_text(
+        '[source]\nname = "digits"\nmax_train_samples = 300\n[views]\nmean = [0.3]\nstd = [0.4]\n'
+        f'[teacher]\nmodel = "{config.teacher.model}"\n[labels]\nk = 4\n'
+        '[capture]\nunit_samples = 100\nchunk_samples = 50\ndevice = "cpu"\nevaluate = false\n'
+    )
+    monkeypatch.setattr(
+        sys, "argv", ["softcache", "teacher-logits", "--config", "small.toml", "--dask", address]
+    )
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert "3 of 3 units failed 3 times each" in err
+    for unit in range(3):
+        assert (
+            f"unit {unit} (view 0, samples {100 * unit} to {100 * unit + 99}): teacher logits of sample"
+            in err
+        )
+
+
+def test_a_plain_capture_and_workers_share_a_cache(tmp_path, address):
+    config = digits_config(teacher={"model": "tests.fakes:slow"}, capture={"evaluate": False})
+    data, url = open_data(config), str(tmp_path / "cache")
+    plain, found = threading.Event(), []
+
+    def capture():
+        plain.set()
+        found.append(capture_labels(config, data, open_teacher(config, data), url)[1])
+
+    thread = threading.Thread(target=capture)
+    thread.start()
+    plain.wait()
+    report = capture_on_dask(config, url, address)
+    thread.join()
+    assert report.units_done + found[0].units_done == 10
+    assert report.units_done + report.units_found == 10
+    capture_labels(config, data, open_teacher(config, data), str(tmp_path / "alone"))
+    assert files(tmp_path / "cache") == files(tmp_path / "alone")
+
+
+def test_workers_refuse_a_cache_of_something_else(tmp_path, address):
+    make_cache(tmp_path / "cache")
+    other = digits_config(teacher={"model": "tests.fakes:known_scaled"})
+    with pytest.raises(RunError, match=r"could not begin: .*made from something else"):
+        capture_on_dask(other, str(tmp_path / "cache"), address)
+
+
+def test_a_worker_whose_weights_differ_from_the_caches_refuses_its_units(tmp_path, monkeypatch):
+    config = digits_config(capture={"evaluate": False})
+    cache = make_cache(tmp_path / "cache", capture={"evaluate": False})[2]
+    job = Job(config.model_dump_json(exclude_unset=True), cache.url, cache.manifest_sha256)
+    monkeypatch.setattr("softcache.teacher.base.digest_weights", lambda state: "0" * 64)
+    outcome = label(job, 0)
+    assert outcome.error is not None
+    assert "teacher.weights_digest" in outcome.error
+    assert IdentityError.__name__ not in outcome.error
+
+
+def test_what_is_no_address_and_where_nobody_answers_is_said(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match=r"--dask 4: expected auto, or a scheduler's address"):
+        capture_on_dask(digits_config(), str(tmp_path / "cache"), "4")
+    monkeypatch.setattr("softcache.runs.dask.cluster.CONNECT_SECONDS", "1s")
+    with pytest.raises(RunError, match="no scheduler answers there"):
+        capture_on_dask(digits_config(), str(tmp_path / "cache"), "tcp://127.0.0.1:1")
+
+
+def test_the_scheduling_benchmark_gives_the_slope_of_both_roads(client):
+    rates = scheduling.rates_on(client, 3, 9, rounds=1)
+    assert set(rates) == {"plain, 3", "plain, 9", "dask, 3", "dask, 9"}
+    made_up = {
+        "plain, 3": [3.0],
+        "plain, 9": [3.0],
+        "dask, 3": [1.0],
+        "dask, 9": [1.5],
+    }  # 1, 3, 3 and 6 seconds
+    rows, overheads = scheduling.figures(made_up, 3, 9)
+    assert overheads == pytest.approx([0.5 - 2 / 6])
+    assert [row.per_second for row in rows] == pytest.approx([3.0, 2.0])
+
+
+# -- the driver dies ---------------------------------------------------------------------------------------
+
+DRIVER = """
+import sys
+from tests.support.caches import digits_config
+from softcache.runs.dask import capture_on_dask
+from softcache.runtime.signals import Interrupted, handle_signals
+if __name__ == "__main__":
+    config = digits_config(teacher={"model": "tests.fakes:slow"}, capture={"evaluate": False, "unit_samples": 32})
+    with handle_signals():
+        try:
+            capture_on_dask(config, sys.argv[1], "auto", workers=1, dashboard=":0")
+        except Interrupted as stopped:
+            sys.exit(stopped.exit_code)
+"""
+
+
+@pytest.mark.chaos
+def test_workers_fill_a_bucket(tmp_path, bucket):
+    report = capture_on_dask(digits_config(), f"{bucket}/cache", "auto", workers=2, dashboard=":0")
+    assert (report.units_done, report.rows, report.workers) == (10, 600, 2)
+    make_cache(tmp_path / "plain")
+    objects = open_objects(f"{bucket}/cache")
+    found = {path: objects.get(path) for path in objects.list("")}
+    assert found == files(tmp_path / "plain"), "and no claim is left"
+
+
+@pytest.mark.chaos
+def test_a_unit_that_kills_every_worker_is_named_and_no_neighbour_is_blamed(tmp_path, address):
+    config, _ = poisonous_config(137, view=1)
+    model = config.teacher.model.replace("poisoned", "deadly")
+    config = digits_config(teacher={"model": model}, capture={"evaluate": False})
+    with pytest.raises(
+        UnitsFailedError, match=r"1 of 10 units failed.*\n  unit 7 \(view 1.*worker process died 3 times"
+    ):
+        capture_on_dask(config, str(tmp_path / "cache"), address)
+    assert list(open_cache(tmp_path / "cache").missing_units) == [7]
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [(signal.SIGKILL, -9), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.chaos)],
+)
+def test_a_driver_that_is_stopped_leaves_no_process_and_a_rerun_finishes(tmp_path, signum, code):
+    url = tmp_path / "cache"
+    (tmp_path / "driver.py").write_text(DRIVER)
+    driver = subprocess.Popen(
+        [sys.executable, tmp_path / "driver.py", url],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    end = time.monotonic() + 120
+    while not list((url / "units").glob("*.json")):
+        assert time.monotonic() < end, "the capture did not begin"
+        assert driver.poll() is None
+        time.sleep(0.02)
+    workers = psutil.Process(driver.pid).children(recursive=True)
+    assert workers
+    driver.send_signal(signum)
+    assert driver.wait(60) == code
+    _, alive = psutil.wait_procs(workers, timeout=30)
+    assert not alive, f"orphans: {alive}"
+    config = digits_config(
+        teacher={"model": "tests.fakes:slow"}, capture={"evaluate": False, "unit_samples": 32}
+    )
+    data = open_data(config)
+    done = len(open_cache(url).markers)
+    assert 0 < done < 20
+    _, report = capture_labels(config, data, open_teacher(config, data), str(url))
+    assert (report.units_done, report.units_found) == (20 - done, done)
+    capture_labels(config, data, open_teacher(config, data), str(tmp_path / "plain"))
+    assert files(url) == files(tmp_path / "plain")

@@ -1,0 +1,238 @@
+"""Students as files: what is written, what is verified, and what is refused."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from softcache.errors import CorruptionError, MissingExtraError, RunError, SpecError
+from softcache.runs import train_student
+from softcache.runs.export import ExportSettings, check_drop, export_run, load_onnxruntime
+from softcache.runs.export import run as running
+from softcache.runs.export.benchmark import count_flops, load_onnx, load_pt2
+from softcache.runs.export.formats import export_program
+from softcache.runs.report import open_report
+from softcache.student.tasks.inference import ImageServing, TokenServing
+from tests.support.caches import make_cache
+from tests.support.text_caches import make_text_cache
+
+FEW = ExportSettings(rounds=2, calibration_samples=40)
+
+
+def train(folder, model="cnn?width=4", **tables):
+    config, data, cache = make_cache(folder / "cache", cache=str(folder / "cache"), **tables)
+    out = folder / model.replace("?", "-")
+    train_student(config, data, model=model, labels="cache", cache=cache, out=out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A finished run on digits, and its export."""
+    folder = tmp_path_factory.mktemp("export")
+    run = train(folder)
+    report = open_report([run])
+    figures = export_run(report, report.runs[0], folder / "out", FEW, cost={"teacher_passes": 2})
+    return run, folder / "out", figures
+
+
+def export_again(run, out, **settings):
+    report = open_report([run])
+    return export_run(report, report.runs[0], out, replace(FEW, **settings))
+
+
+def copied(out, tmp_path, without=()):
+    """A copy of a finished export, as a kill before `without` would have left it."""
+    new = tmp_path / "copy"
+    new.mkdir()
+    for path in Path(out).iterdir():
+        if path.name not in without:
+            (new / path.name).write_bytes(path.read_bytes())
+    state = json.loads((new / "export.json").read_text())
+    for name in without:
+        state["files"].pop(name)
+    (new / "export.json").write_text(json.dumps(state))
+    return new
+
+
+def test_exported_files_say_what_the_student_says(trained):
+    run, out, figures = trained
+    told = figures["models"]
+    assert set(told) == {"teacher", "student", "student.onnx", "student.pt2", "student.int8.onnx"}
+    for name in ("student.onnx", "student.pt2"):
+        assert told[name]["max_difference"] < 1e-4
+        assert told[name]["same_predictions"] == 1.0
+    assert 0 < told["student.int8.onnx"]["max_difference"] < 5
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert told["student"]["accuracy"] == pytest.approx(metrics["accuracy"])
+    assert told["student"]["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    assert told["student"]["rows"] == 100
+    assert set(told["teacher"]["latency_seconds"]) == {"1", "32"}
+    assert json.loads((out / "distill.json").read_text()) == json.loads(json.dumps(figures))
+
+
+def test_the_input_is_the_views_uint8_images_of_any_number(trained):
+    run, out, _ = trained
+    report = open_report([run])
+    task, model = report.student(report.runs[0])
+    onnx, pt2 = load_onnx(out / "student.onnx", input_name="images", threads=1), load_pt2(out / "student.pt2")
+    for rows in (1, 2, 7):
+        images = report.data.evaluation.load(range(rows), 0, fingerprints=False).images
+        assert images.dtype == torch.uint8
+        with torch.no_grad():
+            wanted = task.logits(model, images)
+        torch.testing.assert_close(onnx(images), wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(pt2(images), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_int8_file_holds_int8_weights(trained):
+    import onnx
+
+    graph = onnx.load(trained[1] / "student.int8.onnx").graph
+    convolutions = [node for node in graph.node if node.op_type in ("Conv", "QLinearConv")]
+    int8 = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8}
+    weights = [t for name, t in int8.items() if not name.endswith("zero_point") and len(t.dims) == 4]
+    assert len(weights) == len(convolutions) == 4
+    kept = [t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 4]
+    assert not [name for name in kept if not name.startswith("normalize.")]
+
+
+def test_a_finished_export_is_reported_not_repeated(trained, monkeypatch):
+    run, out, figures = trained
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"}
+    monkeypatch.setattr(running, "export_program", lambda *a, **k: pytest.fail("exported again"))
+    assert export_again(run, out) == json.loads(json.dumps(figures))
+    assert before == {path.name: path.stat().st_mtime_ns for path in out.iterdir() if path.name != ".lock"}
+
+
+def test_a_killed_export_goes_on_and_keeps_what_is_finished(trained, tmp_path):
+    run, out, _ = trained
+    half = copied(out, tmp_path, ("student.onnx", "student.int8.onnx", "distill.json", "README.md"))
+    (half / "student.onnx").write_bytes(b"half")  # renamed, and killed before it was written down
+    (half / ".123.student.onnx").write_bytes(b"staged")
+    before = (half / "student.pt2").stat().st_mtime_ns
+    figures = export_again(run, half)
+    assert (half / "student.pt2").stat().st_mtime_ns == before
+    assert figures["models"]["student.onnx"]["same_predictions"] == 1.0
+    assert not (half / ".123.student.onnx").exists()
+    assert "sha256" in (half / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["student.onnx", "student.pt2", "student.int8.onnx", "distill.json"])
+def test_a_tampered_file_is_refused(trained, tmp_path, name):
+    new = copied(trained[1], tmp_path)
+    data = bytearray((new / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (new / name).write_bytes(data)
+    with pytest.raises(CorruptionError, match=rf"{name}: sha256 .* export.json says"):
+        export_again(trained[0], new)
+
+
+def test_a_file_that_is_gone_is_named(trained, tmp_path):
+    new = copied(trained[1], tmp_path)
+    (new / "student.pt2").unlink()
+    with pytest.raises(CorruptionError, match=r"student.pt2: gone"):
+        export_again(trained[0], new)
+
+
+def test_another_student_is_refused_and_nothing_is_lost(trained, tmp_path):
+    _, out, _ = trained
+    other = train(tmp_path, "mlp?width=8")
+    before = (out / "student.onnx").read_bytes()
+    with pytest.raises(RunError, match=r"holds another student .*student: 'cnn\?width=4'; 'mlp\?width=8'"):
+        export_again(other, out)
+    assert (out / "student.onnx").read_bytes() == before
+
+
+def test_files_of_others_are_not_overwritten(trained, tmp_path):
+    (tmp_path / "student.onnx").write_text("mine")
+    with pytest.raises(RunError, match=r"holds student.onnx, but no export.json"):
+        export_again(trained[0], tmp_path)
+    assert (tmp_path / "student.onnx").read_text() == "mine"
+
+
+def test_a_difference_above_the_tolerance_names_both(trained, tmp_path, monkeypatch):
+    load = running.load_pt2
+    monkeypatch.setattr(running, "load_pt2", lambda path: lambda images: load(path)(images) + 0.5)
+    half = copied(trained[1], tmp_path, ("distill.json", "README.md"))
+    with pytest.raises(
+        RunError, match=r"student.pt2: a logit differs by 0.5 from the torch student cnn\?width=4"
+    ):
+        export_again(trained[0], half)
+    assert (half / "student.pt2").exists()
+    assert not (half / "distill.json").exists()
+
+
+def test_a_tolerance_of_nothing_is_held_against_finished_figures(trained):
+    with pytest.raises(RunError, match="a logit differs by"):
+        export_again(trained[0], trained[1], tolerance=0.0)
+
+
+def test_an_int8_model_that_loses_too_much_is_an_error(trained):
+    figures = json.loads(json.dumps(trained[2]))
+    check_drop(figures, 100.0, trained[1])
+    figures["models"]["student.int8.onnx"]["accuracy"] = figures["models"]["student"]["accuracy"] - 0.03
+    with pytest.raises(RunError, match=r"student.int8.onnx: .* 3.00 points lost, more than --max-drop 2"):
+        check_drop(figures, 2.0, trained[1])
+
+
+def test_flops_are_those_of_a_hand_count(trained):
+    report = open_report([trained[0]])
+    task, _ = report.student(report.runs[0])
+    mlp = task.serve(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10)))
+    images = torch.zeros(3, 1, 8, 8, dtype=torch.uint8)
+    assert count_flops(mlp, images) == 2 * (64 * 8 + 8 * 10)
+    convolution = nn.Sequential(nn.Conv2d(1, 5, 3, padding=1), nn.Flatten(), nn.Linear(320, 10))
+    assert count_flops(task.serve(convolution), images) == 2 * (64 * 5 * 9 + 320 * 10)
+
+
+class Branching(nn.Module):
+    def forward(self, images):
+        return images.flatten(1)[:, :10] if images.sum() > 0 else images.flatten(1)[:, 10:20]
+
+
+def test_a_student_that_does_not_export_says_so():
+    serving = ImageServing(Branching(), nn.Identity(), (1, 8, 8))
+    with pytest.raises(SpecError, match=r"student mine: cannot be exported to torch.export: ") as caught:
+        export_program(serving, torch.zeros(2, 1, 8, 8), name="mine")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_the_extra_it_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(
+        MissingExtraError, match=r"onnxruntime is not installed; pip install 'softcache\[export\]'"
+    ):
+        load_onnxruntime()
+
+
+def test_a_language_model_exports_for_any_batch_and_length(tmp_path):
+    config, data, cache = make_text_cache(tmp_path / "cache", tmp_path)
+    run = tmp_path / "run"
+    model = "gpt2?width=16&depth=1&heads=2"
+    train_student(config, data, model=model, labels="cache", cache=cache, out=run)
+    report = open_report([run], cache_url=cache.url)
+    figures = export_run(report, report.runs[0], tmp_path / "out", FEW)
+    told = figures["models"]
+    assert told["student.onnx"]["same_predictions"] == told["student.pt2"]["same_predictions"] == 1.0
+    metrics = json.loads((run / "metrics.json").read_text())
+    # Documents of a packed sample run as rows of their own, and score as they did in training.
+    assert told["student"]["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    onnx = load_onnx(tmp_path / "out" / "student.onnx", input_name="input_ids", threads=1)
+    for shape in ((1, 1), (3, 9), (2, 32)):
+        assert onnx(torch.zeros(shape, dtype=torch.int64)).shape[:2] == shape
+    assert os.path.getsize(tmp_path / "out" / "student.int8.onnx") > 0
+
+
+def test_documents_are_asked_for_one_by_one(tmp_path):
+    _, data, _ = make_text_cache(tmp_path / "cache", tmp_path)
+    batch = data.evaluation.load(np.arange(3), 0)
+    request = TokenServing(nn.Identity(), context=8, cross_documents=False).ask(batch)
+    assert request.inputs.shape[1] <= 8
+    assert len(request.rows) == batch.num_rows
+    assert torch.equal(request.inputs.flatten()[request.rows], batch.tokens.flatten()[batch.rows])

@@ -1,0 +1,332 @@
+"""The report's numbers against slow obvious ones, and what it refuses."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from softcache.errors import IdentityError, MissingExtraError, RunError
+from softcache.labels.sparsify import LabelSettings, apply_policy
+from softcache.reader.cache import open_cache
+from softcache.runs import capture_labels, open_data, open_teacher, train_student
+from softcache.runs.report import build_sections, open_report, open_run
+from softcache.runs.report.cache_metrics import bytes_per_row
+from softcache.runs.report.examples import Names, galleries
+from softcache.runs.report.metrics import (
+    agrees_with_teacher,
+    break_even,
+    by_class,
+    by_decile,
+    calibration_error,
+    deciles,
+    failed,
+    reliability,
+)
+from softcache.runs.report.plots import Styles, load_plotly
+from softcache.runs.report.predictions import dense_log_probs, observe
+from softcache.tools.shrink import SlimSettings, slim_cache
+from tests.support.caches import digits_config
+from tests.support.report_runs import inside, make_runs
+
+pytest.importorskip("plotly")
+pytest.importorskip("jinja2")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    return folder, make_runs(folder)
+
+
+@pytest.fixture
+def place(made, tmp_path, monkeypatch):
+    """A copy of the runs, to be changed."""
+    shutil.copytree(made[0] / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / made[1]
+
+
+@pytest.fixture(scope="module")
+def held_out(made):
+    with inside(made[0]):
+        report = open_report([made[0] / made[1]])
+        return report, observe(report, split="held-out")
+
+
+def change(run: Path, name: str, **values):
+    path = run / f"{name}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_calibration_error_is_the_weighted_gap_of_ten_bins():
+    draw = np.random.default_rng(0)
+    confidence, correct = draw.uniform(0.01, 0.99, 500).astype(np.float32), draw.random(500) < 0.6
+    expected = 0.0
+    for number in range(10):
+        inside_bin = [i for i in range(500) if number / 10 < confidence[i] <= (number + 1) / 10]
+        if inside_bin:
+            sure = sum(float(confidence[i]) for i in inside_bin) / len(inside_bin)
+            right = sum(bool(correct[i]) for i in inside_bin) / len(inside_bin)
+            expected += len(inside_bin) / 500 * abs(sure - right)
+    assert calibration_error(confidence, correct) == pytest.approx(expected, abs=1e-6)
+    bins = reliability(confidence, correct)
+    assert sum(b.rows for b in bins) == 500
+    assert sum(b.rows / 500 * abs(b.confidence - b.accuracy) for b in bins) == pytest.approx(
+        expected, abs=1e-6
+    )
+
+
+def test_tenths_have_the_least_sure_rows_first_and_equal_sizes():
+    confidence = np.random.default_rng(1).random(57)
+    tenth = deciles(confidence)
+    assert np.bincount(tenth).tolist() in [
+        [6, 6, 6, 5, 6, 6, 5, 6, 6, 5],
+        np.bincount(np.arange(57) * 10 // 57).tolist(),
+    ]
+    assert all(confidence[tenth == n].max() <= confidence[tenth == n + 1].min() for n in range(9))
+    assert by_decile(np.ones(3), deciles(np.arange(3.0))) == [
+        1.0,
+        None,
+        None,
+        1.0,
+        None,
+        None,
+        1.0,
+        None,
+        None,
+        None,
+    ]
+
+
+def test_means_by_class_and_rows_that_follow_or_fail():
+    targets, teacher, student = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0]), np.array([1, 1, 1, 0])
+    assert by_class(student == targets, targets, np.array([0, 1, 2, 3])) == [0.0, 1.0, 0.0, None]
+    assert agrees_with_teacher(teacher, student, targets).tolist() == [1, 3]
+    assert failed(teacher, student, targets).tolist() == [0]
+
+
+@pytest.mark.parametrize(("views", "epochs", "students"), [(8, 40, 1), (8, 3, 3), (1, 1, 1), (9, 3, 3)])
+def test_break_even_is_the_first_number_of_students_with_no_more_passes(views, epochs, students):
+    assert break_even(views, epochs) == students == next(n for n in range(1, 99) if n * epochs >= views)
+
+
+def test_a_record_of_all_classes_gives_the_distribution_back_and_a_short_one_its_mass():
+    logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
+    exact = logits.log_softmax(1)
+    whole = dense_log_probs(apply_policy(logits, LabelSettings(policy="dense")))
+    torch.testing.assert_close(whole, exact, atol=1e-5, rtol=0)
+    short = dense_log_probs(apply_policy(logits, LabelSettings(k=3)))
+    torch.testing.assert_close(short.exp().sum(1), torch.ones(6), atol=1e-5, rtol=0)
+    kept = exact.topk(3)
+    torch.testing.assert_close(short.gather(1, kept.indices), kept.values, atol=1e-5, rtol=0)
+
+
+def test_students_score_what_their_runs_say(held_out):
+    report, observed = held_out
+    assert [said.name for said in observed.students] == [run.name for run in report.runs]
+    for run, said in zip(report.runs, observed.students, strict=True):
+        assert (said.guess_P == observed.targets_P).mean() == pytest.approx(run.metrics["accuracy"], abs=1e-6)
+        assert -said.target_log_prob_P.mean() == pytest.approx(run.metrics["eval_loss"], abs=1e-5)
+
+
+def test_divergence_and_similarity_are_those_of_the_whole_distributions(held_out):
+    report, observed = held_out
+    task, model = report.student(report.runs[0])
+    batch = report.data.evaluation.load(range(len(report.data.evaluation)), 0)
+    with torch.no_grad():
+        student = task.logits(model, batch.images).double().softmax(1)
+    teacher = report.teacher.logits(batch.images).double().softmax(1)
+    kl = (teacher * (teacher.log() - student.log())).sum(1)
+    np.testing.assert_allclose(observed.students[0].kl_P, kl, atol=1e-5)
+    assert np.abs(observed.teacher.kl_P).max() == 0
+    for number in (0, 7):
+        rows = [student[i] for i in range(len(student)) if batch.targets[i] == number]
+        expected = sum(rows) / len(rows)
+        np.testing.assert_allclose(observed.students[0].similarity_CC[number], expected, atol=1e-6)
+
+
+def test_examples_are_those_of_which_the_teacher_was_surest(held_out):
+    report, observed = held_out
+    found = galleries(report, observed, Names(report))
+    assert {gallery.student for gallery in found} == {"linear (cache)", "mlp?width=8 (cache)"}
+    for gallery in found:
+        assert [e.confidence for e in gallery.examples] == sorted(
+            (e.confidence for e in gallery.examples), reverse=True
+        )
+        for example in gallery.examples:
+            assert example.picture.startswith("data:image/png;base64,")
+            if gallery.kind == "follows":
+                assert example.student == example.teacher != example.label
+            else:
+                assert example.teacher == example.label != example.student
+
+
+def test_without_the_teachers_weights_the_cache_speaks_for_it_and_the_page_says_so(place):
+    for run in place.iterdir():
+        change(run, "resolved", teacher={"model": "linear", "weights": "gone.safetensors"})
+    report = open_report([place])
+    assert report.teacher is None
+    sections = {section.key: section for section in build_sections(report)}
+    assert "gone.safetensors" in sections["calibration"].missing[0]
+    assert "through the cache" in sections["knowledge"].missing[0]
+    assert "training split" in sections["compression"].lead
+    said = observe(report, split="training")
+    labels = report.cache.read(np.arange(len(report.cache)), 0)
+    assert said.teacher.guess_P.tolist() == labels.ids[:, 0].tolist()
+
+
+def test_without_cache_and_teacher_each_panel_that_needs_them_says_so(place):
+    shutil.rmtree("runs/test/cache")
+    for run in place.iterdir():
+        change(run, "resolved", teacher=None)
+    sections = {section.key: section for section in build_sections(open_report([place]))}
+    for key in ("knowledge", "compression", "cache", "cost"):
+        assert sections[key].missing, key
+        assert not sections[key].figures
+    assert sections["glance"].figures
+
+
+def test_runs_of_other_data_are_refused_by_name(place):
+    odd = sorted(place.glob("linear-hard*"))[0]
+    change(odd, "config", evaluation="0" * 64)
+    with pytest.raises(IdentityError, match=rf"run .*{odd.name}: of other data than .*evaluation differ"):
+        open_report([place])
+
+
+def test_a_run_whose_cache_is_not_there_is_refused(place):
+    odd = sorted(place.glob("mlp*-cache-*"))[0]
+    change(odd, "config", cache="0" * 64)
+    with pytest.raises(IdentityError, match=rf"{odd.name}: learnt from another cache than runs/test/cache"):
+        open_report([place])
+
+
+def test_data_that_changed_since_are_refused(place):
+    for run in place.iterdir():
+        change(run, "config", source="0" * 64)
+    with pytest.raises(IdentityError, match="its data changed since"):
+        open_report([place])
+
+
+def test_another_cache_at_the_place_is_refused(place):
+    for run in place.glob("*-cache-*"):
+        change(run, "config", cache="0" * 64)
+    with pytest.raises(IdentityError, match="learnt from another cache than runs/test/cache"):
+        open_report([place])
+
+
+def test_an_unfinished_run_is_refused_alone_and_named_in_a_folder(place):
+    odd = sorted(place.iterdir())[0]
+    (odd / "metrics.json").unlink()
+    with pytest.raises(RunError, match="not finished"):
+        open_report([odd])
+    report = open_report([place])
+    assert report.unfinished == [odd]
+    assert odd.name in build_sections(report)[0].missing[-1]
+
+
+def test_one_run_is_asked_for_before_several_are_compared(place):
+    """Not as a report refuses them: that they are of other data is of no interest to who wants one."""
+    change(next(place.iterdir()), "config", source="another")
+    with pytest.raises(RunError, match=r"run .*: expected one run; found 4 in it; name one's own directory"):
+        open_run(place)
+
+
+@pytest.mark.parametrize("open_it", [open_report, open_run])
+def test_a_student_of_other_tokens_is_refused_in_words_for_both_commands(place, open_it):
+    run = next(place.iterdir())
+    change(run, "config", student_data={"tokenizer": "another"})
+    told = r"has another tokenizer than the teacher.*neither report nor export is of such a student: name other runs$"
+    with pytest.raises(RunError, match=told):
+        open_it([run] if open_it is open_report else run)
+
+
+def test_a_folder_without_runs_is_refused(tmp_path):
+    with pytest.raises(RunError, match="expected a run's directory"):
+        open_report([tmp_path])
+
+
+def test_a_fidelity_report_of_another_cache_is_refused(place, tmp_path):
+    path = tmp_path / "fidelity.json"
+    path.write_text(json.dumps({"manifest_sha256": "0" * 64}))
+    with pytest.raises(RunError, match="of another cache"):
+        build_sections(open_report([place]), fidelity=path)
+
+
+def test_the_frontier_shows_the_cache_and_every_kind_of_record(place, tmp_path):
+    report = open_report([place])
+
+    def point(k, size, error):
+        return {
+            "policy": "top_k",
+            "codec": "open float16",
+            "k": k,
+            "bytes_per_position": {"total": size},
+            "temperatures": {"1": {"gradient_error": error}},
+        }
+
+    found = {
+        "manifest_sha256": report.cache.manifest_sha256,
+        "bytes_per_position": {"total": 30.0},
+        "temperatures": {"1": {"gradient_error": 0.02}},
+        "frontier": [point(1, 20.0, 0.1), point(8, 40.0, 0.001), point(10, 50.0, 0.0)],  # the last: rounding
+    }
+    path = tmp_path / "fidelity.json"
+    path.write_text(json.dumps(found))
+    sections = {section.key: section for section in build_sections(report, fidelity=path)}
+    frontier = next(figure for figure in sections["cache"].figures if figure.key == "cache-frontier")
+    kind = "top_k, open float16"
+    rows = [("this cache", "30.0", "2.00e-02"), (kind, "20.0", "1.00e-01"), (kind, "40.0", "1.00e-03")]
+    assert [cells for _, cells in frontier.rows] == rows
+    assert [list(trace["x"]) for trace in frontier.plot["data"]] == [[20.0, 40.0], [30.0]]
+
+
+def test_seeds_of_one_architecture_are_told_apart_and_compared_by_their_mean(place):
+    one = sorted(place.glob("linear-cache-*"))[0]
+    shutil.copytree(one, place / "again")
+    change(place / "again", "metrics", accuracy=0.0)
+    report = open_report([place])
+    assert sorted(run.name for run in report.runs if run.path in (one, place / "again")) == sorted(
+        [f"linear (cache) {one.name}", "linear (cache) again"]
+    )
+    assert "its mean is compared" in build_sections(report)[0].lead
+
+
+def test_without_the_extra_the_error_names_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly.graph_objects", None)
+    with pytest.raises(MissingExtraError, match=r"softcache\[report\]"):
+        load_plotly()
+
+
+def test_students_of_caches_that_keep_less_are_laid_beside_those_of_the_whole_one(tmp_path):
+    with inside(tmp_path):
+        make_runs(tmp_path)
+        whole = open_cache("runs/test/cache")
+        slim_cache(whole, "runs/test/sweep/caches/k-2", SlimSettings(k=2))
+        first = open_report(["runs/test/students"]).runs[0]
+        config = first.config.model_copy(update={"labels": first.config.labels.model_copy(update={"k": 2})})
+        slimmed = open_cache("runs/test/sweep/caches/k-2")
+        train_student(config, open_data(config), model="linear", labels="cache", cache=slimmed)
+        report = open_report(["runs/test/students"])
+        assert [cache.manifest_sha256 for cache in report.caches] == [
+            whole.manifest_sha256,
+            slimmed.manifest_sha256,
+        ]
+        assert {"linear (cache, K = 2)", "linear (cache, K = 4)", "linear (hard)"} <= {
+            r.name for r in report.runs
+        }
+        section = next(section for section in build_sections(report) if section.key == "compression")
+        figure = next(figure for figure in section.figures if figure.key == "compression-bytes")
+        smallest = figure.rows[0][1]
+        assert smallest[:2] == ("linear (cache, K = 2)", "K = 2")
+        assert float(smallest[2]) == pytest.approx(sum(bytes_per_row(slimmed).values()), abs=0.05)
+        colors = [Styles(report.runs).color(run.name) for run in report.runs]
+        assert len(set(colors)) == len(colors), "runs of one architecture are told apart"
+
+        other = digits_config(name="test", cache="elsewhere", views={"padding": 2})
+        capture_labels(other, open_data(other), open_teacher(other, open_data(other)), "elsewhere")
+        with pytest.raises(IdentityError, match=r"learnt from another cache than elsewhere .* once for each"):
+            open_report(["runs/test/students"], cache_url=["elsewhere", "runs/test/cache"])

@@ -1,0 +1,138 @@
+"""A run whose --out is a bucket: there after every checkpoint, gone on with from anywhere, and one run's only."""
+
+import json
+import shutil
+
+import pytest
+
+from softcache.cache.storage.open import open_objects
+from softcache.errors import CorruptionError, RunError
+from softcache.runs import open_data, train_student
+from softcache.student import loop as student
+from softcache.student.bucket_sync import BucketSync
+from tests.support.caches import digits_config
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Returns a function that goes to another machine: one without local copies of any run."""
+
+    def go_to(name):
+        monkeypatch.setenv("SOFTCACHE_RUNS_DIR", str(tmp_path / name))
+
+    go_to("first")
+    return go_to
+
+
+def train(cache, out, **settings):
+    config = digits_config(train=settings)
+    return train_student(config, open_data(config), model="mlp?width=8", labels="cache", cache=cache, out=out)
+
+
+class Killed(BaseException):
+    pass
+
+
+def stop_after(epochs, monkeypatch):
+    """The run dies when it evaluates for the last time of so many, after the checkpoints before that."""
+    evaluate, left = student.Trainer.evaluate, [epochs]
+
+    def dying(loop):
+        if not left[0]:
+            raise Killed
+        left[0] -= 1
+        return evaluate(loop)
+
+    monkeypatch.setattr(student.Trainer, "evaluate", dying)
+    return lambda: monkeypatch.setattr(student.Trainer, "evaluate", evaluate)
+
+
+def test_a_finished_run_lies_in_the_bucket_as_it_would_in_a_folder(bucket, machine, shared_cache, tmp_path):
+    cache, url = shared_cache[2], f"{bucket}/run"
+    there, here = train(cache, url), train(cache, tmp_path / "run")
+    assert there["history"] == here["history"]
+    assert there["out"] == url
+    objects = open_objects(url)
+    names = sorted(p.name for p in (tmp_path / "run").iterdir() if p.is_file())
+    assert objects.list("") == names
+    for name in ("model.safetensors", "best.safetensors", "config.json"):
+        assert objects.get(name) == (tmp_path / "run" / name).read_bytes()
+    assert json.loads(objects.get("metrics.json"))["history"] == here["history"]
+
+
+def test_another_machine_reports_a_finished_run_and_trains_nothing(
+    bucket, machine, shared_cache, monkeypatch
+):
+    metrics = train(shared_cache[2], f"{bucket}/run")
+    machine("second")
+    stop_after(0, monkeypatch)
+    assert train(shared_cache[2], f"{bucket}/run") == metrics
+
+
+def test_another_machine_goes_on_from_the_last_checkpoint(
+    bucket, machine, shared_cache, tmp_path, monkeypatch
+):
+    cache, url = shared_cache[2], f"{bucket}/run"
+    expected = train(cache, tmp_path / "run", epochs=3)
+    again = stop_after(2, monkeypatch)
+    with pytest.raises(Killed):
+        train(cache, url, epochs=3)
+    objects = open_objects(url)
+    assert objects.size("metrics.json") is None
+    named = json.loads(objects.get("checkpoint.json"))["files"]
+    assert len(objects.list("checkpoint")) == len(set(named)), "files of the checkpoint before are gone"
+    again()
+    machine("second")
+    evaluated = []
+    evaluate = student.Trainer.evaluate
+    monkeypatch.setattr(student.Trainer, "evaluate", lambda loop: evaluated.append(1) or evaluate(loop))
+    assert train(cache, url, epochs=3)["history"] == expected["history"]
+    assert len(evaluated) == 1, "two of three epochs were done"
+    assert objects.get("model.safetensors") == (tmp_path / "run/model.safetensors").read_bytes()
+    assert objects.list("checkpoint") == []
+
+
+def test_another_run_is_refused(bucket, machine, shared_cache):
+    train(shared_cache[2], f"{bucket}/run", epochs=1)
+    for name in ("first", "second"):
+        machine(name)
+        with pytest.raises(RunError, match=r"holds another run .*train\.lr"):
+            train(shared_cache[2], f"{bucket}/run", epochs=1, lr=0.5)
+
+
+def test_a_damaged_checkpoint_is_named(bucket, machine, shared_cache, monkeypatch):
+    url = f"{bucket}/run"
+    stop_after(1, monkeypatch)
+    with pytest.raises(Killed):
+        train(shared_cache[2], url)
+    machine("second")
+    objects = open_objects(url)
+    path = next(path for path in objects.list("checkpoint") if path.endswith("model.safetensors"))
+    good = objects.get(path)
+    objects.put(path, good[:-1])
+    with pytest.raises(CorruptionError, match=r"model\.safetensors is damaged"):
+        train(shared_cache[2], url)
+    objects.delete(path)
+    with pytest.raises(CorruptionError, match=r"model\.safetensors is missing"):
+        train(shared_cache[2], url)
+    for bad in (b"[]", b'{"files": {"../x": "00"}}', b'{"files": {"/etc/x": "' + b"0" * 64 + b'"}}'):
+        objects.put("checkpoint.json", bad)
+        with pytest.raises(CorruptionError, match=r"checkpoint\.json is not a list of files"):
+            train(shared_cache[2], url)
+
+
+def test_a_run_that_stopped_before_its_end_was_sent_is_sent(bucket, machine, shared_cache):
+    url = f"{bucket}/run"
+    metrics = train(shared_cache[2], url, epochs=1)
+    objects = open_objects(url)
+    everything = {path: objects.get(path) for path in objects.list("")}
+    for path in ("metrics.json", "model.safetensors"):
+        objects.delete(path)
+    assert train(shared_cache[2], url, epochs=1) == metrics
+    assert {path: objects.get(path) for path in objects.list("")} == everything
+
+
+def test_a_folder_that_is_thrown_away_is_made_again(bucket, machine, shared_cache):
+    metrics = train(shared_cache[2], f"{bucket}/run", epochs=1)
+    shutil.rmtree(BucketSync(f"{bucket}/run").folder)
+    assert train(shared_cache[2], f"{bucket}/run", epochs=1) == metrics

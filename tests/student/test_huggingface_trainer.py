@@ -1,0 +1,528 @@
+"""DistillTrainer: the same steps as a loop written by hand, whatever the Trainer's own settings."""
+
+import copy
+import inspect
+import os
+import runpy
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
+from safetensors.torch import save_file
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, TrainerCallback, TrainingArguments
+
+from softcache.config.run import load_config
+from softcache.data.sources.text.source import load_tokenizer, open_text
+from softcache.data.tokens import TokenData
+from softcache.errors import (
+    AlignmentError,
+    ConfigError,
+    IdentityError,
+    IncompleteCacheError,
+    SpecError,
+)
+from softcache.losses import cross_entropy, distillation_loss
+from softcache.models.language import build_language_model, split
+from softcache.reader.cache import open_cache
+from softcache.reader.dataset import HardLabelDataset, SoftLabelDataset
+from softcache.runs import capture_labels, open_data, open_teacher
+from softcache.student.integrations.huggingface import DistillTrainer
+
+ROOT = Path(__file__).parent.parent.parent
+VOCAB, SEQ_LEN = 300, 32
+SENTENCE = "the cache keeps what a teacher said of every token so that many students may learn it later on"
+
+
+def write_config(folder):
+    """A TOML with a few dozen short documents, a 300-token BPE and a random teacher."""
+    words = SENTENCE.split()
+    lines = (" ".join(words[(i * 7 + j * j) % len(words)] for j in range(4 + i % 9)) for i in range(110))
+    (folder / "text.txt").write_text("\n\n".join(lines) + "\n")
+    teacher = "gpt2?width=16&depth=1&heads=2"
+    torch.manual_seed(0)
+    state = build_language_model(teacher, vocab_size=VOCAB, context=SEQ_LEN).state_dict()
+    save_file({name: 20 * tensor.clone() for name, tensor in state.items()}, folder / "teacher.safetensors")
+    (folder / "run.toml").write_text(f"""
+[source]
+modality = "text"
+name = "hf"
+path = "{folder / "text.txt"}"
+tokenizer = "bpe?vocab_size={VOCAB}"
+seq_len = {SEQ_LEN}
+data_dir = "{folder / "data"}"
+[teacher]
+model = "{teacher}"
+weights = "{folder / "teacher.safetensors"}"
+[labels]
+k = 5
+[capture]
+unit_samples = 20
+chunk_samples = 5
+batch_size = 8
+device = "cpu"
+evaluate = false
+""")
+    return folder / "run.toml"
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """(folder, source settings, cache), made once and never changed."""
+    folder = tmp_path_factory.mktemp("trainer")
+    config = load_config(write_config(folder))
+    data = open_data(config)
+    cache, _ = capture_labels(config, data, open_teacher(config, data), str(folder / "cache"))
+    return folder, config.source, cache
+
+
+def llama(vocab=VOCAB, **settings):
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"vocab_size": vocab, "max_position_embeddings": 64, "initializer_range": 0.2}
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes | ids | settings))
+
+
+def arguments(out, **settings):
+    base = {
+        "use_cpu": True,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 4,
+        "max_steps": 3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(str(out), **base | settings)
+
+
+def trainer_of(labelled, out, model=None, *, temperature=2.0, alpha=0.7, settings=None, **more):
+    _, source, cache = labelled
+    return DistillTrainer(
+        llama() if model is None else model,
+        arguments(out, **settings or {}),
+        cache=open_cache(cache.url),
+        source=open_text(source, split="train"),
+        temperature=temperature,
+        alpha=alpha,
+        **more,
+    )
+
+
+def trained(*args, **kwargs):
+    """Returns (weights, logged losses) of a finished trainer."""
+    trainer = trainer_of(*args, **kwargs)
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}, losses
+
+
+def assert_same(found, expected, **tolerance):
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(
+            tensor, expected[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance
+        )
+
+
+EXACT = {"rtol": 0, "atol": 0}
+ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def dense_logits(model, batch):
+    """[P, V], made as nobody in the package would: the whole batch at once."""
+    parts = split(model)
+    return parts.logits(parts.hidden(batch.tokens, batch.segments).flatten(0, 1)[batch.rows])
+
+
+# -- the loss ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.9), (3.0, 1.0), (2.0, 0.0)])
+def test_it_takes_the_steps_of_a_loop_written_by_hand(labelled, tmp_path, temperature, alpha):
+    sequential = {"train_sampling_strategy": "sequential"}
+    found, losses = trained(labelled, tmp_path, temperature=temperature, alpha=alpha, settings=sequential)
+    _, source, cache = labelled
+    dataset = SoftLabelDataset(open_text(source, split="train"), cache)
+    model, expected = llama().train(), []
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _, batch in zip(
+        range(3), DataLoader(dataset, batch_size=4, collate_fn=dataset.collate), strict=False
+    ):
+        how = {"temperature": temperature, "alpha": alpha}
+        loss = distillation_loss(dense_logits(model, batch), batch.labels, batch.targets, **how)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.item())
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert_same(found, model.state_dict(), **ROUNDING)
+    assert not torch.equal(found["lm_head.weight"], llama().state_dict()["lm_head.weight"])
+
+
+def test_accumulated_steps_are_one_step_of_the_whole_batch(labelled, tmp_path):
+    """A peer divides the loss by the mask twice, and indexes its labels by optimizer step."""
+    whole, losses = trained(labelled, tmp_path, settings={"per_device_train_batch_size": 12})
+    for pieces in (3, 4):
+        settings = {"per_device_train_batch_size": 12 // pieces, "gradient_accumulation_steps": pieces}
+        found, found_losses = trained(labelled, tmp_path, settings=settings)
+        assert found_losses == pytest.approx(losses, rel=1e-5)
+        assert_same(found, whole, **ROUNDING)
+
+
+def test_a_short_last_batch_counts_by_its_rows(labelled, tmp_path):
+    """An epoch's last step may have fewer batches than it accumulates, the last of them smaller."""
+    _, source, _ = labelled
+    size = len(open_text(source, split="train"))
+    assert size % 3
+    assert -(-size // 3) % 5
+    epoch = {"max_steps": -1, "num_train_epochs": 1}
+    pieces = epoch | {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5}
+    found, losses = trained(labelled, tmp_path, settings=pieces)
+    whole = epoch | {"per_device_train_batch_size": 15}
+    expected, expected_losses = trained(labelled, tmp_path, settings=whole)
+    assert losses == pytest.approx(expected_losses, rel=1e-5)
+    assert_same(found, expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("family", ["opt", "gemma2"])
+def test_other_families_learn_too(labelled, tmp_path, family):
+    """OPT has to run one document per row; Gemma caps its logits."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": VOCAB}
+    more = {
+        "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16},
+        "gemma2": {"head_dim": 8, "num_key_value_heads": 2},
+    }
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **sizes, **more[family], max_position_embeddings=64)
+    _, losses = trained(
+        labelled, tmp_path, AutoModelForCausalLM.from_config(config), settings={"max_steps": 6}
+    )
+    assert losses[-1] < losses[0]
+
+
+# -- the Trainer's settings --------------------------------------------------------------------------------
+
+
+def test_no_setting_drops_the_labels_or_changes_the_steps(labelled, tmp_path):
+    """A peer loses its cached columns to remove_unused_columns, which is on by default."""
+    expected, losses = trained(labelled, tmp_path, settings={"remove_unused_columns": True})
+    for settings in (
+        {"remove_unused_columns": False},
+        {"activation_checkpointing": True},
+        {"dataloader_num_workers": 1},
+    ):
+        found, found_losses = trained(labelled, tmp_path, settings=settings)
+        assert found_losses == losses, settings
+        assert_same(found, expected, **EXACT)
+
+
+def test_bf16_runs_the_loss_in_the_models_autocast(labelled, tmp_path):
+    seen = []
+
+    class Spy(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append({parameter.dtype for parameter in model.parameters()})
+
+    _, expected = trained(labelled, tmp_path)
+    _, losses = trained(labelled, tmp_path, settings={"bf16": True}, callbacks=[Spy()])
+    assert losses != expected
+    assert losses == pytest.approx(expected, rel=3e-2)
+    assert seen == [{torch.float32}] * 3
+    _, losses = trained(labelled, tmp_path, llama().bfloat16())
+    assert losses == pytest.approx(expected, rel=3e-2)
+
+
+def test_a_resumed_run_ends_with_the_same_weights(labelled, tmp_path):
+    """From the middle of the second epoch, between two accumulated steps, with dropout."""
+    settings = {
+        "optim": "adamw_torch",
+        "lr_scheduler_type": "linear",
+        "gradient_accumulation_steps": 2,
+        "max_steps": 9,
+        "save_strategy": "steps",
+        "save_steps": 8,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
+    model = llama(attention_dropout=0.2)
+    more = {"settings": settings, "eval_dataset": open_text(labelled[1], split="eval")}
+    expected, _ = trained(labelled, tmp_path, copy.deepcopy(model), **more)
+    trainer = trainer_of(labelled, tmp_path, copy.deepcopy(model), **more)
+    steps = -(-len(trainer.get_train_dataloader()) // 2)
+    assert steps < 8 < 2 * steps
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert_same(trainer.model.state_dict(), expected, **EXACT)
+
+
+def test_what_is_saved_is_the_model_itself(labelled, tmp_path):
+    trainer = trainer_of(labelled, tmp_path, processing_class=load_tokenizer(labelled[1]))
+    trainer.train()
+    trainer.save_model()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(trainer.model)
+    assert_same(loaded.state_dict(), trainer.model.state_dict(), **EXACT)
+    assert (tmp_path / "tokenizer.json").exists()
+
+
+def test_the_model_is_still_an_ordinary_model(labelled, tmp_path):
+    model, ids = llama(), torch.arange(8)[None]
+    before = model(ids, labels=ids).loss
+    first = trainer_of(labelled, tmp_path, model)
+    second = trainer_of(labelled, tmp_path, model, temperature=5.0)
+    assert torch.equal(model(input_ids=ids, labels=ids).loss, before)
+    assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 10)
+    double = copy.deepcopy(model)
+    nn.init.zeros_(model.lm_head.weight)
+    assert not double(ids).logits.eq(0).all()  # a copy runs on its own weights
+    (inputs,), _ = first.get_batch_samples(iter(first.get_train_dataloader()), 1, torch.device("cpu"))
+    assert first.compute_loss(model, inputs) != second.compute_loss(
+        model, inputs
+    )  # and each trainer on its own loss
+
+
+def test_a_model_that_accelerate_has_hooked_learns_too(labelled, tmp_path):
+    """A model loaded with a device_map has a forward that is no method of its class."""
+    expected, _ = trained(labelled, tmp_path)
+    model = llama()
+    add_hook_to_module(model, ModelHook())
+    found, _ = trained(labelled, tmp_path, model)
+    assert_same(found, expected, **EXACT)
+    parameters = list(inspect.signature(model.forward).parameters)
+    assert parameters == list(inspect.signature(llama().forward).parameters)
+
+
+def test_every_epoch_sees_every_sample_in_another_order(labelled, tmp_path):
+    trainer = trainer_of(labelled, tmp_path)
+    loader, orders = trainer.get_train_dataloader(), []
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        orders.append([int(sample) for batch in loader for sample in batch.samples])
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(len(trainer.train_dataset)))
+
+
+def test_tokens_are_counted_without_the_padding(labelled, tmp_path):
+    trainer = trainer_of(
+        labelled, tmp_path, settings={"include_num_input_tokens_seen": "non_padding", "max_steps": 12}
+    )
+    trainer.train()
+    source = open_text(labelled[1], split="train")
+    assert len(trainer.get_train_dataloader()) == 12  # one epoch
+    assert trainer.state.num_input_tokens_seen == source.num_tokens
+    assert trainer.state.total_flos > 0
+
+
+def test_a_model_can_be_made_by_the_trainer(labelled, tmp_path):
+    expected, _ = trained(labelled, tmp_path)
+    _, source, cache = labelled
+    trainer = DistillTrainer(
+        model_init=lambda: llama(),
+        args=arguments(tmp_path),
+        cache=cache,
+        source=open_text(source, split="train"),
+        temperature=2,
+        alpha=0.7,
+    )
+    for _ in range(2):
+        trainer.train()
+        assert_same(trainer.model.state_dict(), expected, **EXACT)
+
+
+# -- evaluation --------------------------------------------------------------------------------------------
+
+
+def test_evaluation_is_the_mean_over_all_rows_of_the_split(labelled, tmp_path):
+    held_out = open_text(labelled[1], split="eval")
+    everything = HardLabelDataset(TokenData(held_out))
+    batch = everything.__getitems__([(sample, 0) for sample in range(len(held_out))])
+    with torch.no_grad():
+        expected = float(cross_entropy(dense_logits(llama().eval(), batch), batch.targets).mean())
+    for settings in ({}, {"per_device_eval_batch_size": 2}, {"dataloader_num_workers": 1}):
+        trainer = trainer_of(labelled, tmp_path, eval_dataset=held_out, settings=settings)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    named = trainer_of(labelled, tmp_path, eval_dataset={"one": held_out}).evaluate()
+    assert named["eval_one_loss"] == pytest.approx(expected, rel=1e-5)
+    assert named["eval_one_perplexity"] == pytest.approx(2.718281828**expected, rel=1e-4)
+    assert 0 <= named["eval_one_accuracy"] <= 1
+    half = trainer_of(labelled, tmp_path, settings={"bf16_full_eval": True})
+    assert half.evaluate(held_out)["eval_loss"] == pytest.approx(expected, rel=2e-2)
+
+
+def test_evaluation_between_steps_changes_no_step(labelled, tmp_path):
+    model, held_out = llama(attention_dropout=0.2), open_text(labelled[1], split="eval")
+    expected, _ = trained(labelled, tmp_path, copy.deepcopy(model))
+    settings = {"eval_strategy": "steps", "eval_steps": 1}
+    trainer = trainer_of(labelled, tmp_path, copy.deepcopy(model), settings=settings, eval_dataset=held_out)
+    trainer.train()
+    assert_same(trainer.model.state_dict(), expected, **EXACT)
+    evaluated = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+    assert len(evaluated) == 3
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluated[-1], abs=1e-6)
+
+
+def test_prediction_is_refused(labelled, tmp_path):
+    with pytest.raises(ConfigError, match=r"predict: it would keep the logits .* use evaluate\(\)"):
+        trainer_of(labelled, tmp_path).predict(None)
+
+
+# -- what does not fit -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_changed_sample_stops_the_training(labelled, tmp_path, workers):
+    _, source, cache = labelled
+    trainer = trainer_of(labelled, tmp_path, settings={"dataloader_num_workers": workers, "max_steps": 40})
+    changed = open_text(source, split="train").sample(3).tokens.tobytes()
+    table = next(
+        path for path in Path(source.data_dir).glob("tokens/*/samples.arrow") if changed in path.read_bytes()
+    )
+    whole = table.read_bytes()
+    try:
+        with table.open("r+b") as file:  # in place: size, path and digest stay
+            file.seek(whole.index(changed) + 8)
+            file.write((7).to_bytes(4, "little"))
+        with pytest.raises(AlignmentError, match=r"the teacher saw content .* the student would see"):
+            trainer.train()
+    finally:
+        with table.open("r+b") as file:
+            file.write(whole)
+    SoftLabelDataset(open_text(source, split="train"), cache)[3]
+
+
+def test_another_source_or_an_unfinished_cache_is_refused(labelled, tmp_path, shared_cache):
+    _, source, cache = labelled
+    other = open_text(source, split="eval")
+    with pytest.raises(AlignmentError, match="samples were labelled, the source has"):
+        DistillTrainer(llama(), arguments(tmp_path), cache=cache, source=other)
+    _, data, images = shared_cache
+    with pytest.raises(ConfigError, match="labels of kind 'image'; DistillTrainer is for language models"):
+        DistillTrainer(llama(), arguments(tmp_path), cache=images, source=data.train)
+    half = open_cache(cache.url)
+    half._markers = {0: cache.markers[0]}
+    with pytest.raises(IncompleteCacheError, match="units are missing; rerun `softcache teacher-logits`"):
+        DistillTrainer(llama(), arguments(tmp_path), cache=half, source=open_text(source, split="train"))
+
+
+def test_a_student_of_another_tokenizer_is_refused(labelled, tmp_path):
+    _, source, _ = labelled
+    other = load_tokenizer(source.model_copy(update={"tokenizer": "bpe?vocab_size=290"}))
+    with pytest.raises(
+        IdentityError, match=r"processing_class: its tokenizer .* 290 tokens.* would be read as another"
+    ):
+        trainer_of(labelled, tmp_path, processing_class=other)
+    llama().save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    trainer_of(labelled, tmp_path, model)  # no tokenizer there: nothing to compare
+    other.save_pretrained(tmp_path / "model")
+    with pytest.raises(IdentityError, match=r"model .*/model: its tokenizer"):
+        trainer_of(labelled, tmp_path, model)
+    load_tokenizer(source).save_pretrained(tmp_path / "model")
+    trainer_of(labelled, tmp_path, model)
+
+
+def test_a_student_without_a_head_or_with_too_small_a_one_is_refused(labelled, tmp_path):
+    with pytest.raises(SpecError, match="no head: expected get_output_embeddings"):
+        trainer_of(labelled, tmp_path, nn.Linear(2, 2))
+    with pytest.raises(
+        SpecError, match=r"head has 290 rows; .* labels 300 tokens; resize_token_embeddings\(300\)"
+    ):
+        trainer_of(labelled, tmp_path, llama(290))
+    trained(labelled, tmp_path, llama(320), settings={"max_steps": 1})  # a padded vocabulary is fine
+    with pytest.raises(SpecError, match="takes rows of at most 16 tokens; found rows of 32"):
+        trainer_of(labelled, tmp_path, llama(max_position_embeddings=16))
+    trained(labelled, tmp_path, llama(max_position_embeddings=16), context=16, settings={"max_steps": 1})
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"train_dataset": [1]}, "train_dataset would be ignored; training samples come from `source`"),
+        ({"compute_metrics": print}, "compute_metrics would be ignored; .*evaluate"),
+        ({"compute_loss_func": print}, "compute_loss_func would be ignored"),
+        ({"data_collator": print}, "data_collator would be ignored"),
+        ({"eval_dataset": [1]}, "eval_dataset: expected a source of tokens; found list; pass open_text"),
+        ({"settings": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor 0.1 would be ignored"),
+        ({"settings": {"train_sampling_strategy": "group_by_length"}}, "group_by_length.*shuffled by blocks"),
+        ({"settings": {"use_liger_kernel": True}}, "use_liger_kernel replaces the model's forward"),
+        ({"temperature": 0.5}, "temperature: input should be greater than or equal to 1; found 0.5"),
+        ({"alpha": 2.0}, "alpha: input should be less than or equal to 1"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(labelled, tmp_path, more, match):
+    with pytest.raises(ConfigError, match=match):
+        trainer_of(labelled, tmp_path, **more)
+
+
+def test_an_evaluation_source_of_another_tokenizer_is_refused(labelled, tmp_path):
+    other = open_text(labelled[1].model_copy(update={"tokenizer": "bpe?vocab_size=290"}), split="eval")
+    with pytest.raises(AlignmentError, match=r"eval_dataset: source .* tokens of another tokenizer"):
+        trainer_of(labelled, tmp_path, eval_dataset=other)
+
+
+# -- several processes, and the example --------------------------------------------------------------------
+
+
+def _rank(rank, port, labelled, out, settings):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    folder, source, url = labelled
+    cache = open_cache(url)
+    held_out = open_text(source, split="eval")
+    trainer = trainer_of((folder, source, cache), out, settings=settings, eval_dataset=held_out)
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    found = (trainer.model.state_dict(), losses, trainer.evaluate()["eval_loss"])
+    torch.save(found, f"{out}/rank-{rank}.pt")
+    # In mid-epoch, accelerate alone would give several ranks the order of the first epoch again.
+    settings |= {"max_steps": 8, "save_strategy": "steps", "save_steps": 7}
+    whole = trainer_of((folder, source, cache), out, settings=settings)
+    whole.train()
+    resumed = trainer_of((folder, source, cache), out, settings=settings)
+    resumed.train(resume_from_checkpoint=f"{out}/checkpoint-7")
+    assert_same(resumed.model.state_dict(), whole.model.state_dict(), **EXACT)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_take_the_steps_of_one(labelled, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder, source, cache = labelled
+    held_out = open_text(source, split="eval")
+    alone = trainer_of(labelled, tmp_path, settings={"per_device_train_batch_size": 8}, eval_dataset=held_out)
+    alone.train()
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
+    args = (port, (folder, source, cache.url), str(tmp_path), settings)
+    torch.multiprocessing.spawn(_rank, args, nprocs=2)
+    for rank in (0, 1):
+        weights, losses, eval_loss = torch.load(tmp_path / f"rank-{rank}.pt")
+        assert_same(weights, alone.model.state_dict(), **ROUNDING)
+        assert losses == pytest.approx(
+            [row["loss"] for row in alone.state.log_history if "loss" in row], rel=1e-5
+        )
+        assert eval_loss == pytest.approx(alone.evaluate()["eval_loss"], rel=1e-6)
+
+
+def test_the_example_runs(labelled, tmp_path, monkeypatch, capsys):
+    folder, _, cache = labelled
+    monkeypatch.setattr(
+        sys, "argv", ["hf_trainer.py", cache.url, str(folder / "run.toml"), str(tmp_path / "out")]
+    )
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    example = ROOT / "examples" / "hf_trainer.py"
+    runpy.run_path(str(example), run_name="__main__")
+    assert "eval_loss" in capsys.readouterr().out
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.hidden_size == 96
+    assert len(example.read_text().splitlines()) <= 30

@@ -1,0 +1,33 @@
+"""Small real caches of the embedded digits, labelled by a teacher whose answers are known."""
+
+from pathlib import Path
+
+from softcache.config.run import RunConfig
+from softcache.runs import capture_labels, open_data, open_teacher
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def digits_config(**tables) -> RunConfig:
+    """The digits with the known teacher; tables are merged key by key."""
+    base = {
+        "name": "test",
+        "source": {"name": "digits", "max_train_samples": 300, "max_eval_samples": 100},
+        "views": {"crop": "padded", "padding": 1, "mean": [0.3], "std": [0.4]},
+        "teacher": {"model": "tests.fakes:known"},
+        "labels": {"k": 4, "num_views": 2},
+        "capture": {"unit_samples": 64, "chunk_samples": 32, "batch_size": 40, "device": "cpu"},
+        "student": {"model": "mlp?width=8"},
+        "train": {"epochs": 2, "batch_size": 50, "device": "cpu"},
+    }
+    for name, table in tables.items():
+        base[name] = {**base[name], **table} if isinstance(base.get(name), dict) else table
+    return RunConfig.model_validate(base)
+
+
+def make_cache(url, **tables):
+    """Returns (config, data, cache) of a freshly captured cache."""
+    config = digits_config(**tables)
+    data = open_data(config)
+    cache, _ = capture_labels(config, data, open_teacher(config, data), str(url))
+    return config, data, cache
