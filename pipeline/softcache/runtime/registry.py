@@ -1,0 +1,139 @@
+"""Named variants that users can extend: losses, label policies, codecs, sources, modalities.
+
+A registry is the one idiom for all of them. A variant is a class or a function in a file of its own, registered by a
+decorator under its name:
+
+    LOSSES = Registry("loss", package="softcache.losses.divergences", group="softcache.losses")
+
+    @LOSSES.register("forward_kl")
+    def forward_kl(...): ...
+
+`get` finds it by that name, by `package.module:Name` of the user's own, or by an entry point of the group
+`softcache.losses` in an installed package. The modules of `package` are imported at the first lookup, so a new variant
+is one new file.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, BeforeValidator
+
+from softcache.errors import SpecError
+from softcache.runtime.suggest import did_you_mean
+
+__all__ = ["Registry", "variant"]
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Variants of one kind by name.
+
+    Args:
+        kind: what error messages call one of them, such as "loss" or "label policy".
+        package: the package whose modules register the built-in variants; imported at the first lookup.
+        group: the entry-point group of other packages' variants, such as `softcache.losses`.
+        error: what is raised for an unknown name.
+    """
+
+    def __init__(self, kind: str, *, package: str, group: str, error: type[Exception] = SpecError) -> None:
+        self.kind, self.group = kind, group
+        self._package, self._error = package, error
+        self._variants: dict[str, T] = {}
+        self._is_loaded = False
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Returns the decorator that registers a variant under a name.
+
+        Raises:
+            ValueError: another variant has this name.
+        """
+
+        def decorate(variant: T) -> T:
+            if self._variants.setdefault(name, variant) is not variant:
+                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            return variant
+
+        return decorate
+
+    def names(self) -> list[str]:
+        """Returns the names of the built-in variants and of the installed packages', sorted."""
+        self._load()
+        return sorted({*self._variants, *(point.name for point in entry_points(group=self.group))})
+
+    def get(self, name: str) -> T:
+        """Returns the variant of a name: registered, `package.module:Name`, or an entry point.
+
+        Raises:
+            SpecError (or this registry's `error`): there is none, or its module cannot be imported.
+        """
+        self._load()
+        if name in self._variants:
+            return self._variants[name]
+        if ":" in name:
+            return self._import(name)
+        for point in entry_points(group=self.group):
+            if point.name == name:
+                return self._import(point.value)
+        hint = did_you_mean(name, self.names()) or f"known: {', '.join(self.names())}"
+        raise self._error(f"{self.kind} {name!r}: unknown; {hint}, or a custom one as package.module:Name")
+
+    def items(self) -> Iterator[tuple[str, T]]:
+        """Yields the built-in variants with their names, in the order of their names."""
+        self._load()
+        yield from sorted(self._variants.items())
+
+    def __contains__(self, name: object) -> bool:
+        self._load()
+        return name in self._variants
+
+    def _import(self, path: str) -> T:
+        module, _, attribute = path.partition(":")
+        try:
+            found: T = getattr(importlib.import_module(module), attribute)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise self._error(
+                f"{self.kind} {path!r}: expected package.module:Name that can be imported; found {error}"
+            ) from error
+        return found
+
+    def _load(self) -> None:
+        if self._is_loaded:
+            return
+        self._is_loaded = True
+        package = importlib.import_module(self._package)
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"{self._package}.{module.name}")
+
+
+def variant(
+    registry: Registry[Any], settings_of: Callable[[Any], type[BaseModel]], *, key: str, default: str
+) -> BeforeValidator:
+    """Returns the pydantic validator of a table that is read by the settings of the variant that it names.
+
+    A key that the chosen variant does not read is refused by its dotted name, as every unknown key is.
+
+    Args:
+        settings_of: from a variant to its settings model.
+        key: the key of the table that holds the variant's name.
+        default: the name where the table has none.
+
+    A field that holds it: `Annotated[SerializeAsAny[LossSettings], variant(LOSSES, ..., key="name", default="kl")]`.
+    """
+
+    def choose(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        name = value.get(key, default)
+        try:
+            chosen = registry.get(name) if isinstance(name, str) else registry.get(default)
+        except SpecError as error:
+            raise ValueError(f"{key}: {error}") from error
+        return settings_of(chosen).model_validate(value)
+
+    return BeforeValidator(choose)
