@@ -1,11 +1,13 @@
-"""`[loss]`: what it accepts, and that students of both modalities learn by it, from labels and from a live teacher."""
+"""`[loss]`: what it accepts, and that students of both modalities learn by it, from labels and from an online teacher."""
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
 
 from softcache.config.run import load_config
+from softcache.data.batch import ImageBatch
 from softcache.errors import ConfigError
 from softcache.labels.sparsify import dense, dense_labels_unsorted, top_k
 from softcache.losses import KINDS, LossSettings, distillation_loss
@@ -68,26 +70,22 @@ class Teacher:
     def __init__(self, logits):
         self._logits = logits
 
-    def logits(self, images):
-        return self._logits
-
-
-class Batch:
-    def __init__(self, images, targets, labels):
-        self.images, self.targets, self.labels = images, targets, labels
-        self.seen = images  # by a live teacher
+    def chunks(self, batch):
+        yield self._logits
 
 
 @pytest.mark.parametrize("name", CLASSWISE)
-def test_images_learn_by_it_from_labels_and_from_a_live_teacher(name):
+def test_images_learn_by_it_from_labels_and_from_an_online_teacher(name):
     settings = LossSettings(name=name, temperature=2.0, alpha=0.7, standardize=True)
     teacher, targets = make_logits(6, 9, 0).float(), torch.arange(6)
     images = make_logits(6, 4, 1).float()
     model = nn.Linear(4, 9)
 
-    def loss(labels, live):
-        task = ImageTask(lambda: model, None, nn.Identity(), 9, settings, live)
-        return task.loss(model, Batch(images, targets, labels))
+    def loss(labels, online):
+        task = ImageTask(lambda: model, None, nn.Identity(), 9, settings, online)
+        return task.loss(
+            model, ImageBatch(images, targets, np.arange(6), 0, np.zeros(6, np.uint64), labels=labels)
+        )
 
     labels = top_k(teacher, k=3, targets_P=targets)
     how = {"temperature": 2.0, "alpha": 0.7, "loss": settings.loss}
@@ -98,7 +96,7 @@ def test_images_learn_by_it_from_labels_and_from_a_live_teacher(name):
 @pytest.mark.parametrize("make", [known, padded])
 @pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize("name", CLASSWISE)
-def test_tokens_learn_by_it_from_a_live_teacher_at_once_and_by_chunks(name, standardize, make):
+def test_tokens_learn_by_it_from_an_online_teacher_at_once_and_by_chunks(name, standardize, make):
     """Of a head of more rows than the teacher's, and of fewer."""
     settings = LossSettings(name=name, temperature=2.0, alpha=0.7, standardize=standardize)
     student = TokenStudent(make(40, 8), settings, context=8)

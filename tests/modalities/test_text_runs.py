@@ -329,7 +329,7 @@ def test_interrupted_again_and_again_it_ends_with_the_same_weights(made, tmp_pat
             return follow()
 
         with monkeypatch.context() as patch:
-            patch.setattr(runs, "track", dying)
+            patch.setattr(runs, "progress_bar", dying)
             with pytest.raises(Killed):
                 fit(made, tmp_path / "broken", labels=labels, train={"checkpoint_steps": 2})
     assert runs.progress_bar is real
@@ -347,7 +347,7 @@ def test_accumulation_splits_the_batch_and_never_changes_the_gradient(made, tmp_
 
 @pytest.mark.parametrize("at_once", [True, False], ids=["at once", "by chunks"])
 def test_the_live_teacher_and_a_dense_cache_teach_the_same(made, tmp_path, monkeypatch, at_once):
-    monkeypatch.setattr("softcache.student.tasks.token_student.LIVE_ELEMENTS", 2**26 if at_once else 0)
+    monkeypatch.setattr("softcache.student.tasks.token_student.MAX_DENSE_ELEMENTS", 2**26 if at_once else 0)
     _, data, _, folder = made
     vocab = data.train.source.vocab_size
     config = text_config(folder, labels={"policy": "dense", "k": vocab}, capture={"values": "float32"})

@@ -223,7 +223,7 @@ def _two(rank, images, folder, out):
 
 
 def test_a_learnt_temperature_with_more_logits_than_fit_is_refused(tokens, tmp_path, monkeypatch):
-    monkeypatch.setattr("softcache.student.tasks.token_student.LIVE_ELEMENTS", 1000)
+    monkeypatch.setattr("softcache.student.tasks.token_student.MAX_DENSE_ELEMENTS", 1000)
     with pytest.raises(SpecError, match=r"loss\.curriculum: .* rows of 300 classes; expected at most 1,000"):
         fit_tokens(tokens, tmp_path, loss={"curriculum": {}})
 

@@ -86,7 +86,7 @@ def watched(monkeypatch, on_step):
         yield on_step
 
     with monkeypatch.context() as patch:
-        patch.setattr("softcache.runs.fit.track", track)
+        patch.setattr("softcache.runs.fit.progress_bar", track)
         yield
 
 
@@ -238,7 +238,7 @@ def track(*_):
 
     yield on_step
 
-fitting.track = track
+fitting.progress_bar = track
 fit(open_cache(sys.argv[1]), Path(sys.argv[2]), labels=sys.argv[3], tables=LONG)
 """
 

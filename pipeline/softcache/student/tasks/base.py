@@ -1,11 +1,12 @@
-"""What the training loop needs to know of what a student learns and how it is scored.
+"""The interface between the training loop and a task: what a student is trained on and how it is scored.
 
-A task builds the student, gives the mean loss of a batch's label rows, and evaluates on the plain view of the
-held-out split. The loop (`softcache.student`) knows nothing of images or tokens.
+A task builds the student, returns the mean loss of a batch's label rows, and evaluates on the unaugmented view of the
+evaluation split. The loop (`softcache.student`) contains no code that is specific to images or tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,16 +18,30 @@ from softcache.data.batch import Dataset
 from softcache.losses import LossMix
 from softcache.student.tasks.inference import Serving
 
-__all__ = ["Task", "shard_batches"]
+__all__ = ["OnlineTeacher", "Task", "shard_batches"]
+
+
+class OnlineTeacher(Protocol):
+    """A frozen teacher that labels batches during training (`labels = "online"`); `softcache.teacher.Teacher` is one.
+
+    Attributes:
+        num_classes: V.
+    """
+
+    num_classes: int
+
+    def chunks(self, batch: Any) -> Iterator[torch.Tensor]:
+        """Yields float32 logits [p, V] that together cover the batch's rows in order."""
+        ...
 
 
 class Task(Protocol):
-    """What the training loop needs to know.
+    """What a student is trained on and how it is scored.
 
     Attributes:
-        metric: the row of an epoch's results by which epochs are compared.
-        larger_is_better: of that metric.
-        evaluation: the held-out split.
+        metric: the key of an epoch's results by which epochs are compared.
+        larger_is_better: whether a larger metric is better.
+        evaluation: the evaluation split.
     """
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,9 +16,8 @@ from softcache.data.batch import Dataset, ImageBatch
 from softcache.errors import SpecError
 from softcache.labels.sparsify import dense
 from softcache.losses import LossMix, LossSettings, cross_entropy, distillation_loss, row_weights
-from softcache.student.tasks.base import shard_batches
+from softcache.student.tasks.base import OnlineTeacher, shard_batches
 from softcache.student.tasks.inference import ImageServing
-from softcache.teacher.base import ImageTeacher
 
 __all__ = ["ImageTask"]
 
@@ -31,7 +30,7 @@ class ImageTask:
         build_model: makes the student.
         normalize: makes model inputs of a batch's images.
         num_classes: V.
-        teacher: labels the batch on the spot (`labels = "online"`); None otherwise.
+        teacher: labels each batch during training (`labels = "online"`); None otherwise.
     """
 
     build_model: Callable[[], nn.Module]
@@ -39,7 +38,7 @@ class ImageTask:
     normalize: nn.Module
     num_classes: int
     loss_settings: LossSettings
-    teacher: ImageTeacher | None = None
+    teacher: OnlineTeacher | None = None
 
     metric = "accuracy"
     larger_is_better = True
@@ -57,8 +56,8 @@ class ImageTask:
     ) -> torch.Tensor:
         labels, how = batch.labels, self.loss_settings
         if self.teacher is not None:
-            seen = batch.images if batch.seen is None else batch.seen
-            labels = dense(self.teacher.logits(seen)).to_torch(seen.device)
+            seen = batch if batch.seen is None else replace(batch, images=batch.seen)
+            labels = dense(torch.cat(list(self.teacher.chunks(seen)))).to_torch(batch.images.device)
         temperature, alpha = mix or (how.temperature, how.alpha)
         logits_PV, weights_P = self.logits(model, batch.images), None
         if how.weights is not None and labels is not None:

@@ -15,10 +15,9 @@ from torchmetrics import MeanMetric
 
 from softcache.data.tokens import TokenBatch, TokenData
 from softcache.losses import LossMix, LossSettings
-from softcache.student.tasks.base import shard_batches
+from softcache.student.tasks.base import OnlineTeacher, shard_batches
 from softcache.student.tasks.inference import TokenServing
 from softcache.student.tasks.token_student import TokenStudent
-from softcache.teacher.base import LanguageTeacher
 
 __all__ = ["TokenTask"]
 
@@ -32,7 +31,7 @@ class TokenTask:
         context: tokens that it attends over.
         cross_documents: whether attention crosses the documents of a packed sample, as the config says.
         save_tokenizer: writes the tokenizer beside an exported model.
-        teacher: labels the batch on the spot (`labels = "online"`); None otherwise.
+        teacher: labels each batch during training (`labels = "online"`); None otherwise.
     """
 
     build_model: Callable[[], nn.Module]
@@ -41,7 +40,7 @@ class TokenTask:
     context: int
     cross_documents: bool = False
     save_tokenizer: Callable[[Path], None] = lambda folder: None
-    teacher: LanguageTeacher | None = None
+    teacher: OnlineTeacher | None = None
 
     metric = "eval_loss"
     larger_is_better = False
@@ -64,7 +63,7 @@ class TokenTask:
     ) -> torch.Tensor:
         temperature, alpha = mix or (self.loss_settings.temperature, self.loss_settings.alpha)
         if self.teacher is not None:
-            return model(batch, self.teacher, alpha, temperature=temperature)
+            return model(batch, None, alpha, temperature=temperature, teacher=self.teacher)
         alpha = alpha if batch.labels is not None else 0.0
         return model(batch, batch.labels, alpha, label_share, temperature)
 

@@ -14,12 +14,12 @@ from softcache.labels.sparsify import dense_labels_unsorted
 from softcache.losses import LossSettings, cross_entropy, distillation_loss, kl_terms, row_weights
 from softcache.losses.fused import fused_distillation_loss, token_scores
 from softcache.models.language import check_context, check_split, split
-from softcache.teacher.base import LanguageTeacher
+from softcache.student.tasks.base import OnlineTeacher
 
 __all__ = ["TokenStudent"]
 
-LIVE_ELEMENTS = 2**26
-"""Of a live teacher's logits, up to which a batch is compared at once: 256 MiB in float32."""
+MAX_DENSE_ELEMENTS = 2**26
+"""Elements of an online teacher's logits up to which a batch is compared at once: 256 MiB in float32."""
 
 
 class TokenStudent(nn.Module):
@@ -43,20 +43,21 @@ class TokenStudent(nn.Module):
     def forward(
         self,
         batch: TokenBatch,
-        labels: SoftLabels | LanguageTeacher | None,
+        labels: SoftLabels | None,
         alpha: float,
         label_share: float | None = None,
         temperature: Any = None,
+        teacher: OnlineTeacher | None = None,
     ) -> torch.Tensor:
-        """Returns the mean loss of the batch's rows; a teacher in place of labels is asked on the spot.
+        """Returns the mean loss of the batch's rows; `teacher` labels them where it is given.
 
         Cross-entropy is the mean over all rows, the soft part that over the rows with a label: of the batch, or with
         `label_share` of the step that the batch is a piece of (`Task.loss`). `temperature` is a number, or a tensor []
         where it is learnt; None is the one of the settings.
         """
         T = self._loss.temperature if temperature is None else temperature
-        if isinstance(labels, LanguageTeacher):
-            return self._live_loss(batch, labels, alpha, T)
+        if teacher is not None:
+            return self._online_loss(batch, teacher, alpha, T)
         if labels is None or (batch.labelled is None and label_share is None):
             return self._mixed(self._hidden(batch), labels, batch.targets, alpha, T)
         return self._sparse_loss(batch, labels, alpha, label_share or batch.num_labelled / batch.num_rows, T)
@@ -136,10 +137,10 @@ class TokenStudent(nn.Module):
     ) -> torch.Tensor:
         """With logits, for a T that needs a gradient, which the fused loss has none of."""
         rows, classes = len(hidden_PD), self._parts.weight.shape[0]
-        if rows * classes > LIVE_ELEMENTS:
+        if rows * classes > MAX_DENSE_ELEMENTS:
             raise SpecError(
                 f"loss.curriculum: a learnt temperature needs the student's logits at once, {rows:,} rows of {classes:,} "
-                f"classes; expected at most {LIVE_ELEMENTS:,} elements; raise train.accumulation_steps, lower "
+                f"classes; expected at most {MAX_DENSE_ELEMENTS:,} elements; raise train.accumulation_steps, lower "
                 "train.batch_size, or use loss.temperature_schedule, which needs no logits"
             )
         return distillation_loss(
@@ -177,16 +178,16 @@ class TokenStudent(nn.Module):
             loss=self._loss.loss,
         )
 
-    def _live_loss(self, batch: TokenBatch, teacher: LanguageTeacher, alpha: float, T: Any) -> torch.Tensor:
-        """The same with the teacher's whole distributions, made on the spot.
+    def _online_loss(self, batch: TokenBatch, teacher: OnlineTeacher, alpha: float, T: Any) -> torch.Tensor:
+        """Mean loss against the full distributions of an online teacher.
 
-        A small batch (LIVE_ELEMENTS) is compared at once; of a larger one, each chunk of the teacher's rows goes through
-        the fused loss, so that one chunk of logits is held, and for each a gradient of the head.
+        A batch of at most MAX_DENSE_ELEMENTS is compared at once; of a larger one, each chunk of the teacher's rows goes
+        through the fused loss, so that memory holds one chunk of logits, and one gradient of the head per chunk.
         """
         hidden_PD, start, terms = self._hidden(batch), 0, []
         # Of two heads of other sizes (one tokenizer, padded otherwise), the classes that both have are compared.
         chunks = (logits_PV[:, : self._parts.weight.shape[0]] for logits_PV in teacher.chunks(batch))
-        if batch.num_rows * teacher.num_classes <= LIVE_ELEMENTS:
+        if batch.num_rows * teacher.num_classes <= MAX_DENSE_ELEMENTS:
             return self._dense_loss(hidden_PD, torch.cat(list(chunks)), batch.targets, alpha, T)
         for teacher_PV in chunks:
             rows = slice(start, start + len(teacher_PV))

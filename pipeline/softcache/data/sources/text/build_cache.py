@@ -17,12 +17,14 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from softcache.data.sources.text.settings import TextSettings
-from softcache.data.sources.translation.settings import TranslationSettings
 from softcache.errors import SoftcacheError, StorageError
 from softcache.hashing.digests import digest_json
+
+if TYPE_CHECKING:
+    from softcache.data.sources.text.settings import TextSettings
+    from softcache.data.sources.translation.settings import TranslationSettings
 
 __all__ = ["build_dir_path", "build_folder"]
 
