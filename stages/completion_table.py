@@ -19,6 +19,7 @@ from softcache.data.sources.images.torchvision import TORCHVISION
 from softcache.models import image as models
 from softcache.models.detection.build import SMALL as DETECTORS
 from softcache.models.language.causal_lm import BUILTIN as LANGUAGE_MODELS
+from softcache.runtime.registry import Variant
 
 from .commands import COMMANDS, LazyCommands
 
@@ -91,6 +92,9 @@ def _keys(table: type[BaseModel], above: str = "") -> Iterator[tuple[str, list[s
     for name, field in table.model_fields.items():
         parts = list(_parts(field.annotation))
         inner = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
+        for rule in field.metadata:
+            if isinstance(found := getattr(rule, "func", None), Variant):
+                inner = list(found.models())
         for part in inner:
             yield from _keys(part, f"{above}{name}.")
         if not inner:

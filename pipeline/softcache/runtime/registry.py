@@ -17,16 +17,18 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from pydantic import BaseModel, BeforeValidator
+from pydantic import BaseModel, BeforeValidator, ValidationError
+from pydantic_core import PydanticCustomError
 
-from softcache.errors import SpecError
+from softcache.errors import SoftcacheError, SpecError
 from softcache.runtime.suggest import did_you_mean
 
-__all__ = ["Registry", "variant"]
+__all__ = ["Registry", "Variant", "variant"]
 
 T = TypeVar("T")
 
@@ -45,6 +47,7 @@ class Registry(Generic[T]):
         self.kind, self.group = kind, group
         self._package, self._error = package, error
         self._variants: dict[str, T] = {}
+        self._custom: dict[str, T] = {}
         self._is_loaded = False
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -66,8 +69,16 @@ class Registry(Generic[T]):
         self._load()
         return sorted({*self._variants, *(point.name for point in entry_points(group=self.group))})
 
-    def get(self, name: str) -> T:
+    def add_custom(self, path: str, variant: T) -> None:
+        """Makes a custom variant known under `package.module:Name`, for names that come from untrusted files."""
+        self._custom[path] = variant
+
+    def get(self, name: str, *, trusted: bool = True) -> T:
         """Returns the variant of a name: registered, `package.module:Name`, or an entry point.
+
+        Args:
+            trusted: whether the name comes from the user. A name from a file of others imports no module: a
+                `package.module:Name` is then found only if this process has looked it up or added it before.
 
         Raises:
             SpecError (or this registry's `error`): there is none, or its module cannot be imported.
@@ -75,8 +86,11 @@ class Registry(Generic[T]):
         self._load()
         if name in self._variants:
             return self._variants[name]
-        if ":" in name:
-            return self._import(name)
+        if name in self._custom:
+            return self._custom[name]
+        if ":" in name and trusted:
+            self._custom[name] = self._import(name)
+            return self._custom[name]
         for point in entry_points(group=self.group):
             if point.name == name:
                 return self._import(point.value)
@@ -111,6 +125,60 @@ class Registry(Generic[T]):
             importlib.import_module(f"{self._package}.{module.name}")
 
 
+@dataclass(frozen=True)
+class Variant:
+    """Reads a table by the settings of the variant that it names; made by `variant`."""
+
+    registry: Registry[Any]
+    settings_of: Callable[[Any], type[BaseModel]]
+    key: str
+    default: str
+
+    def models(self) -> Iterator[type[BaseModel]]:
+        """Yields the settings models of the built-in variants."""
+        for _, chosen in self.registry.items():
+            yield self.settings_of(chosen)
+
+    def __call__(self, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        name = value.get(self.key, self.default)
+        try:
+            chosen = self.registry.get(name if isinstance(name, str) else self.default)
+        except SoftcacheError as error:
+            raise self._errors([((self.key,), name, str(error))]) from error
+        model = self.settings_of(chosen)
+        try:
+            return model.model_validate(value)
+        except ValidationError as error:
+            unknown = [
+                (found["loc"], found["input"], self._unknown_key(str(found["loc"][0]), name, model))
+                for found in error.errors()
+                if found["type"] == "extra_forbidden" and len(found["loc"]) == 1
+            ]
+            if not unknown:
+                raise
+            raise self._errors(unknown) from error
+
+    def _unknown_key(self, key: str, name: str, model: type[BaseModel]) -> str:
+        known = list(model.model_fields)
+        hint = did_you_mean(key, known) or f"known keys: {', '.join(known)}"
+        return f"unknown key with {self.key} = {name!r}; {hint}"
+
+    def _errors(self, problems: Sequence[tuple[tuple[int | str, ...], Any, str]]) -> ValidationError:
+        return ValidationError.from_exception_data(
+            self.registry.kind,
+            [
+                {
+                    "type": PydanticCustomError("variant", "{message}", {"message": message}),
+                    "loc": loc,
+                    "input": given,
+                }
+                for loc, given, message in problems
+            ],
+        )
+
+
 def variant(
     registry: Registry[Any], settings_of: Callable[[Any], type[BaseModel]], *, key: str, default: str
 ) -> BeforeValidator:
@@ -125,15 +193,4 @@ def variant(
 
     A field that holds it: `Annotated[SerializeAsAny[LossSettings], variant(LOSSES, ..., key="name", default="kl")]`.
     """
-
-    def choose(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        name = value.get(key, default)
-        try:
-            chosen = registry.get(name) if isinstance(name, str) else registry.get(default)
-        except SpecError as error:
-            raise ValueError(f"{key}: {error}") from error
-        return settings_of(chosen).model_validate(value)
-
-    return BeforeValidator(choose)
+    return BeforeValidator(Variant(registry, settings_of, key, default))
