@@ -69,7 +69,7 @@ class RunConfig(Settings):
     capture: CaptureSettings = CaptureSettings()
     student: StudentSettings = StudentSettings()
     loss: LossSettings = LossSettings()
-    cells: CellLossSettings = CellLossSettings()
+    detection_loss: CellLossSettings = CellLossSettings()
     train: TrainSettings = TrainSettings()
     reader: ReaderSettings = ReaderSettings()
     fusion: FusionSettings | None = None
@@ -133,7 +133,7 @@ class RunConfig(Settings):
         for key in ("name", "tail", "standardize", "weights"):
             if getattr(self.loss, key) != getattr(fixed, key):
                 raise ValueError(
-                    f"loss.{key}: for images and texts; what the soft loss of a detector is made of says the table [cells]; "
+                    f"loss.{key}: for images and texts; the soft loss of a detector is set by the table [detection_loss]; "
                     "drop the key"
                 )
         return self

@@ -28,7 +28,7 @@ __all__ = ["CellLossSettings", "box_giou", "box_l1", "localisation_distillation"
 
 
 class CellLossSettings(Settings):
-    """[cells]: what the soft loss of a detector is made of, beside [loss] temperature and alpha.
+    """[detection_loss]: the soft loss of a detector, with the temperature and alpha of [loss].
 
     `class_weight`, `box_weight` and `centerness_weight` weigh the three parts; `box` is the loss of boxes; `focus` is the
     power of the gap between teacher and student by which a class counts (0: plain binary cross-entropy).

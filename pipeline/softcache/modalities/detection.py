@@ -127,7 +127,7 @@ class DetectionData(ImageSplits):
             self.evaluation,
             self.normalize(),
             config.loss,
-            config.cells,
+            config.detection_loss,
             label,
         )
 

@@ -77,7 +77,7 @@ def train_student(
     if labels != "hard":
         identity["loss"] = config.loss.identity()
         if data.train.kind == "cells":
-            identity["cells"] = config.cells.model_dump()
+            identity["cells"] = config.detection_loss.model_dump()
     task = data.task(config, model, teacher if labels == "online" else None)
     return run_training(
         config, data, task, model, out, feed, identity=identity, track_with=track_with, on_epoch=on_epoch
