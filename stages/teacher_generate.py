@@ -8,7 +8,7 @@ import click
 from softcache.cache.storage.open import is_bucket, open_objects
 from softcache.config.run import load_config
 from softcache.errors import ConfigError
-from softcache.modalities.translation import TranslationData
+from softcache.modalities.translation.data import TranslationData
 from softcache.runs import make_teacher, open_data, open_teacher
 from softcache.runtime.logging import progress_bar
 from softcache.teacher.base import LanguageTeacher

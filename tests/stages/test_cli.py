@@ -112,7 +112,7 @@ def no_teacher(monkeypatch):
     def explode(*args, **kwargs):
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("softcache.modalities.images.load_image_teacher", explode)
+    monkeypatch.setattr("softcache.modalities.images.data.load_image_teacher", explode)
 
 
 def shell(*arguments, cwd):

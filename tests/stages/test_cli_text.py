@@ -87,7 +87,7 @@ def test_a_student_is_shown_by_its_held_out_loss(run, cache, monkeypatch):
     def explode(*args, **kwargs):
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("softcache.modalities.text.load_language_teacher", explode)
+    monkeypatch.setattr("softcache.modalities.text.data.load_language_teacher", explode)
     shown = run("train-student", "--config", "lm.toml").output
     for column in (
         "held-out loss in nats per token",

@@ -4,10 +4,10 @@ from softcache.config.run import RunConfig
 from softcache.data.sources.detection.base import DetectionSettings
 from softcache.data.sources.text.source import TextSettings
 from softcache.data.sources.translation.settings import TranslationSettings
-from softcache.modalities.detection import DetectionData
-from softcache.modalities.images import ImageData
-from softcache.modalities.text import TextData
-from softcache.modalities.translation import TranslationData
+from softcache.modalities.detection.data import DetectionData
+from softcache.modalities.images.data import ImageData
+from softcache.modalities.text.data import TextData
+from softcache.modalities.translation.data import TranslationData
 
 __all__ = ["Data", "DetectionData", "open_data"]
 

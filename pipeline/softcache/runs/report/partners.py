@@ -8,7 +8,7 @@ import numpy as np
 
 from softcache.data.pairing import pair_sources
 from softcache.errors import AlignmentError, RunError
-from softcache.modalities.paired_images import StudentImages
+from softcache.modalities.images.student import StudentImages
 from softcache.runs.report.load import Report, Run
 
 __all__ = ["partners"]

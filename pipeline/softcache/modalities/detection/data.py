@@ -16,7 +16,7 @@ from softcache.data.sources.detection.registry import open_detection
 from softcache.errors import ConfigError
 from softcache.labels import DetectionLabels
 from softcache.labels.sparsify import LabelSettings
-from softcache.modalities.base import ImageSplits
+from softcache.modalities.images.splits import ImageSplits
 from softcache.models.detection.build import build_detector
 from softcache.models.detection.detector import Grid, check_same_grid
 from softcache.models.image import select_device

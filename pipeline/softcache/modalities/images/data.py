@@ -7,8 +7,8 @@ from typing import Any
 from softcache.config.run import RunConfig
 from softcache.data.batch import Dataset, ViewedSource
 from softcache.data.sources import SourceSettings, open_source
-from softcache.modalities.base import ImageSplits
-from softcache.modalities.paired_images import StudentImages
+from softcache.modalities.images.splits import ImageSplits
+from softcache.modalities.images.student import StudentImages
 from softcache.models.image import build_model, select_device
 from softcache.reader.cache import Cache
 from softcache.reader.dataset import SoftLabelDataset

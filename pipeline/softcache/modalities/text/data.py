@@ -14,7 +14,7 @@ from softcache.data.sources.text.source import open_text
 from softcache.data.sources.text.tokenizer import digest_tokenizer, load_tokenizer
 from softcache.data.tokens import TokenData
 from softcache.errors import ConfigError, IdentityError
-from softcache.modalities.base import TokenSplits
+from softcache.modalities.images.splits import TokenSplits
 from softcache.models.image import select_device
 from softcache.models.language import build_language_model, tokenizer_of
 from softcache.reader.cache import Cache

@@ -1,0 +1,1 @@
+"""Images with boxes: detectors, views that move boxes too, mean average precision."""

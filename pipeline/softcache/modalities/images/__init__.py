@@ -1,0 +1,1 @@
+"""Images: classifiers as teachers and students, replayed views, accuracy."""

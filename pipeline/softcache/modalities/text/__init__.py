@@ -1,0 +1,1 @@
+"""Texts: causal language models, label rows per token, loss of the evaluation split."""
