@@ -22,7 +22,7 @@ from torch import Tensor
 from softcache.errors import LabelError
 from softcache.labels import BernoulliLabels, DetectionLabels, SoftLabels
 from softcache.labels.sparsify.assemble import top_k_indices
-from softcache.labels.sparsify.deterministic import top_k
+from softcache.labels.sparsify.policies.top_k import top_k
 from softcache.labels.sparsify.settings import LabelSettings
 from softcache.labels.sparsify.validate import CELL_FAULT
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from softcache.errors import LabelError
 from softcache.labels import SoftLabels
-from softcache.labels.sparsify.deterministic import dense, top_k, top_p
-from softcache.labels.sparsify.sampled import hybrid, sample
+from softcache.labels.sparsify.policies.top_k import dense, top_k, top_p
+from softcache.labels.sparsify.policies.sample import hybrid, sample
 from softcache.labels.sparsify.settings import LabelSettings
 
 __all__ = ["apply_policy"]
