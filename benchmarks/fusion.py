@@ -23,7 +23,7 @@ import torch
 
 from softcache.config.run import RunConfig, load_config
 from softcache.labels import SoftLabels, truncate_labels
-from softcache.labels.sparsify import dense
+from softcache.labels.sparsify import LabelSettings, dense, label_settings
 from softcache.modalities import Data
 from softcache.reader.cache import Cache
 from softcache.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
@@ -79,7 +79,9 @@ def _teacher_cache(config: RunConfig, data: Data, name: str, out: Path) -> Cache
         update={
             "teacher": config.teacher.model_copy(update=teacher),
             "train_teacher": config.train_teacher.model_copy(update={"seed": seed}),
-            "labels": config.labels.model_copy(update={"policy": "dense"}),
+            "labels": label_settings(
+                "dense", **config.labels.model_dump(include=LabelSettings.model_fields.keys() - {"policy"})
+            ),
             "capture": config.capture.model_copy(update={"values": "float32"}),
         }
     )

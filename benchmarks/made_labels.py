@@ -24,7 +24,7 @@ from softcache.data.sources.text.table import TableWriter, TokenSource
 from softcache.data.tokens import TokenData
 from softcache.hashing.digests import digest_json
 from softcache.labels import SoftLabels
-from softcache.labels.sparsify import LabelSettings
+from softcache.labels.sparsify import TopK
 from softcache.labels.tail import log_sum_exp
 from softcache.teacher.capture.plan import CaptureSettings, create_cache, plan_manifest
 
@@ -150,7 +150,7 @@ class _Nobody:
 
 def write_cache(url: str, data: Any, base: SoftLabels, settings: CaptureSettings) -> str:
     """Writes a finished cache of `data` with labels varied from `base`; the same labels for every codec and store."""
-    labels = LabelSettings(k=base.k, temperatures=base.temperatures)
+    labels = TopK(k=base.k, temperatures=base.temperatures)
     manifest, samples = plan_manifest(data, cast(Any, _Nobody(base.num_classes)), labels, settings)
     objects = open_objects(url, create=True)
     manifest, digest = create_cache(objects, manifest, samples)

@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from softcache.config.run import RunConfig, load_config
+from softcache.labels.sparsify import LabelSettings, label_settings
 from softcache.modalities import Data
 from softcache.reader.cache import Cache
 from softcache.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
@@ -32,7 +33,7 @@ def settings_of(record: str, largest: int | None) -> tuple[dict[str, Any], dict[
     kind, *numbers = record.split(":")
     if kind == "top_k":
         return {"policy": kind, "k": largest}, {"tail": numbers[1]} if len(numbers) > 1 else {}
-    names = {"top_p": ("p", "k"), "sample": ("draws",), "hybrid": ("k", "draws"), "dense": ()}
+    names = {"top_p": ("p", "k"), "sample": ("num_samples",), "hybrid": ("k", "num_samples"), "dense": ()}
     if kind not in names or len(numbers) != len(names[kind]):
         raise click.BadParameter(
             f"{record!r}: see python -m benchmarks.quality --help", param_hint="--record"
@@ -45,7 +46,8 @@ def make_cache(config: RunConfig, data: Data, record: str, out: Path, largest: i
     labels, _ = settings_of(record, largest)
     name = record if labels["policy"] != "top_k" else f"top_k:{largest}"
     url = out / name.replace(":", "-")
-    run = config.model_copy(update={"labels": config.labels.model_copy(update=labels)})
+    shared = config.labels.model_dump(include=set(LabelSettings.model_fields))
+    run = config.model_copy(update={"labels": label_settings(**(shared | labels))})
     capture = run.capture.model_copy(update={"evaluate": False})
     cache, _ = capture_labels(
         run.model_copy(update={"capture": capture}), data, open_teacher(run, data), str(url)

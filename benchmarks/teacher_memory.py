@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.fused import resident_bytes
 from softcache.data.tokens import TokenBatch
-from softcache.labels.sparsify import LabelSettings
+from softcache.labels.sparsify import TopK
 from softcache.models.language import build_language_model
 from softcache.stages.options import print_table
 from softcache.teacher.base import LanguageTeacher
@@ -45,7 +45,7 @@ def document(length: int, vocab_size: int) -> TokenBatch:
 def peak_growth_bytes(length: int, vocab_size: int) -> int:
     model = build_language_model("llama?width=64&depth=1&heads=2", vocab_size=vocab_size, context=length)
     teacher = LanguageTeacher(model, spec="llama", device=torch.device("cpu"), dtype="float32")
-    settings = LabelSettings(k=32)
+    settings = TopK(k=32)
     teacher.label(document(64, vocab_size), settings)
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before = resident_bytes()

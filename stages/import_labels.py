@@ -56,9 +56,10 @@ def import_command(
         raise ConfigError(
             f"config {config_path}: source.modality is {config.source.modality}; a server's log-probabilities are of text"
         )
-    if config.labels.policy == "dense":
+    k = k or getattr(config.labels, "k", None)
+    if "k" not in type(config.labels).model_fields or k is None:
         raise ConfigError(
-            f"config {config_path}: labels.policy: dense; an import keeps the labels.k most likely tokens"
+            f"config {config_path}: labels.policy: {config.labels.policy}; an import keeps the labels.k most likely tokens"
         )
     if config.labels.positions.policy != "all":
         raise ConfigError(
@@ -77,7 +78,7 @@ def import_command(
             found,
             data,
             url,
-            k=k or config.labels.k,
+            k=k,
             settings=config.capture,
             model_name=model_name,
             allow_missing=allow_missing,

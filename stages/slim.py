@@ -30,13 +30,13 @@ __all__ = ["slim"]
 )
 @click.option("--k", type=click.IntRange(1), help="Classes kept in each row.")
 @click.option("--p", type=click.FloatRange(0, 1, min_open=True), help="Mass that top_p keeps.")
-@click.option("--draws", type=click.IntRange(1, 65535), help="Draws of sample and hybrid.")
+@click.option("--num-samples", type=click.IntRange(1, 65535), help="Classes that sample and hybrid draw.")
 @click.option(
-    "--proposal-exponent",
-    type=click.FloatRange(0, 1, min_open=True),
-    help="Draws follow p to this power.",
+    "--proposal-temperature",
+    type=click.FloatRange(1),
+    help="Classes are drawn in proportion to p^(1/T).",
 )
-@click.option("--seed", type=click.IntRange(0), help="Of the draws.")
+@click.option("--seed", type=click.IntRange(0), help="Of the samples.")
 @click.option("--temperatures", metavar="T,T,…", help="Grid temperatures to keep.")
 @click.option("--views", "num_views", type=click.IntRange(1), help="Keep the first so many views.")
 @click.option(

@@ -217,8 +217,8 @@ def test_drawn_labels_need_a_loss_that_they_estimate(tmp_path):
         "name": "x",
         "source": {"name": "digits"},
         "student": {"model": "linear"},
-        "labels": {"policy": "sample", "draws": 5},
+        "labels": {"policy": "sample", "num_samples": 5},
     }
-    assert RunConfig.model_validate(table).labels.draws == 5
+    assert RunConfig.model_validate(table).labels.num_samples == 5
     with pytest.raises(ValueError, match="reverse_kl cannot be estimated from classes drawn at random"):
         RunConfig.model_validate({**table, "loss": {"name": "reverse_kl"}})

@@ -92,7 +92,7 @@ def test_what_the_cache_the_data_or_the_students_do_not_allow_costs_no_trial(sha
 
 
 def test_drawn_labels_allow_only_the_losses_that_can_be_estimated(tmp_path):
-    labels = {"policy": "sample", "draws": 6, "num_views": 1}
+    labels = {"policy": "sample", "num_samples": 6, "num_views": 1}
     config, data, cache = make_cache(tmp_path / "drawn", labels=labels)
     assert default_space(config, data, cache).keys() == {"alpha", "lr"}
     refused = digits_config(labels=labels, sweep={"space": {"loss": ["jsd"]}})

@@ -10,10 +10,9 @@ import torch
 from softcache.errors import LabelError, TemperatureError
 from softcache.labels import DEFAULT_TEMPERATURES, Sampling, SoftLabels, concat
 from softcache.labels.sparsify import (
-    LabelSettings,
-    apply_policy,
     dense,
     hybrid,
+    label_settings,
     row_seeds,
     sample,
     top_k,
@@ -116,14 +115,12 @@ def test_hybrid_varies_less_than_draws_with_replacement():
 
 @pytest.mark.parametrize("policy", ["sample", "hybrid"])
 def test_a_rerun_draws_the_same_whatever_the_chunks_and_the_batch(policy):
-    settings = LabelSettings(policy=policy, k=2, draws=6, seed=3)
+    settings = label_settings(policy, num_samples=6, seed=3, **({"k": 2} if policy == "hybrid" else {}))
     logits = make_logits(50).expand(30, -1) + torch.arange(30)[:, None] / 10
-    whole = apply_policy(logits, settings, seeds_P=seeds(30, 3))
-    parts = [
-        apply_policy(logits[i : i + 7], settings, seeds_P=seeds(30, 3)[i : i + 7]) for i in range(0, 30, 7)
-    ]
+    whole = settings.apply(logits, seeds_P=seeds(30, 3))
+    parts = [settings.apply(logits[i : i + 7], seeds_P=seeds(30, 3)[i : i + 7]) for i in range(0, 30, 7)]
     assert torch.equal(whole.ids, concat(parts).ids)
-    assert not torch.equal(whole.ids, apply_policy(logits, settings, seeds_P=seeds(30, 4)).ids)
+    assert not torch.equal(whole.ids, settings.apply(logits, seeds_P=seeds(30, 4)).ids)
     function = sample if policy == "sample" else hybrid
     extra = {} if policy == "sample" else {"k": 2}
     one_by_one = function(logits, draws=6, seeds_P=seeds(30, 3), chunk_positions=1, **extra)
@@ -226,14 +223,14 @@ def test_bad_arguments_raise():
         sample(logits, draws=0, seeds_P=seeds(2))
     with pytest.raises(LabelError, match=r"labels\.k"):
         hybrid(logits, k=3, draws=3, seeds_P=seeds(2))
-    with pytest.raises(LabelError, match="proposal_exponent"):
+    with pytest.raises(LabelError, match=r"sampling\.exponent"):
         sample(logits, draws=2, seeds_P=seeds(2), exponent=0.0)
     with pytest.raises(TemperatureError, match=r"1\.42857"):
         sample(logits, draws=2, seeds_P=seeds(2), exponent=0.7)
     with pytest.raises(LabelError, match=r"labels\.p"):
         top_p(logits, p=0.0, max_k=2)
     with pytest.raises(LabelError, match="seeds of the rows"):
-        apply_policy(logits, LabelSettings(policy="sample", draws=2))
+        label_settings("sample", num_samples=2).apply(logits)
     labels = sample(logits, draws=2, seeds_P=seeds(2))
     with pytest.raises(LabelError, match=r"SoftLabels\.counts"):
         SoftLabels(
@@ -245,7 +242,7 @@ def test_bad_arguments_raise():
 
 @pytest.mark.parametrize("store", ["zarr", "parquet"])
 @pytest.mark.parametrize(
-    "labels", [{"policy": "sample", "draws": 7}, {"policy": "hybrid", "k": 2, "draws": 4}]
+    "labels", [{"policy": "sample", "num_samples": 7}, {"policy": "hybrid", "k": 2, "num_samples": 4}]
 )
 def test_through_a_cache_of_images(tmp_path, labels, store):
     config, data, cache = make_cache(str(tmp_path / "cache"), labels=labels, capture={"store": store})
@@ -261,7 +258,7 @@ def test_through_a_cache_of_images(tmp_path, labels, store):
 
 
 def test_through_a_cache_of_tokens(tmp_path):
-    labels = {"policy": "hybrid", "k": 2, "draws": 4}
+    labels = {"policy": "hybrid", "k": 2, "num_samples": 4}
     _, _, first = make_text_cache(str(tmp_path / "a"), tmp_path, labels=labels)
     _, _, other = make_text_cache(str(tmp_path / "b"), tmp_path, labels=labels, capture={"batch_size": 3})
     assert np.array_equal(first.read(range(5), 0).ids, other.read(range(5), 0).ids)

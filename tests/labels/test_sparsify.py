@@ -7,7 +7,7 @@ import torch
 
 from softcache.errors import LabelError, TemperatureError
 from softcache.labels import DEFAULT_TEMPERATURES
-from softcache.labels.sparsify import LabelSettings, apply_policy, dense, describe_fault, logit_faults, top_k
+from softcache.labels.sparsify import Dense, TopK, dense, describe_fault, label_settings, logit_faults, top_k
 
 INF = math.inf
 
@@ -207,20 +207,18 @@ def test_logits_of_another_shape_or_dtype_raise(logits):
 
 def test_settings_choose_the_policy():
     logits = make_logits(3, 10)
-    assert apply_policy(logits, LabelSettings(k=4)).k == 4
-    assert apply_policy(logits, LabelSettings(policy="dense", k=4)).k == 10
-    labels = apply_policy(
-        logits, LabelSettings(k=2, temperatures=(1.0, 3.0)), targets_P=torch.tensor([1, 2, 3])
-    )
+    assert TopK(k=4).apply(logits).k == 4
+    assert Dense().apply(logits).k == 10
+    labels = TopK(k=2, temperatures=(1.0, 3.0)).apply(logits, targets_P=torch.tensor([1, 2, 3]))
     assert labels.temperatures == (1.0, 3.0)
     assert labels.log_tail.shape == (3, 2)
     assert labels.target_log_prob is not None
     with pytest.raises(LabelError, match="found 11"):
-        apply_policy(logits, LabelSettings(k=11))
+        TopK(k=11).apply(logits)
 
 
 def test_settings_take_what_toml_gives():
-    assert LabelSettings.model_validate({"temperatures": [1, 2.5, 4]}).temperatures == (1.0, 2.5, 4.0)
+    assert label_settings(temperatures=[1, 2.5, 4]).temperatures == (1.0, 2.5, 4.0)
 
 
 @pytest.mark.parametrize(
@@ -230,11 +228,11 @@ def test_settings_take_what_toml_gives():
         ({"k": "3"}, "valid integer"),
         ({"k": 2.0}, "valid integer"),
         ({"num_views": 0}, "greater than or equal to 1"),
-        ({"policy": "top"}, "'top_k', 'top_p', 'dense'"),
+        ({"policy": "top"}, "did you mean top_p or top_k"),
         ({"policy": "top_p", "p": 0.0}, "p"),
-        ({"policy": "sample", "draws": 0}, "draws"),
-        ({"policy": "sample", "proposal_exponent": 0.7}, "among the temperatures"),
-        ({"policy": "hybrid", "proposal_exponent": 1.5}, "proposal_exponent"),
+        ({"policy": "sample", "num_samples": 0}, "num_samples"),
+        ({"policy": "sample", "proposal_temperature": 1.5}, "among the temperatures"),
+        ({"policy": "hybrid", "proposal_temperature": 0.5}, "proposal_temperature"),
         ({"top": 3}, "Extra inputs"),
         ({"temperatures": [2.0, 4.0]}, r"expected 1\.0 first"),
         ({"temperatures": [1.0, 4.0, 4.0]}, "strictly increasing"),
@@ -244,7 +242,7 @@ def test_settings_take_what_toml_gives():
 )
 def test_bad_settings_raise(table, message):
     with pytest.raises(ValueError, match=message):
-        LabelSettings.model_validate(table)
+        label_settings(**table)
 
 
 def test_malformed_grid_raises():

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from softcache.labels.sparsify import LabelSettings, apply_policy, hybrid, row_seeds, sample, top_k, top_p
+from softcache.labels.sparsify import Dense, hybrid, row_seeds, sample, top_k, top_p
 from softcache.labels.sparsify.assemble import top_k_indices
 from tests.support.caches import ROOT
 
@@ -107,7 +107,7 @@ def test_every_policy_agrees_with_float64():
         "top_p": lambda x: top_p(x, p=0.8, max_k=30),
         "sample": lambda x: sample(x, draws=40, seeds_P=seeds),
         "hybrid": lambda x: hybrid(x, k=5, draws=20, seeds_P=seeds),
-        "dense": lambda x: apply_policy(x, LabelSettings(policy="dense")),
+        "dense": lambda x: Dense().apply(x),
     }
     for name, run in runs.items():
         found, wanted = run(logits), run(logits.double())

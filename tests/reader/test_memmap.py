@@ -81,7 +81,7 @@ def test_any_order_reads_the_same_as_from_the_chunks(kind, store, request, tmp_p
 
 @pytest.mark.parametrize("codec", ["open", "packed"])
 @pytest.mark.parametrize(
-    "labels", [{"policy": "sample", "draws": 20}, {"policy": "hybrid", "k": 2, "draws": 3}]
+    "labels", [{"policy": "sample", "num_samples": 20}, {"policy": "hybrid", "k": 2, "num_samples": 3}]
 )
 def test_drawn_labels_and_packed_records_thaw_too(codec, labels, tmp_path):
     url = make_cache(tmp_path / "cache", labels=labels, capture={"codec": codec}).url

@@ -281,7 +281,11 @@ def test_targets_that_mixup_made_are_refused(shared_cache):
 
 @pytest.mark.parametrize(
     "policy",
-    [{"policy": "sample", "draws": 6}, {"policy": "hybrid", "k": 3, "draws": 3}, {"policy": "dense"}],
+    [
+        {"policy": "sample", "num_samples": 6},
+        {"policy": "hybrid", "k": 3, "num_samples": 3},
+        {"policy": "dense"},
+    ],
 )
 def test_rows_hold_every_kind_of_record(policy, tmp_path):
     _, data, cache = make_cache(tmp_path / "cache", labels={"k": 4, "num_views": 1} | policy)

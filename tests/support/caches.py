@@ -4,6 +4,7 @@ from pathlib import Path
 
 from softcache.config.run import RunConfig
 from softcache.runs import capture_labels, open_data, open_teacher
+from tests.support.tables import merged
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -20,9 +21,7 @@ def digits_config(**tables) -> RunConfig:
         "student": {"model": "mlp?width=8"},
         "train": {"epochs": 2, "batch_size": 50, "device": "cpu"},
     }
-    for name, table in tables.items():
-        base[name] = {**base[name], **table} if isinstance(base.get(name), dict) else table
-    return RunConfig.model_validate(base)
+    return RunConfig.model_validate(merged(base, tables))
 
 
 def make_cache(url, **tables):

@@ -13,6 +13,7 @@ from softcache.config.run import RunConfig, build_config
 from softcache.models.detection.build import build_detector
 from softcache.reader.cache import Cache
 from softcache.runs import Data, capture_labels, open_data, open_teacher
+from tests.support.tables import merged
 
 SPEC = "fcos?width=8&depth=0&convs=1"
 NUM_SAMPLES, TOP, K = 20, 12, 3
@@ -51,8 +52,7 @@ def cells_config(folder: Path, spec: str = SPEC, **tables: Any) -> RunConfig:
         "train": {"epochs": 1, "batch_size": 5, "device": "cpu"},
         "reader": {"thaw": "never"},
     }
-    for name, table in tables.items():
-        base[name] = {**base[name], **table} if isinstance(base.get(name), dict) else table
+    base = merged(base, tables)
     base["teacher"].setdefault("weights", weights(folder, base["teacher"]["model"]))
     return build_config(base, "test")
 

@@ -48,7 +48,7 @@ class Made:
         self.data = open_data(self.config())
 
     def config(self, policy="all", **tables):
-        labels = {"k": 6, "positions": POLICIES.get(policy, {"policy": "all"})} | tables.pop("labels", {})
+        labels = {"positions": POLICIES.get(policy, {"policy": "all"})} | tables.pop("labels", {})
         source = self.source | tables.pop("source", {})
         return text_config(self.folder, source=source, labels=labels, **tables)
 

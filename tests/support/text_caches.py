@@ -5,6 +5,7 @@ import random
 
 from softcache.config.run import RunConfig
 from softcache.runs import capture_labels, open_data, open_teacher
+from tests.support.tables import merged
 
 WORDS = [
     "the",
@@ -66,9 +67,7 @@ def text_config(folder, **tables) -> RunConfig:
         "student": {"model": "llama?width=16&depth=1&heads=2"},
         "train": {"epochs": 2, "batch_size": 6, "device": "cpu", "eval_batch_size": 4},
     }
-    for name, table in tables.items():
-        base[name] = {**base[name], **table} if isinstance(base.get(name), dict) else table
-    return RunConfig.model_validate(base)
+    return RunConfig.model_validate(merged(base, tables))
 
 
 def make_text_cache(url, folder, **tables):

@@ -7,6 +7,7 @@ import torch
 
 from softcache.config.run import build_config
 from softcache.models.language import build_translation_model
+from tests.support.tables import merged
 
 CATALOGUE = """
 msgid ""
@@ -118,9 +119,7 @@ def translation_config(folder, **tables):
         "student": {"model": "t5?width=16&depth=1&heads=2"},
         "train": {"epochs": 1, "batch_size": 8, "device": "cpu", "eval_batch_size": 8},
     }  # fmt: skip
-    for name, table in tables.items():
-        base[name] = {**base[name], **table} if isinstance(base.get(name), dict) else table
-    return build_config(base, "test")
+    return build_config(merged(base, tables), "test")
 
 
 def known(vocab_size, context, tokens, spec="marian?width=16&depth=1&heads=2"):

@@ -8,7 +8,13 @@ import torch
 from softcache.errors import LabelError
 from softcache.labels import BernoulliLabels
 from softcache.labels.positions import PositionSettings
-from softcache.labels.sparsify import LabelSettings, cell_faults, choose_cells, describe_fault, sparsify_cells
+from softcache.labels.sparsify import (
+    cell_faults,
+    choose_cells,
+    describe_fault,
+    label_settings,
+    sparsify_cells,
+)
 from softcache.labels.sparsify.detection import DenseOutputs
 from tests.support.caches import digits_config
 from tests.support.text_caches import text_config
@@ -29,7 +35,7 @@ def outputs(seed=0, ties=False):
 
 def settings(**changes):
     positions = {"policy": "cells", "top": TOP}
-    return LabelSettings.model_validate({"k": K, "positions": positions} | changes)
+    return label_settings(**({"k": K, "positions": positions} | changes))
 
 
 def slow_cells(logits_AV, truth, top, background):
@@ -114,7 +120,11 @@ def test_records_of_a_softmax_are_top_k_of_the_chosen_cells():
 
 
 def test_a_dense_policy_keeps_every_class_and_drops_nothing():
-    record = sparsify_cells(outputs(), settings(policy="dense"), distribution="bernoulli")
+    record = sparsify_cells(
+        outputs(),
+        label_settings("dense", positions={"policy": "cells", "top": TOP}),
+        distribution="bernoulli",
+    )
     assert record.k == V
     assert bool((record.labels.dropped_bound == -torch.inf).all())
     assert not record.labels.dropped_mass.any()

@@ -198,7 +198,7 @@ def test_caches_of_other_labels_are_refused(images, texts, folder, tmp_path):
     refused(other, LabelError, "fuse teachers of the same classes or vocabulary", first=texts[0])
     whole = make_text_cache(tmp_path / "whole", folder)[2]
     refused(whole, AlignmentError, "labels are of other positions", first=texts[0])
-    drawn = make_cache(tmp_path / "drawn", labels={"policy": "sample", "draws": 3})[2]
+    drawn = make_cache(tmp_path / "drawn", labels={"policy": "sample", "num_samples": 3})[2]
     refused(drawn, LabelError, "drawn at random")
     grid = make_cache(tmp_path / "grid", labels={"temperatures": [1.0, 2.0]})[2]
     refused(grid, LabelError, r"stored at the temperatures \[1.0, 2.0\]")

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from softcache.errors import LabelError
 from softcache.labels import STATS, SoftLabels
-from softcache.labels.sparsify import apply_policy, dense, top_k, top_p
-from softcache.labels.sparsify.settings import LabelSettings
+from softcache.labels.sparsify import Sample, dense, top_k, top_p
 from softcache.tools.fuse import RULES, fused_labels, fusion_bounds, rule_weights
 
 GRID = (1.0, 1.5, 2.0, 4.0, 8.0)
@@ -221,12 +220,15 @@ def test_no_geometric_mean_where_the_teachers_share_no_class():
 def test_what_cannot_be_fused_is_refused():
     logits, targets = teachers(4, 6)
     good = records(logits, targets, top_k, k=2)
-    drawn = apply_policy(
-        logits[0],
-        LabelSettings(policy="sample", draws=3, temperatures=GRID),
-        targets_P=targets,
-        seeds_P=torch.arange(4),
-    ).to_numpy()
+    drawn = (
+        Sample(num_samples=3, temperatures=GRID)
+        .apply(
+            logits[0],
+            targets_P=targets,
+            seeds_P=torch.arange(4),
+        )
+        .to_numpy()
+    )
     other_grid = top_k(logits[0], k=2, targets_P=targets).to_numpy()
     for bad, message in (
         ([good[0]], "at least 2 records; found 1"),

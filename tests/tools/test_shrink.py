@@ -155,9 +155,9 @@ def test_texts_are_slimmed_to_what_a_capture_makes(texts, folder, tmp_path, stor
 @pytest.mark.parametrize(
     "labels",
     [
-        {"policy": "sample", "draws": 5, "seed": 3},
-        {"policy": "sample", "draws": 5, "proposal_exponent": 0.5, "temperatures": (1.0, 2.0, 4.0)},
-        {"policy": "hybrid", "k": 2, "draws": 3, "seed": 7},
+        {"policy": "sample", "num_samples": 5, "seed": 3},
+        {"policy": "sample", "num_samples": 5, "proposal_temperature": 2.0, "temperatures": (1.0, 2.0, 4.0)},
+        {"policy": "hybrid", "k": 2, "num_samples": 3, "seed": 7},
     ],
 )
 def test_a_cache_of_every_class_is_drawn_from_as_a_capture_would(images, folder, tmp_path, labels):
@@ -184,11 +184,11 @@ def test_the_codec_may_change(images, folder, tmp_path):
 
 
 def test_drawn_classes_are_copied_whole_or_refused(images, tmp_path):
-    drawn = slim_cache(images, tmp_path / "drawn", SlimSettings(policy="hybrid", k=2, draws=3))
+    drawn = slim_cache(images, tmp_path / "drawn", SlimSettings(policy="hybrid", k=2, num_samples=3))
     found = slim_cache(drawn, tmp_path / "copy", SlimSettings(store="parquet", temperatures=(1.0, 4.0)))
     np.testing.assert_array_equal(rows(found).labels.ids, rows(drawn).labels.ids)
     np.testing.assert_array_equal(rows(found).labels.log_tail, rows(drawn).labels.log_tail[:, [0, 6]])
-    for asked in ({"k": 1}, {"draws": 2}, {"policy": "top_k", "k": 2}):
+    for asked in ({"k": 1}, {"num_samples": 2}, {"policy": "top_k", "k": 2}):
         with pytest.raises(LabelError, match="drawn at random, and other draws, or fewer, are not in it"):
             slim_cache(drawn, tmp_path / "no", SlimSettings(**asked))
 
@@ -239,7 +239,7 @@ def test_a_damaged_unit_and_another_cache_are_refused(images, tmp_path):
     ("asked", "error", "message"),
     [
         ({"k": 41}, LabelError, "41 slots asked for.*40 at most"),
-        ({"policy": "sample", "draws": 4}, LabelError, "draws from every class as it was computed"),
+        ({"policy": "sample", "num_samples": 4}, LabelError, "draws from every class as it was computed"),
         ({"policy": "dense"}, LabelError, "300 slots asked for"),
         ({"temperatures": (1.0, 3.0)}, TemperatureError, "choose among them"),
         ({"temperatures": (2.0,)}, LabelError, "1.0 first"),

@@ -23,7 +23,7 @@ from softcache.data.sources.text.settings import TextSettings
 from softcache.data.sources.translation.settings import TranslationSettings
 from softcache.data.transforms import ViewSettings
 from softcache.errors import ConfigError
-from softcache.labels.sparsify import LabelSettings
+from softcache.labels.sparsify import AnyLabelSettings, TopK
 from softcache.losses import KINDS
 from softcache.losses.detection import CellLossSettings
 from softcache.models.language.generate_settings import GenerateSettings
@@ -65,7 +65,7 @@ class RunConfig(Settings):
     views: ViewSettings = ViewSettings()
     teacher: TeacherSettings | None = None
     train_teacher: TrainSettings | None = None
-    labels: LabelSettings = LabelSettings()
+    labels: AnyLabelSettings = TopK()
     capture: CaptureSettings = CaptureSettings()
     student: StudentSettings = StudentSettings()
     loss: LossSettings = LossSettings()

@@ -45,12 +45,12 @@ class Sampling:
         if self.exact < 0 or not 1 <= self.draws <= 65535 or (self.replacement and self.exact):
             raise LabelError(
                 f"sampling: expected 1 to 65535 draws and no exact classes beside draws with replacement; "
-                f"found draws = {self.draws}, exact = {self.exact}; set labels.draws and labels.k"
+                f"found draws = {self.draws}, exact = {self.exact}; set labels.num_samples and labels.k"
             )
         if not 0.0 < self.exponent <= 1.0:
             raise LabelError(
-                f"labels.proposal_exponent: expected a number in (0, 1]; found {self.exponent}; "
-                "1 draws classes in proportion to their probability"
+                f"sampling.exponent: expected a number in (0, 1]; found {self.exponent}; 1 draws classes in proportion to "
+                "their probability"
             )
 
     def proposal_index(self, temperatures: tuple[float, ...]) -> int:
@@ -66,8 +66,8 @@ class Sampling:
         if not self.replacement:
             return 0
         raise TemperatureError(
-            f"labels.proposal_exponent {self.exponent:g}: expected 1/{self.exponent:g} = {wanted:g} among the "
-            f"temperatures; found {list(temperatures)}; add it to labels.temperatures"
+            f"labels.proposal_temperature {wanted:g}: expected it among the temperatures; found {list(temperatures)}; "
+            "add it to labels.temperatures"
         )
 
     def log_weights(

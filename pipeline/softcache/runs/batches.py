@@ -49,7 +49,7 @@ def cached_batches(
         log_info(
             f"cache {cache.url}: its classes were drawn for T = {1 / sampling.exponent:g}; at T = {highest:g}, which [loss] "
             "asks for, they are right on average, and far noisier. Set loss.temperature = "
-            f"{1 / sampling.exponent:g}, or capture with labels.proposal_exponent = {1 / highest:g}"
+            f"{1 / sampling.exponent:g}, or capture with labels.proposal_temperature = {highest:g}"
         )
     dataset, chosen = data.train_dataset(config, cache)
 

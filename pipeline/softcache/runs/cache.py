@@ -53,10 +53,9 @@ def cache_is_ready(config: RunConfig, data: Data, url: str) -> bool:
 def check_config_matches_cache(config: RunConfig, cache: Cache) -> None:
     """Compares what the config says in so many words with what the cache is; defaults are not compared."""
     labels, found = config.labels, cache.manifest.identity
-    said = {f"labels.{key}": getattr(labels, key) for key in labels.model_fields_set & labels.read_fields}
-    there = {f"labels.{key}": value for key, value in found["labels"].items()}
+    said = {f"labels.{key}": getattr(labels, key) for key in labels.model_fields_set}
+    there = {f"labels.{key}": value for key, value in labels.keys_of_identity(found["labels"]).items()}
     there["labels.num_views"] = cache.num_views
-    there["labels.temperatures"] = tuple(there["labels.temperatures"])
     if "labels.positions" in said:
         said["labels.positions"] = labels.positions.identity()
         there.setdefault("labels.positions", {"policy": "all"})

@@ -19,7 +19,7 @@ from softcache.data.tokens import TokenBatch
 from softcache.errors import ConfigError, LabelError
 from softcache.hashing.digests import digest_weights
 from softcache.labels import SoftLabels, collect
-from softcache.labels.sparsify import LabelSettings, apply_policy, logit_faults, row_seeds
+from softcache.labels.sparsify import LabelSettings, logit_faults
 from softcache.models.image import Normalize, build_model, count_parameters, load_weights, parse_spec
 from softcache.models.language import build_language_model, check_split, split
 from softcache.settings import Settings
@@ -88,18 +88,14 @@ class Teacher(ABC):
         """
         targets_P = batch.targets.to(self.device, non_blocking=True)
         faults_P = torch.zeros(batch.num_rows, dtype=torch.uint8, device=self.device)
-        seeds_P: torch.Tensor | None = None
-        if settings.sampling is not None:
-            seeds_P = row_seeds(batch.fingerprints, batch.row_counts, batch.positions, settings.seed)
+        seeds_P = settings.row_seeds(batch.fingerprints, batch.row_counts, batch.positions)
 
         def records() -> Iterator[SoftLabels]:
             start = 0
             for logits_PV in self.chunks(batch) if chunks is None else chunks:
                 rows = slice(start, start + len(logits_PV))
                 seeds = None if seeds_P is None else seeds_P[rows]
-                record = apply_policy(
-                    logits_PV, settings, targets_P=targets_P[rows], seeds_P=seeds, check=False
-                )
+                record = settings.apply(logits_PV, targets_P=targets_P[rows], seeds_P=seeds, check=False)
                 # A bad logit makes its row's statistics NaN; what it was is asked only then, where asking waits for nothing.
                 if logits_PV.device.type != "cpu" or bool(record.stats.isnan().any()):  # type: ignore[union-attr]
                     faults_P[rows] = logit_faults(logits_PV)

@@ -32,9 +32,9 @@ from softcache.cache.codecs import COARSEST, DEFAULT_STEP, FINEST, Codec, OpenCo
 from softcache.cache.manifest import Manifest, Unit
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import check_unit, claimed_units, finished_units, open_store, publish_unit
-from softcache.errors import LabelError, TemperatureError
-from softcache.labels import ARRAYS, SoftLabels, concat, truncate_labels
-from softcache.labels.sparsify import LabelSettings, apply_policy, row_seeds
+from softcache.errors import LabelError, SpecError, TemperatureError
+from softcache.labels import ARRAYS, SoftLabels, concat
+from softcache.labels.sparsify import POLICIES, LabelSettings
 from softcache.reader.cache import Cache, open_cache
 from softcache.settings import Settings
 from softcache.teacher.capture.plan import create_cache
@@ -43,32 +43,26 @@ __all__ = ["SlimSettings", "slim_cache", "slim_manifest"]
 
 IMPORTED = "imported"  # the policy of `softcache.tools.import_logprobs`
 CHUNK_ELEMENTS = 2**21  # of the log-probabilities of all classes that are drawn from at once
-
-POLICY_PARAMETERS = {  # which of the settings each policy reads
-    "top_k": ("k",),
-    "top_p": ("k", "p"),
-    "dense": (),
-    "sample": ("draws", "proposal_exponent", "seed"),
-    "hybrid": ("k", "draws", "proposal_exponent", "seed"),
-}
+POLICY_KEYS = {"k", "p", "num_samples", "proposal_temperature", "seed"}
 
 
 class SlimSettings(Settings):
     """What shall differ from the original; None: nothing.
 
     Attributes:
-        policy: of the smaller cache, and `k`, `p`, `draws`, `proposal_exponent`, `seed`: its numbers, as in `[labels]`.
+        policy: of the smaller cache; `k`, `p`, `num_samples`, `proposal_temperature` and `seed` are its numbers, as in
+            `[labels]`.
         temperatures: the grid; some of the original's.
         num_views: the first so many views.
         codec: "open" with `values`, or "packed" with `step` and `tail`, as in `[capture]`.
         store: "zarr" or "parquet".
     """
 
-    policy: Literal["top_k", "top_p", "dense", "sample", "hybrid"] | None = None
+    policy: str | None = None
     k: int | None = Field(None, ge=1)
     p: float | None = Field(None, gt=0, le=1)
-    draws: int | None = Field(None, ge=1, le=65535)
-    proposal_exponent: float | None = Field(None, gt=0, le=1)
+    num_samples: int | None = Field(None, ge=1, le=65535)
+    proposal_temperature: float | None = Field(None, ge=1)
     seed: int | None = Field(None, ge=0, lt=2**63)
     temperatures: tuple[float, ...] | None = None
     num_views: int | None = Field(None, ge=1)
@@ -142,11 +136,11 @@ def _slim(cache: Cache, columns: dict[str, np.ndarray], target: LabelSettings | 
         places = [labels.temperatures.index(t) for t in target.temperatures]
         return replace(labels, log_tail=labels.log_tail[:, places], temperatures=target.temperatures)
     if target.sampling is None:
-        k, p = target.num_slots(labels.num_classes), target.p if target.policy == "top_p" else None
-        return truncate_labels(labels, k, p=p, temperatures=target.temperatures)
+        return target.truncate(labels)
     counts = columns.get("num_rows", np.ones(len(labels), np.int64))
     positions = columns.get("position", np.zeros(len(labels), np.int64))
-    seeds_P = row_seeds(columns["fingerprint"], counts, positions, target.seed)
+    seeds_P = target.row_seeds(columns["fingerprint"], counts, positions)
+    assert seeds_P is not None
     rows = max(1, CHUNK_ELEMENTS // labels.num_classes)
     parts = [slice(start, start + rows) for start in range(0, max(1, len(labels)), rows)]
     return concat([_drawn(labels.take(part), target, seeds_P[part]) for part in parts])
@@ -157,7 +151,7 @@ def _drawn(labels: SoftLabels, target: LabelSettings, seeds_P: torch.Tensor) -> 
     stored = labels.to_torch()
     shape = len(labels), labels.num_classes
     log_probs_PV = torch.full(shape, -torch.inf).scatter_(1, stored.ids.long(), stored.log_probs)
-    record = apply_policy(log_probs_PV, target, targets_P=None, seeds_P=seeds_P, check=False)
+    record = target.apply(log_probs_PV, seeds_P=seeds_P, check=False)
     used_PK = record.ids < labels.num_classes
     log_probs_PK = log_probs_PV.gather(1, record.ids.where(used_PK, 0)).where(used_PK, -torch.inf)
     return replace(
@@ -215,26 +209,26 @@ def _labels(cache: Cache, changes: SlimSettings) -> LabelSettings:
     if base["policy"] == IMPORTED:
         base["policy"] = "top_k"
     policy = changes.policy or ("top_k" if base["policy"] == "dense" and changes.k else base["policy"])
-    asked = {
-        name: value
-        for name in ("k", "p", "draws", "proposal_exponent", "seed")
-        if (value := getattr(changes, name)) is not None
-    }
-    if policy not in POLICY_PARAMETERS:
-        raise LabelError(
-            f"cache {cache.url}: policy {policy!r} in its manifest; expected one of {', '.join(POLICY_PARAMETERS)}; "
-            "upgrade softcache"
-        )
-    for name in sorted(set(asked) - set(POLICY_PARAMETERS[policy])):
-        raise LabelError(
-            f"slim: {name} is given, but policy {policy!r} reads {', '.join(POLICY_PARAMETERS[policy]) or 'no numbers'} "
-            f"only; leave it out, or give --policy"
-        )
-    settings = base | {"policy": policy} | asked
-    settings["temperatures"] = changes.temperatures or tuple(base["temperatures"])
-    settings["num_views"] = changes.num_views or origin.plan.num_views
+    asked = changes.model_dump(include=POLICY_KEYS, exclude_none=True)
     try:
-        return LabelSettings.model_validate(settings)
+        kind = POLICIES.get(policy, trusted=changes.policy is not None)
+    except SpecError as error:
+        raise LabelError(
+            f"cache {cache.url}: policy {policy!r} in its manifest; expected one of {', '.join(POLICIES.names())}; "
+            "upgrade softcache"
+        ) from error
+    reads = [name for name in kind.model_fields if name not in LabelSettings.model_fields]
+    for name in sorted(set(asked) - set(reads)):
+        raise LabelError(
+            f"slim: {name} is given, but policy {policy!r} reads {', '.join(reads) or 'no numbers'} only; leave it out, or "
+            "give --policy"
+        )
+    kept = {key: value for key, value in kind.keys_of_identity(base).items() if key in kind.model_fields}
+    settings = kept | {"policy": policy, "num_views": changes.num_views or origin.plan.num_views} | asked
+    if changes.temperatures:
+        settings["temperatures"] = changes.temperatures
+    try:
+        return kind.model_validate(settings)
     except ValidationError as error:
         problem = error.errors()[0]
         raise LabelError(f"slim: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
@@ -270,7 +264,7 @@ def _check_labels(cache: Cache, target: LabelSettings) -> None:
         )
     if target.policy == "dense" and not is_whole:
         raise LabelError(f"{where}: not every class is in it; choose policy top_k or top_p")
-    if found["policy"] == "top_p" and (target.policy != "top_p" or target.p > found["p"]):
+    if found["policy"] == "top_p" and not getattr(target, "p", 2.0) <= found["p"]:
         raise LabelError(
             f"{where}: its rows end where p = {found['p']} is held; choose policy top_p with p of at most that"
         )

@@ -1,29 +1,32 @@
-"""Logits into label records: which classes are kept, and what is remembered of the rest.
-
-settings.py        `[labels]`: the policy and its numbers
-policies/top_k.py  the policies that look at the distribution alone: top-k, top-p, dense
-policies/sample.py the policies that draw: random sampling, and top-k with a drawn tail
-detection.py       a detector's outputs: which cells are kept, and their records
-validate.py        what is wrong with logits and targets
-"""
+"""From logits to soft labels: which classes are kept, and what is stored of the others."""
 
 from softcache.labels.sparsify.detection import DenseOutputs, cell_faults, choose_cells, sparsify_cells
-from softcache.labels.sparsify.policies.top_k import dense, dense_labels_unsorted, top_k, top_p
-from softcache.labels.sparsify.registry import apply_policy
-from softcache.labels.sparsify.policies.sample import hybrid, row_seeds, sample
-from softcache.labels.sparsify.settings import LabelSettings
+from softcache.labels.sparsify.policies.dense import Dense, dense, dense_labels_unsorted
+from softcache.labels.sparsify.policies.hybrid import Hybrid, hybrid
+from softcache.labels.sparsify.policies.sample import Sample, sample
+from softcache.labels.sparsify.policies.top_k import TopK, top_k
+from softcache.labels.sparsify.policies.top_p import TopP, top_p
+from softcache.labels.sparsify.sampled import row_seeds
+from softcache.labels.sparsify.settings import POLICIES, AnyLabelSettings, LabelSettings, label_settings
 from softcache.labels.sparsify.validate import describe_fault, logit_faults
 
 __all__ = [
+    "POLICIES",
+    "AnyLabelSettings",
+    "Dense",
     "DenseOutputs",
+    "Hybrid",
     "LabelSettings",
-    "apply_policy",
+    "Sample",
+    "TopK",
+    "TopP",
     "cell_faults",
     "choose_cells",
     "dense",
     "dense_labels_unsorted",
     "describe_fault",
     "hybrid",
+    "label_settings",
     "logit_faults",
     "row_seeds",
     "sample",

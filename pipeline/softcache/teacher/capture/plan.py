@@ -185,7 +185,7 @@ def _cell_codec(teacher: DenseTeacher, k: int, labels: LabelSettings, settings: 
         ConfigError: a policy, codec or temperature that there is not for cells.
         LabelError: more cells are to be kept than the grid has.
     """
-    if labels.policy not in ("top_k", "dense"):
+    if not labels.labels_detections:
         raise ConfigError(
             f'labels.policy: {labels.policy!r}; of a detector\'s cells "top_k" or "dense" is kept; choose one of them'
         )

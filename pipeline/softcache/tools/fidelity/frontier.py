@@ -24,7 +24,7 @@ from softcache.cache.manifest import Manifest, Plan
 from softcache.cache.storage.open import LocalObjects
 from softcache.cache.units import open_store
 from softcache.labels import SoftLabels, truncate_labels
-from softcache.labels.sparsify import LabelSettings, apply_policy
+from softcache.labels.sparsify import LabelSettings, TopK, label_settings
 from softcache.tools.fidelity.metrics import gradient_difference, measure
 from softcache.tools.fidelity.reference import ReferenceDistribution
 from softcache.tools.fidelity.teacher_logits import Rerun
@@ -121,17 +121,17 @@ def frontier(
     num_classes = rerun.logits_PV.shape[1]
     makers = codecs(num_classes, grid)
     truths = [ReferenceDistribution(rerun.logits_PV, t) for t in temperatures]
-    largest = _sparse(rerun, LabelSettings(k=min(MAX_K, num_classes), temperatures=grid), 0)
+    largest = _sparse(rerun, TopK(k=min(MAX_K, num_classes), temperatures=grid), 0)
     drawn: dict[LabelSettings, dict[str, dict[str, float | None]]] = {}
     out = []
-    exponent = 1.0 / min(grid, key=lambda t: abs(t - temperatures[0]))
-    for point in plan_points(num_classes, list(makers), exponent):
+    drawn_at = min(grid, key=lambda t: abs(t - temperatures[0]))
+    for point in plan_points(num_classes, list(makers), 1.0 / drawn_at):
         if point.draws is None:
             assert point.k is not None
             labels = truncate_labels(largest, point.k, p=point.p)
         else:
-            numbers = {"k": point.k or 1, "draws": point.draws, "proposal_exponent": exponent}
-            settings = LabelSettings.model_validate({"policy": point.policy, "temperatures": grid, **numbers})
+            numbers = {"num_samples": point.draws, "proposal_temperature": drawn_at, "temperatures": grid}
+            settings = label_settings(point.policy, **numbers, **({} if point.k is None else {"k": point.k}))
             labels = _sparse(rerun, settings, 0)
             if settings not in drawn:
                 drawn[settings] = _draw_errors(rerun, settings, truths)
@@ -153,7 +153,7 @@ def frontier(
 
 def _sparse(rerun: Rerun, settings: LabelSettings, draw: int, rows: slice = slice(None)) -> SoftLabels:
     seeds_P = rerun.seeds_P[rows] + draw
-    return apply_policy(rerun.logits_PV[rows], settings, targets_P=rerun.targets_P[rows], seeds_P=seeds_P)
+    return settings.apply(rerun.logits_PV[rows], targets_P=rerun.targets_P[rows], seeds_P=seeds_P)
 
 
 def encoded_bytes(columns: dict[str, Any], codec: Codec, manifest: Manifest) -> dict[str, float]:

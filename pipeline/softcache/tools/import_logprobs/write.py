@@ -21,7 +21,7 @@ from softcache.cache.units import finished_units, open_store, publish_unit, read
 from softcache.data.sources.text.source import TokenSource
 from softcache.data.tokens import TokenData
 from softcache.errors import LabelError, SourceError
-from softcache.labels.sparsify import LabelSettings
+from softcache.labels.sparsify import TopK
 from softcache.reader.cache import Cache, open_cache
 from softcache.teacher.capture.plan import CaptureSettings, create_cache, plan_manifest
 from softcache.teacher.capture.run import CaptureReport
@@ -129,9 +129,7 @@ def _manifest(
             "responses: none names its `model`; give --model-name, the teacher's name in the cache's identity"
         )
     server = _Server(f"imported:{name}", data.source.vocab_size)
-    manifest, samples = plan_manifest(
-        data, cast(Any, server), LabelSettings(k=k, temperatures=(1.0,)), settings
-    )
+    manifest, samples = plan_manifest(data, cast(Any, server), TopK(k=k, temperatures=(1.0,)), settings)
     codec = replace(manifest.soft_codec("import"), stats=False, max_temperature=1.0).to_dict()
     identity = manifest.identity | {
         "codec": codec,

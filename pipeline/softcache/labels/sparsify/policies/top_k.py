@@ -1,17 +1,44 @@
-"""The policies that look at the distribution alone: the most likely classes, by number or by mass, or all.
+"""`top_k`: the k most likely classes.
 
 Shape suffixes: `P` positions, `V` classes, `K` kept classes.
 """
 
-import torch
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
 from torch import Tensor
 
-from softcache.errors import LabelError
-from softcache.labels import DEFAULT_TEMPERATURES, SoftLabels
-from softcache.labels.sparsify.assemble import Chosen, Rows, build_soft_labels, top_k_indices
+from softcache.labels.soft_labels import SoftLabels
+from softcache.labels.sparsify.assemble import build_soft_labels
+from softcache.labels.sparsify.settings import POLICIES, LabelSettings
 from softcache.labels.sparsify.validate import check_arguments
+from softcache.labels.tail import DEFAULT_TEMPERATURES
+from softcache.labels.truncate import truncate_labels
 
-__all__ = ["dense", "dense_labels_unsorted", "top_k", "top_p"]
+__all__ = ["TopK", "top_k"]
+
+
+@POLICIES.register("top_k")
+class TopK(LabelSettings):
+    """Keeps the k most likely classes.
+
+    Attributes:
+        k: kept classes, at most the number of classes.
+    """
+
+    policy: Literal["top_k"] = "top_k"
+    k: int = Field(default=10, ge=1)
+
+    labels_detections: ClassVar[bool] = True
+
+    def apply(self, logits_PV: Tensor, *, seeds_P: Tensor | None = None, **how: Any) -> SoftLabels:
+        return top_k(logits_PV, k=self.k, temperatures=self.temperatures, **how)
+
+    def num_slots(self, num_classes: int) -> int:
+        return self.k
+
+    def truncate(self, labels: SoftLabels) -> SoftLabels:
+        return truncate_labels(labels, self.k, temperatures=self.temperatures)
 
 
 def top_k(
@@ -51,87 +78,4 @@ def top_k(
         targets_P=targets_P,
         chunk_positions=chunk_positions,
         check=check,
-    )
-
-
-def top_p(
-    logits_PV: Tensor,
-    *,
-    p: float,
-    max_k: int,
-    temperatures: tuple[float, ...] = DEFAULT_TEMPERATURES,
-    targets_P: Tensor | None = None,
-    chunk_positions: int | None = None,
-    check: bool = True,
-) -> SoftLabels:
-    """Keeps as few of the most likely classes as hold the mass p at T=1, and no more than `max_k`.
-
-    Args:
-        logits_PV: [P, V] floating-point logits of the teacher.
-        p: mass, in (0, 1].
-        max_k: 1 to V, the slots of every row; a row that needs fewer leaves the last ones unused (id V, log-probability
-            -inf). The most likely class is always kept.
-        temperatures: as in `top_k`, like the other arguments.
-        targets_P: [P] integers, or None.
-        chunk_positions: rows worked on at once.
-        check: raise on faults.
-
-    Returns:
-        A record as of `top_k`; its tail holds everything that was not kept.
-
-    Raises:
-        LabelError: p is not in (0, 1], or as in `top_k`.
-        TemperatureError: a malformed grid.
-    """
-    check_arguments(logits_PV, max_k, targets_P)
-    if not 0.0 < p <= 1.0:
-        raise LabelError(f"labels.p: expected a mass in (0, 1]; found {p}; 0.9 keeps nine tenths of it")
-
-    def choose(rows: Rows) -> Chosen:
-        ids_PK = top_k_indices(rows.logits_PV, max_k)
-        probs_PK = rows.log_probs_PV.gather(1, ids_PK).exp()
-        before_PK = probs_PK.cumsum(dim=1) - probs_PK
-        wanted_PK = before_PK < p
-        wanted_PK[:, 0] = True
-        return Chosen(ids_PK.where(wanted_PK, rows.logits_PV.shape[1]))
-
-    return build_soft_labels(
-        logits_PV,
-        choose,
-        temperatures=temperatures,
-        targets_P=targets_P,
-        chunk_positions=chunk_positions,
-        check=check,
-    )
-
-
-def dense(
-    logits_PV: Tensor,
-    *,
-    temperatures: tuple[float, ...] = DEFAULT_TEMPERATURES,
-    targets_P: Tensor | None = None,
-    chunk_positions: int | None = None,
-    check: bool = True,
-) -> SoftLabels:
-    """Keeps every class, most likely first (K = V); the tail is empty. Arguments and errors: `top_k`."""
-    return top_k(
-        logits_PV,
-        k=logits_PV.shape[-1],
-        temperatures=temperatures,
-        targets_P=targets_P,
-        chunk_positions=chunk_positions,
-        check=check,
-    )
-
-
-def dense_labels_unsorted(logits_PV: Tensor) -> SoftLabels:
-    """A record of all classes in their own order: nothing is dropped, so nothing need be sorted; [P, V] logits."""
-    log_probs_PV = logits_PV.float().log_softmax(-1)
-    num_positions, num_classes = log_probs_PV.shape
-    return SoftLabels(
-        ids=torch.arange(num_classes, device=logits_PV.device).expand(num_positions, -1),
-        log_probs=log_probs_PV,
-        log_tail=log_probs_PV.new_full((num_positions, 1), -torch.inf),
-        num_classes=num_classes,
-        temperatures=(1.0,),
     )
