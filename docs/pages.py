@@ -1,6 +1,6 @@
-"""mkdocs' hook of `make docs`: the pages that lie outside of docs/, links out of it, and the order of the sections.
+"""mkdocs' hook of `make docs`: the pages outside of docs/, links out of it, and the order of the sections.
 
-README.md is the site's first page, and that of all commands is made of what they say with --help. A link to a file that is
+README.md is the site's first page, and the page of all commands is generated from their --help. A link to a file that is
 no page (a config, an example, a test) becomes its name, because the site holds pages only.
 """
 
@@ -23,6 +23,7 @@ TITLES = {
     "how-to": "How to",
     "": "Explained",
     "design": "Design",
+    "design/decisions": "Decisions",
 }
 FIRST = ["index.md"]
 LAST = [
@@ -30,6 +31,7 @@ LAST = [
     "reference.md",
     "format.md",
     "compatibility.md",
+    "glossary.md",
     "faq.md",
     "changelog.md",
     "contributing.md",
@@ -39,8 +41,9 @@ _LINK = re.compile(r"(?<!\!)\[([^\]]+)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
 def on_config(config: Any) -> Any:
-    """Lists the pages: by folder, and in a folder by name."""
-    pages = [path.relative_to(ROOT / "docs").as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))]
+    """Lists the pages by folder: a folder's README.md first, the others by name."""
+    paths = sorted((ROOT / "docs").rglob("*.md"), key=lambda path: (path.name != "README.md", path))
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in paths]
     sections: list[Any] = ["index.md"]
     for folder, title in TITLES.items():
         inside = [page for page in pages if (PurePosixPath(page).parent.as_posix() or ".") == (folder or ".")]
@@ -50,7 +53,7 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages that lie outside of docs/ and that of all commands; leaves out this file."""
+    """Adds the pages outside of docs/ and the page of all commands; removes this file."""
     for outside, page in OUTSIDE.items():
         files.append(
             File.generated(config, page, content=inside_links(outside, (ROOT / outside).read_text()))
@@ -61,8 +64,8 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def commands() -> str:
-    """Returns the page of all commands: what each says with --help."""
-    parts = ["# All commands\n\nWhat every command says with `--help`.\n"]
+    """Returns the page of all commands, each with its --help."""
+    parts = ["# All commands\n\nThe output of every command's `--help`.\n"]
     group = click.Context(softcache, info_name="softcache", max_content_width=110, terminal_width=110)
     for name in COMMANDS:
         command = softcache.get_command(group, name)
@@ -73,7 +76,7 @@ def commands() -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Mends the links of a page of docs/."""
+    """Rewrites the links of a page of docs/."""
     if page.file.src_uri in {*OUTSIDE.values(), "commands.md"}:
         return markdown
     return inside_links(f"docs/{page.file.src_uri}", markdown)
@@ -90,7 +93,7 @@ def inside_links(place: str, markdown: str) -> str:
     here = PurePosixPath(place).parent
     on_site = PurePosixPath(OUTSIDE[place] if place in OUTSIDE else place.removeprefix("docs/")).parent
 
-    def mended(found: re.Match) -> str:
+    def rewritten(found: re.Match) -> str:
         text, link, anchor = found[1], found[2], found[3] or ""
         if "://" in link or link.startswith("mailto:"):
             return found[0]
@@ -106,7 +109,7 @@ def inside_links(place: str, markdown: str) -> str:
     markdown = (
         re.sub(r"!\[([^\]]*)\]\(docs/", r"![\1](", markdown) if here == PurePosixPath(".") else markdown
     )
-    return _LINK.sub(mended, markdown)
+    return _LINK.sub(rewritten, markdown)
 
 
 def _normal(path: PurePosixPath) -> str:

@@ -1,4 +1,4 @@
-"""What the README and --help promise is there."""
+"""Commands, targets, links, paths and Python examples of README, --help and docs exist."""
 
 import re
 
@@ -35,7 +35,7 @@ def test_every_command_has_help_with_an_example_and_a_readme_line(name):
 
 
 def test_every_link_and_config_of_the_docs_exists():
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
         text = page.read_text()
         for link in re.findall(r"\]\(([^)#]+)\)", text):
             assert link.startswith("http") or (page.parent / link).exists(), f"{page.name} links to {link}"

@@ -1,4 +1,4 @@
-"""The documentation's site: it builds without a warning, holds every page, and fetches nothing from elsewhere."""
+"""The documentation's site: it builds without a warning, holds every page, and loads nothing from other sites."""
 
 import os
 import re
@@ -26,13 +26,14 @@ def site(tmp_path_factory):
 def test_every_page_is_on_it_and_is_reached_from_the_first(site):
     first = (site / "index.html").read_text()
     pages = [path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")]
+    pages = [page.with_name("index.html") if page.name == "README.html" else page for page in pages]
     assert len(pages) > 20
     for page in [*map(str, pages), "commands.html", "changelog.html", "contributing.html"]:
         assert (site / page).exists(), page
         assert f'href="{page}"' in first, page
 
 
-def test_nothing_is_fetched_from_elsewhere(site):
+def test_nothing_is_loaded_from_other_sites(site):
     for page in site.rglob("*.html"):
         fetched = re.findall(
             r"<(?:script|link|img|iframe)[^>]+(?:src|href)=[\"']?(https?:[^\"' >]+)", page.read_text()
@@ -40,7 +41,7 @@ def test_nothing_is_fetched_from_elsewhere(site):
         assert not fetched, page.name
 
 
-def test_no_link_of_a_page_is_dead(site):
+def test_no_link_is_broken(site):
     for page in site.rglob("*.html"):
         if page.name == "404.html":  # its links are from the root of a server
             continue
