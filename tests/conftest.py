@@ -7,8 +7,12 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 # The suite runs in one process per core; on small tensors a second thread only waits. For processes that tests start:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Containers often set this; then each of the processes that tests start, and pytest for each test file, would compile
+# every module again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import multiprocessing
+import sys
 import uuid
 
 import pytest
@@ -17,6 +21,7 @@ import torch
 from tests.support.caches import make_cache
 from tests.support.object_server import environment_of, find_weed, object_server
 
+sys.dont_write_bytecode = False
 torch.set_num_threads(1)
 # Loader processes, and those of a run of many, are forked from a server that has imported what they need, instead of
 # importing it one by one.

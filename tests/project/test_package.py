@@ -42,6 +42,14 @@ def test_importing_is_light(code):
     assert not {name.partition(".")[0] for name in loaded} & set(HEAVY), "taken along"
 
 
+def test_a_run_imports_what_only_some_runs_use_when_they_use_it():
+    """Each takes seconds, which every loader process and every Dask worker would pay."""
+    done = run(LOADED.format(code="import softcache.runs, softcache.student.tasks"))
+    loaded = json.loads(done.stdout)
+    assert "torch" in loaded
+    assert not {name.partition(".")[0] for name in loaded} & {"torchmetrics", "torchvision", "transformers"}
+
+
 @pytest.mark.parametrize(
     ("name", "hidden", "extra"),
     [("losses", "torch", "vision"), ("SoftLabelLoader", "torch", "vision"), ("sparsify", "torch", "text")],

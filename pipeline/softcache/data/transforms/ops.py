@@ -18,7 +18,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from torchvision.transforms.v2 import functional as F
 
 __all__ = [
     "OPS",
@@ -174,6 +173,18 @@ def _translate(image_CHW: torch.Tensor, share: float, *, axis: int) -> torch.Ten
     return out
 
 
+def _posterize(image_CHW: torch.Tensor, bits: float) -> torch.Tensor:
+    from torchvision.transforms.v2 import functional  # takes a second or two, and few transforms need it
+
+    return functional.posterize(image_CHW, round(bits))
+
+
+def _equalize(image_CHW: torch.Tensor, _: float) -> torch.Tensor:
+    from torchvision.transforms.v2 import functional
+
+    return functional.equalize(image_CHW)
+
+
 # name: function of (image, strength); the order belongs to the stream of the views: never reorder.
 OPS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "identity": lambda image, _: image,
@@ -186,8 +197,8 @@ OPS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "color": lambda image, change: saturation(image, 1 + change),
     "contrast": lambda image, change: contrast(image, 1 + change),
     "sharpness": lambda image, change: _sharpness(image, 1 + change),
-    "posterize": lambda image, bits: F.posterize(image, round(bits)),
+    "posterize": _posterize,
     "solarize": _solarize,
     "autocontrast": lambda image, _: _autocontrast(image),
-    "equalize": lambda image, _: F.equalize(image),
+    "equalize": _equalize,
 }

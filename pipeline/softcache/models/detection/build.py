@@ -2,6 +2,7 @@
 
 All small ones see levels at strides 4 and 8, so that detectors of one family and image size share a grid whatever their
 width and depth. FCOS and RetinaNet have a feature pyramid of 32 channels (their heads normalise by groups of 32).
+torchvision.models takes seconds to import and only detectors need it: the functions here import it.
 """
 
 from __future__ import annotations
@@ -11,13 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.models.detection import FCOS, RetinaNet
-from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
-from torchvision.models.detection.fcos import FCOSHead
-from torchvision.models.detection.retinanet import RetinaNetHead
-from torchvision.models.detection.ssd import SSD
-from torchvision.models.detection.ssdlite import SSDLiteHead
-from torchvision.ops import FeaturePyramidNetwork
 
 from softcache.errors import SpecError
 from softcache.models.detection.detector import Detector
@@ -33,6 +27,8 @@ class _Backbone(nn.Module):
     """Strided 3x3 convolutions with batch norm, `depth` more at each of strides 4 and 8, and a pyramid where wanted."""
 
     def __init__(self, channels: int, width: int, depth: int, *, pyramid: bool) -> None:
+        from torchvision.ops import FeaturePyramidNetwork
+
         super().__init__()
         self.stem = nn.Sequential(_block(channels, width, 2), _block(width, width, 2))
         self.first = nn.Sequential(*[_block(width, width, 1) for _ in range(depth)])
@@ -116,6 +112,10 @@ def _plain(input_shape: tuple[int, int, int]) -> dict[str, Any]:
 def _fcos(
     num_classes: int, input_shape: tuple[int, int, int], width: int = 16, depth: int = 1, convs: int = 1
 ) -> nn.Module:
+    from torchvision.models.detection import FCOS
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.fcos import FCOSHead
+
     # Squares of half a stride: FCOS gives a level the boxes whose farthest edge is within 4 to 8 of them, here
     # up to 16 pixels at the fine level and from there on at the coarse one.
     return FCOS(
@@ -131,6 +131,10 @@ def _fcos(
 def _retinanet(
     num_classes: int, input_shape: tuple[int, int, int], width: int = 16, depth: int = 1
 ) -> nn.Module:
+    from torchvision.models.detection import RetinaNet
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.retinanet import RetinaNetHead
+
     anchors = AnchorGenerator(((10, 14), (20, 28)), ((0.6, 1.0),) * 2)
     return RetinaNet(
         _Backbone(input_shape[0], width, depth, pyramid=True),
@@ -144,6 +148,10 @@ def _retinanet(
 def _ssdlite(
     num_classes: int, input_shape: tuple[int, int, int], width: int = 16, depth: int = 1
 ) -> nn.Module:
+    from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+    from torchvision.models.detection.ssd import SSD
+    from torchvision.models.detection.ssdlite import SSDLiteHead
+
     channels, height, columns = input_shape
     backbone = _Backbone(channels, width, depth, pyramid=False)
     anchors = DefaultBoxGenerator([[2], [2]], scales=[0.18, 0.3, 0.5])

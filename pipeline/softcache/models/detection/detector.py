@@ -23,8 +23,6 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
-from torchvision.models.detection import FCOS, RetinaNet
-from torchvision.models.detection.ssd import SSD
 
 from softcache.errors import IdentityError, SpecError
 from softcache.hashing.digests import digest_json
@@ -92,6 +90,9 @@ class Detector(nn.Module):
     """
 
     def __init__(self, net: nn.Module, *, num_classes: int, grey: bool = False) -> None:
+        from torchvision.models.detection import FCOS, RetinaNet  # takes seconds; only detectors need it
+        from torchvision.models.detection.ssd import SSD
+
         super().__init__()
         if not isinstance(net, FCOS | RetinaNet | SSD):
             raise SpecError(
@@ -141,11 +142,11 @@ class Detector(nn.Module):
         self, outputs: CellOutputs, targets: list[dict[str, torch.Tensor]]
     ) -> dict[str, torch.Tensor]:
         net: Any = self.net
-        if isinstance(net, FCOS):
+        if self.has_centerness:  # FCOS
             return net.compute_loss(targets, outputs.raw, outputs.anchors, self._levels(outputs))
-        if isinstance(net, RetinaNet):
-            return net.compute_loss(targets, outputs.raw, outputs.anchors)
-        return net.compute_loss(targets, outputs.raw, outputs.anchors, self._matched(outputs, targets))
+        if self.background:  # SSD
+            return net.compute_loss(targets, outputs.raw, outputs.anchors, self._matched(outputs, targets))
+        return net.compute_loss(targets, outputs.raw, outputs.anchors)
 
     def _matched(self, outputs: CellOutputs, targets: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
         """Which box each anchor of an SSD answers for, by its own matcher; -1 for none."""
@@ -169,7 +170,7 @@ class Detector(nn.Module):
             size: (height, width) of the images that the outputs are of.
         """
         net, image_sizes = self.net, outputs.images.image_sizes
-        if isinstance(net, SSD):
+        if self.background:  # SSD
             found = net.postprocess_detections(outputs.raw, outputs.anchors, image_sizes)
         else:
             levels = self._levels(outputs)
@@ -186,12 +187,12 @@ class Detector(nn.Module):
         height, width = outputs.images.tensors.shape[-2:]
         strides = tuple((height / high, width / wide) for high, wide in outputs.map_sizes)
         coder = self.net.box_coder
-        how = "linear" if isinstance(self.net, FCOS) else "deltas/" + "-".join(map(str, coder.weights))
+        how = "linear" if self.has_centerness else "deltas/" + "-".join(map(str, coder.weights))
         return Grid(outputs.anchors[0].detach(), tuple(self._levels(outputs)), strides, how)
 
     def decode(self, boxes_P4: torch.Tensor, anchors_P4: torch.Tensor) -> torch.Tensor:
         """Returns raw regression outputs [P, 4] as boxes in pixels (of the transformed image), differentiably."""
-        if isinstance(self.net, FCOS):
+        if self.has_centerness:
             return self.net.box_coder.decode(boxes_P4, anchors_P4)
         return self.net.box_coder.decode_single(boxes_P4, anchors_P4)
 
@@ -217,7 +218,7 @@ class Detector(nn.Module):
             extent = (boxes[:, 2:] - boxes[:, :2]).prod(-1).sqrt()
             far_MA = torch.cdist(middle, centre_A2)
             # FCOS's squares are an eighth to a sixteenth of what their level looks for; anchors are as large as that.
-            factor = 6.0 if isinstance(self.net, FCOS) else 1.0
+            factor = 6.0 if self.has_centerness else 1.0
             misfit_MA = (extent[:, None] / (factor * area_A)).log().abs()
             found.append((far_MA + 1000 * misfit_MA).argmin(1).unique())
         return found

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchmetrics import MeanMetric
 
 from softcache.data.scenes import ViewedScenes
 from softcache.errors import SpecError
@@ -35,6 +34,8 @@ def mean_average_precision(
     Returns:
         "map" (mean over IoU 0.5 to 0.95), "map50", and "eval_loss": the detector's own loss, mean over batches.
     """
+    from torchmetrics import MeanMetric
+
     metric, mean_loss = new_metric().to(device), MeanMetric().to(device)
     for samples in batches:
         mean_loss.update(score_batch(model, data, samples, normalize, metric, device))

@@ -9,8 +9,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from softcache.data.batch import Dataset, ImageBatch
 from softcache.errors import SpecError
@@ -96,6 +94,10 @@ class ImageTask:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
+        # Imported here: torchmetrics takes seconds, and a capture or a loader process does without it.
+        from torchmetrics import MeanMetric
+        from torchmetrics.classification import MulticlassAccuracy
+
         device = accelerator.device
         # Not through DistributedDataParallel, whose ranks would have to call it equally often.
         model = accelerator.unwrap_model(model)

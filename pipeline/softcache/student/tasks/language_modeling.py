@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torchmetrics import MeanMetric
 
 from softcache.data.tokens import TokenBatch, TokenData
 from softcache.losses import LossMix, LossSettings
@@ -69,6 +68,8 @@ class TokenTask:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
+        from torchmetrics import MeanMetric
+
         student = accelerator.unwrap_model(model)
         assert isinstance(student, TokenStudent)
         accuracy, mean_loss = MeanMetric().to(accelerator.device), MeanMetric().to(accelerator.device)
