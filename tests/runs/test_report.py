@@ -14,13 +14,13 @@ from softcache.labels.sparsify import Dense, TopK
 from softcache.reader.cache import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from softcache.runs.report import build_sections, open_report, open_run
-from softcache.runs.report.cache_metrics import bytes_per_row
 from softcache.runs.report.examples import Names, galleries
 from softcache.runs.report.metrics import (
     agrees_with_teacher,
     break_even,
     by_class,
     by_decile,
+    bytes_per_row,
     calibration_error,
     deciles,
     failed,

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from softcache.errors import LabelError
 from softcache.labels import STATS, SoftLabels
 from softcache.labels.sparsify import Sample, dense, top_k, top_p
-from softcache.tools.fuse import RULES, fused_labels, fusion_bounds, rule_weights
+from softcache.tools.fuse import RULES, fused_labels, rule_weights
+from tests.support.fusion_bounds import fusion_bounds
 
 GRID = (1.0, 1.5, 2.0, 4.0, 8.0)
 

@@ -20,11 +20,11 @@ from uuid import uuid4
 import torch
 
 from softcache.errors import ConfigError, MissingExtraError, RunError
-from softcache.runs.dask.logs import redirect_dask_logs
 from softcache.runs.dask.scheduler import WorkerDied
 from softcache.runs.dask.worker import Job, Outcome, label
+from softcache.runtime.logging import log_info
 
-__all__ = ["DaskCluster", "LocalWorkers", "local_workers", "open_client"]
+__all__ = ["DaskCluster", "LocalWorkers", "local_workers", "open_client", "redirect_dask_logs"]
 
 TASKS_PER_WORKER = 2
 CONNECT_SECONDS = "30s"
@@ -100,6 +100,27 @@ def open_client(where: str, local: LocalWorkers | None, *, dashboard: str = ":87
                 f"--dask {where}: no scheduler answers there: {error}; start one, or use --dask auto"
             ) from error
         yield client
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if "CancelledError" not in text:  # of a unit that the driver abandons: it knows
+            log_info(f"dask: {text}")
+
+
+@contextmanager
+def redirect_dask_logs() -> Iterator[None]:
+    """Within, what Dask logs from warnings on goes through `log_info`."""
+    logger = logging.getLogger("distributed")
+    handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
+    logger.handlers, logger.propagate = [_Lines(logging.WARNING)], False
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.handlers, logger.propagate = handlers, propagate
+        logger.setLevel(level)
 
 
 def _start(local: LocalWorkers, dashboard: str) -> Any:

@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from typing import Any
 
-from softcache.runs.dask.logs import redirect_dask_logs
+from softcache.runs.dask.cluster import redirect_dask_logs
 from softcache.runtime.signals import ignore_interrupts
 
 __all__ = ["dask_setup"]

@@ -24,7 +24,6 @@ from softcache.config.run import RunConfig
 from softcache.errors import CacheNotFoundError, ConfigError, IdentityError, SoftcacheError
 from softcache.hashing.digests import digest_bytes
 from softcache.runs import open_data, open_teacher, prepare_cache
-from softcache.runs.dask.culprits import bisect_failing_sample
 from softcache.runtime.logging import LogFormat, set_log_format
 from softcache.teacher.capture.plan import MANIFEST, plan_manifest
 from softcache.teacher.capture.run import CaptureContext, UnitMetrics, capture_units
@@ -194,3 +193,34 @@ def _leave_if_device_is_lost(error: Exception) -> None:
     if lost is not None and isinstance(error, lost):
         print(f"softcache: {error}; this worker ends, its context is lost", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def bisect_failing_sample(work: CaptureContext, number: int) -> str:
+    """Returns "sample KEY, view V: " of the first sample that fails by itself, or "" where none does.
+
+    Costs at most one more pass of the teacher over the unit.
+    """
+    unit, size = work.manifest.plan.unit(number), work.settings.batch_size
+    for start in range(unit.start, unit.stop, size):
+        stop = min(start + size, unit.stop)
+        if not _fails(work, unit.view, start, stop):
+            continue
+        while stop - start > 1:
+            middle = (start + stop) // 2
+            if _fails(work, unit.view, start, middle):
+                stop = middle
+            else:
+                start = middle
+        if _fails(work, unit.view, start, stop):
+            return f"sample {work.data.source.key(start)!r}, view {unit.view}: "
+        return ""
+    return ""
+
+
+def _fails(work: CaptureContext, view: int, start: int, stop: int) -> bool:
+    try:
+        batch = work.data.load(range(start, stop), view)
+        _, faults_P = work.teacher.label(batch, work.labels)
+        return bool(faults_P.any())
+    except Exception:
+        return True

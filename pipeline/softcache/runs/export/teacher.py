@@ -14,8 +14,7 @@ import numpy as np
 from softcache.data.batch import Dataset
 from softcache.errors import RunError
 from softcache.runs.export.benchmark import Agreement, Model, compare, in_batches, run_module
-from softcache.runs.report.load import Report, Run
-from softcache.runs.report.partners import partners
+from softcache.runs.report.load import Report, Run, partners
 from softcache.student.tasks.inference import Serving
 
 __all__ = ["TeacherComparison", "load_teacher_for_comparison"]

@@ -10,8 +10,8 @@ import numpy as np
 
 from softcache.errors import RunError
 from softcache.reader.cache import Cache
-from softcache.runs.report.cache_metrics import bytes_per_row, entropies, kept_masses
 from softcache.runs.report.load import Report
+from softcache.runs.report.metrics import bytes_per_row, entropies, kept_masses
 from softcache.runs.report.plots import Figure, Section, escaped, framed, load_plotly
 
 __all__ = ["cache_section"]

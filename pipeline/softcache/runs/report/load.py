@@ -12,11 +12,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from softcache.config.run import RunConfig, build_config
+from softcache.data.pairing import pair_sources
 from softcache.data.sources.images.encoded import BytesSettings
-from softcache.errors import IdentityError, RunError, SpecError
+from softcache.errors import AlignmentError, IdentityError, RunError, SpecError
+from softcache.modalities.images.student import StudentImages
 from softcache.models.image import load_weights
 from softcache.reader.cache import Cache
 from softcache.runs import Data, open_data, open_teacher
@@ -26,7 +29,7 @@ from softcache.student.checkpoint import diff_settings
 from softcache.student.tasks import Task, TokenStudent
 from softcache.teacher.base import Teacher
 
-__all__ = ["Report", "Run", "open_report", "open_run"]
+__all__ = ["Report", "Run", "open_report", "open_run", "partners"]
 
 DATA_IDENTITY_KEYS = ("source", "views", "evaluation", "tokenizer", "cross_documents")
 
@@ -269,3 +272,27 @@ def _teacher(config: RunConfig, data: Data, cache: Cache | None, missing: dict[s
             )
             return None
     return teacher
+
+
+def partners(report: Report, run: Run, split: str) -> np.ndarray | None:
+    """Returns of each of the teacher's samples of a split the run's student's own; -1: it has none. None: they see the same.
+
+    Args:
+        split: "training" or "held-out". The pairing of the training split is that of the run; held-out samples are paired
+            by the same rule, and those without a partner are left out.
+
+    Raises:
+        RunError: the student's held-out samples are not the teacher's.
+    """
+    student: Any = report.data_of(run)
+    if not isinstance(student, StudentImages):
+        return None
+    if split == "training":
+        return student.pairing.student_of
+    rule = run.config.student.pairing.model_copy(update={"subset": True})
+    try:
+        return pair_sources(report.data.evaluation.source, student.evaluation.source, rule).student_of
+    except AlignmentError as error:
+        raise RunError(
+            f"run {run.path}: its student's held-out samples cannot be laid beside the teacher's: {error}"
+        ) from error

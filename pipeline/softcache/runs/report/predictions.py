@@ -18,8 +18,7 @@ import torch
 from softcache.errors import RunError
 from softcache.labels import SoftLabels
 from softcache.reader.cache import Cache
-from softcache.runs.report.load import Report, Run
-from softcache.runs.report.partners import partners
+from softcache.runs.report.load import Report, Run, partners
 from softcache.student.tasks import TokenStudent
 
 __all__ = ["Observed", "Predictions", "dense_log_probs", "observe"]

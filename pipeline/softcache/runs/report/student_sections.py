@@ -15,9 +15,8 @@ import torch
 from softcache.models.image import count_parameters
 from softcache.runs.report.load import Report
 from softcache.runs.report.metrics import break_even, calibration_error, reliability
-from softcache.runs.report.plots import Figure, Section, Styles, lines, points
+from softcache.runs.report.plots import Figure, Section, Styles, bars, lines, points
 from softcache.runs.report.predictions import Observed
-from softcache.runs.report.translation_sections import translations_figure
 from softcache.student.tasks import TokenStudent
 
 __all__ = [
@@ -141,7 +140,7 @@ def glance_section(report: Report, styles: Styles, held_out: Observed) -> Sectio
             )
         )
     if any("chrf" in run.metrics for run in report.runs):
-        section.figures.append(translations_figure(report, styles))
+        section.figures.append(_translations_figure(report, styles))
     if teacher is None:
         section.missing.append("The teacher's score: it needs the teacher's weights or the cache.")
     if report.unfinished:
@@ -301,3 +300,22 @@ def cost_section(report: Report) -> Section:
         )
     )
     return section
+
+
+def _translations_figure(report: Report, styles: Styles) -> Figure:
+    """Returns chrF of what the students wrote, by language; BLEU in the table."""
+    languages = sorted({key[5:] for run in report.runs for key in run.metrics if key.startswith("chrf_")})
+    scores = {run.name: [run.metrics.get(f"chrf_{one}") for one in languages] for run in report.runs}
+    rows: list[Any] = []
+    for run in report.runs:
+        told = [run.metrics.get(f"{score}_{one}") for score in ("chrf", "bleu") for one in languages]
+        rows.append((run.name, (run.name, *("–" if value is None else f"{value:.1f}" for value in told))))
+    return Figure(
+        "glance-translations",
+        "Translations",
+        "chrF of what the students wrote for the held-out sources, by language, against the references; more is better.",
+        bars(styles, languages, scores, x="language", y="chrF"),
+        ("model", *(f"chrF {one}" for one in languages), *(f"BLEU {one}" for one in languages)),
+        rows,
+        width="whole",
+    )

@@ -6,11 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from softcache.runs.report.cache_metrics import bytes_per_row, kept_masses
 from softcache.runs.report.caches import describe_policy
 from softcache.runs.report.examples import Names, galleries
 from softcache.runs.report.load import Report
-from softcache.runs.report.metrics import by_class, by_decile, deciles
+from softcache.runs.report.metrics import by_class, by_decile, bytes_per_row, deciles, kept_masses
 from softcache.runs.report.plots import Figure, Section, Styles, bars, heat, lines, points
 from softcache.runs.report.predictions import Observed, Predictions
 from softcache.runs.report.student_sections import metric_of, shown_score

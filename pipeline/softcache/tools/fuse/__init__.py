@@ -3,13 +3,11 @@
 weights.py         how much each teacher counts
 align_classes.py   all teachers on one set of classes, with estimates where a class was dropped
 labels.py          one record of several
-bounds.py          how far the estimates can be off
 compatibility.py   whether caches can be fused
 settings.py        [fusion]
 cache.py           one cache of several
 """
 
-from softcache.tools.fuse.bounds import FusionBounds, fusion_bounds
 from softcache.tools.fuse.cache import fuse_caches, fused_manifest
 from softcache.tools.fuse.labels import fused_labels
 from softcache.tools.fuse.settings import FusionSettings
@@ -17,12 +15,10 @@ from softcache.tools.fuse.weights import RULES, Rule, rule_weights
 
 __all__ = [
     "RULES",
-    "FusionBounds",
     "FusionSettings",
     "Rule",
     "fuse_caches",
     "fused_labels",
     "fused_manifest",
-    "fusion_bounds",
     "rule_weights",
 ]

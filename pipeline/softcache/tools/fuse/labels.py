@@ -3,15 +3,15 @@
 Shape suffixes: `M` teachers, `P` positions, `U` the union of the kept classes, `K` kept classes, `G` temperatures.
 
 The teachers are put on the union of their kept classes (`softcache.tools.fuse.align_classes`), fused class by class, and
-cut to
-the K most likely; what is cut moves into the tail. Of the classes outside of the union only each teacher's sums F_m(beta) =
-log of the sum of p^beta are known. They are fused as if the tails were of one shape (p_m proportional to each other):
+cut to the K most likely; what is cut moves into the tail. Of the classes outside of the union only each teacher's sums
+F_m(beta) = log of the sum of p^beta are known. They are fused as if the tails were of one shape (p_m proportional to each
+other):
 
     probabilities        beta log(sum of w_m exp(F_m(beta) / beta)),  a lower bound (Minkowski, beta < 1)
     log-probabilities    sum of w_m F_m(beta), an upper bound (Hölder), then normalised
 
 For probabilities that is exact at T = 1, and at beta = 0 for both, and a convex function of beta, as the interpolation
-between the grid's temperatures needs. Bounds: `softcache.tools.fuse.bounds`; measured: docs/fusion.md.
+between the grid's temperatures needs. Bounds and measurements: docs/fusion.md.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@
     jsonl.py     a line: the sample's key, the answer or why there is none
     index.py     the first pass: where the answer for each sample lies
     formats.py   the three shapes in which servers write log-probabilities
-    labels.py    an answer beside the source's tokens: the rows that were labelled
-    record.py    rows to a label record: checks, the K most likely, the tail
+    labels.py    an answer to soft labels: aligned with the source's tokens, checked, the K most likely, the tail
     write.py     the second pass: the manifest, then unit by unit
 
 The config's source says what was labelled; an answer is believed only where its token ids are the source's.
