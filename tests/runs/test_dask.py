@@ -124,7 +124,7 @@ def test_a_neighbour_of_a_unit_that_kills_its_worker_is_not_blamed():
 
 
 def test_lost_and_held_units_are_asked_for_again(monkeypatch):
-    monkeypatch.setattr("softcache.runs.dask.scheduler.HELD_SECONDS", 0.01)
+    monkeypatch.setattr("softcache.runs.dask.scheduler.CLAIM_RETRY_SECONDS", 0.01)
 
     def answer(unit, number, avoid):
         if number <= 4:  # more often than a failure would be tried
