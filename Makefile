@@ -14,7 +14,7 @@ PICK   := $(if $(STUDENT),--student '$(STUDENT)')
 SWEEP  := $(strip $(if $(TRIALS),--trials '$(TRIALS)') $(if $(WORKERS),--workers '$(WORKERS)') $(if $(SEEDS),--seeds '$(SEEDS)'))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-logits train-student students sweep distill compare report train-teacher inspect verify fidelity thaw gc test docs package chaos check format clean bench
+.PHONY: help setup teacher-logits train-student train-students sweep distill compare report train-teacher inspect verify fidelity materialize gc test docs package chaos check format clean bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,9 +34,9 @@ train-student: setup  ## train STUDENT from CACHE; makes the cache first if ther
 	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)' --reuse
 	$(RUN) train-student $(ARGS) --cache '$(CACHE)' $(PICK)
 
-students: setup  ## train several architectures from CACHE, one table
+train-students: setup  ## train several architectures from CACHE, one table
 	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)' --reuse
-	$(RUN) students $(ARGS) --cache '$(CACHE)'
+	$(RUN) train-students $(ARGS) --cache '$(CACHE)'
 
 sweep: setup  ## search a student's settings from CACHE; TRIALS, WORKERS, SEEDS as the options
 	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)' --reuse
@@ -51,7 +51,7 @@ compare: setup  ## cache, live teacher and hard labels over three seeds
 
 report: setup  ## runs/NAME/report.html about the students of CONFIG; trains them first if need be
 	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)' --reuse
-	$(RUN) students $(ARGS) --cache '$(CACHE)'
+	$(RUN) train-students $(ARGS) --cache '$(CACHE)'
 	$(RUN) report 'runs/$(NAME)/students' --cache '$(CACHE)' --out 'runs/$(NAME)/report.html'
 
 train-teacher: setup  ## train CONFIG's teacher on hard labels
@@ -66,8 +66,8 @@ verify: setup  ## check every checksum of CACHE, and the teacher on a sample of 
 fidelity: setup  ## measure CACHE against its teacher, and draw bytes against error
 	$(RUN) fidelity '$(CACHE)' $(ARGS)
 
-thaw: setup  ## decode CACHE into local memory maps, which all students of this machine share
-	$(RUN) thaw '$(CACHE)'
+materialize: setup  ## decode CACHE into local memory maps, which all students of this machine share
+	$(RUN) materialize '$(CACHE)'
 
 gc: setup  ## list what dead runs left in CACHE; DELETE=1 removes it
 	$(RUN) gc '$(CACHE)' $(if $(DELETE),--delete)

@@ -9,8 +9,7 @@ from softcache.reader.cache import open_cache
 from softcache.runtime.logging import progress_bar
 from softcache.tools.convert import convert_cache
 
-from .options import json_option, print_json
-from .rows import cache_report
+from .options import cache_report, json_option, print_json
 
 __all__ = ["convert"]
 

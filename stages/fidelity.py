@@ -15,9 +15,9 @@ from softcache.reader.cache import Cache, open_cache
 from softcache.runs import open_data, open_teacher
 from softcache.runtime.logging import progress_bar
 from softcache.tools.fidelity import draw_frontier, measure_cache, num_points, rerun_teacher
+from softcache.runtime.scores import percent
 
 from .options import json_option, parse_temperatures, print_json, print_table
-from .rows import percent
 
 __all__ = ["fidelity"]
 

@@ -28,7 +28,7 @@ def gc(url: str, delete: bool, as_json: bool) -> None:
 
     Nothing that the manifest or a marker names is touched, nor a unit that a run holds, nor a file that softcache did not
     write. Claims that outlived their process end when they are looked at. Views thawed on this machine are elsewhere:
-    `softcache thaw --clear`.
+    `softcache materialize --clear`.
 
     \b
     Example:

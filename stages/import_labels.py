@@ -14,8 +14,7 @@ from softcache.errors import ConfigError
 from softcache.runtime.logging import log_info, progress_bar
 from softcache.tools.import_logprobs import find_responses, import_labels
 
-from .options import cache_option, config_options, json_option, print_json
-from .rows import cache_report
+from .options import cache_option, cache_report, config_options, json_option, print_json
 
 __all__ = ["import_command"]
 

@@ -13,9 +13,9 @@ import numpy as np
 
 from softcache.labels import STATS, BernoulliLabels, DetectionLabels, SoftLabels
 from softcache.reader.cache import Cache, open_cache
+from softcache.runtime.scores import percent
 
 from .options import json_option, print_json, print_table
-from .rows import percent
 
 __all__ = ["inspect_command"]
 

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -17,8 +17,12 @@ from rich.table import Table
 from softcache.errors import TemperatureError
 from softcache.runtime.logging import set_log_format
 
+if TYPE_CHECKING:
+    from softcache.reader.cache import Cache
+
 __all__ = [
     "cache_option",
+    "cache_report",
     "config_options",
     "json_option",
     "log_option",
@@ -101,6 +105,21 @@ def parse_temperatures(given: str) -> tuple[float, ...]:
             f"--temperatures: expected numbers of at least 1, with commas between them; found {given!r}; such as 1,2,4"
         )
     return found
+
+
+def cache_report(cache: Cache) -> dict[str, Any]:
+    """Returns the JSON summary of a written cache: units, rows, bytes, store and codec."""
+    markers = cache.markers.values()
+    return {
+        "cache": cache.url,
+        "units": cache.manifest.plan.num_units,
+        "units_done": len(markers),
+        "rows": sum(marker.num_rows for marker in markers),
+        "num_bytes": sum(shard.num_bytes for marker in markers for shard in marker.shards),
+        "num_classes": cache.num_classes,
+        "store": cache.manifest.store,
+        "codec": cache.manifest.codec,
+    }
 
 
 def print_json(found: Mapping[str, Any]) -> None:

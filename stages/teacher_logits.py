@@ -24,8 +24,7 @@ from softcache.runtime.logging import log_info
 from softcache.teacher.capture.estimate import Estimate
 from softcache.teacher.capture.run import CaptureReport
 
-from .options import cache_option, config_options, json_option, log_option, print_json, print_table
-from .rows import cache_report
+from .options import cache_option, cache_report, config_options, json_option, log_option, print_json, print_table
 
 __all__ = ["teacher_logits"]
 

@@ -10,6 +10,8 @@ import click
 from softcache.config.run import load_config
 from softcache.runs import open_data, open_labels, train_student
 
+from softcache.runs.tables import student_columns, student_report, student_row, student_title
+
 from .options import (
     cache_option,
     config_options,
@@ -19,7 +21,6 @@ from .options import (
     print_table,
     track_option,
 )
-from .rows import student_columns, student_report, student_row, student_title
 from .translation_rows import print_translations
 
 __all__ = ["train_student_command"]

@@ -109,8 +109,8 @@ def test_code_that_a_cache_names_is_never_imported(small, forge, tmp_path, monke
         ["train-student", "--config", str(ROOT / "configs/digits.toml"), "--cache", url, "--out", out],
         ["fidelity", url, "--config", str(ROOT / "configs/digits.toml"), "--out", out],
         ["convert", url, out + "-parquet", "--store", "parquet"],
-        ["slim", url, out + "-slim", "--k", "2"],
-        ["thaw", url, "--folder", out + "-thaw"],
+        ["shrink", url, out + "-small", "--k", "2"],
+        ["materialize", url, "--folder", out + "-memmap"],
         ["gc", url],
     ):
         done = CliRunner().invoke(softcache, command)

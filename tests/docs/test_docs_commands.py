@@ -203,7 +203,7 @@ TEXT = """
 Text.
 
     softcache gc A  # why
-    softcache thaw B \\
+    softcache materialize B \\
         --views 1
 
 <!-- test: run with train.epochs=1 --rounds=1 -->
@@ -236,7 +236,7 @@ nothing
 
 def test_blocks_are_found_with_what_is_said_of_them():
     one, two, three, four, five = blocks(TEXT)
-    assert one.commands == ["softcache gc A", "softcache thaw B --views 1"]
+    assert one.commands == ["softcache gc A", "softcache materialize B --views 1"]
     assert (one.added, one.is_run) == (None, False)
     assert (two.language, two.text, two.file, two.commands) == ("python", "x = 1\n", "a.py", [])
     assert three.commands == ["vllm serve A", "softcache gc A/$n"]
@@ -250,7 +250,7 @@ def test_blocks_are_found_with_what_is_said_of_them():
 
 
 def test_the_parser_sees_what_is_wrong():
-    for wrong in (["verify", "cache", "--nothing"], ["inspect"], ["slim", "a", "b", "--codec", "zip"]):
+    for wrong in (["verify", "cache", "--nothing"], ["inspect"], ["shrink", "a", "b", "--codec", "zip"]):
         with pytest.raises(click.UsageError, match=r"(?i)no such option|missing parameter|is not one of"):
             parsed(wrong)
 

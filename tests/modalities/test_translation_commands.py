@@ -63,8 +63,8 @@ def test_a_command_works_on_pairs(run, command, told):
 
 MADE = {
     "convert": ("convert", "one/cache", "OUT", "--store", "parquet"),
-    "slim": ("slim", "one/cache", "OUT", "--k", 3),
-    "slim to packed": ("slim", "one/cache", "OUT", "--codec", "packed"),
+    "shrink": ("shrink", "one/cache", "OUT", "--k", 3),
+    "shrink to packed": ("shrink", "one/cache", "OUT", "--codec", "packed"),
     "fuse": ("fuse", "one/cache", "two/cache", "--rule", "mean", "--out", "OUT"),
 }
 
@@ -83,13 +83,13 @@ def test_a_cache_made_of_caches_of_pairs_is_whole_and_trains(run, tmp_path, comm
 
 
 def test_the_thawed_cache_trains_the_very_student_that_the_frozen_one_trains(run, place, tmp_path):
-    assert "made" in run("thaw", "one/cache")
+    assert "made" in run("materialize", "one/cache")
     before = sorted((path.name, path.stat().st_mtime_ns) for path in (place / "thawed").glob("*.thaw"))
     assert before
     train = ("train-student", "--config", "one.toml", "--no-baseline", "--out")
     run(*train, tmp_path / "thawed")
     run(*train, tmp_path / "frozen", "--set", "reader.thaw_limit_bytes=0")
-    assert "there" in run("thaw", "one/cache")
+    assert "there" in run("materialize", "one/cache")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("thawed", "frozen"))
     assert all((one[name] == two[name]).all() for name in one)
 

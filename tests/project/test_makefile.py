@@ -54,7 +54,7 @@ def test_a_target_runs_the_command_of_its_name(make, target):
     assert command.startswith(f".venv/bin/softcache {target} --config configs/fashion-mnist.toml")
 
 
-@pytest.mark.parametrize("target", ["train-student", "students", "compare", "sweep"])
+@pytest.mark.parametrize("target", ["train-student", "train-students", "compare", "sweep"])
 def test_training_makes_the_cache_first_if_there_is_none(make, target):
     first, second = commands(make("-n", target))
     assert first == (

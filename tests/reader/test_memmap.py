@@ -20,7 +20,7 @@ from softcache.reader.cache import open_cache
 from softcache.reader.memmap import MemmapSettings, ThawFolder
 from softcache.reader.memmap import file as files
 from softcache.reader.memmap import folder as thaw_folder
-from softcache.stages.thaw import thaw as thaw_command
+from softcache.stages.materialize import materialize as materialize_command
 from tests.support import caches, text_caches
 
 
@@ -324,7 +324,7 @@ def test_a_view_in_use_is_not_removed_and_one_that_is_not_is(images, tmp_path):
 
 
 def test_the_command_thaws_lists_and_clears(images, tmp_path):
-    run = lambda *args: CliRunner().invoke(thaw_command, [*args, "--folder", str(tmp_path)])
+    run = lambda *args: CliRunner().invoke(materialize_command, [*args, "--folder", str(tmp_path)])
     views = open_cache(images).num_views
     first, second = run(images), run(images)
     assert first.output.count("made") == views
@@ -336,5 +336,5 @@ def test_the_command_thaws_lists_and_clears(images, tmp_path):
     assert run(images, "--limit", "much").exit_code == 2
     with pytest.raises(StorageError, match=r"raise --limit"):
         CliRunner().invoke(
-            thaw_command, [images, "--limit", "1KB", "--folder", str(tmp_path)], catch_exceptions=False
+            materialize_command, [images, "--limit", "1KB", "--folder", str(tmp_path)], catch_exceptions=False
         )

@@ -278,7 +278,7 @@ def test_a_student_of_a_teacher_without_parameters(run, place):
 
 def test_students_are_sorted_best_first(run, cache, no_teacher):
     result = run(
-        "students", "--config", "small.toml", "--student", "linear", "--student", "mlp?width=8&depth=6"
+        "train-students", "--config", "small.toml", "--student", "linear", "--student", "mlp?width=8&depth=6"
     )
     assert result.code == 0
     rows = [line.split("│") for line in result.out.splitlines() if "│" in line]
@@ -288,7 +288,7 @@ def test_students_are_sorted_best_first(run, cache, no_teacher):
 
 
 def test_students_of_the_config(run, cache):
-    result = run("students", "--config", "small.toml")
+    result = run("train-students", "--config", "small.toml")
     assert result.code == 0
     assert "linear" in result.out
     assert "mlp?width=8" in result.out
@@ -319,7 +319,7 @@ def test_missing_units_stop_a_student_unless_they_are_allowed(run, cache):
     assert "mlp?width=8" in allowed.out
 
 
-@pytest.mark.parametrize("command", ["train-student", "students", "compare"])
+@pytest.mark.parametrize("command", ["train-student", "train-students", "compare"])
 def test_students_need_a_cache(run, command):
     assert_one_message(run(command, "--config", "small.toml"), "runs/small/cache", "softcache teacher-logits")
 
@@ -456,7 +456,7 @@ def test_a_bad_config_is_one_readable_message(run, place):
     assert_one_message(result, "config bad.toml", "loss.temprature: unknown key; did you mean temperature")
     assert_one_message(run("compare", "--config", "none.toml"), "config none.toml: cannot be read")
     assert_one_message(
-        run("students", "--config", "small.toml", "--set", "train.lr=fast"), "train.lr", "'fast'"
+        run("train-students", "--config", "small.toml", "--set", "train.lr=fast"), "train.lr", "'fast'"
     )
 
 

@@ -1,4 +1,4 @@
-"""`softcache fidelity` and `softcache slim` as a user types them."""
+"""`softcache fidelity` and `softcache shrink` as a user types them."""
 
 import json
 
@@ -132,7 +132,7 @@ def test_another_teacher_is_refused(run, cache):
 
 
 def test_slim_makes_the_cache_of_another_config(run, cache):
-    shown = run("slim", cache, "runs/slim", "--k", "3", "--values", "float16", "--temperatures", "1,4").output
+    shown = run("shrink", cache, "runs/slim", "--k", "3", "--values", "float16", "--temperatures", "1,4").output
     assert "1 of 1 units, top_k, k 3, codec open" in shown
     sets = ["labels.k=3", "labels.temperatures=[1,4]", "capture.values=float16"]
     arguments = [part for pair in sets for part in ("--set", pair)]
@@ -140,4 +140,4 @@ def test_slim_makes_the_cache_of_another_config(run, cache):
     assert "0 units made now, 1 were there" in again
     run("train-student", "--config", "small.toml", "--cache", "runs/slim", *arguments)
     with pytest.raises(LabelError, match="9 slots asked for"):
-        run("slim", cache, "runs/no", "--k", "9")
+        run("shrink", cache, "runs/no", "--k", "9")

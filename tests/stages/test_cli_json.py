@@ -17,14 +17,14 @@ CACHE = "runs/small/cache"
 CALLS = {
     "teacher-logits": (CONFIG, {"cache", "rows", "num_bytes", "made_now"}),
     "train-student": ((*CONFIG, "--no-baseline"), {"cache", "kind", "teacher", "students"}),
-    "students": ((*CONFIG, "--student", "linear"), {"cache", "kind", "teacher", "students"}),
+    "train-students": ((*CONFIG, "--student", "linear"), {"cache", "kind", "teacher", "students"}),
     "sweep": ((*CONFIG, "--trials", "1", "--no-cost"), {"trials", "metric", "best", "figures"}),
     "inspect": ((CACHE,), {"identity", "units", "kept_mass"}),
     "verify": ((CACHE, *CONFIG, "--rows", "8"), {"units", "teacher_rows", "faults"}),
     "status": ((CACHE,), {"state", "units_done", "units_total"}),
     "convert": ((CACHE, "copy", "--store", "parquet"), {"units", "num_bytes", "store"}),
-    "slim": ((CACHE, "slim", "--k", "2"), {"num_bytes", "num_bytes_before", "labels"}),
-    "thaw": (("--list", "--clear"), {"folder", "thawed", "removed"}),
+    "shrink": ((CACHE, "small", "--k", "2"), {"num_bytes", "num_bytes_before", "labels"}),
+    "materialize": (("--list", "--clear"), {"folder", "thawed", "removed"}),
     "gc": ((CACHE,), {"stray", "foreign", "held", "deleted"}),
 }
 
@@ -51,10 +51,10 @@ def test_json_is_one_object_and_all_of_stdout(run, cache, monkeypatch, name):  #
 
 
 def test_fuse_tells_the_fused_cache(run, cache):  # noqa: F811
-    assert run("slim", cache, "slim", "--k", "2").code == 0
-    result = run("fuse", cache, "slim", "--rule", "mean", "--out", "fused", "--json")
+    assert run("shrink", cache, "small", "--k", "2").code == 0
+    result = run("fuse", cache, "small", "--rule", "mean", "--out", "fused", "--json")
     assert result.code == 0, result
-    assert json.loads(result.out)["teachers"] == [str(cache), "slim"]
+    assert json.loads(result.out)["teachers"] == [str(cache), "small"]
 
 
 def test_verify_tells_faults_as_json_and_fails(run, cache):  # noqa: F811

@@ -105,7 +105,7 @@ def _runs():
 
 
 def test_students_are_sorted_by_loss(run, cache):
-    shown = run("students", "--config", "lm.toml").stdout
+    shown = run("train-students", "--config", "lm.toml").stdout
     rows = [line.split("│")[4].strip() for line in shown.splitlines() if line.startswith("│")]
     assert rows == sorted(rows)
     assert len(rows) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["SCORES", "Score"]
+__all__ = ["SCORES", "Score", "percent"]
 
 
 class Score(NamedTuple):
@@ -49,3 +49,12 @@ SCORES = {
     "cells": Score("map", True, "mAP", "eval_map", 100, "{:.1f}"),
 }
 """By a cache's kind."""
+
+
+def percent(share: float | None) -> str:
+    """Returns a share as tables show it.
+
+    >>> percent(0.98765)
+    '98.77%'
+    """
+    return "-" if share is None else f"{100 * share:.2f}%"

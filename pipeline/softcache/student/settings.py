@@ -25,7 +25,7 @@ StudentSource = Annotated[
 
 
 class StudentSettings(Settings):
-    """[student]: the architecture, and the ones that `softcache students` trains side by side.
+    """[student]: the architecture, and the ones that `softcache train-students` trains side by side.
 
     Text: `context` is what the student attends over, where that is less than source.seq_len; `tokenizer` is its own,
     where it has another one than the teacher (with loss.name = "uld").

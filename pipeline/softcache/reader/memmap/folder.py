@@ -152,7 +152,7 @@ class ThawFolder:
         if total + num_bytes > limit_bytes:
             raise StorageError(
                 f"{self.root}: {total:,} bytes are in use and {num_bytes:,} more are needed; the limit is {limit_bytes:,}; "
-                "raise reader.thaw_limit_bytes, or `softcache thaw --clear`"
+                "raise reader.thaw_limit_bytes, or `softcache materialize --clear`"
             )
 
 

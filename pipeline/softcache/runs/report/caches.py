@@ -1,6 +1,6 @@
 """Which caches the runs of a report learnt from.
 
-One, as a rule. Several, where students of smaller caches are laid beside those of the whole one (`softcache slim`, a sweep
+One, as a rule. Several, where students of smaller caches are laid beside those of the whole one (`softcache shrink`, a sweep
 over K): they must be of one teacher's labels of the same views, and differ in which of them they keep, and how.
 """
 

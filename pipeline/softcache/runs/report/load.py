@@ -131,7 +131,7 @@ def open_report(paths: Sequence[str | Path], *, cache_url: str | Sequence[str] |
     if data.train.kind == "cells":
         raise RunError(
             f"run {read[0].path}: of a detector; expected students of images or texts, which the report is made for; "
-            "compare detectors with `softcache students` and `softcache compare`"
+            "compare detectors with `softcache train-students` and `softcache compare`"
         )
     for run in read:
         _check_same_data(run, data)
@@ -188,7 +188,7 @@ def _folders(paths: list[Path]) -> tuple[list[Path], list[Path]]:
         if not done:
             raise RunError(
                 f"run {path}: expected a run's directory (config.json, resolved.json, metrics.json), or a folder of "
-                "such; found none; runs are under runs/NAME/students, and `softcache students --config FILE` makes them"
+                "such; found none; runs are under runs/NAME/students, and `softcache train-students --config FILE` makes them"
             )
         found += done
         unfinished += [child for child in inside if child not in done]

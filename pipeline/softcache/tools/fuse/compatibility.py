@@ -75,7 +75,7 @@ def _check_labels(first: Cache, cache: Cache) -> None:
     if grids[0] != grids[1]:
         raise LabelError(
             f"{where}: its tail is stored at the temperatures {grids[1]}, that of {first.url} at {grids[0]}; give both the "
-            "same with `softcache slim --temperatures`"
+            "same with `softcache shrink --temperatures`"
         )
 
 
@@ -98,7 +98,7 @@ def _check_samples(first: Cache, cache: Cache) -> None:
     if here.plan.num_views != there.plan.num_views:
         raise AlignmentError(
             f"{where}: {there.plan.num_views} views, {first.url} has {here.plan.num_views}; cut the larger one with "
-            "`softcache slim --views`"
+            "`softcache shrink --views`"
         )
     _check_tables(first, cache)
     if here.identity["source"]["digest"] != there.identity["source"]["digest"]:

@@ -1,7 +1,7 @@
 """Train several architectures from one cache and print one table.
 
-make students
-softcache students --config configs/digits.toml --student mlp --student timm:test_vit?img_size=8&patch_size=2
+make train-students
+softcache train-students --config configs/digits.toml --student mlp --student timm:test_vit?img_size=8&patch_size=2
 """
 
 import click
@@ -12,28 +12,29 @@ from softcache.data.sources.images.encoded import BytesSettings
 from softcache.runs import open_data, open_labels, train_student
 from softcache.runtime.scores import SCORES
 
+from softcache.runs.tables import student_columns, student_report, student_row, student_title
+
 from .options import cache_option, config_options, json_option, print_json, print_table
-from .rows import student_columns, student_report, student_row, student_title
 from .translation_rows import print_translations
 
-__all__ = ["students"]
+__all__ = ["train_students"]
 
 
-@click.command()
+@click.command("train-students")
 @config_options
 @cache_option
 @json_option
 @click.option(
     "--student", "models", multiple=True, metavar="SPEC", help="An architecture; may be given several times."
 )
-def students(
+def train_students(
     config_path: str, overrides: tuple[str, ...], url: str | None, models: tuple[str, ...], as_json: bool
 ) -> None:
     """Train many students from one cache, best first in the table.
 
     \b
     Example:
-      softcache students --config configs/digits.toml
+      softcache train-students --config configs/digits.toml
     """
     config = load_config(config_path, overrides)
     data = open_data(config)

@@ -1,7 +1,7 @@
 """A smaller cache from a bigger one, as if it had been captured so; the teacher is not run.
 
-softcache slim runs/stdlib-lm/cache runs/stdlib-lm/cache-16 --k 16
-softcache slim runs/stdlib-lm/cache runs/stdlib-lm/cache-packed --codec packed --step 0.03125
+softcache shrink runs/stdlib-lm/cache runs/stdlib-lm/cache-16 --k 16
+softcache shrink runs/stdlib-lm/cache runs/stdlib-lm/cache-packed --codec packed --step 0.03125
 """
 
 from typing import Any
@@ -13,10 +13,9 @@ from softcache.reader.cache import open_cache
 from softcache.runtime.logging import progress_bar
 from softcache.tools.shrink import SlimSettings, slim_cache
 
-from .options import json_option, parse_temperatures, print_json
-from .rows import cache_report
+from .options import cache_report, json_option, parse_temperatures, print_json
 
-__all__ = ["slim"]
+__all__ = ["shrink"]
 
 
 @click.command()
@@ -50,7 +49,7 @@ __all__ = ["slim"]
 @click.option(
     "--store", type=click.Choice(["zarr", "parquet"]), help="The store to write [default: as CACHE]."
 )
-def slim(source_url: str, target_url: str, temperatures: str | None, as_json: bool, **changes: Any) -> None:
+def shrink(source_url: str, target_url: str, temperatures: str | None, as_json: bool, **changes: Any) -> None:
     """Make a smaller cache OUT from CACHE: fewer classes, views or temperatures, another codec or store.
 
     OUT is what a capture with these settings would have made; teacher-logits and train-student take it as such. What
@@ -58,7 +57,7 @@ def slim(source_url: str, target_url: str, temperatures: str | None, as_json: bo
 
     \b
     Example:
-      softcache slim runs/digits/cache runs/digits/cache-4 --k 4
+      softcache shrink runs/digits/cache runs/digits/cache-4 --k 4
     """
     cache = open_cache(source_url)
     settings = SlimSettings(

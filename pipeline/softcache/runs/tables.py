@@ -1,23 +1,28 @@
 """The table of students: one row each, teacher and hard-label baseline beside it, by what their kind is compared by."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from softcache.reader.cache import Cache
-from softcache.runtime.scores import SCORES
+from softcache.runtime.scores import SCORES, percent
 
 __all__ = [
-    "cache_report",
-    "percent",
     "student_columns",
     "student_report",
     "student_row",
     "student_title",
+    "translation_rows",
 ]
 
-
-def percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.2f}%"
+Metrics = Mapping[str, Any]
+TRANSLATION_COLUMNS = (
+    "student",
+    "language",
+    "chrF from cache",
+    "chrF hard labels",
+    "BLEU from cache",
+    "BLEU hard labels",
+)
 
 
 def student_columns(kind: str) -> tuple[str, ...]:
@@ -70,16 +75,19 @@ def student_report(
     }
 
 
-def cache_report(cache: Cache) -> dict[str, Any]:
-    """Returns what commands that write a cache tell of it: units, rows, bytes, and how it is kept."""
-    markers = cache.markers.values()
-    return {
-        "cache": cache.url,
-        "units": cache.manifest.plan.num_units,
-        "units_done": len(markers),
-        "rows": sum(marker.num_rows for marker in markers),
-        "num_bytes": sum(shard.num_bytes for marker in markers for shard in marker.shards),
-        "num_classes": cache.num_classes,
-        "store": cache.manifest.store,
-        "codec": cache.manifest.codec,
-    }
+def translation_rows(results: Sequence[tuple[Metrics, Metrics | None]]) -> Iterator[tuple[str, ...]]:
+    """Yields a row for each student and language, and the means where there are several; none for runs without chrF.
+
+    Args:
+        results: metrics of a student from the cache and, where it was trained, of the same on hard labels.
+    """
+    for cached, hard in results:
+        languages = [name.removeprefix("chrf_") for name in cached if name.startswith("chrf_")]
+        means = [("mean", "")] if len(languages) > 1 else []
+        for language, suffix in [*((language, f"_{language}") for language in languages), *means]:
+            scores = [
+                "-" if run is None else f"{run[score + suffix]:.1f}"
+                for score in ("chrf", "bleu")
+                for run in (cached, hard)
+            ]
+            yield (cached["model"], language, *scores)

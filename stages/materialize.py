@@ -1,9 +1,9 @@
 """Decode a cache into local memory maps, so that any order of reading is as fast as another.
 
-softcache thaw runs/digits/cache
-softcache thaw s3-copy/cache --limit 64GiB
-softcache thaw --list
-softcache thaw --clear
+softcache materialize runs/digits/cache
+softcache materialize s3-copy/cache --limit 64GiB
+softcache materialize --list
+softcache materialize --clear
 """
 
 from datetime import datetime
@@ -19,7 +19,7 @@ from softcache.runtime.logging import progress_bar
 
 from .options import json_option, print_json, print_table
 
-__all__ = ["thaw"]
+__all__ = ["materialize"]
 
 
 @click.command()
@@ -36,7 +36,7 @@ __all__ = ["thaw"]
 @json_option
 @click.option("--list", "listing", is_flag=True, help="List what is thawed on this machine.")
 @click.option("--clear", is_flag=True, help="Remove every thawed view that nobody uses.")
-def thaw(
+def materialize(
     url: str | None,
     num_views: int | None,
     limit: str,
@@ -52,7 +52,7 @@ def thaw(
 
     \b
     Example:
-      softcache thaw runs/digits/cache
+      softcache materialize runs/digits/cache
     """
     if (url is None) != (listing or clear):
         raise click.UsageError("give either CACHE, or --list or --clear")
