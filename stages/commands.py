@@ -50,6 +50,9 @@ COMMANDS = {
 }
 """By name: `module:attribute` below `stages`, and the command's line in the list."""
 
+RENAMED = {"slim": "shrink", "students": "train-students", "thaw": "materialize"}
+"""Former names, which an error points out."""
+
 
 class LazyCommands(click.Group):
     """A group of COMMANDS, each imported when it is needed."""
@@ -75,10 +78,12 @@ class LazyCommands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Returns the command that the words begin with; an unknown one is told with those that are near."""
+        """Returns the command that the words begin with; the error of an unknown one names the closest or its new name."""
         try:
             return super().resolve_command(ctx, args)
         except click.NoSuchCommand as error:  # click looks among the commands that are loaded
+            if name := RENAMED.get(args[0]):
+                raise click.UsageError(f"No such command {args[0]!r}; renamed: {name}", ctx) from error
             raise click.NoSuchCommand(args[0], possibilities=COMMANDS, ctx=ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

@@ -85,9 +85,9 @@ def _print(
     if as_json:
         print_json({"config": config.name, "student": model, "teacher": teacher, "students": figures})
         return
-    rows: list[tuple[str, ...]] = [("teacher", score.told(teacher), "", "", "")]
+    rows: list[tuple[str, ...]] = [("teacher", score.format(teacher), "", "", "")]
     for name, row in figures.items():
-        told, spread = score.told(row["mean"]), score.spread(row["std"])
+        told, spread = score.format(row["mean"]), score.format_std(row["std"])
         rows.append((name, told, spread, str(len(row[metric])), f"{row['seconds']:.1f}"))
-    columns = (score.title, score.spread_title)
+    columns = (score.title, score.std_title)
     print_table(f"{model} on {config.name}", ("learns from", *columns, "seeds", "seconds"), rows)

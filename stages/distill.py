@@ -128,7 +128,7 @@ def _searched(config: RunConfig, cache: Cache) -> _Made:
     best, written = best_of(sweep), write_best(sweep)
     assert best.place is not None, "a finished trial has a run"
     results = [result for result in ranked(sweep) if result.state in ("complete", "pruned")]
-    told = f"{sweep.bench.metric} {SCORES[cache.manifest.kind].told(best.value)}"
+    told = f"{sweep.bench.metric} {SCORES[cache.manifest.kind].format(best.value)}"
     log_info(f"sweep: {len(results)} trials; the best is trial {best.number}, {told}; as a config: {written}")
     cost = {
         "student_training_seconds": best.seconds,

@@ -135,15 +135,15 @@ def _print_repeats(sweep: Sweep, again: list[Repeated], seeds: int) -> None:
     rows = [
         (
             "config as it is" if row.number is None else f"trial {row.number}",
-            score.told(row.mean),
-            score.spread(row.std),
-            ", ".join(score.told(value) for value in row.values),
+            score.format(row.mean),
+            score.format_std(row.std),
+            ", ".join(score.format(value) for value in row.values),
         )
         for row in again
     ]
     print_table(
         f"the best again, {seeds} other seeds",
-        ("settings", sweep.bench.metric, score.spread_title, "each"),
+        ("settings", sweep.bench.metric, score.std_title, "each"),
         rows,
     )
 

@@ -24,7 +24,15 @@ from softcache.runtime.logging import log_info
 from softcache.teacher.capture.estimate import Estimate
 from softcache.teacher.capture.run import CaptureReport
 
-from .options import cache_option, cache_report, config_options, json_option, log_option, print_json, print_table
+from .options import (
+    cache_option,
+    cache_report,
+    config_options,
+    json_option,
+    log_option,
+    print_json,
+    print_table,
+)
 
 __all__ = ["teacher_logits"]
 

@@ -9,8 +9,7 @@ import click
 
 from softcache.config.run import load_config
 from softcache.runs import open_data, open_labels, train_student
-
-from softcache.runs.tables import student_columns, student_report, student_row, student_title
+from softcache.runs.tables import student_report, student_tables
 
 from .options import (
     cache_option,
@@ -21,7 +20,6 @@ from .options import (
     print_table,
     track_option,
 )
-from .translation_rows import print_translations
 
 __all__ = ["train_student_command"]
 
@@ -84,7 +82,6 @@ def train_student_command(
     if as_json:
         print_json(student_report(cache, [(cached, hard)]))
         return
-    columns = student_columns(cache.manifest.kind)
-    print_table(student_title(cache), columns, [student_row(cache, cached, hard)])
-    print_translations([(cached, hard)])
+    for table in student_tables(cache, [(cached, hard)]):
+        print_table(*table)
     click.echo(f"weights, metrics and config: {cached['out']}")

@@ -10,12 +10,10 @@ from softcache.config.run import RunConfig, load_config
 from softcache.data.sources import SourceSettings
 from softcache.data.sources.images.encoded import BytesSettings
 from softcache.runs import open_data, open_labels, train_student
+from softcache.runs.tables import student_report, student_tables
 from softcache.runtime.scores import SCORES
 
-from softcache.runs.tables import student_columns, student_report, student_row, student_title
-
 from .options import cache_option, config_options, json_option, print_json, print_table
-from .translation_rows import print_translations
 
 __all__ = ["train_students"]
 
@@ -48,12 +46,8 @@ def train_students(
     if as_json:
         print_json(student_report(cache, results))
         return
-    print_table(
-        student_title(cache),
-        student_columns(cache.manifest.kind),
-        [student_row(cache, *pair) for pair in results],
-    )
-    print_translations(results)
+    for table in student_tables(cache, results):
+        print_table(*table)
 
 
 def _side_by_side(config: RunConfig) -> tuple[str, ...]:

@@ -24,8 +24,8 @@ from softcache.models.language import (
 )
 from softcache.models.language.generate import translate
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
-from softcache.stages.cli import softcache
 from softcache.runs.tables import translation_rows
+from softcache.stages.cli import softcache
 from softcache.student.tasks.translation_scores import corpus_scores
 from softcache.teacher.generate import generate_source
 from softcache.tools.verify.teacher import verify_against_teacher, verify_units

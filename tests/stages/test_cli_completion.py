@@ -30,7 +30,7 @@ TYPED = {
     ],
     "compare --student timm\tresnet18": ["compare", "--student", "timm:resnet18"],
     "compare --student torchv\tresnet18": ["compare", "--student", "torchvision:resnet18"],
-    "slim one --codec pac\t": ["slim", "one", "--codec", "packed"],
+    "shrink one --codec pac\t": ["shrink", "one", "--codec", "packed"],
     "completion z\t": ["completion", "zsh"],
     "verify \t --config some/da\t": ["verify", "runs/small/cache", "--config", "some/data.toml"],
     "verify some/c\t": ["verify", "some/caches/"],

@@ -132,7 +132,9 @@ def test_another_teacher_is_refused(run, cache):
 
 
 def test_slim_makes_the_cache_of_another_config(run, cache):
-    shown = run("shrink", cache, "runs/slim", "--k", "3", "--values", "float16", "--temperatures", "1,4").output
+    shown = run(
+        "shrink", cache, "runs/slim", "--k", "3", "--values", "float16", "--temperatures", "1,4"
+    ).output
     assert "1 of 1 units, top_k, k 3, codec open" in shown
     sets = ["labels.k=3", "labels.temperatures=[1,4]", "capture.values=float16"]
     arguments = [part for pair in sets for part in ("--set", pair)]

@@ -1,20 +1,19 @@
-"""The table of students: one row each, teacher and hard-label baseline beside it, by what their kind is compared by."""
+"""Tables of trained students: one row each, with the teacher and the hard-label baseline."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from softcache.reader.cache import Cache
 from softcache.runtime.scores import SCORES, percent
 
-__all__ = [
-    "student_columns",
-    "student_report",
-    "student_row",
-    "student_title",
-    "translation_rows",
-]
+__all__ = ["ResultTable", "student_report", "student_tables", "translation_rows"]
 
 Metrics = Mapping[str, Any]
+Results = Sequence[tuple[Metrics, Metrics | None]]
+"""Metrics of a student from the cache and, where it was trained, of the same student on hard labels."""
+
+EXTRA_COLUMNS = {"tokens": ("perplexity",), "cells": ("mAP50",)}
+TITLE_UNITS = {"tokens": "; held-out loss in nats per token", "cells": "; mean average precision, x 100"}
 TRANSLATION_COLUMNS = (
     "student",
     "language",
@@ -25,62 +24,48 @@ TRANSLATION_COLUMNS = (
 )
 
 
-def student_columns(kind: str) -> tuple[str, ...]:
-    beside = {"tokens": ("perplexity",), "cells": ("mAP50",)}.get(kind, ())
-    return ("student", "parameters", "of teacher", "from cache", *beside, "hard labels", "teacher", "seconds")
+class ResultTable(NamedTuple):
+    """A table of text: a title, the columns' names and one tuple of cells per row."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
-def student_title(cache: Cache) -> str:
-    unit = {"tokens": "; held-out loss in nats per token", "cells": "; mean average precision, x 100"}
-    return f"students from {cache.url}{unit.get(cache.manifest.kind, '')}"
+def student_tables(cache: Cache, results: Results) -> list[ResultTable]:
+    """Returns the table of students, and for students that translate a table of chrF and BLEU per language."""
+    kind = cache.manifest.kind
+    columns = ("student", "parameters", "of teacher", "from cache", *EXTRA_COLUMNS.get(kind, ()))
+    columns += ("hard labels", "teacher", "seconds")
+    title = f"students from {cache.url}{TITLE_UNITS.get(kind, '')}"
+    tables = [ResultTable(title, columns, [_student_row(cache, *pair) for pair in results])]
+    if rows := list(translation_rows(results)):
+        tables.append(ResultTable("translations of the held-out texts, of 100", TRANSLATION_COLUMNS, rows))
+    return tables
 
 
-def student_row(cache: Cache, cached: dict[str, Any], hard: dict[str, Any] | None) -> tuple[str, ...]:
+def _student_row(cache: Cache, cached: Metrics, hard: Metrics | None) -> tuple[str, ...]:
     teacher, kind = cache.manifest.teacher, cache.manifest.kind
-    score, beside = SCORES[kind], []
+    score, extra = SCORES[kind], []
     if kind == "tokens":
-        beside = [f"{cached['perplexity']:.1f}"]
+        extra = [f"{cached['perplexity']:.1f}"]
     elif kind == "cells":
-        beside = [score.told(cached["map50"])]
+        extra = [score.format(cached["map50"])]
     share = cached["num_parameters"] / teacher.num_parameters if teacher.num_parameters else None
     return (
         cached["model"],
         f"{cached['num_parameters']:,}",
         percent(share),
-        score.told(cached[score.metric]),
-        *beside,
-        score.told(hard[score.metric] if hard else None),
-        score.told(getattr(teacher, score.of_teacher)),
+        score.format(cached[score.metric]),
+        *extra,
+        score.format(hard[score.metric] if hard else None),
+        score.format(getattr(teacher, score.of_teacher)),
         f"{cached['seconds']:.1f}",
     )
 
 
-def student_report(
-    cache: Cache, results: Sequence[tuple[dict[str, Any], dict[str, Any] | None]]
-) -> dict[str, Any]:
-    """Returns what the table of students tells, as numbers: every run's metrics without the history of its epochs."""
-
-    def figures(run: dict[str, Any] | None) -> dict[str, Any] | None:
-        return run and {key: value for key, value in run.items() if key != "history"}
-
-    teacher = cache.manifest.teacher
-    return {
-        "cache": cache.url,
-        "kind": cache.manifest.kind,
-        "teacher": teacher.model_dump(mode="json"),
-        "students": [
-            {"model": cached["model"], "cache": figures(cached), "hard": figures(hard)}
-            for cached, hard in results
-        ],
-    }
-
-
-def translation_rows(results: Sequence[tuple[Metrics, Metrics | None]]) -> Iterator[tuple[str, ...]]:
-    """Yields a row for each student and language, and the means where there are several; none for runs without chrF.
-
-    Args:
-        results: metrics of a student from the cache and, where it was trained, of the same on hard labels.
-    """
+def translation_rows(results: Results) -> Iterator[tuple[str, ...]]:
+    """Yields a row for each student and language, and the means where there are several; none for runs without chrF."""
     for cached, hard in results:
         languages = [name.removeprefix("chrf_") for name in cached if name.startswith("chrf_")]
         means = [("mean", "")] if len(languages) > 1 else []
@@ -91,3 +76,20 @@ def translation_rows(results: Sequence[tuple[Metrics, Metrics | None]]) -> Itera
                 for run in (cached, hard)
             ]
             yield (cached["model"], language, *scores)
+
+
+def student_report(cache: Cache, results: Results) -> dict[str, Any]:
+    """Returns the table of students as JSON: every run's metrics without the history of its epochs."""
+
+    def figures(run: Metrics | None) -> Metrics | None:
+        return run and {key: value for key, value in run.items() if key != "history"}
+
+    return {
+        "cache": cache.url,
+        "kind": cache.manifest.kind,
+        "teacher": cache.manifest.teacher.model_dump(mode="json"),
+        "students": [
+            {"model": cached["model"], "cache": figures(cached), "hard": figures(hard)}
+            for cached, hard in results
+        ],
+    }

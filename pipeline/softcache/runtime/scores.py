@@ -1,4 +1,4 @@
-"""What students of each kind of labels are compared by, and how that is told."""
+"""Headline metric of each kind of labels, and its formatting in tables."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ __all__ = ["SCORES", "Score", "percent"]
 
 
 class Score(NamedTuple):
-    """What runs from a cache are compared by.
+    """The metric by which runs from a cache are compared.
 
     Attributes:
         metric: its name in a run's metrics.
-        larger_is_better: whether that is so.
-        title: what tables call it.
+        larger_is_better: the direction of improvement.
+        title: its column title in tables.
         of_teacher: its name in the manifest's report of the teacher.
-        scale: tables show it and its spread times this.
-        form: how they show it then.
+        scale: factor applied to values and standard deviations in tables.
+        form: format string of a scaled value.
     """
 
     metric: str
@@ -26,20 +26,20 @@ class Score(NamedTuple):
     scale: float
     form: str
 
-    def told(self, value: float | None) -> str:
+    def format(self, value: float | None) -> str:
         """Returns a value as tables show it.
 
-        >>> SCORES["image"].told(0.98765)
+        >>> SCORES["image"].format(0.98765)
         '98.77%'
         """
         return "-" if value is None else self.form.format(self.scale * value)
 
-    def spread(self, value: float | None) -> str:
+    def format_std(self, value: float | None) -> str:
         """Returns a standard deviation as tables show it, in points where values are percentages."""
         return "-" if value is None else f"{self.scale * value:.4f}"
 
     @property
-    def spread_title(self) -> str:
+    def std_title(self) -> str:
         return "std" if self.scale == 1 else "std (points)"
 
 

@@ -188,7 +188,7 @@ def _folders(paths: list[Path]) -> tuple[list[Path], list[Path]]:
         if not done:
             raise RunError(
                 f"run {path}: expected a run's directory (config.json, resolved.json, metrics.json), or a folder of "
-                "such; found none; runs are under runs/NAME/students, and `softcache train-students --config FILE` makes them"
+                "such; found none; `softcache train-students --config FILE` makes them under runs/NAME/students"
             )
         found += done
         unfinished += [child for child in inside if child not in done]
