@@ -111,7 +111,7 @@ def sweep_command(
 
 def _print_trials(sweep: Sweep) -> None:
     results = ranked(sweep)
-    told = SCORES[sweep.bench.cache.manifest.kind].told
+    told = SCORES[sweep.bench.cache.manifest.kind].format
     columns = ("trial", sweep.bench.metric, "state", *sweep.space, "epochs", "seconds")
     note = "the best is chosen by the held-out samples and one seed: repeat it with --seeds before you believe it"
     print_table(f"sweep {sweep.bench.path}", columns, [_row(sweep, told, r) for r in results], note=note)
