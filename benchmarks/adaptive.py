@@ -102,7 +102,7 @@ def _train(config: RunConfig, data: Any, cache: Cache, way: str, seed: int, out:
         run,
         data,
         model=config.student.model,
-        labels="hard" if way == HARD else "cache",
+        labels="ground_truth" if way == HARD else "cache",
         cache=cache,
         out=out / "students" / f"{re.sub('[^a-z0-9]+', '-', way.lower()).strip('-')}-{seed}",
     )

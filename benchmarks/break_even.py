@@ -1,8 +1,8 @@
 """How soon a student reaches an accuracy from the cache, and how soon beside the live teacher: the second part of
 `python -m benchmarks.epochs`.
 
-Both are whole runs of `softcache train-student` with the same config, seeds and goal (`train.stop_at`), so they evaluate
-and save as often. Making the cache counts apart. Beside that, how many students have to be trained before it has paid:
+Both are whole runs of `softcache train-student` with the same config, seeds and goal (`train.target_metric`), so they
+evaluate and save as often. Making the cache counts apart. In addition, the number of students after which it has paid:
 
     seconds of the capture / (seconds of a run beside the teacher - seconds of a run from the cache)
 
@@ -30,11 +30,11 @@ ONLINE, CACHE = "live teacher", "cache"
 
 def bench(path: str, folder: str, *, goal: float, seeds: int, quick: bool) -> dict[str, list[Figure]]:
     """Returns the figures of both contenders: seconds to the goal over those beside the live teacher."""
-    config = load_config(path, [f"train.stop_at={goal}"])
+    config = load_config(path, [f"train.target_metric={goal}"])
     if quick:
         config = _small(config, folder)
     config = config.model_copy(
-        update={"reader": config.reader.model_copy(update={"thaw_folder": f"{folder}/thawed-too"})}
+        update={"reader": config.reader.model_copy(update={"memmap_dir": f"{folder}/thawed-too"})}
     )
     data = open_data(config)
     make_teacher(config, data)

@@ -8,7 +8,7 @@
    tiny and a mid-size one: images (the digits many times over, 8x8; Fashion-MNIST, 28x28, where /usr/share/datasets or
    --fashion-mnist has it) and text (the standard library's sources, fused loss, K = 128 of 4,096). The labels come from
    teachers of random weights: what a label says does not change what it costs. The cache is thawed.
-2. time to an accuracy (`benchmarks.break_even`): whole runs that end at `train.stop_at`, from the cache and online.
+2. time to an accuracy (`benchmarks.break_even`): whole runs that end at `train.target_metric`, from the cache and online.
 
 T = 1 and 4 are on the labels' grid of temperatures; T = 3 is not, so that the tail is interpolated.
 """
@@ -62,7 +62,7 @@ def image_case(folder: str, source: dict[str, Any], shape: tuple[int, int, int])
             "capture": {"evaluate": False, "device": "cpu"},
             "loss": {"alpha": 0.9},
             "train": {"epochs": 2, "batch_size": 256, "device": "cpu"},
-            "reader": {"thaw_folder": f"{folder}/thawed"},
+            "reader": {"memmap_dir": f"{folder}/thawed"},
         }
     )
 
@@ -88,7 +88,7 @@ def text_case(folder: str, *, samples: int, vocab_size: int, k: int) -> RunConfi
             "capture": {"evaluate": False, "device": "cpu", "batch_size": 16},
             "loss": {"alpha": 0.9},
             "train": {"epochs": 2, "batch_size": 16, "device": "cpu", "clip_norm": 1.0},
-            "reader": {"thaw_folder": f"{folder}/thawed"},
+            "reader": {"memmap_dir": f"{folder}/thawed"},
         }
     )
 
@@ -150,14 +150,14 @@ def contenders(
         torch.manual_seed(0)
         feed = (
             hard_label_batches(how, data)
-            if labels == "hard"
+            if labels == "ground_truth"
             else cached_batches(how, data, cache, cache.num_views, False)
         )
         step = stepper(Trainer(Accelerator(cpu=True), data.task(how, student), feed, how.train), epoch)
         step(2)  # compiled code is loaded, the optimizer's state is made
         return lambda: step(steps)
 
-    runs = {BASELINE: training("hard"), f"{BASELINE}, again": training("hard")}
+    runs = {BASELINE: training("ground_truth"), f"{BASELINE}, again": training("ground_truth")}
     return runs | {f"cache, T = {T:g}": training("cache", temperature=T) for T in TEMPERATURES}
 
 

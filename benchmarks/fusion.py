@@ -121,7 +121,7 @@ def _run(
                 run,
                 data,
                 model=config.student.model,
-                labels="hard" if cache is None else "cache",
+                labels="ground_truth" if cache is None else "cache",
                 cache=None if cache is None else config.reader.open_cache(cache.url),
             )
             row = {"kind": kind, "seed": seed, "accuracy": found["accuracy"], "eval_loss": found["eval_loss"]}

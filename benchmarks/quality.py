@@ -90,7 +90,7 @@ def _run(config: RunConfig, records: tuple[str, ...], seeds: list[int], out: Pat
             if any(row["record"] == record and row["seed"] == seed for row in _read(results)):
                 continue
             log_info(f"{record}, seed {seed}")
-            how: dict[str, Any] = {"labels": "hard"}
+            how: dict[str, Any] = {"labels": "ground_truth"}
             labels, loss, size = {}, {}, None
             if record == "live":
                 how = {"labels": "online", "teacher": open_teacher(config, data)}

@@ -129,7 +129,7 @@ class _OpenCache:
 
     def get(self) -> Cache:
         if self._cache is None:
-            self._cache = open_cache(self._url, thaw=self._thaw)
+            self._cache = open_cache(self._url, memmap=self._thaw)
         return self._cache
 
     def close(self) -> None:
@@ -151,7 +151,7 @@ def cache_reader(name: str, made: Made, codec: str, *, thawed: bool, full: bool)
         for step, request in enumerate(order):
             if not thawed and (window := order.window_of(step)) != ahead:
                 coming = order.windows(window, min(2, last - window + 1))
-                cache.expect([(one.view, one.samples) for one in coming])
+                cache.prefetch([(one.view, one.samples) for one in coming])
                 ahead = window
             yield request.samples, cache.read_stored(request.samples, request.view)
         if not thawed:
@@ -222,7 +222,7 @@ def _map_loader(made: Made, workers: int, *, full: bool) -> Contender:
 
 def _own_loader(name: str, made: Made, workers: int, codec: str, *, thawed: bool) -> Contender:
     """Labels are read in this process; workers load samples alone."""
-    cache = open_cache(made.caches[codec], thaw=made.thaw if thawed else None)
+    cache = open_cache(made.caches[codec], memmap=made.thaw if thawed else None)
     order = made.order(full=thawed)
     loader = SoftLabelLoader(SoftLabelDataset(made.data, cache), order, workers=workers)
 
@@ -235,7 +235,7 @@ def _own_loader(name: str, made: Made, workers: int, codec: str, *, thawed: bool
 
 
 def _dataset_loader(name: str, made: Made, workers: int, codec: str, *, thawed: bool) -> Contender:
-    cache = open_cache(made.caches[codec], thaw=made.thaw if thawed else None)
+    cache = open_cache(made.caches[codec], memmap=made.thaw if thawed else None)
     dataset, order = SoftLabelDataset(made.data, cache), made.order(full=thawed)
     loader = _loader(
         dataset,

@@ -95,7 +95,7 @@ def epoch_of(url: str, how: str, thawed: str) -> dict[str, float]:
     """Returns by how much memory rose at most while an epoch was read: "chunks", "thawed" or "TinyViT"."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before, rows = memory_bytes("VmRSS"), 0
-    cache = open_cache(url, thaw=MemmapSettings(folder=thawed, required=True) if how == "thawed" else None)
+    cache = open_cache(url, memmap=MemmapSettings(folder=thawed, required=True) if how == "thawed" else None)
     order = _order(cache, full=how != "chunks")
     files = TinyVitFiles(Path(url).parent / "tinyvit", MadeImages(len(cache), cache.num_classes).source, 16)
     for request in order:

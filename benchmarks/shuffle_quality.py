@@ -90,7 +90,7 @@ def classes_per_batch(order: BlockShuffle, targets: np.ndarray) -> float:
 def accuracy_of(
     config: RunConfig, data: Data, dataset: HardLabelDataset, order: BlockShuffle, seed: int
 ) -> float:
-    settings = config.train.model_copy(update={"labels": "hard", "seed": seed})
+    settings = config.train.model_copy(update={"labels": "ground_truth", "seed": seed})
     with tempfile.TemporaryDirectory() as folder:
         task = data.task(config, config.student.model)
         found = train(task, TrainBatches(dataset, order), settings=settings, out=f"{folder}/run", config={})

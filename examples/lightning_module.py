@@ -19,7 +19,7 @@ from softcache.losses import LossSettings
 from softcache.models.image import build_model
 from softcache.student.integrations.lightning import SoftLabelDataModule, SoftLabelModule
 
-cache, config, out = open_cache(sys.argv[1], thaw=MemmapSettings()), load_config(sys.argv[2]), sys.argv[3]
+cache, config, out = open_cache(sys.argv[1], memmap=MemmapSettings()), load_config(sys.argv[2]), sys.argv[3]
 train, held_out = (open_source(config.source, split=split) for split in ("train", "eval"))
 seed_everything(0)
 student = build_model("mlp?width=64", num_classes=cache.num_classes, input_shape=(1, 8, 8))

@@ -20,7 +20,7 @@ from softcache.data.sources import open_source
 from softcache.losses import LossSettings
 from softcache.student.integrations.timm import TimmDataset, TimmImages, TimmLoss
 
-cache, source = open_cache(sys.argv[1], thaw=MemmapSettings()), load_config(sys.argv[2]).source
+cache, source = open_cache(sys.argv[1], memmap=MemmapSettings()), load_config(sys.argv[2]).source
 train = TimmDataset(open_source(source, split="train"), cache)
 held_out = TimmImages(open_source(source, split="eval"), cache)
 both = {"mean": train.mean, "std": train.std, "device": torch.device("cpu"), "num_workers": 0}

@@ -17,7 +17,7 @@ from softcache.data.sources import open_source
 from softcache.models.image import Normalize, build_model
 from softcache.reader.dataset import cached_views
 
-cache, source = open_cache(sys.argv[1], thaw=MemmapSettings()), load_config(sys.argv[2]).source
+cache, source = open_cache(sys.argv[1], memmap=MemmapSettings()), load_config(sys.argv[2]).source
 dataset = SoftLabelDataset(open_source(source, split="train"), cache)
 held_out = ViewedSource(open_source(source, split="eval"), views := cached_views(cache))
 normalize = Normalize(views.settings.mean, views.settings.std)

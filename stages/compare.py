@@ -46,7 +46,7 @@ def compare(
     cache = open_labels(config, url)
     model = model or config.student.model
     teacher = open_teacher(config, data)
-    kinds: dict[str, dict[str, Any]] = {"hard labels": {"labels": "hard"}}
+    kinds: dict[str, dict[str, Any]] = {"hard labels": {"labels": "ground_truth"}}
     for num_views in sorted({1, cache.num_views}):
         views = f", {num_views} view{'s' * (num_views > 1)}" if cache.manifest.kind != "tokens" else ""
         name = f"cache{views}"

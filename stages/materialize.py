@@ -14,7 +14,7 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from softcache.errors import IncompleteCacheError, StorageError
 from softcache.reader.cache import open_cache
-from softcache.reader.memmap import MemmapSettings, ThawFolder
+from softcache.reader.memmap import MemmapFolder, MemmapSettings
 from softcache.runtime.logging import progress_bar
 
 from .options import json_option, print_json, print_table
@@ -31,7 +31,7 @@ __all__ = ["materialize"]
 @click.option(
     "--folder",
     metavar="DIR",
-    help="Where [default: $SOFTCACHE_THAW_DIR, or ~/.cache/softcache/thaw].",
+    help="Where [default: $SOFTCACHE_MEMMAP_DIR, or ~/.cache/softcache/thaw].",
 )
 @json_option
 @click.option("--list", "listing", is_flag=True, help="List what is thawed on this machine.")
@@ -47,7 +47,7 @@ def materialize(
 ) -> None:
     """Decode CACHE once into a local memory map, which all students and loader processes of this machine share.
 
-    train-student does so by itself if CACHE fits reader.thaw_limit_bytes. What is there already is only checked.
+    train-student does so by itself if CACHE fits reader.memmap_limit_bytes. What is there already is only checked.
     Views that were not used for longest are removed when the limit is reached; those in use are not.
 
     \b
@@ -56,7 +56,7 @@ def materialize(
     """
     if (url is None) != (listing or clear):
         raise click.UsageError("give either CACHE, or --list or --clear")
-    place = ThawFolder(folder)
+    place = MemmapFolder(folder)
     told: dict[str, Any] = {"folder": str(place.root)}
     if clear:
         told |= _clear(place, as_json)
@@ -68,10 +68,10 @@ def materialize(
         print_json(told)
 
 
-def _thaw(url: str, num_views: int | None, limit: int, place: ThawFolder, as_json: bool) -> dict[str, Any]:
-    cache = open_cache(url, thaw=MemmapSettings(limit, str(place.root), required=True))
+def _thaw(url: str, num_views: int | None, limit: int, place: MemmapFolder, as_json: bool) -> dict[str, Any]:
+    cache = open_cache(url, memmap=MemmapSettings(limit, str(place.root), required=True))
     views = range(min(num_views or cache.num_views, cache.num_views))
-    plans = [cache.thawed_plan(view) for view in views]
+    plans = [cache.memmap_plan(view) for view in views]
     rows: list[dict[str, Any]] = []
     total = 0
     for view, plan in enumerate(plans):
@@ -89,14 +89,14 @@ def _thaw(url: str, num_views: int | None, limit: int, place: ThawFolder, as_jso
         )
     with progress_bar("thaw", sum(plan.num_rows for plan in plans if plan), "rows") as advance:
         for view in views:
-            cache.thawed(view, limit_bytes=limit, progress=advance)
+            cache.memmap(view, limit_bytes=limit, progress=advance)
     if not as_json:
         shown = [(row["view"], f"{row['rows']:,}", f"{row['num_bytes']:,}", row["state"]) for row in rows]
         print_table(f"{url}, thawed in {place.root}", ("view", "rows", "bytes", ""), shown)
     return {"cache": url, "views": rows}
 
 
-def _list(place: ThawFolder, as_json: bool) -> dict[str, Any]:
+def _list(place: MemmapFolder, as_json: bool) -> dict[str, Any]:
     entries = place.entries()
     rows = [
         (entry.about, f"{entry.num_bytes:,}", datetime.fromtimestamp(entry.used).isoformat(" ", "seconds"))
@@ -112,7 +112,7 @@ def _list(place: ThawFolder, as_json: bool) -> dict[str, Any]:
     return {"thawed": listed, "num_bytes": total}
 
 
-def _clear(place: ThawFolder, as_json: bool) -> dict[str, Any]:
+def _clear(place: MemmapFolder, as_json: bool) -> dict[str, Any]:
     entries = place.entries()
     gone = [entry for entry in entries if place.remove(entry)]
     kept = len(entries) - len(gone)

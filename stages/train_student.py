@@ -78,7 +78,7 @@ def train_student_command(
         allow_partial=allow_partial,
         track_with=track_with,
     )
-    hard = train_student(config, data, model=model, labels="hard") if baseline else None
+    hard = train_student(config, data, model=model, labels="ground_truth") if baseline else None
     if as_json:
         print_json(student_report(cache, [(cached, hard)]))
         return

@@ -40,7 +40,7 @@ def train_students(
     results = []
     for model in models or _side_by_side(config):
         cached = train_student(config, data, model=model, labels="cache", cache=cache)
-        results.append((cached, train_student(config, data, model=model, labels="hard")))
+        results.append((cached, train_student(config, data, model=model, labels="ground_truth")))
     score = SCORES[cache.manifest.kind]
     results.sort(key=lambda pair: pair[0][score.metric], reverse=score.larger_is_better)
     if as_json:

@@ -47,7 +47,7 @@ def shared_cache(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def _thaw_folder(tmp_path_factory):
     """Caches are thawed into a temporary folder, also by the processes that tests start."""
-    os.environ["SOFTCACHE_THAW_DIR"] = str(tmp_path_factory.mktemp("thaw"))
+    os.environ["SOFTCACHE_MEMMAP_DIR"] = str(tmp_path_factory.mktemp("thaw"))
 
 
 @pytest.fixture(scope="session")

@@ -278,7 +278,7 @@ def test_killed_and_run_again_it_is_bit_for_bit_what_an_uninterrupted_run_makes(
 def test_converted_and_thawed_it_is_the_same(zarr, tmp_path):
     config, _, cache = zarr
     other = convert_cache(cache, str(tmp_path / "parquet"), store="parquet")
-    reader = config.reader.model_copy(update={"thaw": "auto", "thaw_folder": str(tmp_path / "thaw")})
+    reader = config.reader.model_copy(update={"memmap": "auto", "memmap_dir": str(tmp_path / "thaw")})
     thawed = reader.open_cache(cache.url)
     for copy in (other, thawed):
         for view in range(2):
@@ -286,7 +286,7 @@ def test_converted_and_thawed_it_is_the_same(zarr, tmp_path):
             np.testing.assert_array_equal(found.cells, wanted.cells)
             np.testing.assert_array_equal(found.labels.logits, wanted.labels.logits)
             np.testing.assert_array_equal(found.columns["boxes"], wanted.columns["boxes"])
-    assert thawed.thawed(0) is not None
+    assert thawed.memmap(0) is not None
 
 
 def test_verify_confirms_the_teacher_and_finds_another(zarr, folder):

@@ -337,12 +337,12 @@ def test_thousands_of_markers_are_asked_for_many_at_once(remote, proxy):
 @pytest.mark.parametrize("store", STORES)
 def test_a_thawed_cache_reads_the_bucket_once(remote, local, proxy, tmp_path, store):
     thaw = MemmapSettings(folder=str(tmp_path / "thaw"), required=True)
-    cache = open_cache(remote(store), thaw=thaw)
+    cache = open_cache(remote(store), memmap=thaw)
     assert_same_labels(cache, local[store], np.arange(300))
     requests = proxy.requests
     assert_same_labels(cache, local[store], np.random.default_rng(0).permutation(300))
     assert proxy.requests == requests, "the second epoch reads no bucket"
-    again = open_cache(cache.url, thaw=thaw)
+    again = open_cache(cache.url, memmap=thaw)
     assert_same_labels(again, local[store], np.arange(300))
     assert proxy.requests - requests <= 3 + 10, "manifest and markers tell that the map is of this cache"
 

@@ -167,7 +167,7 @@ class Bench:
     def read(self, thaw: bool = False) -> list[np.ndarray]:
         """Returns every number that a student would learn from."""
         settings = MemmapSettings(1 << 24, str(self.thaw_folder), required=True) if thaw else None
-        cache = open_cache(str(self.root), thaw=settings)
+        cache = open_cache(str(self.root), memmap=settings)
         dataset, out = SoftLabelDataset(self.data.train, cache), []
         for view in range(cache.num_views):
             stored = cache.read_stored(np.arange(len(cache)), view)

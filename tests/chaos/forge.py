@@ -155,7 +155,7 @@ def _read_all(cache: Any) -> None:
 
 
 def _thaw(root: Path, config: Any, data: Any, thaw_folder: Path) -> None:
-    cache = open_cache(str(root), thaw=MemmapSettings(1 << 24, str(thaw_folder), required=True))
+    cache = open_cache(str(root), memmap=MemmapSettings(1 << 24, str(thaw_folder), required=True))
     _read_all(cache)
 
 

@@ -110,9 +110,9 @@ def _fuse(made: Path, other: Path) -> Scenario:
 
 def _thaw(made: Path) -> Scenario:
     def work(root: Path) -> None:
-        cache = open_cache(str(made), thaw=MemmapSettings(1 << 24, str(root), required=True))
+        cache = open_cache(str(made), memmap=MemmapSettings(1 << 24, str(root), required=True))
         for view in range(cache.num_views):
-            assert cache.thawed(view) is not None
+            assert cache.memmap(view) is not None
 
     return Scenario("thaw", work, is_cache=False)
 

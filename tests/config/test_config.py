@@ -105,7 +105,7 @@ def test_a_config_is_frozen(small):
         ("train.lr = inf", r"train\.lr: input should be a finite number; found inf"),
         (
             "train.labels = 'soft'",
-            r"train\.labels: input should be 'cache', 'hard' or 'online'; found 'soft'",
+            r"train\.labels: input should be 'cache', 'ground_truth' or 'online'; found 'soft'",
         ),
         ("labels.temperatures = [2.0, 1.0]", r"labels\.temperatures: .*found \[2\.0, 1\.0\]"),
         ("name = 'a/b'", r"name: string should match pattern .*; found 'a/b'"),

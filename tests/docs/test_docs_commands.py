@@ -139,7 +139,7 @@ def shell(tmp_path, monkeypatch):
         shutil.copytree(ROOT / name, tmp_path / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("SOFTCACHE_THAW_DIR", str(tmp_path / "thaw"))
+    monkeypatch.setenv("SOFTCACHE_MEMMAP_DIR", str(tmp_path / "thaw"))
     monkeypatch.setenv("SOFTCACHE_RUNS_DIR", str(tmp_path / "local-runs"))
     with Shell(tmp_path) as shell:
         yield shell

@@ -302,7 +302,7 @@ def test_a_student_of_shorter_context_loses_no_label(made, tmp_path, context):
     assert loss == pytest.approx(expected.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("labels", ["cache", "hard", "online"])
+@pytest.mark.parametrize("labels", ["cache", "ground_truth", "online"])
 def test_interrupted_again_and_again_it_ends_with_the_same_weights(made, tmp_path, monkeypatch, labels):
     from softcache.runs import fit as runs
 
@@ -405,7 +405,7 @@ def test_a_student_of_another_tokenizer_learns_by_sorted_probabilities(documents
     metrics = train_student(config, data, labels="cache", out=tmp_path / "cache", **how)
     assert metrics["history"][1]["train_loss"] < metrics["history"][0]["train_loss"]
     assert len(AutoTokenizer.from_pretrained(tmp_path / "cache" / "hf")) == 280
-    hard = train_student(config, data, labels="hard", out=tmp_path / "hard", **how)
+    hard = train_student(config, data, labels="ground_truth", out=tmp_path / "hard", **how)
     assert hard["eval_loss"] != metrics["eval_loss"]
 
 
@@ -506,7 +506,7 @@ def test_a_student_without_a_head_is_refused(made, tmp_path):
 
 
 def test_stop_at_is_a_held_out_loss(made, tmp_path):
-    assert fit(made, tmp_path, train={"epochs": 5, "stop_at": 100.0})["epochs"] == 1
+    assert fit(made, tmp_path, train={"epochs": 5, "target_metric": 100.0})["epochs"] == 1
 
 
 def test_missing_units_need_allow_partial(made, tmp_path):

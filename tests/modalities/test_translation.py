@@ -436,7 +436,7 @@ def test_what_the_teacher_wrote_is_a_source_with_the_same_tokenizer(captured, ge
         assert pair.source == data.pairs_by_key("train")[key].source
     teacher = open_teacher(run, theirs)
     cache, _ = capture_labels(run, theirs, teacher, str(tmp_path / "cache"))
-    for labels in ("hard", "cache"):
+    for labels in ("ground_truth", "cache"):
         metrics = train_student(
             run, theirs, model=run.student.model, labels=labels, cache=cache, out=tmp_path / labels
         )

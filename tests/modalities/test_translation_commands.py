@@ -42,7 +42,7 @@ def invoke(*arguments):
 @pytest.fixture
 def run(place, monkeypatch):
     monkeypatch.chdir(place)
-    monkeypatch.setenv("SOFTCACHE_THAW_DIR", str(place / "thawed"))
+    monkeypatch.setenv("SOFTCACHE_MEMMAP_DIR", str(place / "thawed"))
     return invoke
 
 
@@ -88,7 +88,7 @@ def test_the_thawed_cache_trains_the_very_student_that_the_frozen_one_trains(run
     assert before
     train = ("train-student", "--config", "one.toml", "--no-baseline", "--out")
     run(*train, tmp_path / "thawed")
-    run(*train, tmp_path / "frozen", "--set", "reader.thaw_limit_bytes=0")
+    run(*train, tmp_path / "frozen", "--set", "reader.memmap_limit_bytes=0")
     assert "there" in run("materialize", "one/cache")
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("thawed", "frozen"))
     assert all((one[name] == two[name]).all() for name in one)

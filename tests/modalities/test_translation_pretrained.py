@@ -186,7 +186,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused_as_teacher_and_as_student
     with pytest.raises(
         IdentityError, match=r"student\.model hf:.*marian: its tokenizer .* set source\.tokenizer"
     ):
-        train_student(config, data, model=f"hf:{marian}", labels="hard", out=tmp_path / "run")
+        train_student(config, data, model=f"hf:{marian}", labels="ground_truth", out=tmp_path / "run")
     other = config_of(tmp_path, t5, teacher={"model": f"hf:{marian}"})
     with pytest.raises(
         IdentityError, match=r"teacher\.model hf:.*marian: its tokenizer .* set source\.tokenizer"

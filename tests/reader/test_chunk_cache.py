@@ -51,7 +51,7 @@ def test_a_block_is_decoded_when_it_is_asked_for_and_kept():
 def test_what_is_expected_is_decoded_ahead_by_threads_and_bounded():
     decode = Decoder()
     blocks = DecodedBlocks(decode, keep=3)
-    blocks.expect(range(100))
+    blocks.prefetch(range(100))
     settled(blocks)
     assert decode.calls == [0, 1, 2], "as many as are kept, whatever is expected"
     seen = 0
@@ -67,7 +67,7 @@ def test_a_block_that_is_being_decoded_is_waited_for_and_not_decoded_twice():
     gate = threading.Event()
     decode = Decoder(gate)
     blocks = DecodedBlocks(decode, keep=4, threads=1)
-    blocks.expect([1])
+    blocks.prefetch([1])
     found = []
     readers = [threading.Thread(target=lambda: found.append(blocks.get(1))) for _ in range(3)]
     for reader in readers:
@@ -82,7 +82,7 @@ def test_a_block_that_is_being_decoded_is_waited_for_and_not_decoded_twice():
 def test_many_threads_at_once_decode_each_block_once():
     decode = Decoder()
     blocks = DecodedBlocks(decode, keep=50)
-    blocks.expect(range(50))
+    blocks.prefetch(range(50))
     found = []
 
     def read(first):
@@ -102,7 +102,7 @@ def test_many_threads_at_once_decode_each_block_once():
 def test_an_error_ahead_surfaces_with_its_type_where_the_block_is_asked_for():
     decode = Decoder(broken=[2])
     blocks = DecodedBlocks(decode, keep=4)
-    blocks.expect([1, 2, 3])
+    blocks.prefetch([1, 2, 3])
     settled(blocks)
     assert blocks.get(1) == 2
     with pytest.raises(CorruptionError, match="block 2 is damaged"):
@@ -115,9 +115,9 @@ def test_an_error_ahead_surfaces_with_its_type_where_the_block_is_asked_for():
 def test_a_new_expectation_replaces_the_old_one():
     decode = Decoder()
     blocks = DecodedBlocks(decode, keep=2)
-    blocks.expect([1, 2, 3, 4])
+    blocks.prefetch([1, 2, 3, 4])
     settled(blocks)
-    blocks.expect([2, 9])
+    blocks.prefetch([2, 9])
     settled(blocks)
     assert set(blocks._ahead) == {2, 9}
     assert blocks.get(9) == 18
@@ -138,7 +138,7 @@ def test_blocks_at_hand_come_first_where_two_windows_meet():
 def test_close_leaves_no_thread_and_starts_anew():
     gate = threading.Event()
     blocks = DecodedBlocks(Decoder(gate), keep=8)
-    blocks.expect(range(8))
+    blocks.prefetch(range(8))
     threads = set(blocks._pool._threads)
     assert len(threads) == 2
     threading.Timer(0.05, gate.set).start()
@@ -151,7 +151,7 @@ def test_a_forgotten_window_ends_its_threads():
     gc.collect()
     before = set(threading.enumerate())
     blocks = DecodedBlocks(Decoder(), keep=4)
-    blocks.expect(range(4))
+    blocks.prefetch(range(4))
     settled(blocks)
     del blocks
     gc.collect()
@@ -169,7 +169,7 @@ def _in_child(blocks, answers):
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_starts_with_threads_of_its_own():
     blocks = DecodedBlocks(Decoder(), keep=4)
-    blocks.expect(range(10))
+    blocks.prefetch(range(10))
     blocks.get(0)
     settled(blocks)
     fork = multiprocessing.get_context("fork")

@@ -173,8 +173,8 @@ def test_the_first_samples_are_checked_even_with_a_share_of_zero(shared_cache):
     _, data, cache = shared_cache
     source = Renamed(data.train.source, image=33)
     with pytest.raises(AlignmentError, match=data.train.source.key(33)):
-        SoftLabelDataset(source, cache, check_share=0.0, check_first=64).__getitems__([33])
-    unchecked = SoftLabelDataset(source, cache, check_share=0.0, check_first=0)
+        SoftLabelDataset(source, cache, fingerprint_fraction=0.0, fingerprint_first=64).__getitems__([33])
+    unchecked = SoftLabelDataset(source, cache, fingerprint_fraction=0.0, fingerprint_first=0)
     assert len(unchecked.__getitems__([33])) == 1
 
 

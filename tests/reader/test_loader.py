@@ -213,10 +213,10 @@ def test_a_thawed_view_is_gathered_where_it_is_needed(opened, monkeypatch):
 
     def chunks(self, samples, view):
         with monkeypatch.context() as patch:
-            patch.setattr(Cache, "thawed", lambda self, view: None)
+            patch.setattr(Cache, "memmap", lambda self, view: None)
             return real(self, samples, view)
 
-    monkeypatch.setattr(Cache, "thawed", lambda self, view: "a memory map")
+    monkeypatch.setattr(Cache, "memmap", lambda self, view: "a memory map")
     monkeypatch.setattr(Cache, "read_stored", spy)
     assert len(list(loader_of((cache, source)))) == 6
     assert set(threads) == {threading.main_thread()}
@@ -268,7 +268,8 @@ def test_a_worker_that_takes_no_fingerprints_is_caught(opened, monkeypatch):
 def test_the_share_that_is_checked_is_a_function_of_sample_and_view(shared_cache, share):
     samples = np.arange(20_000)
     one, two = (
-        FingerprintedSamples(shared_cache[1].train, check_share=share, check_first=0) for _ in range(2)
+        FingerprintedSamples(shared_cache[1].train, fingerprint_fraction=share, fingerprint_first=0)
+        for _ in range(2)
     )
     chosen = one.fingerprint_mask(samples, 1)
     assert chosen.mean() == pytest.approx(share, abs=0.015)

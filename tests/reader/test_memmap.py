@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from softcache.errors import CorruptionError, StorageError
 from softcache.labels import ARRAYS
 from softcache.reader.cache import open_cache
-from softcache.reader.memmap import MemmapSettings, ThawFolder
+from softcache.reader.memmap import MemmapFolder, MemmapSettings
 from softcache.reader.memmap import file as files
 from softcache.reader.memmap import folder as thaw_folder
 from softcache.stages.materialize import materialize as materialize_command
@@ -40,7 +40,7 @@ def texts(tmp_path_factory):
 
 
 def opened(url, folder, **changes):
-    return open_cache(url, thaw=MemmapSettings(folder=str(folder), required=True, **changes))
+    return open_cache(url, memmap=MemmapSettings(folder=str(folder), required=True, **changes))
 
 
 def thawed_files(folder):
@@ -75,7 +75,7 @@ def test_any_order_reads_the_same_as_from_the_chunks(kind, store, request, tmp_p
         samples = np.concatenate([shuffle.permutation(len(plain)), [0, 0, len(plain) - 1]])
         same(plain.read_stored(samples, view), fast.read_stored(samples, view))
         same(plain.read_stored([], view), fast.read_stored([], view))
-    assert fast.thawed(0) is not None
+    assert fast.memmap(0) is not None
     assert len(thawed_files(tmp_path / "thaw")) == plain.num_views
 
 
@@ -117,7 +117,7 @@ def test_a_cache_that_does_not_fit_is_read_by_chunks(images, tmp_path):
     cache = opened(images, tmp_path, limit_bytes=1000)
     assert not cache.fits_in_memmap
     same(cache.read_stored([5, 2]), open_cache(images).read_stored([5, 2]))
-    assert cache.thawed(0) is None
+    assert cache.memmap(0) is None
     assert not list(tmp_path.iterdir())
 
 
@@ -126,7 +126,7 @@ def test_views_that_are_not_finished_are_not_thawed(tmp_path):
     units = [unit for unit in cache.manifest.plan.units() if unit.view == 1]
     (tmp_path / f"cache/units/{units[0].number:05d}.json").unlink()
     cache = opened(cache.url, tmp_path / "thaw")
-    assert cache.thawed(1) is None
+    assert cache.memmap(1) is None
     assert not cache.fits_in_memmap
 
 
@@ -187,7 +187,7 @@ def test_damage_in_the_cache_itself_is_found_before_it_is_thawed(tmp_path):
     for verify in (True, False):
         thaws = MemmapSettings(folder=str(tmp_path / "thaw"))
         with pytest.raises(CorruptionError, match="sha256"):
-            open_cache(cache.url, verify=verify, thaw=thaws).read([0])
+            open_cache(cache.url, verify=verify, memmap=thaws).read([0])
     assert not list((tmp_path / "thaw").glob("*.thaw"))
 
 
@@ -199,7 +199,7 @@ def stop(name):
     if name == sys.argv[3]:
         os.kill(os.getpid(), signal.SIGKILL)
 files._failpoint = stop
-open_cache(sys.argv[1], thaw=MemmapSettings(folder=sys.argv[2])).read([0])
+open_cache(sys.argv[1], memmap=MemmapSettings(folder=sys.argv[2])).read([0])
 """
 
 
@@ -219,11 +219,11 @@ def test_a_full_disk_stops_the_thaw_and_leaves_nothing(images, tmp_path, monkeyp
 
     monkeypatch.setattr(files.os, "posix_fallocate", full)
     with pytest.raises(
-        StorageError, match="No space left on device; free some space, or set SOFTCACHE_THAW_DIR"
+        StorageError, match="No space left on device; free some space, or set SOFTCACHE_MEMMAP_DIR"
     ):
         opened(images, tmp_path).read([0])
     assert not thawed_files(tmp_path)
-    automatic = open_cache(images, thaw=MemmapSettings(folder=str(tmp_path)))
+    automatic = open_cache(images, memmap=MemmapSettings(folder=str(tmp_path)))
     same(automatic.read_stored([7, 3]), open_cache(images).read_stored([7, 3]))
     assert "into this process's own memory instead" in capsys.readouterr().err
     assert automatic.fits_in_memmap, "the order is chosen by it, and must not depend on the disk"
@@ -233,7 +233,7 @@ def test_a_full_disk_stops_the_thaw_and_leaves_nothing(images, tmp_path, monkeyp
 
 def test_a_folder_that_cannot_be_written_is_named(images, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StorageError, match=r"file/in.* cannot be thawed"):
+    with pytest.raises(StorageError, match=r"file/in.* cannot be memory-mapped"):
         opened(images, tmp_path / "file/in").read([0])
 
 
@@ -290,7 +290,7 @@ def test_who_wants_to_make_it_does_not_wait_for_the_users_of_what_was_made_meanw
 
 def test_what_was_not_used_for_longest_makes_room(tmp_path):
     urls = [make_cache(tmp_path / str(seed), views={"seed": seed}).url for seed in (1, 2, 3)]
-    size = opened(urls[0], tmp_path / "thaw").thawed_plan(0).num_bytes
+    size = opened(urls[0], tmp_path / "thaw").memmap_plan(0).num_bytes
     views = open_cache(urls[0]).num_views
     room = {"limit_bytes": size * views * 2 + size // 2}
     for url in urls[:2]:
@@ -298,12 +298,12 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path):
         for view in range(views):
             cache.read([0], view)
         del cache
-    for entry in ThawFolder(tmp_path / "thaw").entries():
+    for entry in MemmapFolder(tmp_path / "thaw").entries():
         if urls[1] in entry.about:  # the first one was used last
             os.utime(entry.path.with_suffix(".use"), (1, 1))
     held = opened(urls[2], tmp_path / "thaw", **room)
     held.read([0])
-    left = [entry.about for entry in ThawFolder(tmp_path / "thaw").entries()]
+    left = [entry.about for entry in MemmapFolder(tmp_path / "thaw").entries()]
     assert sum(urls[0] in about for about in left) == views
     assert sum(urls[1] in about for about in left) == views - 1
 
@@ -311,7 +311,7 @@ def test_what_was_not_used_for_longest_makes_room(tmp_path):
 def test_a_view_in_use_is_not_removed_and_one_that_is_not_is(images, tmp_path):
     cache = opened(images, tmp_path)
     cache.read([0])
-    folder = ThawFolder(tmp_path)
+    folder = MemmapFolder(tmp_path)
     (entry,) = folder.entries()
     assert not folder.remove(entry)
     assert entry.path.exists()

@@ -21,7 +21,7 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report-text")
     with inside(folder):
         config, data, cache = make_text_cache(folder / "cache", folder)
-        for labels in ("cache", "hard"):
+        for labels in ("cache", "ground_truth"):
             model = "gpt2?width=8&depth=1&heads=2"
             how = {"cache": cache} if labels == "cache" else {}
             # Shorter than the samples: the report must know what the run's student attends over.
@@ -80,7 +80,7 @@ def test_translations_are_shown_with_both_sides_their_chrf_and_targets_only_as_c
         config = translation_config(tmp_path)
         data = open_data(config)
         cache, _ = capture_labels(config, data, open_teacher(config, data), "runs/test-translation/cache")
-        for labels, how in (("cache", {"cache": cache}), ("hard", {})):
+        for labels, how in (("cache", {"cache": cache}), ("ground_truth", {})):
             train_student(config, data, model=config.student.model, labels=labels, **how)
         report = open_report(["runs/test-translation/students"])
         sections = {section.key: section for section in build_sections(report)}

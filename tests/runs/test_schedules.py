@@ -77,8 +77,8 @@ def test_a_schedule_that_stands_still_trains_the_same_bytes(tmp_path, shared_cac
 
 
 def test_hard_labels_have_no_temperature(tmp_path, shared_cache):
-    plain = fit(shared_cache[2], tmp_path / "plain", labels="hard")
-    moving = fit(shared_cache[2], tmp_path / "moving", labels="hard", tables={"loss": MOVING})
+    plain = fit(shared_cache[2], tmp_path / "plain", labels="ground_truth")
+    moving = fit(shared_cache[2], tmp_path / "moving", labels="ground_truth", tables={"loss": MOVING})
     assert distance(tmp_path / "plain", tmp_path / "moving") == 0
     assert moving["history"] == plain["history"]
 

@@ -42,7 +42,7 @@ def test_every_command_that_prints_a_table_has_json(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_json_is_one_object_and_all_of_stdout(run, cache, monkeypatch, name):  # noqa: F811
-    monkeypatch.setenv("SOFTCACHE_THAW_DIR", str(cache.parent / "thawed"))
+    monkeypatch.setenv("SOFTCACHE_MEMMAP_DIR", str(cache.parent / "thawed"))
     arguments, keys = CALLS[name]
     result = run(name, *arguments, "--json")
     assert result.code == 0, result

@@ -215,7 +215,7 @@ def loader_of(dataset, **settings):
 def test_labels_and_pixels_come_through_timms_loader_as_they_were_stored(shared_cache, workers):
     """Collated, prefetched, from another process: each image beside its own label, in the view of the epoch."""
     _, data, cache = shared_cache
-    cache = open_cache(cache.url, thaw=MemmapSettings()) if workers else cache
+    cache = open_cache(cache.url, memmap=MemmapSettings()) if workers else cache
     dataset = TimmDataset(data.train.source, cache)
     loader, loss_fn = loader_of(dataset, num_workers=workers), TimmLoss(dataset, LossSettings(temperature=2))
     for epoch in range(2):

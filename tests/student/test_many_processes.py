@@ -141,7 +141,7 @@ def _trains_everything(rank, images, texts, out):
         may_write_nothing()
     found = {"images": train_images(images, out / "images")}
     found["pieces"] = train_images(images, out / "pieces", tables={"train": {"accumulation_steps": 3}})
-    found["hard"] = train_images(images, out / "hard", labels="hard")
+    found["hard"] = train_images(images, out / "hard", labels="ground_truth")
     found["texts"] = train_texts(texts, out / "texts")
     found["again"] = train_images(images, out / "images")
     found["draws"] = _draws(images, out / "draws")
@@ -176,7 +176,7 @@ def test_two_processes_train_the_student_that_one_trains(tmp_path, images, texts
     assert [end.code for end in ended] == [0, 0], ended
     one = {
         "images": train_images(images, tmp_path / "one/images"),
-        "hard": train_images(images, tmp_path / "one/hard", labels="hard"),
+        "hard": train_images(images, tmp_path / "one/hard", labels="ground_truth"),
         "texts": train_texts(texts, tmp_path / "one/texts"),
     }
     for name, (seen, _) in one.items():
@@ -334,7 +334,7 @@ def _ends_otherwise(rank, place, url, step, end):
         update(loop, batch)
 
     Trainer._update = until
-    _command(rank, place, url, "--out", "out", "--no-baseline", "--set", "train.process_timeout_seconds=20")
+    _command(rank, place, url, "--out", "out", "--no-baseline", "--set", "train.ddp_timeout_seconds=20")
 
 
 # For the other process to end by itself, on a busy machine; one that was silent is killed by the test soon after.

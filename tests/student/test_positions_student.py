@@ -270,11 +270,11 @@ def test_hard_labels_and_the_live_teacher_do_as_before(packed, tmp_path):
     for policy in ("all", "every"):
         config = packed.config(policy, train={"epochs": 1})
         teacher = open_teacher(config, packed.data)
-        for labels in ("hard", "online"):
+        for labels in ("ground_truth", "online"):
             out = tmp_path / policy / labels
             train_student(config, packed.data, model=STUDENT, labels=labels, teacher=teacher, out=out)
             runs[policy, labels] = weights(out)
-    for labels in ("hard", "online"):
+    for labels in ("ground_truth", "online"):
         assert_same_weights(runs["all", labels], runs["every", labels])
 
 
@@ -282,9 +282,9 @@ def test_alpha_zero_learns_what_hard_labels_teach(packed, tmp_path):
     """Cross-entropy is over all rows, labelled or not."""
     config = packed.config("entropy", train={"epochs": 1}, loss={"alpha": 0.0})
     how = {"model": STUDENT, "cache": packed.cache("entropy")}
-    for labels in ("cache", "hard"):
+    for labels in ("cache", "ground_truth"):
         train_student(config, packed.data, labels=labels, out=tmp_path / labels, **how)
-    assert_same_weights(weights(tmp_path / "cache"), weights(tmp_path / "hard"), tolerance=2e-3)
+    assert_same_weights(weights(tmp_path / "cache"), weights(tmp_path / "ground_truth"), tolerance=2e-3)
 
 
 # -- another tokenizer -------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from softcache.runs import open_data, open_teacher, train_student
 from softcache.student.checkpoint import RunDirectory
 from tests.support.caches import ROOT, digits_config, make_cache
 
-LABELS = ["cache", "hard", "online"]
+LABELS = ["cache", "ground_truth", "online"]
 RESTLESS = "tests.support.fakes_students:restless"
 
 
@@ -279,8 +279,8 @@ def test_pieces_of_a_batch_add_up_to_the_batch(tmp_path, shared_cache, labels):
 
 
 def test_training_stops_when_the_goal_is_reached(tmp_path, shared_cache):
-    learning = {"train": {"epochs": 40, "lr": 0.01, "stop_at": 0.5}}
-    metrics = fit(shared_cache[2], tmp_path, labels="hard", tables=learning)
+    learning = {"train": {"epochs": 40, "lr": 0.01, "target_metric": 0.5}}
+    metrics = fit(shared_cache[2], tmp_path, labels="ground_truth", tables=learning)
     assert metrics["epochs"] == len(metrics["history"]) < 40
     assert metrics["accuracy"] == metrics["history"][-1]["accuracy"] >= 0.5
     assert all(row["accuracy"] < 0.5 for row in metrics["history"][:-1])
@@ -301,7 +301,7 @@ def test_alpha_zero_is_hard_training(tmp_path, shared_cache):
     # Two epochs, so that the cache's views (e mod 2) are the fresh views of the baseline.
     tables = {"train": {"epochs": 2}, "loss": {"alpha": 0.0}}
     fit(shared_cache[2], tmp_path / "cache", tables=tables)
-    fit(shared_cache[2], tmp_path / "hard", labels="hard", tables=tables)
+    fit(shared_cache[2], tmp_path / "hard", labels="ground_truth", tables=tables)
     assert distance(tmp_path / "cache", tmp_path / "hard") == 0
 
 
@@ -311,7 +311,7 @@ def test_a_cache_of_every_class_trains_as_the_live_teacher_does(tmp_path):
     for labels in LABELS:
         fit(cache, tmp_path / labels, labels=labels, tables=dense)
     assert distance(tmp_path / "cache", tmp_path / "online") < 1e-4
-    assert distance(tmp_path / "hard", tmp_path / "online") > 1e-2
+    assert distance(tmp_path / "ground_truth", tmp_path / "online") > 1e-2
 
 
 @pytest.mark.parametrize(("num_views", "used"), [(None, [0, 1, 0]), (1, [0, 0, 0]), (2, [0, 1, 0])])
@@ -380,7 +380,7 @@ def test_best_holds_the_epoch_that_the_metrics_call_best(tmp_path, shared_cache,
 
     monkeypatch.setattr(RunDirectory, "save_checkpoint", keep)
     tables = {"train": {"epochs": 6, "lr": lr, "checkpoint_steps": None}}
-    metrics = fit(shared_cache[2], tmp_path, labels="hard", tables=tables)
+    metrics = fit(shared_cache[2], tmp_path, labels="ground_truth", tables=tables)
     assert metrics["best_accuracy"] == max(row["accuracy"] for row in metrics["history"])
     assert metrics["best_epoch"] < 5, why
     best = weights(tmp_path, "best")
@@ -420,7 +420,7 @@ def test_a_finished_run_is_reported_and_not_trained_again(tmp_path, shared_cache
         ({"tables": {"train": {"lr": 0.5}}}, r"train\.lr: 0\.002; 0\.5"),
         ({"tables": {"loss": {"temperature": 2.0}}}, r"loss\.temperature: 4\.0; 2\.0"),
         ({"model": "linear"}, "model: 'mlp"),
-        ({"labels": "hard"}, r"train\.labels: 'cache'; 'hard'"),
+        ({"labels": "ground_truth"}, r"train\.labels: 'cache'; 'hard'"),
         ({"num_views": 1}, "num_views: 2; 1"),
         ({"tables": {"reader": {"window_blocks": 2}}}, r"order\.window_blocks: 16; 2"),
     ],
@@ -440,9 +440,9 @@ def test_another_evaluation_split_is_another_run(tmp_path, shared_cache):
 
 
 def test_another_order_of_the_baseline_is_another_run(tmp_path, shared_cache):
-    fit(shared_cache[2], tmp_path, labels="hard")
+    fit(shared_cache[2], tmp_path, labels="ground_truth")
     with pytest.raises(RunError, match=r"order\.block_samples"):
-        fit(shared_cache[2], tmp_path, labels="hard", tables={"capture": {"chunk_samples": 8}})
+        fit(shared_cache[2], tmp_path, labels="ground_truth", tables={"capture": {"chunk_samples": 8}})
 
 
 def test_runs_find_places_of_their_own(in_tmp, shared_cache):
@@ -450,7 +450,7 @@ def test_runs_find_places_of_their_own(in_tmp, shared_cache):
     places = {
         fit(shared_cache[2], None, tables=one_epoch)["out"],
         fit(shared_cache[2], None, tables=one_epoch, num_views=1)["out"],
-        fit(shared_cache[2], None, tables=one_epoch, labels="hard")["out"],
+        fit(shared_cache[2], None, tables=one_epoch, labels="ground_truth")["out"],
         fit(shared_cache[2], None, tables=one_epoch, model="linear")["out"],
         fit(shared_cache[2], None, tables=one_epoch | {"loss": {"alpha": 0.5}})["out"],
     }

@@ -298,7 +298,7 @@ def attempt(world: World, *options: str) -> Found:
     config = _write_config(world.folder, world.tables)
     arguments = ["train-student", "--config", config, "--cache", world.cache, "--out", "out"]
     world.patch.setattr(sys, "argv", ["softcache", *arguments, "--no-baseline", *options])
-    world.patch.setenv("SOFTCACHE_THAW_DIR", str(world.folder / "thaw"))
+    world.patch.setenv("SOFTCACHE_MEMMAP_DIR", str(world.folder / "thaw"))
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

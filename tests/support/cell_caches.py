@@ -50,7 +50,7 @@ def cells_config(folder: Path, spec: str = SPEC, **tables: Any) -> RunConfig:
         "student": {"model": spec},
         "loss": {"temperature": 2, "alpha": 0.5},
         "train": {"epochs": 1, "batch_size": 5, "device": "cpu"},
-        "reader": {"thaw": "never"},
+        "reader": {"memmap": "never"},
     }
     base = merged(base, tables)
     base["teacher"].setdefault("weights", weights(folder, base["teacher"]["model"]))

@@ -48,5 +48,5 @@ def make_runs(folder):
         cache, _ = capture_labels(config, data, open_teacher(config, data), "runs/test/cache")
         for model in ("linear", "mlp?width=8"):
             train_student(config, data, model=model, labels="cache", cache=cache)
-            train_student(config, data, model=model, labels="hard")
+            train_student(config, data, model=model, labels="ground_truth")
     return "runs/test/students"

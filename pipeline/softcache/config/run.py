@@ -102,9 +102,9 @@ class RunConfig(Settings):
             raise ValueError(
                 "loss.name: uld compares the vocabularies of language models; use forward_kl for images"
             )
-        elif self.train.stop_at is not None and self.train.stop_at > 1:
+        elif self.train.target_metric is not None and self.train.target_metric > 1:
             raise ValueError(
-                f"train.stop_at: an accuracy, less than or equal to 1; found {self.train.stop_at}"
+                f"train.target_metric: an accuracy, less than or equal to 1; found {self.train.target_metric}"
             )
         return self
 

@@ -1,13 +1,12 @@
-"""A cache, opened for reading: soft labels by (sample, view), trusted only where a marker says so.
+"""A cache opened for reading: soft labels by (sample, view), read only from units that have a completion marker.
 
     cache = open_cache("runs/digits/cache")
     labels = cache.read([3, 1, 4], view=0)      # SoftLabels, NumPy arrays
 
-Reading needs no torch. Random single rows through a chunked, compressed store are slow, so whole chunks
-are decoded and the last few are kept: a reader whose order is shuffled by blocks (`softcache.reader.order`)
-decodes every chunk once per window. Given where, a cache is thawed instead (`softcache.reader.memmap`): a view is decoded
-once
-into a memory map, and reading is a gather.
+Reading needs no torch. Random single rows through a chunked, compressed store are slow, so whole chunks are decoded and
+the last few are kept: a reader whose order is shuffled by blocks (`softcache.reader.order`) decodes every chunk once per
+window. With `memmap` settings a view is decoded once into a memory map (`softcache.reader.memmap`) instead, and reading is
+a gather.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from softcache.errors import StorageError
 from softcache.hashing.digests import digest_json
 from softcache.labels import SoftLabels
 from softcache.reader.chunk_cache import DecodedBlocks
-from softcache.reader.memmap import MemmapSettings, ThawedFile, ThawedPlan, ThawFolder
+from softcache.reader.memmap import MemmapFile, MemmapFolder, MemmapPlan, MemmapSettings
 from softcache.reader.units import CacheReaderBase, Chunk
 from softcache.runtime.logging import log_info
 
@@ -46,25 +45,25 @@ def open_cache(
     *,
     window_blocks: int = DEFAULT_WINDOW_BLOCKS,
     verify: bool = True,
-    thaw: MemmapSettings | None = None,
+    memmap: MemmapSettings | None = None,
 ) -> Cache:
     """Returns the cache at a path or URL, its manifest validated.
 
     Args:
         window_blocks: decoded blocks that are kept; the shuffle's window should fit.
         verify: compare each unit with its marker's sha256 before its first row is trusted.
-        thaw: decode a view into a local memory map when it is first read, if the cache fits and the view is finished,
-            or use the one that is there; None reads the cache's own chunks.
+        memmap: decode a view into a local memory map when it is first read, if the cache fits and the view is finished,
+            or use the existing one; None reads the cache's own chunks.
 
     Raises:
         CacheNotFoundError: there is no manifest there.
         ManifestError: the manifest is malformed or of another format version.
     """
-    return Cache(url, window_blocks=window_blocks, verify=verify, thaw=thaw)
+    return Cache(url, window_blocks=window_blocks, verify=verify, memmap=memmap)
 
 
 class CachedBatch(NamedTuple):
-    """What a cache holds of some samples.
+    """The stored labels of some samples.
 
     Attributes:
         labels: [P] of all their rows, sample by sample; `DetectionLabels` of a cache of cells.
@@ -91,16 +90,16 @@ class Cache(CacheReaderBase):
         *,
         window_blocks: int = DEFAULT_WINDOW_BLOCKS,
         verify: bool = True,
-        thaw: MemmapSettings | None = None,
+        memmap: MemmapSettings | None = None,
     ) -> None:
         super().__init__(url, verify=verify)
-        self._window_blocks, self._thaw = window_blocks, thaw
+        self._window_blocks, self._memmap_settings = window_blocks, memmap
         this = weakref.ref(self)  # without a circle, the last user of a cache takes files and locks along
         self._blocks: DecodedBlocks[tuple[int, int], Chunk] = DecodedBlocks(
             lambda key: this()._decode_block(key),  # type: ignore[union-attr]
             keep=window_blocks,
         )
-        self._thawed: dict[int, ThawedFile | None] = {}
+        self._memmaps: dict[int, MemmapFile | None] = {}
         self._one_each = np.ones(0, np.int64)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -108,7 +107,7 @@ class Cache(CacheReaderBase):
             "url": self.url,
             "window_blocks": self._window_blocks,
             "verify": self._verify,
-            "thaw": self._thaw,
+            "memmap": self._memmap_settings,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -131,7 +130,7 @@ class Cache(CacheReaderBase):
         return self.read_stored(samples, view)[:2]
 
     def read_stored(self, samples: Sequence[int] | np.ndarray, view: int = 0) -> CachedBatch:
-        """Returns all that there is of `samples`, in that order; raises as `read` does."""
+        """Returns labels, fingerprints, row counts and positions of `samples`, in that order; raises as `read` does."""
         samples = np.asarray(samples, np.int64)
         if not 0 <= view < self.num_views:
             raise IndexError(f"cache {self.url}: view {view}; expected 0 to {self.num_views - 1}")
@@ -140,8 +139,8 @@ class Cache(CacheReaderBase):
             raise IndexError(
                 f"cache {self.url}: sample {samples.min()}..{samples.max()}; it holds {len(self)}"
             )
-        if (thawed := self.thawed(view)) is not None:
-            return self._gather(thawed, samples)
+        if (memmap := self.memmap(view)) is not None:
+            return self._gather(memmap, samples)
         size, index = self.manifest.plan.chunk_samples, self.rows
         counts = index.counts(samples)
         offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -168,44 +167,44 @@ class Cache(CacheReaderBase):
 
     @property
     def fits_in_memmap(self) -> bool:
-        """Whether settings and size let every view be thawed, so that any order is as cheap as another.
+        """Whether settings and size allow every view to be memory-mapped, so that any order is equally cheap.
 
-        A function of the cache and of `thaw` alone: an order that is chosen by it is the same on every machine.
+        A function of the cache and of the settings alone: an order that depends on it is the same on every machine.
         """
-        if self._thaw is None or self.missing_units:
+        if self._memmap_settings is None or self.missing_units:
             return False
-        plan = self.thawed_plan(0)
-        return plan is not None and plan.num_bytes * self.num_views <= self._thaw.limit_bytes
+        plan = self.memmap_plan(0)
+        return plan is not None and plan.num_bytes * self.num_views <= self._memmap_settings.limit_bytes
 
-    def thawed(
+    def memmap(
         self,
         view: int,
         *,
         limit_bytes: int | None = None,
         progress: Callable[[int], None] = lambda rows: None,
-    ) -> ThawedFile | None:
-        """Returns a view's memory map, made on the first call; None where the cache is read by chunks.
+    ) -> MemmapFile | None:
+        """Returns a view's memory map, created on the first call; None where the cache is read by chunks.
 
         Args:
-            limit_bytes: make it if this view alone fits, rather than all views together.
-            progress: called with a number of rows that are in the map.
+            limit_bytes: create it if this view alone fits, rather than all views together.
+            progress: called with the number of rows added to the map.
 
         Raises:
             CorruptionError: the stored bytes are not what was written; unit and object are named.
-            StorageError: the folder of thawed views cannot be written, and `thaw.required` is on.
+            StorageError: the folder of memory maps cannot be written, and `MemmapSettings.required` is on.
         """
-        if view not in self._thawed:
-            self._thawed[view] = self._open_thawed(view, limit_bytes, progress)
-        return self._thawed[view]
+        if view not in self._memmaps:
+            self._memmaps[view] = self._open_memmap(view, limit_bytes, progress)
+        return self._memmaps[view]
 
-    def thawed_plan(self, view: int) -> ThawedPlan | None:
-        """Returns what the memory map of a view holds, made or not; None while units of the view are missing."""
+    def memmap_plan(self, view: int) -> MemmapPlan | None:
+        """Returns the layout of a view's memory map, existing or not; None while units of the view are missing."""
         units = [unit for unit in self.manifest.plan.units() if unit.view == view]
         markers = [marker for unit in units if (marker := self.markers.get(unit.number)) is not None]
         if len(markers) < len(units):
             return None
         content = [[shard.path, shard.sha256] for marker in markers for shard in marker.shards]
-        return ThawedPlan(
+        return MemmapPlan(
             key=digest_json([self.manifest_sha256, view, content])[:32],
             about=f"{self.url}, view {view}",
             record=self._record,
@@ -213,12 +212,12 @@ class Cache(CacheReaderBase):
             num_samples=len(self) if self.manifest.rows else 0,
         )
 
-    def _open_thawed(
+    def _open_memmap(
         self, view: int, limit_bytes: int | None, progress: Callable[[int], None]
-    ) -> ThawedFile | None:
-        if self._thaw is None or (plan := self.thawed_plan(view)) is None:
+    ) -> MemmapFile | None:
+        if self._memmap_settings is None or (plan := self.memmap_plan(view)) is None:
             return None
-        folder = ThawFolder(self._thaw.folder)
+        folder = MemmapFolder(self._memmap_settings.folder)
         fits = plan.num_bytes <= limit_bytes if limit_bytes is not None else self.fits_in_memmap
         if not fits and not folder.holds(plan):
             return None
@@ -227,7 +226,7 @@ class Cache(CacheReaderBase):
             fingerprints = []
             num_blocks = -(-len(self) // self.manifest.plan.chunk_samples)
             if is_bucket(self.url):  # the next unit is on its way while this one is decoded
-                self._blocks.expect([(view, block) for block in range(num_blocks)])
+                self._blocks.prefetch([(view, block) for block in range(num_blocks)])
             for block in range(num_blocks):
                 decoded = self._blocks.get((view, block))
                 if plan.num_samples:
@@ -238,26 +237,28 @@ class Cache(CacheReaderBase):
 
         what = f"cache {self.url}, view {view}"
         try:
-            if not self._verify:  # the map is trusted by every process that comes after this one
+            if not self._verify:  # every later process trusts the map
                 for unit in self.manifest.plan.units():
                     if unit.view == view:
                         check_unit(self._objects, self.markers[unit.number], self._opened_store())
-            return folder.open(plan, fill, limit_bytes=limit_bytes or self._thaw.limit_bytes, what=what)
+            return folder.open(
+                plan, fill, limit_bytes=limit_bytes or self._memmap_settings.limit_bytes, what=what
+            )
         except StorageError as error:
-            if self._thaw.required:
+            if self._memmap_settings.required:
                 raise
             log_info(f"{error}. Decoding into this process's own memory instead")
             # No view is tried again; `fits_in_memmap`, and with it the order of what is trained, stays as it was.
-            self._thawed = dict.fromkeys(range(self.num_views))
-            self._blocks.keep = self.manifest.plan.num_samples  # any order is asked for: keep all
+            self._memmaps = dict.fromkeys(range(self.num_views))
+            self._blocks.keep = self.manifest.plan.num_samples  # any order may be requested: keep all
             return None
 
-    def _gather(self, thawed: ThawedFile, samples: np.ndarray) -> CachedBatch:
+    def _gather(self, memmap: MemmapFile, samples: np.ndarray) -> CachedBatch:
         if self.manifest.rows is None:
-            return self._stored(thawed.take(samples), None, self._ones(len(samples)))
+            return self._stored(memmap.take(samples), None, self._ones(len(samples)))
         counts = self.rows.counts(samples)
-        rows_PR = thawed.take_runs(self.rows.starts(samples, 0), counts)
-        return self._stored(rows_PR, thawed.fingerprints[samples], counts)
+        rows_PR = memmap.take_runs(self.rows.starts(samples, 0), counts)
+        return self._stored(rows_PR, memmap.fingerprints[samples], counts)
 
     def _ones(self, count: int) -> np.ndarray:
         """Row counts of samples of one row; not to be written to."""
@@ -271,24 +272,24 @@ class Cache(CacheReaderBase):
         """A record without rows, checked once in the place of every batch that is read."""
         return self._codec.decode(self._record.columns(np.zeros((0, self._record.num_bytes), np.uint8)))
 
-    def expect(self, windows: Sequence[tuple[int, np.ndarray]]) -> None:
-        """Says which samples will be read next, so that their chunks are decoded ahead by threads.
+    def prefetch(self, windows: Sequence[tuple[int, np.ndarray]]) -> None:
+        """Decodes the chunks of the samples that will be read next ahead of time, in threads.
 
-        It replaces what was said before. As many chunks as the largest of the windows has are kept from then on, and as
-        many decoded ahead. A chunk that cannot be read raises where it is read.
+        Each call replaces the previous one. As many chunks as the largest window has are kept from then on, and as many
+        are decoded ahead. A chunk that cannot be read raises where it is read.
 
         Args:
             windows: pairs (view, sample numbers), in order; the samples of one are read in any order.
         """
-        if any(self.thawed(view) is not None for view in {view for view, _ in windows}):
+        if any(self.memmap(view) is not None for view in {view for view, _ in windows}):
             return
         chunks = [
             [(view, block) for block in np.unique(samples // self.manifest.plan.chunk_samples).tolist()]
             for view, samples in windows
         ]
         self._blocks.keep = max([self._blocks.keep, *map(len, chunks)])
-        self._blocks.expect([key for keys in chunks for key in keys])
+        self._blocks.prefetch([key for keys in chunks for key in keys])
 
     def close(self) -> None:
-        """Forgets decoded chunks and ends the threads that decode; reading again starts anew."""
+        """Drops decoded chunks and ends the decoding threads; reading again starts anew."""
         self._blocks.close()

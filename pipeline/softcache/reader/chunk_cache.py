@@ -34,7 +34,7 @@ class DecodedBlocks(Generic[Key, Value]):
 
     Example:
         >>> blocks = DecodedBlocks(lambda key: key * 2, keep=4)
-        >>> blocks.expect([1, 2, 3])
+        >>> blocks.prefetch([1, 2, 3])
         >>> blocks.get(1)
         2
         >>> blocks.close()
@@ -102,7 +102,7 @@ class DecodedBlocks(Generic[Key, Value]):
             rank = dict.fromkeys(self._ahead, 1) | dict.fromkeys(self._used, 0)
             return sorted(range(len(keys)), key=lambda place: rank.get(keys[place], 2))
 
-    def expect(self, keys: Iterable[Key]) -> None:
+    def prefetch(self, keys: Iterable[Key]) -> None:
         """Says which blocks will be asked for next, in order; it replaces what was said before.
 
         A block that cannot be decoded fails where it is asked for, not here.

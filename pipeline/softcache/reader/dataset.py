@@ -44,33 +44,32 @@ __all__ = [
 class ReaderSettings(Settings):
     """[reader]: how a student reads the cache.
 
-    `check_share` is the share of (sample, view) pairs whose content is compared with the fingerprint that
-    the teacher's side took; the first `check_first` samples of every loader process always are. `verify`
-    compares each unit with its marker's sha256 the first time that a process reads from it.
+    `fingerprint_fraction` is the fraction of (sample, view) pairs whose content is compared with the fingerprint taken at
+    capture; the first `fingerprint_first` samples of every loader process always are. `verify` compares each unit with
+    its marker's sha256 the first time that a process reads from it.
 
-    With `thaw` "auto" a view is decoded once into a memory map in `thaw_folder` (see `softcache.reader.memmap`), if the
-    whole
-    cache takes at most `thaw_limit_bytes` there. The order is then a full shuffle, else it is one of windows of
-    16 chunks; `window_blocks` and `block_samples` say otherwise.
+    With `memmap` "auto" a view is decoded once into a memory map in `memmap_dir` (see `softcache.reader.memmap`), if the
+    whole cache takes at most `memmap_limit_bytes` there. The order is then a full shuffle, otherwise a shuffle within
+    windows of 16 chunks; `window_blocks` and `block_samples` override that.
     """
 
     workers: int = Field(0, ge=0)
     block_samples: int | None = Field(None, ge=1)
     window_blocks: int | None = Field(None, ge=1)
-    thaw: Literal["auto", "never"] = "auto"
-    thaw_limit_bytes: int = Field(8 << 30, ge=0)
-    thaw_folder: str | None = None
-    check_share: float = Field(1.0, ge=0, le=1)
-    check_first: int = Field(1024, ge=0)
+    memmap: Literal["auto", "never"] = "auto"
+    memmap_limit_bytes: int = Field(8 << 30, ge=0)
+    memmap_dir: str | None = None
+    fingerprint_fraction: float = Field(1.0, ge=0, le=1)
+    fingerprint_first: int = Field(1024, ge=0)
     verify: bool = True
     num_views: int | None = Field(None, ge=1)
 
     def open_cache(self, url: str) -> Cache:
         """Returns the cache at a path or URL, to be read as these settings say; raises as
         `softcache.reader.cache.open_cache`."""
-        thaw = MemmapSettings(self.thaw_limit_bytes, self.thaw_folder) if self.thaw == "auto" else None
+        memmap = MemmapSettings(self.memmap_limit_bytes, self.memmap_dir) if self.memmap == "auto" else None
         window = self.window_blocks or DEFAULT_WINDOW_BLOCKS
-        return open_cache(url, window_blocks=window, verify=self.verify, thaw=thaw)
+        return open_cache(url, window_blocks=window, verify=self.verify, memmap=memmap)
 
 
 def cached_views(cache: Cache) -> Views:
@@ -235,8 +234,10 @@ class FingerprintedSamples:
     Which samples are fingerprinted is a function of (sample, view), so this needs no cache and travels light.
     """
 
-    def __init__(self, data: Dataset, *, check_share: float = 1.0, check_first: int = 1024) -> None:
-        self.data, self._check_share, self._check_first = data, check_share, check_first
+    def __init__(
+        self, data: Dataset, *, fingerprint_fraction: float = 1.0, fingerprint_first: int = 1024
+    ) -> None:
+        self.data, self._check_share, self._check_first = data, fingerprint_fraction, fingerprint_first
 
     def __getitems__(self, request: Request) -> Any:
         return self.load(request.samples, request.view)
@@ -293,15 +294,15 @@ class SoftLabelDataset:
         *,
         views: Views | None = None,
         view: int = 0,
-        check_share: float = 1.0,
-        check_first: int = 1024,
+        fingerprint_fraction: float = 1.0,
+        fingerprint_first: int = 1024,
     ) -> None:
         self._data = as_teacher_saw(source, cache, views)
         check_alignment(cache, self._data)
         self.cache, self.view = cache, view
         self.labelled_of = cache.rows.counts(np.arange(len(cache))) if cache.skips_positions else None
         self.unlabeled_dataset = FingerprintedSamples(
-            self._data, check_share=check_share, check_first=check_first
+            self._data, fingerprint_fraction=fingerprint_fraction, fingerprint_first=fingerprint_first
         )
 
     def __len__(self) -> int:
@@ -361,7 +362,7 @@ class HardLabelDataset:
     cache: None = None
 
     def __init__(self, data: Dataset) -> None:
-        self.unlabeled_dataset = FingerprintedSamples(data, check_share=0.0, check_first=0)
+        self.unlabeled_dataset = FingerprintedSamples(data, fingerprint_fraction=0.0, fingerprint_first=0)
 
     def __len__(self) -> int:
         return len(self.unlabeled_dataset.data)

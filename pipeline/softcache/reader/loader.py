@@ -9,7 +9,7 @@
 Loader processes do what costs the most and needs no cache: they decode, transform and fingerprint. Labels are read in the
 process that trains, so that each chunk of the cache is decoded once, not once in every loader process; a thread reads
 those of the next few batches meanwhile, and the chunks of the next window are decoded by threads of the cache. From a
-thawed view labels are gathered where they are needed: that is cheaper than a thread. Pixels are never loaded in a
+memory-mapped view labels are gathered where they are needed: that is cheaper than a thread. Pixels are never loaded in a
 thread of this process: a user's own transform seeds the process-wide random state while it runs.
 """
 
@@ -142,17 +142,17 @@ class SoftLabelLoader:
         order = self._order
         requests = iter(order)
         first = next(requests, None)
-        thawed = first is not None and cache.thawed(first.view) is not None
+        mapped = first is not None and cache.memmap(first.view) is not None
         return _Labels(
             partial(self._read, cache),
             requests if first is None else chain([first], requests),
-            ahead=0 if thawed else self._ahead,
-            coming=None if thawed or order.window_blocks is None else self._coming(),
+            ahead=0 if mapped else self._ahead,
+            coming=None if mapped or order.window_blocks is None else self._coming(),
         )
 
     def _read(self, cache: Cache, request: Request, windows: list[Request] | None) -> CachedBatch:
         if windows:
-            cache.expect([(window.view, window.samples) for window in windows])
+            cache.prefetch([(window.view, window.samples) for window in windows])
         stored = self._dataset.read(request.samples, request.view)
         if self._pin_memory:
             stored = stored._replace(labels=stored.labels.to_torch().pin_memory())
@@ -170,7 +170,7 @@ class SoftLabelLoader:
         """Ends the loader processes, and what the cache decodes ahead; iterating again starts them anew."""
         self._unlabelled = None
         if self._dataset.cache is not None:
-            self._dataset.cache.expect([])
+            self._dataset.cache.prefetch([])
 
     def __enter__(self) -> Self:
         return self

@@ -8,7 +8,7 @@
 
 The order is that of `softcache.reader.order`. Ranks take turns in it, sample by sample, so that all of them are in the same
 window, and the first n samples of every rank are together the first n * num_ranks of the order. With loader processes each
-of them decodes every chunk for itself: `SoftLabelLoader` does not, nor does a thawed cache.
+of them decodes every chunk for itself: `SoftLabelLoader` does not, nor does a memory-mapped cache.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class BlockSampler(Sampler[int]):
     Args:
         data: a cache, or a dataset of one.
         seed: of the order.
-        window_blocks: blocks that are mixed with each other; None: all; "auto": all where the cache fits thawed, else 16.
+        window_blocks: blocks that are mixed with each other; None: all; "auto": all if the cache fits in maps, else 16.
         rank: this process; of `num_ranks`.
         view: whose finished samples are taken; None: the dataset's, or 0.
         uneven: see above.

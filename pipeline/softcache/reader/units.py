@@ -155,10 +155,10 @@ class CacheReaderBase:
 
     @cached_property
     def _record(self) -> Record:
-        """How a row lies in memory: its decoded columns, and where it is (or, one row a sample, whose)."""
-        beside = "position" if self.manifest.rows else "fingerprint"
+        """The layout of a row in memory: decoded columns, and its position (one row per sample: its fingerprint)."""
+        extra = "position" if self.manifest.rows else "fingerprint"
         columns = [*self._codec.columns, *alignment_columns(self.manifest)]
-        kept = [column for column in columns if column.name == beside or column in self._codec.columns]
+        kept = [column for column in columns if column.name == extra or column in self._codec.columns]
         return Record(self._codec.unpack({c.name: np.zeros((0, *c.shape), c.dtype) for c in kept}))
 
     def read_positions(self, number: int) -> np.ndarray:

@@ -110,7 +110,7 @@ def _order(
     *,
     window_blocks: int | None,
 ) -> BlockShuffle:
-    state = join(cpu=on_cpu(config.train.device), timeout_seconds=config.train.process_timeout_seconds)
+    state = join(cpu=on_cpu(config.train.device), timeout_seconds=config.train.ddp_timeout_seconds)
     return BlockShuffle(
         samples_of,
         batch_size=config.train.batch_size,

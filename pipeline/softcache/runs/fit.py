@@ -20,9 +20,6 @@ from softcache.student.tasks import Task
 
 __all__ = ["run_training", "slugify"]
 
-NON_IDENTITY_SETTINGS = {"device", "eval_batch_size", "process_timeout_seconds"}
-"""What may be another in a rerun: it decides where and how, not what is learnt."""
-
 
 def run_training(
     config: RunConfig,
@@ -42,18 +39,20 @@ def run_training(
         **data.identity(),
         "student_data": data.student_data(config).identity() if otherwise else None,
         "context": config.student.context,
-        "train": config.train.model_dump(mode="json", exclude=NON_IDENTITY_SETTINGS),
+        "train": config.train.identity(),
         "order": {"block_samples": feed.order.block_samples, "window_blocks": feed.order.window_blocks},
         **identity,
     }
     if out is None:
         out = (
-            config.root / "students" / f"{slugify(model)}-{config.train.labels}-{digest_json(described)[:8]}"
+            config.root
+            / "students"
+            / f"{slugify(model)}-{config.train.labels_id}-{digest_json(described)[:8]}"
         )
     mirror = BucketSync(str(out)) if is_bucket(str(out)) else None
     folder = mirror.folder if mirror else Path(out)
     if mirror is not None:
-        group = join(cpu=on_cpu(config.train.device), timeout_seconds=config.train.process_timeout_seconds)
+        group = join(cpu=on_cpu(config.train.device), timeout_seconds=config.train.ddp_timeout_seconds)
         with group.local_main_process_first():
             mirror.fetch()
     label, finished = f"train {model} ({config.train.labels})", (folder / "metrics.json").exists()
@@ -77,7 +76,7 @@ def run_training(
             out=folder,
             config=described,
             mirror=mirror,
-            loss=None if config.train.labels == "hard" else config.loss,
+            loss=None if config.train.labels == "ground_truth" else config.loss,
             resolved=config.model_dump(mode="json") | {"student": _as_trained(config, model)},
             track=track_with,
             on_step=advance,

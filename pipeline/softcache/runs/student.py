@@ -16,7 +16,7 @@ from softcache.teacher.base import Teacher
 
 __all__ = ["train_student"]
 
-LabelsFrom = Literal["cache", "hard", "online"]
+LabelsFrom = Literal["cache", "ground_truth", "online"]
 
 
 def train_student(
@@ -74,7 +74,7 @@ def train_student(
             identity = {
                 "teacher": {"spec": teacher.spec, "weights": teacher.weights_digest, "dtype": teacher.dtype}
             }
-    if labels != "hard":
+    if labels != "ground_truth":
         identity["loss"] = config.loss.identity()
         if data.train.kind == "cells":
             identity["cells"] = config.detection_loss.model_dump()

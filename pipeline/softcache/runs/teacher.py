@@ -58,7 +58,7 @@ def train_teacher(
             "set teacher.weights to that, or keep your own weights and skip train-teacher"
         )
     run = _as_teacher(config).model_copy(
-        update={"train": config.train_teacher.model_copy(update={"labels": "hard"})}
+        update={"train": config.train_teacher.model_copy(update={"labels": "ground_truth"})}
     )
     task = data.task(run, teacher.model)
     metrics = run_training(

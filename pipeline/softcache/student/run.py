@@ -58,7 +58,7 @@ def train(
     """
     if track:
         _need_tracker(track)
-    join(cpu=on_cpu(settings.device), timeout_seconds=settings.process_timeout_seconds)
+    join(cpu=on_cpu(settings.device), timeout_seconds=settings.ddp_timeout_seconds)
     with translate_errors():
         check_same("the run", config)
         directory = RunDirectory(out, config, resolved, mirror=mirror)
@@ -142,7 +142,7 @@ def _run(
     loop.resume_loss_meter(progress.get("loss"))
     if loop.adaptation is not None:
         loop.adaptation.load_state_dict(progress.get("adaptation", {}), history)
-    while order.epoch < settings.epochs and not _reached(loop.task, history, settings.stop_at):
+    while order.epoch < settings.epochs and not _reached(loop.task, history, settings.target_metric):
         epoch = order.epoch  # the loader goes on to the next at its end
         for samples in loop.epoch():
             on_step(samples)
@@ -167,7 +167,7 @@ def _run(
     for row in history[1:]:
         best = row if _is_better(loop.task, row, best) else best
     return {
-        "labels": settings.labels,
+        "labels": settings.labels_id,
         "num_parameters": count_parameters(loop.model),
         **{name: value for name, value in history[-1].items() if name not in ("epoch", "train_loss")},
         f"best_{loop.task.metric}": best[loop.task.metric],

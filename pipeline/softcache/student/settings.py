@@ -59,14 +59,14 @@ class StudentSettings(Settings):
 
 
 class TrainSettings(Settings):
-    """[train]: the loop. `labels` says what the student learns from.
+    """[train]: the training loop. `labels` is what the student is trained on: a cache, ground truth, or an online teacher.
 
-    `stop_at` ends the run when the accuracy (images) is at least, or the held-out loss (text, nats) at most, so much.
-    With many processes `batch_size` counts the samples of all of them, and a process that does not answer for
-    `process_timeout_seconds` ends the run.
+    `target_metric` ends the run when the accuracy (images) is at least, or the evaluation loss (text, nats) at most, this
+    value. With many processes `batch_size` counts the samples of all of them, and a process that does not respond for
+    `ddp_timeout_seconds` ends the run.
     """
 
-    labels: Literal["cache", "hard", "online"] = "cache"
+    labels: Literal["cache", "ground_truth", "online"] = "cache"
     epochs: int = Field(20, ge=1)
     batch_size: int = Field(128, ge=1)
     eval_batch_size: int = Field(1024, ge=1)
@@ -79,5 +79,20 @@ class TrainSettings(Settings):
     accumulation_steps: int = Field(1, ge=1)
     clip_norm: float | None = Field(None, gt=0)
     checkpoint_steps: int | None = Field(None, ge=1)
-    stop_at: float | None = Field(None, ge=0)
-    process_timeout_seconds: float = Field(600, ge=1)
+    target_metric: float | None = Field(None, ge=0)
+    ddp_timeout_seconds: float = Field(600, ge=1)
+
+    @property
+    def labels_id(self) -> str:
+        """The name of `labels` in a run's files and folder: "hard" for ground truth, so that existing runs are found."""
+        return "hard" if self.labels == "ground_truth" else self.labels
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the settings that identify a run, by their names in the config.json of its folder.
+
+        Those names are fixed: `target_metric` is `stop_at` there, and ground truth is "hard". `device`,
+        `eval_batch_size` and `ddp_timeout_seconds` may differ in a rerun: they do not change the result.
+        """
+        train = self.model_dump(mode="json", exclude={"device", "eval_batch_size", "ddp_timeout_seconds"})
+        stop_at = train.pop("target_metric")
+        return train | {"labels": self.labels_id, "stop_at": stop_at}

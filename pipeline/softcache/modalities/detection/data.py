@@ -75,8 +75,8 @@ class DetectionData(ImageSplits):
         dataset = SoftLabelDataset(
             self.train.with_rows(cells_per_image(cache)),
             cache,
-            check_share=reader.check_share,
-            check_first=reader.check_first,
+            fingerprint_fraction=reader.fingerprint_fraction,
+            fingerprint_first=reader.fingerprint_first,
         )
         self.check_student(config.student.model, cache)
         return dataset, None

@@ -51,7 +51,10 @@ class ImageData(ImageSplits):
         if isinstance(student, StudentImages):
             return student.train_dataset(reader, cache)
         return SoftLabelDataset(
-            self.train, cache, check_share=reader.check_share, check_first=reader.check_first
+            self.train,
+            cache,
+            fingerprint_fraction=reader.fingerprint_fraction,
+            fingerprint_first=reader.fingerprint_first,
         ), None
 
     def unlabeled_dataset(self, config: RunConfig) -> Dataset:

@@ -114,8 +114,8 @@ class StudentImages:
             self.pairing,
             cache,
             replays=self.replays,
-            check_share=reader.check_share,
-            check_first=reader.check_first,
+            fingerprint_fraction=reader.fingerprint_fraction,
+            fingerprint_first=reader.fingerprint_first,
         )
         return paired, self.pairing.samples if self.pairing.num_missing else None
 

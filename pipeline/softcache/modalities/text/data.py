@@ -68,8 +68,8 @@ class TextData(TokenSplits):
     def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, np.ndarray | None]:
         """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
         checks: dict[str, Any] = {
-            "check_share": config.reader.check_share,
-            "check_first": config.reader.check_first,
+            "fingerprint_fraction": config.reader.fingerprint_fraction,
+            "fingerprint_first": config.reader.fingerprint_first,
         }
         if config.loss.name != "uld":
             return SoftLabelDataset(self.train, cache, **checks), None

@@ -53,7 +53,10 @@ class TranslationData(TokenSplits):
         """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
         reader = config.reader
         return SoftLabelDataset(
-            self.train, cache, check_share=reader.check_share, check_first=reader.check_first
+            self.train,
+            cache,
+            fingerprint_fraction=reader.fingerprint_fraction,
+            fingerprint_first=reader.fingerprint_first,
         ), None
 
     def replays_teacher_views(self, config: RunConfig) -> bool:

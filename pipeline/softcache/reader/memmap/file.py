@@ -1,4 +1,4 @@
-"""One thawed file: written whole or not at all, checked, mapped, gathered from."""
+"""One memory-mapped file: written atomically, verified by checksum, mapped, and gathered from."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import numpy as np
 import xxhash
 
 from softcache.errors import CorruptionError
-from softcache.reader.memmap.layout import PAGE, ThawedPlan, read_header
+from softcache.reader.memmap.layout import PAGE, MemmapPlan, read_header
 from softcache.runtime.logging import log_info
 
-__all__ = ["ThawedFile", "is_whole", "remove_unfinished", "write_file"]
+__all__ = ["MemmapFile", "is_whole", "remove_unfinished", "write_file"]
 
 CHECK_BYTES = 1 << 24
 
 
-class ThawedFile:
-    """An open thawed view: records and fingerprints, mapped read-only.
+class MemmapFile:
+    """An open memory-mapped view: records and fingerprints, mapped read-only.
 
     Attributes:
         path: of the file.
@@ -31,7 +31,7 @@ class ThawedFile:
         fingerprints: [num_samples] uint64; empty where each row has its own.
     """
 
-    def __init__(self, path: Path, plan: ThawedPlan, lock: int) -> None:
+    def __init__(self, path: Path, plan: MemmapPlan, lock: int) -> None:
         self.path, self.record = path, plan.record
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -56,8 +56,8 @@ class ThawedFile:
         return out.view(np.uint8)
 
 
-def write_file(path: Path, plan: ThawedPlan, fill: Callable[[], Iterator[np.ndarray]]) -> None:
-    """Writes the file under another name, whole and flushed, and renames it."""
+def write_file(path: Path, plan: MemmapPlan, fill: Callable[[], Iterator[np.ndarray]]) -> None:
+    """Writes the file under a temporary name, flushes it, and renames it."""
     remove_unfinished(path)
     staged = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
     digest = xxhash.xxh3_128()
@@ -74,7 +74,7 @@ def write_file(path: Path, plan: ThawedPlan, fill: Callable[[], Iterator[np.ndar
                 _failpoint("writing")
             if written != plan.data_bytes:
                 raise CorruptionError(
-                    f"thaw {plan.key}: {written} bytes were decoded; {plan.data_bytes} expected; run `softcache verify`"
+                    f"memory map {plan.key}: {written} bytes decoded; {plan.data_bytes} expected; run `softcache verify`"
                 )
             file.seek(0)
             file.write(plan.header(digest.hexdigest()))
@@ -88,17 +88,17 @@ def write_file(path: Path, plan: ThawedPlan, fill: Callable[[], Iterator[np.ndar
 
 
 def _failpoint(name: str) -> None:
-    """Called while a file is made; the tests stop the process here."""
+    """Called while a file is written; the tests stop the process here."""
 
 
 def remove_unfinished(path: Path) -> None:
-    """Removes what makers of this file that were killed left behind; the caller holds its lock."""
+    """Removes unfinished files of crashed writers of this file; the caller holds its lock."""
     for staged in path.parent.glob(f"{path.stem}.*.tmp"):
         staged.unlink(missing_ok=True)
 
 
-def is_whole(path: Path, plan: ThawedPlan, use: Path, what: str) -> bool:
-    """Whether the file is what it says; one that is not is removed."""
+def is_whole(path: Path, plan: MemmapPlan, use: Path, what: str) -> bool:
+    """Whether the file matches its header and the plan; one that does not is removed."""
     signature = _signature(path)
     if signature is not None and _read_text(use) == signature:
         return True
@@ -112,15 +112,17 @@ def is_whole(path: Path, plan: ThawedPlan, use: Path, what: str) -> bool:
             use.write_text(signature)
         return True
     log_info(
-        f"{what}: {path} is damaged (its checksum differs); it is thrown away and made again from the cache"
+        f"{what}: {path} is damaged (its checksum differs); it is deleted and created again from the cache"
     )
     path.unlink(missing_ok=True)
-    use.unlink(missing_ok=True)  # who maps the damaged file may keep its lock; the new file gets a new one
+    use.unlink(
+        missing_ok=True
+    )  # a process that maps the damaged file may keep its lock; the new file gets a new one
     return False
 
 
 def _signature(path: Path) -> str | None:
-    """Returns what changes whenever the file or the machine's memory of it does; None where that cannot be told."""
+    """Returns a text that changes when the file changes or the machine restarts; None where that is unknown."""
     boot = _read_text(Path("/proc/sys/kernel/random/boot_id"))
     if not boot:
         return None

@@ -1,4 +1,4 @@
-"""The folder of thawed files of one machine: made once, shared, and removed when room is needed."""
+"""The folder of memory-mapped views of one machine: each written once, shared, and removed to free space."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from softcache.errors import CorruptionError, SoftcacheError, StorageError
-from softcache.reader.memmap.file import ThawedFile, is_whole, remove_unfinished, write_file
-from softcache.reader.memmap.layout import PAGE, ThawedPlan, read_header
+from softcache.reader.memmap.file import MemmapFile, is_whole, remove_unfinished, write_file
+from softcache.reader.memmap.layout import PAGE, MemmapPlan, read_header
 from softcache.runtime.logging import log_info
 
-__all__ = ["MemmapSettings", "ThawFolder", "default_folder"]
+__all__ = ["MemmapFolder", "MemmapSettings", "default_folder"]
 
 ATTEMPTS = 3
 LOCK_POLL_SECONDS = 0.02
@@ -27,13 +27,13 @@ LOCK_POLL_SECONDS = 0.02
 
 @dataclass(frozen=True)
 class MemmapSettings:
-    """Whether and where a cache may be thawed.
+    """Whether and where views of a cache may be memory-mapped.
 
     Attributes:
-        limit_bytes: what all files of the folder may take together; those not used for longest make room. A cache
-            whose views do not fit together is not thawed.
-        folder: where; None is $SOFTCACHE_THAW_DIR, or softcache/thaw under $XDG_CACHE_HOME (~/.cache).
-        required: raise where the folder cannot be written; otherwise say so, and read the cache's chunks.
+        limit_bytes: of all files of the folder together; the least recently used are removed first. A cache whose views
+            do not fit together is not memory-mapped.
+        folder: where; None is $SOFTCACHE_MEMMAP_DIR, or softcache/thaw under $XDG_CACHE_HOME (~/.cache).
+        required: raise where the folder cannot be written; otherwise log it, and read the cache's chunks.
     """
 
     limit_bytes: int = 8 << 30
@@ -42,14 +42,14 @@ class MemmapSettings:
 
 
 def default_folder() -> Path:
-    """Returns the folder of thawed views where no other is named."""
-    if named := os.environ.get("SOFTCACHE_THAW_DIR"):
+    """Returns the default folder of memory-mapped views."""
+    if named := os.environ.get("SOFTCACHE_MEMMAP_DIR"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softcache" / "thaw"
 
 
 class Entry(NamedTuple):
-    """A file of the folder: of which view, and when it was used last, in seconds since 1970."""
+    """A file of the folder: its view, size and last use, in seconds since 1970."""
 
     path: Path
     about: str
@@ -57,8 +57,8 @@ class Entry(NamedTuple):
     used: float
 
 
-class ThawFolder:
-    """The thawed views of one machine.
+class MemmapFolder:
+    """The memory-mapped views of one machine.
 
     Raises (from every method):
         StorageError: the folder cannot be written or is full.
@@ -67,39 +67,39 @@ class ThawFolder:
     def __init__(self, root: str | Path | None = None) -> None:
         self.root = Path(root) if root is not None else default_folder()
 
-    def _path(self, plan: ThawedPlan) -> Path:
+    def _path(self, plan: MemmapPlan) -> Path:
         return self.root / f"{plan.key}.thaw"
 
-    def holds(self, plan: ThawedPlan) -> bool:
-        """Whether there is a file of this very content; not yet whether it is whole."""
+    def holds(self, plan: MemmapPlan) -> bool:
+        """Whether a file of this content exists; it may still be damaged."""
         return self._path(plan).exists()
 
     def open(
-        self, plan: ThawedPlan, fill: Callable[[], Iterator[np.ndarray]], *, limit_bytes: int, what: str
-    ) -> ThawedFile:
-        """Returns the thawed view, made first if it is not there; two processes that ask at once make it once.
+        self, plan: MemmapPlan, fill: Callable[[], Iterator[np.ndarray]], *, limit_bytes: int, what: str
+    ) -> MemmapFile:
+        """Returns the memory-mapped view, written first if it is missing; concurrent processes write it once.
 
         Args:
-            fill: gives the data in order, records [P, R] first, then fingerprints.
-            limit_bytes: of all files of the folder; others that nobody uses are removed for it.
+            fill: yields the data in order, records [P, R] first, then fingerprints.
+            limit_bytes: of all files of the folder; unused ones are removed to stay below it.
             what: names the view in messages.
         """
         path = self._path(plan)
         use = path.with_suffix(".use")
-        with _explained(self.root, what):
+        with _translate_errors(self.root, what):
             self.root.mkdir(parents=True, exist_ok=True)
             attempts = 0
             while attempts < ATTEMPTS:
-                lock = _locked(use, fcntl.LOCK_SH, f"{what}: another process is making it; waiting")
+                lock = _locked(use, fcntl.LOCK_SH, f"{what}: another process is writing it; waiting")
                 try:
                     if path.exists() and is_whole(path, plan, use, what):
                         os.utime(use)
-                        return ThawedFile(path, plan, lock)
+                        return MemmapFile(path, plan, lock)
                 except BaseException:
                     os.close(lock)
                     raise
                 os.close(lock)
-                # Not waited for: who has made it meanwhile holds it for as long as it is used.
+                # Not waited for: a process that wrote it meanwhile holds the lock for as long as it uses the file.
                 lock = _locked(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if lock is None:
                     time.sleep(LOCK_POLL_SECONDS)
@@ -112,12 +112,12 @@ class ThawFolder:
                 finally:
                     os.close(lock)
         raise CorruptionError(
-            f"{path}: written {ATTEMPTS - 1} times, and each time it read back otherwise, or was removed at once; check the "
-            "disk, or set SOFTCACHE_THAW_DIR to another one"
+            f"{path}: written {ATTEMPTS - 1} times, and it differed when read back, or was removed; check the disk, "
+            "or set SOFTCACHE_MEMMAP_DIR to another one"
         )
 
     def entries(self) -> list[Entry]:
-        """Returns the files that are there, the one not used for longest first."""
+        """Returns the files of the folder, least recently used first."""
         found = []
         for path in self.root.glob("*.thaw"):
             use = path.with_suffix(".use")
@@ -127,9 +127,9 @@ class ThawFolder:
         return sorted(found, key=lambda entry: entry.used)
 
     def remove(self, entry: Entry) -> bool:
-        """Removes a file unless somebody uses it; returns whether it is gone."""
+        """Removes a file unless a process uses it; returns whether it is gone."""
         use = entry.path.with_suffix(".use")
-        with _explained(self.root, entry.path.name):
+        with _translate_errors(self.root, entry.path.name):
             lock = _locked(use, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if lock is None:
                 return False
@@ -152,7 +152,7 @@ class ThawFolder:
         if total + num_bytes > limit_bytes:
             raise StorageError(
                 f"{self.root}: {total:,} bytes are in use and {num_bytes:,} more are needed; the limit is {limit_bytes:,}; "
-                "raise reader.thaw_limit_bytes, or `softcache materialize --clear`"
+                "raise reader.memmap_limit_bytes, or `softcache materialize --clear`"
             )
 
 
@@ -162,7 +162,7 @@ def _about(path: Path) -> str:
 
 
 def _locked(path: Path, how: int, waiting: str = "") -> Any:
-    """Returns a handle that holds a lock on `path`; with LOCK_NB, None if somebody else holds it."""
+    """Returns a handle that holds a lock on `path`; with LOCK_NB, None if another process holds it."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
@@ -174,7 +174,7 @@ def _locked(path: Path, how: int, waiting: str = "") -> Any:
                     return None
                 log_info(waiting)
                 fcntl.flock(handle, how)
-            # Whoever removed the file between our open and our lock left us a lock on nothing: then try again.
+            # The file may have been removed between open and lock, which leaves a lock on nothing: try again.
             if os.fstat(handle).st_ino == os.stat(path).st_ino:
                 return handle
         except FileNotFoundError:
@@ -186,7 +186,7 @@ def _locked(path: Path, how: int, waiting: str = "") -> Any:
 
 
 @contextmanager
-def _explained(root: Path, what: str) -> Iterator[None]:
+def _translate_errors(root: Path, what: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -194,10 +194,10 @@ def _explained(root: Path, what: str) -> Iterator[None]:
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         hint = (
-            "free some space, or set SOFTCACHE_THAW_DIR to another disk"
+            "free some space, or set SOFTCACHE_MEMMAP_DIR to another disk"
             if full
-            else "set SOFTCACHE_THAW_DIR to a folder that can be written"
+            else "set SOFTCACHE_MEMMAP_DIR to a folder that can be written"
         )
         raise StorageError(
-            f'{root}: {what} cannot be thawed: {error.strerror or error}; {hint}, or reader.thaw = "never"'
+            f'{root}: {what} cannot be memory-mapped: {error.strerror or error}; {hint}, or reader.memmap = "never"'
         ) from error

@@ -1,4 +1,4 @@
-"""What a thawed file holds: the columns of a row, one beside the other, and what its header says of them."""
+"""The layout of a memory-mapped file: the columns of one row in a record, and the header that describes them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["MAGIC", "PAGE", "Record", "ThawedPlan", "read_header"]
+__all__ = ["MAGIC", "PAGE", "MemmapPlan", "Record", "read_header"]
 
 MAGIC = b"SOFTTHAW"
 VERSION = 1
@@ -16,7 +16,7 @@ PAGE = 4096
 
 
 class Record:
-    """How the columns of one row lie in a record: widest fields first, so that each is aligned.
+    """The layout of one row's columns in a record: widest fields first, so that each is aligned.
 
     Args:
         columns: by name, arrays [0, ...] of the columns' dtypes and inner shapes.
@@ -63,15 +63,15 @@ class Record:
         return rows_PR
 
 
-class ThawedPlan(NamedTuple):
-    """What a thawed file holds.
+class MemmapPlan(NamedTuple):
+    """The contents of a memory-mapped file.
 
     Attributes:
         key: the digest of the content, in hex.
-        about: whose it is, for who lists the folder; two copies of one cache share a file, and it names the first.
+        about: cache and view, shown in listings; two copies of one cache share a file, and it names the first.
         record: of a row.
         num_rows: of the view.
-        num_samples: whose fingerprints stand apart (where samples have many rows); 0 where each row has its own.
+        num_samples: number of separate fingerprints (where samples have many rows); 0 where each row has its own.
     """
 
     key: str
@@ -85,7 +85,7 @@ class ThawedPlan(NamedTuple):
         return self.num_rows * self.record.num_bytes + self.num_samples * 8
 
     def fields(self, checksum: str) -> dict[str, Any]:
-        """Returns what the header says of the content."""
+        """Returns the header's description of the content."""
         return {
             "version": VERSION,
             "key": self.key,
@@ -106,7 +106,7 @@ class ThawedPlan(NamedTuple):
 
 
 def read_header(page: bytes) -> dict[str, Any]:
-    """Returns what a header says; nothing where it is none."""
+    """Returns the fields of a header; an empty dict if it is not one."""
     try:
         found = json.loads(page.removeprefix(MAGIC).rstrip(b"\0"))
     except ValueError:

@@ -112,7 +112,7 @@ def _epoch_seconds(sweep: Sweep, params: dict[str, Any], out: Path, **how: Any) 
     bench = sweep.bench
     settings = candidate(bench.config, params, bench.cache)
     epochs = min(EPOCHS, settings.train.epochs)
-    train = settings.train.model_copy(update={"epochs": epochs, "stop_at": None})
+    train = settings.train.model_copy(update={"epochs": epochs, "target_metric": None})
     ends: list[float] = []
     metrics = train_student(
         settings.model_copy(update={"train": train}),

@@ -41,7 +41,7 @@ WAIT_SECONDS = 0.5
 INTERRUPTED_EXIT_CODES = {128 + signal.SIGINT, 128 + signal.SIGTERM}
 NON_IDENTITY_SETTINGS: Any = {  # what may differ when a sweep goes on
     "sweep": {"trials"},
-    "train": {"device", "eval_batch_size", "process_timeout_seconds"},
+    "train": {"device", "eval_batch_size", "ddp_timeout_seconds"},
     "capture": True,
     "cache": True,
 }

@@ -19,7 +19,7 @@ Normalising stays timm's, in its prefetcher (`use_prefetcher`, the default): pas
 
 timm resumes at the beginning of an epoch, in an order of torch's own random state; what is exact is that
 every sample meets its own label. Loader processes read labels for themselves, and are forked: open the cache with
-`thaw=MemmapSettings()`, or pass `num_workers=0`; else they say so.
+`memmap=MemmapSettings()`, or pass `num_workers=0`; else they say so.
 In several processes call the sampler's `set_epoch` too: `train.py` calls only the dataset's, where there is one.
 """
 
@@ -151,7 +151,7 @@ class TimmDataset(TimmImages):
     def set_epoch(self, epoch: int) -> None:
         """Chooses the view of an epoch: all of the cache's, in turn. timm's `train.py` calls this."""
         view = epoch % self._data.cache.num_views
-        self._data.cache.thawed(
+        self._data.cache.memmap(
             view
         )  # here: forked loader processes may read what is thawed, and thaw nothing themselves
         self._view.fill_(view)
