@@ -1,6 +1,6 @@
 """Every command that the documentation shows: parsed by the command that it names, and run, or excused by name.
 
-tests/support/docs_pages.py says which comments of a page tell how; tests/support/docs_shell.py runs the commands of a page in order, in a
+tests/support/docs_pages.py lists the comments that control it; tests/support/docs_shell.py runs the commands of a page in order, in a
 folder that holds the configs, the examples and the files that the page shows.
 """
 
@@ -21,14 +21,14 @@ from softcache.stages.cli import softcache
 from softcache.stages.commands import COMMANDS
 from tests.support.caches import ROOT
 from tests.support.docs_pages import PAGES, REASONS, Block, blocks, name_of
-from tests.support.docs_shell import Shell, more
+from tests.support.docs_shell import Shell, missing_options
 
 TARGETS = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.M)[1].split()
 BLOCKS = [(page, block) for page in PAGES for block in blocks(page.read_text())]
 SHOWN = [(page, command) for page, block in BLOCKS for command in block.commands]
 OURS = ("softcache ", "make ", "python ", "torchrun ", "accelerate ")
 NOT_HERE = {"dask_jobqueue", "dask_kubernetes"}
-"""Packages of examples that say on their page that they were not tried."""
+"""Packages of examples that are marked as untested on their page."""
 
 
 def ids(pairs):
@@ -67,14 +67,14 @@ def test_every_command_shown_is_one(page, command):
         assert words[1] in shown or (ROOT / words[1]).is_file(), f"{page.name}: {command}"
 
 
-def told_in_help():
+def examples_of_help():
     """The commands of the examples in every --help."""
     for name in COMMANDS:
         text = softcache.get_command(click.Context(softcache), name).help
         yield from re.findall(r"^ *(softcache .*?)(?:  .*)?$", text.partition("Example:")[2], re.M)
 
 
-@pytest.mark.parametrize("command", sorted(set(told_in_help())))
+@pytest.mark.parametrize("command", sorted(set(examples_of_help())))
 def test_the_examples_of_help_are_commands(command):
     parsed(shlex.split(command)[1:])
 
@@ -152,7 +152,7 @@ def test_a_page_can_be_followed(page, shell, request):
     if any("s3://bucket/" in block.text for block in found if block.is_run):
         always["s3://bucket/"] = request.getfixturevalue("bucket") + "/"
     for block in found:
-        follow(replace(block, words=(*block.words, *always.items())), shell)
+        follow(replace(block, replacements=(*block.replacements, *always.items())), shell)
 
 
 def free_port() -> str:
@@ -162,31 +162,31 @@ def free_port() -> str:
 
 
 def follow(block: Block, shell: Shell) -> None:
-    """Writes the file that a block shows, or runs its commands and compares what a console block says they print."""
+    """Writes the file that a block shows, or runs its commands and compares their output with that of a console block."""
     if block.file is not None:
         with Path(block.file).open("a") as file:
-            file.write("\n\n" * (file.tell() > 0) + block.said(block.text))
+            file.write("\n\n" * (file.tell() > 0) + block.substitute(block.text))
     if not block.is_run:
         return
     shell.added = block.added
     for command in block.before:
-        shell.run(block.said(command))
-    if block.beside:
-        for command in block.said(block.text).splitlines():
+        shell.run(block.substitute(command))
+    if block.background:
+        for command in block.substitute(block.text).splitlines():
             shell.start(command)
     elif "$ " not in (line[:2] for line in block.lines):
-        shell.run(block.said(block.text))
+        shell.run(block.substitute(block.text))
     else:
-        for command, told in re.findall(
-            r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block.said("\n".join(block.lines)), re.M
+        for command, expected in re.findall(
+            r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", block.substitute("\n".join(block.lines)), re.M
         ):
             printed = shell.run(command)
-            assert re.fullmatch(re.escape(told.strip()).replace("…", ".*"), printed.strip(), re.S), (
-                f"{command} prints\n{printed}\nand not\n{told}"
+            assert re.fullmatch(re.escape(expected.strip()).replace("…", ".*"), printed.strip(), re.S), (
+                f"{command} prints\n{printed}\nand not\n{expected}"
             )
 
 
-def test_every_command_there_is_is_run_on_some_page():
+def test_every_command_is_run_on_some_page():
     run = {
         name
         for _, block in BLOCKS
@@ -234,14 +234,14 @@ nothing
 """
 
 
-def test_blocks_are_found_with_what_is_said_of_them():
+def test_blocks_are_found_with_their_comments():
     one, two, three, four, five = blocks(TEXT)
     assert one.commands == ["softcache gc A", "softcache materialize B --views 1"]
     assert (one.added, one.is_run) == (None, False)
     assert (two.language, two.text, two.file, two.commands) == ("python", "x = 1\n", "a.py", [])
     assert three.commands == ["vllm serve A", "softcache gc A/$n"]
     assert [three.reason(command) for command in three.commands] == ["gpu", None]
-    assert three.said(three.text) == "for n in 1 2; do\n  softcache gc b/c/$n | cat\ndone\n"
+    assert three.substitute(three.text) == "for n in 1 2; do\n  softcache gc b/c/$n | cat\ndone\n"
     assert (three.added, three.before) == (("train.epochs=1", "--rounds=1"), ("softcache train-teacher",))
     assert (four.before, four.skipped, four.commands) == ((), (), ["softcache gc A"])
     assert (five.added, five.at_length, five.is_shell) == ((), True, False)
@@ -255,12 +255,12 @@ def test_the_parser_sees_what_is_wrong():
             parsed(wrong)
 
 
-def test_what_a_command_says_itself_stays():
+def test_options_that_a_command_sets_itself_stay():
     command = softcache.get_command(click.Context(softcache), "compare")
     added = ("train.epochs=1", "labels.k=2", "--seeds=1", "--rounds=1")
     words = ["--config", "c.toml", "--set", "labels.k=5"]
-    assert more(command, words, added) == ["--set", "train.epochs=1", "--seeds=1"]
-    assert more(command, ["--seeds", "3"], added[2:]) == []
+    assert missing_options(command, words, added) == ["--set", "train.epochs=1", "--seeds=1"]
+    assert missing_options(command, ["--seeds", "3"], added[2:]) == []
 
 
 def test_the_shell_runs_loops_and_pipes_and_fails_as_a_command_fails(shell):

@@ -1,4 +1,4 @@
-"""The quickstart notebook runs from its first cell to its last, says what it promises, and is stored without outputs."""
+"""The quickstart notebook runs from its first cell to its last, prints the expected results, and is stored without outputs."""
 
 import asyncio
 import os

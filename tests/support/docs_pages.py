@@ -1,20 +1,20 @@
-"""The pages of the documentation, read block by block, with what their comments say of how a test runs them.
+"""The pages of the documentation, read block by block, with the comments that control how a test runs them.
 
-A page tells it in comments that readers do not see. Each holds from where it stands:
+The comments are invisible to readers. Each holds from where it stands:
 
     <!-- test: run with train.epochs=1 --rounds=1 -->      to the end of the page, or until the next one: every command is
-                                                           run, with these settings and options where it takes them and
-                                                           does not say them itself; `run` alone adds nothing, and
+                                                           run, with these settings and options where it has them and
+                                                           does not set them itself; `run` alone adds nothing, and
                                                            `run at length with …` is for `make chaos`
-    <!-- test: where CACHE is runs/digits/cache -->        to the end of the page: this stands where the page says that
-    <!-- test: before softcache train-teacher -->          for the next block: what has to be there
-    <!-- test: beside -->                                  for the next block: its commands go on beside what follows
+    <!-- test: where CACHE is runs/digits/cache -->        to the end of the page: replaces the first text by the second
+    <!-- test: before softcache train-teacher -->          for the next block: a command to run first
+    <!-- test: background -->                              for the next block: its commands run in the background
     <!-- test: skip gpu -->                                for the next block: not run, for one of REASONS;
-    <!-- test: skip gpu vllm serve -->                     or only its lines that begin so
+    <!-- test: skip gpu vllm serve -->                     or only its lines with this beginning
 
-`$PORT` in a `where` is a free port, the same for a whole page. A block after a line that ends in `NAME.py`: is (or is
-added to) that file, and so with .toml. In a `console` block lines that begin with `$ ` are commands, and the others what
-they print; `…` there stands for anything.
+`$PORT` in a `where` is a free port, the same for a whole page. A block after a line that ends in `NAME.py`: is written to
+(or appended to) that file, and so with .toml. In a `console` block lines that begin with `$ ` are commands, and the others
+their output; `…` in it matches anything.
 """
 
 import re
@@ -27,10 +27,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 REASONS = {
     "checkout": "works on the checkout that the tests run from, as the CI does",
     "gpu": "needs a GPU",
-    "hours": "is a measurement whose smallest useful size takes too long, or more memory than a test may",
+    "hours": "is a measurement whose smallest useful size takes too long, or too much memory, for a test",
     "machines": "needs several machines, or a cluster's own software",
     "shell": "is for another shell than bash",
-    "yours": "holds what only the reader has, such as credentials",
+    "yours": "needs what only the reader has, such as credentials",
 }
 SHELLS = {"sh", "bash", "console", "shell"}
 PROGRAMS = (
@@ -55,14 +55,14 @@ class Block:
     """A block of a page, fenced or indented, and how it is run.
 
     Attributes:
-        language: what the fence says; empty for an indented block.
-        file: the file that it is shown as.
-        added: settings and options of its commands; None where nothing says that they are run.
-        at_length: whether that is for `make chaos`.
-        words: what stands where the page says something else.
-        before: commands that come first.
-        beside: whether its commands go on beside what follows.
-        skipped: reasons by the beginning of the lines that they excuse.
+        language: the word after the fence; empty for an indented block.
+        file: the name of the file with this content.
+        added: settings and options for its commands; None where they are not run.
+        at_length: whether it is run by `make chaos` only.
+        replacements: pairs of text of the page and its replacement.
+        before: commands that are run first.
+        background: whether its commands run in the background.
+        skipped: pairs of the beginning of a line and the reason why it is not run.
     """
 
     language: str
@@ -70,9 +70,9 @@ class Block:
     file: str | None = None
     added: tuple[str, ...] | None = None
     at_length: bool = False
-    words: tuple[tuple[str, str], ...] = ()
+    replacements: tuple[tuple[str, str], ...] = ()
     before: tuple[str, ...] = ()
-    beside: bool = False
+    background: bool = False
     skipped: tuple[tuple[str, str], ...] = ()
 
     @property
@@ -83,17 +83,17 @@ class Block:
 
     @property
     def lines(self) -> list[str]:
-        """The lines, continued ones in one."""
+        """The lines, with continuation lines joined."""
         return re.sub(r"\s*\\\n\s*", " ", self.text).splitlines()
 
     @property
     def commands(self) -> list[str]:
-        """The commands of a shell's block, each without its comment and what it is piped into."""
+        """The commands of a shell block, each without its comment and pipe."""
         if not self.is_shell:
             return []
         prompted = [line.removeprefix("$ ") for line in self.lines if line.startswith("$ ")]
-        told = [re.split(r"\s+[#|]\s", line)[0].strip() for line in prompted or self.lines]
-        return (prompted and told) or [line for line in told if COMMAND.match(line + " ")]
+        lines = [re.split(r"\s+[#|]\s", line)[0].strip() for line in prompted or self.lines]
+        return lines if prompted else [line for line in lines if COMMAND.match(line + " ")]
 
     def reason(self, command: str) -> str | None:
         """Returns why a command is not run; None if it is."""
@@ -103,13 +103,13 @@ class Block:
     def is_run(self) -> bool:
         return self.added is not None and any(self.reason(command) is None for command in self.commands)
 
-    def said(self, text: str) -> str:
-        """Returns text as it is run: without the lines that are skipped, with `words` in their places."""
+    def substitute(self, text: str) -> str:
+        """Returns the text to run: without skipped lines, with the replacements made."""
         kept = re.sub(r"\s*\\\n\s*", " ", text) if self.skipped else text
         lines = [line for line in kept.splitlines() if self.reason(line.strip().removeprefix("$ ")) is None]
         text = "\n".join(lines) + "\n"
-        for word, value in self.words:
-            text = text.replace(word, value)
+        for old, new in self.replacements:
+            text = text.replace(old, new)
         return text
 
 
@@ -117,15 +117,15 @@ def blocks(text: str) -> list[Block]:
     """Returns the blocks of a page, in order."""
     found: list[Block] = []
     lines, at = text.splitlines(), 0
-    lasting: dict = {"added": None, "at_length": False, "words": ()}
-    once: dict = {"before": (), "beside": False, "skipped": ()}
-    told, last = dict(once), ""
+    lasting: dict = {"added": None, "at_length": False, "replacements": ()}
+    defaults: dict = {"before": (), "background": False, "skipped": ()}
+    following, last = dict(defaults), ""
     while at < len(lines):
         start, language = at, None
         if lines[at].startswith("<!-- test: "):
             end = next(n for n in range(at, len(lines)) if lines[n].endswith("-->"))
             comment = " ".join(line.strip() for line in lines[at : end + 1])
-            _hear(comment.removeprefix("<!-- test: ").removesuffix("-->").strip(), lasting, told)
+            _apply(comment.removeprefix("<!-- test: ").removesuffix("-->").strip(), lasting, following)
             at = end + 1
             continue
         if fence := re.fullmatch(r"```([\w-]*)", lines[at]):
@@ -142,27 +142,29 @@ def blocks(text: str) -> list[Block]:
             at += 1
             continue
         named = re.search(r"`([\w-]+\.(?:py|toml))`:$", last)
-        found.append(Block(language, "\n".join(body).strip() + "\n", named and named[1], **lasting, **told))
-        told, last = dict(once), ""
+        found.append(
+            Block(language, "\n".join(body).strip() + "\n", named and named[1], **lasting, **following)
+        )
+        following, last = dict(defaults), ""
     return found
 
 
-def _hear(comment: str, lasting: dict, told: dict) -> None:
-    """Takes what one comment says into what lasts and what is told of the next block."""
-    if said := re.fullmatch(r"run( at length)?(?: with (.*))?", comment):
-        lasting |= {"added": tuple((said[2] or "").split()), "at_length": bool(said[1])}
-    elif said := re.fullmatch(r"where (.+?) is(?: (.*))?", comment):
-        others = tuple(pair for pair in lasting["words"] if pair[0] != said[1])
-        lasting["words"] = (*others, (said[1], said[2] or ""))
-    elif said := re.fullmatch(r"before (.+)", comment):
-        told["before"] = (*told["before"], said[1])
-    elif comment == "beside":
-        told["beside"] = True
-    elif said := re.fullmatch(r"skip (\w+)(?: (.+))?", comment):
-        told["skipped"] = (*told["skipped"], (said[2] or "", said[1]))
+def _apply(comment: str, lasting: dict, following: dict) -> None:
+    """Applies one comment to the attributes of all later blocks, or of the following one."""
+    if found := re.fullmatch(r"run( at length)?(?: with (.*))?", comment):
+        lasting |= {"added": tuple((found[2] or "").split()), "at_length": bool(found[1])}
+    elif found := re.fullmatch(r"where (.+?) is(?: (.*))?", comment):
+        others = tuple(pair for pair in lasting["replacements"] if pair[0] != found[1])
+        lasting["replacements"] = (*others, (found[1], found[2] or ""))
+    elif found := re.fullmatch(r"before (.+)", comment):
+        following["before"] = (*following["before"], found[1])
+    elif comment == "background":
+        following["background"] = True
+    elif found := re.fullmatch(r"skip (\w+)(?: (.+))?", comment):
+        following["skipped"] = (*following["skipped"], (found[2] or "", found[1]))
     else:
         raise ValueError(
-            f"<!-- test: {comment} -->: expected run, where, before, beside or skip; see tests/support/docs_pages.py"
+            f"<!-- test: {comment} -->: expected run, where, before, background or skip; see tests/support/docs_pages.py"
         )
 
 

@@ -1,9 +1,9 @@
-"""A shell for the documentation's commands: bash, in which softcache answers at once.
+"""A shell for the documentation's commands: bash, in which softcache starts at once.
 
 Starting Python and torch takes seconds, and the pages have some two hundred commands. So in this shell `softcache`,
-`python -m benchmarks.NAME` and `pip` are a small client that sends its words, folder and environment to this process, which
-runs the command in itself and sends back what it printed. Everything else is what a reader's shell would run: loops, pipes,
-variables, make with this repository's Makefile, torchrun. `pip install` installs nothing; that an extra exists is checked.
+`python -m benchmarks.NAME` and `pip` are a small client that sends its arguments, folder and environment to this process,
+which runs the command and returns the output. Everything else is what a reader's shell would run: loops, pipes,
+variables, make with this repository's Makefile, torchrun. `pip install` installs nothing; it checks that the extra exists.
 """
 
 import json
@@ -54,9 +54,9 @@ class Shell:
     """Runs scripts in a folder.
 
     Attributes:
-        added: settings (`train.epochs=1`) and options (`--rounds=1`) for every command of ours that takes them and
-            does not say them.
-        ran: the words of every command of ours that was run.
+        added: settings (`train.epochs=1`) and options (`--rounds=1`) for every command of softcache that has them and
+            does not set them itself.
+        ran: the arguments of every command of softcache that was run.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +65,7 @@ class Shell:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(f"{self._places.name}/s")
         self._listener.listen()
-        self._beside: list[subprocess.Popen] = []
+        self._background: list[subprocess.Popen] = []
         bins = folder / ".venv/bin"  # where the Makefile looks
         bins.mkdir(parents=True)
         for name in ("softcache", "python", "pip"):
@@ -82,17 +82,17 @@ class Shell:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._beside:
+        for process in self._background:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         self._listener.close()
         self._places.cleanup()
 
     def start(self, script: str) -> None:
-        """Starts a script that goes on until this shell is left. It must not need softcache."""
+        """Starts a script in the background, until this shell is closed. It must not need softcache."""
         command = ["bash", "-c", script]
-        log = (self.folder / "beside.txt").open("ab")
-        self._beside.append(
+        log = (self.folder / "background.txt").open("ab")
+        self._background.append(
             subprocess.Popen(
                 command,
                 cwd=self.folder,
@@ -122,9 +122,9 @@ class Shell:
             code = self._serve(bash)
             for file in (out, err):
                 file.seek(0)
-            told = out.read()
-            assert code == 0, f"status {code} of\n{script}\nstdout:\n{told}\nstderr:\n{err.read()}"
-        return told
+            printed = out.read()
+            assert code == 0, f"status {code} of\n{script}\nstdout:\n{printed}\nstderr:\n{err.read()}"
+        return printed
 
     def _serve(self, bash: subprocess.Popen) -> int | str:
         waited = 0.0
@@ -154,7 +154,7 @@ class Shell:
                 torch.set_num_threads(1)
                 for name, module in list(
                     sys.modules.items()
-                ):  # a reader's next command imports their files anew
+                ):  # the next command imports the reader's files again
                     if str(getattr(module, "__file__", "")).startswith(f"{self.folder}{os.sep}"):
                         del sys.modules[name]
                 invalidate_caches()
@@ -175,7 +175,7 @@ class Shell:
             module = "benchmarks.__main__" if words[2] == "benchmarks" else words[2]
             runs = command = import_module(module).main
             words = words[3:]
-        added = [] if command is None else more(command, words, self.added)
+        added = [] if command is None else missing_options(command, words, self.added)
         result = CliRunner().invoke(runs, [*words, *added])
         error = result.exception
         if isinstance(error, SoftcacheError):
@@ -184,15 +184,15 @@ class Shell:
         return result.stdout, result.stderr + text, result.exit_code
 
 
-def more(command: click.Command, words: list[str], added: tuple[str, ...]) -> list[str]:
-    """Returns those of the added settings and options that a command takes and that its words do not say."""
+def missing_options(command: click.Command, words: list[str], added: tuple[str, ...]) -> list[str]:
+    """Returns those of the added settings and options that a command has and that its arguments do not set."""
     options = {name for parameter in command.params for name in parameter.opts}
     takes_settings = any(parameter.name == "overrides" for parameter in command.params)
-    said = {word.split("=")[0] for word in words}
+    given = {word.split("=")[0] for word in words}
     found = []
     for word in added:
         name = word.split("=")[0]
-        if name in said:
+        if name in given:
             continue
         if name.startswith("--") and name in options:
             found.append(word)
