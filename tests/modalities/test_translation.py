@@ -26,7 +26,7 @@ from softcache.models.language.generate import translate
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from softcache.runs.tables import translation_rows
 from softcache.stages.cli import softcache
-from softcache.student.tasks.translation_scores import corpus_scores
+from softcache.student.tasks.translation import corpus_scores
 from softcache.teacher.generate import generate_source
 from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.support.translations import translation_config, write_package

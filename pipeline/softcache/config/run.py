@@ -26,7 +26,7 @@ from softcache.errors import ConfigError
 from softcache.labels.sparsify import AnyLabelSettings, TopK
 from softcache.losses import KINDS
 from softcache.losses.detection import CellLossSettings
-from softcache.models.language.generate_settings import GenerateSettings
+from softcache.models.language.generate import GenerateSettings
 from softcache.reader.dataset import ReaderSettings
 from softcache.runtime.suggest import did_you_mean
 from softcache.settings import Settings

@@ -30,8 +30,7 @@ from softcache.data.tokens import TokenData
 from softcache.errors import IdentityError, SourceError
 from softcache.hashing.digests import digest_json
 from softcache.models.language import PairTokens
-from softcache.models.language.generate import GeneratedSequence, translate
-from softcache.models.language.generate_settings import GenerateSettings
+from softcache.models.language.generate import GeneratedSequence, GenerateSettings, translate
 from softcache.teacher.base import LanguageTeacher
 
 __all__ = ["GenerateReport", "SourcePairs", "generate_source"]

@@ -1,16 +1,15 @@
-"""From a spec to a language model, causal or of encoder and decoder, split into backbone and head.
+"""Language models from a spec, causal or encoder-decoder, split into backbone and head.
 
-    causal_lm.py                                                   a spec to a model, and the tokenizer beside it
-    splitting.py                                                   a model to its parts
-    backbone_head.py                                               the parts, and packed rows, whose documents do not see
-    each other
-    probes.py                                                      what is tried on 8 tokens before labels are made; the
-    longest row
-    encoder_decoder.py, encoder_decoder_parts.py, pair_probes.py   the same for encoder-decoder models and pairs of texts
+    causal_lm.py               a model from its spec, and its tokenizer
+    splitting.py               a model's backbone and head
+    backbone_head.py           the parts, and attention that isolates the documents of packed rows
+    probes.py                  checks on a few tokens before labels are made; the maximum length
+    encoder_decoder.py, encoder_decoder_parts.py   the same for encoder-decoder models and pairs of texts
+    generate.py                beam search
 
-The logits of one batch are the largest tensor of a run (16 rows of 1024 positions over 152k classes:
-10 GB in float32), so nobody here makes them: `split` gives the backbone, run once per batch, and the
-head, run on as many positions at a time as the caller can afford.
+The logits of one batch are the largest tensor of a run (16 rows of 1024 positions over 152k classes: 10 GB in float32),
+so no function here computes them all: `split` returns the backbone, run once per batch, and the head, run on as many
+positions at a time as the caller can afford.
 """
 
 from softcache.models.language.backbone_head import BackboneHead, CausalParts

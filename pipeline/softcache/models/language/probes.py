@@ -17,10 +17,9 @@ from torch import nn
 
 from softcache.errors import SpecError
 from softcache.models.language.backbone_head import BackboneHead, CausalParts, accepts_argument, tensor_in
-from softcache.models.language.encoder_decoder_parts import PairParts
-from softcache.models.language.pair_probes import check_pairs
+from softcache.models.language.encoder_decoder_parts import PairParts, split_source_target
 
-__all__ = ["check_context", "check_max_length", "check_split", "isolates_documents"]
+__all__ = ["check_context", "check_max_length", "check_pairs", "check_split", "isolates_documents"]
 
 NUM_PROBE_TOKENS = 8
 
@@ -146,3 +145,66 @@ def check_max_length(what: str, longest: int | None, length: int) -> None:
             f"{what}: takes rows of at most {longest} tokens; found rows of {length}; "
             "shorten the samples (source.seq_len, of pairs source.max_tokens), or take a model with more positions"
         )
+
+
+PAIR_LENGTHS = ((5, 2), (1, 6), (3, 3), (2, 4))
+"""(source, target) tokens of the probe pairs."""
+
+
+def check_pairs(model: Any, parts: PairParts, rounding: Any) -> None:
+    """Raises SpecError where the parts are not the model; the model must be in evaluation mode, without gradients.
+
+    Args:
+        rounding: gives the difference to allow between two ways to the same values.
+    """
+    name = type(model).__name__
+    tokens_BL, segments_BL = _probe_pairs(parts)
+    target = segments_BL == 1
+    hidden_BLD = parts.hidden(tokens_BL, segments_BL)
+    found = parts.logits(hidden_BLD[target])
+    source_BS, mask_BS, given_BT, starts_B = split_source_target(tokens_BL, segments_BL)
+    output = model(input_ids=source_BS, attention_mask=mask_BS, decoder_input_ids=given_BT, use_cache=False)
+    lengths_B = target.sum(1)
+    steps_T = torch.arange(given_BT.shape[1], device=given_BT.device)
+    expected = tensor_in(output, "logits")[steps_T < lengths_B[:, None]]
+    if expected.shape != found.shape:
+        raise SpecError(
+            f"model {name}: its logits have shape {tuple(expected.shape)}, those of its head {tuple(found.shape)}"
+        )
+    allowed = max(rounding(expected), rounding(hidden_BLD) if hidden_BLD.dtype != torch.float32 else 0)
+    difference = (expected.float() - found).abs().max().item()
+    if not difference <= allowed:
+        raise SpecError(
+            f"model {name}: something happens between hidden state and logits that softcache does not know: its logits "
+            f"and those of its parts differ by {difference:.3g} (rounding allows {allowed:.1g}); labels would be wrong; "
+            "use another architecture"
+        )
+    alone = 0.0
+    for row, length in enumerate((starts_B + lengths_B).tolist()):
+        one = parts.hidden(tokens_BL[row : row + 1, :length], segments_BL[row : row + 1, :length])[0]
+        alone = max(alone, (one - hidden_BLD[row, :length])[target[row, :length]].abs().max().item())
+    last = torch.arange(tokens_BL.shape[1], device=tokens_BL.device) == (starts_B + lengths_B - 1)[:, None]
+    other_BL = torch.where(last, (tokens_BL + 1) % parts.vocab_size, tokens_BL)
+    leak = (parts.hidden(other_BL, segments_BL) - hidden_BLD)[target & ~last].abs().max().item()
+    if not max(alone, leak) <= rounding(hidden_BLD):
+        raise SpecError(
+            f"model {name}: a later token changes the hidden states before it by {leak:.3g}, and a batch those of a pair "
+            f"by {alone:.3g}; expected a causal decoder behind padding masks, deterministic in evaluation mode"
+        )
+    moved_BL = torch.where(segments_BL == 0, (tokens_BL + 1) % parts.vocab_size, tokens_BL)
+    if torch.equal(parts.hidden(moved_BL, segments_BL)[target], hidden_BLD[target]):
+        raise SpecError(
+            f"model {name}: the source changes nothing; expected a decoder that attends to the encoder"
+        )
+
+
+def _probe_pairs(parts: PairParts) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(source + target for source, target in PAIR_LENGTHS)
+    index = torch.arange(len(PAIR_LENGTHS) * longest, device=parts.weight.device).view(
+        len(PAIR_LENGTHS), longest
+    )
+    segments = torch.full_like(index, 2)
+    for row, (source, target) in enumerate(PAIR_LENGTHS):
+        segments[row, :source] = 0
+        segments[row, source : source + target] = 1
+    return (5 * index + 3) % parts.vocab_size, segments

@@ -20,7 +20,7 @@ from softcache.errors import AlignmentError, SourceError
 from softcache.reader.cache import Cache, CachedBatch
 from softcache.reader.dataset import FingerprintedSamples, SoftLabelDataset
 from softcache.reader.order import Request
-from softcache.reader.paired.image_batch import PairedBatch
+from softcache.reader.paired.images import PairedBatch
 
 __all__ = ["PairedDataset"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,9 +17,18 @@ from softcache.data.pairing import Pairing
 from softcache.reader.cache import Cache, CachedBatch
 from softcache.reader.dataset import FingerprintedSamples, SoftLabelDataset, group_by_view
 from softcache.reader.order import Request
-from softcache.reader.paired.image_batch import PairedBatch
 
-__all__ = ["OnlinePairedDataset", "PairedSamples"]
+__all__ = ["OnlinePairedDataset", "PairedBatch", "PairedSamples"]
+
+
+class PairedBatch(NamedTuple):
+    """The teacher's side is compared with what the cache says of it; the student's is what is trained on."""
+
+    teacher: Any
+    student: Any
+
+    def pin_memory(self) -> PairedBatch:
+        return PairedBatch(self.teacher, self.student.pin_memory())
 
 
 class _Unlabelled:

@@ -2,8 +2,7 @@
 
 from softcache.losses import LossSettings
 from softcache.student.tasks.base import Task, shard_batches
-from softcache.student.tasks.byte_classification import ByteTask
-from softcache.student.tasks.image_classification import ImageTask
+from softcache.student.tasks.image_classification import ByteTask, ImageTask
 from softcache.student.tasks.language_modeling import TokenTask
 from softcache.student.tasks.token_student import TokenStudent
 from softcache.student.tasks.translation import TranslationTask

@@ -15,9 +15,9 @@ from softcache.errors import SpecError
 from softcache.labels.sparsify import dense
 from softcache.losses import LossMix, LossSettings, cross_entropy, distillation_loss, row_weights
 from softcache.student.tasks.base import OnlineTeacher, shard_batches
-from softcache.student.tasks.inference import ImageServing
+from softcache.student.tasks.inference import ByteServing, ImageServing
 
-__all__ = ["ImageTask"]
+__all__ = ["ByteTask", "ImageTask"]
 
 
 @dataclass(frozen=True)
@@ -124,3 +124,18 @@ class ImageTask:
         """Returns a student or teacher of this task as a function of images; the model is moved to the CPU."""
         shape = self.evaluation.load([0], 0, fingerprints=False).images.shape[1:]
         return ImageServing(model, self.normalize, tuple(shape))
+
+
+@dataclass(frozen=True)
+class ByteTask(ImageTask):
+    """Classification of files.
+
+    Attributes:
+        max_bytes: the longest file of both splits.
+    """
+
+    max_bytes: int = 1
+
+    def serve(self, model: nn.Module) -> ByteServing:
+        """Returns a student of this task as a function of padded bytes; the model is moved to the CPU."""
+        return ByteServing(model, self.normalize, self.max_bytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,17 +12,15 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from softcache.errors import SpecError
+from softcache.errors import MissingExtraError, SpecError
 from softcache.models.language import PairTokens, split
-from softcache.models.language.generate import translate
-from softcache.models.language.generate_settings import GenerateSettings
+from softcache.models.language.generate import GenerateSettings, translate
 from softcache.student.tasks.base import shard_batches
 from softcache.student.tasks.inference import TokenServing
 from softcache.student.tasks.language_modeling import TokenTask
 from softcache.student.tasks.token_student import TokenStudent
-from softcache.student.tasks.translation_scores import corpus_scores
 
-__all__ = ["TranslationTask"]
+__all__ = ["TranslationTask", "corpus_scores"]
 
 
 @dataclass(frozen=True)
@@ -78,3 +76,34 @@ class TranslationTask(TokenTask):
             "export: a translation model writes by a search, which exported files are not compared by; expected "
             "a classifier or a causal language model; use the run's hf/ folder"
         )
+
+
+def corpus_scores(said: Iterable[tuple[str, str, str]]) -> dict[str, float]:
+    """Returns `chrf_LANG` and `bleu_LANG` (0 to 100) of each language, and their means over languages, `chrf` and `bleu`.
+
+    Args:
+        said: (language, what was said, reference) of each pair.
+
+    Raises:
+        MissingExtraError: sacrebleu is not installed.
+    """
+    try:
+        from sacrebleu.metrics import BLEU, CHRF
+    except ImportError as error:
+        raise MissingExtraError(
+            f"chrF and BLEU need sacrebleu ({error}); pip install 'softcache[translation]', or set generate.score_beams = 0"
+        ) from error
+    by_language: dict[str, tuple[list[str], list[str]]] = {}
+    for language, text, reference in said:
+        texts, references = by_language.setdefault(language, ([], []))
+        texts.append(text)
+        references.append(reference)
+    scores: dict[str, float] = {}
+    for name, metric in (("chrf", CHRF()), ("bleu", BLEU())):
+        values = {
+            language: metric.corpus_score(texts, [references]).score
+            for language, (texts, references) in sorted(by_language.items())
+        }
+        scores[name] = sum(values.values()) / max(1, len(values))
+        scores |= {f"{name}_{language}": value for language, value in values.items() if language}
+    return scores

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from softcache.data.sources.text.source import TokenSource
@@ -18,16 +18,9 @@ from softcache.data.tokens import TokenBatch, TokenData
 from softcache.errors import AlignmentError, ConfigError
 from softcache.losses import LossMix
 from softcache.reader.dataset import HardLabelDataset, SoftLabelDataset, as_teacher_saw
-from softcache.student.tasks import LossSettings, TokenStudent, shard_batches
-
-if TYPE_CHECKING:
-    from softcache.reader.cache import Cache
-
-
 from softcache.reader.sampler import BlockSampler
 from softcache.student.integrations.huggingface.forward import Call, patched_forward
 from softcache.student.integrations.huggingface.loss import check_loss, check_stall, loss_of, mix_at
-from softcache.student.integrations.huggingface.order import SetEpoch
 from softcache.student.integrations.huggingface.validate import (
     check_cache,
     check_classes,
@@ -37,8 +30,12 @@ from softcache.student.integrations.huggingface.validate import (
     refuse_untested,
     tokenizer_digest,
 )
+from softcache.student.tasks import LossSettings, TokenStudent, shard_batches
 
-__all__ = ["DistillTrainer"]
+if TYPE_CHECKING:
+    from softcache.reader.cache import Cache
+
+__all__ = ["DistillTrainer", "SetEpoch"]
 
 
 class DistillTrainer(Trainer):
@@ -327,3 +324,13 @@ def is_token(batch: TokenBatch) -> torch.Tensor:
     """[B, L] bool, False where a sample is padded."""
     lengths_B = torch.from_numpy(batch.lengths).to(batch.tokens.device)
     return torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < lengths_B[:, None]
+
+
+class SetEpoch(TrainerCallback):
+    """Tells the order its epoch; accelerate does too, except where a run of several ranks is resumed in mid-epoch."""
+
+    def __init__(self, order: BlockSampler) -> None:
+        self._order = order
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._order.set_epoch(int(state.epoch or 0))
