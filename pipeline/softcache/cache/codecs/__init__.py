@@ -19,8 +19,8 @@ from softcache.cache.codecs.column import Column
 from softcache.cache.codecs.detection import CellCodec
 from softcache.cache.codecs.packed.codec import COARSEST, DEFAULT_STEP, FINEST, PackedCodec
 from softcache.cache.codecs.plain import OpenCodec
-from softcache.cache.codecs.registry import AnyCodec, Codec, codec_from_dict
-from softcache.cache.codecs.validate import check_stored
+from softcache.cache.codecs.base import AnyCodec, Codec, codec_from_dict
+from softcache.cache.codecs.soft_labels import check_stored
 
 __all__ = [
     "COARSEST",
