@@ -21,6 +21,7 @@ import click
 import numpy as np
 import torch
 
+from softcache.cache.codecs import OpenSettings
 from softcache.config.run import RunConfig, load_config
 from softcache.labels import SoftLabels, truncate_labels
 from softcache.labels.sparsify import LabelSettings, dense, label_settings
@@ -82,7 +83,7 @@ def _teacher_cache(config: RunConfig, data: Data, name: str, out: Path) -> Cache
             "labels": label_settings(
                 "dense", **config.labels.model_dump(include=LabelSettings.model_fields.keys() - {"policy"})
             ),
-            "capture": config.capture.model_copy(update={"values": "float32"}),
+            "capture": config.capture.model_copy(update={"codec": OpenSettings(values="float32")}),
         }
     )
     make_teacher(run, data)

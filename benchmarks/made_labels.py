@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 
+from softcache.cache.create import create_cache
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import open_store, publish_unit
 from softcache.data.batch import ImageBatch
@@ -26,7 +27,7 @@ from softcache.hashing.digests import digest_json
 from softcache.labels import SoftLabels
 from softcache.labels.sparsify import TopK
 from softcache.labels.tail import log_sum_exp
-from softcache.teacher.capture.plan import CaptureSettings, create_cache, plan_manifest
+from softcache.teacher.capture.plan import CaptureSettings, plan_manifest
 
 __all__ = ["MadeImages", "MadeSource", "made_tokens", "varied", "write_cache"]
 

@@ -34,6 +34,7 @@ from benchmarks.peer_files import write_distillkit, write_fkd, write_megatron, w
 from benchmarks.raw_files import drop_from_memory, write_raw
 from benchmarks.reading_contenders import Contender, Made, cache_reader, loaders, map_reader, peer_loaders
 from benchmarks.synthetic_logits import image_logits, text_logits
+from softcache.cache.codecs import CODECS
 from softcache.reader.cache import open_cache
 from softcache.runtime.logging import log_info
 from softcache.teacher.capture.plan import CaptureSettings
@@ -73,7 +74,12 @@ def made_text(
     data = made_tokens(folder / "tokens", num_samples, rows=rows, vocab_size=num_classes)
     base = labels_of(text_logits(1024, num_classes, bfloat16=False), k)
     urls = {
-        codec: write_cache(str(folder / codec), data, base, CaptureSettings(codec=codec, **(settings or {})))
+        codec: write_cache(
+            str(folder / codec),
+            data,
+            base,
+            CaptureSettings(codec=CODECS.get(codec).settings(name=codec), **(settings or {})),
+        )
         for codec in ("open", "packed")
     }
     cache, peers, peer_samples = open_cache(urls["open"]), folder / "peers", min(64, num_samples)

@@ -36,7 +36,7 @@ def made(request, store, tmp_path_factory):
             return make_cache(folder / name, capture=capture)[2]
         return make_text_cache(folder / name, folder, capture=capture)[2]
 
-    return make("packed", codec="packed", step=STEP), make("open", values="float32")
+    return make("packed", codec={"name": "packed", "step": STEP}), make("open", codec={"values": "float32"})
 
 
 def rows_of(cache, view=0, order=None):
@@ -127,6 +127,6 @@ def test_inspect_shows_the_bytes_of_the_column(made):
 def test_another_step_is_another_cache(tmp_path):
     make_cache(tmp_path / "cache", capture={"codec": "packed"})
     with pytest.raises(IdentityError, match=r"codec\.step: 0\.03125; 0\.0078125"):
-        make_cache(tmp_path / "cache", capture={"codec": "packed", "step": 0.03125})
+        make_cache(tmp_path / "cache", capture={"codec": {"name": "packed", "step": 0.03125}})
     with pytest.raises(IdentityError, match=r"codec\.name: 'open'; 'packed'"):
         make_cache(tmp_path / "cache")

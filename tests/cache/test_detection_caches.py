@@ -105,7 +105,7 @@ def test_of_a_softmax_head_it_holds_the_tail_and_no_centerness(folder):
 
 def test_a_student_learns_from_the_cache_what_it_learns_beside_the_teacher(folder):
     """Same batch, same loss; float32 on disk, so that nothing but summation order differs."""
-    config, data, cache = make_cells(folder, "exact", capture={"values": "float32"})
+    config, data, cache = make_cells(folder, "exact", capture={"codec": {"values": "float32"}})
     dataset, _ = data.train_dataset(config, cache)
     cached = dataset.__getitems__([(4, 1), (9, 1)])
     plain = data.train.load([4, 9], 1)

@@ -32,13 +32,13 @@ def values(request):
 @pytest.fixture(scope="module")
 def zarr_cache(values, tmp_path_factory):
     url = tmp_path_factory.mktemp("zarr") / "cache"
-    return make_cache(url, capture={"store": "zarr", "values": values})[2]
+    return make_cache(url, capture={"store": "zarr", "codec": {"values": values}})[2]
 
 
 @pytest.fixture(scope="module")
 def parquet_cache(values, tmp_path_factory):
     url = tmp_path_factory.mktemp("parquet") / "cache"
-    return make_cache(url, capture={"store": "parquet", "values": values})[2]
+    return make_cache(url, capture={"store": "parquet", "codec": {"values": values}})[2]
 
 
 def columns_of(cache, view):

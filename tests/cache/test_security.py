@@ -17,7 +17,7 @@ import torch
 import xxhash
 from click.testing import CliRunner
 
-from softcache.cache.codecs import OpenCodec, check_stored
+from softcache.cache.codecs import OpenCodec
 from softcache.cache.manifest import Manifest
 from softcache.cache.samples import read_samples
 from softcache.cache.storage.open import open_objects
@@ -417,8 +417,8 @@ def arrays(**changes):
 
 def test_numbers_that_no_teacher_can_give_are_refused_by_column_and_row():
     codec = OpenCodec(num_classes=4, k=2, temperatures=(1.0,))
-    check_stored(codec, arrays())
-    check_stored(codec, {name: array[:0] for name, array in arrays().items()})
+    codec.validate(arrays())
+    codec.validate({name: array[:0] for name, array in arrays().items()})
     for changes, message in (
         ({"ids": np.array([[1, 3], [0, 5]], np.uint16)}, "column ids: 5 in row 1; expected 0 to 4"),
         (
@@ -431,7 +431,7 @@ def test_numbers_that_no_teacher_can_give_are_refused_by_column_and_row():
         ({"stats": np.array([[0, 0, 0, 0], [0, np.inf, 0, 0]], np.float32)}, "stats: inf in row 1"),
     ):
         with pytest.raises(LabelError, match=message):
-            check_stored(codec, arrays(**changes))
+            codec.validate(arrays(**changes))
 
 
 def test_an_id_behind_right_checksums_never_reaches_a_compiled_loss(tmp_path):

@@ -68,7 +68,7 @@ def config(store: str, **capture) -> RunConfig:
             "labels": {"k": K, "num_views": NUM_VIEWS, "temperatures": TEMPERATURES},
             "capture": {
                 "store": store,
-                "values": VALUES[store],
+                "codec": {"values": VALUES[store]},
                 "unit_samples": 16,
                 "chunk_samples": 8,
                 "device": "cpu",
@@ -81,7 +81,7 @@ def config(store: str, **capture) -> RunConfig:
 
 
 def packed_config(store: str) -> RunConfig:
-    return config(store, codec="packed", step=STEP)
+    return config(store, codec={"name": "packed", "step": STEP})
 
 
 def read_plainly(url: Path, names: tuple[str, ...] = COLUMNS) -> dict[str, np.ndarray]:
@@ -138,7 +138,7 @@ def freeze_packed(folder: Path) -> None:
         capture(packed_config(store), folder / store)
         found = read_plainly(folder / store, PACKED_COLUMNS) | decode_plainly(folder / store)
         with tempfile.TemporaryDirectory() as whole:
-            capture(config(store, values="float32"), Path(whole) / "cache")
+            capture(config(store, codec={"values": "float32"}), Path(whole) / "cache")
             found |= {f"whole/{n}": v for n, v in read_plainly(Path(whole) / "cache", ARRAYS).items()}
         expected |= {f"{store}/{name}": values for name, values in found.items()}
     np.savez_compressed(folder / "expected_packed.npz", **expected)
@@ -164,7 +164,7 @@ def cell_config(store: str, weights: Path) -> RunConfig:
             | ({} if store == "zarr" else {"temperatures": TEMPERATURES}),
             "capture": {
                 "store": store,
-                "values": VALUES[store],
+                "codec": {"values": VALUES[store]},
                 "unit_samples": 4,
                 "chunk_samples": 2,
                 "device": "cpu",

@@ -349,7 +349,7 @@ def test_accumulation_splits_the_batch_and_never_changes_the_gradient(made, tmp_
 def test_the_live_teacher_and_a_dense_cache_teach_the_same(made, tmp_path, monkeypatch, at_once):
     monkeypatch.setattr("softcache.student.tasks.token_student.MAX_DENSE_ELEMENTS", 2**26 if at_once else 0)
     _, data, _, folder = made
-    config = text_config(folder, labels={"policy": "dense"}, capture={"values": "float32"})
+    config = text_config(folder, labels={"policy": "dense"}, capture={"codec": {"values": "float32"}})
     cache, _ = capture_labels(config, data, open_teacher(config, data), str(tmp_path / "dense"))
     tables = {"train": {"epochs": 1}, "loss": {"temperature": 2.0}}
     online = fit(made, tmp_path / "online", labels="online", **tables)

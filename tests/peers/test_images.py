@@ -333,7 +333,9 @@ def test_random_views_do_not_depend_on_the_loader_processes(tmp_path):
 def test_a_recorded_flip_is_a_flip_of_the_students_image(tmp_path):
     """ReLabel replays the crop and nothing else: the label of a mirrored image meets the plain one."""
     views = {"crop": "none", "padding": 0, "flip": 0.5}
-    config, data, cache = make_cache(tmp_path / "cache", views=views, capture={"values": "float32"})
+    config, data, cache = make_cache(
+        tmp_path / "cache", views=views, capture={"codec": {"values": "float32"}}
+    )
     source, teacher = data.train.source, open_teacher(config, data)
     batch = SoftLabelDataset(source, cache, view=1).__getitems__(list(range(300)))
     flips = [data.train.views.parameters(source.key(n), 1, 8, 8).flip for n in range(300)]

@@ -29,7 +29,7 @@ k = 8
 
 [capture]
 device = "cpu"
-values = "float32"
+codec = { values = "float32" }
 evaluate = false
 
 [student]
@@ -136,7 +136,7 @@ def test_slim_makes_the_cache_of_another_config(run, cache):
         "shrink", cache, "runs/slim", "--k", "3", "--values", "float16", "--temperatures", "1,4"
     ).output
     assert "1 of 1 units, top_k, k 3, codec open" in shown
-    sets = ["labels.k=3", "labels.temperatures=[1,4]", "capture.values=float16"]
+    sets = ["labels.k=3", "labels.temperatures=[1,4]", "capture.codec.values=float16"]
     arguments = [part for pair in sets for part in ("--set", pair)]
     again = run("teacher-logits", "--config", "small.toml", "--cache", "runs/slim", *arguments).output
     assert "0 units made now, 1 were there" in again

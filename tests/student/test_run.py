@@ -306,7 +306,7 @@ def test_alpha_zero_is_hard_training(tmp_path, shared_cache):
 
 
 def test_a_cache_of_every_class_trains_as_the_live_teacher_does(tmp_path):
-    dense = {"labels": {"policy": "dense", "num_views": 3}, "capture": {"values": "float32"}}
+    dense = {"labels": {"policy": "dense", "num_views": 3}, "capture": {"codec": {"values": "float32"}}}
     _, _, cache = make_cache(tmp_path / "cache", **dense)
     for labels in LABELS:
         fit(cache, tmp_path / labels, labels=labels, tables=dense)

@@ -92,7 +92,7 @@ def test_batch_size_does_not_reach_the_contents_beyond_float_rounding(tmp_path, 
         ({"labels": {"num_views": 3}}, "views.num_views"),
         ({"views": {"padding": 2}}, "views.digest"),
         ({"source": {"max_train_samples": 200}}, "source.digest"),
-        ({"capture": {"values": "float32"}}, "codec"),
+        ({"capture": {"codec": {"values": "float32"}}}, "codec"),
         ({"capture": {"store": "parquet"}}, "store"),
         ({"capture": {"unit_samples": 32}}, "unit_samples"),
         ({"capture": {"dtype": "bfloat16"}}, "teacher.dtype"),
@@ -214,7 +214,7 @@ def test_an_error_while_labels_are_made_is_the_runs_own_and_frees_every_claim(tm
     def broken(*args, **kwargs):
         raise RuntimeError("labels cannot be made")
 
-    monkeypatch.setattr("softcache.teacher.base.sparsify", broken)
+    monkeypatch.setattr("softcache.labels.sparsify.TopK.apply", broken)
     before = threading.enumerate()
     with pytest.raises(RuntimeError, match="labels cannot be made"):
         run(tmp_path / "cache")

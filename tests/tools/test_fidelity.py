@@ -194,7 +194,7 @@ def test_more_classes_and_finer_steps_are_nearer_to_the_teacher(images):
 
 
 def test_drawn_caches_have_masses_instead_of_divergences(tmp_path):
-    dense = {"labels": {"policy": "dense", "num_views": 1}, "capture": {"values": "float32"}}
+    dense = {"labels": {"policy": "dense", "num_views": 1}, "capture": {"codec": {"values": "float32"}}}
     config, data, whole = make_cache(tmp_path / "whole", **dense)
     cache = slim_cache(whole, tmp_path / "drawn", SlimSettings(policy="hybrid", k=2, num_samples=3))
     rerun = rerun_teacher(cache, data.train, open_teacher(config, data), num_rows=300, seed=0)

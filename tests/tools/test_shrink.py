@@ -15,7 +15,10 @@ from softcache.tools.shrink import SlimSettings, slim_cache, slim_manifest
 from tests.support.caches import make_cache
 from tests.support.text_caches import make_text_cache
 
-EXACT = {"labels": {"policy": "dense", "num_views": 2}, "capture": {"values": "float32", "unit_samples": 128}}
+EXACT = {
+    "labels": {"policy": "dense", "num_views": 2},
+    "capture": {"codec": {"values": "float32"}, "unit_samples": 128},
+}
 GRID = (1.0, 2.0, 4.0)
 
 
@@ -36,7 +39,7 @@ def texts(folder):
         folder / "texts",
         folder,
         labels={"k": 40, "positions": {"policy": "every", "every": 3}},
-        capture={"values": "float32"},
+        capture={"codec": {"values": "float32"}},
     )[2]
 
 
@@ -47,7 +50,7 @@ def captured(folder, cache, url, *, values="float32", codec=None, **labels):
         if cache.manifest.kind == "image"
         else lambda url, **more: make_text_cache(url, folder, **more)
     )
-    capture = (codec or {"values": values}) | (
+    capture = {"codec": codec or {"values": values}} | (
         {"unit_samples": 128} if cache.manifest.kind == "image" else {}
     )
     if cache.manifest.kind == "tokens":
@@ -175,7 +178,7 @@ def test_the_codec_may_change(images, folder, tmp_path):
     labels, expected = rows(packed).labels, rows(images).labels
     assert packed.manifest.codec["name"] == "packed"
     assert np.abs(labels.log_probs - expected.log_probs[:, :4]).max() <= 1 / 64 + 1e-6
-    codec = {"codec": "packed", "step": 1 / 32}
+    codec = {"name": "packed", "step": 1 / 32}
     assert_same(packed, captured(folder, images, tmp_path / "captured", codec=codec, k=4), tail=1 / 32 + 1e-6)
     thinner = slim_cache(packed, tmp_path / "thinner", SlimSettings(k=2))
     np.testing.assert_array_equal(rows(thinner).labels.log_probs, labels.log_probs[:, :2])

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from softcache.cache.codecs import AnyCodec, CellCodec, Codec, codec_from_dict
+from softcache.cache.codecs import Codec, SoftLabelCodec, codec_from_dict
+from softcache.cache.kinds import LabelKind, check_kind
 from softcache.errors import LabelError, ManifestError
 
 __all__ = [
@@ -37,21 +38,6 @@ MAX_UNITS = 10_000_000
 MAX_UNIT_ROWS, MAX_UNIT_BYTES, MAX_CHUNK_BYTES = 2**28, 2**36, 2**34
 """What a writer holds in memory and a reader decodes at once, before compression."""
 MAX_MANIFEST_BYTES, MAX_MARKER_BYTES = 2**26, 2**20
-IDENTITY_SCHEMA: dict[str, dict[str, Any]] = {
-    "teacher": {"spec": str, "dtype": str},
-    "source": {"name": str, "digest": str},
-    "labels": {"policy": str, "k": int, "temperatures": list},
-}
-"""What every identity says; each kind says more."""
-IDENTITY_SCHEMA_BY_KIND: dict[str, dict[str, dict[str, Any]]] = {
-    "image": {"views": {"digest": str, "settings": dict}},
-    "tokens": {"tokenizer": {"digest": str}, "attention": {"digest": str}},
-    "cells": {
-        "views": {"digest": str, "settings": dict},
-        "boxes": {"digest": str, "settings": dict},
-        "grid": {"digest": str, "num_cells": int},
-    },
-}
 
 
 def _inside(path: str) -> str:
@@ -232,7 +218,7 @@ class Manifest(_Document):
 
     format_version: Literal[1] = 1
     softcache_version: str
-    kind: Literal["image", "tokens", "cells"]
+    kind: LabelKind
     identity: dict[str, dict[str, Any]]
     num_classes: Annotated[int, Field(ge=1, le=2**31)]
     class_names: tuple[str, ...]
@@ -254,22 +240,11 @@ class Manifest(_Document):
             raise ValueError(str(error)) from error
         if codec.num_classes != self.num_classes:
             raise ValueError(f"num_classes {self.num_classes} differs from the codec's {codec.num_classes}")
-        if (self.kind == "image") != (self.rows is None):
-            raise ValueError("rows: caches of tokens and cells have them, caches of images do not")
-        if (self.kind == "cells") != isinstance(codec, CellCodec):
-            raise ValueError(f"codec {codec.name}: is not of labels of kind {self.kind}")
-        for part, fields in (IDENTITY_SCHEMA | IDENTITY_SCHEMA_BY_KIND[self.kind]).items():
-            for name, kind in fields.items():
-                if not isinstance(self.identity.get(part, {}).get(name), kind):
-                    raise ValueError(f"identity.{part} must have {name}, a {kind.__name__}")
-        if not all(isinstance(t, int | float) for t in self.identity["labels"]["temperatures"]):
-            raise ValueError("identity.labels.temperatures must be numbers")
-        if isinstance(codec, CellCodec) and self.identity["grid"]["num_cells"] != codec.num_cells:
-            raise ValueError(f"identity.grid.num_cells differs from the codec's {codec.num_cells}")
+        check_kind(self.kind, codec=codec, identity=self.identity, has_rows=self.rows is not None)
         self._check_sizes(codec)
         return self
 
-    def _check_sizes(self, codec: AnyCodec) -> None:
+    def _check_sizes(self, codec: Codec) -> None:
         row_bytes = sum(np.dtype(c.dtype).itemsize * math.prod(c.shape) for c in codec.columns) + 16
         unit_rows, chunk_rows = self.plan.unit_samples, self.plan.chunk_samples
         if self.rows is not None:
@@ -292,20 +267,20 @@ class Manifest(_Document):
         """Rows of all views together."""
         return (self.rows.num_rows if self.rows else self.plan.num_samples) * self.plan.num_views
 
-    def build_codec(self) -> AnyCodec:
+    def build_codec(self) -> Codec:
         return codec_from_dict(self.codec)
 
-    def soft_codec(self, what: str) -> Codec:
+    def soft_codec(self, what: str) -> SoftLabelCodec:
         """Returns the codec of a cache of `SoftLabels`.
 
         Args:
             what: needs one, and on which cache.
 
         Raises:
-            LabelError: it is a cache of a detector's cells.
+            LabelError: it is a cache of other labels, such as a detector's.
         """
         codec = self.build_codec()
-        if isinstance(codec, CellCodec):
+        if not isinstance(codec, SoftLabelCodec):
             raise LabelError(
                 f"{what}: expected labels of images or tokens; found labels of kind 'cells', of a detector, for which it is "
                 "not made; give another cache"

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from softcache.cache.codecs import check_stored
 from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, Unit, UnitMarker
 from softcache.cache.samples import MAX_SAMPLE_BYTES, RowIndex, SampleTable, read_row_counts, read_samples
 from softcache.cache.storage.open import open_objects
@@ -128,7 +127,7 @@ class CacheReaderBase:
         """
         arrays = self._codec.unpack(columns)
         try:
-            check_stored(self._codec, arrays)
+            self._codec.validate(arrays)
         except LabelError as error:
             raise CorruptionError(
                 f"cache {self.url}: unit {unit.number} (view {unit.view}, samples from {unit.start}): {error}; "

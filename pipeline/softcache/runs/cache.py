@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from softcache.cache.create import create_cache
 from softcache.cache.manifest import Manifest
 from softcache.cache.storage.open import Objects, open_objects
 from softcache.config.run import RunConfig
@@ -17,7 +18,7 @@ from softcache.runs.teacher import open_teacher, teacher_is_missing, teacher_set
 from softcache.runtime.logging import event, progress_bar
 from softcache.teacher.base import Teacher
 from softcache.teacher.capture.estimate import Estimate, estimate_capture
-from softcache.teacher.capture.plan import create_cache, plan_manifest
+from softcache.teacher.capture.plan import plan_manifest
 from softcache.teacher.capture.run import CaptureReport, UnitMetrics, capture, evaluate_teacher
 from softcache.tools.fuse import fuse_caches
 

@@ -28,7 +28,8 @@ import torch
 from pydantic import Field, ValidationError
 
 from softcache import __version__
-from softcache.cache.codecs import COARSEST, DEFAULT_STEP, FINEST, Codec, OpenCodec, PackedCodec, check_stored
+from softcache.cache.codecs import COARSEST, DEFAULT_STEP, FINEST, OpenCodec, PackedCodec, SoftLabelCodec
+from softcache.cache.create import create_cache
 from softcache.cache.manifest import Manifest, Unit
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import check_unit, claimed_units, finished_units, open_store, publish_unit
@@ -37,7 +38,6 @@ from softcache.labels import ARRAYS, SoftLabels, concat
 from softcache.labels.sparsify import POLICIES, LabelSettings
 from softcache.reader.cache import Cache, open_cache
 from softcache.settings import Settings
-from softcache.teacher.capture.plan import create_cache
 
 __all__ = ["SlimSettings", "slim_cache", "slim_manifest"]
 
@@ -129,7 +129,7 @@ def _slim(cache: Cache, columns: dict[str, np.ndarray], target: LabelSettings | 
     """The smaller record of some samples; `target` None leaves the labels as they are."""
     codec = cache.manifest.soft_codec("slim")
     labels = codec.decode(columns)
-    check_stored(codec, {name: array for name in ARRAYS if (array := getattr(labels, name)) is not None})
+    codec.validate({name: array for name in ARRAYS if (array := getattr(labels, name)) is not None})
     if target is None:
         return labels
     if labels.sampling is not None:  # of drawn classes the grid alone can shrink
@@ -260,7 +260,7 @@ def _check_labels(cache: Cache, target: LabelSettings) -> None:
     if target.sampling is not None and not (is_whole and _precision(codec) == "float32"):
         raise LabelError(
             f"{where}: policy {target.policy!r} draws from every class as it was computed; it needs a cache with "
-            'labels.policy = "dense" and capture.values = "float32"; make one, or capture with this policy'
+            'labels.policy = "dense" and capture.codec.values = "float32"; make one, or capture with this policy'
         )
     if target.policy == "dense" and not is_whole:
         raise LabelError(f"{where}: not every class is in it; choose policy top_k or top_p")
@@ -272,7 +272,7 @@ def _check_labels(cache: Cache, target: LabelSettings) -> None:
         raise LabelError(f"{where}: imported labels keep their policy; give k alone")
 
 
-def _codec(cache: Cache, labels: LabelSettings, changes: SlimSettings) -> Codec:
+def _codec(cache: Cache, labels: LabelSettings, changes: SlimSettings) -> SoftLabelCodec:
     """The codec of the smaller cache.
 
     Raises:
@@ -293,11 +293,11 @@ def _codec(cache: Cache, labels: LabelSettings, changes: SlimSettings) -> Codec:
             raise LabelError(
                 f"slim: {unread} is given, but codec {name!r} does not read it; leave it out, or give --codec"
             )
-    codec: Codec
+    codec: SoftLabelCodec
     if name == "open":
         codec = OpenCodec(
             **common,
-            values=changes.values or ("float16" if isinstance(origin, PackedCodec) else origin.values),
+            values=changes.values or (origin.values if isinstance(origin, OpenCodec) else "float16"),
         )
     else:
         step, tail = (
@@ -316,8 +316,10 @@ def _codec(cache: Cache, labels: LabelSettings, changes: SlimSettings) -> Codec:
     return codec
 
 
-def _precision(codec: Codec) -> str:
+def _precision(codec: SoftLabelCodec) -> str:
     """What log-probabilities are rounded to."""
     if isinstance(codec, OpenCodec):
         return codec.values
+    if not isinstance(codec, PackedCodec):
+        return f"as codec {codec.name}"
     return "float16" if codec.step is None else f"steps of {codec.step:g}, tail {codec.tail}"

@@ -1,103 +1,154 @@
-"""A codec from what a manifest says of it. Manifests are untrusted: every parameter is checked."""
+"""What a codec is, the registry of codecs, and a codec from what a manifest describes.
+
+Manifests are untrusted: every parameter is checked, and a name in a manifest imports no module.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any, ClassVar, Self
 
-from softcache.cache.codecs.detection import CellCodec
-from softcache.cache.codecs.packed.codec import PackedCodec
-from softcache.cache.codecs.plain import OpenCodec
-from softcache.errors import LabelError, ManifestError
+import numpy as np
+from pydantic import BeforeValidator, SerializeAsAny
+
+from softcache.cache.codecs.column import Column
+from softcache.errors import ManifestError, SpecError
 from softcache.labels import Sampling
+from softcache.runtime.registry import Registry, variant
+from softcache.settings import Settings
 
-__all__ = ["AnyCodec", "Codec", "codec_from_dict"]
+__all__ = ["CODECS", "AnyCodecSettings", "Codec", "CodecSettings", "codec_from_dict"]
 
-Codec = OpenCodec | PackedCodec
-"""Of `SoftLabels`."""
-AnyCodec = Codec | CellCodec
-_KINDS: dict[str, type[AnyCodec]] = {kind.name: kind for kind in (OpenCodec, PackedCodec, CellCodec)}
+CODECS: Registry[type[Codec]] = Registry("codec", package="softcache.cache.codecs", group="softcache.codecs")
 
 
-def codec_from_dict(described: Mapping[str, Any]) -> AnyCodec:
+class CodecSettings(Settings):
+    """`[capture.codec]`: a codec by name; the settings that a codec reads are those of a subclass."""
+
+    name: str
+
+    def parameters(self) -> dict[str, Any]:
+        """Returns the codec's parameters that the settings hold."""
+        return self.model_dump(exclude={"name"})
+
+
+class Codec(ABC):
+    """Turns labels into named, typed columns and back; a codec and its parameters stand in the manifest.
+
+    A subclass is a frozen dataclass of its parameters. One that is not registered has the name `package.module:Name`.
+
+    Attributes:
+        name: in manifests and in `[capture.codec]`.
+        kinds: the kinds of caches whose labels it encodes.
+        captures_detections: whether `[capture.codec]` may name it for a detector's labels.
+        settings: of `[capture.codec]`.
+        num_classes, k, temperatures, stats, max_temperature, sampling: of the labels (`SoftLabels`).
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[frozenset[str]]
+    captures_detections: ClassVar[bool] = False
+    settings: ClassVar[type[CodecSettings]] = CodecSettings
+
+    num_classes: int
+    k: int
+    temperatures: tuple[float, ...]
+    stats: bool
+    max_temperature: float | None
+    sampling: Sampling | None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        path = f"{cls.__module__}:{cls.__qualname__}"
+        if not path.startswith("softcache."):
+            if "name" not in vars(cls):
+                cls.name = path
+            CODECS.add_custom(path, cls)
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[Column, ...]:
+        """The columns of a label row."""
+
+    @abstractmethod
+    def encode(self, labels: Any) -> dict[str, np.ndarray]:
+        """Returns the columns [P, ...] of NumPy labels.
+
+        Raises:
+            LabelError: the labels do not fit the codec, or hold numbers that no labels have; the first such row is named.
+        """
+
+    def unpack(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Returns the labels' arrays by name, and any other columns unchanged; by default the columns as they are."""
+        return dict(columns)
+
+    @abstractmethod
+    def decode(self, columns: Mapping[str, np.ndarray]) -> Any:
+        """Returns the labels of columns [P, ...]."""
+
+    @abstractmethod
+    def validate(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Checks every number of unpacked arrays [P, ...] that come from a cache.
+
+        Raises:
+            LabelError: a number that no labels have; the first such row is named.
+        """
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the codec's part of a manifest."""
+
+    @classmethod
+    @abstractmethod
+    def from_dict(cls, described: Mapping[str, Any]) -> Self:
+        """Returns the codec that a manifest describes.
+
+        Raises:
+            KeyError, TypeError, ValueError: parameters that are missing, unknown or out of range.
+        """
+
+
+def codec_from_dict(described: Mapping[str, Any]) -> Codec:
     """Returns the codec that a manifest describes.
+
+    A custom codec as `package.module:Name` is found only if its module has been imported.
 
     Raises:
         ManifestError: unknown name, or parameters out of range.
     """
-    parameters = dict(described)
-    name = parameters.pop("name", None)
-    kind = _KINDS.get(name) if isinstance(name, str) else None
-    if kind is None:
-        raise ManifestError(
-            f"codec.name {name!r}: unknown; this version reads: {', '.join(_KINDS)}; upgrade softcache"
-        )
-    if kind is CellCodec:
-        try:
-            return CellCodec.from_dict(described)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ManifestError(
-                f"codec {name}: bad parameters: {error!r}; found {dict(described)}"
-            ) from error
-    highest, sampling = parameters.pop("max_temperature", None), parameters.pop("sampling", None)
+    name = described.get("name")
     try:
-        if not isinstance(parameters["temperatures"], list | tuple):
-            raise TypeError("temperatures are no list")
-        common: dict[str, Any] = {
-            "num_classes": int(parameters.pop("num_classes")),
-            "k": int(parameters.pop("k")),
-            "temperatures": tuple(float(t) for t in parameters.pop("temperatures")),
-            "stats": parameters.pop("stats", True),
-            "max_temperature": None if highest is None else float(highest),
-            "sampling": None if sampling is None else Sampling(**sampling),
-        }
-        codec = _open(common, parameters) if kind is OpenCodec else _packed(common, parameters)
-        # Whatever could be taken in two ways ("10" for 10, 10.5 for 10) is refused, and the columns are made once.
-        sound = _is_sound(codec) and codec.to_dict() == {
-            **described,
-            "temperatures": list(codec.temperatures),
-        }
-        _ = codec.columns if sound else None
-    except (KeyError, TypeError, ValueError, OverflowError, LabelError) as error:
-        raise ManifestError(f"codec {name}: bad parameters: {error!r}") from error
-    if not sound or parameters:
-        raise ManifestError(f"codec {name}: parameters out of range or unknown: {dict(described)}")
-    return codec
-
-
-def _open(common: dict[str, Any], parameters: dict[str, Any]) -> OpenCodec:
-    codec = OpenCodec(**common, values=parameters.pop("values"))
-    if codec.values not in ("float16", "float32"):
-        raise ValueError(f"values {codec.values!r}")
-    return codec
-
-
-def _packed(common: dict[str, Any], parameters: dict[str, Any]) -> PackedCodec:
-    step = parameters.pop("step", None)
-    codec = PackedCodec(
-        **common, step=None if step is None else float(step), tail=parameters.pop("tail", "fixed")
-    )
-    if step is None and parameters.pop("values") != "float16":
-        raise ValueError("values other than float16 need a step")
-    return codec
-
-
-def _is_sound(codec: Codec) -> bool:
-    grid, sampling = codec.temperatures, codec.sampling
-    return (
-        1 <= codec.k <= codec.num_classes <= 2**31
-        and 1 <= len(grid) <= 64
-        and grid[0] == 1.0
-        and all(a < b < float("inf") for a, b in pairwise(grid))
-        and isinstance(codec.stats, bool)
-        and (codec.max_temperature is None or grid[-1] <= codec.max_temperature < float("inf"))
-        and (
-            sampling is None
-            or (
-                type(sampling.replacement) is bool
-                and type(sampling.exact) is type(sampling.draws) is int
-                and sampling.exact <= codec.k
-            )
+        kind = CODECS.get(name, trusted=False) if isinstance(name, str) else None
+    except SpecError:
+        kind = None
+    if not (isinstance(kind, type) and issubclass(kind, Codec)):
+        custom, colon, _ = str(name).partition(":")
+        hint = f"import {custom} first" if colon else "upgrade softcache"
+        raise ManifestError(
+            f"codec.name {name!r}: unknown; this version reads: {', '.join(CODECS.names())}; {hint}"
         )
-    )
+    try:
+        codec = kind.from_dict(described)
+        _ = codec.columns
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise ManifestError(f"codec {name}: bad parameters: {error!r}; found {dict(described)}") from error
+    return codec
+
+
+def _settings_of(codec: Any) -> type[CodecSettings]:
+    if not (isinstance(codec, type) and issubclass(codec, Codec)):
+        raise ValueError(f"expected a subclass of softcache.cache.Codec; found {codec!r}")
+    return codec.settings
+
+
+def _table(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+AnyCodecSettings = Annotated[
+    SerializeAsAny[CodecSettings],
+    variant(CODECS, _settings_of, key="name", default="open"),
+    BeforeValidator(_table),
+]
+"""The type of a field that holds `[capture.codec]` of any codec; a bare name stands for a table with that name."""

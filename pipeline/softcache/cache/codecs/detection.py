@@ -16,19 +16,32 @@ from typing import Any, Literal
 
 import numpy as np
 
+from softcache.cache.codecs.base import CODECS, Codec, CodecSettings
 from softcache.cache.codecs.column import Column, ids_dtype
 from softcache.errors import LabelError
 from softcache.labels import COLUMNS, STATS, BernoulliLabels, DetectionLabels, SoftLabels
 
-__all__ = ["CellCodec"]
+__all__ = ["CellCodec", "CellSettings"]
 
 Distribution = Literal["bernoulli", "categorical"]
 BELOW_INFINITY = ("logits", "log_probs", "log_tail", "dropped_bound")
 """Columns that may hold -inf: an impossible class, or nothing that was dropped."""
 
 
+class CellSettings(CodecSettings):
+    """`[capture.codec]` of a detector's labels.
+
+    Attributes:
+        values: dtype of the logits, or log-probabilities.
+    """
+
+    name: Literal["cells"] = "cells"
+    values: Literal["float16", "float32"] = "float16"
+
+
+@CODECS.register("cells")
 @dataclass(frozen=True)
-class CellCodec:
+class CellCodec(Codec):
     """See the module docstring.
 
     Attributes:
@@ -50,6 +63,9 @@ class CellCodec:
     values: Literal["float16", "float32"] = "float16"
 
     name = "cells"
+    kinds = frozenset({"cells"})
+    captures_detections = True
+    settings = CellSettings
     stats = True
     max_temperature = None
     sampling = None
@@ -109,7 +125,7 @@ class CellCodec:
         columns = {
             column.name: self._encoded(column, arrays[column.name], len(labels)) for column in self.columns
         }
-        self.check(columns)
+        self.validate(columns)
         return columns
 
     @staticmethod
@@ -126,10 +142,6 @@ class CellCodec:
         elif column.dtype.startswith("uint") and values.size and values.min() < 0:
             raise LabelError(f"codec cells, column {column.name}: a negative number; expected classes")
         return np.ascontiguousarray(values, column.dtype)
-
-    def unpack(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns the arrays of a record by name: here, the columns as they are."""
-        return dict(columns)
 
     def decode(self, columns: Mapping[str, np.ndarray]) -> DetectionLabels:
         """Returns the record of columns [P, ...]; nothing is copied or converted."""
@@ -148,7 +160,7 @@ class CellCodec:
             )
         return DetectionLabels(labels, columns["cells"], {name: columns[name] for name, _ in self.beside})
 
-    def check(self, arrays: Mapping[str, np.ndarray]) -> None:
+    def validate(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Looks at every number of columns [P, ...].
 
         Raises:

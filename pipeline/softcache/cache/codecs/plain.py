@@ -1,4 +1,4 @@
-"""Plain columns that anybody can read.
+"""Plain columns that any Zarr or Parquet reader can read.
 
 `open` is lossless but for `log_probs`, which it keeps in float16 by default:
 relative error at most 2^-11, so |error| <= 2^-11 * |log p| nats (0.002 at p = 0.02, 0.008 at p = 1e-7), and
@@ -7,48 +7,55 @@ relative error at most 2^-11, so |error| <= 2^-11 * |log p| nats (0.002 at p = 0
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from softcache.cache.codecs.column import (
-    Column,
-    checked_arrays,
-    ids_dtype,
-    optional_parameters,
-    record_of,
-    sampling_column,
-)
-from softcache.labels import STATS, Sampling, SoftLabels
+from softcache.cache.codecs.base import CODECS, CodecSettings
+from softcache.cache.codecs.column import Column, ids_dtype, sampling_column
+from softcache.cache.codecs.soft_labels import SoftLabelCodec
+from softcache.errors import LabelError
+from softcache.labels import STATS, SoftLabels
 
-__all__ = ["OpenCodec"]
+__all__ = ["OpenCodec", "OpenSettings"]
 
 
-@dataclass(frozen=True)
-class OpenCodec:
-    """Plain columns; see the module docstring for the error of `values`.
+class OpenSettings(CodecSettings):
+    """`[capture.codec]` of plain columns.
 
     Attributes:
-        num_classes: V; ids are uint16 up to 65,535 classes (V itself marks an unused slot), else uint32.
-        k: kept classes.
-        temperatures: [G] the tail's grid.
         values: dtype of the log-probabilities.
-        stats: whether there is a column of them; a record without one has `stats` None.
-        max_temperature: the highest temperature at which the labels are known (`SoftLabels.max_temperature`).
-        sampling: how classes were drawn (`SoftLabels.sampling`); adds the column `counts` or `log_threshold`.
     """
 
-    num_classes: int
-    k: int
-    temperatures: tuple[float, ...]
+    name: Literal["open"] = "open"
     values: Literal["float16", "float32"] = "float16"
-    stats: bool = True
-    max_temperature: float | None = None
-    sampling: Sampling | None = None
+
+
+@CODECS.register("open")
+@dataclass(frozen=True)
+class OpenCodec(SoftLabelCodec):
+    """Plain columns; see the module docstring for the error of `values`.
+
+    ids are uint16 up to 65,535 classes (V itself marks an unused slot), else uint32; `sampling` adds the column `counts` or
+    `log_threshold`.
+
+    Attributes:
+        values: dtype of the log-probabilities.
+
+    Raises:
+        LabelError: another dtype.
+    """
+
+    values: Literal["float16", "float32"] = "float16"
 
     name = "open"
+    captures_detections = True
+    settings = OpenSettings
+
+    def __post_init__(self) -> None:
+        if self.values not in ("float16", "float32"):
+            raise LabelError(f"codec open, values: expected float16 or float32; found {self.values!r}")
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -71,7 +78,7 @@ class OpenCodec:
         Raises:
             LabelError: the record does not fit the codec, or holds NaN.
         """
-        arrays, columns = checked_arrays(self, labels), {}
+        arrays, columns = self.arrays_of(labels), {}
         for column in self.columns:
             values = arrays[column.name]
             if column.dtype == "float16":
@@ -79,22 +86,3 @@ class OpenCodec:
                 values = np.where(np.isneginf(values), values, np.maximum(values, lowest))
             columns[column.name] = np.ascontiguousarray(values, column.dtype)
         return columns
-
-    def unpack(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns the arrays of a record by name: here, the columns as they are."""
-        return dict(columns)
-
-    def decode(self, columns: Mapping[str, np.ndarray]) -> SoftLabels:
-        """Returns the record of columns [P, ...]; nothing is copied or converted."""
-        return record_of(self, self.unpack(columns))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns what a manifest says."""
-        return {
-            "name": self.name,
-            "num_classes": self.num_classes,
-            "k": self.k,
-            "temperatures": list(self.temperatures),
-            "values": self.values,
-            **optional_parameters(self),
-        }

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from softcache.cache.create import MANIFEST
 from softcache.cache.manifest import Manifest
 from softcache.cache.storage.open import Objects, open_objects
 from softcache.cache.units import finished_units
@@ -22,7 +23,6 @@ from softcache.runs.dask.scheduler import MAX_ATTEMPTS, Failure, Scheduler
 from softcache.runs.dask.worker import Job, Outcome, prepare
 from softcache.runtime.logging import event, log_format, log_info, progress_bar
 from softcache.runtime.signals import defer_signals
-from softcache.teacher.capture.plan import MANIFEST
 from softcache.teacher.capture.run import CaptureReport
 
 __all__ = ["capture_on_dask"]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from softcache import __version__
+from softcache.cache.create import MANIFEST
 from softcache.cache.manifest import Manifest, diff_manifests
 from softcache.cache.storage.open import open_objects
 from softcache.config.run import RunConfig
@@ -25,7 +26,7 @@ from softcache.errors import CacheNotFoundError, ConfigError, IdentityError, Sof
 from softcache.hashing.digests import digest_bytes
 from softcache.runs import open_data, open_teacher, prepare_cache
 from softcache.runtime.logging import LogFormat, set_log_format
-from softcache.teacher.capture.plan import MANIFEST, plan_manifest
+from softcache.teacher.capture.plan import plan_manifest
 from softcache.teacher.capture.run import CaptureContext, UnitMetrics, capture_units
 
 __all__ = ["Job", "Outcome", "label", "prepare"]

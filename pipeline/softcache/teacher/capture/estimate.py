@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from softcache.cache.create import create_cache, join_cache
 from softcache.cache.manifest import Manifest, Plan, Unit
 from softcache.cache.storage.open import Objects, open_objects
 from softcache.cache.units import finished_units
@@ -26,7 +27,7 @@ from softcache.labels.sparsify import LabelSettings
 from softcache.runtime.signals import defer_signals
 from softcache.teacher.base import Teacher
 from softcache.teacher.capture.labeller import Labeller
-from softcache.teacher.capture.plan import CaptureSettings, create_cache, join_cache, plan_manifest
+from softcache.teacher.capture.plan import CaptureSettings, plan_manifest
 from softcache.teacher.capture.run import CaptureContext, UnitMetrics, capture_units
 from softcache.teacher.capture.writer import PendingUnit, UnitBatches
 

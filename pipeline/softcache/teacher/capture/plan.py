@@ -1,8 +1,6 @@
-"""The plan of a cache, before a row of it is made: how its source is cut, what its manifest says, and its creation.
+"""The plan of a cache, before a row of it is made: how its source is cut, and its manifest.
 
 A unit of work is a range of samples of one view; a chunk is a part of it that is decoded together.
-A cache is created once: the first writer of `manifest.json` wins, and every later run, whether it captures, imports
-or converts, has to have the same identity as the cache that it finds.
 """
 
 from __future__ import annotations
@@ -14,31 +12,19 @@ import numpy as np
 from pydantic import Field, ValidationError
 
 from softcache import __version__
-from softcache.cache.codecs import (
-    COARSEST,
-    DEFAULT_STEP,
-    FINEST,
-    AnyCodec,
-    CellCodec,
-    Codec,
-    OpenCodec,
-    PackedCodec,
-)
-from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, Plan, TeacherReport, diff_manifests
+from softcache.cache.codecs import CODECS, AnyCodecSettings, CellCodec, Codec, OpenSettings
+from softcache.cache.manifest import Manifest, Plan, TeacherReport
 from softcache.cache.samples import RowIndex, encode_samples
-from softcache.cache.storage.open import Objects
-from softcache.cache.units import open_store
 from softcache.data.batch import Dataset as Data
-from softcache.errors import ConfigError, IdentityError, LabelError
+from softcache.errors import ConfigError, LabelError
 from softcache.hashing.digests import digest_bytes
 from softcache.labels.sparsify import LabelSettings
 from softcache.settings import Settings
 from softcache.teacher.base import Dtype, Teacher
 from softcache.teacher.dense import DenseTeacher
 
-__all__ = ["CaptureSettings", "create_cache", "default_plan", "join_cache", "plan_manifest"]
+__all__ = ["CaptureSettings", "default_plan", "plan_manifest"]
 
-MANIFEST = "manifest.json"
 ROWS = {"image": (16384, 2048), "tokens": (131072, 8192), "cells": (131072, 8192)}
 """Rows of a unit and of a chunk, by kind, where the settings do not say."""
 CHUNK_ROWS = 2048
@@ -53,8 +39,9 @@ class CaptureSettings(Settings):
     logits that a language model's head gives at once: chunk_positions x V x 4 bytes, and about five times that while
     they are made into labels.
 
-    `codec` "open" has plain columns, with log-probabilities as `values` says; "packed" takes half to 70% of it on disk:
-    log-probabilities to half a `step` (nats), and so the tail, but at T = 1 or with `tail` "float32".
+    `codec` is a table with the settings of the codec that its `name` gives: "open" has plain columns, with
+    log-probabilities of dtype `values`; "packed" takes half to 70% of it on disk: log-probabilities to half a `step`
+    (nats), and so the tail, but at T = 1 or with `tail` "float32". A bare name stands for the table.
     """
 
     batch_size: int = Field(256, ge=1)
@@ -64,10 +51,7 @@ class CaptureSettings(Settings):
     device: str = "auto"
     dtype: Dtype = "float32"
     store: Literal["zarr", "parquet"] = "zarr"
-    codec: Literal["open", "packed"] = "open"
-    values: Literal["float16", "float32"] = "float16"
-    step: float = Field(DEFAULT_STEP, ge=FINEST, le=COARSEST)
-    tail: Literal["fixed", "float32"] = "fixed"
+    codec: AnyCodecSettings = OpenSettings()
     workers: int = Field(0, ge=0)
     queue_units: int = Field(2, ge=1)
     evaluate: bool = True
@@ -95,7 +79,7 @@ def plan_manifest(
     said = labels.identity(num_classes)
     class_names = () if data.kind == "tokens" else tuple(source.class_names)
     of_kind: dict[str, Any] = {}
-    codec: AnyCodec
+    codec: Codec
     if data.kind == "cells":
         dense = cast(DenseTeacher, teacher)
         codec = _cell_codec(dense, k, labels, settings)
@@ -189,9 +173,9 @@ def _cell_codec(teacher: DenseTeacher, k: int, labels: LabelSettings, settings: 
         raise ConfigError(
             f'labels.policy: {labels.policy!r}; of a detector\'s cells "top_k" or "dense" is kept; choose one of them'
         )
-    if settings.codec != "open":
+    if not CODECS.get(settings.codec.name).captures_detections:
         raise ConfigError(
-            f'capture.codec: {settings.codec!r}; a detector\'s cells are kept as plain columns; set codec = "open"'
+            f'capture.codec: {settings.codec.name!r}; a detector\'s cells are kept as plain columns; set codec = "open"'
         )
     coins = teacher.distribution == "bernoulli"
     if coins and "temperatures" in labels.model_fields_set:
@@ -211,20 +195,24 @@ def _cell_codec(teacher: DenseTeacher, k: int, labels: LabelSettings, settings: 
         num_cells=teacher.num_cells,
         beside=tuple(sorted(teacher.columns.items())),
         temperatures=() if coins else labels.temperatures,
-        values=settings.values,
+        **settings.codec.parameters(),
     )
 
 
 def _codec(num_classes: int, k: int, labels: LabelSettings, settings: CaptureSettings) -> Codec:
-    common: dict[str, Any] = {
-        "num_classes": num_classes,
-        "k": k,
-        "temperatures": labels.temperatures,
-        "sampling": labels.sampling,
-    }
-    if settings.codec == "open":
-        return OpenCodec(**common, values=settings.values)
-    return PackedCodec(**common, step=settings.step, tail=settings.tail)
+    kind = CODECS.get(settings.codec.name)
+    if "image" not in kind.kinds:
+        raise ConfigError(
+            f"capture.codec: {settings.codec.name!r} is of a detector's labels; choose open or packed"
+        )
+    make: Callable[..., Codec] = kind
+    return make(
+        num_classes=num_classes,
+        k=k,
+        temperatures=labels.temperatures,
+        sampling=labels.sampling,
+        **settings.codec.parameters(),
+    )
 
 
 def default_plan(data: Data, settings: CaptureSettings, *, num_views: int = 1) -> Plan:
@@ -243,65 +231,3 @@ def default_plan(data: Data, settings: CaptureSettings, *, num_views: int = 1) -
         unit_samples=chunk * max(1, unit // chunk),
         chunk_samples=chunk,
     )
-
-
-def create_cache(
-    objects: Objects,
-    manifest: Manifest,
-    samples: bytes,
-    *,
-    report: Callable[[], TeacherReport] | None = None,
-) -> tuple[Manifest, str]:
-    """Creates the cache, or joins the one that is there; returns its manifest and the manifest's sha256.
-
-    The first writer of `manifest.json` wins; every other run compares itself with what it finds.
-
-    Args:
-        report: called only if there is no cache yet; measures the teacher for the manifest's report.
-
-    Raises:
-        IdentityError: the cache there was made from something else; each field that differs is named.
-    """
-    if objects.size(MANIFEST) is None:
-        if report is not None:
-            manifest = manifest.model_copy(update={"teacher": report()})
-        manifest = _put_samples(objects, manifest, samples)
-        objects.put_if_absent(MANIFEST, manifest.to_bytes())
-    found, digest = _joined(objects, manifest)
-    open_store(found, objects).create()
-    return found, digest
-
-
-def join_cache(objects: Objects, manifest: Manifest) -> tuple[Manifest, str] | None:
-    """Returns the manifest of the cache that is there and its sha256, None where there is none; writes nothing.
-
-    Raises:
-        IdentityError: the cache there was made from something else; each field that differs is named.
-    """
-    return None if objects.size(MANIFEST) is None else _joined(objects, manifest)
-
-
-def _joined(objects: Objects, manifest: Manifest) -> tuple[Manifest, str]:
-    stored = objects.get(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
-    found = Manifest.parse(stored, where=f"cache {objects.url}")
-    differing = diff_manifests(manifest, found)
-    if differing:
-        raise IdentityError(
-            f"cache {objects.url}: made from something else than this run (this run; there):\n  "
-            + "\n  ".join(differing)
-            + "\nGive this run another --cache, or remove the old one if nobody needs it"
-        )
-    return found, digest_bytes(stored)
-
-
-def _put_samples(objects: Objects, manifest: Manifest, samples: bytes) -> Manifest:
-    """Writes the table of samples; returns the manifest that names it.
-
-    A run of something else may have died between its table and its manifest, or may be about to write the latter: its
-    table stays, and ours goes under a name of its own.
-    """
-    if objects.put_if_absent(manifest.samples, samples) or objects.get(manifest.samples) == samples:
-        return manifest
-    named = f"samples-{manifest.samples_sha256[:16]}.parquet"
-    objects.put_if_absent(named, samples)
-    return manifest.model_copy(update={"samples": named})

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from softcache.cache.codecs import AnyCodec
+from softcache.cache.codecs import Codec
 from softcache.cache.manifest import Unit
 from softcache.data.batch import Batch
 from softcache.data.batch import Dataset as Data
@@ -70,7 +70,7 @@ class PendingUnit:
     def num_rows(self) -> int:
         return sum(map(len, self.positions))
 
-    def columns(self, codec: AnyCodec, *, ragged: bool) -> dict[str, np.ndarray]:
+    def columns(self, codec: Codec, *, ragged: bool) -> dict[str, np.ndarray]:
         columns = codec.encode(concat_labels(self.labels))
         columns["fingerprint"] = np.concatenate(self.fingerprints)
         if ragged:

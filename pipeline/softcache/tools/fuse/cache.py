@@ -16,6 +16,7 @@ import numpy as np
 
 from softcache import __version__
 from softcache.cache.codecs import OpenCodec
+from softcache.cache.create import create_cache
 from softcache.cache.manifest import Manifest, TeacherReport, Unit
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import claimed_units, finished_units, open_store, publish_unit
@@ -23,7 +24,6 @@ from softcache.errors import AlignmentError
 from softcache.hashing.digests import digest_json
 from softcache.labels import SoftLabels, concat
 from softcache.reader.cache import Cache, CachedBatch, open_cache
-from softcache.teacher.capture.plan import create_cache
 from softcache.tools.fuse.compatibility import check_agreement, check_same_rows
 from softcache.tools.fuse.labels import fused_labels
 from softcache.tools.fuse.settings import FusionSettings

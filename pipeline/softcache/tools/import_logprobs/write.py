@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from softcache.cache.codecs import Codec
+from softcache.cache.create import create_cache
 from softcache.cache.manifest import Manifest, Unit
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import finished_units, open_store, publish_unit, read_marker
@@ -23,7 +24,7 @@ from softcache.data.tokens import TokenData
 from softcache.errors import LabelError, SourceError
 from softcache.labels.sparsify import TopK
 from softcache.reader.cache import Cache, open_cache
-from softcache.teacher.capture.plan import CaptureSettings, create_cache, plan_manifest
+from softcache.teacher.capture.plan import CaptureSettings, plan_manifest
 from softcache.teacher.capture.run import CaptureReport
 from softcache.tools.import_logprobs.index import Responses
 from softcache.tools.import_logprobs.labels import label_batch

@@ -27,13 +27,16 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from softcache.cache.codecs.column import Column, checked_arrays, optional_parameters, record_of
+from softcache.cache.codecs.base import CODECS, CodecSettings
+from softcache.cache.codecs.column import Column
 from softcache.cache.codecs.packed.layout import Layout, layout_of
+from softcache.cache.codecs.soft_labels import SoftLabelCodec
 from softcache.errors import LabelError
-from softcache.labels import Sampling, SoftLabels
+from softcache.labels import SoftLabels
 
-__all__ = ["COARSEST", "DEFAULT_STEP", "FINEST", "PackedCodec"]
+__all__ = ["COARSEST", "DEFAULT_STEP", "FINEST", "PackedCodec", "PackedSettings"]
 
 DEFAULT_STEP = 1 / 128
 """Measured (`benchmarks.codecs`, K = 64): mean KL 4e-7 of float32 logits and 2e-9 of bfloat16 ones; 1/32 saves 7 to 12
@@ -43,34 +46,37 @@ _ROWS = 4096
 """Rows that are encoded at once: what is made meanwhile stays in the processor's cache."""
 
 
+class PackedSettings(CodecSettings):
+    """`[capture.codec]` of packed records; see the module docstring for what is lost.
+
+    Attributes:
+        step: nats between neighboring log-probabilities that can be told apart.
+        tail: "fixed": float32 at T = 1 and whole steps elsewhere; "float32".
+    """
+
+    name: Literal["packed"] = "packed"
+    step: float = Field(DEFAULT_STEP, ge=FINEST, le=COARSEST)
+    tail: Literal["fixed", "float32"] = "fixed"
+
+
+@CODECS.register("packed")
 @dataclass(frozen=True)
-class PackedCodec:
+class PackedCodec(SoftLabelCodec):
     """Packed records; see the module docstring for what is lost.
 
     Attributes:
-        num_classes: V.
-        k: slots.
-        temperatures: [G] the tail's grid.
-        step: nats between neighbouring log-probabilities that can be told apart; None for float16.
+        step: nats between neighboring log-probabilities that can be told apart; None for float16.
         tail: "fixed": float32 at T = 1 and whole steps elsewhere; "float32".
-        stats: whether the records have statistics.
-        max_temperature: `SoftLabels.max_temperature`.
-        sampling: `SoftLabels.sampling`.
 
     Raises:
         LabelError: a step that is not between 1/16384 and 8 nats, or a tail of steps without a step.
     """
 
-    num_classes: int
-    k: int
-    temperatures: tuple[float, ...]
     step: float | None = DEFAULT_STEP
     tail: Literal["fixed", "float32"] = "fixed"
-    stats: bool = True
-    max_temperature: float | None = None
-    sampling: Sampling | None = None
 
     name = "packed"
+    settings = PackedSettings
 
     def __post_init__(self) -> None:
         if self.step is not None and not FINEST <= self.step <= COARSEST:
@@ -99,7 +105,7 @@ class PackedCodec:
         """
         from softcache.cache.codecs.packed.encode import pack
 
-        arrays = checked_arrays(self, labels)
+        arrays = self.arrays_of(labels)
         planes = np.zeros((self.layout.num_bytes, len(labels)), np.uint8)
         for start in range(0, len(labels), _ROWS):
             part = slice(start, start + _ROWS)
@@ -118,18 +124,13 @@ class PackedCodec:
             out |= unpack(self, out.pop("record"))
         return out
 
-    def decode(self, columns: Mapping[str, np.ndarray]) -> SoftLabels:
-        """Returns the record of columns [P, ...]."""
-        return record_of(self, self.unpack(columns))
+    def own_parameters(self) -> dict[str, Any]:
+        return {**({"values": "float16"} if self.step is None else {"step": self.step}), "tail": self.tail}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Returns what a manifest says."""
-        return {
-            "name": self.name,
-            "num_classes": self.num_classes,
-            "k": self.k,
-            "temperatures": list(self.temperatures),
-            **({"values": "float16"} if self.step is None else {"step": self.step}),
-            "tail": self.tail,
-            **optional_parameters(self),
-        }
+    @classmethod
+    def own_arguments(cls, described: dict[str, Any]) -> dict[str, Any]:
+        own = dict(described)
+        step = own.pop("step", None)
+        if step is None and own.pop("values") != "float16":
+            raise ValueError("values other than float16 need a step")
+        return {**own, "step": None if step is None else float(step)}

@@ -1,0 +1,81 @@
+"""Creates a cache, or joins the one that is there.
+
+A cache is created once: the first writer of `manifest.json` wins, and every later run, whether it captures, imports or
+converts, must have the identity of the cache that it finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, TeacherReport, diff_manifests
+from softcache.cache.storage.open import Objects
+from softcache.cache.units import open_store
+from softcache.errors import IdentityError
+from softcache.hashing.digests import digest_bytes
+
+__all__ = ["create_cache", "join_cache"]
+
+MANIFEST = "manifest.json"
+
+
+def create_cache(
+    objects: Objects,
+    manifest: Manifest,
+    samples: bytes,
+    *,
+    report: Callable[[], TeacherReport] | None = None,
+) -> tuple[Manifest, str]:
+    """Creates the cache, or joins the one that is there; returns its manifest and the manifest's sha256.
+
+    The first writer of `manifest.json` wins; every other run compares itself with what it finds.
+
+    Args:
+        report: called only if there is no cache yet; measures the teacher for the manifest's report.
+
+    Raises:
+        IdentityError: the cache there was made from something else; each field that differs is named.
+    """
+    if objects.size(MANIFEST) is None:
+        if report is not None:
+            manifest = manifest.model_copy(update={"teacher": report()})
+        manifest = _put_samples(objects, manifest, samples)
+        objects.put_if_absent(MANIFEST, manifest.to_bytes())
+    found, digest = _joined(objects, manifest)
+    open_store(found, objects).create()
+    return found, digest
+
+
+def join_cache(objects: Objects, manifest: Manifest) -> tuple[Manifest, str] | None:
+    """Returns the manifest of the cache that is there and its sha256, None where there is none; writes nothing.
+
+    Raises:
+        IdentityError: the cache there was made from something else; each field that differs is named.
+    """
+    return None if objects.size(MANIFEST) is None else _joined(objects, manifest)
+
+
+def _joined(objects: Objects, manifest: Manifest) -> tuple[Manifest, str]:
+    stored = objects.get(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
+    found = Manifest.parse(stored, where=f"cache {objects.url}")
+    differing = diff_manifests(manifest, found)
+    if differing:
+        raise IdentityError(
+            f"cache {objects.url}: made from something else than this run (this run; there):\n  "
+            + "\n  ".join(differing)
+            + "\nGive this run another --cache, or remove the old one if it is not needed"
+        )
+    return found, digest_bytes(stored)
+
+
+def _put_samples(objects: Objects, manifest: Manifest, samples: bytes) -> Manifest:
+    """Writes the table of samples; returns the manifest that names it.
+
+    Another run may have crashed between its table and its manifest, or may be about to write the latter: its table stays,
+    and this one gets another name.
+    """
+    if objects.put_if_absent(manifest.samples, samples) or objects.get(manifest.samples) == samples:
+        return manifest
+    named = f"samples-{manifest.samples_sha256[:16]}.parquet"
+    objects.put_if_absent(named, samples)
+    return manifest.model_copy(update={"samples": named})
