@@ -65,9 +65,9 @@ def build_soft_labels(
     choose: Callable[[Rows], Chosen] | int,
     *,
     temperatures: tuple[float, ...],
-    targets_P: Tensor | None,
-    chunk_positions: int | None,
-    check: bool,
+    targets_P: Tensor | None = None,
+    chunk_positions: int | None = None,
+    check: bool = True,
     sampling: Sampling | None = None,
 ) -> SoftLabels:
     """Makes the record of the classes that `choose` names, chunk by chunk of rows.

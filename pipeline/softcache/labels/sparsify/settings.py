@@ -32,7 +32,7 @@ def _list_to_tuple(value: Any) -> Any:
 def _inverse(exponent: float) -> float:
     """Returns the temperature T with 1 / T = exponent to the last bit, where there is one."""
     nearest = 1.0 / exponent
-    close = (nearest, math.nextafter(nearest, 0.0), math.nextafter(nearest, math.inf))
+    close = (round(nearest, 12), nearest, math.nextafter(nearest, 0.0), math.nextafter(nearest, math.inf))
     return next((t for t in close if 1.0 / t == exponent), nearest)
 
 
