@@ -31,7 +31,7 @@ from softcache.runs import capture_labels, make_teacher, open_data, open_teacher
 from softcache.runtime.logging import log_info
 from softcache.stages.options import config_options, print_table
 from softcache.tools.fuse import RULES, FusionSettings, Rule, fuse_caches, fused_labels
-from softcache.tools.shrink import SlimSettings, slim_cache
+from softcache.tools.shrink import ShrinkSettings, shrink_cache
 
 TEACHERS = {  # name: (model, seed)
     "cnn": ("cnn?width=64&stages=2", 0),
@@ -98,7 +98,7 @@ def _run(
 ) -> None:
     k = config.labels.k
     cut = {
-        name: slim_cache(cache, str(out / f"{name}-{k}"), SlimSettings(k=k, values="float16"))
+        name: shrink_cache(cache, str(out / f"{name}-{k}"), ShrinkSettings(k=k, values="float16"))
         for name, cache in caches.items()
     }
     kinds: dict[str, Cache | None] = {"hard labels": None} | {f"teacher {name}": c for name, c in cut.items()}

@@ -25,7 +25,7 @@ from softcache.reader.cache import Cache
 from softcache.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
 from softcache.runtime.logging import log_info
 from softcache.stages.options import config_options, print_table
-from softcache.tools.shrink import SlimSettings, slim_cache
+from softcache.tools.shrink import ShrinkSettings, shrink_cache
 
 
 def settings_of(record: str, largest: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -53,7 +53,7 @@ def make_cache(config: RunConfig, data: Data, record: str, out: Path, largest: i
         run.model_copy(update={"capture": capture}), data, open_teacher(run, data), str(url)
     )
     if labels["policy"] == "top_k" and (k := int(record.split(":")[1])) != largest:
-        cache = slim_cache(cache, str(out / f"top_k-{k}"), SlimSettings(k=k))
+        cache = shrink_cache(cache, str(out / f"top_k-{k}"), ShrinkSettings(k=k))
     return cache
 
 

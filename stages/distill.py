@@ -122,12 +122,12 @@ def _trained(config: RunConfig, data: Data, cache: Cache, model: str) -> _Made:
 def _searched(config: RunConfig, cache: Cache) -> _Made:
     """Sweeps, and takes the best trial's own run: nothing is trained twice."""
     from softcache.runs.sweep import run_sweep
-    from softcache.runs.sweep.results import best_of, ranked, write_best
+    from softcache.runs.sweep.results import best_trial, ranked_trials, write_best
 
     sweep = run_sweep(config, cache.url, config.root / "sweep", trials=config.sweep.trials, workers=1)
-    best, written = best_of(sweep), write_best(sweep)
+    best, written = best_trial(sweep), write_best(sweep)
     assert best.place is not None, "a finished trial has a run"
-    results = [result for result in ranked(sweep) if result.state in ("complete", "pruned")]
+    results = [result for result in ranked_trials(sweep) if result.state in ("complete", "pruned")]
     told = f"{sweep.bench.metric} {SCORES[cache.manifest.kind].format(best.value)}"
     log_info(f"sweep: {len(results)} trials; the best is trial {best.number}, {told}; as a config: {written}")
     cost = {

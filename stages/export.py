@@ -18,8 +18,8 @@ from softcache.runs.export import (
     export_run,
     latency_table,
     load_onnxruntime,
+    measurement_note,
     model_table,
-    note,
 )
 from softcache.runs.report import open_run
 from softcache.runtime.logging import log_info
@@ -117,7 +117,7 @@ def export_and_print(
         print_json(figures | {"out": str(out)})
     else:
         print_table(f"{figures['student']}, exported to {out}", *model_table(figures))
-        print_table("latency", *latency_table(figures), note=note(figures))
+        print_table("latency", *latency_table(figures), note=measurement_note(figures))
         _print_cost(figures)
         if figures["teacher_missing"]:
             click.echo(f"the teacher is not measured: {figures['teacher_missing']}")

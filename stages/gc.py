@@ -43,8 +43,8 @@ def gc(url: str, delete: bool, as_json: bool) -> None:
     _show(verb, [f"{path} ({size:,} bytes)" for path, size in sorted(report.stray.items())])
     _show("not ours, left alone:", report.foreign)
     told = f"cache {url}: {verb} {len(report.stray)} objects, {sum(report.stray.values()):,} bytes"
-    if report.dead_claims:
-        told += f"; {report.dead_claims} claims of dead runs ended"
+    if report.stale_claims:
+        told += f"; {report.stale_claims} claims of dead runs ended"
     if report.held:
         told += f"; {len(report.held)} units are being made by a run and were left alone"
     if report.foreign:

@@ -11,7 +11,7 @@ import click
 from softcache.cache.codecs import COARSEST, FINEST
 from softcache.reader.cache import open_cache
 from softcache.runtime.logging import progress_bar
-from softcache.tools.shrink import SlimSettings, slim_cache
+from softcache.tools.shrink import ShrinkSettings, shrink_cache
 
 from .options import cache_report, json_option, parse_temperatures, print_json
 
@@ -60,12 +60,12 @@ def shrink(source_url: str, target_url: str, temperatures: str | None, as_json: 
       softcache shrink runs/digits/cache runs/digits/cache-4 --k 4
     """
     cache = open_cache(source_url)
-    settings = SlimSettings(
+    settings = ShrinkSettings(
         **changes, temperatures=parse_temperatures(temperatures) if temperatures else None
     )
     total = sum(marker.num_rows for marker in cache.markers.values())
     with progress_bar("slim", total, "rows") as advance:
-        smaller = slim_cache(cache, target_url, settings, progress=advance)
+        smaller = shrink_cache(cache, target_url, settings, progress=advance)
     before, after = (sum(s.num_bytes for m in c.markers.values() for s in m.shards) for c in (cache, smaller))
     plan, labels = smaller.manifest.plan, smaller.manifest.identity["labels"]
     if as_json:

@@ -19,9 +19,9 @@ from softcache.config.run import load_config
 from softcache.errors import RunError
 from softcache.runs import open_labels
 from softcache.runs.sweep import Sweep, run_sweep
-from softcache.runs.sweep.cost import Cost, measure_cost, why_unmeasured
+from softcache.runs.sweep.cost import Cost, measure_cost, unmeasured_reason
 from softcache.runs.sweep.plots import draw_importance, draw_surface, importances
-from softcache.runs.sweep.results import Repeated, Result, ranked, repeats, write_best, write_json
+from softcache.runs.sweep.results import Repeated, Result, ranked_trials, repeat_best, write_best, write_json
 from softcache.runs.sweep.space import format_value
 from softcache.runtime.scores import SCORES
 
@@ -86,10 +86,10 @@ def sweep_command(
     if not as_json:
         _print_trials(sweep)
     best = write_best(sweep)
-    again = repeats(sweep, seeds=seeds) if seeds else []
+    again = repeat_best(sweep, seeds=seeds) if seeds else []
     if again and not as_json:
         _print_repeats(sweep, again, seeds)
-    reason = why_unmeasured(sweep) if cost else "not asked for (--no-cost)"
+    reason = unmeasured_reason(sweep) if cost else "not asked for (--no-cost)"
     measured = measure_cost(sweep) if reason is None else None
     if not as_json:
         _print_cost(measured, reason)
@@ -110,7 +110,7 @@ def sweep_command(
 
 
 def _print_trials(sweep: Sweep) -> None:
-    results = ranked(sweep)
+    results = ranked_trials(sweep)
     told = SCORES[sweep.bench.cache.manifest.kind].format
     columns = ("trial", sweep.bench.metric, "state", *sweep.space, "epochs", "seconds")
     note = "the best is chosen by the held-out samples and one seed: repeat it with --seeds before you believe it"

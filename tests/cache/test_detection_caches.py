@@ -38,7 +38,7 @@ from softcache.stages.inspect import inspect_command
 from softcache.tools.convert import convert_cache
 from softcache.tools.fidelity.teacher_logits import rerun_teacher
 from softcache.tools.fuse import FusionSettings, fuse_caches
-from softcache.tools.shrink import SlimSettings, slim_cache
+from softcache.tools.shrink import ShrinkSettings, shrink_cache
 from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.support.caches import ROOT
 from tests.support.cell_caches import NUM_SAMPLES, SPEC, TOP, K, cells_config, make_cells, said, weights
@@ -328,7 +328,7 @@ def test_what_is_not_made_for_cells_says_so(zarr, tmp_path):
     config, data, cache = zarr
     teacher = open_teacher(config, data)
     for call in (
-        lambda: slim_cache(cache, str(tmp_path / "slim"), SlimSettings(k=2)),
+        lambda: shrink_cache(cache, str(tmp_path / "slim"), ShrinkSettings(k=2)),
         lambda: fuse_caches(
             [cache, cache],
             str(tmp_path / "fused"),

@@ -24,7 +24,7 @@ from softcache.reader.memmap import MemmapSettings
 from softcache.runs import cache_is_ready
 from softcache.stages.inspect import _identity, _labels, _storage
 from softcache.tools.garbage import collect_garbage
-from softcache.tools.shrink import SlimSettings, slim_manifest
+from softcache.tools.shrink import ShrinkSettings, shrink_manifest
 from softcache.tools.verify.teacher import verify_units
 from tests.support.caches import make_cache
 from tests.support.text_caches import make_text_cache
@@ -180,7 +180,7 @@ def _train(root: Path, config: Any, data: Any, thaw_folder: Path) -> None:
 
 
 def _plan_slim(root: Path, *_: Any) -> None:
-    slim_manifest(open_cache(str(root)), SlimSettings(k=1))
+    shrink_manifest(open_cache(str(root)), ShrinkSettings(k=1))
 
 
 def _collect(root: Path, *_: Any) -> None:

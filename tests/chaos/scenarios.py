@@ -22,7 +22,7 @@ from softcache.tools.convert import convert_cache
 from softcache.tools.fuse import FusionSettings, fuse_caches
 from softcache.tools.garbage import GarbageReport, collect_garbage
 from softcache.tools.import_logprobs import find_responses, import_labels
-from softcache.tools.shrink import SlimSettings, slim_cache
+from softcache.tools.shrink import ShrinkSettings, shrink_cache
 from softcache.tools.verify.teacher import verify_units
 from tests.chaos.processes import Child
 from tests.support.caches import digits_config
@@ -95,7 +95,7 @@ def _convert(made: Path, store: str) -> Scenario:
 
 def _slim(made: Path) -> Scenario:
     def work(root: Path) -> None:
-        slim_cache(open_cache(str(made)), str(root), SlimSettings(k=2, codec="packed"))
+        shrink_cache(open_cache(str(made)), str(root), ShrinkSettings(k=2, codec="packed"))
 
     return Scenario("slim", work)
 

@@ -6,7 +6,7 @@ from softcache.config.run import load_config
 from softcache.config.sweep import Range
 from softcache.errors import ConfigError
 from softcache.runs.sweep.space import candidate, checked_space, default_space
-from softcache.tools.shrink import SlimSettings, slim_cache
+from softcache.tools.shrink import ShrinkSettings, shrink_cache
 from tests.support.caches import ROOT, digits_config, make_cache
 
 
@@ -128,5 +128,5 @@ def test_a_candidate_has_the_trials_values_and_all_else_of_the_config(shared_cac
     assert made.student.model == "linear"
     assert candidate(config, {"temperature": 2.0}, cache).loss.beta == 0.3
     assert candidate(config, {"k": 4}, cache).labels == config.labels, "the cache as it is"
-    smaller = slim_cache(cache, str(tmp_path / "slim"), SlimSettings(k=2))
+    smaller = shrink_cache(cache, str(tmp_path / "slim"), ShrinkSettings(k=2))
     assert smaller.manifest.identity["labels"]["k"] == made.labels.k

@@ -12,7 +12,7 @@ from softcache.runs import train_student
 from softcache.runs.export import ExportSettings, export_run
 from softcache.runs.export.benchmark import load_onnx
 from softcache.runs.report import open_report
-from softcache.runs.report.examples import Names, galleries
+from softcache.runs.report.examples import Names, example_sets
 from softcache.runs.report.predictions import observe
 from softcache.stages.cli import softcache
 from tests.modalities.test_student_source import BYTES, DIGITS, SMALL
@@ -85,7 +85,7 @@ def test_students_of_one_cache_are_reported_together_whatever_they_read(trained)
     observed = observe(report, split="held-out")
     for run, said in zip(report.runs, observed.students, strict=True):
         assert (said.guess_P == observed.targets_P).mean() == pytest.approx(run.metrics["accuracy"])
-    shown = [one for gallery in galleries(report, observed, Names(report)) for one in gallery.examples]
+    shown = [one for gallery in example_sets(report, observed, Names(report)) for one in gallery.examples]
     assert all(one.picture for one in shown)
 
 

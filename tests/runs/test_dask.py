@@ -31,7 +31,7 @@ from tests.support.text_caches import make_text_cache, text_config
 
 
 class Answers:
-    """A cluster that answers as a function says; `answer(unit, try, avoid)` gives an Outcome, None or an exception."""
+    """A cluster that answers by a function; `answer(unit, try, avoid)` gives an Outcome, None or an exception."""
 
     def __init__(self, answer, threads=2):
         self.answer, self.threads, self.open, self.most = answer, threads, {}, 0

@@ -62,17 +62,17 @@ def copied(out, tmp_path, without=()):
 
 def test_exported_files_say_what_the_student_says(trained):
     run, out, figures = trained
-    told = figures["models"]
-    assert set(told) == {"teacher", "student", "student.onnx", "student.pt2", "student.int8.onnx"}
+    rows = figures["models"]
+    assert set(rows) == {"teacher", "student", "student.onnx", "student.pt2", "student.int8.onnx"}
     for name in ("student.onnx", "student.pt2"):
-        assert told[name]["max_difference"] < 1e-4
-        assert told[name]["same_predictions"] == 1.0
-    assert 0 < told["student.int8.onnx"]["max_difference"] < 5
+        assert rows[name]["max_difference"] < 1e-4
+        assert rows[name]["same_predictions"] == 1.0
+    assert 0 < rows["student.int8.onnx"]["max_difference"] < 5
     metrics = json.loads((run / "metrics.json").read_text())
-    assert told["student"]["accuracy"] == pytest.approx(metrics["accuracy"])
-    assert told["student"]["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
-    assert told["student"]["rows"] == 100
-    assert set(told["teacher"]["latency_seconds"]) == {"1", "32"}
+    assert rows["student"]["accuracy"] == pytest.approx(metrics["accuracy"])
+    assert rows["student"]["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    assert rows["student"]["rows"] == 100
+    assert set(rows["teacher"]["latency_seconds"]) == {"1", "32"}
     assert json.loads((out / "distill.json").read_text()) == json.loads(json.dumps(figures))
 
 
@@ -129,7 +129,7 @@ def test_a_tampered_file_is_refused(trained, tmp_path, name):
     data = bytearray((new / name).read_bytes())
     data[len(data) // 2] ^= 1
     (new / name).write_bytes(data)
-    with pytest.raises(CorruptionError, match=rf"{name}: sha256 .* export.json says"):
+    with pytest.raises(CorruptionError, match=rf"{name}: sha256 .* export.json has"):
         export_again(trained[0], new)
 
 
@@ -218,11 +218,11 @@ def test_a_language_model_exports_for_any_batch_and_length(tmp_path):
     train_student(config, data, model=model, labels="cache", cache=cache, out=run)
     report = open_report([run], cache_url=cache.url)
     figures = export_run(report, report.runs[0], tmp_path / "out", FEW)
-    told = figures["models"]
-    assert told["student.onnx"]["same_predictions"] == told["student.pt2"]["same_predictions"] == 1.0
+    rows = figures["models"]
+    assert rows["student.onnx"]["same_predictions"] == rows["student.pt2"]["same_predictions"] == 1.0
     metrics = json.loads((run / "metrics.json").read_text())
     # Documents of a packed sample run as rows of their own, and score as they did in training.
-    assert told["student"]["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
+    assert rows["student"]["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-4)
     onnx = load_onnx(tmp_path / "out" / "student.onnx", input_name="input_ids", threads=1)
     for shape in ((1, 1), (3, 9), (2, 32)):
         assert onnx(torch.zeros(shape, dtype=torch.int64)).shape[:2] == shape

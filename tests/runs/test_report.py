@@ -14,7 +14,7 @@ from softcache.labels.sparsify import Dense, TopK
 from softcache.reader.cache import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from softcache.runs.report import build_sections, open_report, open_run
-from softcache.runs.report.examples import Names, galleries
+from softcache.runs.report.examples import Names, example_sets
 from softcache.runs.report.metrics import (
     agrees_with_teacher,
     break_even,
@@ -28,7 +28,7 @@ from softcache.runs.report.metrics import (
 )
 from softcache.runs.report.plots import Styles, load_plotly
 from softcache.runs.report.predictions import dense_log_probs, observe
-from softcache.tools.shrink import SlimSettings, slim_cache
+from softcache.tools.shrink import ShrinkSettings, shrink_cache
 from tests.support.caches import digits_config
 from tests.support.report_runs import inside, make_runs
 
@@ -127,10 +127,12 @@ def test_a_record_of_all_classes_gives_the_distribution_back_and_a_short_one_its
 
 def test_students_score_what_their_runs_say(held_out):
     report, observed = held_out
-    assert [said.name for said in observed.students] == [run.name for run in report.runs]
-    for run, said in zip(report.runs, observed.students, strict=True):
-        assert (said.guess_P == observed.targets_P).mean() == pytest.approx(run.metrics["accuracy"], abs=1e-6)
-        assert -said.target_log_prob_P.mean() == pytest.approx(run.metrics["eval_loss"], abs=1e-5)
+    assert [found.name for found in observed.students] == [run.name for run in report.runs]
+    for run, found in zip(report.runs, observed.students, strict=True):
+        assert (found.guess_P == observed.targets_P).mean() == pytest.approx(
+            run.metrics["accuracy"], abs=1e-6
+        )
+        assert -found.target_log_prob_P.mean() == pytest.approx(run.metrics["eval_loss"], abs=1e-5)
 
 
 def test_divergence_and_similarity_are_those_of_the_whole_distributions(held_out):
@@ -151,7 +153,7 @@ def test_divergence_and_similarity_are_those_of_the_whole_distributions(held_out
 
 def test_examples_are_those_of_which_the_teacher_was_surest(held_out):
     report, observed = held_out
-    found = galleries(report, observed, Names(report))
+    found = example_sets(report, observed, Names(report))
     assert {gallery.student for gallery in found} == {"linear (cache)", "mlp?width=8 (cache)"}
     for gallery in found:
         assert [e.confidence for e in gallery.examples] == sorted(
@@ -174,9 +176,9 @@ def test_without_the_teachers_weights_the_cache_speaks_for_it_and_the_page_says_
     assert "gone.safetensors" in sections["calibration"].missing[0]
     assert "through the cache" in sections["knowledge"].missing[0]
     assert "training split" in sections["compression"].lead
-    said = observe(report, split="training")
+    found = observe(report, split="training")
     labels = report.cache.read(np.arange(len(report.cache)), 0)
-    assert said.teacher.guess_P.tolist() == labels.ids[:, 0].tolist()
+    assert found.teacher.guess_P.tolist() == labels.ids[:, 0].tolist()
 
 
 def test_without_cache_and_teacher_each_panel_that_needs_them_says_so(place):
@@ -239,8 +241,8 @@ def test_one_run_is_asked_for_before_several_are_compared(place):
 def test_a_student_of_other_tokens_is_refused_in_words_for_both_commands(place, open_it):
     run = next(place.iterdir())
     change(run, "config", student_data={"tokenizer": "another"})
-    told = r"has another tokenizer than the teacher.*neither report nor export is of such a student: name other runs$"
-    with pytest.raises(RunError, match=told):
+    message = r"has another tokenizer than the teacher.*neither report nor export is of such a student: name other runs$"
+    with pytest.raises(RunError, match=message):
         open_it([run] if open_it is open_report else run)
 
 
@@ -305,15 +307,15 @@ def test_students_of_caches_that_keep_less_are_laid_beside_those_of_the_whole_on
     with inside(tmp_path):
         make_runs(tmp_path)
         whole = open_cache("runs/test/cache")
-        slim_cache(whole, "runs/test/sweep/caches/k-2", SlimSettings(k=2))
+        shrink_cache(whole, "runs/test/sweep/caches/k-2", ShrinkSettings(k=2))
         first = open_report(["runs/test/students"]).runs[0]
         config = first.config.model_copy(update={"labels": first.config.labels.model_copy(update={"k": 2})})
-        slimmed = open_cache("runs/test/sweep/caches/k-2")
-        train_student(config, open_data(config), model="linear", labels="cache", cache=slimmed)
+        smaller = open_cache("runs/test/sweep/caches/k-2")
+        train_student(config, open_data(config), model="linear", labels="cache", cache=smaller)
         report = open_report(["runs/test/students"])
         assert [cache.manifest_sha256 for cache in report.caches] == [
             whole.manifest_sha256,
-            slimmed.manifest_sha256,
+            smaller.manifest_sha256,
         ]
         assert {"linear (cache, K = 2)", "linear (cache, K = 4)", "linear (hard)"} <= {
             r.name for r in report.runs
@@ -322,9 +324,9 @@ def test_students_of_caches_that_keep_less_are_laid_beside_those_of_the_whole_on
         figure = next(figure for figure in section.figures if figure.key == "compression-bytes")
         smallest = figure.rows[0][1]
         assert smallest[:2] == ("linear (cache, K = 2)", "K = 2")
-        assert float(smallest[2]) == pytest.approx(sum(bytes_per_row(slimmed).values()), abs=0.05)
+        assert float(smallest[2]) == pytest.approx(sum(bytes_per_row(smaller).values()), abs=0.05)
         colors = [Styles(report.runs).color(run.name) for run in report.runs]
-        assert len(set(colors)) == len(colors), "runs of one architecture are told apart"
+        assert len(set(colors)) == len(colors), "runs of one architecture have distinct colors"
 
         other = digits_config(name="test", cache="elsewhere", views={"padding": 2})
         capture_labels(other, open_data(other), open_teacher(other, open_data(other)), "elsewhere")

@@ -1,4 +1,4 @@
-"""The page in a real browser: it opens without a word in the console, asks nobody for anything, and its controls work."""
+"""The page in a real browser: it opens without console messages and network requests, and its controls work."""
 
 import shutil
 
@@ -47,19 +47,19 @@ def browser(page_file):  # made before: playwright keeps an event loop running i
 
 @pytest.fixture
 def opened(browser, page_file):
-    """Returns a function that opens the page, and what it said and asked for."""
+    """Returns a function that opens the page, the console messages and the requests."""
     contexts = []
 
     def open_page(width=1200, scheme="light"):
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         contexts.append(context)
-        page, said, asked = context.new_page(), [], []
-        page.on("console", lambda message: said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
+        page, messages, requests = context.new_page(), [], []
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+        page.on("request", lambda request: requests.append(request.url))
         page.goto(page_file.as_uri())
         page.wait_for_selector("html[data-drawn=yes]", timeout=60_000)
-        return page, said, asked
+        return page, messages, requests
 
     yield open_page
     for context in contexts:
@@ -70,9 +70,9 @@ MARKS = ".point, .trace.bars path, .heatmaplayer image, .lines path"
 
 
 def test_it_opens_in_silence_and_asks_for_nothing_but_itself(opened, page_file):
-    _, said, asked = opened()
-    assert said == []
-    assert asked == [page_file.as_uri()]
+    _, messages, requests = opened()
+    assert messages == []
+    assert requests == [page_file.as_uri()]
 
 
 def test_every_figure_has_marks_a_name_and_a_table(opened):
@@ -94,10 +94,10 @@ def test_every_figure_has_marks_a_name_and_a_table(opened):
 
 
 def test_the_filter_works_by_keyboard(opened):
-    page, said, _ = opened()
+    page, messages, _ = opened()
     page.locator("#filter input[value='linear (cache)']").focus()
     page.keyboard.press("Space")
-    page.wait_for_function("document.getElementById('said').textContent.startsWith('3 of 4')")
+    page.wait_for_function("document.getElementById('status').textContent.startsWith('3 of 4')")
     shown = page.evaluate("document.getElementById('glance-size').data.map(t => [t.meta, t.visible])")
     assert dict(map(tuple, shown)) == {
         "linear (cache)": False,
@@ -109,12 +109,12 @@ def test_the_filter_works_by_keyboard(opened):
     assert hidden.count() > 3
     assert all(hidden.nth(n).get_attribute("hidden") is not None for n in range(hidden.count()))
     page.keyboard.press("Space")
-    page.wait_for_function("document.getElementById('said').textContent.startsWith('4 of 4')")
-    assert said == []
+    page.wait_for_function("document.getElementById('status').textContent.startsWith('4 of 4')")
+    assert messages == []
 
 
 def test_a_student_taken_out_and_put_back_has_its_figures_again(opened):
-    page, said, _ = opened()
+    page, messages, _ = opened()
     own = page.locator("figure[data-student]").first
     box = page.locator("#filter input").nth(
         page.evaluate(
@@ -128,7 +128,7 @@ def test_a_student_taken_out_and_put_back_has_its_figures_again(opened):
     box.check()
     own.wait_for(state="visible")
     own.locator(MARKS).first.wait_for(state="attached")
-    assert said == []
+    assert messages == []
 
 
 def test_samples_are_filtered_by_label(opened):

@@ -32,9 +32,11 @@ def report(tmp_path_factory):
 
 def test_students_score_what_their_runs_say(report):
     observed = observe(report, split="held-out")
-    for run, said in zip(report.runs, observed.students, strict=True):
-        assert -said.target_log_prob_P.mean() == pytest.approx(run.metrics["eval_loss"], abs=1e-5)
-        assert (said.guess_P == observed.targets_P).mean() == pytest.approx(run.metrics["accuracy"], abs=1e-6)
+    for run, found in zip(report.runs, observed.students, strict=True):
+        assert -found.target_log_prob_P.mean() == pytest.approx(run.metrics["eval_loss"], abs=1e-5)
+        assert (found.guess_P == observed.targets_P).mean() == pytest.approx(
+            run.metrics["accuracy"], abs=1e-6
+        )
 
 
 def test_divergence_is_that_of_the_whole_distributions_row_by_row(report):
@@ -85,8 +87,8 @@ def test_translations_are_shown_with_both_sides_their_chrf_and_targets_only_as_c
         report = open_report(["runs/test-translation/students"])
         sections = {section.key: section for section in build_sections(report)}
         observed = observe(report, split="held-out")
-    for run, said in zip(report.runs, observed.students, strict=True):
-        assert -said.target_log_prob_P.mean() == pytest.approx(run.metrics["eval_loss"], abs=1e-5)
+    for run, found in zip(report.runs, observed.students, strict=True):
+        assert -found.target_log_prob_P.mean() == pytest.approx(run.metrics["eval_loss"], abs=1e-5)
     source = report.data.evaluation.source
     targets = {int(t) for n in range(len(source)) for t in source.sample(n).tokens[source.sample(n).rows + 1]}
     assert set(observed.classes_C.tolist()) <= targets

@@ -17,9 +17,9 @@ from softcache.config.run import load_config
 from softcache.config.sweep import Range, SpaceSettings, SweepSettings
 from softcache.errors import IdentityError, IncompleteCacheError, RunError, SpecError
 from softcache.runs.sweep import open_sweep, run_sweep
-from softcache.runs.sweep.cost import Cost, measure_cost, why_unmeasured
+from softcache.runs.sweep.cost import Cost, measure_cost, unmeasured_reason
 from softcache.runs.sweep.plots import draw_importance, draw_surface
-from softcache.runs.sweep.results import ranked, repeats, write_best, write_json
+from softcache.runs.sweep.results import ranked_trials, repeat_best, write_best, write_json
 from softcache.runs.sweep.study import RETRIES, SharedStudy
 from softcache.stages.cli import main
 from tests.support import text_caches
@@ -65,18 +65,18 @@ def swept(shared_cache, tmp_path_factory):
 
 def test_every_trial_is_a_student_run_of_its_own_and_the_first_is_the_config(swept):
     assert states(swept) == ["COMPLETE"] * 5
-    for result in ranked(swept):
+    for result in ranked_trials(swept):
         metrics = json.loads((swept.bench.path / result.place / "metrics.json").read_text())
         assert metrics["accuracy"] == result.value
         assert metrics["epochs"] == result.epochs == 2
     first = swept.study.trials()[0].params
     assert first == {"temperature": 4.0, "alpha": 0.9, "k": 4, "student": "mlp?width=8"}
-    values = [result.value for result in ranked(swept)]
+    values = [result.value for result in ranked_trials(swept)]
     assert values == sorted(values, reverse=True)
 
 
-def test_fewer_classes_are_slimmed_once_from_the_one_cache(swept):
-    assert {result.params["k"] for result in ranked(swept)} == {2, 4}
+def test_fewer_classes_are_shrunk_once_from_the_one_cache(swept):
+    assert {result.params["k"] for result in ranked_trials(swept)} == {2, 4}
     assert [folder.name for folder in (swept.bench.path / "caches").iterdir()] == ["k-2"]
 
 
@@ -99,18 +99,18 @@ def test_a_folder_with_another_sweep_is_refused(swept):
 
 
 def test_the_best_trials_again_with_other_seeds_beside_the_config(swept):
-    rows = repeats(swept, seeds=2, best=1)
-    best = ranked(swept)[0].number
+    rows = repeat_best(swept, seeds=2, best=1)
+    best = ranked_trials(swept)[0].number
     assert {row.number for row in rows} == ({0} if best == 0 else {best, None})
     assert all(len(row.values) == 2 and row.std is not None for row in rows)
     assert [row.mean for row in rows] == sorted((row.mean for row in rows), reverse=True)
 
 
 def test_the_cost_is_measured_beside_the_live_teacher_and_multiplied(swept):
-    assert why_unmeasured(swept) is None
+    assert unmeasured_reason(swept) is None
     cost = measure_cost(swept)
     assert (cost.trials, cost.epochs) == (5, 10)
-    assert cost.cached_seconds == sum(result.seconds for result in ranked(swept))
+    assert cost.cached_seconds == sum(result.seconds for result in ranked_trials(swept))
     extra = cost.online_epoch_seconds - cost.cached_epoch_seconds
     assert cost.online_seconds == pytest.approx(cost.cached_seconds + 10 * extra)
     assert cost.teacher_pass_seconds == pytest.approx(2 * extra)
@@ -131,13 +131,13 @@ def test_figures_and_json_of_a_sweep(swept, tmp_path):
         "surface.svg",
     ]
     assert all(path.stat().st_size > 2000 for path in figures)
-    told = json.loads(write_json(swept, {"cost": None}).read_text())
-    assert [row["number"] for row in told["trials"]] == [result.number for result in ranked(swept)]
+    written = json.loads(write_json(swept, {"cost": None}).read_text())
+    assert [row["number"] for row in written["trials"]] == [result.number for result in ranked_trials(swept)]
 
 
 def test_the_best_trial_is_a_config_that_holds_its_settings_and_its_cache(swept):
     tables = tomllib.loads(write_best(swept).read_text())
-    best = ranked(swept)[0]
+    best = ranked_trials(swept)[0]
     assert tables["loss"]["temperature"] == best.params["temperature"]
     assert tables["student"]["model"] == best.params["student"]
     assert tables["labels"]["k"] == best.params["k"]
@@ -150,7 +150,7 @@ def test_language_students_are_swept_by_their_held_out_loss(tmp_path):
     space = SpaceSettings(temperature=[1.0, 2.0], k=[2, 4], lr={"low": 1e-3, "high": 1e-2, "log": True})
     config = config.model_copy(update={"sweep": SweepSettings(space=space)})
     sweep = run_sweep(config, cache.url, tmp_path / "sweep", trials=3)
-    values = [result.value for result in ranked(sweep)]
+    values = [result.value for result in ranked_trials(sweep)]
     assert values == sorted(values), "nats: less is better"
     assert load_config(write_best(sweep)).source == config.source
 
@@ -162,7 +162,7 @@ def test_a_bad_trial_is_pruned_and_leaves_a_run_that_can_go_on(shared_cache, tmp
     space = {"lr": [0.02, 1e-6]}
     config = config_of(space, pruner="median", startup_trials=1, train={"epochs": 6, "lr": 0.02})
     sweep = run_sweep(config, shared_cache[2].url, tmp_path / "sweep", trials=6)
-    bad = [result for result in ranked(sweep) if result.params["lr"] == 1e-6]
+    bad = [result for result in ranked_trials(sweep) if result.params["lr"] == 1e-6]
     assert {result.state for result in bad} == {"pruned"}
     trained = next(result for result in bad if result.same_as is None)
     assert trained.epochs < 6
@@ -177,10 +177,10 @@ def test_settings_that_come_twice_are_trained_once(shared_cache, tmp_path):
     sweep = run_sweep(config_of({"alpha": [0.9, 0.5]}), shared_cache[2].url, tmp_path / "sweep", trials=6)
     assert len(list((tmp_path / "sweep/trials").iterdir())) == 2
     by_alpha = {}
-    for result in ranked(sweep):
+    for result in ranked_trials(sweep):
         by_alpha.setdefault(result.params["alpha"], set()).add(result.value)
     assert all(len(values) == 1 for values in by_alpha.values())
-    assert sum(result.same_as is None for result in ranked(sweep)) == 2
+    assert sum(result.same_as is None for result in ranked_trials(sweep)) == 2
 
 
 def test_a_trial_with_an_error_is_marked_told_and_replaced(shared_cache, tmp_path, monkeypatch):
@@ -194,7 +194,7 @@ def test_a_trial_with_an_error_is_marked_told_and_replaced(shared_cache, tmp_pat
             run_sweep(config, url, tmp_path / "sweep", trials=1)
     sweep = run_sweep(config, url, tmp_path / "sweep", trials=1)
     assert states(sweep) == ["FAIL", "COMPLETE"]
-    assert ranked(sweep)[-1].error == "student x: cannot be built"
+    assert ranked_trials(sweep)[-1].error == "student x: cannot be built"
 
 
 def test_no_finished_trial_is_an_error_not_a_config(shared_cache, tmp_path):
@@ -237,7 +237,7 @@ def test_a_trial_of_a_dead_process_is_marked_and_its_settings_are_taken_by_the_n
     with study.worker():
         dead = study.take(2)
         dead.trial.report(0.25, 0)
-        assert study.others_run(), "whoever holds the lock is alive"
+        assert study.others_run(), "the holder of the lock is alive"
     assert not study.others_run()
     with study.worker():
         turn = study.take(2)
@@ -339,9 +339,9 @@ def softcache(in_tmp, shared_cache, monkeypatch, capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
             main()
-        told = capsys.readouterr()
-        assert ended.value.code == 0, told.err
-        return told
+        output = capsys.readouterr()
+        assert ended.value.code == 0, output.err
+        return output
 
     return run
 
@@ -351,11 +351,11 @@ def kill_when(condition, *arguments):
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-m", "softcache", *arguments]
-    told = Path("said.txt")
-    with told.open("w") as stderr:  # no pipe: a worker that outlives the command for a while would hold it
+    log = Path("stderr.txt")
+    with log.open("w") as stderr:  # no pipe: a worker that outlives the command for a while would hold it
         process = subprocess.Popen(words, env=environment, stderr=stderr)
     while not condition():
-        assert process.poll() is None, told.read_text()
+        assert process.poll() is None, log.read_text()
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -367,12 +367,12 @@ def test_a_sweep_that_is_killed_goes_on_and_its_best_trial_is_trained_as_it_says
     words = ("sweep", "--config", "small.toml", "--no-cost")
     kill_when(checkpoint.exists, *words)
     assert not (out / "trials/0000/metrics.json").exists()
-    told = softcache(*words)
-    assert "goes on where trial 0 died" in told.err
+    output = softcache(*words)
+    assert "resumes trial 0, whose process died" in output.err
     trials = {row["number"]: row for row in json.loads((out / "sweep.json").read_text())["trials"]}
     assert [trials[number]["state"] for number in range(3)] == ["fail", "complete", "complete"]
     assert (trials[1]["place"], trials[1]["epochs"]) == ("trials/0000", 100)
-    assert "softcache train-student --config runs/small/sweep/best.toml" in told.out
+    assert "softcache train-student --config runs/small/sweep/best.toml" in output.out
     best = max(row["value"] for row in trials.values() if row["value"] is not None)
     again = softcache("train-student", "--config", out / "best.toml", "--no-baseline")
     assert f"{best:.2%}" in again.out
@@ -381,10 +381,10 @@ def test_a_sweep_that_is_killed_goes_on_and_its_best_trial_is_trained_as_it_says
 
 
 def test_the_command_tells_trials_repeats_and_cost(softcache):
-    told = softcache("sweep", "--config", "small.toml", "--set", "train.epochs=2", "--seeds", "1")
-    assert "the best again, 1 other seeds" in told.out
-    assert "all trials beside the live teacher" in told.out
-    assert "2 trials, 4 epochs, from the cache" in told.out
+    output = softcache("sweep", "--config", "small.toml", "--set", "train.epochs=2", "--seeds", "1")
+    assert "the best again, 1 other seeds" in output.out
+    assert "all trials with an online teacher" in output.out
+    assert "2 trials, 4 epochs, from the cache" in output.out
 
 
 def test_a_config_with_fusion_is_swept_from_the_fused_cache_and_its_best_reads_it(
@@ -398,8 +398,8 @@ def test_a_config_with_fusion_is_swept_from_the_fused_cache_and_its_best_reads_i
     (in_tmp / "fused.toml").write_text(text.replace('name = "small"', 'name = "fused"'))
     words = ("--set", "train.epochs=2", "--no-cost")
     softcache("sweep", "--config", "fused.toml", *words)
-    told = tomllib.loads((in_tmp / "runs/fused/sweep/best.toml").read_text())
-    assert "fusion" not in told
+    tables = tomllib.loads((in_tmp / "runs/fused/sweep/best.toml").read_text())
+    assert "fusion" not in tables
     again = softcache("train-student", "--config", "runs/fused/sweep/best.toml", "--no-baseline")
     best = max(
         row["value"] for row in json.loads((in_tmp / "runs/fused/sweep/sweep.json").read_text())["trials"]

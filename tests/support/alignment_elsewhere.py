@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from softcache.reader.cache import open_cache
-from softcache.tools.shrink import SlimSettings, slim_cache
+from softcache.tools.shrink import ShrinkSettings, shrink_cache
 from tests.support.alignment import Found, Tables, World, Worlds, attempt, attempt_elsewhere
 from tests.support.caches import ROOT
 from tests.support.process_groups import run_ranks
@@ -47,7 +47,7 @@ def packed(made: Copies, folder: Path, untouched: dict[str, Found]) -> bool:
     for kind, place, tables in made:
         with contextlib.chdir(place), pytest.MonkeyPatch.context() as patch:
             plain = open_cache("cache")
-            small = slim_cache(plain, "packed", SlimSettings(codec="packed"))
+            small = shrink_cache(plain, "packed", ShrinkSettings(codec="packed"))
             world = World(kind, place, tables, patch)
             world.cache = "packed"
             found = attempt(world)

@@ -1,4 +1,4 @@
-"""What `softcache doctor` says of the machine, and of stores that work and that do not."""
+"""The diagnosis of `softcache doctor`: the machine, and stores that work and that do not."""
 
 import json
 import os
@@ -42,9 +42,9 @@ def test_the_step_that_fails_is_named_with_what_to_do(tmp_path, monkeypatch, ste
     with monkeypatch.context() as patched:
         patched.setattr(LocalObjects, step, refuse)
         found = store_access(str(tmp_path))
-    told = {"get": "read"}.get(step, step)
-    assert found["done"] == STEPS[: STEPS.index(told)]
-    assert found["failed"]["step"] == told
+    expected = {"get": "read"}.get(step, step)
+    assert found["done"] == STEPS[: STEPS.index(expected)]
+    assert found["failed"]["step"] == expected
     assert found["failed"]["message"] == f"{step}: denied"
     assert found["failed"]["to_do"]
 

@@ -1,4 +1,4 @@
-"""What the fidelity report says, against sums over all classes written out here."""
+"""The fidelity report against sums over all classes written out here."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from softcache.tools.fidelity import measure_cache, rerun_teacher
 from softcache.tools.fidelity.frontier import DRAWS, frontier
 from softcache.tools.fidelity.metrics import gradient_difference, measure
 from softcache.tools.fidelity.reference import STUDENT_T, ReferenceDistribution
-from softcache.tools.shrink import SlimSettings, slim_cache
+from softcache.tools.shrink import ShrinkSettings, shrink_cache
 from tests.support.caches import digits_config, make_cache
 from tests.support.text_caches import make_text_cache
 
@@ -196,7 +196,7 @@ def test_more_classes_and_finer_steps_are_nearer_to_the_teacher(images):
 def test_drawn_caches_have_masses_instead_of_divergences(tmp_path):
     dense = {"labels": {"policy": "dense", "num_views": 1}, "capture": {"codec": {"values": "float32"}}}
     config, data, whole = make_cache(tmp_path / "whole", **dense)
-    cache = slim_cache(whole, tmp_path / "drawn", SlimSettings(policy="hybrid", k=2, num_samples=3))
+    cache = shrink_cache(whole, tmp_path / "drawn", ShrinkSettings(policy="hybrid", k=2, num_samples=3))
     rerun = rerun_teacher(cache, data.train, open_teacher(config, data), num_rows=300, seed=0)
     found = measure_cache(cache, rerun, temperatures=[1.0])[0]["temperatures"]["1"]
     assert found["total_mass_mean"] == pytest.approx(1.0, abs=0.02)

@@ -21,7 +21,7 @@ from softcache.errors import (
 from softcache.runs import open_data, open_labels, open_teacher, train_student
 from softcache.stages.cli import softcache
 from softcache.tools.fuse import RULES, FusionSettings, fuse_caches, fused_labels
-from softcache.tools.shrink import SlimSettings, slim_cache
+from softcache.tools.shrink import ShrinkSettings, shrink_cache
 from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.support.caches import digits_config, make_cache
 from tests.support.text_caches import make_text_cache, text_config
@@ -137,7 +137,7 @@ def test_killed_anywhere_and_run_again_it_has_the_same_bytes(images, tmp_path, m
 
 def test_a_fused_cache_is_slimmed_inspected_and_trained_from(images, tmp_path):
     fused = fuse_caches(images, tmp_path / "fused", asked())
-    small = slim_cache(fused, tmp_path / "small", SlimSettings(k=2))
+    small = shrink_cache(fused, tmp_path / "small", ShrinkSettings(k=2))
     np.testing.assert_array_equal(small.read([5]).ids, fused.read([5]).ids[:, :2])
     shown = CliRunner().invoke(softcache, ["inspect", str(tmp_path / "fused")])
     assert "rule mean" in shown.output
@@ -259,8 +259,8 @@ def test_another_source_digest_names_the_sample(images, tmp_path, monkeypatch):
     (copy / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     digest = open_cache(copy).manifest_sha256
     for marker in (copy / "units").glob("*.json"):
-        told = json.loads(marker.read_text()) | {"manifest_sha256": digest}
-        marker.write_text(json.dumps(told))
+        content = json.loads(marker.read_text()) | {"manifest_sha256": digest}
+        marker.write_text(json.dumps(content))
     other = open_cache(copy)
     with pytest.raises(AlignmentError, match="another digest than that of"):
         fuse_caches([images[0], other], tmp_path / "no", asked())

@@ -57,7 +57,7 @@ def test_what_the_dead_left_goes_and_nothing_else(cache):
 
     listed = collect_garbage(objects, delete=False)
     assert sorted(listed.stray) == sorted(strays)
-    assert listed.dead_claims == 2
+    assert listed.stale_claims == 2
     assert set(strays) <= set(files(cache)), "a look removes nothing"
 
     assert collect_garbage(objects, delete=True).stray == listed.stray
@@ -115,7 +115,9 @@ def test_a_damaged_marker_stops_it_before_anything_goes(cache):
 
 def test_a_place_without_a_manifest_is_no_cache(tmp_path):
     (tmp_path / "labels.zarr").mkdir()
-    with pytest.raises(CacheNotFoundError, match=r"no manifest\.json there, so nothing tells what is stray"):
+    with pytest.raises(
+        CacheNotFoundError, match=r"no manifest\.json there, so stray files cannot be identified"
+    ):
         collect_garbage(open_objects(str(tmp_path)), delete=True)
 
 

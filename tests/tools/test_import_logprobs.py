@@ -430,7 +430,7 @@ BAD_ANSWERS = [
     (add_to_row(2, {"7": None}), LabelError, r"position 2, over token 3: token 7 has log-probability nan"),
     (add_to_row(2, {"7": "likely"}), LabelError, r"position 2, over token 3: holds something else than ids and numbers"),
     (add_to_row(2, {"7": -0.1, "8": -0.1}), LabelError, r"position 2, over token 3: the probabilities sum to 1\.[89]"),
-    (drop("prompt_token_ids"), LabelError, r"no prompt_token_ids beside the log-prob.*\"return_token_ids\": true"),
+    (drop("prompt_token_ids"), LabelError, r"no prompt_token_ids with the log-prob.*\"return_token_ids\": true"),
     (drop("prompt_logprobs"), LabelError, "no log-probabilities: expected prompt_logprobs with prompt_token_ids"),
     (put(prompt_logprobs={}), LabelError, "prompt_logprobs is of type dict; expected list"),
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""A slimmed cache is the cache that a capture with the smaller settings makes: row by row, and by its manifest."""
+"""A shrunk cache is the cache that a capture with the smaller settings makes: row by row, and by its manifest."""
 
 import shutil
 
@@ -11,7 +11,7 @@ from softcache.errors import CorruptionError, IdentityError, LabelError, Tempera
 from softcache.labels import SoftLabels, truncate_labels
 from softcache.labels.sparsify import dense, top_k, top_p
 from softcache.runs import capture_labels, open_teacher
-from softcache.tools.shrink import SlimSettings, slim_cache, slim_manifest
+from softcache.tools.shrink import ShrinkSettings, shrink_cache, shrink_manifest
 from tests.support.caches import make_cache
 from tests.support.text_caches import make_text_cache
 
@@ -24,7 +24,7 @@ GRID = (1.0, 2.0, 4.0)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("slim")
+    return tmp_path_factory.mktemp("small")
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def assert_same(found, expected, tail=2e-6):
 
 @pytest.mark.parametrize("as_numpy", [True, False])
 @pytest.mark.parametrize("k", [1, 7, 60])
-def test_a_slimmed_record_is_the_record_of_fewer_classes(as_numpy, k):
+def test_a_truncated_record_is_the_record_of_fewer_classes(as_numpy, k):
     import torch
 
     logits = torch.randn(50, 300, generator=torch.Generator().manual_seed(0)) * 4
@@ -139,19 +139,19 @@ def test_the_tail_at_an_unstored_temperature_is_known_only_if_nothing_was_droppe
         ({"num_views": 1}, {"policy": "dense", "num_views": 1}, "float32"),
     ],
 )
-def test_images_are_slimmed_to_what_a_capture_makes(images, folder, tmp_path, asked, labels, values):
-    found = slim_cache(images, tmp_path / "slim", SlimSettings(**asked))
+def test_images_are_shrunk_to_what_a_capture_makes(images, folder, tmp_path, asked, labels, values):
+    found = shrink_cache(images, tmp_path / "small", ShrinkSettings(**asked))
     assert found.manifest.slimmed_from == images.manifest_sha256
     assert_same(found, captured(folder, images, tmp_path / "captured", values=values, **labels))
 
 
 @pytest.mark.parametrize("store", ["zarr", "parquet"])
-def test_texts_are_slimmed_to_what_a_capture_makes(texts, folder, tmp_path, store):
-    found = slim_cache(texts, tmp_path / "slim", SlimSettings(k=6, store=store))
+def test_texts_are_shrunk_to_what_a_capture_makes(texts, folder, tmp_path, store):
+    found = shrink_cache(texts, tmp_path / "small", ShrinkSettings(k=6, store=store))
     assert found.manifest.store == store
     expected = captured(folder, texts, tmp_path / "captured", k=6)
     if store == "parquet":
-        found = slim_cache(found, tmp_path / "back", SlimSettings(store="zarr"))
+        found = shrink_cache(found, tmp_path / "back", ShrinkSettings(store="zarr"))
     assert_same(found, expected)
 
 
@@ -164,7 +164,7 @@ def test_texts_are_slimmed_to_what_a_capture_makes(texts, folder, tmp_path, stor
     ],
 )
 def test_a_cache_of_every_class_is_drawn_from_as_a_capture_would(images, folder, tmp_path, labels):
-    found = slim_cache(images, tmp_path / "slim", SlimSettings(**labels))
+    found = shrink_cache(images, tmp_path / "small", ShrinkSettings(**labels))
     listed = labels | ({"temperatures": list(labels["temperatures"])} if "temperatures" in labels else {})
     expected = captured(folder, images, tmp_path / "captured", **listed)
     assert_same(found, expected)
@@ -174,30 +174,30 @@ def test_a_cache_of_every_class_is_drawn_from_as_a_capture_would(images, folder,
 
 
 def test_the_codec_may_change(images, folder, tmp_path):
-    packed = slim_cache(images, tmp_path / "packed", SlimSettings(k=4, codec="packed", step=1 / 32))
+    packed = shrink_cache(images, tmp_path / "packed", ShrinkSettings(k=4, codec="packed", step=1 / 32))
     labels, expected = rows(packed).labels, rows(images).labels
     assert packed.manifest.codec["name"] == "packed"
     assert np.abs(labels.log_probs - expected.log_probs[:, :4]).max() <= 1 / 64 + 1e-6
     codec = {"name": "packed", "step": 1 / 32}
     assert_same(packed, captured(folder, images, tmp_path / "captured", codec=codec, k=4), tail=1 / 32 + 1e-6)
-    thinner = slim_cache(packed, tmp_path / "thinner", SlimSettings(k=2))
+    thinner = shrink_cache(packed, tmp_path / "thinner", ShrinkSettings(k=2))
     np.testing.assert_array_equal(rows(thinner).labels.log_probs, labels.log_probs[:, :2])
     with pytest.raises(LabelError, match=r"steps of 0.03125.*its rounded values cannot become float16"):
-        slim_cache(packed, tmp_path / "no", SlimSettings(codec="open"))
+        shrink_cache(packed, tmp_path / "no", ShrinkSettings(codec="open"))
 
 
 def test_drawn_classes_are_copied_whole_or_refused(images, tmp_path):
-    drawn = slim_cache(images, tmp_path / "drawn", SlimSettings(policy="hybrid", k=2, num_samples=3))
-    found = slim_cache(drawn, tmp_path / "copy", SlimSettings(store="parquet", temperatures=(1.0, 4.0)))
+    drawn = shrink_cache(images, tmp_path / "drawn", ShrinkSettings(policy="hybrid", k=2, num_samples=3))
+    found = shrink_cache(drawn, tmp_path / "copy", ShrinkSettings(store="parquet", temperatures=(1.0, 4.0)))
     np.testing.assert_array_equal(rows(found).labels.ids, rows(drawn).labels.ids)
     np.testing.assert_array_equal(rows(found).labels.log_tail, rows(drawn).labels.log_tail[:, [0, 6]])
     for asked in ({"k": 1}, {"num_samples": 2}, {"policy": "top_k", "k": 2}):
         with pytest.raises(LabelError, match="drawn at random, and other draws, or fewer, are not in it"):
-            slim_cache(drawn, tmp_path / "no", SlimSettings(**asked))
+            shrink_cache(drawn, tmp_path / "no", ShrinkSettings(**asked))
 
 
 def test_it_goes_on_where_it_was_stopped(images, folder, tmp_path, monkeypatch):
-    whole = slim_cache(images, tmp_path / "whole", SlimSettings(k=3))
+    whole = shrink_cache(images, tmp_path / "whole", ShrinkSettings(k=3))
     steps = iter(range(100))
 
     def stop(name):
@@ -206,10 +206,10 @@ def test_it_goes_on_where_it_was_stopped(images, folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr("softcache.cache.units._failpoint", stop)
     with pytest.raises(KeyboardInterrupt):
-        slim_cache(images, tmp_path / "slim", SlimSettings(k=3))
-    assert len(open_cache(tmp_path / "slim").markers) == 2
+        shrink_cache(images, tmp_path / "small", ShrinkSettings(k=3))
+    assert len(open_cache(tmp_path / "small").markers) == 2
     done = []
-    found = slim_cache(images, tmp_path / "slim", SlimSettings(k=3), progress=done.append)
+    found = shrink_cache(images, tmp_path / "small", ShrinkSettings(k=3), progress=done.append)
     assert sum(done) == 600
     assert {n: m.shards for n, m in found.markers.items()} == {n: m.shards for n, m in whole.markers.items()}
 
@@ -219,11 +219,11 @@ def test_missing_units_stay_missing_and_a_capture_fills_them(images, tmp_path):
     shutil.rmtree(tmp_path / "joined")
     shutil.copytree(images.url, tmp_path / "torn")
     (tmp_path / "torn/units/00001.json").unlink()
-    found = slim_cache(open_cache(tmp_path / "torn"), tmp_path / "joined", SlimSettings(k=3))
+    found = shrink_cache(open_cache(tmp_path / "torn"), tmp_path / "joined", ShrinkSettings(k=3))
     assert found.missing_units == [1]
     filled, done = capture_labels(config, data, open_teacher(config, data), str(tmp_path / "joined"))
     assert (done.units_done, filled.missing_units) == (1, [])
-    assert_same(filled, slim_cache(images, tmp_path / "whole", SlimSettings(k=3)))
+    assert_same(filled, shrink_cache(images, tmp_path / "whole", ShrinkSettings(k=3)))
 
 
 def test_a_damaged_unit_and_another_cache_are_refused(images, tmp_path):
@@ -231,11 +231,11 @@ def test_a_damaged_unit_and_another_cache_are_refused(images, tmp_path):
     shard = tmp_path / "torn/labels.zarr/log_probs/c/0/1/0"
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     with pytest.raises(CorruptionError, match="unit 1"):
-        slim_cache(open_cache(tmp_path / "torn"), tmp_path / "slim", SlimSettings(k=3))
+        shrink_cache(open_cache(tmp_path / "torn"), tmp_path / "small", ShrinkSettings(k=3))
     with pytest.raises(IdentityError, match=r"labels\.k: 2; 3"):
-        slim_cache(images, tmp_path / "slim", SlimSettings(k=2))
+        shrink_cache(images, tmp_path / "small", ShrinkSettings(k=2))
     with pytest.raises(IdentityError, match=r"labels\.k"):
-        slim_cache(images, images.url, SlimSettings(k=2))
+        shrink_cache(images, images.url, ShrinkSettings(k=2))
 
 
 @pytest.mark.parametrize(
@@ -253,16 +253,16 @@ def test_a_damaged_unit_and_another_cache_are_refused(images, tmp_path):
 )
 def test_what_is_not_in_a_cache_is_refused(texts, asked, error, message):
     with pytest.raises(error, match=message):
-        slim_manifest(texts, SlimSettings(**asked))
+        shrink_manifest(texts, ShrinkSettings(**asked))
 
 
 def test_digits_that_are_not_there_are_not_promised(images, tmp_path):
-    half = slim_cache(images, tmp_path / "half", SlimSettings(k=5, values="float16"))
+    half = shrink_cache(images, tmp_path / "half", ShrinkSettings(k=5, values="float16"))
     with pytest.raises(LabelError, match="float32 would promise digits that it has not"):
-        slim_cache(half, tmp_path / "no", SlimSettings(values="float32"))
-    cut = slim_cache(images, tmp_path / "cut", SlimSettings(policy="top_p", k=6, p=0.7))
+        shrink_cache(half, tmp_path / "no", ShrinkSettings(values="float32"))
+    cut = shrink_cache(images, tmp_path / "cut", ShrinkSettings(policy="top_p", k=6, p=0.7))
     with pytest.raises(LabelError, match=r"rows end where p = 0.7 is held"):
-        slim_cache(cut, tmp_path / "no", SlimSettings(policy="top_k", k=2))
-    less = slim_cache(cut, tmp_path / "less", SlimSettings(p=0.5, k=3))
-    direct = slim_cache(images, tmp_path / "direct", SlimSettings(policy="top_p", k=3, p=0.5))
+        shrink_cache(cut, tmp_path / "no", ShrinkSettings(policy="top_k", k=2))
+    less = shrink_cache(cut, tmp_path / "less", ShrinkSettings(p=0.5, k=3))
+    direct = shrink_cache(images, tmp_path / "direct", ShrinkSettings(policy="top_p", k=3, p=0.5))
     assert_same(less, direct)

@@ -1,6 +1,6 @@
-"""What is installed, what this machine has, and whether a store really works: for people who set softcache up.
+"""Diagnoses an installation: package versions, devices, free space, and access to a store.
 
-A store is tried, not asked: an object of a few bytes is written under a name that nobody uses, listed, read back and
+A store is tried out: an object of a few bytes is written under an unused name, listed, read back and
 deleted, by the same code that caches go through. A folder that is not there yet is tried at the nearest one that is.
 """
 
@@ -40,7 +40,7 @@ REMEDIES = {
 
 
 def versions() -> dict[str, Any]:
-    """Returns the versions of softcache, Python and what it stands on; of each extra, what is there and what is missing."""
+    """Returns the versions of softcache, Python and the core packages, and of each extra's packages (None: missing)."""
     return {
         "softcache": __version__,
         "python": platform.python_version(),
@@ -89,7 +89,7 @@ def devices() -> dict[str, Any]:
 
 
 def free_space() -> dict[str, dict[str, Any]]:
-    """Returns where caches and thawed views go if nobody says otherwise, and the free bytes there."""
+    """Returns the default folders of caches and memory-mapped views, and the free bytes there."""
     places = {"caches": Path("runs").absolute(), "thawed": default_folder()}
     return {
         name: {"folder": str(path), "free_bytes": shutil.disk_usage(_existing(path)).free}

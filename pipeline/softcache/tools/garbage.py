@@ -1,9 +1,9 @@
-"""What no reader will ever look at, listed and removed: all that the dead left in a cache.
+"""Finds and deletes orphaned files of crashed writers.
 
-    staged files whose writer is gone    a write holds a lock on its staged file, which ends with its process
+    staged files without a writer        a write holds a lock on its staged file, which ends with its process
     objects of unfinished units          a reader trusts what a marker names; a rerun writes the same bytes again
-    claims that nobody holds             they end when they are taken, so looking at one is enough
-    a table of samples of another run    that died, or came second, before there was a manifest
+    claims without a holder              taking one ends it, so looking at one is enough
+    a table of samples of another run    that crashed, or came second, before there was a manifest
 
 A unit is claimed before its objects are called stray, and its marker is looked for again: what a run is making, or has
 just made, is never touched. Nor is anything that the manifest or a marker names. Whatever softcache does not write is
@@ -31,34 +31,34 @@ CLAIM = re.compile(r"units/(\d{5,})\.lock")
 
 @dataclass
 class GarbageReport:
-    """What there was, or is, besides a cache's own objects.
+    """Objects that do not belong to a cache.
 
     Attributes:
-        stray: bytes of what no reader looks at, by path.
+        stray: bytes of the orphaned files, by path.
         held: numbers of the unfinished units that a run holds; their objects were left alone.
-        dead_claims: how many claims had outlived their process.
+        stale_claims: number of claims that had outlived their process.
         foreign: paths that softcache did not write; they are left alone.
     """
 
     stray: dict[str, int] = field(default_factory=dict)
     held: list[int] = field(default_factory=list)
-    dead_claims: int = 0
+    stale_claims: int = 0
     foreign: list[str] = field(default_factory=list)
 
 
 def collect_garbage(objects: Objects, *, delete: bool) -> GarbageReport:
-    """Returns what no reader will ever look at; removes it if told so.
+    """Returns the orphaned files of a cache; deletes them on request.
 
     Args:
-        delete: remove what is stray. Dead claims end either way.
+        delete: delete stray files. Stale claims end either way.
 
     Raises:
         CacheNotFoundError: there is no cache there.
-        ManifestError: manifest or a marker are damaged: what is stray cannot be told.
+        ManifestError: the manifest or a marker is damaged, so stray files cannot be identified.
     """
     if objects.size(MANIFEST) is None:
         raise CacheNotFoundError(
-            f"cache {objects.url}: no {MANIFEST} there, so nothing tells what is stray; correct the path, or rerun the "
+            f"cache {objects.url}: no {MANIFEST} there, so stray files cannot be identified; correct the path, or rerun the "
             "stage that makes the cache"
         )
     stored = objects.get(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
@@ -70,10 +70,10 @@ def collect_garbage(objects: Objects, *, delete: bool) -> GarbageReport:
     left = set(objects.list("")) - {MANIFEST, manifest.samples, *store.described()}
     for number, marker in finished_units(objects, manifest, digest).items():
         left -= {marker_path(number), *(shard.path for shard in marker.shards)}
-    _end_dead_claims(objects, manifest, left, report)
+    _end_stale_claims(objects, manifest, left, report)
     for unit, paths in _unfinished(manifest, store, left):
-        with objects.claim(claim_path(unit.number)) as ours:
-            if not ours:
+        with objects.claim(claim_path(unit.number)) as is_held:
+            if not is_held:
                 report.held.append(unit.number)
             elif read_marker(objects, manifest, digest, unit.number) is None:
                 _discard(objects, paths, report, delete)
@@ -84,16 +84,16 @@ def collect_garbage(objects: Objects, *, delete: bool) -> GarbageReport:
     return report
 
 
-def _end_dead_claims(objects: Objects, manifest: Manifest, left: set[str], report: GarbageReport) -> None:
-    """Takes the claims out of `left`; each is claimed once, which ends it if nobody holds it."""
+def _end_stale_claims(objects: Objects, manifest: Manifest, left: set[str], report: GarbageReport) -> None:
+    """Takes the claims out of `left`; each is claimed once, which ends it if no process holds it."""
     for path in sorted(path for path in left if CLAIM.fullmatch(path)):
         number = int(path.removeprefix("units/").removesuffix(".lock"))
         if number >= manifest.plan.num_units or path != claim_path(number):
             continue
         left.discard(path)
-        with objects.claim(path) as ours:
-            if ours:
-                report.dead_claims += 1
+        with objects.claim(path) as is_held:
+            if is_held:
+                report.stale_claims += 1
             else:
                 report.held.append(number)
 
@@ -115,7 +115,7 @@ def _discard(objects: Objects, paths: list[str], report: GarbageReport, delete: 
     for path in paths:
         try:
             size = objects.size(path)
-        except StorageError:  # a link out of the cache: none of ours
+        except StorageError:  # a link out of the cache: foreign
             report.foreign.append(path)
             continue
         if size is not None:

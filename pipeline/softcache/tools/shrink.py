@@ -1,6 +1,6 @@
 """A smaller cache from a bigger one, as if it had been captured so: fewer classes, views or temperatures, another codec.
 
-    for every finished unit of the original: check it, read it chunk by chunk, slim its records, publish them
+    for every finished unit of the original: check it, read it chunk by chunk, shrink its records, publish them
 
 Classes that lose their slot move into the tail (`softcache.labels.truncate`), so a top-k cache gives the one of any
 smaller k, and of any top-p. From a cache of every class in float32 those are drawn, too, with the seeds that a capture
@@ -39,15 +39,15 @@ from softcache.labels.sparsify import POLICIES, LabelSettings
 from softcache.reader.cache import Cache, open_cache
 from softcache.settings import Settings
 
-__all__ = ["SlimSettings", "slim_cache", "slim_manifest"]
+__all__ = ["ShrinkSettings", "shrink_cache", "shrink_manifest"]
 
 IMPORTED = "imported"  # the policy of `softcache.tools.import_logprobs`
 CHUNK_ELEMENTS = 2**21  # of the log-probabilities of all classes that are drawn from at once
 POLICY_KEYS = {"k", "p", "num_samples", "proposal_temperature", "seed"}
 
 
-class SlimSettings(Settings):
-    """What shall differ from the original; None: nothing.
+class ShrinkSettings(Settings):
+    """Settings in which the smaller cache differs from the original; None: the original's.
 
     Attributes:
         policy: of the smaller cache; `k`, `p`, `num_samples`, `proposal_temperature` and `seed` are its numbers, as in
@@ -73,10 +73,10 @@ class SlimSettings(Settings):
     store: Literal["zarr", "parquet"] | None = None
 
 
-def slim_cache(
+def shrink_cache(
     cache: Cache,
     target_url: str,
-    changes: SlimSettings,
+    changes: ShrinkSettings,
     *,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> Cache:
@@ -91,13 +91,13 @@ def slim_cache(
         CorruptionError: a unit of the original is damaged.
         IdentityError: there is another cache at `target_url`.
     """
-    origin_codec = cache.manifest.soft_codec(f"slim, cache {cache.url}")
-    manifest, labels = slim_manifest(cache, changes)
+    origin_codec = cache.manifest.soft_codec(f"shrink, cache {cache.url}")
+    manifest, labels = shrink_manifest(cache, changes)
     origin, source_objects = cache.manifest, open_objects(cache.url)
     objects = open_objects(target_url, create=True)
     manifest, digest = create_cache(objects, manifest, source_objects.get(origin.samples))
     reading, writing = open_store(origin, source_objects), open_store(manifest, objects)
-    codec = manifest.soft_codec("slim")
+    codec = manifest.soft_codec("shrink")
     own = {column.name for column in origin_codec.columns}
     finished = finished_units(objects, manifest, digest)
     # Views that are left out have the highest numbers.
@@ -110,7 +110,7 @@ def slim_cache(
         others: list[dict[str, np.ndarray]] = []
         for part in _parts(unit, origin.plan.chunk_samples):
             columns = reading.read(unit, *part, rows=cache.rows.span(unit, *part))
-            records.append(_slim(cache, columns, labels))
+            records.append(_shrink(cache, columns, labels))
             others.append({name: column for name, column in columns.items() if name not in own})
         joined = {name: np.concatenate([other[name] for other in others]) for name in others[0]}
         publish_unit(objects, writing, digest, unit, {**codec.encode(concat(records)), **joined})
@@ -125,9 +125,9 @@ def _parts(unit: Unit, size: int) -> list[tuple[int, int]]:
 # -- records -----------------------------------------------------------------------------------------------
 
 
-def _slim(cache: Cache, columns: dict[str, np.ndarray], target: LabelSettings | None) -> SoftLabels:
+def _shrink(cache: Cache, columns: dict[str, np.ndarray], target: LabelSettings | None) -> SoftLabels:
     """The smaller record of some samples; `target` None leaves the labels as they are."""
-    codec = cache.manifest.soft_codec("slim")
+    codec = cache.manifest.soft_codec("shrink")
     labels = codec.decode(columns)
     codec.validate({name: array for name in ARRAYS if (array := getattr(labels, name)) is not None})
     if target is None:
@@ -165,18 +165,18 @@ def _drawn(labels: SoftLabels, target: LabelSettings, seeds_P: torch.Tensor) -> 
 # -- the manifest ------------------------------------------------------------------------------------------
 
 
-def slim_manifest(cache: Cache, changes: SlimSettings) -> tuple[Manifest, LabelSettings | None]:
+def shrink_manifest(cache: Cache, changes: ShrinkSettings) -> tuple[Manifest, LabelSettings | None]:
     """Returns the manifest of the smaller cache, and the labels that it has (None: those of the original).
 
     Raises:
-        LabelError, TemperatureError: as `slim_cache`.
+        LabelError, TemperatureError: as `shrink_cache`.
     """
     origin = cache.manifest
     if (changes.num_views or 0) > origin.plan.num_views:
         raise LabelError(
             f"cache {cache.url}: {changes.num_views} views asked for, it has {origin.plan.num_views}; ask for fewer"
         )
-    origin.soft_codec(f"slim, cache {cache.url}")
+    origin.soft_codec(f"shrink, cache {cache.url}")
     labels = _labels(cache, changes)
     _check_labels(cache, labels)
     codec = _codec(cache, labels, changes).to_dict()
@@ -202,7 +202,7 @@ def slim_manifest(cache: Cache, changes: SlimSettings) -> tuple[Manifest, LabelS
     return manifest, None if described == found else labels
 
 
-def _labels(cache: Cache, changes: SlimSettings) -> LabelSettings:
+def _labels(cache: Cache, changes: ShrinkSettings) -> LabelSettings:
     """`[labels]` of the smaller cache: the original's, and what is asked for in its place."""
     origin = cache.manifest
     base = dict(origin.identity["labels"])
@@ -220,8 +220,8 @@ def _labels(cache: Cache, changes: SlimSettings) -> LabelSettings:
     reads = [name for name in kind.model_fields if name not in LabelSettings.model_fields]
     for name in sorted(set(asked) - set(reads)):
         raise LabelError(
-            f"slim: {name} is given, but policy {policy!r} reads {', '.join(reads) or 'no numbers'} only; leave it out, or "
-            "give --policy"
+            f"shrink: {name} is given, but policy {policy!r} reads {', '.join(reads) or 'no numbers'} only; leave it out, "
+            "or give --policy"
         )
     kept = {key: value for key, value in kind.keys_of_identity(base).items() if key in kind.model_fields}
     settings = kept | {"policy": policy, "num_views": changes.num_views or origin.plan.num_views} | asked
@@ -231,12 +231,12 @@ def _labels(cache: Cache, changes: SlimSettings) -> LabelSettings:
         return kind.model_validate(settings)
     except ValidationError as error:
         problem = error.errors()[0]
-        raise LabelError(f"slim: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+        raise LabelError(f"shrink: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
 
 
 def _check_labels(cache: Cache, target: LabelSettings) -> None:
     """Raises unless a capture with the target's settings would have kept nothing that the original has not."""
-    codec, found = cache.manifest.soft_codec("slim"), cache.manifest.identity["labels"]
+    codec, found = cache.manifest.soft_codec("shrink"), cache.manifest.identity["labels"]
     where, num_classes = f"cache {cache.url}: policy {found['policy']!r}, k {found['k']}", codec.num_classes
     slots, wanted = target.num_slots(num_classes), target.identity(num_classes)
     if slots > num_classes or (slots > codec.k and target.sampling is None):
@@ -255,7 +255,7 @@ def _check_labels(cache: Cache, target: LabelSettings) -> None:
     if codec.sampling is not None:
         raise LabelError(
             f"{where}: its classes were drawn at random, and other draws, or fewer, are not in it (asked for: other "
-            f"{', '.join(sorted(numbers))}); slim a cache of every class in float32, or capture again"
+            f"{', '.join(sorted(numbers))}); shrink a cache of every class in float32, or capture again"
         )
     if target.sampling is not None and not (is_whole and _precision(codec) == "float32"):
         raise LabelError(
@@ -272,13 +272,13 @@ def _check_labels(cache: Cache, target: LabelSettings) -> None:
         raise LabelError(f"{where}: imported labels keep their policy; give k alone")
 
 
-def _codec(cache: Cache, labels: LabelSettings, changes: SlimSettings) -> SoftLabelCodec:
+def _codec(cache: Cache, labels: LabelSettings, changes: ShrinkSettings) -> SoftLabelCodec:
     """The codec of the smaller cache.
 
     Raises:
         LabelError: it would promise more than the original holds, or has no such number.
     """
-    origin = cache.manifest.soft_codec("slim")
+    origin = cache.manifest.soft_codec("shrink")
     common: dict[str, Any] = {
         "num_classes": origin.num_classes,
         "k": labels.num_slots(origin.num_classes),
@@ -291,7 +291,7 @@ def _codec(cache: Cache, labels: LabelSettings, changes: SlimSettings) -> SoftLa
     for unread in {"open": ("step", "tail"), "packed": ("values",)}[name]:
         if getattr(changes, unread) is not None:
             raise LabelError(
-                f"slim: {unread} is given, but codec {name!r} does not read it; leave it out, or give --codec"
+                f"shrink: {unread} is given, but codec {name!r} does not read it; leave it out, or give --codec"
             )
     codec: SoftLabelCodec
     if name == "open":

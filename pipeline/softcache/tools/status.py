@@ -1,8 +1,8 @@
-"""How far a capture is, seen from outside: the manifest, the names of markers and claims, and the times of markers.
+"""Progress of a capture, from the manifest, the names of markers and claims, and the times of markers.
 
 Any machine that reaches the store can ask; no run is needed, and none is disturbed. The rate is that of the newest units: of
 WINDOW markers the first only starts the clock. A claim that a killed run left behind on a local folder counts as a
-claim until somebody makes its unit.
+claim until another run finishes its unit.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def read_status(objects: Objects, *, now: float | None = None) -> Status:
         now: seconds since the epoch; None: this machine's clock.
 
     Raises:
-        CacheNotFoundError: there is no cache, or nobody has created it yet.
+        CacheNotFoundError: there is no cache yet.
         ManifestError: its manifest, or a marker that is read, is malformed.
     """
     stored = objects.get("manifest.json")
@@ -94,7 +94,7 @@ def read_status(objects: Objects, *, now: float | None = None) -> Status:
 def _rates(
     objects: Objects, manifest: Manifest, sha256: str, done: dict[int, float]
 ) -> tuple[float | None, float | None]:
-    """Returns rows and samples per second of the newest units; None where there are too few to tell."""
+    """Returns rows and samples per second of the newest units; None where there are too few."""
     newest = sorted(done, key=lambda number: done[number])[-WINDOW:]
     seconds = done[newest[-1]] - done[newest[0]] if newest else 0.0
     if seconds <= 0:

@@ -67,7 +67,7 @@ def capture_on_dask(
         cluster.job = replace(job, manifest_sha256=sha256)
         report, failures = _capture(cluster, objects, manifest)
     if failures:
-        raise _told(manifest, url, failures)
+        raise _units_failed_error(manifest, url, failures)
     log_capture(url, report)
     return report
 
@@ -130,15 +130,15 @@ def _capture(
     return report, failures
 
 
-def _told(manifest: Manifest, url: str, failures: list[Failure]) -> UnitsFailedError:
-    """Returns one message that lists the units that were given up."""
+def _units_failed_error(manifest: Manifest, url: str, failures: list[Failure]) -> UnitsFailedError:
+    """Returns an error that lists the units that were given up."""
     failures = sorted(failures, key=lambda failure: failure.unit)
     lines = []
     for failure in failures[:SHOWN_FAILURES]:
         unit = manifest.plan.unit(failure.unit)
-        who = f" (tried on {', '.join(failure.workers)})" if failure.workers else ""
+        tried = f" (tried on {', '.join(failure.workers)})" if failure.workers else ""
         lines.append(
-            f"unit {unit.number} (view {unit.view}, samples {unit.start} to {unit.stop - 1}): {failure.error}{who}"
+            f"unit {unit.number} (view {unit.view}, samples {unit.start} to {unit.stop - 1}): {failure.error}{tried}"
         )
     if len(failures) > SHOWN_FAILURES:
         lines.append(f"and {len(failures) - SHOWN_FAILURES} more")

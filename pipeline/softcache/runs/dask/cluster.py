@@ -52,7 +52,7 @@ class LocalWorkers:
 
 
 def local_workers(device: str, workers: int | None = None) -> LocalWorkers:
-    """Returns what suits this machine: a process per GPU, or per core; `workers` says another number."""
+    """Returns what suits this machine: a process per GPU, or per core, unless `workers` is given."""
     cores = len(os.sched_getaffinity(0))
     gpus = torch.cuda.device_count() if device != "cpu" else 0
     workers = workers or gpus or cores
@@ -87,9 +87,8 @@ def open_client(where: str, local: LocalWorkers | None, *, dashboard: str = ":87
         if local is not None:
             stack.enter_context(dask.config.set(LOCAL_SETTINGS))
             with warnings.catch_warnings():
-                warnings.simplefilter(
-                    "ignore"
-                )  # that the dashboard's port is taken: the link tells which it has
+                # Where the dashboard's port is taken, the logged link has the port in use.
+                warnings.simplefilter("ignore")
                 address: Any = stack.enter_context(_start(local, dashboard))
         else:
             address = where
@@ -111,7 +110,7 @@ class _Lines(logging.Handler):
 
 @contextmanager
 def redirect_dask_logs() -> Iterator[None]:
-    """Within, what Dask logs from warnings on goes through `log_info`."""
+    """Routes Dask's warnings and errors through `log_info` in this process, so that a JSON log stays valid JSON."""
     logger = logging.getLogger("distributed")
     handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
     logger.handlers, logger.propagate = [_Lines(logging.WARNING)], False
@@ -184,7 +183,7 @@ class DaskCluster:
         except KilledWorker as error:
             raise WorkerDied(
                 f"the worker process died {error.allowed_failures + 1} times while it had this unit, and again with "
-                "nothing beside it: out of memory, or a crash in native code; see the worker's log"
+                "no other unit: out of memory, or a crash in native code; see the worker's log"
             ) from error
         except Exception as error:  # it did not even start: no softcache there, or another version of Dask
             return Outcome(-1, "a worker", error=f"{type(error).__name__}: {error}")

@@ -1,10 +1,10 @@
-"""Units handed out to workers, and what comes back: a bounded window, three tries, and nobody blamed for a neighbour.
+"""Schedules units on workers: a bounded window, three attempts, and a failure counts against its own unit alone.
 
     while anything is left: keep `window` units in flight; take what came back; count it, try it again, or give it up
 
 A unit that fails is tried again on other workers; after three tries it is given up and the rest goes on, unless nothing
 but failures comes back. A unit whose worker process dies again and again may have been the neighbour of the one that kills
-it: it runs once more at the end with nothing beside it, and only then is it given up. Finished units are known by their
+it: it runs once more at the end with no other unit, and only then is it given up. Finished units are known by their
 markers alone; the driver's memory holds the window and the failures.
 """
 
@@ -61,7 +61,7 @@ class Cluster(Protocol):
 
 @dataclass
 class Failure:
-    """A unit that was given up: why, and who tried."""
+    """A unit that was given up: the last error, and the workers that tried it."""
 
     unit: int
     error: str

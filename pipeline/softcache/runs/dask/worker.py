@@ -1,10 +1,10 @@
-"""What runs on a worker: open the teacher once, label one unit, tell in a few bytes what became of it.
+"""The worker side: opens the teacher once, labels one unit per task, returns a small `Outcome`.
 
 A worker needs the object store and the job, which holds the resolved config: data, weights and `module:factory` are found
-by what the config says of them, from the worker's own folder. The teacher is loaded once per process. A worker may run two
+by the config's paths, from the worker's own folder. The teacher is loaded once per process. A worker may run two
 units at a time: they take turns at the teacher, so that one is labelled while the other is published.
 
-Nothing is raised across the network: an error comes back as words, so that the driver needs none of the classes that
+Nothing is raised across the network: an error is returned as text, so that the driver needs none of the classes that
 a user's teacher may raise.
 """
 
@@ -34,7 +34,7 @@ __all__ = ["Job", "Outcome", "label", "prepare"]
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker is told.
+    """The job description that every worker receives.
 
     Attributes:
         config: the resolved config, JSON.
@@ -66,7 +66,7 @@ class Outcome:
         metrics: it was made.
         found_rows: it had been made, with so many rows.
         held: another run has it.
-        error: what went wrong, in words.
+        error: the error's text.
     """
 
     unit: int
@@ -87,14 +87,14 @@ def prepare(job: Job) -> tuple[str, str]:
         with _OPENING:
             return _open(job, create=True)[0].manifest_sha256, ""
     except Exception as error:
-        return "", _in_words(error)
+        return "", _format_error(error)
 
 
 def label(job: Job, number: int, *, last: bool = False) -> Outcome:
-    """Labels and publishes one unit, unless somebody else has it or has made it.
+    """Labels and publishes one unit, unless another process has claimed it or has finished it.
 
     Args:
-        last: nobody will try this unit again: where it fails, look for the sample that does it.
+        last: the last attempt: where it fails, look for the sample that causes the error.
     """
     worker = _address()
     work: CaptureContext | None = None
@@ -114,17 +114,17 @@ def label(job: Job, number: int, *, last: bool = False) -> Outcome:
             number, worker, made[0] if made else None, found[0] if found else None, held=bool(held)
         )
     except Exception as error:
-        words = _in_words(error)
+        words = _format_error(error)
         if work is not None and last and getattr(error, "position", None) is None:
             with turn:
                 words = bisect_failing_sample(work, number) + words
-        _leave_if_device_is_lost(error)
+        _exit_if_device_is_lost(error)
         return Outcome(number, worker, error=words)
 
 
 def _open(job: Job, *, create: bool = False) -> tuple[CaptureContext, threading.Lock]:
     """Returns this process's teacher, data and cache of a job; `_OPENING` is held."""
-    _settle(job)
+    _apply_settings(job)
     if job.key not in _OPEN:
         _OPEN.clear()  # one teacher at a time: the next may need the memory
         config = RunConfig.model_validate_json(job.config)
@@ -154,8 +154,8 @@ def _open(job: Job, *, create: bool = False) -> tuple[CaptureContext, threading.
     return _OPEN[job.key]
 
 
-def _settle(job: Job) -> None:
-    """Makes this process run as the job says."""
+def _apply_settings(job: Job) -> None:
+    """Applies the job's log format, threads and import path to this process."""
     if job.version != __version__:
         raise ConfigError(
             f"softcache {__version__} on this worker, {job.version} at the driver; install the same"
@@ -184,11 +184,11 @@ def _dask_threads() -> int | None:
         return None
 
 
-def _in_words(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     return str(error) if isinstance(error, SoftcacheError) else f"{type(error).__name__}: {error}"
 
 
-def _leave_if_device_is_lost(error: Exception) -> None:
+def _exit_if_device_is_lost(error: Exception) -> None:
     """Ends the process after a fault that leaves its CUDA context unusable: Dask starts another and tries again."""
     lost = getattr(torch, "AcceleratorError", None)
     if lost is not None and isinstance(error, lost):

@@ -1,8 +1,8 @@
-"""Models run side by side: what they say on the held-out split, how long they take, what they compute.
+"""Compares models: predictions on the held-out split, latency, FLOPs.
 
 Latency: all models have the same number of threads, and the same inputs unless teacher and student read different ones;
-after a warm-up they run in turns, so that a busy moment of the machine meets all of them, and the median and the quartiles
-of many rounds are told.
+after a warm-up they run in turns, so that load on the machine affects all of them, and the median and the quartiles of
+many rounds are reported.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = [
     "Agreement",
     "Latency",
     "Model",
-    "compare",
+    "compare_models",
     "count_flops",
     "first_inputs",
     "in_batches",
@@ -44,7 +44,7 @@ MIN_ROUNDS = 10
 
 @dataclass
 class Agreement:
-    """What a model says on the held-out split, beside the torch student.
+    """A model's scores on the held-out split, and its agreement with the torch student.
 
     Attributes:
         accuracy: share of label rows whose likeliest class is the ground truth.
@@ -135,8 +135,10 @@ def first_inputs(data: Dataset, serving: Serving, rows: int) -> torch.Tensor:
     return asked.repeat(-(-rows // len(asked)), *[1] * (asked.dim() - 1))[:rows].contiguous()
 
 
-def compare(models: Mapping[str, Model], asked: Iterator[Request], *, reference: str) -> dict[str, Agreement]:
-    """Returns what each model says of all requests, beside the reference.
+def compare_models(
+    models: Mapping[str, Model], asked: Iterator[Request], *, reference: str
+) -> dict[str, Agreement]:
+    """Returns each model's scores on all requests, and its agreement with the reference.
 
     Raises:
         RunError: a model gives logits that are no numbers.

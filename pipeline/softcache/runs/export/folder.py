@@ -50,7 +50,7 @@ class ExportFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             if not state.exists():
-                self._refuse_strangers()
+                self._refuse_foreign_files()
                 self._state: dict[str, Any] = {"identity": identity, "files": {}}
                 self._put(STATE, json.dumps(self._state, indent=2))
                 return
@@ -69,17 +69,17 @@ class ExportFolder:
         if differing := diff_settings(there, identity):
             raise RunError(
                 f"export {self.path}: holds another student (there; this one): {'; '.join(differing)}; choose another "
-                "--out, or remove the old export if nobody needs it"
+                "--out, or remove the old export if it is not needed"
             )
         for name in self._state["files"]:
             self._verify(name)
 
-    def _refuse_strangers(self) -> None:
+    def _refuse_foreign_files(self) -> None:
         names = ("student.onnx", "student.pt2", "student.int8.onnx", "distill.json", "README.md")
         found = [name for name in names if (self.path / name).exists()]
         if found:
             raise RunError(
-                f"export {self.path}: holds {', '.join(found)}, but no {STATE}: no export of ours wrote them; choose "
+                f"export {self.path}: holds {', '.join(found)}, but no {STATE}: no export wrote them; choose "
                 "another --out"
             )
 
@@ -89,12 +89,12 @@ class ExportFolder:
         return dict(self._state["files"])
 
     def _verify(self, name: str) -> None:
-        path, told = self.path / name, self._state["files"][name]
+        path, recorded = self.path / name, self._state["files"][name]
         found = sha256_of(path) if path.is_file() else None
-        if found != told["sha256"]:
+        if found != recorded["sha256"]:
             raise CorruptionError(
-                f"{path}: {'sha256 ' + found[:12] + '…' if found else 'gone'}; {STATE} says sha256 {told['sha256'][:12]}…, "
-                f"{told['bytes']:,} bytes; restore it, or remove the folder to export anew"
+                f"{path}: {'sha256 ' + found[:12] + '…' if found else 'gone'}; {STATE} has sha256 "
+                f"{recorded['sha256'][:12]}…, {recorded['bytes']:,} bytes; restore it, or remove the folder to export anew"
             )
 
     def make(self, name: str, write: Callable[[Path], Any]) -> Path:
@@ -147,6 +147,6 @@ class ExportFolder:
                 raise RunError(
                     f"export {self.path}: another process writes it now; wait for it to end"
                 ) from error
-            for left in self.path.glob(".[0-9]*.*"):  # of processes that were killed: nobody else is here
+            for left in self.path.glob(".[0-9]*.*"):  # of killed processes: this one holds the lock
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield

@@ -33,9 +33,9 @@ def _exporting(what: str, to: str) -> Iterator[None]:
     except SpecError:
         raise
     except Exception as error:
-        told = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300]
         raise SpecError(
-            f"student {what}: cannot be exported to {to}: {type(error).__name__}: {told}; nothing was written for it; "
+            f"student {what}: cannot be exported to {to}: {type(error).__name__}: {reason}; nothing was written for it; "
             "train a student of operations that export, such as cnn, mlp or timm:resnet18"
         ) from error
     finally:
@@ -94,7 +94,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, *, serving: Se
 
 
 def _rename(model: Any, old: str, new: str) -> None:
-    """Gives an axis the name that the card tells, in inputs, outputs and what lies between."""
+    """Renames an axis as the model card names it, in inputs, outputs and what lies between."""
     for value in [*model.graph.input, *model.graph.output, *model.graph.value_info]:
         for dim in value.type.tensor_type.shape.dim:
             if old and dim.dim_param == old:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-__all__ = ["latency_table", "model_table", "note", "write_card"]
+__all__ = ["latency_table", "measurement_note", "model_table", "write_card"]
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
 def _in_order(figures: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Returns the models as they are told: teacher, student, exported files."""
+    """Returns the models in the order of the tables: teacher, student, exported files."""
     models = figures["models"]
     order = [name for name in ("teacher", "student") if name in models]
     return [(name, models[name]) for name in (*order, *(name for name in models if name not in order))]
@@ -22,7 +22,7 @@ def _name(name: str, figures: dict[str, Any]) -> str:
 
 
 def model_table(figures: dict[str, Any]) -> Table:
-    """Returns what each model is and says: the columns' names, and a row of texts for each."""
+    """Returns sizes, scores and agreement: the column names, and a row of texts per model."""
     is_accuracy = figures["metric"] == "accuracy"
     columns = (
         "model",
@@ -53,7 +53,7 @@ def model_table(figures: dict[str, Any]) -> Table:
 
 
 def latency_table(figures: dict[str, Any]) -> Table:
-    """Returns how long each model takes: the columns' names, and a row of texts for each."""
+    """Returns the latency: the column names, and a row of texts per model."""
     batches = figures["models"]["student"]["latency_seconds"]
     columns = [(f"ms, {batch} row{'' if batch == '1' else 's'}", f"quartiles, {batch}") for batch in batches]
     rows = []
@@ -66,8 +66,8 @@ def latency_table(figures: dict[str, Any]) -> Table:
     return ("model", *(text for pair in columns for text in pair)), rows
 
 
-def note(figures: dict[str, Any]) -> str:
-    """Returns what the table's numbers are."""
+def measurement_note(figures: dict[str, Any]) -> str:
+    """Returns a note on how the numbers of the tables were measured."""
     machine = figures["machine"]
     shapes = f"inputs of shape {figures['input']['latency_shape']}"
     if (of_teacher := figures["input"].get("teacher_latency_shape")) not in (
@@ -88,9 +88,9 @@ def write_card(path: Path, figures: dict[str, Any], files: dict[str, dict[str, A
     tables = [_markdown(*model_table(figures)), _markdown(*latency_table(figures))]
     machine = figures["machine"]
     digests = [
-        f"- `{name}`: {told['bytes']:,} bytes, sha256 `{told['sha256']}`" for name, told in files.items()
+        f"- `{name}`: {entry['bytes']:,} bytes, sha256 `{entry['sha256']}`" for name, entry in files.items()
     ]
-    quantised = {
+    quantized = {
         "static": "weights int8 per channel, activations uint8 with ranges from samples of the training split (QDQ)",
         "dynamic": "weights int8, ranges of activations taken from each input",
     }[figures["quantization"]]
@@ -100,7 +100,7 @@ def write_card(path: Path, figures: dict[str, Any], files: dict[str, dict[str, A
         f"{figures['classes']}] or wider where the model's head is padded; the class is the largest."
     )
     made_with = (
-        f"`student.int8.onnx`: {quantised}. Made with torch {machine['torch']}, onnx {machine['onnx']}; run with "
+        f"`student.int8.onnx`: {quantized}. Made with torch {machine['torch']}, onnx {machine['onnx']}; run with "
         f"onnxruntime {machine['onnxruntime']}."
     )
     parts = [
@@ -110,7 +110,7 @@ def write_card(path: Path, figures: dict[str, Any], files: dict[str, dict[str, A
         contract,
         "## Figures",
         *tables,
-        note(figures) + ".",
+        measurement_note(figures) + ".",
         "## Files",
         "\n".join(digests),
         made_with,

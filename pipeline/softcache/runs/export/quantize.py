@@ -26,7 +26,7 @@ def quantize(source: Path, path: Path, *, serving: Serving, samples: Iterable[np
         samples: inputs [N, ...] of the training split; read where quantization is static.
 
     Raises:
-        SpecError: nothing in the graph can be quantised.
+        SpecError: nothing in the graph can be quantized.
     """
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.calibrate import CalibrationDataReader
@@ -59,7 +59,7 @@ def quantize(source: Path, path: Path, *, serving: Serving, samples: Iterable[np
             )
     if not count_int8_weights(path):
         raise SpecError(
-            f"student {name}: onnxruntime found nothing to quantise in it; "
+            f"student {name}: onnxruntime found nothing to quantize in it; "
             "student.onnx and student.pt2 are there and finished"
         )
 

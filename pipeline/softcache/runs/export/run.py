@@ -1,6 +1,6 @@
-"""A finished run exported, quantised, run again from its files, and measured beside its teacher.
+"""Exports and quantizes the student of a finished run, runs it from its files, and measures it against its teacher.
 
-Files that are finished and whole are kept; figures are told from distill.json where they are there.
+Finished files are kept; existing figures are read from distill.json.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from softcache.hashing.digests import digest_weights
 from softcache.models.image import count_parameters
 from softcache.runs.export.benchmark import (
     Model,
-    compare,
+    compare_models,
     count_flops,
     first_inputs,
     in_batches,
@@ -65,7 +65,7 @@ class ExportSettings:
     Attributes:
         tolerance: of the fp32 files' logits, relative to the student's largest logit (at least 1).
         rounds: timed calls of each model and batch size.
-        calibration_samples: of the training split, for static quantisation.
+        calibration_samples: of the training split, for static quantization.
     """
 
     tolerance: float = 1e-4
@@ -100,7 +100,7 @@ def export_run(
 
     Args:
         report: the run, opened, with its data and, where its weights are there, its teacher.
-        cost: what the student cost, told with the figures.
+        cost: what the student cost, stored with the figures.
         progress: called with what is done next.
 
     Raises:
@@ -115,7 +115,7 @@ def export_run(
         "student": run.model,
         "labels": run.labels,
         "weights": digest_weights(serving.module.state_dict()),
-        "data": report.data.identity() | _own_data(run),
+        "data": report.data.identity() | _student_data(run),
         "calibration_samples": settings.calibration_samples if serving.quantization == "static" else None,
     }
     folder = ExportFolder(out, identity)
@@ -124,7 +124,7 @@ def export_run(
         if figures is None:
             _write_files(report, run, serving, folder, settings, progress)
             progress("measuring")
-            figures = _measured(report, run, serving, folder, settings) | {"cost": cost or {}}
+            figures = _measure(report, run, serving, folder, settings) | {"cost": cost or {}}
         check_tolerance(figures, settings.tolerance, folder.path)
         folder.make_json("distill.json", figures)
         files = {name: folder.files[name] for name in EXPORTED}
@@ -159,7 +159,7 @@ def _write_files(
     )
 
 
-def _own_data(run: Run) -> dict[str, Any]:
+def _student_data(run: Run) -> dict[str, Any]:
     return {"student_data": run.identity["student_data"]} if run.identity.get("student_data") else {}
 
 
@@ -170,7 +170,7 @@ def _calibration(data: Dataset, serving: Serving, count: int) -> Iterator[np.nda
         yield request.inputs.numpy()
 
 
-def _measured(
+def _measure(
     report: Report, run: Run, serving: Serving, folder: ExportFolder, settings: ExportSettings
 ) -> dict[str, Any]:
     threads, data = torch.get_num_threads(), report.data_of(run).evaluation
@@ -185,13 +185,13 @@ def _measured(
     teacher = load_teacher_for_comparison(report, run)
     if teacher is not None and not teacher.is_apart:
         models["teacher"] = teacher.model
-    said = compare(models, in_batches(serving, data, report.data.num_classes), reference="student")
+    scores = compare_models(models, in_batches(serving, data, report.data.num_classes), reference="student")
     calls = {name: (model, example) for name, model in models.items()}
     if teacher is not None:
         inputs = first_inputs(teacher.data, teacher.serving, len(example))
         calls["teacher"] = teacher.model, inputs
         if teacher.is_apart:
-            said["teacher"] = teacher.scores(models["student"], serving, data)
+            scores["teacher"] = teacher.scores(models["student"], serving, data)
     latencies = {
         rows: measure_latency(
             {name: partial(model, inputs[:rows].contiguous()) for name, (model, inputs) in calls.items()},
@@ -203,7 +203,7 @@ def _measured(
     rows = {}
     for name, (_, inputs) in calls.items():
         of = teacher.serving if teacher is not None and name == "teacher" else serving
-        rows[name] = asdict(said[name]) | {
+        rows[name] = asdict(scores[name]) | {
             "bytes": sizes[name],
             "parameters": count_parameters(of.module),
             "flops": count_flops(of, inputs),
@@ -246,10 +246,8 @@ def _sizes(report: Report, run: Run, folder: ExportFolder) -> dict[str, int]:
 def _machine(threads: int) -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     try:
-        told = [
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")
-        ]
-        name = told[0].partition(":")[2].strip() if told else name
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     except OSError:
         pass
     versions = {package: version(package) for package in ("torch", "onnx", "onnxruntime")}
@@ -270,7 +268,7 @@ def check_tolerance(figures: dict[str, Any], tolerance: float, out: Path) -> Non
                 f"export {out / name}: a logit differs by {row['max_difference']:.3g} from the torch student "
                 f"{figures['student']}, more than {allowed:.3g} (--tolerance {tolerance:g} of the largest logit, "
                 f"{row['largest_logit']:.3g}); {100 * row['same_predictions']:.2f}% of the predictions are the same; the "
-                "file is kept, do not use it before you know why"
+                "file is kept, find the cause before using it"
             )
 
 

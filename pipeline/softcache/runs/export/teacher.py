@@ -1,7 +1,7 @@
-"""The teacher beside a student: on the student's inputs where both read the same, on its own where they do not.
+"""The teacher for comparison with a student: on the student's inputs, or on its own where the two have different inputs.
 
-A student of another source (bytes, a reduced view) has other inputs; the teacher is then scored and timed on what it reads
-itself, and whether both predict the same is told of the held-out samples that are partners.
+A student of another source (bytes, a reduced view) has other inputs; the teacher is then scored and timed on its own
+inputs, and their agreement is computed on the matched held-out samples.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 
 from softcache.data.batch import Dataset
 from softcache.errors import RunError
-from softcache.runs.export.benchmark import Agreement, Model, compare, in_batches, run_module
-from softcache.runs.report.load import Report, Run, partners
+from softcache.runs.export.benchmark import Agreement, Model, compare_models, in_batches, run_module
+from softcache.runs.report.load import Report, Run, match_samples
 from softcache.student.tasks.inference import Serving
 
 __all__ = ["TeacherComparison", "load_teacher_for_comparison"]
@@ -22,7 +22,7 @@ __all__ = ["TeacherComparison", "load_teacher_for_comparison"]
 
 @dataclass(frozen=True)
 class TeacherComparison:
-    """A teacher as its users call it.
+    """A served teacher and its held-out data.
 
     Attributes:
         is_apart: whether it reads something else than the student.
@@ -37,18 +37,18 @@ class TeacherComparison:
     student_of: np.ndarray | None
 
     def scores(self, student: Model, serving: Serving, data: Dataset) -> Agreement:
-        """Returns what it says of its own held-out split, and how often the student predicts the same of the partners."""
+        """Returns its scores on its own held-out split, and the student's agreement with it on the matched samples."""
         asked = in_batches(self.serving, self.data, self.num_classes)
-        found = compare({"teacher": self.model}, asked, reference="teacher")["teacher"]
+        found = compare_models({"teacher": self.model}, asked, reference="teacher")["teacher"]
         found.same_predictions = None
         if self.student_of is not None and (self.student_of >= 0).any():
-            mine = self._guesses(self.model, self.serving, self.data)
-            theirs = self._guesses(student, serving, data)
+            mine = self._predictions(self.model, self.serving, self.data)
+            theirs = self._predictions(student, serving, data)
             kept = self.student_of >= 0
             found.same_predictions = float((mine[kept] == theirs[self.student_of[kept]]).mean())
         return found
 
-    def _guesses(self, model: Model, serving: Serving, data: Dataset) -> np.ndarray:
+    def _predictions(self, model: Model, serving: Serving, data: Dataset) -> np.ndarray:
         asked: Any = in_batches(serving, data, self.num_classes)
         return np.concatenate([one.logits_of(model(one.inputs)).argmax(1).numpy() for one in asked])
 
@@ -64,7 +64,7 @@ def load_teacher_for_comparison(report: Report, run: Run) -> TeacherComparison |
     )
     serving = task.serve(report.teacher.model)
     try:
-        student_of = partners(report, run, "held-out")
+        student_of = match_samples(report, run, "held-out")
     except RunError:  # the report refuses these; here it costs one number
         student_of = None
     return TeacherComparison(

@@ -1,7 +1,7 @@
-"""Which caches the runs of a report learnt from.
+"""The caches of the runs of a report.
 
-One, as a rule. Several, where students of smaller caches are laid beside those of the whole one (`softcache shrink`, a sweep
-over K): they must be of one teacher's labels of the same views, and differ in which of them they keep, and how.
+One, as a rule. Several, where students of smaller caches are compared with those of the whole one (`softcache shrink`, a
+sweep over K): they must be of one teacher's labels of the same views, and differ in which of them they keep, and how.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ LABEL_POLICY_KEYS = ("labels", "codec")
 
 
 def find_caches(runs: Sequence[Run], urls: Sequence[str], missing: dict[str, str]) -> list[Cache]:
-    """Returns the caches of the runs, the one that keeps most classes first; none where none is there, which `missing` says.
+    """Returns the caches of the runs, the one that keeps most classes first; if none is found, adds the reason to `missing`.
 
     Args:
-        urls: where they are; none: where the runs' config says, beside it, and in the folders of sweeps.
+        urls: where they are; none: the config's location, `fused-*` next to it, and the folders of sweeps.
 
     Raises:
         CacheNotFoundError: there is none at a place that was given.
@@ -63,8 +63,8 @@ def _opened(runs: Sequence[Run], urls: Sequence[str]) -> list[Cache]:
     tried = list(urls)
     if not tried:
         for config in {run.config.root: run.config for run in runs}.values():
-            slimmed = sorted(config.root.glob("sweep*/caches/*"))
-            tried += [config.cache_url, *map(str, sorted(config.root.glob("fused-*"))), *map(str, slimmed)]
+            smaller = sorted(config.root.glob("sweep*/caches/*"))
+            tried += [config.cache_url, *map(str, sorted(config.root.glob("fused-*"))), *map(str, smaller)]
     found: list[Cache] = []
     for place in dict.fromkeys(tried):
         try:

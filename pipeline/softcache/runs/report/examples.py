@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from softcache.runs.report.load import Report
-from softcache.runs.report.metrics import agrees_with_teacher, failed
+from softcache.runs.report.metrics import agrees_with_teacher, misses_teacher
 from softcache.runs.report.predictions import Observed, Predictions
 
-__all__ = ["Example", "ExampleSet", "Names", "galleries"]
+__all__ = ["Example", "ExampleSet", "Names", "example_sets"]
 
 EXAMPLES = 12
 MAX_ROWS_PER_SAMPLE = 2
@@ -83,7 +83,7 @@ class Names:
         return str(self._report.data.train.source.class_names[number])  # type: ignore[union-attr]
 
     def unique(self, numbers: np.ndarray) -> list[str]:
-        """Returns a name of its own for each class: tokens that read alike are told apart by their number."""
+        """Returns a unique name for each class: tokens with the same text get their number appended."""
         found = [self[int(number)] for number in numbers]
         return [
             name if found.count(name) == 1 else f"{name} #{number}"
@@ -95,8 +95,8 @@ class Names:
         return str(self._tokenizer.decode([int(number) for number in numbers]))
 
 
-def galleries(report: Report, observed: Observed, names: Names) -> list[ExampleSet]:
-    """Returns two galleries for every student that learnt from a teacher."""
+def example_sets(report: Report, observed: Observed, names: Names) -> list[ExampleSet]:
+    """Returns two sets for every student that was trained on teacher labels."""
     if observed.teacher is None:
         return []
     taught = {run.name for run in report.runs if run.labels != "hard"}
@@ -104,7 +104,7 @@ def galleries(report: Report, observed: Observed, names: Names) -> list[ExampleS
     for student in observed.students:
         if student.name not in taught:
             continue
-        for kind, choose in (("follows", agrees_with_teacher), ("fails", failed)):
+        for kind, choose in (("follows", agrees_with_teacher), ("fails", misses_teacher)):
             rows = choose(observed.teacher.guess_P, student.guess_P, observed.targets_P)
             surest = rows[np.argsort(-observed.teacher.confidence_P[rows], kind="stable")]
             chosen = _few_of_each(surest, observed.sample_P)

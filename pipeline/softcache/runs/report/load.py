@@ -1,6 +1,6 @@
 """Finished runs, checked to be of one data set and one cache, and their students rebuilt from what the runs wrote.
 
-A run says what it is in config.json (digests) and every setting in resolved.json. Two runs are reported together only if
+A run's identity is in config.json (digests) and its settings in resolved.json. Two runs are reported together only if
 their source, views or tokenizer, held-out split and cache have the same digests, and these are what is on the disk now.
 """
 
@@ -29,7 +29,7 @@ from softcache.student.checkpoint import diff_settings
 from softcache.student.tasks import Task, TokenStudent
 from softcache.teacher.base import Teacher
 
-__all__ = ["Report", "Run", "open_report", "open_run", "partners"]
+__all__ = ["Report", "Run", "match_samples", "open_report", "open_run"]
 
 DATA_IDENTITY_KEYS = ("source", "views", "evaluation", "tokenizer", "cross_documents")
 
@@ -39,7 +39,7 @@ class Run:
     """A finished run.
 
     Attributes:
-        name: of the student and of what it learnt from; unique in a report.
+        name: of the student and its labels; unique in a report.
         identity: config.json.
         metrics: metrics.json.
     """
@@ -61,11 +61,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that a page is made of, opened and compared.
+    """Runs of one data set, opened and checked.
 
     Attributes:
-        cache: None where it is not there; `missing` then says so. Of several, the one that keeps most.
-        teacher: None where its weights are not there; `missing` then says so.
+        cache: None where it is not found; `missing` then has the reason. Of several, the one that keeps most.
+        teacher: None where its weights are not found; `missing` then has the reason.
         unfinished: directories without results, left out.
         missing: "cache" or "teacher" -> why it is not there.
         caches: of all runs, the one that keeps most first.
@@ -114,11 +114,11 @@ class Report:
 
 
 def open_report(paths: Sequence[str | Path], *, cache_url: str | Sequence[str] | None = None) -> Report:
-    """Returns what the runs are of, once they are known to be of the same.
+    """Returns the opened runs with their shared data, caches and teacher.
 
     Args:
         paths: directories of runs, or folders of such directories.
-        cache_url: where the cache is now, or the caches are; None: where the runs' config says.
+        cache_url: where the cache is now, or the caches are; None: the location in the runs' config.
 
     Raises:
         RunError: a path holds no finished run, one that cannot be read, or detectors.
@@ -126,7 +126,7 @@ def open_report(paths: Sequence[str | Path], *, cache_url: str | Sequence[str] |
     """
     folders, unfinished = _folders([Path(path) for path in paths])
     read = [_read(folder) for folder in folders]
-    _check_alike(read)
+    _check_same_identity(read)
     data = open_data(read[0].config)
     if data.train.kind == "cells":
         raise RunError(
@@ -138,13 +138,13 @@ def open_report(paths: Sequence[str | Path], *, cache_url: str | Sequence[str] |
     missing: dict[str, str] = {}
     urls = [cache_url] if isinstance(cache_url, str) else list(cache_url or ())
     caches = find_caches(read, urls, missing)
-    runs, cache = _named(read, caches), caches[0] if caches else None
+    runs, cache = _rename_unique(read, caches), caches[0] if caches else None
     teacher = _teacher(runs[0].config, data, cache, missing)
     return Report(runs, data, cache, teacher, unfinished, missing, caches)
 
 
-def _named(runs: list[Run], caches: list[Cache]) -> list[Run]:
-    """Gives each run a name of its own: with what its cache keeps, if there are several, and at last its directory."""
+def _rename_unique(runs: list[Run], caches: list[Cache]) -> list[Run]:
+    """Returns the runs with unique names: with the policy of the cache, if there are several, else with the directory."""
     if len(caches) > 1:
         kept = {cache.manifest_sha256: describe_policy(cache) for cache in caches}
         runs = [
@@ -160,7 +160,7 @@ def _named(runs: list[Run], caches: list[Cache]) -> list[Run]:
 
 
 def open_run(path: str | Path, *, cache_url: str | None = None) -> Report:
-    """Returns what one run is of: `open_report` of it alone.
+    """Returns a report of one run.
 
     Raises:
         RunError: there are several runs, or what `open_report` raises.
@@ -214,12 +214,12 @@ def _read(path: Path) -> Run:
             "one; neither report nor export is of such a student: name other runs"
         )
     student = config.student.model_copy(update={"context": identity.get("context")})
-    name = f"{identity['model']} ({metrics['labels']}{_reads(student)})"
+    name = f"{identity['model']} ({metrics['labels']}{_describe_input(student)})"
     return Run(path, name, config.model_copy(update={"student": student}), identity, metrics)
 
 
-def _reads(student: StudentSettings) -> str:
-    """Returns what a student reads where that is not what the teacher sees, as a part of a run's name."""
+def _describe_input(student: StudentSettings) -> str:
+    """Returns the student's input as a part of a run's name; empty where it is the teacher's."""
     source, views = student.source, student.views
     what = []
     if isinstance(source, BytesSettings):
@@ -231,7 +231,7 @@ def _reads(student: StudentSettings) -> str:
     return f", reads {' '.join(what)}" if what else ""
 
 
-def _check_alike(runs: list[Run]) -> None:
+def _check_same_identity(runs: list[Run]) -> None:
     first = runs[0]
     for run in runs[1:]:
         differing = [
@@ -274,12 +274,12 @@ def _teacher(config: RunConfig, data: Data, cache: Cache | None, missing: dict[s
     return teacher
 
 
-def partners(report: Report, run: Run, split: str) -> np.ndarray | None:
-    """Returns of each of the teacher's samples of a split the run's student's own; -1: it has none. None: they see the same.
+def match_samples(report: Report, run: Run, split: str) -> np.ndarray | None:
+    """Returns [N] int64, the student's sample for each of the teacher's samples of a split; -1: none. None: same data.
 
     Args:
-        split: "training" or "held-out". The pairing of the training split is that of the run; held-out samples are paired
-            by the same rule, and those without a partner are left out.
+        split: "training" or "held-out". The run's pairing for the training split; held-out samples are paired by the
+            same rule, and those without a match are left out.
 
     Raises:
         RunError: the student's held-out samples are not the teacher's.
@@ -294,5 +294,5 @@ def partners(report: Report, run: Run, split: str) -> np.ndarray | None:
         return pair_sources(report.data.evaluation.source, student.evaluation.source, rule).student_of
     except AlignmentError as error:
         raise RunError(
-            f"run {run.path}: its student's held-out samples cannot be laid beside the teacher's: {error}"
+            f"run {run.path}: its student's held-out samples cannot be matched with the teacher's: {error}"
         ) from error

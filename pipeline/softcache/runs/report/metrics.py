@@ -21,8 +21,8 @@ __all__ = [
     "calibration_error",
     "deciles",
     "entropies",
-    "failed",
     "kept_masses",
+    "misses_teacher",
     "reliability",
 ]
 
@@ -113,15 +113,15 @@ def by_class(values_P: np.ndarray, targets_P: np.ndarray, classes_C: np.ndarray)
 
 
 def agrees_with_teacher(teacher_P: np.ndarray, student_P: np.ndarray, targets_P: np.ndarray) -> np.ndarray:
-    """Returns the rows [n] on which the student says what the teacher says, and the label says otherwise."""
+    """Returns the rows [n] on which student and teacher predict the same class, which is not the label."""
     return np.flatnonzero((teacher_P == student_P) & (teacher_P != targets_P))
 
 
-def failed(teacher_P: np.ndarray, student_P: np.ndarray, targets_P: np.ndarray) -> np.ndarray:
+def misses_teacher(teacher_P: np.ndarray, student_P: np.ndarray, targets_P: np.ndarray) -> np.ndarray:
     """Returns the rows [n] on which the teacher is right and the student is not."""
     return np.flatnonzero((teacher_P == targets_P) & (student_P != targets_P))
 
 
 def break_even(num_views: int, epochs: float) -> int:
-    """Returns from how many students on a cache of so many views costs no more teacher passes than a live teacher."""
+    """Returns the number of students at which the cache needs no more teacher passes than an online teacher."""
     return max(1, math.ceil(num_views / epochs))

@@ -1,4 +1,4 @@
-"""The figures, drawn by plotly; each carries a sentence for who does not see it and a table for who prefers to read.
+"""The figures, drawn by plotly; each has a sentence for screen readers and a table.
 
 Colours and marks are given by student, the same in every figure: a colour of Okabe and Ito 2008, which the colour-blind can
 tell apart, for an architecture, or for a run where several are of one; a full line and disc for one taught from the cache, a
@@ -55,7 +55,7 @@ class Figure:
     """A figure and the same as a table.
 
     Attributes:
-        summary: a sentence that says what it shows.
+        summary: a sentence that describes it.
         plot: plotly's data and layout, ready for JSON; None: the table alone.
         columns, rows: the table; a row is (name of the student or None, cells).
         width: of the page, where there is room: "third", "half" or "whole".
@@ -109,7 +109,7 @@ class Styles:
         return self._of[name][0] if name in self._of else TEACHER
 
     def dash(self, name: str) -> str:
-        """Returns the kind of line: full from the cache, dotted on hard labels, broken beside the live teacher."""
+        """Returns the kind of line: full from the cache, dotted on ground truth, broken with an online teacher."""
         return DASHES[self._of[name][1]] if name in self._of else "solid"
 
     def line(self, name: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""What teacher and students say of the same rows: per row a few numbers, never all logits at once.
+"""Predictions of teacher and students on the same rows: a few numbers per row, never all logits at once.
 
-Where the teacher's weights are there, the rows are those of the held-out split. Where they are not, the teacher speaks
-through the cache, on rows of the training split: kept classes as stored, and the tail spread evenly over the rest.
+Where the teacher's weights are there, the rows are those of the held-out split. Where they are not,
+its probabilities come from the cache, on rows of the training split: kept classes as stored, and the tail spread evenly
+over the rest.
 
 Shape suffixes: `P` rows, `V` classes, `C` classes shown.
 """
@@ -18,19 +19,19 @@ import torch
 from softcache.errors import RunError
 from softcache.labels import SoftLabels
 from softcache.reader.cache import Cache
-from softcache.runs.report.load import Report, Run, partners
+from softcache.runs.report.load import Report, Run, match_samples
 from softcache.student.tasks import TokenStudent
 
 __all__ = ["Observed", "Predictions", "dense_log_probs", "observe"]
 
 MAX_ELEMENTS = 2**24  # of logits that are held at once
 MAX_CLASSES_SHOWN = 20
-TRAIN_SAMPLES = 2048  # of the training split, where the teacher speaks through the cache
+TRAIN_SAMPLES = 2048  # of the training split, where the teacher's probabilities come from the cache
 
 
 @dataclass
 class Predictions:
-    """What one model says of P rows.
+    """One model's predictions on P rows.
 
     Attributes:
         name: of the run, or "teacher".
@@ -51,7 +52,7 @@ class Predictions:
 
 @dataclass
 class Observed:
-    """Models beside each other on the rows of one split.
+    """Predictions of several models on the rows of one split.
 
     Attributes:
         split: "held-out" or "training".
@@ -83,7 +84,7 @@ def dense_log_probs(labels: SoftLabels) -> torch.Tensor:
 
 
 def observe(report: Report, *, split: str) -> Observed:
-    """Returns what the students, and on the held-out split the teacher, say of a split's rows.
+    """Returns the predictions of the students, and on the held-out split the teacher's, on a split's rows.
 
     Args:
         split: "held-out", or "training": the first rows, with the teacher as the cache has it.
@@ -109,9 +110,9 @@ def observe(report: Report, *, split: str) -> Observed:
         about.append((batch.targets.numpy(), sample_P, np.asarray(batch.positions)))
         with torch.inference_mode():
             teacher_PV = _teacher_log_probs(report, batch, part, split)
-            said = [("teacher", teacher_PV)] if teacher_PV is not None else []
-            said += [(student.name, student.log_probs(batch, part)) for student in students]
-            for name, log_p_PV in said:
+            models = [("teacher", teacher_PV)] if teacher_PV is not None else []
+            models += [(student.name, student.log_probs(batch, part)) for student in students]
+            for name, log_p_PV in models:
                 parts.setdefault(name, []).append(_facts(log_p_PV, teacher_PV, batch.targets, classes_C))
     targets_P, sample_P, position_P = (np.concatenate(column) for column in zip(*about, strict=True))
     found = {name: _merged(name, rows) for name, rows in parts.items()}
@@ -128,28 +129,28 @@ class _Student:
         self._task, self._model = report.student(run)
         own = report.data_of(run)
         self._own = own.evaluation if split == "held-out" else own.train
-        self.partners = partners(report, run, split)
+        self.matches = match_samples(report, run, split)
 
     def log_probs(self, batch: Any, samples: np.ndarray) -> torch.Tensor:
         """Returns log-probabilities of the rows of `samples`, of which `batch` is what the teacher sees."""
         if isinstance(self._model, TokenStudent):
             return self._model.logits(batch).log_softmax(1)
-        if self.partners is not None:
-            batch = self._own.load(self.partners[samples], 0, fingerprints=False)
+        if self.matches is not None:
+            batch = self._own.load(self.matches[samples], 0, fingerprints=False)
         found: torch.Tensor = self._task.logits(self._model, batch.images).log_softmax(1)
         return found
 
 
 def _samples(data: Any, split: str, students: list[_Student]) -> np.ndarray:
-    """Returns the samples that every student can be asked about.
+    """Returns the samples that every student has.
 
     Raises:
         RunError: there are none.
     """
     asked = np.ones(len(data), bool)
     for student in students:
-        if student.partners is not None:
-            asked &= student.partners >= 0
+        if student.matches is not None:
+            asked &= student.matches >= 0
     if not asked.any():
         raise RunError(
             f"{split} split: no sample of the teacher's is one of every student; report the runs apart"
@@ -201,7 +202,7 @@ def _facts(
     best = log_p_PV.max(1)
     kl_P = torch.zeros(len(log_p_PV))
     if teacher_PV is not None:
-        # A class that the teacher excludes adds nothing, whatever the student says of it.
+        # A class that the teacher excludes adds nothing, whatever the student's probability.
         kl_P = torch.where(teacher_PV > -torch.inf, teacher_PV.exp() * (teacher_PV - log_p_PV), 0.0).sum(1)
     own_P = log_p_PV.gather(1, targets[:, None])[:, 0]
     p_PC = log_p_PV[:, torch.from_numpy(classes_C)].exp()
@@ -214,7 +215,7 @@ def _merged(name: str, rows: list[tuple]) -> Predictions:
     *columns, sums, counts = zip(*rows, strict=True)
     if not all(np.isfinite(confidence).all() for confidence in columns[1]):
         raise RunError(
-            f"run {name}: its student gives logits that are no numbers on the held-out split; train it again with a lower "
+            f"run {name}: its student gives non-finite logits on the held-out split; train it again with a lower "
             "train.lr, or leave it out of the report"
         )
     similarity = np.sum(sums, axis=0) / np.maximum(np.sum(counts, axis=0), 1)[:, None]

@@ -1,4 +1,4 @@
-"""What students are and what they cost: at a glance, learning curves, calibration, teacher passes."""
+"""Sections on the students: overview, learning curves, calibration, teacher passes."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from softcache.student.tasks import TokenStudent
 
 __all__ = [
     "calibration_section",
+    "comparison_metric",
     "cost_section",
     "curves_section",
+    "format_metric",
     "glance_section",
-    "metric_of",
-    "shown_score",
 ]
 
 TIMED_RUNS, WARM_RUNS = 20, 3
 
 
-def metric_of(report: Report) -> tuple[str, str]:
+def comparison_metric(report: Report) -> tuple[str, str]:
     """Returns the number of metrics.json by which students are compared, and its name in words."""
     return (
         ("eval_loss", "held-out loss, nats per token")
@@ -70,10 +70,10 @@ def _latencies(report: Report) -> dict[str, float]:
 
 def _teacher_score(report: Report, held_out: Observed) -> float | None:
     if held_out.teacher is not None:
-        said = held_out.teacher
+        teacher = held_out.teacher
         if report.is_text:
-            return -float(said.target_log_prob_P.mean())
-        return float((said.guess_P == held_out.targets_P).mean())
+            return -float(teacher.target_log_prob_P.mean())
+        return float((teacher.guess_P == held_out.targets_P).mean())
     if report.cache is None:
         return None
     known = report.cache.manifest.teacher
@@ -96,8 +96,8 @@ def _teacher_seconds(report: Report) -> float | None:
     return float(json.loads(path.read_text())["seconds"])
 
 
-def shown_score(report: Report, value: float | None) -> str:
-    """Returns that number as tables show it."""
+def format_metric(report: Report, value: float | None) -> str:
+    """Returns the score as the tables show it."""
     if value is None:
         return "–"
     return f"{value:.4f}" if report.is_text else f"{100 * value:.2f}%"
@@ -105,7 +105,7 @@ def shown_score(report: Report, value: float | None) -> str:
 
 def glance_section(report: Report, styles: Styles, held_out: Observed) -> Section:
     """Students by score against size, latency and training time, with the teacher."""
-    metric, words = metric_of(report)
+    metric, words = comparison_metric(report)
     scores = {run.name: float(run.metrics[metric]) for run in report.runs}
     sizes = {run.name: float(run.metrics["num_parameters"]) for run in report.runs}
     latencies = _latencies(report)
@@ -119,14 +119,18 @@ def glance_section(report: Report, styles: Styles, held_out: Observed) -> Sectio
         ("training", "seconds of training", seconds, trained),
     ]
     for key, x, xs, of_teacher in what:
-        beside = {"teacher": of_teacher} if of_teacher is not None and teacher is not None else {}
+        marked = {"teacher": of_teacher} if of_teacher is not None and teacher is not None else {}
         ys = scores | ({"teacher": teacher} if teacher is not None else {})
         rows: Any = [
             (
                 None if name == "teacher" else name,
-                (name, f"{value:,.4g}" if key != "size" else f"{value:,.0f}", shown_score(report, ys[name])),
+                (
+                    name,
+                    f"{value:,.4g}" if key != "size" else f"{value:,.0f}",
+                    format_metric(report, ys[name]),
+                ),
             )
-            for name, value in (xs | beside).items()
+            for name, value in (xs | marked).items()
         ]
         section.figures.append(
             Figure(
@@ -134,7 +138,7 @@ def glance_section(report: Report, styles: Styles, held_out: Observed) -> Sectio
                 f"{words.split(',')[0].capitalize()} against {key}",
                 f"One mark per model: {words} against {x}. Full discs learnt from the cache, rings did not; the star is "
                 "the teacher.",
-                points(styles, xs | beside, ys, x=x, y=words, log=True),
+                points(styles, xs | marked, ys, x=x, y=words, log=True),
                 ("model", x, words),
                 rows,
             )
@@ -152,7 +156,7 @@ def glance_section(report: Report, styles: Styles, held_out: Observed) -> Sectio
 
 def _lead(report: Report, scores: dict[str, float]) -> str:
     best = (min if report.is_text else max)(scores, key=lambda name: scores[name])
-    lead = f"Best: {best}, {shown_score(report, scores[best])}."
+    lead = f"Best: {best}, {format_metric(report, scores[best])}."
     of: dict[tuple[str, str], list[float]] = {}
     for run in report.runs:
         of.setdefault((run.model, run.labels), []).append(scores[run.name])
@@ -165,19 +169,19 @@ def _lead(report: Report, scores: dict[str, float]) -> str:
         return (
             lead if not models else lead + " Where an architecture ran several times, its mean is compared."
         )
-    return lead + " One run each says nothing of the spread between seeds."
+    return lead + " One run each does not show the spread between seeds."
 
 
 def curves_section(report: Report, styles: Styles) -> Section:
     """The metric by epoch, and the training loss."""
-    metric, words = metric_of(report)
+    metric, words = comparison_metric(report)
     kinds = {
         "cache": "full lines learn from the cache",
         "hard": "dotted ones on hard labels",
-        "online": "broken ones beside the live teacher",
+        "online": "broken ones from an online teacher",
     }
-    told = ", ".join(kinds[labels] for labels in kinds if any(run.labels == labels for run in report.runs))
-    lead = f"{told[0].upper()}{told[1:]}."
+    legend = ", ".join(kinds[labels] for labels in kinds if any(run.labels == labels for run in report.runs))
+    lead = f"{legend[0].upper()}{legend[1:]}."
     section = Section("curves", "Learning curves", lead)
     for key, name, title in (("metric", metric, words), ("loss", "train_loss", "training loss, nats")):
         series = {
@@ -215,9 +219,9 @@ def curves_section(report: Report, styles: Styles) -> Section:
 
 def calibration_section(report: Report, styles: Styles, held_out: Observed) -> Section:
     """Reliability diagrams and expected calibration error."""
-    said = ([held_out.teacher] if held_out.teacher is not None else []) + held_out.students
+    models = ([held_out.teacher] if held_out.teacher is not None else []) + held_out.students
     series, weights, errors, rows = {}, {}, {}, []
-    for one in said:
+    for one in models:
         correct = one.guess_P == held_out.targets_P
         found = reliability(one.confidence_P, correct)
         series[one.name] = [b.confidence for b in found], [b.accuracy for b in found]
@@ -271,15 +275,15 @@ def cost_section(report: Report) -> Section:
     each = sum(epochs) / len(epochs)
     start = break_even(views, each)
     section.lead = (
-        f"The teacher went over the data {views} time{'s' * (views > 1)}; beside a live teacher these "
+        f"The teacher went over the data {views} time{'s' * (views > 1)}; with an online teacher these "
         f"{len(cached)} students would have asked for {sum(epochs)} passes. The cache pays from student {start} on."
     )
     xs = list(range(max(10, 2 * len(cached), 2 * start) + 1))
-    live, stored = [round(each * x, 3) for x in xs], [views] * len(xs)
+    online, stored = [round(each * x, 3) for x in xs], [views] * len(xs)
     styles = Styles(cached)
     plot = lines(
         styles,
-        {"live teacher": (xs, live), "cache": (xs, stored)},
+        {"online teacher": (xs, online), "cache": (xs, stored)},
         x="students",
         y="teacher passes over the data",
         marks=False,
@@ -292,10 +296,10 @@ def cost_section(report: Report) -> Section:
         Figure(
             "cost-passes",
             "Teacher passes by number of students",
-            f"With a live teacher every student asks for {each:g} passes; the cache asked for {views}, once.",
+            f"With an online teacher every student asks for {each:g} passes; the cache asked for {views}, once.",
             plot,
-            ("students", "live teacher", "cache"),
-            [(None, (x, f"{y:g}", views)) for x, y in zip(xs, live, strict=True)],
+            ("students", "online teacher", "cache"),
+            [(None, (x, f"{y:g}", views)) for x, y in zip(xs, online, strict=True)],
             width="whole",
         )
     )
@@ -308,8 +312,8 @@ def _translations_figure(report: Report, styles: Styles) -> Figure:
     scores = {run.name: [run.metrics.get(f"chrf_{one}") for one in languages] for run in report.runs}
     rows: list[Any] = []
     for run in report.runs:
-        told = [run.metrics.get(f"{score}_{one}") for score in ("chrf", "bleu") for one in languages]
-        rows.append((run.name, (run.name, *("–" if value is None else f"{value:.1f}" for value in told))))
+        values = [run.metrics.get(f"{score}_{one}") for score in ("chrf", "bleu") for one in languages]
+        rows.append((run.name, (run.name, *("–" if value is None else f"{value:.1f}" for value in values))))
     return Figure(
         "glance-translations",
         "Translations",

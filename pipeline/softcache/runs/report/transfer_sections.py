@@ -1,4 +1,4 @@
-"""What moved from teacher to students, and what was lost on the way."""
+"""Sections on the transfer: agreement of students with the teacher, and the accuracy they lose."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from softcache.runs.report.caches import describe_policy
-from softcache.runs.report.examples import Names, galleries
+from softcache.runs.report.examples import Names, example_sets
 from softcache.runs.report.load import Report
 from softcache.runs.report.metrics import by_class, by_decile, bytes_per_row, deciles, kept_masses
 from softcache.runs.report.plots import Figure, Section, Styles, bars, heat, lines, points
 from softcache.runs.report.predictions import Observed, Predictions
-from softcache.runs.report.student_sections import metric_of, shown_score
+from softcache.runs.report.student_sections import comparison_metric, format_metric
 
 __all__ = ["compression_section", "knowledge_section"]
 
@@ -34,7 +34,9 @@ def knowledge_section(
         return section
     section.lead = f"Teacher and students on the same {_where(observed)}."
     if why:
-        section.missing.append(f"The held-out split: {why}. The teacher speaks here through the cache.")
+        section.missing.append(
+            f"The held-out split: {why}. Here the teacher's probabilities come from the cache."
+        )
     decile_P = deciles(observed.teacher.confidence_P)
     teacher = observed.teacher
     agreement = {s.name: by_decile(s.guess_P == teacher.guess_P, decile_P) for s in observed.students}
@@ -54,12 +56,12 @@ def knowledge_section(
         )
     )
     shown = names.unique(observed.classes_C)
-    section.figures += [_similarity(one, shown) for one in _compared(report, observed)]
-    section.galleries = galleries(report, observed, names)
+    section.figures += [_similarity(one, shown) for one in _compared_models(report, observed)]
+    section.galleries = example_sets(report, observed, names)
     return section
 
 
-def _compared(report: Report, observed: Observed) -> list[Predictions]:
+def _compared_models(report: Report, observed: Observed) -> list[Predictions]:
     """The teacher, the student nearest to it, and the same architecture on hard labels."""
     assert observed.teacher is not None
     labels = {run.name: (run.model, run.labels) for run in report.runs}
@@ -70,7 +72,7 @@ def _compared(report: Report, observed: Observed) -> list[Predictions]:
 
 
 def _by_tenth(styles: Styles, values: dict[str, list[float | None]], key: str, title: str, y: str) -> Figure:
-    rows: list[Any] = [(name, (name, *map(_number, found))) for name, found in values.items()]
+    rows: list[Any] = [(name, (name, *map(_format_number, found))) for name, found in values.items()]
     return Figure(
         f"knowledge-{key}",
         title,
@@ -84,7 +86,7 @@ def _by_tenth(styles: Styles, values: dict[str, list[float | None]], key: str, t
     )
 
 
-def _number(value: float | None) -> str:
+def _format_number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
@@ -143,7 +145,7 @@ def compression_section(
                     styles, groups, found, x="class" if key == "class" else "tenth, 1 least sure", y="points"
                 ),
                 ("student", *groups),
-                [(name, (name, *map(_points, values))) for name, values in found.items()],
+                [(name, (name, *map(_format_points, values))) for name, values in found.items()],
                 width="whole",
             )
         )
@@ -152,23 +154,23 @@ def compression_section(
 
 def _by_bytes(report: Report, styles: Styles) -> Figure:
     """Each student's score against the bytes of a row of its cache: what keeping less costs."""
-    metric, words = metric_of(report)
+    metric, words = comparison_metric(report)
     caches = [(run, cache) for run in report.runs if (cache := report.cache_of(run)) is not None]
     sizes = {run.name: sum(bytes_per_row(cache).values()) for run, cache in caches}
     scores = {run.name: float(run.metrics[metric]) for run, _ in caches}
     masses = {cache.url: float(kept_masses(cache)[1.0].mean()) for cache in report.caches}
     rows: list[Any] = []
     for run, cache in sorted(caches, key=lambda pair: (sizes[pair[0].name], pair[0].name)):
-        told = (
+        shown = (
             f"{sizes[run.name]:.1f}",
             f"{100 * masses[cache.url]:.2f}%",
-            shown_score(report, scores[run.name]),
+            format_metric(report, scores[run.name]),
         )
-        rows.append((run.name, (run.name, describe_policy(cache), *told)))
+        rows.append((run.name, (run.name, describe_policy(cache), *shown)))
     return Figure(
         "compression-bytes",
         "By what a cache keeps",
-        f"{words} of each cache's students against the stored bytes of a row. One run each says nothing of the spread.",
+        f"{words} of each cache's students against the stored bytes of a row. One run each does not show the spread.",
         points(styles, sizes, scores, x="bytes a row", y=words, log=False),
         ("student", "the cache keeps", "bytes a row", "mass kept at T = 1", words),
         rows,
@@ -176,5 +178,5 @@ def _by_bytes(report: Report, styles: Styles) -> Figure:
     )
 
 
-def _points(value: float | None) -> str:
+def _format_points(value: float | None) -> str:
     return "–" if value is None or np.isnan(value) else f"{value:+.1f}"

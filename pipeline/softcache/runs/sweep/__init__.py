@@ -1,4 +1,4 @@
-"""Many trials of one student's settings from one cache, as an Optuna study: searched, shared, pruned, told.
+"""Many trials of one student's settings from one cache, as an Optuna study that several processes share.
 
 A trial does what `softcache train-student` does: a sweep only chooses the settings, and where the run goes.
 """

@@ -1,9 +1,9 @@
-"""What a sweep cost from the cache, and what it would have cost beside the live teacher.
+"""The cost of a sweep from the cache, and of the same sweep with an online teacher.
 
     measured     seconds of every trial, as it ran
-                 seconds of an epoch of one trial's settings from the cache, and beside the live teacher (labels = "online"):
+                 seconds of an epoch of one trial's settings from the cache, and with an online teacher (labels = "online"):
                  the two in turns, the fastest epoch of each, which is the one that was disturbed least
-    multiplied   difference of the two epochs x epochs of all trials = what the live teacher would have added
+    multiplied   difference of the two epochs x epochs of all trials = what an online teacher would have added
                  difference of the two epochs x views of the cache   = what the one teacher pass took
 
 The teacher's time depends on the batch, not on the student, so one trial's difference serves for all.
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from softcache.runs import open_teacher, teacher_is_missing, train_student
-from softcache.runs.sweep.results import best_of, ranked
+from softcache.runs.sweep.results import best_trial, ranked_trials
 from softcache.runs.sweep.run import Sweep
 from softcache.runs.sweep.space import candidate
 
-__all__ = ["Cost", "measure_cost", "why_unmeasured"]
+__all__ = ["Cost", "measure_cost", "unmeasured_reason"]
 
 EPOCHS = 3  # of each measured run, at most; the first, which opens and compiles, does not count
 ROUNDS = 3  # at most; and no more epochs from either than a trial has
@@ -37,7 +37,7 @@ class Cost(NamedTuple):
         cached_seconds: of all trials, from the cache; measured.
         cached_epoch_seconds, online_epoch_seconds: of one epoch of the best trial's settings; measured.
         teacher_pass_seconds: of filling the cache; multiplied.
-        online_seconds: of all trials beside the live teacher; multiplied.
+        online_seconds: of all trials with an online teacher; multiplied.
     """
 
     trials: int
@@ -59,8 +59,8 @@ class Cost(NamedTuple):
         return self.online_seconds / (self.cached_seconds + self.teacher_pass_seconds)
 
 
-def why_unmeasured(sweep: Sweep) -> str | None:
-    """Returns why there is no live teacher to measure; None if there is one."""
+def unmeasured_reason(sweep: Sweep) -> str | None:
+    """Returns the reason why no online teacher can be measured; None if one can."""
     config, cache = sweep.bench.config, sweep.bench.cache
     if cache.manifest.identity["labels"]["policy"] == "imported":
         return "the labels were imported"
@@ -74,15 +74,15 @@ def why_unmeasured(sweep: Sweep) -> str | None:
 
 
 def measure_cost(sweep: Sweep) -> Cost:
-    """Trains the best trial's settings for a few epochs from the cache and beside the live teacher.
+    """Trains the best trial's settings for a few epochs from the cache and with an online teacher.
 
     Raises:
         RunError: no trial is finished.
         SoftcacheError: the teacher cannot be loaded.
     """
     bench = sweep.bench
-    trained = [r for r in ranked(sweep) if r.state in ("complete", "pruned") and r.same_as is None]
-    params = best_of(sweep).params
+    trained = [r for r in ranked_trials(sweep) if r.state in ("complete", "pruned") and r.same_as is None]
+    params = best_trial(sweep).params
     teacher = open_teacher(bench.config, bench.data)
     kinds: dict[str, dict[str, Any]] = {
         "cache": {"cache": bench.cache_of(params)},

@@ -1,7 +1,7 @@
 """Two figures of a sweep: how much each parameter matters, and the metric over temperature and alpha.
 
 Importance is Optuna's (fANOVA): the share of the metric's variance, over the finished trials, that a parameter explains. The
-surface is linear between the finished trials and says nothing outside of them; it is a projection, the other parameters
+surface is linear between the finished trials and empty outside of them; it is a projection, the other parameters
 vary, too.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.config.sweep import SEARCH_PARAMETERS, Range
-from softcache.runs.sweep.results import Result, ranked
+from softcache.runs.sweep.results import Result, ranked_trials
 from softcache.runs.sweep.run import Sweep
 from softcache.runs.sweep.space import Space
 from softcache.runs.sweep.study import load_optuna
@@ -30,8 +30,8 @@ STYLE: Any = {
 
 
 def importances(sweep: Sweep) -> dict[str, float] | None:
-    """Returns each parameter's share of the metric's variance; None where too few trials, or equal ones, tell it."""
-    values = [result.value for result in ranked(sweep) if result.state == "complete"]
+    """Returns each parameter's share of the metric's variance; None for too few, or equal, values."""
+    values = [result.value for result in ranked_trials(sweep) if result.state == "complete"]
     if len(values) < MIN_TRIALS_FOR_IMPORTANCE or len(set(values)) < 2:
         return None
     optuna = load_optuna()
@@ -41,7 +41,7 @@ def importances(sweep: Sweep) -> dict[str, float] | None:
 
 
 def draw_importance(sweep: Sweep, out: Path) -> list[Path]:
-    """Writes importance.png and .svg; returns their paths, none where there is nothing to tell."""
+    """Writes importance.png and .svg; returns their paths, none where there is nothing to draw."""
     found = importances(sweep)
     if found is None:
         return []
@@ -59,7 +59,7 @@ def draw_importance(sweep: Sweep, out: Path) -> list[Path]:
 
 def draw_surface(sweep: Sweep, out: Path) -> list[Path]:
     """Writes surface.png and .svg; returns their paths, none where temperature or alpha has one value only."""
-    finished = [result for result in ranked(sweep) if result.state == "complete"]
+    finished = [result for result in ranked_trials(sweep) if result.state == "complete"]
     pairs = {(r.params.get("temperature"), r.params.get("alpha")) for r in finished}
     if not {"temperature", "alpha"} <= sweep.space.keys() or len(pairs) < MIN_TRIALS_FOR_IMPORTANCE:
         return []
@@ -101,7 +101,7 @@ def _draw_points(figure: Any, axes: Any, sweep: Sweep, finished: list[Result]) -
         axes.tricontourf(triangles, mean, levels=12, alpha=0.55, **limits)
     drawn = axes.scatter(T, alpha, c=value, edgecolors="black", linewidths=0.5, s=26, zorder=3, **limits)
     figure.colorbar(drawn, label=sweep.bench.metric)
-    pruned = [r for r in ranked(sweep) if r.state == "pruned"]
+    pruned = [r for r in ranked_trials(sweep) if r.state == "pruned"]
     axes.scatter(
         [r.params["temperature"] for r in pruned],
         [r.params["alpha"] for r in pruned],

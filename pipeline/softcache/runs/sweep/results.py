@@ -1,7 +1,7 @@
-"""What a sweep found: its trials in order, the best one as a config, and the same settings under other seeds.
+"""Results of a sweep: the ranked trials, the best one as a config, and repeats with other seeds.
 
-The trials are compared by the held-out samples, each with one seed: the best of many is partly the luckiest. `repeats`
-trains the best ones again with other seeds, beside the config as it was.
+The trials are compared by the held-out samples, each with one seed: the best of many is partly the luckiest. `repeat_best`
+trains the best ones again with other seeds, together with the config's own settings.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from softcache.errors import MissingExtraError, RunError
 from softcache.runs.sweep.run import Sweep
 from softcache.runs.sweep.space import baseline_params, candidate
 
-__all__ = ["Repeated", "Result", "best_of", "ranked", "repeats", "write_best", "write_json"]
+__all__ = ["Repeated", "Result", "best_trial", "ranked_trials", "repeat_best", "write_best", "write_json"]
 
 STATES = ("complete", "pruned", "running", "fail", "waiting")
 
 
 class Result(NamedTuple):
-    """A trial, as it is told.
+    """A trial, as tables and sweep.json show it.
 
     Attributes:
         value: the metric at its end; of a pruned trial, after its last epoch; None if it has none.
@@ -58,7 +58,7 @@ class Repeated(NamedTuple):
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
 
-def ranked(sweep: Sweep) -> list[Result]:
+def ranked_trials(sweep: Sweep) -> list[Result]:
     """Returns all trials: the finished ones best first, then the pruned, then the rest."""
     results = []
     for trial in sweep.study.trials():
@@ -86,13 +86,13 @@ def ranked(sweep: Sweep) -> list[Result]:
     return sorted(results, key=order)
 
 
-def best_of(sweep: Sweep) -> Result:
+def best_trial(sweep: Sweep) -> Result:
     """Returns the best finished trial.
 
     Raises:
         RunError: none is finished.
     """
-    first = next(iter(ranked(sweep)), None)
+    first = next(iter(ranked_trials(sweep)), None)
     if first is None or first.state != "complete":
         raise RunError(
             f"sweep {sweep.bench.path}: no trial is finished; run `softcache sweep` with more --trials, or with "
@@ -111,7 +111,7 @@ def write_best(sweep: Sweep) -> Path:
         import tomli_w
     except ImportError as error:
         raise MissingExtraError("sweep: tomli-w is not installed; pip install 'softcache[sweep]'") from error
-    best, bench = best_of(sweep), sweep.bench
+    best, bench = best_trial(sweep), sweep.bench
     settings = candidate(bench.config, best.params, bench.cache)
     # The cache is named: a [fusion] table would ask for one of other caches.
     tables = settings.model_dump(exclude_unset=True, exclude_none=True, exclude={"fusion"})
@@ -125,9 +125,14 @@ def write_best(sweep: Sweep) -> Path:
 def write_json(sweep: Sweep, found: dict[str, Any]) -> Path:
     """Writes OUT/sweep.json: all trials, and what else was found; returns its path."""
     path = sweep.bench.path / "sweep.json"
-    trials = [result._asdict() for result in ranked(sweep)]
-    told = {"metric": sweep.bench.metric, "larger_is_better": sweep.bench.maximize, "trials": trials, **found}
-    _replace(path, json.dumps(told, indent=2) + "\n")
+    trials = [result._asdict() for result in ranked_trials(sweep)]
+    content = {
+        "metric": sweep.bench.metric,
+        "larger_is_better": sweep.bench.maximize,
+        "trials": trials,
+        **found,
+    }
+    _replace(path, json.dumps(content, indent=2) + "\n")
     return path
 
 
@@ -137,7 +142,7 @@ def _replace(path: Path, text: str) -> None:
     staged.replace(path)
 
 
-def repeats(sweep: Sweep, *, seeds: int, best: int = 3) -> list[Repeated]:
+def repeat_best(sweep: Sweep, *, seeds: int, best: int = 3) -> list[Repeated]:
     """Trains the best trials' settings, and the config's own, with other seeds than the sweep's; best mean first.
 
     Args:
@@ -145,7 +150,7 @@ def repeats(sweep: Sweep, *, seeds: int, best: int = 3) -> list[Repeated]:
         best: how many trials.
     """
     bench = sweep.bench
-    finished = [r for r in ranked(sweep) if r.state == "complete" and r.same_as is None][:best]
+    finished = [r for r in ranked_trials(sweep) if r.state == "complete" and r.same_as is None][:best]
     own = baseline_params(bench.config, sweep.space, bench.cache)
     chosen: list[tuple[int | None, dict[str, Any]]] = [(r.number, r.params) for r in finished]
     if all(params != own for _, params in chosen):

@@ -1,8 +1,8 @@
-"""A sweep from its config to its finished trials, by this process and as many more of this machine as are asked for.
+"""A sweep from its config to its finished trials, by this process and the further ones of `--workers`.
 
     check the space; join the study in the folder; start the other processes
     until nothing is left to take: take a trial, run it
-    wait for what other processes run, and take over what a dead one leaves
+    wait for what other processes run, and take over the trials of crashed ones
 
 Any other process that is started on the same folder, by hand or on a machine that shares it, works on the same trials.
 """
@@ -129,7 +129,7 @@ def _work(sweep: Sweep, trials: int, wanted: Callable[[], bool] = lambda: True) 
     while wanted() and (turn := sweep.study.take(trials)) is not None:
         number = turn.trial.number
         again = turn.trial.user_attrs.get("retry_of")
-        goes_on = "" if again is None else f" (goes on where trial {again} died)"
+        goes_on = "" if again is None else f" (resumes trial {again}, whose process died)"
         log_info(f"trial {number}: {format_params(turn.trial.params)}{goes_on}")
         run_trial(sweep.bench, sweep.study, turn)
         done = sweep.study.trials()[number]
@@ -151,9 +151,9 @@ def _others(
     threads = max(1, torch.get_num_threads() // workers)
     others: list[BaseProcess] = []
     for number in range(1, workers):
-        told = path / "workers" / f"{number}.txt"
+        log = path / "workers" / f"{number}.txt"
         other: BaseProcess = context.Process(
-            target=_worker, args=(config, url, path, trials, threads, told), daemon=False
+            target=_worker, args=(config, url, path, trials, threads, log), daemon=False
         )
         other.start()
         others.append(other)
@@ -171,10 +171,10 @@ def _others(
             other.join()
 
 
-def _worker(config: RunConfig, url: str, path: Path, trials: int, threads: int, told: Path) -> None:
-    """A process of `--workers`: what it says goes to a file, so that progress of several does not mix."""
-    told.parent.mkdir(parents=True, exist_ok=True)
-    sys.stderr = told.open("a", buffering=1)
+def _worker(config: RunConfig, url: str, path: Path, trials: int, threads: int, log: Path) -> None:
+    """A process of `--workers`; its stderr goes to a file, so that progress of several does not mix."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stderr = log.open("a", buffering=1)
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -195,9 +195,9 @@ def _raise_failures(others: list[BaseProcess], path: Path) -> None:
     for number, other in enumerate(others, start=1):
         if other.exitcode is None or other.exitcode <= 0 or other.exitcode in INTERRUPTED_EXIT_CODES:
             continue
-        told = path / "workers" / f"{number}.txt"
-        lines = told.read_text().strip().splitlines() if told.exists() else []
+        log = path / "workers" / f"{number}.txt"
+        lines = log.read_text().strip().splitlines() if log.exists() else []
         raise RunError(
-            f"sweep {path}: worker {number} ended with exit code {other.exitcode}: {lines[-1] if lines else 'no word'}; "
-            f"all that it said is in {told}; what is finished is kept, and the same command goes on"
+            f"sweep {path}: worker {number} ended with exit code {other.exitcode}: {lines[-1] if lines else 'no output'}; "
+            f"its output is in {log}; finished trials are kept, and the same command goes on"
         )

@@ -16,7 +16,7 @@ from softcache.errors import ConfigError, LabelError, SoftcacheError
 from softcache.losses.registry import PARAMETERS
 from softcache.modalities import Data, DetectionData
 from softcache.reader.cache import Cache
-from softcache.tools.shrink import SlimSettings, slim_manifest
+from softcache.tools.shrink import ShrinkSettings, shrink_manifest
 
 __all__ = [
     "Space",
@@ -92,17 +92,17 @@ def baseline_params(config: RunConfig, space: Space, cache: Cache) -> dict[str, 
         "student": config.student.model,
     }
     own = {name: values[name] for name in space}
-    return own if all(_holds(axis, own[name]) for name, axis in space.items()) else None
+    return own if all(_contains(axis, own[name]) for name, axis in space.items()) else None
 
 
-def _holds(axis: Axis, value: Any) -> bool:
+def _contains(axis: Axis, value: Any) -> bool:
     if isinstance(axis, Range):
         return axis.low <= value <= axis.high
     return value in axis
 
 
 def default_space(config: RunConfig, data: Data, cache: Cache) -> Space:
-    """Returns what is tried where the config says nothing: every parameter that the cache leaves open.
+    """Returns the default search space: every parameter that the cache leaves open.
 
     Temperature 1 to 8 and alpha 0.1 to 1; three or four losses; K, a half and a quarter of it; the learning rate up and
     down by a factor of three; the architectures of student.models, where the config names them.
@@ -162,4 +162,4 @@ def _check_kept(k: int, cache: Cache) -> None:
             "a larger labels.k"
         )
     if k < num_kept_classes(cache):
-        slim_manifest(cache, SlimSettings(k=k))
+        shrink_manifest(cache, ShrinkSettings(k=k))

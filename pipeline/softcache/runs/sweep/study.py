@@ -1,14 +1,14 @@
-"""The study that all processes of a sweep share: which trials there are, who runs them, and whose turn is next.
+"""The study that all processes of a sweep share: its trials, which process runs them, and which trial is next.
 
     OUT/config.json        what is swept; a folder with another sweep is refused
     OUT/study.db           Optuna's SQLite storage
     OUT/study.lock         held while a process looks at the trials and takes the next one
     OUT/workers/ID.lock    held by a process as long as it lives
 
-Taking a trial is one step under the study's lock: mark the trials of dead processes as failed and queue their settings
-again, count, ask the sampler, write down whose trial it is. So there are never more trials than were asked for, and a trial
-without a living process is known to be dead at once, without a heartbeat. The sampler's random numbers are a function of
-(seed, number of the trial): one process that is stopped and started draws what it would have drawn.
+Claiming a trial is one step under the study's lock: mark the trials of crashed processes as failed and queue their
+settings again, count, ask the sampler, record the process of the trial. So there are never more trials than requested, and
+a crashed trial is detected at once, without a heartbeat. The sampler's random numbers are a function of (seed, number of
+the trial): a process that is stopped and restarted draws the same.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class SharedStudy:
         assert self._worker is not None, "only within `worker`"
         states = self._optuna.trial.TrialState
         with held(self.path / "study.lock"):
-            self._bury()
+            self._requeue_orphans()
             trials = self.trials()
             if (
                 sum(trial.state in (states.COMPLETE, states.PRUNED, states.RUNNING) for trial in trials)
@@ -173,8 +173,8 @@ class SharedStudy:
         worker = trial.user_attrs.get("worker")
         return worker is not None and is_held(self.path / "workers" / f"{worker}.lock")
 
-    def _bury(self) -> None:
-        """Marks the trials of dead processes as failed, and queues their settings again; under the study's lock."""
+    def _requeue_orphans(self) -> None:
+        """Marks the trials of crashed processes as failed, and queues their settings again; under the study's lock."""
         states = self._optuna.trial.TrialState
         for trial in self.trials():
             if trial.state != states.RUNNING or self._lives(trial):
@@ -187,18 +187,18 @@ class SharedStudy:
                 and retries < RETRIES
                 and "place" in trial.user_attrs
             ):
-                told = {
+                attributes = {
                     "place": trial.user_attrs["place"],
                     "retry_of": trial.number,
                     "retries": retries + 1,
                     "reported": {str(step): value for step, value in trial.intermediate_values.items()},
                 }
-                self._study.enqueue_trial(trial.params, user_attrs=told)
+                self._study.enqueue_trial(trial.params, user_attrs=attributes)
 
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Says which file is at fault if what a sweep keeps cannot be read."""
+    """Names the unreadable file of a sweep in the error."""
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
@@ -231,5 +231,5 @@ def _check_identity(stored: Path, identity: dict[str, Any]) -> None:
     if differing := diff_settings(json.loads(stored.read_text()), identity):
         raise RunError(
             f"sweep {stored.parent}: holds another sweep (there; this one): {'; '.join(differing)}; choose another "
-            "--out, or remove the old sweep if nobody needs it"
+            "--out, or remove the old sweep if it is not needed"
         )

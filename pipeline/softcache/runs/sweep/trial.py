@@ -1,6 +1,6 @@
-"""One trial: an ordinary student run in a directory of its own, watched after every epoch, and ended early if it is bad.
+"""One trial: an ordinary student run in a directory of its own, evaluated after every epoch, and pruned early if it is bad.
 
-The run's directory is OUT/trials/NUMBER; its cache is the sweep's, or one that was slimmed from it to fewer classes, made
+The run's directory is OUT/trials/NUMBER; its cache is the sweep's, or one that was shrunk from it to fewer classes, made
 once under OUT/caches and shared by all trials. A trial that is pruned leaves its checkpoint, as one that was interrupted.
 """
 
@@ -21,14 +21,14 @@ from softcache.runs import train_student
 from softcache.runs.sweep.space import candidate, num_kept_classes
 from softcache.runs.sweep.study import ClaimedTrial, SharedStudy, load_optuna
 from softcache.runtime.logging import log_info
-from softcache.tools.shrink import SlimSettings, slim_cache
+from softcache.tools.shrink import ShrinkSettings, shrink_cache
 
 __all__ = ["TrialContext", "run_trial"]
 
 
 @dataclass
 class TrialContext:
-    """What all trials of a process share.
+    """The settings, data and cache that all trials of a process share.
 
     Attributes:
         config: what the sweep starts from.
@@ -45,18 +45,18 @@ class TrialContext:
     path: Path
     metric: str
     maximize: bool
-    _slim: dict[int, Cache] = field(default_factory=dict)
+    _smaller: dict[int, Cache] = field(default_factory=dict)
 
     def cache_of(self, params: dict[str, Any]) -> Cache:
-        """Returns the cache with as many classes as the trial wants; slimmed if nobody has done it yet."""
+        """Returns the cache with the trial's number of classes; shrunk from the given one if it does not exist yet."""
         k = params.get("k", num_kept_classes(self.cache))
         if k == num_kept_classes(self.cache):
             return self.cache
-        if k not in self._slim:
+        if k not in self._smaller:
             url = str(self.path / "caches" / f"k-{k}")
-            slim_cache(self.cache, url, SlimSettings(k=k))
-            self._slim[k] = self.config.reader.open_cache(url)
-        return self._slim[k]
+            shrink_cache(self.cache, url, ShrinkSettings(k=k))
+            self._smaller[k] = self.config.reader.open_cache(url)
+        return self._smaller[k]
 
     def train(
         self,
@@ -82,7 +82,7 @@ class TrialContext:
 
 
 def run_trial(bench: TrialContext, study: SharedStudy, turn: ClaimedTrial) -> None:
-    """Runs a trial to its end, its pruning or an error, and tells the study.
+    """Runs a trial to its end, its pruning or an error, and reports to the study.
 
     Raises:
         SoftcacheError: the run could not be made; the trial is marked as failed.
@@ -91,7 +91,7 @@ def run_trial(bench: TrialContext, study: SharedStudy, turn: ClaimedTrial) -> No
     states = optuna.trial.TrialState
     trial, tell = turn.trial, study.optuna_study.tell
     if turn.twin is not None:
-        _tell_twin(study, turn)
+        _report_twin(study, turn)
         return
     seen = {int(step): value for step, value in trial.user_attrs.get("reported", {}).items()}
     for step, value in seen.items():
@@ -113,8 +113,8 @@ def run_trial(bench: TrialContext, study: SharedStudy, turn: ClaimedTrial) -> No
         tell(trial, state=states.PRUNED)
         return
     except Exception as error:
-        told = str(error) if isinstance(error, SoftcacheError) else f"{type(error).__name__}: {error}"
-        trial.set_user_attr("error", told)
+        message = str(error) if isinstance(error, SoftcacheError) else f"{type(error).__name__}: {error}"
+        trial.set_user_attr("error", message)
         tell(trial, state=states.FAIL)
         raise
     for row in metrics["history"]:  # those of a run that was finished before its trial was
@@ -129,7 +129,7 @@ def _note(trial: Any, found: dict[str, Any]) -> None:
         trial.set_user_attr(name, value)
 
 
-def _tell_twin(study: SharedStudy, turn: ClaimedTrial) -> None:
+def _report_twin(study: SharedStudy, turn: ClaimedTrial) -> None:
     """Gives a trial the result of an earlier one with the same settings, seed included."""
     twin, trial = turn.twin, turn.trial
     assert twin is not None

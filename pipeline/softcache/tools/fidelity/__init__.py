@@ -1,8 +1,8 @@
-"""How much of its teacher a cache holds, and what other label policies and codecs would hold in how many bytes.
+"""Fidelity of a cache to its teacher, and of other label policies and codecs by their bytes.
 
 teacher_logits.py   the teacher again, on random rows of a cache
 reference.py        the teacher's distributions at one temperature, and their sums
-metrics.py          a record against the truth: divergences, the tail, the gradient that a student would see
+metrics.py          soft labels against the reference: divergences, the tail, the gradient that a student would see
 frontier.py         records of every policy and codec, made of the same logits: bytes against error
 plot.py             the frontier as a figure
 report.py           the figures of a cache, together

@@ -2,13 +2,13 @@
 
 Nothing is written: the label columns of the rows go through the Zarr store's own encoder, in one chunk, and come back
 through the codec. A chunk of fewer rows compresses less well: against chunks of 2,048, 512 rows overstate codec open by 1%
-and packed by 10% (V = 4,096, K = 64), 2,048 by nothing. What a cache has beside the labels (fingerprints, positions) costs
-the same whatever the policy; it is added as the caller says.
+and packed by 10% (V = 4,096, K = 64), 2,048 by nothing. The other columns of a cache (fingerprints, positions) cost the same
+whatever the policy; the caller passes their bytes.
 
 With the 512 rows of V = 4,096 and two temperatures all 96 points take 15 seconds of one core.
 
 Drawn records are made `DRAWS` times, from different seeds. What their errors have in common is bias, what they have not is
-noise; with so few draws a bias below a third of the noise cannot be told from none.
+noise; with so few draws a bias below a third of the noise cannot be distinguished from none.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Point:
         policy: as in `[labels]`.
         codec: "open float16", "open float32" or "packed 1/32".
         k, p, draws, proposal_exponent: of the policy; None where it does not read them.
-        bytes_per_position: of a column and in total, with what is stored beside the labels.
+        bytes_per_position: of a column and in total, with the columns other than labels.
         temperatures: the means by temperature: `kl_nats` and `bucket_kl_nats` (None of drawn records), `gradient_error`
             and of drawn records its two parts `gradient_bias` and `gradient_noise`; all relative to the true gradient.
     """
@@ -114,7 +114,7 @@ def frontier(
     Args:
         manifest: of the cache; its grid and its chunks are used.
         temperatures: at which to measure. Draws are made for the first of them: from p^(1/T), T being the grid's nearest.
-        other_bytes: that a position takes beside its labels.
+        other_bytes: of a position's columns other than labels.
         progress: called with a number of points.
     """
     grid = tuple(manifest.codec["temperatures"])
@@ -137,7 +137,7 @@ def frontier(
                 drawn[settings] = _draw_errors(rerun, settings, truths)
         codec = makers[point.codec](k=labels.k, sampling=labels.sampling)
         columns = codec.encode(labels.to_numpy())
-        size = encoded_bytes(columns, codec, manifest) | {"beside the labels": other_bytes}
+        size = encoded_bytes(columns, codec, manifest) | {"other columns": other_bytes}
         found: dict[str, dict[str, float | None]]
         if point.draws is None:
             stored = codec.decode(columns).to_torch()

@@ -1,8 +1,8 @@
-"""A record against the truth, row by row: divergences, the tail's mass, and the gradient that a student would see.
+"""Soft labels against the reference, row by row: divergences, the tail's mass, and the gradient that a student would see.
 
 Shape suffixes: `P` positions, `V` classes, `K` slots.
 
-With p the truth and q what the record says, at one temperature:
+With p the reference and q the distribution of the record, at one temperature:
 
     kl          KL(p || q), q spreading the tail's mass evenly over the dropped classes: how far the record is from the
                 teacher for someone who needs a whole distribution
@@ -14,7 +14,7 @@ With p the truth and q what the record says, at one temperature:
                 (s_tail - q_tail) s_j / s_tail. Of drawn classes W s_j - w_j q_j, w_j being their weights, W = sum w_j q_j
 
 The gradient is the one measure that fits both kinds of record: a cut record errs the same way every time it is seen, a
-drawn one by chance and on average not at all, so its divergence says nothing.
+drawn one by chance and on average not at all, so its divergence is not reported.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def measure(labels: SoftLabels, truth: ReferenceDistribution) -> dict[str, Tenso
 
 
 def _softened(labels: SoftLabels, truth: ReferenceDistribution) -> SoftenedLabels:
-    """The record at T in float64, so that what is measured is its own rounding and not ours."""
+    """The record at T in float64, so that what is measured is its own rounding and not this module's."""
     wide = labels.map_arrays(lambda x: x.double() if x.is_floating_point() else x.long())
     return wide.at_temperature(truth.temperature)
 

@@ -22,7 +22,7 @@ _CHUNK_ELEMENTS = 2**22
 
 
 class ReferenceDistribution:
-    """P distributions over V classes, softened to T, and a student's beside them.
+    """P distributions over V classes, softened to T, and a student's for the gradient.
 
     Attributes:
         temperature: T.

@@ -1,4 +1,4 @@
-"""The teacher again, on random rows of a cache: its logits beside what the cache says of them.
+"""Reruns the teacher on random rows of a cache: its logits together with the cached labels.
 
 The rows are drawn sample by sample, at most `ROWS_PER_SAMPLE` of each, since a language model's backbone runs over a
 whole sample for any one of its rows; its head runs on the chosen rows alone. The logits of all rows are held at once:
@@ -30,7 +30,7 @@ ROWS_PER_SAMPLE = 8
 
 @dataclass(frozen=True, eq=False)
 class Rerun:
-    """P rows of a cache and what the teacher says of them now; all on the CPU.
+    """P rows of a cache with the teacher's logits from a fresh run; all on the CPU.
 
     Attributes:
         logits_PV: [P, V] float32.
@@ -100,7 +100,7 @@ def rerun_teacher(
 def check_teacher(cache: Cache, teacher: Teacher) -> None:
     """Raises IdentityError unless this very teacher, in this dtype, made the cache.
 
-    Imported labels name a teacher whose weights nobody has seen; they are taken at their word.
+    Imported labels name a teacher of unknown weights; they are not checked.
     """
     there = cache.manifest.identity["teacher"]
     if str(there["spec"]).startswith("imported:"):

@@ -1,4 +1,4 @@
-"""What each teacher says of every class that any of them kept, and what its tail is without them.
+"""Aligns several teachers on the union of their kept classes, with estimates where a class was dropped.
 
 Shape suffixes: `M` teachers, `P` positions, `U` the union of the kept classes, `G` grid of temperatures.
 
@@ -10,7 +10,7 @@ that teacher's kept probabilities and its tail's mass. The estimate is the tail'
 with b = 1/T of the grid's second temperature (0 for a grid of one): the mean of log p over the tail, each class
 weighted by about p. By convexity of F it is at least the even share, e^F(1) / n, and at most the largest dropped one. Of the
 classes that are left the mass stays above 0: q counts as one of at least e + 1, where e are estimated. The ground truth,
-where it is known, is exact: `target_log_prob` says it.
+where it is known, is exact, from `target_log_prob`.
 
 What moves out of a tail F is a share of it, e/n of the classes (beta = 0) and s of the mass (beta = 1). In between
 
@@ -33,7 +33,7 @@ from softcache.labels import SoftLabels
 __all__ = ["Completed", "Tail", "align_on_union"]
 
 MAX_TARGET_SHARE = 1.0 - 1e-6
-"""Of a tail's mass, the most that the ground truth may be where other classes are left: rounding may say more."""
+"""Of a tail's mass, the most that the ground truth may be where other classes are left: rounding may exceed it."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,12 @@ def align_on_union(records: Sequence[SoftLabels], targets: np.ndarray | None = N
         np.stack(estimated),
         np.stack(highest),
         np.stack(exact),
-        _stacked(tails),
-        _stacked(whole),
+        _stack_tails(tails),
+        _stack_tails(whole),
     )
 
 
-def _stacked(tails: Sequence[Tail]) -> Tail:
+def _stack_tails(tails: Sequence[Tail]) -> Tail:
     names = Tail.__dataclass_fields__
     return Tail(**{name: np.stack([getattr(tail, name) for tail in tails]) for name in names})
 
@@ -127,7 +127,7 @@ def _union(ids: Sequence[np.ndarray], num_classes: int) -> tuple[np.ndarray, lis
 def _complete(
     record: SoftLabels, place_PK: np.ndarray, used_PU: np.ndarray, is_target_PU: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Tail, Tail]:
-    kept_PK, whole = _normalised(record)
+    kept_PK, whole = _normalize(record)
     log_probs_PU = np.full(used_PU.shape, -np.inf)
     there_PU = np.zeros(used_PU.shape, bool)
     rows_P1 = np.arange(len(record))[:, None]
@@ -152,7 +152,7 @@ def _complete(
     return log_probs_PU, guessed_PU, highest_P, log_target_P, replace(left, log_mass=within), whole
 
 
-def _normalised(record: SoftLabels) -> tuple[np.ndarray, Tail]:
+def _normalize(record: SoftLabels) -> tuple[np.ndarray, Tail]:
     """The kept log-probabilities [P, K] and the tail, in float64, of a distribution whose sum is 1."""
     kept_PK, tail_PG = record.log_probs.astype(np.float64), record.log_tail.astype(np.float64)
     log_z_P = np.logaddexp.reduce(np.concatenate([kept_PK, tail_PG[:, :1]], axis=1), axis=1)
@@ -169,7 +169,7 @@ def _normalised(record: SoftLabels) -> tuple[np.ndarray, Tail]:
     kept_spread_P = np.where(alive_PK, (finite_PK - tail_mean_P[:, None]) ** 2, 0.0).sum(axis=1)
     mass_P = np.where(dropped_P, tail_PG[:, 0], 0.0)
     slope_P = (-entropy_P - (np.exp(kept_PK) * finite_PK).sum(axis=1)) / np.exp(mass_P)
-    # Where the tail is small the entropy says nothing of it; the chord does, from below.
+    # Where the tail is small the entropy does not determine it; the chord is a lower bound.
     chord_P = _chord(tail_PG, record.temperatures, safe_P)
     highest_P = np.minimum(finite_PK.min(axis=1), mass_P)
     slope_P = np.maximum(np.minimum(slope_P, highest_P), np.minimum(chord_P, highest_P))

@@ -68,7 +68,7 @@ def fuse_caches(
         stored = _read(caches, unit, keys)
         wanted = targets[unit.start : unit.stop] if len(targets) else None
         labels = _fused([rows.labels for rows in stored], settings.rule, codec.k, wanted)
-        publish_unit(objects, writing, digest, unit, {**codec.encode(labels), **_beside(stored[0])})
+        publish_unit(objects, writing, digest, unit, {**codec.encode(labels), **_other_columns(stored[0])})
         progress(len(labels))
     return open_cache(target_url)
 
@@ -104,8 +104,8 @@ def _fused(records: Sequence[SoftLabels], rule: Rule, k: int, targets: np.ndarra
     )
 
 
-def _beside(stored: CachedBatch) -> dict[str, np.ndarray]:
-    """The columns besides the labels."""
+def _other_columns(stored: CachedBatch) -> dict[str, np.ndarray]:
+    """The columns other than labels."""
     columns = {"fingerprint": stored.fingerprints}
     if stored.positions is not None:
         columns |= {"position": stored.positions, "num_rows": stored.counts.astype(np.uint32)}
@@ -116,7 +116,7 @@ def _beside(stored: CachedBatch) -> dict[str, np.ndarray]:
 
 
 def fused_manifest(caches: Sequence[Cache], settings: FusionSettings) -> Manifest:
-    """Returns the manifest of the fused cache; raises as `fuse_caches` does, but for what only rows can tell."""
+    """Returns the manifest of the fused cache; raises as `fuse_caches` does, but for checks that need the rows."""
     check_agreement(caches)
     first, manifests = caches[0].manifest, [cache.manifest for cache in caches]
     codecs = [manifest.build_codec() for manifest in manifests]

@@ -1,4 +1,4 @@
-"""Whether caches can be fused: labels of one kind, for the same samples, seen through the same views."""
+"""Checks that caches can be fused: labels of one kind, for the same samples and the same views."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DIGESTS = {
 
 
 def check_agreement(caches: Sequence[Cache]) -> None:
-    """Raises unless the caches can be fused, as far as can be told before their rows are read.
+    """Raises unless the caches can be fused, as far as this is known before their rows are read.
 
     Raises:
         LabelError: fewer than two caches, one of them twice, or labels that cannot be fused.

@@ -9,7 +9,7 @@
     labels.py    an answer to soft labels: aligned with the source's tokens, checked, the K most likely, the tail
     write.py     the second pass: the manifest, then unit by unit
 
-The config's source says what was labelled; an answer is believed only where its token ids are the source's.
+The config's source defines the samples; an answer is used only where its token ids equal the source's.
 
 On one core the first pass reads 120 MB of JSON a second and the second 50; of 20 tokens a row, they make 23,000 rows a
 second together. Memory: the longest line about ten times, one unit, and the source's keys.

@@ -1,6 +1,6 @@
 """The shapes in which servers write log-probabilities. There are three, tried in this order:
 
-1.  vLLM's `prompt_logprobs` beside `prompt_token_ids`. Entry i is the distribution over token i given those before
+1.  vLLM's `prompt_logprobs` with `prompt_token_ids`. Entry i is the distribution over token i given those before
     it, so label row t is entry t+1, and entry 0 is null. A request gets both with "prompt_logprobs": K and
     "return_token_ids": true (vLLM 0.10.2 or later).
 
@@ -10,7 +10,7 @@
 
 2.  Completions with "echo": true and "logprobs": K. Tokens must be written as ids ("return_tokens_as_token_ids":
     true): as text they are ambiguous, because several ids may have one text, so text is refused. Tokens that were
-    generated after the prompt are left out, if `usage.prompt_tokens` tells them apart.
+    generated after the prompt are left out, if `usage.prompt_tokens` is given.
 
         "logprobs": {"tokens": ["token_id:5", "token_id:9", …], "token_logprobs": [null, -1.2, …],
                      "top_logprobs": [null, {"token_id:4": -0.7, "token_id:9": -1.2}, …]}
@@ -24,7 +24,7 @@
         "logprobs": {"content": [{"token": "token_id:4", "logprob": -0.7,
                                   "top_logprobs": [{"token": "token_id:4", "logprob": -0.7}, …]}, …]}
 
-`read_given` checks the whole answer's form, but a row only when it is read (`Given.read`): rows that the source does not
+`parse_logprobs` checks the whole answer's form, but a row only when it is read (`Given.read`): rows that the source does not
 want need not be well-formed.
 """
 
@@ -36,17 +36,17 @@ from typing import Any, NamedTuple
 from softcache.errors import LabelError
 from softcache.tools.import_logprobs.jsonl import Answer, LineLocation, expect
 
-__all__ = ["ParsedLogprobs", "read_given"]
+__all__ = ["ParsedLogprobs", "parse_logprobs"]
 
 
 class ParsedLogprobs(NamedTuple):
-    """What an answer says of its tokens, in any shape.
+    """The log-probabilities of an answer, whichever its shape.
 
     Attributes:
         tokens: their ids.
         rows: for each token the distribution over it, as it was written; None where there is none.
         read: makes one of `rows` into log-probabilities by id.
-        num_prompt: how many of the tokens were sent; None if the answer does not say.
+        num_prompt: how many of the tokens were sent; None if the answer lacks it.
     """
 
     tokens: list[int]
@@ -55,8 +55,8 @@ class ParsedLogprobs(NamedTuple):
     num_prompt: int | None
 
 
-def read_given(answer: Answer) -> ParsedLogprobs:
-    """Returns what the answer gives.
+def parse_logprobs(answer: Answer) -> ParsedLogprobs:
+    """Returns the tokens and log-probabilities of an answer.
 
     Raises:
         LabelError: it has none of the shapes.
@@ -75,7 +75,7 @@ def read_given(answer: Answer) -> ParsedLogprobs:
         return ParsedLogprobs(tokens, [None] * len(prompt_ids) + content, _chat_row, len(prompt_ids))
     if prompt_rows is not None or logprobs.get("content") is not None:
         raise LabelError(
-            f"{place}: no prompt_token_ids beside the log-probabilities, so they cannot be compared with the source; ask "
+            f"{place}: no prompt_token_ids with the log-probabilities, so they cannot be compared with the source; ask "
             'with "return_token_ids": true (vLLM 0.10.2 or later)'
         )
     raise LabelError(
@@ -98,9 +98,9 @@ def _check_aligned(place: LineLocation, **lists: list[Any]) -> None:
     """Raises unless the lists are of one length and the last begins with null, as servers write it."""
     sizes = {name: len(values) for name, values in lists.items()}
     if len(set(sizes.values())) > 1:
-        told = ", ".join(f"{name} has {size}" for name, size in sizes.items())
+        found = ", ".join(f"{name} has {size}" for name, size in sizes.items())
         raise LabelError(
-            f"{place}: {told} entries; expected as many of each: entry i is of token i, and of the first token null"
+            f"{place}: {found} entries; expected as many of each: entry i is of token i, and of the first token null"
         )
     name, values = list(lists.items())[-1]
     if values and values[0] is not None:

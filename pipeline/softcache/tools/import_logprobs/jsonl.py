@@ -70,7 +70,7 @@ def expect(place: LineLocation, name: str, value: Any, kind: type) -> Any:
 
 
 def parse_line(line: bytes, place: LineLocation) -> Answer:
-    """Returns what a line says; its place then has the key.
+    """Returns the answer of a line; its `place` then has the key.
 
     Raises:
         LabelError: it is not a JSON object with a key, or its answer is not of the form above.

@@ -23,11 +23,11 @@ from softcache.data.sources.text.source import TokenSource
 from softcache.data.tokens import TokenBatch
 from softcache.errors import AlignmentError, LabelError
 from softcache.labels import SoftLabels, concat
-from softcache.tools.import_logprobs.formats import read_given
+from softcache.tools.import_logprobs.formats import parse_logprobs
 from softcache.tools.import_logprobs.index import Responses
 from softcache.tools.import_logprobs.jsonl import Answer
 
-__all__ = ["label_batch", "make_record"]
+__all__ = ["build_labels", "label_batch"]
 
 
 LOG_ZERO = -9999.0  # what vLLM and OpenAI write for -inf, which JSON has not
@@ -35,7 +35,7 @@ ROUNDING = 1e-3  # of a log-probability above 0, and of a sum above 1: float16 n
 LEAST_TAIL = 2.0**-24
 
 
-def make_record(rows: list[dict[int, float]], targets_R: np.ndarray, codec: Codec) -> SoftLabels:
+def build_labels(rows: list[dict[int, float]], targets_R: np.ndarray, codec: Codec) -> SoftLabels:
     """Returns the K most likely of each row's tokens, ties by lower id, and what is left of 1.
 
     Raises:
@@ -132,7 +132,7 @@ def label_batch(batch: TokenBatch, source: TokenSource, responses: Responses, co
         tokens = batch.tokens[number, : batch.lengths[number]].tolist()
         given = _rows_of(answer, tokens, positions_P[rows].tolist())
         try:
-            records.append(make_record(given, targets_P[rows], codec))
+            records.append(build_labels(given, targets_P[rows], codec))
         except LabelError as error:
             at = int(positions_P[rows][error.position])
             raise LabelError(
@@ -152,7 +152,7 @@ def _rows_of(answer: Answer, tokens: list[int], positions: list[int]) -> list[di
         AlignmentError: the answer is of other tokens; the first is named.
         LabelError: a row is missing or malformed.
     """
-    given, place = read_given(answer), answer.place
+    given, place = parse_logprobs(answer), answer.place
     length = min(len(tokens), len(given.tokens))
     if given.tokens[:length] != tokens[:length]:
         at = next(i for i in range(length) if given.tokens[i] != tokens[i])

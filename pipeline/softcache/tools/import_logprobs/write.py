@@ -111,7 +111,7 @@ def _unit_columns(
 
 @dataclass(frozen=True)
 class _Server:
-    """What a manifest says of a teacher that nobody here has seen."""
+    """The manifest's facts about a teacher that is known by name only."""
 
     spec: str
     num_classes: int

@@ -1,1 +1,1 @@
-"""Whether a cache is what was written, and what its teacher says."""
+"""Verifies a cache: checksums and markers of every unit, and labels against a fresh teacher."""

@@ -1,4 +1,4 @@
-"""Is a cache whole? Checksums and markers of every unit, and that every row can be decoded; needs no torch."""
+"""Verifies checksums and markers of every unit, and that every row can be decoded; needs no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is a cache what it says it is? A fresh teacher on a sample of rows; checksums and markers are `unit_faults`."""
+"""Verifies labels against a fresh teacher on a sample of rows; `checksums` verifies the stored units."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _compare(
         return
     labels = batch.labels
     if getattr(batch, "labelled", None) is not None:
-        batch = batch.select(batch.labelled.numpy())  # the teacher need not say the rest
+        batch = batch.select(batch.labelled.numpy())  # the teacher's head skips the rest
     kl_P = _divergence(labels, batch, teacher)
     worst_B = np.maximum.reduceat(kl_P, np.cumsum(batch.row_counts) - batch.row_counts)
     for row, sample in enumerate(samples):
@@ -116,17 +116,17 @@ def _cells_divergence(labels: DetectionLabels, outputs: DenseOutputs) -> torch.T
         found_P = forward_kl(logits_PV, record, temperature=1.0)
     else:
         ids_PK = record.ids.long()
-        found_P = _coin_kl(record.logits.float(), logits_PV.gather(1, ids_PK)).sum(1)
+        found_P = _bernoulli_kl(record.logits.float(), logits_PV.gather(1, ids_PK)).sum(1)
         if record.k < record.num_classes:
             best_P = logits_PV.scatter(1, ids_PK, -torch.inf).amax(1)
-            found_P = found_P + _coin_kl(record.dropped_bound, best_P)
+            found_P = found_P + _bernoulli_kl(record.dropped_bound, best_P)
     for name, kept in labels.columns.items():
         now = outputs.columns[name].cpu()[image_P, cell_P].float()
         found_P = found_P + (kept.float() - now).square().reshape(len(cell_P), -1).sum(1) / 2
     return found_P
 
 
-def _coin_kl(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+def _bernoulli_kl(logits: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """KL of sigmoid(logits) from sigmoid(others), elementwise; 0 where both are -inf."""
     heads = logits.sigmoid() * (logsigmoid(logits) - logsigmoid(others))
     tails = (-logits).sigmoid() * (logsigmoid(-logits) - logsigmoid(-others))
