@@ -55,7 +55,7 @@ __all__ = ["sweep_command"]
     "--cost/--no-cost",
     default=True,
     show_default=True,
-    help="Train the best for a few epochs beside the live teacher, to tell what the sweep would have cost.",
+    help="Train the best for a few epochs with an online teacher, to tell what the sweep would have cost.",
 )
 def sweep_command(
     config_path: str,
@@ -150,7 +150,7 @@ def _print_repeats(sweep: Sweep, again: list[Repeated], seeds: int) -> None:
 
 def _print_cost(cost: Cost | None, reason: str | None) -> None:
     if cost is None:
-        click.echo(f"cost beside the live teacher: not measured: {reason}")
+        click.echo(f"cost with an online teacher: not measured: {reason}")
         return
     extra = cost.online_epoch_seconds - cost.cached_epoch_seconds
     rows = [
@@ -160,10 +160,10 @@ def _print_cost(cost: Cost | None, reason: str | None) -> None:
             "measured",
         ),
         ("an epoch of the best, from the cache", f"{cost.cached_epoch_seconds:.3f}", "measured"),
-        ("an epoch of the best, beside the live teacher", f"{cost.online_epoch_seconds:.3f}", "measured"),
+        ("an epoch of the best, with an online teacher", f"{cost.online_epoch_seconds:.3f}", "measured"),
         ("the teacher pass that fills the cache", f"{cost.teacher_pass_seconds:.1f}", f"{extra:.3f} x views"),
         (
-            "all trials beside the live teacher",
+            "all trials with an online teacher",
             f"{cost.online_seconds:.1f}",
             f"measured + {extra:.3f} x epochs",
         ),

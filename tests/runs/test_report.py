@@ -23,7 +23,7 @@ from softcache.runs.report.metrics import (
     bytes_per_row,
     calibration_error,
     deciles,
-    failed,
+    misses_teacher,
     reliability,
 )
 from softcache.runs.report.plots import Styles, load_plotly
@@ -106,7 +106,7 @@ def test_means_by_class_and_rows_that_follow_or_fail():
     targets, teacher, student = np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0]), np.array([1, 1, 1, 0])
     assert by_class(student == targets, targets, np.array([0, 1, 2, 3])) == [0.0, 1.0, 0.0, None]
     assert agrees_with_teacher(teacher, student, targets).tolist() == [1, 3]
-    assert failed(teacher, student, targets).tolist() == [0]
+    assert misses_teacher(teacher, student, targets).tolist() == [0]
 
 
 @pytest.mark.parametrize(("views", "epochs", "students"), [(8, 40, 1), (8, 3, 3), (1, 1, 1), (9, 3, 3)])
@@ -174,7 +174,7 @@ def test_without_the_teachers_weights_the_cache_speaks_for_it_and_the_page_says_
     assert report.teacher is None
     sections = {section.key: section for section in build_sections(report)}
     assert "gone.safetensors" in sections["calibration"].missing[0]
-    assert "through the cache" in sections["knowledge"].missing[0]
+    assert "come from the cache" in sections["knowledge"].missing[0]
     assert "training split" in sections["compression"].lead
     found = observe(report, split="training")
     labels = report.cache.read(np.arange(len(report.cache)), 0)
