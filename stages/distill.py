@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import click
 
-from softcache.cache.storage.open import is_bucket
+from softcache.cache.storage.base import is_bucket
 from softcache.config.run import RunConfig, load_config
 from softcache.errors import ConfigError, RunError
 from softcache.reader.cache import Cache

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from softcache.cache.storage.open import is_bucket
+from softcache.cache.storage.base import is_bucket
 from softcache.config.run import load_config
 from softcache.errors import RunError
 from softcache.runs import open_labels

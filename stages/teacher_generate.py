@@ -5,7 +5,8 @@ softcache teacher-generate --config configs/translation.toml --out runs/translat
 
 import click
 
-from softcache.cache.storage.open import is_bucket, open_objects
+from softcache.cache.storage.base import is_bucket
+from softcache.cache.storage.open import open_objects
 from softcache.config.run import load_config
 from softcache.errors import ConfigError
 from softcache.modalities.translation.data import TranslationData

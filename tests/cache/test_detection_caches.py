@@ -358,7 +358,7 @@ def test_what_is_not_made_for_cells_says_so(zarr, tmp_path):
         ({"labels": {"temperatures": (1.0, 2.0)}}, ConfigError, "labels.temperatures: the head.*is sigmoids"),
         ({"labels": {"k": 11}}, LabelError, "labels.k: 11"),
         ({"capture": {"codec": "packed"}}, ConfigError, "capture.codec: 'packed'.*plain columns"),
-        ({"loss": {"name": "dkd"}}, ConfigError, r"loss.name: for images and texts.*\[cells\]"),
+        ({"loss": {"name": "dkd"}}, ConfigError, r"loss.name: for images and texts.*\[detection_loss\]"),
         ({"loss": {"standardize": True}}, ConfigError, "loss.standardize"),
     ],
 )
@@ -477,7 +477,7 @@ def test_numbers_that_no_head_can_have_said_are_refused(name, value, message):
     }
     columns[name][1] = value
     with pytest.raises(LabelError, match=message):
-        made.check(columns)
+        made.validate(columns)
 
 
 def test_a_record_of_another_head_is_not_encoded(zarr):

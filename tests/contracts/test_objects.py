@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from softcache.cache.storage.open import LocalObjects, open_objects
+from softcache.cache.storage.local import LocalObjects
+from softcache.cache.storage.open import open_objects
 from softcache.errors import CacheNotFoundError, CorruptionError, StorageError
 from tests.support.caches import ROOT
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, TeacherReport, diff_manifests
-from softcache.cache.storage.open import Objects
+from softcache.cache.storage.base import Objects
 from softcache.cache.units import open_store
 from softcache.errors import IdentityError
 from softcache.hashing.digests import digest_bytes

@@ -23,7 +23,7 @@ from softcache.cache.manifest import (
     claim_path,
     marker_path,
 )
-from softcache.cache.storage.open import Objects
+from softcache.cache.storage.base import Objects
 from softcache.errors import CacheNotFoundError, CorruptionError, ManifestError
 from softcache.hashing.digests import digest_bytes
 

@@ -5,7 +5,6 @@ bernoulli.py            the record of a sigmoid head: a logit per kept class
 detection.py            the record of a detector: either of the two at cells of a grid, with boxes
 arrays.py               what each of them does to its arrays
 validate.py             what its arrays must be
-validate_detection.py   what those of detectors must be, alone and joined
 temperature.py          the record at one temperature
 sampling.py             records whose classes were drawn at random, and what a drawn class weighs
 join.py                 several records made into one

@@ -18,7 +18,7 @@ from array_api_compat import array_namespace, is_numpy_array, is_torch_array
 
 from softcache.errors import LabelError, TemperatureError
 from softcache.labels.arrays import Array, as_numpy, as_torch, row_index, rows
-from softcache.labels.validate_detection import check_array, check_compatible, join_columns
+from softcache.labels.validate import check_array, check_compatible, join_columns
 
 __all__ = ["BernoulliLabels", "SoftenedBernoulli"]
 

@@ -20,7 +20,7 @@ from softcache.labels.bernoulli import BernoulliLabels, SoftenedBernoulli
 from softcache.labels.join import concat
 from softcache.labels.soft_labels import SoftLabels
 from softcache.labels.temperature import SoftenedLabels
-from softcache.labels.validate_detection import check_array, check_compatible, join_columns
+from softcache.labels.validate import check_array, check_compatible, join_columns
 
 __all__ = ["COLUMNS", "DetectionLabels", "concat_labels"]
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from softcache.cache.storage.open import is_bucket
+from softcache.cache.storage.base import is_bucket
 from softcache.cache.units import check_unit
 from softcache.errors import StorageError
 from softcache.hashing.digests import digest_json

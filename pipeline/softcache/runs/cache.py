@@ -7,7 +7,8 @@ from typing import Any
 
 from softcache.cache.create import create_cache
 from softcache.cache.manifest import Manifest
-from softcache.cache.storage.open import Objects, open_objects
+from softcache.cache.storage.base import Objects
+from softcache.cache.storage.open import open_objects
 from softcache.config.run import RunConfig
 from softcache.errors import ConfigError, IdentityError
 from softcache.hashing.digests import digest_json

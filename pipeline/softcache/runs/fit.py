@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from softcache.cache.storage.open import is_bucket
+from softcache.cache.storage.base import is_bucket
 from softcache.config.run import RunConfig
 from softcache.hashing.digests import digest_json
 from softcache.modalities import Data

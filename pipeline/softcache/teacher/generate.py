@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from softcache.cache.storage.open import Objects
+from softcache.cache.storage.base import Objects
 from softcache.data.sources.translation.generated import GENERATED_VERSION
 from softcache.data.tokens import TokenData
 from softcache.errors import IdentityError, SourceError

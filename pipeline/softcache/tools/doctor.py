@@ -21,7 +21,8 @@ from urllib.parse import unquote, urlsplit
 import torch
 
 from softcache import __version__
-from softcache.cache.storage.open import Objects, is_bucket, open_objects
+from softcache.cache.storage.base import Objects, is_bucket
+from softcache.cache.storage.open import open_objects
 from softcache.errors import CorruptionError, SoftcacheError, StorageError
 from softcache.reader.memmap import default_folder
 

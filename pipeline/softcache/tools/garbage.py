@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, Unit, claim_path, marker_path
-from softcache.cache.storage.open import Objects
+from softcache.cache.storage.base import Objects
 from softcache.cache.units import Store, finished_units, open_store, read_marker
 from softcache.errors import CacheNotFoundError, StorageError
 from softcache.hashing.digests import digest_bytes

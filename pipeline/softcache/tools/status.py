@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from softcache.cache.manifest import Manifest
-from softcache.cache.storage.open import Objects
+from softcache.cache.storage.base import Objects
 from softcache.cache.units import read_marker
 from softcache.hashing.digests import digest_bytes
 

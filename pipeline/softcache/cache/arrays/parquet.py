@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from softcache.cache.codecs import Column
 from softcache.cache.manifest import Manifest, Unit
-from softcache.cache.storage.open import Objects, is_bucket
+from softcache.cache.storage.base import Objects, is_bucket
 from softcache.errors import CacheNotFoundError, CorruptionError, StorageError
 from softcache.labels import STATS
 

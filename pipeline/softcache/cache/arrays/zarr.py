@@ -24,7 +24,7 @@ from softcache.cache.arrays.zarr_metadata import GEOMETRY, describe, metadata_eq
 from softcache.cache.arrays.zarr_shards import ShardCutter, WantedChunks
 from softcache.cache.codecs import Column
 from softcache.cache.manifest import Manifest, Unit
-from softcache.cache.storage.open import Objects
+from softcache.cache.storage.base import Objects
 from softcache.errors import CorruptionError, StorageError
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from softcache.cache.storage.open import Objects
+from softcache.cache.storage.base import Objects
 
 __all__ = ["ShardCutter", "WantedChunks"]
 

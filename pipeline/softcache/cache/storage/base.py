@@ -1,12 +1,98 @@
-"""How large an object may be: more than what it is can be is refused before there is room made for it."""
+"""What a file system and a bucket share: objects under a root, put whole, read whole or in ranges, and claimed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+from urllib.parse import urlsplit
+
+import pyarrow as pa
 
 from softcache.errors import CorruptionError
 
-__all__ = ["size_error"]
+__all__ = ["SCHEMES", "Objects", "is_bucket", "size_error"]
+
+SCHEMES = ("s3", "gs", "az")
+"""Of buckets; `cloud.errors.PROVIDERS` has the provider of each."""
+
+
+class Objects(Protocol):
+    """A place for objects, addressed by relative paths.
+
+    Raises (from every method):
+        StorageError: a path that leads out, or a storage that refuses or does not answer.
+    """
+
+    url: str
+
+    def put(self, path: str, data: bytes) -> None:
+        """Writes an object whole, replacing one of that name."""
+
+    def put_if_absent(self, path: str, data: bytes) -> bool:
+        """Writes an object unless there is one; of several concurrent writers at most one gets True.
+
+        If the bucket's answer is lost, the object is there and no writer has True.
+        """
+
+    def get(self, path: str, *, max_bytes: int | None = None) -> bytes:
+        """Returns an object whole; one of more than `max_bytes` is refused before it is read.
+
+        Raises:
+            CacheNotFoundError: there is none.
+            CorruptionError: it is too large.
+        """
+
+    def get_many(self, paths: Sequence[str], *, max_bytes: int | None = None) -> Iterator[bytes | None]:
+        """Yields objects in the order of `paths`, None for one that is not there; a bucket is asked for many at once."""
+
+    def get_sized(self, sizes: Mapping[str, int]) -> Iterator[bytes | int | None]:
+        """Yields objects of a known size [bytes], in order: the bytes, the size found if it is another, None if missing.
+
+        They will be read again in ranges: a bucket's are kept in memory, as far as it is set aside for that.
+        """
+
+    def get_suffixes(self, lengths: Mapping[str, int]) -> Sequence[tuple[bytes, int]]:
+        """Returns the last bytes of objects, as many as `lengths` gives, and how long each object is."""
+
+    def get_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Sequence[bytes]:
+        """Returns parts (path, start, stop) of objects, in order; what lies beyond an object's end is left out."""
+
+    def size(self, path: str) -> int | None:
+        """Returns an object's bytes, or None if there is none."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Returns the paths of all objects below a folder, sorted; "" is the root. Writes under way are left out."""
+
+    def times(self, prefix: str) -> dict[str, float]:
+        """Returns when each object below a folder was last written, by path, in seconds since the epoch."""
+
+    def delete(self, path: str) -> None:
+        """Removes an object, if it is there."""
+
+    def orphaned_writes(self, *, remove: bool) -> dict[str, int]:
+        """Returns the bytes of writes whose process crashed, by path; removes them if `remove` is on. Writes under way stay.
+
+        A bucket has none: an object is there when its one PUT is.
+        """
+
+    def kvstore(self, prefix: str) -> dict[str, str] | None:
+        """TensorStore's description of the objects under a prefix; None where it is to be given bytes of `get_ranges`."""
+
+    def open(self, path: str) -> pa.NativeFile:
+        """Opens an object for reading at random places."""
+
+    def claim(self, path: str) -> AbstractContextManager[bool]:
+        """A context manager that yields whether the claim is ours; it ends with the context or the process."""
+
+
+def is_bucket(url: str) -> bool:
+    """Whether a URL names a bucket, and not a local folder."""
+    return "://" in str(url) and urlsplit(str(url)).scheme in SCHEMES
 
 
 def size_error(where: str, found: int, max_bytes: int) -> CorruptionError:
-    """Returns the error of an object that is larger than what it is can be."""
+    """Returns the error of an object that exceeds its size limit; raised before memory is allocated for it."""
     return CorruptionError(
         f"{where}: {found:,} bytes; at most {max_bytes:,} are expected there; restore it from a copy"
     )

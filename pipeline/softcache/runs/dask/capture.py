@@ -12,7 +12,8 @@ from typing import Any
 
 from softcache.cache.create import MANIFEST
 from softcache.cache.manifest import Manifest
-from softcache.cache.storage.open import Objects, open_objects
+from softcache.cache.storage.base import Objects
+from softcache.cache.storage.open import open_objects
 from softcache.cache.units import finished_units
 from softcache.config.run import RunConfig
 from softcache.errors import CacheNotFoundError, RunError, UnitsFailedError

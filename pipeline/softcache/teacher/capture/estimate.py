@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from softcache.cache.create import create_cache, join_cache
 from softcache.cache.manifest import Manifest, Plan, Unit
-from softcache.cache.storage.open import Objects, open_objects
+from softcache.cache.storage.base import Objects
+from softcache.cache.storage.open import open_objects
 from softcache.cache.units import finished_units
 from softcache.data.batch import Dataset as Data
 from softcache.data.batch import ranges

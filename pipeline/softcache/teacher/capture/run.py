@@ -25,7 +25,7 @@ from typing import NamedTuple
 from torch.utils.data import DataLoader
 
 from softcache.cache.manifest import Manifest, TeacherReport, Unit
-from softcache.cache.storage.open import Objects
+from softcache.cache.storage.base import Objects
 from softcache.cache.units import finished_units, open_store, publish_unit, read_marker
 from softcache.data.batch import Dataset as Data
 from softcache.data.batch import ranges

@@ -21,7 +21,7 @@ import torch
 
 from softcache.cache.codecs import DEFAULT_STEP, Codec, OpenCodec, PackedCodec
 from softcache.cache.manifest import Manifest, Plan
-from softcache.cache.storage.open import LocalObjects
+from softcache.cache.storage.local import LocalObjects
 from softcache.cache.units import open_store
 from softcache.labels import SoftLabels, truncate_labels
 from softcache.labels.sparsify import LabelSettings, TopK, label_settings

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from softcache.cache.codecs.column import ids_dtype, sampling_column
-from softcache.cache.codecs.packed.layout import FIRST_SUBSTEPS, MAX_NEG_LOG_PROB
-from softcache.cache.codecs.packed.prediction import tail_weights
+from softcache.cache.codecs.packed.layout import FIRST_SUBSTEPS, MAX_NEG_LOG_PROB, tail_weights
 from softcache.errors import LabelError
 from softcache.labels import STATS
 

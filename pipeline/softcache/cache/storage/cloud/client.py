@@ -22,9 +22,8 @@ from urllib.parse import urlsplit
 from softcache.cache.storage.cloud.errors import PROVIDERS, is_range_error, is_transient, translate_error
 from softcache.errors import MissingExtraError, StorageError
 
-__all__ = ["SCHEMES", "CloudClient", "check_path"]
+__all__ = ["CloudClient", "check_path"]
 
-SCHEMES = tuple(PROVIDERS)
 
 CONCURRENT_REQUESTS = 32
 RETRY_SECONDS = 90.0
