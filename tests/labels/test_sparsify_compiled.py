@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from softcache.labels.sparsify import Dense, hybrid, row_seeds, sample, top_k, top_p
+from softcache.labels.sparsify import Dense, hybrid, label_settings, row_seeds, sample, top_k, top_p
 from softcache.labels.sparsify.assemble import top_k_indices
 from tests.support.caches import ROOT
 
@@ -115,6 +115,19 @@ def test_every_policy_agrees_with_float64():
         for array in ("log_probs", "log_tail", "stats"):
             a, b = getattr(found, array).double(), getattr(wanted, array)
             torch.testing.assert_close(a, b, rtol=2e-6, atol=4e-6, msg=f"{name} {array}")
+
+
+@pytest.mark.parametrize("policy", ["top_k", "top_p", "dense", "sample", "hybrid"])
+def test_the_reference_makes_the_same_record(monkeypatch, policy):
+    logits, targets, seeds = make_logits(6, 400), torch.arange(6), torch.arange(6)
+    settings = label_settings(policy)
+    found = settings.apply(logits, targets_P=targets, seeds_P=seeds)
+    monkeypatch.setenv("SOFTCACHE_COMPILED", "0")
+    monkeypatch.setattr("softcache.labels.sparsify.assemble._compiled_record", None)
+    wanted = settings.apply(logits, targets_P=targets, seeds_P=seeds)
+    assert torch.equal(found.ids, wanted.ids)
+    for array in ARRAYS:
+        torch.testing.assert_close(getattr(found, array), getattr(wanted, array), rtol=2e-6, atol=4e-6)
 
 
 RECORDS = """

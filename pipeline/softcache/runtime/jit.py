@@ -16,7 +16,12 @@ from typing import Any
 
 from numba import njit, types
 
-__all__ = ["compiled", "njit_in_subprocess", "njit_inline"]
+__all__ = ["compiled", "compiled_is_on", "njit_in_subprocess", "njit_inline"]
+
+
+def compiled_is_on() -> bool:
+    """Whether compiled code may take the place of the reference in torch: unless SOFTCACHE_COMPILED is "0"."""
+    return os.environ.get("SOFTCACHE_COMPILED", "1") != "0"
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Any:

@@ -105,7 +105,11 @@ def build_soft_labels(
 
 
 def _is_compiled(values_PV: Tensor) -> bool:
-    return values_PV.device.type == "cpu" and values_PV.dtype == torch.float32
+    if values_PV.device.type != "cpu" or values_PV.dtype != torch.float32:
+        return False
+    from softcache.runtime.jit import compiled_is_on
+
+    return compiled_is_on()
 
 
 def _compiled_record(
