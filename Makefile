@@ -14,7 +14,7 @@ PICK   := $(if $(STUDENT),--student '$(STUDENT)')
 SWEEP  := $(strip $(if $(TRIALS),--trials '$(TRIALS)') $(if $(WORKERS),--workers '$(WORKERS)') $(if $(SEEDS),--seeds '$(SEEDS)'))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-logits train-student train-students sweep distill compare report train-teacher inspect verify fidelity materialize gc test docs package chaos check format clean bench
+.PHONY: help setup teacher-logits train-student train-students sweep distill compare report train-teacher inspect verify fidelity materialize gc test test-fast docs package chaos check format clean bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -77,6 +77,9 @@ bench: setup  ## measure capture, reading, training and opening against named ba
 
 test: setup  ## run the tests
 	$(VENV)/bin/python -m pytest
+
+test-fast: setup  ## run the tests of the edit loop, a minute: all but SLOW_PATHS of tests/conftest.py
+	$(VENV)/bin/python -m pytest --fast
 
 docs: setup  ## build the documentation's site in site/ (mkdocs serve shows it, with its search)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet

@@ -14,6 +14,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 import multiprocessing
 import sys
 import uuid
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,6 +29,47 @@ torch.set_num_threads(1)
 multiprocessing.get_context("forkserver").set_forkserver_preload(
     ["softcache.reader.loader", "softcache.data.sources", "softcache.runs"]
 )
+
+# What `--fast` leaves out, by measured time: commands, benchmarks, docs pages, processes that are killed, object
+# storage, and whole trainings. What is left holds the formulas, labels, codecs, stores, configs and readers.
+SLOW_PATHS = [
+    "benchmarks",
+    "docs",
+    "modalities",
+    "package",
+    "peers",
+    "project",
+    "reliability",
+    "stages",
+    "student",
+    "teacher",
+    "cache/test_codec_caches.py",
+    "cache/test_detection_caches.py",
+    "cache/test_network_faults.py",
+    "cache/test_object_storage.py",
+    "cache/test_security.py",
+    "contracts/test_objects.py",
+    "data/test_text_source.py",
+    "labels/test_sparsify_compiled.py",
+    "losses/test_fused_losses.py",
+    "reader/test_alignment.py",
+    "reader/test_memmap.py",
+    "runs",
+    "tools/test_fidelity.py",
+    "tools/test_import_logprobs.py",
+]
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fast", action="store_true", help="Leave out SLOW_PATHS and tests marked slow: make test-fast."
+    )
+
+
+def pytest_ignore_collect(collection_path, config):
+    # None, not False, lets the other rules decide.
+    slow = {Path(__file__).parent / path for path in SLOW_PATHS}
+    return (config.getoption("--fast") and collection_path in slow) or None
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +128,12 @@ def in_tmp(tmp_path, monkeypatch):
     return tmp_path
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--fast"):
+        items[:], slow = (
+            [item for item in items if ("slow" in item.keywords) == is_slow] for is_slow in (False, True)
+        )
+        config.hook.pytest_deselected(items=slow)
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -492,6 +492,7 @@ def test_settings_are_strict(settings, message):
         SourceSettings.model_validate(settings)
 
 
+@pytest.mark.slow
 def test_digests_do_not_depend_on_the_process():
     code = "from softcache.data.sources import *; print(open_source(SourceSettings(name='digits'), split='eval').digest)"
     done = subprocess.run(

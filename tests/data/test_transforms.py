@@ -432,6 +432,7 @@ def digest_in_a_fresh_process(**env):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_pixels_are_the_same_on_a_plain_cpu_with_another_hash_seed():
     # ATen without its AVX2 kernels stands for a CPU of another make.
     plain = digest_in_a_fresh_process(PYTHONHASHSEED="1", ATEN_CPU_CAPABILITY="default", OMP_NUM_THREADS="1")
