@@ -26,7 +26,7 @@ a few [P, V] temporaries beside the student's logits; `softcache.losses.fused` c
 
 from softcache.losses.buckets import check_vocabulary, fit_vocabulary
 from softcache.losses.distillation import check_alpha, cross_entropy, distillation_loss
-from softcache.losses.formulas import kl_terms
+from softcache.losses.log_space import kl_terms
 from softcache.losses.functional import (
     adaptive_kl,
     forward_kl,
@@ -37,7 +37,7 @@ from softcache.losses.functional import (
     soft_cross_entropy,
     total_variation,
 )
-from softcache.losses.rank_matching import uld
+from softcache.losses.divergences.uld import uld
 from softcache.losses.registry import KINDS, Loss, make_loss
 from softcache.losses.sample_weights import row_weights
 from softcache.losses.schedules import LossMix, scheduled

@@ -13,7 +13,7 @@ from softcache.labels import SoftLabels
 from softcache.losses.bucketed import bucketed_loss
 from softcache.losses.buckets import promote_dtype
 from softcache.losses.direct import direct_loss, is_fast_path
-from softcache.losses.rank_matching import uld
+from softcache.losses.divergences.uld import uld
 from softcache.losses.registry import Loss, as_loss
 from softcache.losses.standardize import standardized
 from softcache.losses.target_class import teacher_log_probs

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softcache.errors import LabelError
 from softcache.labels import SoftLabels
-from softcache.losses import formulas
+from softcache.losses import log_space as formulas
 
 __all__ = [
     "KINDS",

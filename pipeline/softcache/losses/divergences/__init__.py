@@ -1,0 +1,1 @@
+"""One file for each loss of a student's masses in the buckets of soft labels."""
