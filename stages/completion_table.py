@@ -16,6 +16,7 @@ from pydantic import BaseModel
 
 from softcache.config.run import RunConfig
 from softcache.data.sources.images.torchvision import TORCHVISION
+from softcache.losses import LOSSES
 from softcache.models import image as models
 from softcache.models.detection.build import SMALL as DETECTORS
 from softcache.models.language.causal_lm import BUILTIN as LANGUAGE_MODELS
@@ -51,6 +52,7 @@ NAMES = {
     "student.source.name": ["digits", "imagefolder", *TORCHVISION],
     "teacher.model": MODELS,
     "student.model": MODELS,
+    "loss.name": LOSSES.names(),
 }
 """Names that a config key takes beside others, which its type does not tell."""
 

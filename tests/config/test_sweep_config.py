@@ -48,7 +48,7 @@ def test_a_parameter_is_a_range_a_log_range_or_a_list():
         ("lr", "{ low = 1e-3, high = 1, log = 1 }", r"sweep\.space\.lr: log of a range is true or false"),
         ("k", "[1.5]", r"sweep\.space\.k: expected whole numbers of at least 1, not 1\.5"),
         ("k", "[2, 2]", r"sweep\.space\.k: the list has a value twice"),
-        ("loss", '["kl"]', r"sweep\.space\.loss: expected some of forward_kl, .*, not 'kl'"),
+        ("loss", '["kl"]', r"sweep\.space\.loss: expected some of .*forward_kl, .*, not 'kl'"),
         ("loss", "{ low = 1, high = 2 }", r"sweep\.space\.loss: names have no range"),
         ("student", "[]", r"sweep\.space\.student: the list is empty"),
     ],
@@ -118,12 +118,8 @@ def test_a_candidate_has_the_trials_values_and_all_else_of_the_config(shared_cac
     config = digits_config(loss={"name": "jsd", "beta": 0.3}, train={"weight_decay": 0.01})
     params = {"temperature": 2.5, "loss": "dkd", "k": 2, "lr": 0.1, "student": "linear"}
     made = candidate(config, params, cache)
-    assert (made.loss.temperature, made.loss.name, made.loss.beta, made.loss.dkd_beta) == (
-        2.5,
-        "dkd",
-        None,
-        8.0,
-    )
+    assert (made.loss.temperature, made.loss.name) == (2.5, "dkd")
+    assert made.loss.parameters == {"dkd_alpha": 1.0, "dkd_beta": 8.0}
     assert (made.labels.k, made.train.lr, made.train.weight_decay) == (2, 0.1, 0.01)
     assert made.student.model == "linear"
     assert candidate(config, {"temperature": 2.0}, cache).loss.beta == 0.3

@@ -5,7 +5,7 @@ import torch
 
 from softcache.errors import LabelError
 from softcache.labels import BernoulliLabels
-from softcache.losses.detection import box_giou, box_l1, localisation_distillation, quality_bce
+from softcache.losses.detection import box_giou, box_l1, quality_bce
 
 
 def normal(*shape, seed=0):
@@ -62,8 +62,6 @@ def test_losses_are_nothing_where_the_student_is_the_teacher():
     boxes = torch.tensor([[1.0, 2, 5, 9]])
     assert box_giou(boxes, boxes).abs().max() < 1e-6
     assert box_l1(boxes, boxes).max() == 0
-    bins = normal(3, 4, 8)
-    assert localisation_distillation(bins, bins, temperature=3.0).abs().max() < 1e-12
 
 
 def test_boxes_far_apart_cost_more_than_boxes_that_touch():
@@ -76,20 +74,6 @@ def test_boxes_far_apart_cost_more_than_boxes_that_touch():
     assert box_l1(here, there).tolist() == [2, 12, 40]
 
 
-@pytest.mark.parametrize("T", [1.0, 2.0])
-def test_localisation_distillation_is_the_divergence_of_the_edges(T):
-    teacher, student = normal(3, 4, 8), normal(3, 4, 8, seed=1).requires_grad_()
-    p, q = (teacher / T).softmax(-1), (student / T).softmax(-1)
-    assert torch.allclose(
-        localisation_distillation(student, teacher, temperature=T), (p * (p / q).log()).sum((1, 2))
-    )
-    assert torch.autograd.gradcheck(
-        lambda s: localisation_distillation(s, teacher, temperature=torch.full((3,), T)), student
-    )
-
-
 def test_heads_of_other_shapes_are_refused():
     with pytest.raises(LabelError, match=r"expected class logits of shape \(4, 5\).*found \(4, 6\)"):
         quality_bce(normal(4, 6), record(normal(4, 5), 2))
-    with pytest.raises(LabelError, match=r"expected bins of shape \(3, 4, 8\).*found \(3, 4, 9\)"):
-        localisation_distillation(normal(3, 4, 9), normal(3, 4, 8))

@@ -7,7 +7,7 @@ import torch
 
 from softcache.errors import LabelError
 from softcache.labels.sparsify import dense, top_k
-from softcache.losses import KINDS, distillation_loss, make_loss
+from softcache.losses import LOSSES, distillation_loss, make_loss
 from softcache.losses.fused import fused_distillation_loss
 from tests.losses.test_fused import (
     ODD_TEMPERATURES,
@@ -26,13 +26,13 @@ from tests.losses.test_fused import (
 INF = math.inf
 COMBINATIONS = [
     (name, tail, standardize)
-    for name, kind in KINDS.items()
+    for name, kind in LOSSES.items()
     for tail in kind.tails
     for standardize in (False, True)
 ]
-NEEDS_TARGET = [name for name, kind in KINDS.items() if kind.needs_target]
+NEEDS_TARGET = [name for name, kind in LOSSES.items() if kind.needs_target]
 SMOOTH = [
-    name for name in KINDS if name not in ("adaptive_kl", "uld")
+    name for name in LOSSES.names() if name not in ("adaptive_kl", "uld")
 ]  # whose gradient is of fixed weights; in test_fused
 
 
@@ -83,7 +83,7 @@ def test_labels_of_all_classes(name, tail, standardize):
 
 
 @pytest.mark.parametrize("standardize", [False, True])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", LOSSES.names())
 def test_bias_softcap_and_scale_of_the_head(name, standardize):
     targets, head = make_targets(), {"softcap": 2.0, "logit_scale": 3.0}
     loss = make_loss(name, standardize=standardize)
@@ -161,7 +161,7 @@ def test_gradient_is_that_of_the_reported_value(name, temperature, standardize):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", LOSSES.names())
 def test_half_precision(name, dtype):
     targets = make_targets()
     labels = labels_of(4, targets)
@@ -177,7 +177,7 @@ def test_half_precision(name, dtype):
 
 def test_without_a_need_for_gradients_none_are_made():
     targets = make_targets()
-    for name in KINDS:
+    for name in LOSSES.names():
         with torch.no_grad():
             found = fused_distillation_loss(
                 *make_case(), labels_of(4, targets), targets, temperature=2.0, alpha=0.5, loss=name
@@ -207,7 +207,7 @@ def test_no_tensor_of_all_logits_is_ever_made(name, tail, standardize):
 
 @pytest.mark.parametrize("num_positions", [0, P])
 @pytest.mark.parametrize("standardize", [False, True])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", LOSSES.names())
 def test_nothing_with_weight_gives_zero_with_zero_gradients(name, standardize, num_positions):
     targets = make_targets()[:num_positions]
     labels = labels_of(4, make_targets()).take(slice(0, num_positions))
@@ -232,7 +232,7 @@ def test_a_dropped_target_needs_its_probability(name):
     missing = ~(labels.ids == targets[:, None]).any(1)
     first = int(missing.int().argmax())
     with pytest.raises(
-        LabelError, match=rf"labels, position {first}: .*target_log_prob does not say"
+        LabelError, match=rf"labels, position {first}: .*target_log_prob does not hold"
     ) as error:
         fused_distillation_loss(*make_case(), labels, targets, **how)
     assert error.value.position == first

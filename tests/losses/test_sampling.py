@@ -10,7 +10,7 @@ import torch
 from softcache.errors import LabelError
 from softcache.labels import Sampling, SoftLabels
 from softcache.labels.sparsify import dense, hybrid, row_seeds, sample, top_k
-from softcache.losses import KINDS, distillation_loss, make_loss, soft_cross_entropy
+from softcache.losses import LOSSES, distillation_loss, make_loss, soft_cross_entropy
 from softcache.losses.fused import fused_distillation_loss
 from tests.losses.test_functional import make_logits
 from tests.losses.test_fused import assert_narrow_same
@@ -183,7 +183,7 @@ def test_the_sampled_cross_entropy_is_the_papers():
 
 
 @pytest.mark.parametrize("policy", ["sample", "hybrid"])
-@pytest.mark.parametrize("name", [name for name in KINDS if name not in LINEAR])
+@pytest.mark.parametrize("name", [name for name in LOSSES.names() if name not in LINEAR])
 def test_losses_that_cannot_be_estimated_name_the_policy(name, policy):
     teacher, student, seeds, targets = (
         make_logits(4, 9, 12),

@@ -6,11 +6,11 @@ Each takes probabilities p and s, [P, V], V buckets of which the teacher's order
 import torch
 
 from softcache import losses
-from softcache.losses import KINDS
+from softcache.losses import LOSSES
 
 P, V = 5, 12
 TARGETS = torch.tensor([3, 0, 11, 7, 3])
-NEEDS_TARGET = [name for name, kind in KINDS.items() if kind.needs_target]
+NEEDS_TARGET = [name for name, kind in LOSSES.items() if kind.needs_target]
 
 
 def _plogq(p, q):

@@ -24,7 +24,7 @@ from softcache.data.sources.translation.settings import TranslationSettings
 from softcache.data.transforms import ViewSettings
 from softcache.errors import ConfigError
 from softcache.labels.sparsify import AnyLabelSettings, TopK
-from softcache.losses import KINDS
+from softcache.losses import LOSSES, AnyLoss
 from softcache.losses.detection import CellLossSettings
 from softcache.models.language.generate import GenerateSettings
 from softcache.reader.dataset import ReaderSettings
@@ -68,7 +68,7 @@ class RunConfig(Settings):
     labels: AnyLabelSettings = TopK()
     capture: CaptureSettings = CaptureSettings()
     student: StudentSettings = StudentSettings()
-    loss: LossSettings = LossSettings()
+    loss: AnyLoss = LossSettings()
     detection_loss: CellLossSettings = CellLossSettings()
     train: TrainSettings = TrainSettings()
     reader: ReaderSettings = ReaderSettings()
@@ -143,9 +143,9 @@ class RunConfig(Settings):
         if (
             self.labels.sampling is not None
             and self.loss.highest_alpha > 0
-            and not KINDS[self.loss.name].linear
+            and not LOSSES.get(self.loss.name).linear
         ):
-            able = ", ".join(sorted(name for name, kind in KINDS.items() if kind.linear))
+            able = ", ".join(sorted(name for name, kind in LOSSES.items() if kind.linear))
             raise ValueError(
                 f"loss.name: {self.loss.name} cannot be estimated from classes drawn at random (labels.policy = "
                 f'"{self.labels.policy}"); use one of {able}, or a policy that draws none'

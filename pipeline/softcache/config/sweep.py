@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from softcache.losses.registry import LossName
+from softcache.errors import SpecError
+from softcache.losses import LOSSES
 from softcache.settings import Settings
 
 __all__ = ["SEARCH_PARAMETERS", "Axis", "Parameter", "Range", "SpaceSettings", "SweepSettings", "to_json"]
@@ -31,12 +32,18 @@ class Parameter(NamedTuple):
     allows: Callable[[Any], bool]
 
 
+def _is_loss(name: str) -> bool:
+    try:
+        LOSSES.get(name)
+    except SpecError:
+        return False
+    return True
+
+
 SEARCH_PARAMETERS: dict[str, Parameter] = {
     "temperature": Parameter("loss.temperature", float, "numbers from 1 to 100", lambda x: 1 <= x <= 100),
     "alpha": Parameter("loss.alpha", float, "numbers from 0 to 1", lambda x: 0 <= x <= 1),
-    "loss": Parameter(
-        "loss.name", str, f"some of {', '.join(get_args(LossName))}", lambda x: x in get_args(LossName)
-    ),
+    "loss": Parameter("loss.name", str, f"some of {', '.join(LOSSES.names())}", _is_loss),
     "k": Parameter("labels.k", int, "whole numbers of at least 1", lambda x: x >= 1),
     "lr": Parameter("train.lr", float, "numbers above 0", lambda x: x > 0),
     "student": Parameter("student.model", str, "model specs", lambda x: bool(x.strip())),

@@ -33,7 +33,7 @@ def align_labels(
         num_classes: V, the teacher's.
         num_student_classes: V', the student's.
         targets_P: of a loss that needs them.
-        log_dropped_P: as of `truth.dropped_log_probs`, with targets.
+        log_dropped_P: as of `target_class.dropped_log_probs`, with targets.
     """
     ready = fit_vocabulary(softened, num_classes, num_student_classes)
     if not loss.kind.needs_target:

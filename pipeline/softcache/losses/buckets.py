@@ -3,7 +3,7 @@
 Shape suffixes: `P` positions, `V` classes, `K` kept classes.
 
 The student's tail is summed over its classes, not taken as 1 minus the rest, so it is right where the kept mass
-rounds to 1. All of it costs three [P, V] temporaries beside the student's logits.
+rounds to 1. All of it costs three [P, V] temporaries in addition to the student's logits.
 """
 
 from dataclasses import replace
@@ -28,7 +28,7 @@ __all__ = [
 
 
 def fit_vocabulary(softened: SoftenedLabels, num_classes: int, num_student_classes: int) -> SoftenedLabels:
-    """The same distribution, told in the student's classes, where both vocabularies start alike.
+    """The same distribution over the student's classes, where both vocabularies start alike.
 
     The student stays normalised over all its classes. Where it has more of them, the teacher gives the extra
     ones 0: they become R = num_student_classes - num_classes kept classes of log_prob -inf, and the tail is

@@ -1,14 +1,13 @@
-"""Losses over a detector's cells: classes of sigmoid heads, boxes, distributions of box edges. Pure, one value per cell.
+"""Losses over a detector's cells: classes of sigmoid heads, and boxes. Pure, one value per cell.
 
 The caller weighs the cells and reduces. Gradients are checked numerically in the tests, at T = 1 and beyond.
 
-Shape suffixes: `P` cells, `V` classes, `K` kept classes, `N` bins of an edge.
+Shape suffixes: `P` cells, `V` classes, `K` kept classes.
 
 References:
     Li et al. 2020, Generalized Focal Loss, arXiv 2006.04388, equation 2 (quality focal loss).
     Yang et al. 2023, Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object Detection, arXiv 2308.14286
         (binary cross-entropy per class, weighed by the gap between teacher and student).
-    Zheng et al. 2022, Localization Distillation for Dense Object Detection, arXiv 2102.12252 (softened edge distributions).
     Rezatofighi et al. 2019, Generalized Intersection over Union, arXiv 1902.09630.
 """
 
@@ -24,7 +23,7 @@ from softcache.errors import LabelError
 from softcache.labels import BernoulliLabels
 from softcache.settings import Settings
 
-__all__ = ["CellLossSettings", "box_giou", "box_l1", "localisation_distillation", "quality_bce"]
+__all__ = ["CellLossSettings", "box_giou", "box_l1", "quality_bce"]
 
 
 class CellLossSettings(Settings):
@@ -69,7 +68,7 @@ def quality_bce(
     )
     student_PV = student_logits_PV / per_row
     bound_P1 = soft.dropped_bound[:, None].to(student_PV.dtype)
-    # Unknown below the bound: taken for what the student says, which has no gap and so no loss.
+    # Unknown below the bound: taken for what the student has, which has no gap and so no loss.
     known_PV = torch.minimum(student_PV.detach(), bound_P1.expand_as(student_PV))
     teacher_PV = known_PV.scatter(1, labels.ids.long(), soft.logits.to(student_PV.dtype)).sigmoid()
     loss_PV = binary_cross_entropy_with_logits(student_PV, teacher_PV, reduction="none")
@@ -90,31 +89,3 @@ def box_giou(student_P4: torch.Tensor, teacher_P4: torch.Tensor) -> torch.Tensor
     from torchvision.ops import generalized_box_iou_loss
 
     return generalized_box_iou_loss(student_P4, teacher_P4, reduction="none")
-
-
-def localisation_distillation(
-    student_P4N: torch.Tensor, teacher_P4N: torch.Tensor, *, temperature: Any = 1.0
-) -> torch.Tensor:
-    """Returns the sum over four edges of KL(softmax(teacher / T) || softmax(student / T)), nats, [P] (Zheng et al.).
-
-    Args:
-        student_P4N: logits of the bins of each edge of a distribution head (DFL).
-        teacher_P4N: the teacher's.
-        temperature: T, above 0; a number, or a tensor [P].
-
-    Raises:
-        LabelError: the two have different numbers of bins.
-    """
-    if student_P4N.shape != teacher_P4N.shape:
-        raise LabelError(
-            f"student: expected bins of shape {tuple(teacher_P4N.shape)} (cells, edges, bins of the labels); found "
-            f"{tuple(student_P4N.shape)}; give the student's head as many bins as the teacher's"
-        )
-    T = (
-        temperature[:, None, None]
-        if isinstance(temperature, torch.Tensor) and temperature.ndim
-        else temperature
-    )
-    log_teacher = (teacher_P4N.to(student_P4N.dtype) / T).log_softmax(-1)
-    log_student = (student_P4N / T).log_softmax(-1)
-    return (log_teacher.exp() * (log_teacher - log_student)).sum((1, 2))

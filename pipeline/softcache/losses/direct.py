@@ -9,8 +9,8 @@ target, and s_j the student's mass of class j:
 
 over the number of positions. The gradient is made with the value; backward only scales it. For small batches it is the
 number of operations that takes the time, not the numbers in them: about 30 here, where autograd over the parts of
-`losses.mixing` needs 130, and one for few classes on a CPU (`losses.small`). The value is the one of those parts, and so
-is the gradient, to rounding (tests).
+`losses.distillation` needs 130, and one for few classes on a CPU (`losses.cpu_kernel`). The value is the one of those
+parts, and so is the gradient, to rounding (tests).
 
 Shape suffixes: `P` positions, `V` classes, `K` kept classes, `B` buckets: K and the tail.
 """
@@ -27,20 +27,22 @@ from softcache.errors import LabelError
 from softcache.labels import SoftLabels
 from softcache.losses.buckets import check_student, promote_dtype
 from softcache.losses.registry import Loss
+from softcache.runtime.jit import compiled_is_on
 
 __all__ = ["direct_loss", "is_fast_path"]
 
-_MOST_CLASSES = 256  # for `losses.small`; beyond, torch with several threads catches up
+_MOST_CLASSES = 256  # for `losses.cpu_kernel`; beyond, torch with several threads catches up
 _SUM = 2  # ATen's number for that reduction
 _IGNORED = -100
 _NO_TARGETS = np.zeros(0, np.int64)
 
 
 def is_fast_path(loss: Loss, logits_PV: Tensor, labels: SoftLabels, temperature: Any) -> bool:
-    """Whether `direct_loss` is this loss: the divergence and tail of the defaults, at one constant temperature, of a
-    student with the labels' classes and labels that are constants and were not drawn."""
+    """Whether `direct_loss` is this loss: a divergence that it implements with the tail as a bucket, at one constant
+    temperature, of a student with the labels' classes and labels that are constants and were not drawn."""
     return (
-        loss.name == "forward_kl"
+        "logits" in loss.kind.fast_paths
+        and compiled_is_on()
         and loss.tail == "bucket"
         and not loss.standardize
         and isinstance(temperature, int | float)
@@ -96,7 +98,7 @@ class _Scaled(torch.autograd.Function):
 
 
 class _Small(_Scaled):
-    """By `losses.small`."""
+    """By `losses.cpu_kernel`."""
 
     @staticmethod
     def forward(

@@ -13,12 +13,11 @@ from softcache.labels import SoftLabels
 from softcache.losses.bucketed import bucketed_loss
 from softcache.losses.buckets import promote_dtype
 from softcache.losses.direct import direct_loss, is_fast_path
-from softcache.losses.divergences.uld import uld
 from softcache.losses.registry import Loss, as_loss
 from softcache.losses.standardize import standardized
 from softcache.losses.target_class import teacher_log_probs
 
-__all__ = ["check_alpha", "check_needs", "cross_entropy", "distillation_loss"]
+__all__ = ["add_truth_part", "check_alpha", "check_needs", "cross_entropy", "distillation_loss"]
 
 
 def cross_entropy(student_logits: Tensor, targets: Tensor) -> Tensor:
@@ -147,7 +146,7 @@ def check_needs(
         raise LabelError(f"{where}: expected labels for alpha above 0; found None; pass them or alpha=0")
     if alpha > 0.0 and loss.kind.needs_target and targets is None:
         raise LabelError(
-            f"{where}: expected targets for loss {loss.name}, which tells the ground-truth class from the others; found "
+            f"{where}: expected targets for loss {loss.name}, which reads the ground-truth class; found "
             "None; pass them, or use another loss"
         )
 
@@ -166,14 +165,20 @@ def _soft_part(
     logits_PV, T = student_logits, temperature
     if loss.standardize:
         logits_PV, T = standardized(student_logits, labels, temperature=temperature, active_P=active_P)
-    if loss.name == "uld":
-        return uld(logits_PV, labels, temperature=T)
+    if loss.kind.of_logits is not None:
+        value_P = loss.kind.of_logits(logits_PV, labels, temperature=T)
+        return temperature**loss.kind.temperature_power * value_P
     value_P = bucketed_loss(
         loss, logits_PV, labels, targets_P, temperature=T, padded_vocabulary=padded_vocabulary
     )
     value_P = temperature**loss.kind.temperature_power * value_P
     if loss.kind.weighs_truth:
         assert targets_P is not None
-        truth_P = teacher_log_probs(labels, targets_P.long()).exp()
-        value_P = value_P + truth_P * cross_entropy(student_logits, targets_P)
+        value_P = add_truth_part(value_P, student_logits, labels, targets_P)
     return value_P
+
+
+def add_truth_part(value_P: Tensor, student_logits: Tensor, labels: SoftLabels, targets_P: Tensor) -> Tensor:
+    """The loss [P] with the cross-entropy at T=1 times the teacher's probability of the ground-truth class added."""
+    truth_P = teacher_log_probs(labels, targets_P.long()).exp()
+    return value_P + truth_P * cross_entropy(student_logits, targets_P)

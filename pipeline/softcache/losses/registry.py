@@ -1,105 +1,102 @@
-"""The losses by name, with what each reads and where its maths holds.
+"""The losses by name: what each reads, and where its maths holds.
 
->>> make_loss("jsd", beta=0.3).name
-'jsd'
+>>> make_loss("jsd", beta=0.3).parameters
+{'beta': 0.3}
 """
+
+from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from pydantic import ValidationError
 from torch import Tensor
 
-from softcache.errors import LabelError
+from softcache.errors import LabelError, SpecError
 from softcache.labels import SoftLabels
-from softcache.losses import log_space as formulas
+from softcache.runtime.registry import Registry
+from softcache.settings import Settings
 
-__all__ = [
-    "KINDS",
-    "PARAMETERS",
-    "TAILS",
-    "Loss",
-    "LossName",
-    "LossSpec",
-    "Tail",
-    "as_loss",
-    "check_parameter",
-    "make_loss",
-]
+__all__ = ["LOSSES", "TAILS", "Loss", "LossSpec", "Tail", "as_loss", "check_tail", "divergence", "make_loss"]
 
 Tail = Literal["bucket", "uniform", "ignore", "renormalize"]
 TAILS: tuple[str, ...] = get_args(Tail)
-LossName = Literal[
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skew_kl",
-    "skew_reverse_kl",
-    "adaptive_kl",
-    "total_variation",
-    "dkd",
-    "nkd",
-    "cross_entropy",
-    "uld",
-]
 
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What the maths of a loss is, and allows.
+    """A loss, what its maths allows, and which fast paths implement it; made by `divergence`.
 
     Attributes:
-        formula: of `softcache.losses.formulas`: (log_p_PB, log_s_PB, **parameters) to [P], or, where the loss is
-            `linear`, log p and log s to the bucket's term. None: it compares ranks, not classes.
-        defaults: its parameters.
+        formula: (log_p_PB, log_s_PB, **parameters) to [P], from the log-masses of teacher and student in the same B
+            buckets, of which the last is the tail; or, where the loss is `linear`, to each bucket's term [P, B].
+            None: it compares ranks, not classes.
+        settings: the model of its parameters, which are keys of `[loss]`.
         tails: what may become of the dropped classes.
         temperature_power: the loss counts times T to this power.
-        linear: a sum of terms that are linear in log s. Such a loss can be estimated without bias from classes drawn
-            at random, and its slopes are known: -p.
-        needs_target: it reads the ground-truth class, which is a bucket of its own then, the last but one.
-        weighs_truth: it holds, beside the formula, the cross-entropy at T=1 times the teacher's probability of the
-            ground-truth class at T=1.
+        linear: the sum over the buckets of p (o - log s), where o depends on p alone: log p, or 0 without
+            `has_entropy`. Such a loss can be estimated without bias from classes drawn at random, and its derivatives
+            by log s are known: -p.
+        has_entropy: whether a linear loss is 0 at s = p (a divergence), or the teacher's entropy (a cross-entropy).
+        needs_target: it reads the ground-truth class, which has a bucket of its own then, the last but one.
+        weighs_truth: it holds, in addition to the formula, the cross-entropy at T=1 times the teacher's probability of
+            the ground-truth class at T=1.
+        fast_paths: the special implementations that are of this loss: "logits" (`losses.direct`) and "hidden"
+            (`losses.fused.cpu`). They have the value and gradient of the formula, and are off with SOFTCACHE_COMPILED=0.
+        of_logits: for a loss without a formula: (student_logits, labels, temperature=) to [P].
     """
 
     formula: Callable[..., Tensor] | None
-    defaults: Mapping[str, float] = field(default_factory=dict)
+    settings: type[Settings] = Settings
     tails: tuple[str, ...] = TAILS
     temperature_power: int = 2
     linear: bool = False
+    has_entropy: bool = True
     needs_target: bool = False
     weighs_truth: bool = False
+    fast_paths: tuple[str, ...] = ()
+    of_logits: Callable[..., Tensor] | None = None
+
+    def __call__(self, log_p_PB: Tensor, log_s_PB: Tensor, **parameters: Any) -> Tensor:
+        """The formula's value."""
+        assert self.formula is not None
+        return self.formula(log_p_PB, log_s_PB, **parameters)
+
+    @property
+    def parameters(self) -> list[str]:
+        """The names of its parameters."""
+        return list(self.settings.model_fields)
 
 
-_WITH_TEACHERS_MASS = (
-    "bucket",
-    "uniform",
-    "ignore",
-)  # a renormalised teacher has none beyond the kept classes
-_WHOLE = ("bucket", "uniform")  # what they normalise by is no sum over the kept classes
+LOSSES: Registry[LossSpec] = Registry(
+    "loss", package="softcache.losses.divergences", group="softcache.losses"
+)
 
-KINDS: dict[str, LossSpec] = {
-    "forward_kl": LossSpec(formulas.forward_kl_terms, linear=True),
-    "reverse_kl": LossSpec(formulas.reverse_kl, tails=_WITH_TEACHERS_MASS),
-    "jsd": LossSpec(formulas.jsd, {"beta": 0.5}),
-    "skew_kl": LossSpec(formulas.skew_kl, {"skew": 0.1}),
-    "skew_reverse_kl": LossSpec(formulas.skew_reverse_kl, {"skew": 0.1}),
-    "adaptive_kl": LossSpec(formulas.adaptive_kl, {"mu": 0.5}, tails=_WITH_TEACHERS_MASS),
-    "total_variation": LossSpec(formulas.total_variation, temperature_power=0),
-    "dkd": LossSpec(formulas.dkd, {"dkd_alpha": 1.0, "dkd_beta": 8.0}, tails=_WHOLE, needs_target=True),
-    "nkd": LossSpec(formulas.nkd, {"nkd_gamma": 1.5}, tails=_WHOLE, needs_target=True, weighs_truth=True),
-    "cross_entropy": LossSpec(formulas.cross_entropy_terms, linear=True),
-    "uld": LossSpec(None, tails=("bucket",), temperature_power=0),
-}
 
-PARAMETERS: dict[str, tuple[str, Callable[[float], bool]]] = {
-    "beta": ("a number in (0, 1)", lambda x: 0 < x < 1),
-    "skew": ("a number in (0, 1)", lambda x: 0 < x < 1),
-    "mu": ("a mass in (0, 1]", lambda x: 0 < x <= 1),
-    "dkd_alpha": ("a number of at least 0", lambda x: 0 <= x < float("inf")),
-    "dkd_beta": ("a number of at least 0", lambda x: 0 <= x < float("inf")),
-    "nkd_gamma": ("a number of at least 0", lambda x: 0 <= x < float("inf")),
-}
-"""Every parameter of every loss: what is expected of it."""
+def divergence(
+    settings: type[Settings] = Settings,
+    *,
+    tails: tuple[str, ...] = TAILS,
+    temperature_power: int = 2,
+    linear: bool = False,
+    has_entropy: bool = True,
+    needs_target: bool = False,
+    weighs_truth: bool = False,
+    fast_paths: tuple[str, ...] = (),
+) -> Callable[[Callable[..., Tensor]], LossSpec]:
+    """Returns the decorator that makes a loss of a formula over buckets; arguments as the attributes of `LossSpec`."""
+    return lambda formula: LossSpec(
+        formula,
+        settings,
+        tails=tails,
+        temperature_power=temperature_power,
+        linear=linear,
+        has_entropy=has_entropy,
+        needs_target=needs_target,
+        weighs_truth=weighs_truth,
+        fast_paths=fast_paths,
+    )
 
 
 @dataclass(frozen=True)
@@ -109,11 +106,11 @@ class Loss:
     name: str = "forward_kl"
     tail: str = "bucket"
     standardize: bool = False
-    parameters: Mapping[str, float] = field(default_factory=dict)
+    parameters: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def kind(self) -> LossSpec:
-        return KINDS[self.name]
+        return LOSSES.get(self.name)
 
     def check_labels(self, labels: SoftLabels) -> None:
         """Raises LabelError where the record's classes were drawn at random and this loss cannot be estimated so."""
@@ -133,11 +130,11 @@ class Loss:
             )
 
 
-def make_loss(name: str, *, tail: str = "bucket", standardize: bool = False, **parameters: float) -> Loss:
+def make_loss(name: str, *, tail: str = "bucket", standardize: bool = False, **parameters: Any) -> Loss:
     """A loss of the registry.
 
     Args:
-        name: one of `KINDS`.
+        name: one of `LOSSES`, or `package.module:Name` of a custom one.
         tail: what becomes of the dropped classes, see `softcache.losses.tail_modes`.
         standardize: divide the logits of teacher and student by their standard deviation first, position by
             position, see `softcache.losses.standardize`.
@@ -147,28 +144,36 @@ def make_loss(name: str, *, tail: str = "bucket", standardize: bool = False, **p
         LabelError: an unknown name, a parameter that the loss does not read or that is out of range, or a tail mode
             that means nothing for it.
     """
-    if name not in KINDS:
-        raise LabelError(f"loss.name: expected one of {', '.join(KINDS)}; found {name!r}")
-    kind = KINDS[name]
-    for parameter, value in parameters.items():
-        check_parameter(name, parameter, value)
-    if tail not in kind.tails:
-        expected = ", ".join(repr(x) for x in kind.tails)
+    try:
+        spec = LOSSES.get(name)
+    except SpecError as error:
+        raise LabelError(f"loss.name: {error}") from error
+    try:
+        complete = spec.settings(**parameters).model_dump()
+    except ValidationError as error:
+        raise LabelError("; ".join(_explain(name, problem) for problem in error.errors())) from error
+    check_tail(name, spec, tail)
+    return Loss(name, tail, standardize, complete)
+
+
+def check_tail(name: str, spec: LossSpec, tail: str) -> None:
+    """Raises LabelError unless the tail mode has a meaning for the loss."""
+    if tail not in spec.tails:
+        expected = ", ".join(repr(x) for x in spec.tails)
         raise LabelError(
-            f"loss.tail: expected {expected} for {name}; found {tail!r}; set tail = {kind.tails[0]!r}"
+            f"loss.tail: expected {expected} for {name}; found {tail!r}; set tail = {spec.tails[0]!r}"
         )
-    return Loss(name, tail, standardize, {**kind.defaults, **parameters})
 
 
-def check_parameter(name: str, parameter: str, value: Any) -> None:
-    """Raises LabelError unless the loss reads the parameter and the value is in its range."""
-    if parameter not in KINDS[name].defaults:
-        readers = [other for other, kind in KINDS.items() if parameter in kind.defaults]
-        whose = f"it belongs to {' and '.join(readers)}" if readers else f"known: {', '.join(PARAMETERS)}"
-        raise LabelError(f"loss.{parameter}: not read by {name}; {whose}; leave it out")
-    wanted, is_good = PARAMETERS[parameter]
-    if not is_good(value):
-        raise LabelError(f"loss.{parameter}: expected {wanted}; found {value}")
+def _explain(name: str, problem: Any) -> str:
+    """One line for one of pydantic's errors about a loss's parameter."""
+    parameter = ".".join(map(str, problem["loc"]))
+    if problem["type"] != "extra_forbidden":
+        return f"loss.{parameter}: {problem['msg'].lower()}; found {problem['input']!r}"
+    readers = [other for other, spec in LOSSES.items() if parameter in spec.parameters]
+    known = ", ".join(LOSSES.get(name).parameters) or "none"
+    hint = f"it belongs to {' and '.join(readers)}" if readers else f"known: {known}"
+    return f"loss.{parameter}: not read by {name}; {hint}; leave it out"
 
 
 def as_loss(loss: Loss | str) -> Loss:

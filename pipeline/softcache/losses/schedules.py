@@ -77,7 +77,7 @@ class Schedule(Settings):
     @model_validator(mode="after")
     def _check_end(self) -> Self:
         if (self.end is None) != (self.kind == "constant"):
-            wanted = "leave it out" if self.kind == "constant" else "it says where to go"
+            wanted = "leave it out" if self.kind == "constant" else "it is the last value"
             raise ValueError(f"end: expected one for linear, cosine and stall, none for constant; {wanted}")
         return self
 

@@ -1,80 +1,96 @@
 """`[loss]`: what a student learns by."""
 
-from typing import Any, Self
+from __future__ import annotations
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from contextlib import suppress
+from functools import cache
+from typing import Annotated, Any, Self
 
-from softcache.errors import LabelError
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    SerializeAsAny,
+    ValidationInfo,
+    create_model,
+    field_validator,
+    model_validator,
+)
+
+from softcache.errors import LabelError, SpecError
 from softcache.losses.curriculum import CurriculumSettings
-from softcache.losses.registry import KINDS, PARAMETERS, Loss, LossName, Tail, check_parameter, make_loss
+from softcache.losses.registry import LOSSES, Loss, LossSpec, Tail, check_tail, make_loss
 from softcache.losses.sample_weights import WeightSettings
 from softcache.losses.schedules import AlphaSchedule, TemperatureSchedule
+from softcache.runtime.registry import variant
 from softcache.settings import Settings
 
-__all__ = ["LossSettings"]
+__all__ = ["IDENTITY_PARAMETERS", "AnyLoss", "LossSettings"]
 
+DEFAULT = "forward_kl"
 # Younger than the runs that are on disk: a run that does not use them is the run that it was before.
 OPTIONAL_IDENTITY_KEYS = ("temperature_schedule", "alpha_schedule", "curriculum", "weights")
+IDENTITY_PARAMETERS = ("beta", "skew", "mu", "dkd_alpha", "dkd_beta", "nkd_gamma")
+"""Parameters that the identity of every run lists, with null where its loss does not read them."""
 
 
 class LossSettings(Settings):
     """[loss]: (1 - alpha) * CE(ground truth) + alpha * T^2 * soft loss, the soft one at temperature T.
 
+    The parameters of the chosen loss are keys of the table, too: an instance is always of a subclass with those of `name`,
+    and a key that the loss does not read is refused.
+
     Attributes:
         name: the soft loss. "uld" is for a language student with another tokenizer (Boizard et al. 2024, arXiv
-            2402.12030).
+            2402.12030). A custom loss is `package.module:name`.
         temperature: T, at least 1.
         alpha: weight of the soft part.
         tail: what becomes of the dropped classes (`softcache.losses.tail_modes`).
         standardize: divide the logits by their standard deviation first (`softcache.losses.standardize`).
-        beta: of "jsd": weight of the teacher in the mixture; 0.5.
-        skew: of "skew_kl" and "skew_reverse_kl"; 0.1.
-        mu: of "adaptive_kl": the teacher's mass in the head; 0.5.
-        dkd_alpha: of "dkd": weight of the target part; 1.
-        dkd_beta: of "dkd": weight of the other part; 8.
-        nkd_gamma: of "nkd": weight of the non-target part; 1.5.
         temperature_schedule, alpha_schedule: how T and alpha change over the run (`softcache.losses.schedules`).
         curriculum: T is learnt by gradient reversal (`softcache.losses.curriculum`).
         weights: how much each row counts in the soft part (`softcache.losses.sample_weights`).
+
+    Examples:
+        >>> LossSettings(name="jsd", beta=0.3).parameters
+        {'beta': 0.3}
     """
 
-    name: LossName = "forward_kl"
+    name: str = DEFAULT
     temperature: float = Field(4.0, ge=1, le=100)  # beyond, T^2 only magnifies the rounding of the divergence
     alpha: float = Field(0.9, ge=0, le=1)
     tail: Tail = "bucket"
     standardize: bool = False
-    beta: float | None = None
-    skew: float | None = None
-    mu: float | None = None
-    dkd_alpha: float | None = None
-    dkd_beta: float | None = None
-    nkd_gamma: float | None = None
     temperature_schedule: TemperatureSchedule | None = None
     alpha_schedule: AlphaSchedule | None = None
     curriculum: CurriculumSettings | None = None
     weights: WeightSettings | None = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in(cls, data: Any) -> Any:
-        """Gives a loss's parameters their defaults, so that a resolved config says them."""
-        name = data.get("name", "forward_kl") if isinstance(data, dict) else None
-        return {**KINDS[name].defaults, **data} if isinstance(name, str) and name in KINDS else data
+    def __new__(cls, *_: Any, **values: Any) -> Self:
+        if cls is LossSettings:
+            with suppress(SpecError, TypeError):  # __init__ refuses such a name
+                cls = settings_of(LOSSES.get(values.get("name", DEFAULT)))  # type: ignore[assignment]
+        return super().__new__(cls)
 
-    @field_validator(*PARAMETERS)
+    def __reduce__(self) -> Any:  # the subclasses are no attributes of a module
+        return LossSettings.model_validate, (self.model_dump(exclude_unset=True),)
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _check_parameter(cls, value: float | None, info: ValidationInfo) -> float | None:
-        name = info.data.get("name")
-        if value is not None and name is not None:
-            assert info.field_name is not None
-            _as_value_error(check_parameter, name, info.field_name, value)
-        return value
+    def _choose_subclass(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        if cls is not LossSettings:
+            return handler(data)
+        found: Self = _READ_TABLE(_drop_nulls(data))
+        return found
 
     @field_validator("tail")
     @classmethod
     def _check_tail(cls, value: Tail, info: ValidationInfo) -> Tail:
         if (name := info.data.get("name")) is not None:
-            _as_value_error(make_loss, name, tail=value)
+            try:
+                check_tail(name, LOSSES.get(name), value)
+            except LabelError as error:
+                raise ValueError(str(error)) from error
         return value
 
     @model_validator(mode="after")
@@ -105,8 +121,8 @@ class LossSettings(Settings):
                 )
         if self.weights is not None and self.weights.needs_truth and self.name == "uld":
             raise ValueError(
-                f"weights.by: {self.weights.by} reads the teacher's probability of the ground truth, which uld's student "
-                'tells in other tokens; use "teacher_entropy"'
+                f"weights.by: {self.weights.by} reads the teacher's probability of the ground truth, which has other tokens "
+                'for uld\'s student; use "teacher_entropy"'
             )
         return self
 
@@ -128,9 +144,14 @@ class LossSettings(Settings):
         """The largest weight that the soft part has in a run."""
         return max(self.alpha, (self.alpha_schedule and self.alpha_schedule.end) or 0.0)
 
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters of the chosen loss."""
+        return {key: getattr(self, key) for key in LOSSES.get(self.name).parameters}
+
     def identity(self) -> dict[str, Any]:
-        """Returns what tells runs of this loss from others."""
-        found = self.model_dump(mode="json")
+        """Returns what distinguishes runs of this loss from others."""
+        found = dict.fromkeys(IDENTITY_PARAMETERS) | self.model_dump(mode="json")
         return {
             key: value
             for key, value in found.items()
@@ -140,12 +161,32 @@ class LossSettings(Settings):
     @property
     def loss(self) -> Loss:
         """The soft loss that these settings name."""
-        given = {name: value for name in PARAMETERS if (value := getattr(self, name)) is not None}
-        return make_loss(self.name, tail=self.tail, standardize=self.standardize, **given)
+        return make_loss(self.name, tail=self.tail, standardize=self.standardize, **self.parameters)
 
 
-def _as_value_error(check: Any, *args: Any, **kwargs: Any) -> None:
-    try:
-        check(*args, **kwargs)
-    except LabelError as error:
-        raise ValueError(str(error)) from error
+@cache
+def settings_of(spec: LossSpec) -> type[LossSettings]:
+    """Returns the model of `[loss]` for a loss: the common keys and its parameters.
+
+    Raises:
+        SpecError: a parameter has the name of a common key.
+    """
+    if shared := sorted(spec.settings.model_fields.keys() & LossSettings.model_fields.keys()):
+        raise SpecError(
+            f"{spec.settings.__name__}.{shared[0]}: every [loss] has this key; give the loss's parameter another name"
+        )
+    bases: Any = LossSettings if spec.settings is Settings else (spec.settings, LossSettings)
+    return create_model("LossSettings", __base__=bases, __module__=__name__)
+
+
+def _drop_nulls(table: Any) -> Any:
+    """Returns a table without the nulls that resolved configs of earlier runs hold for parameters that are not read."""
+    if not isinstance(table, dict):
+        return table
+    return {key: x for key, x in table.items() if x is not None or key not in IDENTITY_PARAMETERS}
+
+
+_VARIANT = variant(LOSSES, settings_of, key="name", default=DEFAULT)
+_READ_TABLE: Any = _VARIANT.func
+AnyLoss = Annotated[SerializeAsAny[LossSettings], _VARIANT, BeforeValidator(_drop_nulls)]
+"""The field `[loss]` of a config."""

@@ -7,7 +7,7 @@ Shape suffixes: `P` positions, `V` classes, `K` kept classes.
                   spreads its mass within the tail costs nothing. The default.
     uniform       The teacher's tail is spread evenly over them, and every class is compared: a true divergence, from a
                   teacher that is flatter in its tail than the real one, so that the student is taught a tail that
-                  nobody has. About ten temporaries of [P, V] (fused: of a chunk, and six times the time) where the bucket
+                  no model has. About ten temporaries of [P, V] (fused: of a chunk, and six times the time) where the bucket
                   needs three; fused forward_kl and cross_entropy need only the mean log-probability, at no cost.
     ignore        Only the kept classes' terms, of the true masses. Not a divergence: it may be negative, and the mass
                   that the student puts elsewhere is free, or even wins. For comparison with other tools.

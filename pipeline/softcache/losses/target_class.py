@@ -1,10 +1,11 @@
-"""The ground-truth class as a bucket of its own, for the losses that tell it from the others.
+"""The ground-truth class as a bucket of its own, for the losses that distinguish it from the others.
 
 Shape suffixes: `P` positions, `V` classes, `K` kept classes.
 
-Where the teacher kept the class, its slot moves. Where it dropped the class, `labels.target_log_prob` says how likely
-it is, and the tail is what then remains of it: log(e^tail - e^target), computed as tail + log(-expm1(target - tail)).
-Off the grid of temperatures the tail is interpolated; should the class be heavier than that, nothing remains.
+Where the teacher kept the class, its slot moves. Where it dropped the class, its log-probability is
+`labels.target_log_prob`, and the tail is what then remains of it: log(e^tail - e^target), computed as tail +
+log(-expm1(target - tail)). Off the grid of temperatures the tail is interpolated; should the class be heavier than that,
+nothing remains.
 """
 
 from dataclasses import replace
@@ -114,7 +115,7 @@ def unknown_target(position: int, target: int) -> LabelError:
     """The error that a record without the target's probability deserves."""
     return LabelError(
         f"labels, position {position}: the ground-truth class {target} is not among the kept ones, and "
-        "target_log_prob does not say how likely the teacher finds it; expected one or the other for dkd, nkd and weights "
+        "target_log_prob does not hold how likely the teacher finds it; expected one or the other for dkd, nkd and weights "
         "by correctness or gap; "
         "capture the labels with targets, keep more classes, or use another loss",
         position=position,

@@ -1,7 +1,8 @@
 """numba's compiler, so that a function gives the same bits in the process that compiles it and in every later one.
 
-Compiled code is kept beside the module, or in the user's cache folder. Importing this module takes numba along, so import
-it where it is used.
+Compiled code is kept next to the module, or in the user's cache folder. numba is imported with the first function that is
+compiled, so import modules of compiled functions where they are used. With SOFTCACHE_COMPILED=0 in the environment the
+compiled implementations that have another one are not used (`compiled_is_on`).
 """
 
 from __future__ import annotations
@@ -14,18 +15,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from numba import njit, types
-
 __all__ = ["compiled", "compiled_is_on", "njit_in_subprocess", "njit_inline"]
 
 
 def compiled_is_on() -> bool:
-    """Whether compiled code may take the place of the reference in torch: unless SOFTCACHE_COMPILED is "0"."""
+    """Whether compiled implementations are used where there is another one: unless SOFTCACHE_COMPILED is 0."""
     return os.environ.get("SOFTCACHE_COMPILED", "1") != "0"
 
 
 def compiled(function: Callable[..., Any], **options: Any) -> Any:
     """numba's njit, without the GIL; compiled once and kept, or once for each process where nothing can be written."""
+    from numba import njit
+
     try:
         return njit(cache=True, nogil=True, boundscheck=False, **options)(function)
     except RuntimeError:
@@ -78,12 +79,16 @@ def _compile_here(module: str, name: str, *words: str) -> None:
 
 def _in_words(kind: Any) -> str:
     """A number's type, or an array's: float32/2/C/True, with dimensions, layout, and whether it may be written to."""
+    from numba import types
+
     if isinstance(kind, types.Array):
         return f"{kind.dtype}/{kind.ndim}/{kind.layout}/{kind.mutable}"
     return str(kind)
 
 
 def _of_words(text: str) -> Any:
+    from numba import types
+
     name, *array = text.split("/")
     kind: Any = types.boolean if name == "bool" else getattr(types, name)
     if not array:
@@ -98,4 +103,6 @@ def njit_inline(function: Callable[..., Any], **options: Any) -> Any:
     Out of a cache it would come as machine code, to be called; compiled together, it is merged into its caller, and sums
     that may be taken in any order are taken in another one there.
     """
+    from numba import njit
+
     return njit(nogil=True, boundscheck=False, **options)(function)

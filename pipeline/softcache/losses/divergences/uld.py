@@ -1,4 +1,4 @@
-"""Universal Logit Distillation: two distributions compared rank by rank, whatever their classes are called.
+"""Universal Logit Distillation: distributions compared by rank, over different vocabularies.
 
 Shape suffixes: `P` positions, `V` classes, `K` kept classes.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softcache.labels import SoftLabels
 from softcache.losses.buckets import check_student, over_temperature, promote_dtype
-from softcache.losses.registry import make_loss
+from softcache.losses.registry import LOSSES, Loss, LossSpec
 
 __all__ = ["uld"]
 
@@ -50,7 +50,7 @@ def uld(student_logits: Tensor, labels: SoftLabels, *, temperature: Any) -> Tens
         Boizard, El Haddad, Hudelot, Colombo 2024, arXiv 2402.12030, eqs. (4) and (5).
     """
     check_student(student_logits, labels)
-    make_loss("uld").check_labels(labels)
+    Loss("uld").check_labels(labels)
     softened = labels.at_temperature(temperature)
     teacher_PK = softened.log_probs.exp().sort(dim=1, descending=True).values
     probs_PV = over_temperature(promote_dtype(student_logits), temperature).softmax(dim=1)
@@ -58,3 +58,6 @@ def uld(student_logits: Tensor, labels: SoftLabels, *, temperature: Any) -> Tens
     tail_P = probs_PV.scatter(1, top.indices, 0.0).sum(dim=1)
     student_PK = F.pad(top.values, (0, labels.k - top.values.shape[1]))
     return (teacher_PK - student_PK).abs().sum(dim=1) + (softened.log_tail.exp() - tail_P).abs()
+
+
+LOSSES.register("uld")(LossSpec(None, tails=("bucket",), temperature_power=0, of_logits=uld))

@@ -2,7 +2,7 @@
 
 Shape suffixes: `P` positions, `V` classes, `K` kept classes.
 
-The dropped classes of a row need not be told apart: within their bucket the gradient is the student's own
+The dropped classes of a row need not be distinguished: within their bucket the gradient is the student's own
 distribution times one number per row, so one softmax over them, with the kept classes taken out, serves the
 value and the gradient. With s the student at T, normalised over all its classes, and P = sum of p (1, up to
 rounding):
@@ -32,7 +32,7 @@ __all__ = ["ChunkObjective"]
 class _Term(NamedTuple):
     """A part of the loss, [P], and its gradient: by the kept logits, and by the tail's as a whole.
 
-    Where there is an `even_P`, every logit gets so much beside, the kept ones too.
+    Where there is an `even_P`, that is added to the gradient of every logit, the kept ones too.
     """
 
     loss_P: Tensor
@@ -212,7 +212,7 @@ def _soften(logits_PV: Tensor, kept_PK: Tensor, peak_P1: Tensor, out_PV: Tensor)
     """Softmax of the dropped classes alone, into `out_PV`, and the masses of all.
 
     The log-sum-exp of the dropped ones is their largest logit, less the log of its softmax: exact however
-    little they weigh beside the kept ones, and -inf where there are none.
+    little they weigh against the kept ones, and -inf where there are none.
     """
     torch.softmax(logits_PV, dim=1, out=out_PV)
     tail_P1 = peak_P1 - out_PV.amax(dim=1, keepdim=True).log()

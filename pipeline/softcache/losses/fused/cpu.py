@@ -1,5 +1,5 @@
-"""`fused.mixture` by compiled rows (`fused.kernels`), where a CPU computes in float32: for cross-entropy and for losses that
-are linear in the student's log-masses, at one temperature, with a tail that is a bucket or nothing.
+"""`fused.chunk` by compiled rows (`fused.cpu_kernels`), where a CPU computes in float32: for cross-entropy and for
+losses that are linear in the student's log-masses, at one temperature, with a tail that is a bucket or nothing.
 
 torch takes about fifteen passes over a chunk for the same; the chunk does not fit a core's cache, a row does. A plain
 record (`RecordMixture`) is softened, checked and weighed row by row, too, and never copied.
@@ -24,6 +24,7 @@ from softcache.losses.fused.rows import Rows, kept_out_of_range
 from softcache.losses.fused.soft import Buckets
 from softcache.losses.registry import Loss
 from softcache.losses.target_class import IGNORED
+from softcache.runtime.jit import compiled_is_on
 
 __all__ = ["CompiledMixture", "RecordMixture", "is_compiled", "is_record"]
 
@@ -32,7 +33,8 @@ def is_compiled(head: Head, mixture: ChunkObjective) -> bool:
     """Whether `CompiledMixture` can take the place of a mixture."""
     soft = mixture.soft
     return (
-        _is_narrow(head)
+        compiled_is_on()
+        and _is_narrow(head)
         and (soft is None or (isinstance(soft, Buckets) and soft.is_linear))
         and isinstance(mixture.T, float)
         and not mixture.standardize
@@ -44,8 +46,9 @@ def is_record(head: Head, loss: Loss, labels: SoftLabels, temperature: Any) -> b
     """Whether `RecordMixture` serves: the tail is a bucket, student and teacher have the same classes, none was drawn."""
     arrays = (labels.ids, labels.log_probs, labels.log_tail)
     return (
-        _is_narrow(head)
-        and loss.name in ("forward_kl", "cross_entropy")
+        compiled_is_on()
+        and _is_narrow(head)
+        and "hidden" in loss.kind.fast_paths
         and loss.tail == "bucket"
         and not loss.standardize
         and isinstance(temperature, int | float)
@@ -98,7 +101,7 @@ class RecordMixture:
         self._labels, self._rows, self._T, self._alpha = labels, rows, T, alpha
         masses = (x.detach().to(torch.float32) for x in (log_masses_PK, log_tail_P))
         self._record = tuple(rows.take(x) for x in (labels.ids, *masses))
-        self._is_divergence, self._factor = loss.name == "forward_kl", alpha * T**loss.kind.temperature_power
+        self._is_divergence, self._factor = loss.kind.has_entropy, alpha * T**loss.kind.temperature_power
 
     def __call__(
         self, head: Head, logits_PV: Tensor, part: slice, needs_gradient: bool

@@ -21,7 +21,7 @@ import math
 
 import numpy as np
 
-from softcache.losses.cpu_vectors import exp_shifted, largest, total
+from softcache.losses.cpu_kernel import exp_shifted, largest, total
 from softcache.runtime.jit import njit_in_subprocess, njit_inline
 
 __all__ = ["mix_records", "mix_rows"]

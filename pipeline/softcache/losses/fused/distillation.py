@@ -95,7 +95,7 @@ def fused_distillation_loss(
     """
     head = Head(hidden_PD, weight_VD, bias_V, softcap, logit_scale, chunk_positions)
     loss = as_loss(loss)
-    if labels is not None and alpha > 0.0 and loss.name != "uld":
+    if labels is not None and alpha > 0.0 and loss.kind.formula is not None:
         check_vocabulary(labels.num_classes, head.num_classes, padded_vocabulary=padded_vocabulary)
     return _mean_loss(head, loss, labels, targets_P, weights_P, temperature, alpha)
 
@@ -230,7 +230,7 @@ def _mixture(
             truth_P = rows.take(teacher_log_probs(labels, targets_P)).to(dtype).exp()
     soft: ChunkLoss = (
         Uld(rows.of(softened, dtype))
-        if loss.name == "uld"
+        if loss.kind.formula is None
         else Buckets(
             loss,
             rows.of(softened, dtype),

@@ -31,7 +31,7 @@ class Rows:
         share_P: their weights over the largest one, or None where all are alike.
         scale: the largest weight over the sum of all.
 
-    `checks_ids` says whether the kept classes' range is checked here, or by who reads them.
+    `checks_ids`: whether the kept classes' range is checked here, or by their reader.
     """
 
     def __init__(

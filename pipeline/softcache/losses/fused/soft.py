@@ -3,7 +3,7 @@
 Shape suffixes: `P` positions, `V` classes, `K` kept classes.
 
 A loss that is linear in the student's log-masses has slopes that are known; those of any other come from autograd, over
-[P, K + 1] numbers. Either way the definition is the one of the unfused loss (`losses.comparing.bucket_values`).
+[P, K + 1] numbers. Either way the definition is the one of the unfused loss (`losses.bucketed.bucket_values`).
 
 With `tail = "uniform"` a linear loss needs of the dropped classes only their mean log-probability. For any other every
 class is kept then, and a chunk holds about ten [P, V] temporaries more and takes some six times as long.
@@ -73,7 +73,7 @@ class Buckets:
     Args:
         softened: of the active rows, at the teacher's temperature.
         sizes: number of classes of the teacher and of the student.
-        targets_P: of a loss that needs them, with log_dropped_P (`losses.truth.dropped_log_probs`).
+        targets_P: of a loss that needs them, with log_dropped_P (`losses.target_class.dropped_log_probs`).
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Buckets:
         """Of the last chunk, where `is_linear`: o of the kept classes [P, K] and of the tail [P], w of both."""
         chunk = self._chunk
         own_PK, own_P = chunk.log_probs, chunk.log_tail
-        if self._loss.name == "cross_entropy":
+        if not self._loss.kind.has_entropy:
             own_PK, own_P = torch.zeros_like(own_PK), torch.zeros_like(own_P)
         if chunk.log_weights is not None:  # the drawn classes stand for the tail, which has no bucket then
             return own_PK, own_P, (chunk.log_weights + chunk.log_probs).exp(), torch.zeros_like(own_P)

@@ -25,6 +25,7 @@ import torch
 from softcache.config.run import RunConfig
 from softcache.config.sweep import to_json
 from softcache.errors import IncompleteCacheError, RunError, SoftcacheError
+from softcache.losses.settings import IDENTITY_PARAMETERS
 from softcache.modalities import open_data
 from softcache.runs import cache_is_ready
 from softcache.runs.sweep.space import Space, baseline_params, checked_space, format_params
@@ -93,6 +94,7 @@ def open_sweep(config: RunConfig, url: str, path: Path) -> Sweep:
 
 def _identity(bench: TrialContext, space: Space) -> dict[str, Any]:
     described = bench.config.model_dump(mode="json", exclude=NON_IDENTITY_SETTINGS)
+    described["loss"] = dict.fromkeys(IDENTITY_PARAMETERS) | described["loss"]
     described["sweep"]["space"] = {name: to_json(axis) for name, axis in space.items()}
     return described | {"cache": bench.cache.manifest_sha256, **bench.data.identity()}
 

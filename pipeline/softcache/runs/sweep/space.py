@@ -13,7 +13,6 @@ from typing import Any
 from softcache.config.run import RunConfig, build_config
 from softcache.config.sweep import SEARCH_PARAMETERS, Axis, Range, SpaceSettings
 from softcache.errors import ConfigError, LabelError, SoftcacheError
-from softcache.losses.registry import PARAMETERS
 from softcache.modalities import Data, DetectionData
 from softcache.reader.cache import Cache
 from softcache.tools.shrink import ShrinkSettings, shrink_manifest
@@ -53,7 +52,9 @@ def candidate(config: RunConfig, params: dict[str, Any], cache: Cache) -> RunCon
     if (
         tables.get("loss", {}).get("name", config.loss.name) != config.loss.name
     ):  # these are of the other loss
-        tables["loss"] = {key: value for key, value in tables["loss"].items() if key not in PARAMETERS}
+        tables["loss"] = {
+            key: value for key, value in tables["loss"].items() if key not in config.loss.parameters
+        }
     return build_config(tables, f"of a trial with {format_params(params)}")
 
 

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from transformers import TrainerState, TrainingArguments
 
 from softcache.errors import ConfigError
-from softcache.losses import KINDS, LossMix, scheduled
+from softcache.losses import LOSSES, LossMix, scheduled
 from softcache.student.tasks import LossSettings
 
 if TYPE_CHECKING:
@@ -61,8 +61,8 @@ def check_loss(loss: LossSettings, cache: Cache) -> None:
             "loss.temperature_schedule, or `softcache train-student`"
         )
     codec = cache.manifest.build_codec()
-    if codec.sampling is not None and loss.highest_alpha > 0 and not KINDS[loss.name].linear:
-        able = ", ".join(sorted(name for name, kind in KINDS.items() if kind.linear))
+    if codec.sampling is not None and loss.highest_alpha > 0 and not LOSSES.get(loss.name).linear:
+        able = ", ".join(sorted(name for name, kind in LOSSES.items() if kind.linear))
         raise ConfigError(
             f"DistillTrainer: loss.name {loss.name} cannot be estimated from classes drawn at random, which cache "
             f"{cache.url} holds; use one of {able}, or a cache whose labels.policy draws none"
