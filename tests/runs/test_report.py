@@ -20,7 +20,6 @@ from softcache.runs.report.metrics import (
     break_even,
     by_class,
     by_decile,
-    bytes_per_row,
     calibration_error,
     deciles,
     misses_teacher,
@@ -28,6 +27,7 @@ from softcache.runs.report.metrics import (
 )
 from softcache.runs.report.plots import Styles, load_plotly
 from softcache.runs.report.predictions import dense_log_probs, observe
+from softcache.tools.fidelity.report import bytes_per_position
 from softcache.tools.shrink import ShrinkSettings, shrink_cache
 from tests.support.caches import digits_config
 from tests.support.report_runs import inside, make_runs
@@ -324,7 +324,7 @@ def test_students_of_caches_that_keep_less_are_laid_beside_those_of_the_whole_on
         figure = next(figure for figure in section.figures if figure.key == "compression-bytes")
         smallest = figure.rows[0][1]
         assert smallest[:2] == ("linear (cache, K = 2)", "K = 2")
-        assert float(smallest[2]) == pytest.approx(sum(bytes_per_row(smaller).values()), abs=0.05)
+        assert float(smallest[2]) == pytest.approx(sum(bytes_per_position(smaller).values()), abs=0.05)
         colors = [Styles(report.runs).color(run.name) for run in report.runs]
         assert len(set(colors)) == len(colors), "runs of one architecture have distinct colors"
 

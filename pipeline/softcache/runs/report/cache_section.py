@@ -11,8 +11,9 @@ import numpy as np
 from softcache.errors import RunError
 from softcache.reader.cache import Cache
 from softcache.runs.report.load import Report
-from softcache.runs.report.metrics import bytes_per_row, entropies, kept_masses
+from softcache.runs.report.metrics import entropies, kept_masses
 from softcache.runs.report.plots import Figure, Section, escaped, framed, load_plotly
+from softcache.tools.fidelity.report import bytes_per_position
 
 __all__ = ["cache_section"]
 
@@ -29,7 +30,7 @@ def cache_section(report: Report, fidelity: Path | None) -> Section:
         section.lead = "What the labels hold, and in how many bytes."
         section.missing.append(f"All of it needs the cache: {report.missing['cache']}.")
         return section
-    sizes = bytes_per_row(cache)
+    sizes = bytes_per_position(cache)
     rows = sum(marker.num_rows for marker in cache.markers.values())
     labels = cache.manifest.identity["labels"]
     first = f"The first of {len(report.caches)}, which keeps most: " if len(report.caches) > 1 else ""

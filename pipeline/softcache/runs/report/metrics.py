@@ -1,4 +1,4 @@
-"""The numbers of the report, each a pure function of rows; NumPy in, NumPy out."""
+"""Metrics of the report: NumPy in, NumPy out; of rows, or of the contents of a cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ __all__ = [
     "break_even",
     "by_class",
     "by_decile",
-    "bytes_per_row",
     "calibration_error",
     "deciles",
     "entropies",
@@ -27,18 +26,9 @@ __all__ = [
 ]
 
 BINS = 10
-
-
 MASS_TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
 MAX_ROWS = 65536
 """Of the cache, read for a histogram."""
-
-
-def bytes_per_row(cache: Cache) -> dict[str, float]:
-    """Returns the stored bytes of a row by column; Parquet has "all columns" only."""
-    from softcache.tools.fidelity.report import bytes_per_position
-
-    return bytes_per_position(cache)
 
 
 def _rows(cache: Cache) -> object:

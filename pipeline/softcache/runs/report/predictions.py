@@ -18,7 +18,6 @@ import torch
 
 from softcache.errors import RunError
 from softcache.labels import SoftLabels
-from softcache.reader.cache import Cache
 from softcache.runs.report.load import Report, Run, match_samples
 from softcache.student.tasks import TokenStudent
 
@@ -186,11 +185,7 @@ def _teacher_log_probs(report: Report, batch: Any, samples: np.ndarray, split: s
             return None
         return torch.cat([chunk.float().cpu() for chunk in report.teacher.chunks(batch)]).log_softmax(1)
     assert report.cache is not None
-    return _stored(report.cache, samples)
-
-
-def _stored(cache: Cache, samples: np.ndarray) -> torch.Tensor:
-    return dense_log_probs(cache.read(samples, 0))
+    return dense_log_probs(report.cache.read(samples, 0))
 
 
 def _facts(

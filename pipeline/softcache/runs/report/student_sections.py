@@ -200,11 +200,8 @@ def curves_section(report: Report, styles: Styles) -> Section:
                 f"curves-{key}",
                 title.split(",")[0].capitalize(),
                 f"{title} after every epoch, a line per student."
-                + (
-                    " Students that learn from different labels have losses of different scale."
-                    if key == "loss"
-                    else ""
-                ),
+                + " Students that learn from different labels have losses of different scale."
+                * (key == "loss"),
                 # One or two points make no line that is seen.
                 lines(
                     styles, series, x="epoch", y=title, marks=min(len(ys) for _, ys in series.values()) < 3

@@ -60,23 +60,24 @@ class Repeated(NamedTuple):
 
 def ranked_trials(sweep: Sweep) -> list[Result]:
     """Returns all trials: the finished ones best first, then the pruned, then the rest."""
-    results = []
-    for trial in sweep.study.trials():
-        noted = trial.user_attrs
-        results.append(
-            Result(
-                trial.number,
-                trial.state.name.lower(),
-                trial.value,
-                trial.params,
-                noted.get("epochs", 0),
-                noted.get("seconds", 0.0),
-                noted.get("num_parameters"),
-                noted.get("place"),
-                noted.get("same_as"),
-                noted.get("error"),
-            )
+    defaults = {
+        "epochs": 0,
+        "seconds": 0.0,
+        "num_parameters": None,
+        "place": None,
+        "same_as": None,
+        "error": None,
+    }
+    results = [
+        Result(
+            trial.number,
+            trial.state.name.lower(),
+            trial.value,
+            trial.params,
+            **{name: trial.user_attrs.get(name, default) for name, default in defaults.items()},
         )
+        for trial in sweep.study.trials()
+    ]
     sign = -1 if sweep.bench.maximize else 1
 
     def order(result: Result) -> tuple[int, float, int]:
