@@ -60,7 +60,7 @@ class Repeated(NamedTuple):
 
 def ranked_trials(sweep: Sweep) -> list[Result]:
     """Returns all trials: the finished ones best first, then the pruned, then the rest."""
-    defaults = {
+    defaults: dict[str, Any] = {
         "epochs": 0,
         "seconds": 0.0,
         "num_parameters": None,
