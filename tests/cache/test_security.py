@@ -33,7 +33,8 @@ from softcache.errors import (
     SourceError,
     SpecError,
 )
-from softcache.models.image import build_model, load_weights
+from softcache.models.image import build_model
+from softcache.models.weights import load_weights
 from softcache.reader.cache import open_cache
 from softcache.reader.dataset import cached_views
 from softcache.runs import train_student

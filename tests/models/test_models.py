@@ -6,14 +6,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from softcache.errors import ConfigError, LabelError, SpecError
-from softcache.models.image import (
-    Normalize,
-    build_model,
-    count_parameters,
-    load_weights,
-    parse_spec,
-    select_device,
-)
+from softcache.models.image import Normalize, build_model
+from softcache.models.spec import parse_spec
+from softcache.models.weights import count_parameters, load_weights, select_device
 from softcache.teacher.base import ImageTeacher, TeacherSettings, load_image_teacher
 
 SHAPE = (1, 8, 8)

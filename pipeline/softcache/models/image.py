@@ -16,13 +16,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qsl
 
 import torch
 from torch import nn
@@ -30,59 +26,10 @@ from torch.nn.parameter import UninitializedParameter
 
 from softcache.errors import SpecError
 from softcache.models.byte_classifier import ByteClassifier
+from softcache.models.spec import ModelSpec, parse_spec
 from softcache.runtime.suggest import closest_matches
 
-__all__ = [
-    "ModelSpec",
-    "Normalize",
-    "build_model",
-    "count_parameters",
-    "load_weights",
-    "parse_spec",
-    "select_device",
-]
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """A parsed spec: `family` is builtin, timm, torchvision or factory."""
-
-    family: str
-    name: str
-    args: dict[str, Any] = field(default_factory=dict)
-
-
-def _json_or_text(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def parse_spec(spec: str) -> ModelSpec:
-    """Returns the parts of a model spec.
-
-    Raises:
-        SpecError: the spec is empty or has no model name.
-
-    Examples:
-        >>> parse_spec("timm:resnet18?drop_rate=0.1")
-        ModelSpec(family='timm', name='resnet18', args={'drop_rate': 0.1})
-        >>> parse_spec("mlp").family
-        'builtin'
-    """
-    path, _, query = spec.partition("?")
-    args = {key: _json_or_text(value) for key, value in parse_qsl(query, keep_blank_values=True)}
-    family, colon, name = path.partition(":")
-    if not colon:
-        family, name = "builtin", path
-    elif family not in ("timm", "torchvision"):
-        family, name = "factory", path
-    if not name or name.endswith(":"):
-        raise SpecError(
-            f"model spec {spec!r}: no model name; expected e.g. mlp, timm:resnet18, module:factory"
-        )
-    return ModelSpec(family, name, args)
+__all__ = ["Normalize", "build_model"]
 
 
 def _unknown(spec: str, name: str, known: Iterable[str]) -> SpecError:
@@ -231,63 +178,6 @@ def _builtin(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[
             f"{_described(input_shape)}; set student.source.modality, or take another model"
         )
     return BUILTIN[parsed.name](num_classes, input_shape, **parsed.args)
-
-
-def load_weights(model: nn.Module, path: str | Path) -> None:
-    """Loads a state dict into `model`, strictly.
-
-    `.safetensors` is read by safetensors, anything else by `torch.load(weights_only=True)`, which
-    refuses to run code. A checkpoint whose state dict sits under `model`, `state_dict` or
-    `model_state_dict` is unwrapped.
-
-    Raises:
-        SpecError: the file is missing, unreadable, or does not fit (the names that differ are listed).
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise SpecError(
-            f"weights {path}: no such file; run `softcache train-teacher`, or point teacher.weights at one"
-        )
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            for wrapper in ("model", "state_dict", "model_state_dict"):
-                if isinstance(state.get(wrapper), dict):
-                    state = state[wrapper]
-        problems = model.load_state_dict(state, strict=False)
-    except Exception as error:
-        raise SpecError(f"weights {path}: cannot be loaded: {type(error).__name__}: {error}") from error
-    if problems.missing_keys or problems.unexpected_keys:
-        raise SpecError(
-            f"weights {path}: do not fit the model; missing {problems.missing_keys[:5]}, "
-            f"unexpected {problems.unexpected_keys[:5]}; check teacher.model and its arguments"
-        )
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Returns the number of scalars in the model's parameters (buffers not counted)."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def select_device(name: str) -> torch.device:
-    """Returns the device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU.
-
-    Raises:
-        SpecError: the device is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise SpecError(
-            f"device {name!r}: not available here ({error}); use auto, cpu, cuda or mps"
-        ) from error
 
 
 class Normalize(nn.Module):

@@ -14,7 +14,7 @@ from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_se
 
 from softcache.errors import MissingExtraError, RunError
 from softcache.losses import LossSettings
-from softcache.models.image import count_parameters
+from softcache.models.weights import count_parameters
 from softcache.runtime.distributed import broadcast_from_rank0, check_same, join, on_cpu, translate_errors
 from softcache.runtime.signals import Interrupted, defer_signals
 from softcache.student.bucket_sync import BucketSync

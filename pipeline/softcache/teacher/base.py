@@ -20,8 +20,10 @@ from softcache.errors import ConfigError, LabelError
 from softcache.hashing.digests import digest_weights
 from softcache.labels import SoftLabels, collect
 from softcache.labels.sparsify import LabelSettings, logit_faults
-from softcache.models.image import Normalize, build_model, count_parameters, load_weights, parse_spec
+from softcache.models.image import Normalize, build_model
 from softcache.models.language import build_language_model, check_split, split
+from softcache.models.spec import parse_spec
+from softcache.models.weights import count_parameters, load_weights
 from softcache.settings import Settings
 
 __all__ = [

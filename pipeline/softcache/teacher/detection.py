@@ -13,7 +13,8 @@ from softcache.labels.sparsify import DenseOutputs
 from softcache.models.detection.build import build_detector
 from softcache.models.detection.detector import Detector, Grid
 from softcache.models.detection.mean_average_precision import mean_average_precision
-from softcache.models.image import Normalize, load_weights
+from softcache.models.image import Normalize
+from softcache.models.weights import load_weights
 from softcache.teacher.base import Dtype, TeacherSettings
 from softcache.teacher.dense import DenseTeacher
 

@@ -19,7 +19,7 @@ from softcache.labels.sparsify import LabelSettings
 from softcache.modalities.images.splits import ImageSplits
 from softcache.models.detection.build import build_detector
 from softcache.models.detection.detector import Grid, check_same_grid
-from softcache.models.image import select_device
+from softcache.models.weights import select_device
 from softcache.reader.cache import Cache
 from softcache.reader.dataset import SoftLabelDataset, cells_per_image
 from softcache.student.tasks.object_detection import DetectionTask

@@ -9,7 +9,8 @@ from softcache.data.batch import Dataset, ViewedSource
 from softcache.data.sources import SourceSettings, open_source
 from softcache.modalities.images.splits import ImageSplits
 from softcache.modalities.images.student import StudentImages
-from softcache.models.image import build_model, select_device
+from softcache.models.image import build_model
+from softcache.models.weights import select_device
 from softcache.reader.cache import Cache
 from softcache.reader.dataset import SoftLabelDataset
 from softcache.student.tasks import ImageTask

@@ -15,8 +15,8 @@ from softcache.data.sources.text.tokenizer import digest_tokenizer, load_tokeniz
 from softcache.data.tokens import TokenData
 from softcache.errors import ConfigError, IdentityError
 from softcache.modalities.images.splits import TokenSplits
-from softcache.models.image import select_device
 from softcache.models.language import build_language_model, tokenizer_of
+from softcache.models.weights import select_device
 from softcache.reader.cache import Cache
 from softcache.reader.dataset import SoftLabelDataset
 from softcache.reader.paired import PairedDataset

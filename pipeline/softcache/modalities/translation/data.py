@@ -21,8 +21,8 @@ from softcache.data.sources.translation.source import (
 from softcache.data.tokens import TokenData
 from softcache.errors import IdentityError
 from softcache.modalities.images.splits import TokenSplits
-from softcache.models.image import select_device
 from softcache.models.language import PairTokens, build_translation_model, tokenizer_of
+from softcache.models.weights import select_device
 from softcache.reader.cache import Cache
 from softcache.reader.dataset import SoftLabelDataset
 from softcache.student.tasks import TranslationTask

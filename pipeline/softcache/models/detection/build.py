@@ -15,7 +15,7 @@ from torch import nn
 
 from softcache.errors import SpecError
 from softcache.models.detection.detector import Detector
-from softcache.models.image import parse_spec
+from softcache.models.spec import parse_spec
 from softcache.runtime.suggest import closest_matches
 
 __all__ = ["build_detector"]

@@ -24,10 +24,10 @@ import torch
 from torch import nn
 
 from softcache.errors import MissingExtraError, SpecError
-from softcache.models.image import ModelSpec, parse_spec
 from softcache.models.language.encoder_decoder_parts import is_encoder_decoder
 from softcache.models.language.probes import check_max_length
 from softcache.models.language.splitting import context_of, head_of
+from softcache.models.spec import ModelSpec, parse_spec
 from softcache.runtime.optional import auto_tokenizer
 from softcache.runtime.suggest import closest_matches
 

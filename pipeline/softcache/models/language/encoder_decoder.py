@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from softcache.errors import MissingExtraError, SpecError
-from softcache.models.image import ModelSpec, parse_spec
 from softcache.models.language.causal_lm import (
     check_size,
     from_factory,
@@ -29,6 +28,7 @@ from softcache.models.language.causal_lm import (
     with_checkpointing,
 )
 from softcache.models.language.encoder_decoder_parts import is_encoder_decoder
+from softcache.models.spec import ModelSpec, parse_spec
 from softcache.runtime.suggest import closest_matches
 
 __all__ = ["PairTokens", "build_translation_model"]

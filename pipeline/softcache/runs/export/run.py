@@ -19,7 +19,7 @@ import torch
 from softcache.data.batch import Dataset
 from softcache.errors import RunError, missing_extra
 from softcache.hashing.digests import digest_weights
-from softcache.models.image import count_parameters
+from softcache.models.weights import count_parameters
 from softcache.runs.export.benchmark import (
     Model,
     compare_models,

@@ -20,7 +20,7 @@ from softcache.data.pairing import pair_sources
 from softcache.data.sources.images.encoded import BytesSettings
 from softcache.errors import AlignmentError, IdentityError, RunError, SpecError
 from softcache.modalities.images.student import StudentImages
-from softcache.models.image import load_weights
+from softcache.models.weights import load_weights
 from softcache.reader.cache import Cache
 from softcache.runs import Data, open_data, open_teacher
 from softcache.runs.report.caches import describe_policy, find_caches

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from softcache.models.image import count_parameters
+from softcache.models.weights import count_parameters
 from softcache.runs.report.load import Report
 from softcache.runs.report.metrics import break_even, calibration_error, reliability
 from softcache.runs.report.plots import Figure, Section, Styles, bars, lines, points

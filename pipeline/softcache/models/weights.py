@@ -1,0 +1,69 @@
+"""Weights of a model: loaded from a file, counted, and the device that they are placed on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from softcache.errors import SpecError
+
+__all__ = ["count_parameters", "load_weights", "select_device"]
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads a state dict into `model`, strictly.
+
+    `.safetensors` is read by safetensors, anything else by `torch.load(weights_only=True)`, which
+    refuses to run code. A checkpoint whose state dict sits under `model`, `state_dict` or
+    `model_state_dict` is unwrapped.
+
+    Raises:
+        SpecError: the file is missing, unreadable, or does not fit (the names that differ are listed).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise SpecError(
+            f"weights {path}: no such file; run `softcache train-teacher`, or point teacher.weights at one"
+        )
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            for wrapper in ("model", "state_dict", "model_state_dict"):
+                if isinstance(state.get(wrapper), dict):
+                    state = state[wrapper]
+        problems = model.load_state_dict(state, strict=False)
+    except Exception as error:
+        raise SpecError(f"weights {path}: cannot be loaded: {type(error).__name__}: {error}") from error
+    if problems.missing_keys or problems.unexpected_keys:
+        raise SpecError(
+            f"weights {path}: do not fit the model; missing {problems.missing_keys[:5]}, "
+            f"unexpected {problems.unexpected_keys[:5]}; check teacher.model and its arguments"
+        )
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Returns the number of scalars in the model's parameters (buffers not counted)."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def select_device(name: str) -> torch.device:
+    """Returns the device of that name; `auto` takes CUDA, then Apple's MPS, then the CPU.
+
+    Raises:
+        SpecError: the device is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise SpecError(
+            f"device {name!r}: not available here ({error}); use auto, cpu, cuda or mps"
+        ) from error
