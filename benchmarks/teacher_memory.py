@@ -23,7 +23,7 @@ from softcache.data.tokens import TokenBatch
 from softcache.labels.sparsify import TopK
 from softcache.models.language import build_language_model
 from softcache.stages.options import print_table
-from softcache.teacher.base import LanguageTeacher
+from softcache.teacher.language import LanguageTeacher
 
 
 def document(length: int, vocab_size: int) -> TokenBatch:

@@ -12,8 +12,8 @@ from softcache.errors import ConfigError
 from softcache.modalities.translation.data import TranslationData
 from softcache.runs import make_teacher, open_data, open_teacher
 from softcache.runtime.logging import progress_bar
-from softcache.teacher.base import LanguageTeacher
 from softcache.teacher.generate import generate_source
+from softcache.teacher.language import LanguageTeacher
 
 from .options import config_options
 

@@ -16,8 +16,8 @@ from softcache.labels.positions import PositionSettings, chosen_rows, highest_ro
 from softcache.reader.dataset import SoftLabelDataset
 from softcache.runs import capture_labels, open_teacher, train_student
 from softcache.stages.cli import softcache
-from softcache.teacher.base import LanguageTeacher
 from softcache.teacher.capture.plan import plan_manifest
+from softcache.teacher.language import LanguageTeacher
 from softcache.tools.convert import convert_cache
 from tests.modalities.test_text_runs import distributions
 from tests.support.caches import digits_config

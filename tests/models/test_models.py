@@ -9,7 +9,8 @@ from softcache.errors import ConfigError, LabelError, SpecError
 from softcache.models.image import Normalize, build_model
 from softcache.models.spec import parse_spec
 from softcache.models.weights import count_parameters, load_weights, select_device
-from softcache.teacher.base import ImageTeacher, TeacherSettings, load_image_teacher
+from softcache.teacher.base import TeacherSettings
+from softcache.teacher.image import ImageTeacher, load_image_teacher
 
 SHAPE = (1, 8, 8)
 SPECS = [

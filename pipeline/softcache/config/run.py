@@ -27,7 +27,7 @@ from softcache.labels.sparsify import AnyLabelSettings, TopK
 from softcache.losses import LOSSES, AnyLoss
 from softcache.losses.detection import CellLossSettings
 from softcache.models.language.generate import GenerateSettings
-from softcache.reader.dataset import ReaderSettings
+from softcache.reader.settings import ReaderSettings
 from softcache.runtime.suggest import did_you_mean
 from softcache.settings import Settings
 from softcache.student import StudentSettings, TrainSettings

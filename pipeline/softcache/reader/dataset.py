@@ -8,21 +8,17 @@ for batch in loader:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from pydantic import Field
 
 from softcache.data.batch import Dataset, ViewedSource
 from softcache.errors import AlignmentError, ManifestError
 from softcache.hashing.splitmix import SPLITMIX64_GAMMA, splitmix64
-from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache, CachedBatch, open_cache
-from softcache.reader.memmap import MemmapSettings
+from softcache.reader.alignment import attach_labels, check_alignment
+from softcache.reader.cache import Cache, CachedBatch
 from softcache.reader.order import Request
-from softcache.settings import Settings
 
 if TYPE_CHECKING:
     from softcache.data.transforms import Views
@@ -30,46 +26,12 @@ if TYPE_CHECKING:
 __all__ = [
     "FingerprintedSamples",
     "HardLabelDataset",
-    "ReaderSettings",
     "SoftLabelDataset",
     "as_teacher_saw",
-    "attach_labels",
     "cached_views",
     "cells_per_image",
-    "check_alignment",
     "group_by_view",
 ]
-
-
-class ReaderSettings(Settings):
-    """[reader]: how a student reads the cache.
-
-    `fingerprint_fraction` is the fraction of (sample, view) pairs whose content is compared with the fingerprint taken at
-    capture; the first `fingerprint_first` samples of every loader process always are. `verify` compares each unit with
-    its marker's sha256 the first time that a process reads from it.
-
-    With `memmap` "auto" a view is decoded once into a memory map in `memmap_dir` (see `softcache.reader.memmap`), if the
-    whole cache takes at most `memmap_limit_bytes` there. The order is then a full shuffle, otherwise a shuffle within
-    windows of 16 chunks; `window_blocks` and `block_samples` override that.
-    """
-
-    workers: int = Field(0, ge=0)
-    block_samples: int | None = Field(None, ge=1)
-    window_blocks: int | None = Field(None, ge=1)
-    memmap: Literal["auto", "never"] = "auto"
-    memmap_limit_bytes: int = Field(8 << 30, ge=0)
-    memmap_dir: str | None = None
-    fingerprint_fraction: float = Field(1.0, ge=0, le=1)
-    fingerprint_first: int = Field(1024, ge=0)
-    verify: bool = True
-    num_views: int | None = Field(None, ge=1)
-
-    def open_cache(self, url: str) -> Cache:
-        """Returns the cache at a path or URL, to be read as these settings say; raises as
-        `softcache.reader.cache.open_cache`."""
-        memmap = MemmapSettings(self.memmap_limit_bytes, self.memmap_dir) if self.memmap == "auto" else None
-        window = self.window_blocks or DEFAULT_WINDOW_BLOCKS
-        return open_cache(url, window_blocks=window, verify=self.verify, memmap=memmap)
 
 
 def cached_views(cache: Cache) -> Views:
@@ -112,120 +74,6 @@ def cells_per_image(cache: Cache) -> int:
     """Returns how many of a detector's cells a cache has of each image."""
     assert cache.manifest.rows is not None
     return cache.manifest.rows.num_rows // len(cache)
-
-
-def check_alignment(cache: Cache, data: Dataset) -> None:
-    """Raises unless the cache was made from this very source, seen through these very views.
-
-    Raises:
-        AlignmentError: keys, order, ground truth, contents, transform or tokenizer differ; the first sample at
-            fault is named.
-    """
-    identity, where = cache.manifest.identity, f"cache {cache.url}"
-    if cache.manifest.kind != data.kind:
-        raise AlignmentError(
-            f"{where}: holds labels of kind {cache.manifest.kind!r}, the source is of kind {data.kind!r}; "
-            "give --cache the one that was made from this source"
-        )
-    for part, here in data.identity(cache.num_views).items():
-        if identity[part]["digest"] != here["digest"]:
-            raise AlignmentError(
-                f"{where}: {_PARTS[part][0]} ({_part_difference(identity[part], here, _PARTS[part][1])}); restore the "
-                f"[{_PARTS[part][1]}] table of the config that made it, or rebuild the cache"
-            )
-    if identity["source"]["digest"] != data.source.digest:
-        raise AlignmentError(
-            f"{where}: {_source_difference(cache, data)}; train on the dataset that was labelled, or rebuild the cache"
-        )
-
-
-_PARTS = {
-    "views": ("its views were made by another transform", "views"),
-    "boxes": ("its boxes were left out by another rule", "views"),
-    "tokenizer": ("its tokens were made by another tokenizer", "source"),
-    "attention": ("its teacher attended otherwise", "source"),
-}
-
-
-def _part_difference(there: dict[str, Any], here: dict[str, Any], table: str) -> str:
-    """Returns each setting that differs, or where they are the same the digests."""
-    then, now = there.get("settings", {}), here.get("settings", {})
-    # Through JSON, as the manifest has been.
-    now = json.loads(json.dumps(now))
-    differing = [
-        f"{table}.{key}: {then.get(key)!r} there, {now.get(key)!r} here"
-        for key in sorted(then | now)
-        if then.get(key) != now.get(key)
-    ]
-    return "; ".join(differing) or f"{there['digest'][:17]} there, {here['digest'][:17]} here"
-
-
-def _source_difference(cache: Cache, data: Dataset) -> str:
-    """Returns what changed, naming the first sample at fault; reads the data only on this path."""
-    table, source = cache.samples_table(), data.source
-    keys = source.keys()
-    lost, new = sorted(set(table.keys) - set(keys)), sorted(set(keys) - set(table.keys))
-    told = [f"{key!r} is gone" for key in lost[:1]] + [f"{key!r} is new" for key in new[:1]]
-    if len(table.keys) != len(source):
-        return f"{len(table.keys)} samples were labelled, the source has {len(source)} ({', '.join(told)})"
-    for sample, (there, here) in enumerate(zip(table.keys, keys, strict=True)):
-        if there != here:
-            why = ", ".join(told) or "the order changed"
-            return f"sample {sample} was {there!r} when labelled and is {here!r} now ({why})"
-    if data.kind != "cells" and not cache.skips_positions:  # boxes are in the source's digest alone
-        fact, then, now = (
-            ("rows", table.num_rows, source.num_rows())
-            if data.kind == "tokens"
-            else ("ground truth", table.targets, source.targets())
-        )
-        for sample in np.flatnonzero(then != now)[:1]:
-            return (
-                f"sample {keys[sample]!r} had {fact} {then[sample]} when labelled and has {now[sample]} now"
-            )
-    for samples in np.array_split(cache.samples_in(0), max(1, len(source) // 256)):
-        stored = cache.read_rows(samples, 0)[1]
-        changed = np.flatnonzero(data.load(samples, 0).fingerprints != stored)
-        if len(changed):
-            return f"the contents of sample {keys[samples[changed[0]]]!r} changed since it was labelled"
-    if cache.missing_units:
-        return f"the contents of source {source.name} changed since it was labelled (in samples not finished yet)"
-    if data.kind == "cells":
-        return (
-            f"the boxes of source {source.name} changed since it was labelled; keys and pixels are the same"
-        )
-    return (
-        f"source {source.name} is another one than was labelled, though keys, ground truth and contents of its samples are "
-        "the same (files that were written anew with other sizes, or what else its digest covers)"
-    )
-
-
-def attach_labels(batch: Any, stored: CachedBatch, cache: Cache, data: Dataset) -> Any:
-    """Returns the batch with its labels, each at the row of its own position.
-
-    Raises:
-        AlignmentError: the samples do not have the rows that were labelled; the first sample at fault is named.
-    """
-    if batch.num_rows != len(stored.labels) and not cache.skips_positions:
-        raise AlignmentError(
-            f"cache {cache.url}: {len(stored.labels)} rows of labels for {batch.num_rows} rows of samples "
-            f"{batch.samples[:8].tolist()}…, view {batch.view}; the source changed since the cache was made"
-        )
-    labels = stored.labels.to_torch()
-    if stored.positions is None:
-        return replace(batch, labels=labels)
-    import torch
-
-    rows_Q = batch.rows_at(stored.positions, stored.counts)
-    for place in np.flatnonzero(rows_Q < 0)[:1]:
-        sample = int(np.repeat(batch.samples, stored.counts)[place])
-        raise AlignmentError(
-            f"cache {cache.url}: sample {data.source.key(sample)!r} has a label for position "
-            f"{int(stored.positions[place])}, where the source has nothing to predict, or a label already; the source "
-            "changed since the cache was made; restore it, or rebuild the cache"
-        )
-    if len(rows_Q) < batch.num_rows:
-        batch = replace(batch, labelled=torch.from_numpy(rows_Q), label_counts=stored.counts)
-    return replace(batch, labels=labels)
 
 
 class FingerprintedSamples:

@@ -13,8 +13,8 @@ from softcache.config.run import RunConfig
 from softcache.errors import ConfigError, IdentityError
 from softcache.hashing.digests import digest_json
 from softcache.modalities import Data
+from softcache.reader.alignment import check_alignment
 from softcache.reader.cache import Cache, open_cache
-from softcache.reader.dataset import check_alignment
 from softcache.runs.teacher import open_teacher, teacher_is_missing, teacher_settings
 from softcache.runtime.logging import event, progress_bar
 from softcache.teacher.base import Teacher

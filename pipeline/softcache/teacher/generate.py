@@ -31,7 +31,7 @@ from softcache.errors import IdentityError, SourceError
 from softcache.hashing.digests import digest_json
 from softcache.models.language import PairTokens
 from softcache.models.language.generate import GeneratedSequence, GenerateSettings, translate
-from softcache.teacher.base import LanguageTeacher
+from softcache.teacher.language import LanguageTeacher
 
 __all__ = ["GenerateReport", "SourcePairs", "generate_source"]
 

@@ -24,8 +24,7 @@ from softcache.reader.cache import Cache
 from softcache.reader.dataset import SoftLabelDataset, cells_per_image
 from softcache.student.tasks.object_detection import DetectionTask
 from softcache.teacher.base import Teacher, TeacherSettings
-from softcache.teacher.dense import DenseTeacher
-from softcache.teacher.detection import load_detection_teacher
+from softcache.teacher.detection import DenseTeacher, load_detection_teacher
 
 __all__ = ["DetectionData"]
 

@@ -14,7 +14,8 @@ from softcache.models.weights import select_device
 from softcache.reader.cache import Cache
 from softcache.reader.dataset import SoftLabelDataset
 from softcache.student.tasks import ImageTask
-from softcache.teacher.base import ImageTeacher, Teacher, TeacherSettings, load_image_teacher
+from softcache.teacher.base import Teacher, TeacherSettings
+from softcache.teacher.image import ImageTeacher, load_image_teacher
 
 __all__ = ["ImageData"]
 

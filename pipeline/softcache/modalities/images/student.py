@@ -23,11 +23,11 @@ from softcache.data.transforms import Views
 from softcache.data.transforms.student import StudentViews, StudentViewSettings
 from softcache.models.image import Normalize, build_model
 from softcache.reader.cache import Cache
-from softcache.reader.dataset import ReaderSettings
 from softcache.reader.paired import OnlinePairedDataset, PairedSamples
+from softcache.reader.settings import ReaderSettings
 from softcache.runtime.logging import log_info
 from softcache.student.tasks import ByteTask, ImageTask
-from softcache.teacher.base import ImageTeacher
+from softcache.teacher.image import ImageTeacher
 
 __all__ = ["StudentImages"]
 

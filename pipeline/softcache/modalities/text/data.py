@@ -21,7 +21,8 @@ from softcache.reader.cache import Cache
 from softcache.reader.dataset import SoftLabelDataset
 from softcache.reader.paired import PairedDataset
 from softcache.student.tasks import TokenTask
-from softcache.teacher.base import LanguageTeacher, Teacher, TeacherSettings, load_language_teacher
+from softcache.teacher.base import Teacher, TeacherSettings
+from softcache.teacher.language import LanguageTeacher, load_language_teacher
 
 __all__ = ["TextData"]
 

@@ -26,7 +26,8 @@ from softcache.models.weights import select_device
 from softcache.reader.cache import Cache
 from softcache.reader.dataset import SoftLabelDataset
 from softcache.student.tasks import TranslationTask
-from softcache.teacher.base import LanguageTeacher, Teacher, TeacherSettings, load_language_teacher
+from softcache.teacher.base import Teacher, TeacherSettings
+from softcache.teacher.language import LanguageTeacher, load_language_teacher
 
 __all__ = ["TranslationData"]
 

@@ -21,7 +21,7 @@ from softcache.hashing.digests import digest_bytes
 from softcache.labels.sparsify import LabelSettings
 from softcache.settings import Settings
 from softcache.teacher.base import Dtype, Teacher
-from softcache.teacher.dense import DenseTeacher
+from softcache.teacher.detection import DenseTeacher
 
 __all__ = ["CaptureSettings", "default_plan", "plan_manifest"]
 

@@ -19,8 +19,8 @@ from softcache.data.batch import Dataset
 from softcache.errors import AlignmentError, IdentityError, IncompleteCacheError
 from softcache.labels import SoftLabels, concat
 from softcache.labels.sparsify import describe_fault, logit_faults, row_seeds
+from softcache.reader.alignment import attach_labels, check_alignment
 from softcache.reader.cache import Cache
-from softcache.reader.dataset import attach_labels, check_alignment
 from softcache.teacher.base import Teacher
 
 __all__ = ["Rerun", "rerun_teacher"]

@@ -14,8 +14,8 @@ from softcache.errors import AlignmentError, IdentityError
 from softcache.labels import DetectionLabels, SoftLabels
 from softcache.labels.sparsify import DenseOutputs
 from softcache.losses import forward_kl
+from softcache.reader.alignment import attach_labels, check_alignment
 from softcache.reader.cache import Cache
-from softcache.reader.dataset import attach_labels, check_alignment
 from softcache.teacher.base import Teacher
 from softcache.tools.verify.checksums import verify_units
 

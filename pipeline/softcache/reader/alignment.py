@@ -1,0 +1,132 @@
+"""Checks that a cache was made from a source, and attachment of labels to the rows of a batch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from softcache.data.batch import Dataset
+from softcache.errors import AlignmentError
+from softcache.reader.cache import Cache, CachedBatch
+
+if TYPE_CHECKING:
+    pass
+
+__all__ = ["attach_labels", "check_alignment"]
+
+
+def check_alignment(cache: Cache, data: Dataset) -> None:
+    """Raises unless the cache was made from this very source, seen through these very views.
+
+    Raises:
+        AlignmentError: keys, order, ground truth, contents, transform or tokenizer differ; the first sample at
+            fault is named.
+    """
+    identity, where = cache.manifest.identity, f"cache {cache.url}"
+    if cache.manifest.kind != data.kind:
+        raise AlignmentError(
+            f"{where}: holds labels of kind {cache.manifest.kind!r}, the source is of kind {data.kind!r}; "
+            "give --cache the one that was made from this source"
+        )
+    for part, here in data.identity(cache.num_views).items():
+        if identity[part]["digest"] != here["digest"]:
+            raise AlignmentError(
+                f"{where}: {_PARTS[part][0]} ({_part_difference(identity[part], here, _PARTS[part][1])}); restore the "
+                f"[{_PARTS[part][1]}] table of the config that made it, or rebuild the cache"
+            )
+    if identity["source"]["digest"] != data.source.digest:
+        raise AlignmentError(
+            f"{where}: {_source_difference(cache, data)}; train on the dataset that was labelled, or rebuild the cache"
+        )
+
+
+_PARTS = {
+    "views": ("its views were made by another transform", "views"),
+    "boxes": ("its boxes were left out by another rule", "views"),
+    "tokenizer": ("its tokens were made by another tokenizer", "source"),
+    "attention": ("its teacher attended otherwise", "source"),
+}
+
+
+def _part_difference(there: dict[str, Any], here: dict[str, Any], table: str) -> str:
+    """Returns each setting that differs, or where they are the same the digests."""
+    then, now = there.get("settings", {}), here.get("settings", {})
+    # Through JSON, as the manifest has been.
+    now = json.loads(json.dumps(now))
+    differing = [
+        f"{table}.{key}: {then.get(key)!r} there, {now.get(key)!r} here"
+        for key in sorted(then | now)
+        if then.get(key) != now.get(key)
+    ]
+    return "; ".join(differing) or f"{there['digest'][:17]} there, {here['digest'][:17]} here"
+
+
+def _source_difference(cache: Cache, data: Dataset) -> str:
+    """Returns what changed, naming the first sample at fault; reads the data only on this path."""
+    table, source = cache.samples_table(), data.source
+    keys = source.keys()
+    lost, new = sorted(set(table.keys) - set(keys)), sorted(set(keys) - set(table.keys))
+    told = [f"{key!r} is gone" for key in lost[:1]] + [f"{key!r} is new" for key in new[:1]]
+    if len(table.keys) != len(source):
+        return f"{len(table.keys)} samples were labelled, the source has {len(source)} ({', '.join(told)})"
+    for sample, (there, here) in enumerate(zip(table.keys, keys, strict=True)):
+        if there != here:
+            why = ", ".join(told) or "the order changed"
+            return f"sample {sample} was {there!r} when labelled and is {here!r} now ({why})"
+    if data.kind != "cells" and not cache.skips_positions:  # boxes are in the source's digest alone
+        fact, then, now = (
+            ("rows", table.num_rows, source.num_rows())
+            if data.kind == "tokens"
+            else ("ground truth", table.targets, source.targets())
+        )
+        for sample in np.flatnonzero(then != now)[:1]:
+            return (
+                f"sample {keys[sample]!r} had {fact} {then[sample]} when labelled and has {now[sample]} now"
+            )
+    for samples in np.array_split(cache.samples_in(0), max(1, len(source) // 256)):
+        stored = cache.read_rows(samples, 0)[1]
+        changed = np.flatnonzero(data.load(samples, 0).fingerprints != stored)
+        if len(changed):
+            return f"the contents of sample {keys[samples[changed[0]]]!r} changed since it was labelled"
+    if cache.missing_units:
+        return f"the contents of source {source.name} changed since it was labelled (in samples not finished yet)"
+    if data.kind == "cells":
+        return (
+            f"the boxes of source {source.name} changed since it was labelled; keys and pixels are the same"
+        )
+    return (
+        f"source {source.name} is another one than was labelled, though keys, ground truth and contents of its samples are "
+        "the same (files that were written anew with other sizes, or what else its digest covers)"
+    )
+
+
+def attach_labels(batch: Any, stored: CachedBatch, cache: Cache, data: Dataset) -> Any:
+    """Returns the batch with its labels, each at the row of its own position.
+
+    Raises:
+        AlignmentError: the samples do not have the rows that were labelled; the first sample at fault is named.
+    """
+    if batch.num_rows != len(stored.labels) and not cache.skips_positions:
+        raise AlignmentError(
+            f"cache {cache.url}: {len(stored.labels)} rows of labels for {batch.num_rows} rows of samples "
+            f"{batch.samples[:8].tolist()}…, view {batch.view}; the source changed since the cache was made"
+        )
+    labels = stored.labels.to_torch()
+    if stored.positions is None:
+        return replace(batch, labels=labels)
+    import torch
+
+    rows_Q = batch.rows_at(stored.positions, stored.counts)
+    for place in np.flatnonzero(rows_Q < 0)[:1]:
+        sample = int(np.repeat(batch.samples, stored.counts)[place])
+        raise AlignmentError(
+            f"cache {cache.url}: sample {data.source.key(sample)!r} has a label for position "
+            f"{int(stored.positions[place])}, where the source has nothing to predict, or a label already; the source "
+            "changed since the cache was made; restore it, or rebuild the cache"
+        )
+    if len(rows_Q) < batch.num_rows:
+        batch = replace(batch, labelled=torch.from_numpy(rows_Q), label_counts=stored.counts)
+    return replace(batch, labels=labels)
