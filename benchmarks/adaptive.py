@@ -19,7 +19,8 @@ from typing import Any
 
 import click
 
-from softcache.config.run import RunConfig, load_config
+from softcache.config.load import load_config
+from softcache.config.run import RunConfig
 from softcache.losses import LossSettings
 from softcache.reader.cache import Cache
 from softcache.runs import capture_labels, make_teacher, open_data, open_teacher, train_student

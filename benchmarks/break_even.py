@@ -17,7 +17,8 @@ import time
 from typing import Any
 
 from benchmarks.harness import Figure
-from softcache.config.run import RunConfig, load_config
+from softcache.config.load import load_config
+from softcache.config.run import RunConfig
 from softcache.modalities import Data
 from softcache.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
 from softcache.runtime.logging import log_info

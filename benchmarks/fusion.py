@@ -22,7 +22,8 @@ import numpy as np
 import torch
 
 from softcache.cache.codecs import OpenSettings
-from softcache.config.run import RunConfig, load_config
+from softcache.config.load import load_config
+from softcache.config.run import RunConfig
 from softcache.labels import SoftLabels, truncate_labels
 from softcache.labels.sparsify import LabelSettings, dense, label_settings
 from softcache.modalities import Data

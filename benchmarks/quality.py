@@ -18,7 +18,8 @@ from typing import Any
 
 import click
 
-from softcache.config.run import RunConfig, load_config
+from softcache.config.load import load_config
+from softcache.config.run import RunConfig
 from softcache.labels.sparsify import LabelSettings, label_settings
 from softcache.modalities import Data
 from softcache.reader.cache import Cache

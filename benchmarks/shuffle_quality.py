@@ -23,7 +23,8 @@ import torch
 from accelerate import PartialState
 
 from benchmarks.harness import machine
-from softcache.config.run import RunConfig, load_config
+from softcache.config.load import load_config
+from softcache.config.run import RunConfig
 from softcache.data.batch import ViewedSource
 from softcache.data.sources.images.base import InMemorySource
 from softcache.modalities import Data

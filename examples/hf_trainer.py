@@ -10,7 +10,7 @@ import sys
 
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.data.sources.text.source import load_tokenizer, open_text
 from softcache.reader.cache import open_cache
 from softcache.student.integrations.huggingface import DistillTrainer

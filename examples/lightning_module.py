@@ -13,7 +13,7 @@ from lightning import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from softcache import MemmapSettings, open_cache
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.data.sources import open_source
 from softcache.losses import LossSettings
 from softcache.models.image import build_model

@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import AverageMeter, accuracy
 
 from softcache import MemmapSettings, open_cache
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.data.sources import open_source
 from softcache.losses import LossSettings
 from softcache.student.integrations.timm import TimmDataset, TimmImages, TimmLoss

@@ -11,7 +11,7 @@ import sys
 import torch
 
 from softcache import BlockSampler, MemmapSettings, SoftLabelDataset, losses, open_cache
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.data.batch import ViewedSource
 from softcache.data.sources import open_source
 from softcache.models.image import Normalize, build_model

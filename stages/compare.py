@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
-from softcache.config.run import RunConfig, load_config
+from softcache.config.load import load_config
+from softcache.config.run import RunConfig
+from softcache.modalities import modality_of, modality_of_kind
 from softcache.reader.cache import Cache
 from softcache.runs import open_data, open_labels, open_teacher, train_student
-from softcache.runtime.scores import SCORES
 
 from .options import cache_option, config_options, json_option, print_json, print_table
 
@@ -48,7 +49,7 @@ def compare(
     teacher = open_teacher(config, data)
     kinds: dict[str, dict[str, Any]] = {"hard labels": {"labels": "ground_truth"}}
     for num_views in sorted({1, cache.num_views}):
-        views = f", {num_views} view{'s' * (num_views > 1)}" if cache.manifest.kind != "tokens" else ""
+        views = f", {num_views} view{'s' * (num_views > 1)}" if modality_of(config).has_views else ""
         name = f"cache{views}"
         kinds[name] = {"labels": "cache", "cache": cache, "num_views": num_views}
     data.task(
@@ -70,7 +71,7 @@ def _print(
     results: dict[str, list[dict[str, Any]]],
     as_json: bool,
 ) -> None:
-    score = SCORES[cache.manifest.kind]
+    score = modality_of_kind(cache.manifest.kind).score
     metric = score.metric
     teacher = getattr(cache.manifest.teacher, score.of_teacher)
     figures = {

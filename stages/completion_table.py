@@ -14,13 +14,14 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import click
 from pydantic import BaseModel
 
+from softcache.config.load import models_of
 from softcache.config.run import RunConfig
-from softcache.data.sources.images.torchvision import TORCHVISION
+from softcache.data.sources.base import names_of
 from softcache.losses import LOSSES
+from softcache.modalities import MODALITIES
 from softcache.models import image as models
 from softcache.models.detection.build import SMALL as DETECTORS
 from softcache.models.language.causal_lm import BUILTIN as LANGUAGE_MODELS
-from softcache.runtime.registry import Variant
 
 from .commands import COMMANDS, LazyCommands
 
@@ -48,8 +49,8 @@ TAKES = {
 MODELS = [*models.BUILTIN, "timm:", "torchvision:", *LANGUAGE_MODELS, *DETECTORS, "hf:"]
 
 NAMES = {
-    "source.name": ["digits", "imagefolder", *TORCHVISION],
-    "student.source.name": ["digits", "imagefolder", *TORCHVISION],
+    "source.name": [name for modality in MODALITIES.names() for name in names_of(modality)],
+    "student.source.name": names_of("image"),
     "teacher.model": MODELS,
     "student.model": MODELS,
     "loss.name": LOSSES.names(),
@@ -93,10 +94,7 @@ def _keys(table: type[BaseModel], above: str = "") -> Iterator[tuple[str, list[s
     """Yields every dotted key of a table that takes a value, with its values where they are few."""
     for name, field in table.model_fields.items():
         parts = list(_parts(field.annotation))
-        inner = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
-        for rule in field.metadata:
-            if isinstance(found := getattr(rule, "func", None), Variant):
-                inner = list(found.models())
+        inner = models_of(field)
         for part in inner:
             yield from _keys(part, f"{above}{name}.")
         if not inner:

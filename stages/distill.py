@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import click
 
 from softcache.cache.storage.base import is_bucket
-from softcache.config.run import RunConfig, load_config
+from softcache.config.load import load_config
+from softcache.config.run import RunConfig
 from softcache.errors import ConfigError, RunError
+from softcache.modalities import modality_of_kind
 from softcache.reader.cache import Cache
 from softcache.runs import (
     Data,
@@ -31,7 +33,6 @@ from softcache.runs import (
 )
 from softcache.runs.export import ExportSettings, load_onnxruntime
 from softcache.runtime.logging import log_info
-from softcache.runtime.scores import SCORES
 
 from .export import export_and_print, export_options
 from .options import cache_option, config_options, log_option
@@ -128,7 +129,7 @@ def _searched(config: RunConfig, cache: Cache) -> _Made:
     best, written = best_trial(sweep), write_best(sweep)
     assert best.place is not None, "a finished trial has a run"
     results = [result for result in ranked_trials(sweep) if result.state in ("complete", "pruned")]
-    told = f"{sweep.bench.metric} {SCORES[cache.manifest.kind].format(best.value)}"
+    told = f"{sweep.bench.metric} {modality_of_kind(cache.manifest.kind).score.format(best.value)}"
     log_info(f"sweep: {len(results)} trials; the best is trial {best.number}, {told}; as a config: {written}")
     cost = {
         "student_training_seconds": best.seconds,

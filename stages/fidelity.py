@@ -10,11 +10,11 @@ from typing import Any
 
 import click
 
-from softcache.config.run import load_config
+from softcache.config.load import load_config
+from softcache.modalities import percent
 from softcache.reader.cache import Cache, open_cache
 from softcache.runs import open_data, open_teacher
 from softcache.runtime.logging import progress_bar
-from softcache.runtime.scores import percent
 from softcache.tools.fidelity import draw_frontier, measure_cache, num_points, rerun_teacher
 
 from .options import json_option, parse_temperatures, print_json, print_table

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import click
 
-from softcache.config.run import load_config
-from softcache.data.sources.text.source import TextSettings, open_text
+from softcache.config.load import load_config
+from softcache.data.sources.text.settings import TextSettings
 from softcache.data.tokens import TokenData
 from softcache.errors import ConfigError
 from softcache.runtime.logging import log_info, progress_bar
@@ -65,7 +65,7 @@ def import_command(
             f"config {config_path}: labels.positions: {config.labels.positions.policy!r}; an import takes every position "
             "that a server answered for; drop the table"
         )
-    source = open_text(config.source, split="train")
+    source = config.source.open("train")
     data = TokenData(source, cross_documents=config.source.cross_documents)
     num_bytes = sum(Path(path).stat().st_size for path in responses if Path(path).is_file())
     with progress_bar("import: find the samples", num_bytes, "bytes") as advance:

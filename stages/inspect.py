@@ -12,8 +12,8 @@ import click
 import numpy as np
 
 from softcache.labels import STATS, BernoulliLabels, DetectionLabels, SoftLabels
+from softcache.modalities import percent
 from softcache.reader.cache import Cache, open_cache
-from softcache.runtime.scores import percent
 
 from .options import json_option, print_json, print_table
 

@@ -15,15 +15,15 @@ from typing import Any
 import click
 
 from softcache.cache.storage.base import is_bucket
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.errors import RunError
+from softcache.modalities import modality_of_kind
 from softcache.runs import open_labels
 from softcache.runs.sweep import Sweep, run_sweep
 from softcache.runs.sweep.cost import Cost, measure_cost, unmeasured_reason
 from softcache.runs.sweep.plots import draw_importance, draw_surface, importances
 from softcache.runs.sweep.results import Repeated, Result, ranked_trials, repeat_best, write_best, write_json
 from softcache.runs.sweep.space import format_value
-from softcache.runtime.scores import SCORES
 
 from .options import cache_option, config_options, json_option, log_option, print_json, print_table
 
@@ -111,7 +111,7 @@ def sweep_command(
 
 def _print_trials(sweep: Sweep) -> None:
     results = ranked_trials(sweep)
-    told = SCORES[sweep.bench.cache.manifest.kind].format
+    told = modality_of_kind(sweep.bench.cache.manifest.kind).score.format
     columns = ("trial", sweep.bench.metric, "state", *sweep.space, "epochs", "seconds")
     note = "the best is chosen by the held-out samples and one seed: repeat it with --seeds before you believe it"
     print_table(f"sweep {sweep.bench.path}", columns, [_row(sweep, told, r) for r in results], note=note)
@@ -131,7 +131,7 @@ def _row(sweep: Sweep, told: Callable[[float | None], str], result: Result) -> t
 
 
 def _print_repeats(sweep: Sweep, again: list[Repeated], seeds: int) -> None:
-    score = SCORES[sweep.bench.cache.manifest.kind]
+    score = modality_of_kind(sweep.bench.cache.manifest.kind).score
     rows = [
         (
             "config as it is" if row.number is None else f"trial {row.number}",

@@ -7,7 +7,7 @@ import click
 
 from softcache.cache.storage.base import is_bucket
 from softcache.cache.storage.open import open_objects
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.errors import ConfigError
 from softcache.modalities.translation.data import TranslationData
 from softcache.runs import make_teacher, open_data, open_teacher

@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import click
 
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.errors import ConfigError
 from softcache.reader.cache import Cache, open_cache
 from softcache.runs import (

@@ -7,7 +7,7 @@ softcache train-student --config configs/digits.toml --student timm:test_resnet
 
 import click
 
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.runs import open_data, open_labels, train_student
 from softcache.runs.tables import student_report, student_tables
 

@@ -6,12 +6,10 @@ softcache train-students --config configs/digits.toml --student mlp --student ti
 
 import click
 
-from softcache.config.run import RunConfig, load_config
-from softcache.data.sources import SourceSettings
-from softcache.data.sources.images.encoded import BytesSettings
+from softcache.config.load import load_config
+from softcache.modalities import modality_of, modality_of_kind
 from softcache.runs import open_data, open_labels, train_student
 from softcache.runs.tables import student_report, student_tables
-from softcache.runtime.scores import SCORES
 
 from .options import cache_option, config_options, json_option, print_json, print_table
 
@@ -38,23 +36,13 @@ def train_students(
     data = open_data(config)
     cache = open_labels(config, url)
     results = []
-    for model in models or _side_by_side(config):
+    for model in models or modality_of(config).models(config):
         cached = train_student(config, data, model=model, labels="cache", cache=cache)
         results.append((cached, train_student(config, data, model=model, labels="ground_truth")))
-    score = SCORES[cache.manifest.kind]
+    score = modality_of_kind(cache.manifest.kind).score
     results.sort(key=lambda pair: pair[0][score.metric], reverse=score.larger_is_better)
     if as_json:
         print_json(student_report(cache, results))
         return
     for table in student_tables(cache, results):
         print_table(*table)
-
-
-def _side_by_side(config: RunConfig) -> tuple[str, ...]:
-    """Returns student.models; where the config names none and their default is not for its data, student.model."""
-    student = config.student
-    if "models" in student.model_fields_set or (
-        isinstance(config.source, SourceSettings) and not isinstance(student.source, BytesSettings)
-    ):
-        return student.models
-    return (student.model,)

@@ -5,7 +5,7 @@ softcache train-teacher --config configs/digits.toml     # seconds on a CPU
 
 import click
 
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.runs import format_score, open_data, train_teacher
 
 from .options import config_options, json_option, print_json, track_option

@@ -76,7 +76,7 @@ def _teacher_faults(
 ) -> list[str]:
     """What a fresh teacher finds; all that needs torch is imported here, so that checksums need none."""
     try:
-        from softcache.config.run import load_config
+        from softcache.config.load import load_config
         from softcache.runs import open_data, open_teacher
         from softcache.tools.verify.teacher import verify_against_teacher
     except ModuleNotFoundError as error:

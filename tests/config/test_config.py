@@ -3,7 +3,8 @@
 import pytest
 from pydantic import ValidationError
 
-from softcache.config.run import RunConfig, load_config
+from softcache.config.load import load_config
+from softcache.config.run import RunConfig
 from softcache.errors import ConfigError
 from tests.support.caches import ROOT
 
@@ -176,7 +177,7 @@ def test_a_missing_file_and_a_folder(tmp_path):
         ('student.models=["linear", "cnn"]', ("linear", "cnn")),
         ("labels.temperatures=[1.0, 3.0]", (1.0, 3.0)),
         ("train_teacher.epochs=2", 2),
-        ("source.root=/data/a=b", "/data/a=b"),
+        ("teacher.weights=/data/a=b", "/data/a=b"),
     ],
 )
 def test_an_override_is_read_as_toml_or_else_as_text(small, override, value):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.config.sweep import Range
 from softcache.errors import ConfigError
 from softcache.runs.sweep.space import candidate, checked_space, default_space

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from softcache.data.batch import ViewedSource
-from softcache.data.sources import SourceSettings, open_source
+from softcache.data.sources import open_source
 from softcache.data.sources.images.base import InMemorySource, load_images
-from softcache.data.sources.images.registry import Subset
+from softcache.data.sources.images.custom import Subset
 from softcache.data.transforms import Views, ViewSettings
 from softcache.errors import SourceError
 from softcache.hashing.digests import fingerprint
@@ -106,7 +106,7 @@ def test_what_a_source_offers_at_once_is_what_it_shows_one_by_one():
         memory_source(kind=OneByOne),
         Subset(memory_source(), 9),
         Subset(memory_source(kind=OneByOne), 9),
-        open_source(SourceSettings(name="digits"), split="eval"),
+        open_source({"name": "digits"}, split="eval"),
     ):
         images = load_images(source, SAMPLES)
         assert all(torch.equal(x, source.image(n)) for x, n in zip(images, SAMPLES.tolist(), strict=True))

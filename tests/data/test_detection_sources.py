@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
-from softcache.data.sources.detection.base import BoxSource, DetectionSettings
-from softcache.data.sources.detection.registry import open_detection
+from softcache.data.sources import open_source
+from softcache.data.sources.detection.base import BoxSource
 from softcache.data.sources.detection.synthetic import MAX_IOU
 from softcache.errors import SourceError
 
 
 def scenes(split="train", **over):
     settings = {"modality": "detection", "name": "scenes", "train_scenes": 12, "eval_scenes": 12} | over
-    return open_detection(DetectionSettings(**settings), split=split)
+    return open_source(settings, split=split)
 
 
 def test_scenes_are_a_function_of_their_number():
@@ -86,9 +86,7 @@ def note(box, image=7, category=90, **more):
 
 
 def coco(root, split="train", **over):
-    return open_detection(
-        DetectionSettings(modality="detection", name="coco", root=str(root), **over), split=split
-    )
+    return open_source({"modality": "detection", "name": "coco", "root": str(root)} | over, split=split)
 
 
 def test_coco_folder_keeps_crowds_empty_images_and_ids_with_gaps(tmp_path):

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.errors import AlignmentError, SourceError
 from softcache.models.image import build_model
 from softcache.reader.cache import open_cache

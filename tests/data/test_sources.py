@@ -15,7 +15,8 @@ from PIL import Image
 from pydantic import ValidationError
 from sklearn.datasets import load_digits
 
-from softcache.data.sources import Source, SourceSettings, open_source
+from softcache.data.sources import open_source, source_settings
+from softcache.data.sources.images.base import Source
 from softcache.errors import SourceError, SpecError
 
 IDX = {
@@ -27,7 +28,7 @@ IDX = {
 
 
 def opened(split="train", **settings):
-    return open_source(SourceSettings.model_validate(settings), split=split)
+    return open_source(source_settings(settings), split=split)
 
 
 # -- digits --------------------------------------------------------------------------------------------------
@@ -182,7 +183,7 @@ def test_wrong_magic_and_mixed_files_are_found_out(tmp_path):
 def test_three_of_four_files_are_not_enough(tmp_path):
     root = write_idx(tmp_path / "flat")
     (root / "t10k-labels-idx1-ubyte.gz").unlink()
-    with pytest.raises(SourceError, match=r"t10k-labels-idx1-ubyte \(or .gz\) missing beside"):
+    with pytest.raises(SourceError, match=r"t10k-labels-idx1-ubyte \(or .gz\) missing, next to"):
         fashion(root, tmp_path)
 
 
@@ -446,7 +447,7 @@ def test_your_own_source_is_opened_and_cut():
         (
             "tests.data.test_sources:make_half",
             SpecError,
-            "not a Source; missing: num_classes, class_names, digest, target",
+            "no Source; missing: num_classes, class_names, digest, target",
         ),
         ("tests.data.test_sources:make_twins", SourceError, "4 samples with 3 different keys"),
         ("tests.data.test_sources:make_lost_target", SourceError, r"targets of shape \(3,\)"),
@@ -474,7 +475,7 @@ def opened_wrongly():
     ],
 )
 def test_an_unknown_name_gets_the_nearest_ones(name, near):
-    with pytest.raises(SpecError, match=f"unknown; nearest: .*{near}"):
+    with pytest.raises(SpecError, match=f"unknown; (did you mean|known:) .*{near}"):
         opened(name=name)
 
 
@@ -489,12 +490,12 @@ def test_an_unknown_name_gets_the_nearest_ones(name, near):
 )
 def test_settings_are_strict(settings, message):
     with pytest.raises(ValidationError, match=message):
-        SourceSettings.model_validate(settings)
+        source_settings(settings)
 
 
 @pytest.mark.slow
 def test_digests_do_not_depend_on_the_process():
-    code = "from softcache.data.sources import *; print(open_source(SourceSettings(name='digits'), split='eval').digest)"
+    code = "from softcache.data.sources import *; print(open_source({'name': 'digits'}, split='eval').digest)"
     done = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONHASHSEED": "5"}, capture_output=True, text=True, check=True
     )

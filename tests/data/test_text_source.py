@@ -25,14 +25,15 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from softcache.data.sources import open_source, source_settings
 from softcache.data.sources.text import chat as chats
 from softcache.data.sources.text import packing as token_samples
 from softcache.data.sources.text import source as text
 from softcache.data.sources.text import table as token_table
 from softcache.data.sources.text import tokenizer as tokenizers
-from softcache.data.sources.text.documents import Document, load_documents
+from softcache.data.sources.text.documents import Document
+from softcache.data.sources.text.hugging_face import HuggingFaceTexts
 from softcache.data.sources.text.packing import TokenSample
-from softcache.data.sources.text.settings import TextSettings
 from softcache.data.sources.text.source import open_text
 from softcache.data.sources.text.table import TokenSource
 from softcache.data.sources.text.tokenizer import digest_tokenizer, load_tokenizer
@@ -105,7 +106,7 @@ def opened(tmp_path, words):
             "eval_share": 1e-9,
             "data_dir": str(tmp_path / "data"),
         }
-        return open_text(TextSettings.model_validate(defaults | {"path": str(path)} | given), split=split)
+        return open_text(source_settings(defaults | {"path": str(path)} | given), split=split)
 
     return open_
 
@@ -302,7 +303,7 @@ def test_a_marked_passage_may_end_in_what_no_token_covers(opened, tmp_path):
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     assert theirs["assistant_masks"] == [0, 1, 1, 1, 1], "mended there: use it"
-    settings = TextSettings(
+    settings = HuggingFaceTexts(
         modality="text", name="hf", path="x", messages_column="messages", tokenizer="chat"
     )
     (ours,) = text._encode([Document("k", messages=messages)], settings, tokenizer)
@@ -467,8 +468,8 @@ def test_digests_and_keys_do_not_depend_on_the_process(opened, tmp_path):
     given = {"path": str(tmp_path / "docs.jsonl"), "tokenizer": "bpe?vocab_size=300", "seq_len": 16}
     given |= {"modality": "text", "name": "hf", "eval_share": 1e-9}
     code = (
-        "import sys, json; from softcache.data.sources.text.source import *\n"
-        f"source = open_text(TextSettings(**{given!r}, data_dir=sys.argv[1]), split='train')\n"
+        "import sys, json; from softcache.data.sources import *\n"
+        f"source = open_source({given!r} | {{'data_dir': sys.argv[1]}}, split='train')\n"
         "print(json.dumps([source.digest, source.tokenizer_digest, source.keys()]))"
     )
     expected = [source.digest, source.tokenizer_digest, source.keys()]
@@ -588,8 +589,8 @@ def test_everything_is_written_under_data_dir_and_little_is_said(tmp_path, words
     given = {"modality": "text", "name": "hf", "path": str(path), "data_dir": str(tmp_path / "data")}
     given |= {"tokenizer": "bpe?vocab_size=300", "eval_share": 1e-9}
     code = (
-        "from softcache.data.sources.text.source import *; import datasets\n"
-        f"open_text(TextSettings(**{given!r}), split='train')\n"
+        "from softcache.data.sources import *; import datasets\n"
+        f"open_source({given!r}, split='train')\n"
         "assert not datasets.are_progress_bars_disabled()"
     )
     (tmp_path / "home").mkdir()
@@ -651,9 +652,9 @@ def test_keys_may_be_whole_numbers(opened, tmp_path):
 
 def test_without_a_path_there_is_no_dataset(words):
     with pytest.raises(SourceError, match=r"source.path: missing; give a hub name"):
-        open_text(TextSettings(modality="text", name="hf", tokenizer=words), split="train")
-    with pytest.raises(SourceError, match=r"source.path: not for the source stdlib"):
-        load_documents(TextSettings(modality="text", name="stdlib", tokenizer=words, path="x"), "train")
+        open_source({"modality": "text", "name": "hf", "tokenizer": words}, split="train")
+    with pytest.raises(ValidationError, match=r"path\n.*not permitted"):
+        source_settings({"modality": "text", "name": "stdlib", "tokenizer": words, "path": "x"})
 
 
 @pytest.mark.parametrize(
@@ -670,8 +671,8 @@ def test_without_a_path_there_is_no_dataset(words):
     ],
 )
 def test_settings_are_strict(given, message):
-    with pytest.raises(ValidationError, match=message):
-        TextSettings.model_validate({"modality": "text", "name": "stdlib", "tokenizer": "bpe"} | given)
+    with pytest.raises((ValidationError, SpecError), match=message):
+        source_settings({"modality": "text", "name": "stdlib", "tokenizer": "bpe"} | given)
 
 
 def test_a_missing_library_is_named_with_its_extra(opened, monkeypatch):
@@ -703,7 +704,7 @@ def bpe_settings(tmp_path):
     def make(**given):
         defaults = {"modality": "text", "name": "hf", "path": str(path), "tokenizer": "bpe?vocab_size=300"}
         defaults |= {"data_dir": str(tmp_path / "data"), "eval_share": 1e-9}
-        return TextSettings.model_validate(defaults | given)
+        return source_settings(defaults | given)
 
     return make
 
@@ -740,8 +741,8 @@ def test_a_bpe_is_named_by_documents_and_arguments(bpe_settings, tmp_path):
 def test_a_bpe_learns_from_the_train_split_alone(bpe_settings, tmp_path):
     path = write_texts(tmp_path / "docs.jsonl", [f"{'q' if n % 2 else 'zz'}{n} word" for n in range(200)])
     given = {"path": str(path), "eval_share": 0.5}
-    train = list(load_documents(bpe_settings(**given), "train"))
-    held_out = list(load_documents(bpe_settings(**given), "eval"))
+    train = list(bpe_settings(**given).documents("train"))
+    held_out = list(bpe_settings(**given).documents("eval"))
     assert len(train) + len(held_out) == 200
     seen = []
     original = tokenizers._train_bpe
@@ -761,7 +762,7 @@ def test_a_bpe_learns_from_the_train_split_alone(bpe_settings, tmp_path):
 def test_training_reads_no_further_than_the_maximum(bpe_settings, monkeypatch):
     whole = load_tokenizer(bpe_settings(tokenizer="bpe?vocab_size=400&min_frequency=1"))
     monkeypatch.setattr(tokenizers, "BPE_MAX_CHARACTERS", 20)
-    part = tokenizers._train_bpe(load_documents(bpe_settings(), "train"), vocab_size=400, min_frequency=1)
+    part = tokenizers._train_bpe(bpe_settings().documents("train"), vocab_size=400, min_frequency=1)
     assert 257 < len(part) < len(whole)
 
 
@@ -869,7 +870,8 @@ def test_a_staged_folder_of_a_killed_process_is_never_used(opened, tmp_path):
 
 CODE = """
 import os, signal, sys
-from softcache.data.sources.text import source as text, table as token_table
+from softcache.data.sources import open_source
+from softcache.data.sources.text import table as token_table
 given = {given!r}
 if sys.argv[1] == "kill":
     add, left = token_table.TableWriter.add, [3]
@@ -879,7 +881,7 @@ if sys.argv[1] == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         add(self, cut)
     token_table.TableWriter.add = add_or_die
-source = text.open_text(text.TextSettings(**given), split="train")
+source = open_source(given, split="train")
 print(source.digest)
 """
 
@@ -1121,11 +1123,11 @@ def stdlib(stdlib_dir, **given):
         "tokenizer": "bpe?vocab_size=4096",
         "data_dir": stdlib_dir,
     }
-    return TextSettings.model_validate(defaults | given)
+    return source_settings(defaults | given)
 
 
 def test_the_standard_library_is_split_by_file(stdlib_dir):
-    train, held_out = (list(load_documents(stdlib(stdlib_dir), split)) for split in ("train", "eval"))
+    train, held_out = (list(stdlib(stdlib_dir).documents(split)) for split in ("train", "eval"))
     keys = [document.key for document in train + held_out]
     assert len(set(keys)) == len(keys) > 400
     assert 0.04 < len(held_out) / len(keys) < 0.2
@@ -1134,10 +1136,10 @@ def test_the_standard_library_is_split_by_file(stdlib_dir):
     assert not [key for key in keys if key.startswith(("_sysconfigdata", "config-", "sitecustomize"))]
     (document,) = [document for document in train + held_out if document.key == "dataclasses.py"]
     assert "def dataclass(" in document.text
-    documents = load_documents(stdlib(stdlib_dir), "eval")
+    documents = stdlib(stdlib_dir).documents("eval")
     assert len(documents) == len(held_out)
-    assert documents.digest == load_documents(stdlib(stdlib_dir), "eval").digest
-    assert documents.digest != load_documents(stdlib(stdlib_dir, shuffle_documents=False), "eval").digest
+    assert documents.digest == stdlib(stdlib_dir).documents("eval").digest
+    assert documents.digest != stdlib(stdlib_dir, shuffle_documents=False).documents("eval").digest
 
 
 def test_the_standard_library_is_tokenised_once(stdlib_dir, monkeypatch):
@@ -1147,7 +1149,7 @@ def test_the_standard_library_is_tokenised_once(stdlib_dir, monkeypatch):
     assert len(held_out) > 500
     assert train.vocab_size == 4096
     tokenizer = load_tokenizer(given)
-    first = next(iter(load_documents(given, "train")))
+    first = next(iter(given.documents("train")))
     start = tokenizer.decode(train.sample(0).tokens)
     assert start.startswith(first.text[:100])
     monkeypatch.setattr(text, "_tokenise", None)

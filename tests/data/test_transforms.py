@@ -18,7 +18,7 @@ import torch
 import xxhash
 from pydantic import ValidationError
 
-from softcache.data.sources import SourceSettings, open_source
+from softcache.data.sources import open_source
 from softcache.data.transforms import ViewParameters, Views, ViewSettings
 from softcache.data.transforms import ops as view_ops
 from softcache.data.transforms.parameters import RANGES
@@ -94,7 +94,7 @@ def test_parameters_never_change_between_versions():
 
 
 def test_pixels_never_change_between_versions():
-    image = open_source(SourceSettings(name="digits"), split="train").image(17)
+    image = open_source({"name": "digits"}, split="train").image(17)
     key = "digits/0017"
     found = {
         "plain": views(size=24).apply(image, key=key, view=0),

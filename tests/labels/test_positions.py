@@ -10,7 +10,7 @@ import torch
 import xxhash
 from click.testing import CliRunner
 
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.errors import ConfigError, IdentityError
 from softcache.labels.positions import PositionSettings, chosen_rows, highest_rows
 from softcache.reader.dataset import SoftLabelDataset

@@ -7,7 +7,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.errors import ConfigError, LabelError
 from softcache.labels.sparsify import dense, top_k
 from softcache.losses import LossSettings, cross_entropy, distillation_loss, make_loss, row_weights, scheduled

@@ -6,7 +6,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.data.batch import ImageBatch
 from softcache.errors import ConfigError
 from softcache.labels.sparsify import dense, dense_labels_unsorted, top_k

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from softcache.config.run import RunConfig, build_config
+from softcache.config.load import build_config
+from softcache.config.run import RunConfig
 from softcache.data.bytes import PADDING, ByteBatch, ByteData
-from softcache.data.sources.images.encoded import BytesSettings, open_bytes
-from softcache.data.sources.images.registry import SourceSettings, open_source
+from softcache.data.sources import open_source
+from softcache.data.sources.images.encoded import student_source_class
 from softcache.data.transforms import Views, ViewSettings
 from softcache.data.transforms.student import StudentViews, StudentViewSettings
 from softcache.errors import AlignmentError, ConfigError, RunError, SourceError, SpecError
@@ -30,6 +31,12 @@ from tests.support.caches import digits_config
 DIGITS = {"name": "digits", "max_train_samples": 300, "max_eval_samples": 100}
 BYTES = {"model": "bytes?width=8&depth=1", "source": {"modality": "bytes", **DIGITS}}
 SMALL = {"model": "mlp?width=8", "source": DIGITS, "views": {"size": 4, "grey": True}}
+
+
+def bytes_of_digits(split, **settings):
+    return student_source_class("bytes", "digits")(modality="bytes", **DIGITS, **settings).open(split)
+
+
 WRITTEN = ("model.safetensors", "config.json")
 
 
@@ -42,7 +49,7 @@ def folders(tmp_path_factory):
     """Digits as PNG files in class folders, and the same as JPEG files under other names."""
     base = tmp_path_factory.mktemp("folders")
     for split in ("train", "eval"):
-        source = open_source(SourceSettings(name="digits"), split=split)
+        source = open_source({"name": "digits"}, split=split)
         for sample in range(60):
             name = f"{split}/{source.target(sample)}/{sample:03d}"
             image = Image.fromarray(source.image(sample)[0].numpy())
@@ -372,7 +379,7 @@ def test_trials_of_a_sweep_and_other_processes_have_the_same_student(shared_cach
 
 def test_the_same_images_give_the_same_bytes_and_another_encoding_another_digest():
     def digest(**settings):
-        return open_bytes(BytesSettings(modality="bytes", **DIGITS, **settings), split="train").digest
+        return bytes_of_digits("train", **settings).digest
 
     assert digest() == digest() == digest(format="png")
     all_of_them = [digest(), digest(compress_level=0), digest(format="jpeg"), digest(max_bytes=50)]
@@ -382,15 +389,15 @@ def test_the_same_images_give_the_same_bytes_and_another_encoding_another_digest
 def test_encoded_bytes_decode_to_the_image():
     import io
 
-    source = open_bytes(BytesSettings(modality="bytes", **DIGITS), split="train")
-    images = open_source(SourceSettings(**DIGITS), split="train")
+    source = bytes_of_digits("train")
+    images = open_source(DIGITS, split="train")
     for sample in (0, 17, 299):
         decoded = Image.open(io.BytesIO(source.content(sample).tobytes()))
         assert np.array_equal(np.array(decoded), images.image(sample)[0].numpy())
 
 
 def test_batches_are_padded_behind_each_file_and_merge():
-    data = ByteData(open_bytes(BytesSettings(modality="bytes", **DIGITS), split="train"))
+    data = ByteData(bytes_of_digits("train"))
     parts = [data.load([n], 0) for n in range(8)]
     whole = data.load(range(8), 0)
     merged = ByteBatch.merge(parts)

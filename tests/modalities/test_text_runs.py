@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from softcache.config.run import RunConfig, load_config
+from softcache.config.load import load_config
+from softcache.config.run import RunConfig
 from softcache.data.sources.text.source import load_tokenizer
 from softcache.data.tokens import TokenData
 from softcache.errors import (

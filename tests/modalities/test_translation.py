@@ -10,7 +10,8 @@ import torch
 from click.testing import CliRunner
 
 from softcache.cache.storage.local import LocalObjects
-from softcache.data.sources.translation.source import TranslationSettings, load_pairs, open_translation
+from softcache.data.sources import source_settings
+from softcache.data.sources.translation.source import load_pairs, open_translation
 from softcache.data.tokens import TokenData
 from softcache.errors import ConfigError, IdentityError, SourceError, SpecError
 from softcache.losses import cross_entropy
@@ -36,7 +37,7 @@ SPECS = ["t5?width=32&depth=2&heads=4", "marian?width=32&depth=2&heads=4"]
 
 
 def settings(**more):
-    return TranslationSettings(modality="translation", **{"tokenizer": "bpe?vocab_size=300"} | more)
+    return source_settings({"modality": "translation", "tokenizer": "bpe?vocab_size=300"} | more)
 
 
 # -- pairs -------------------------------------------------------------------------------------------------
@@ -424,7 +425,7 @@ def test_what_the_teacher_wrote_is_a_source_with_the_same_tokenizer(captured, ge
         "data_dir": str(folder / "data"),
     }
     tables = config.model_dump(mode="json", exclude_unset=True) | {"source": source}
-    from softcache.config.run import build_config
+    from softcache.config.load import build_config
 
     run = build_config(tables, "generated")
     theirs = open_data(run)

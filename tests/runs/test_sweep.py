@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.config.sweep import Range, SpaceSettings, SweepSettings
 from softcache.errors import IdentityError, IncompleteCacheError, RunError, SpecError
 from softcache.runs.sweep import open_sweep, run_sweep

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from softcache.config.run import load_config
-from softcache.data.sources import SourceSettings, open_source
+from softcache.config.load import load_config
+from softcache.data.sources import open_source
 from softcache.errors import ConfigError, SpecError
 from softcache.models.image import build_model
 from softcache.runtime.suggest import closest_matches, did_you_mean
@@ -53,8 +53,8 @@ def test_a_model_that_is_none(spec, told):
 
 
 def test_a_source_that_is_none():
-    with pytest.raises(SpecError, match=r"nearest: fashion-mnist"):
-        open_source(SourceSettings(name="fashion-mnst"), split="train")
+    with pytest.raises(SpecError, match=r"did you mean fashion-mnist"):
+        open_source({"name": "fashion-mnst"}, split="train")
 
 
 @pytest.mark.parametrize(

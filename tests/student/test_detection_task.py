@@ -5,7 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from softcache.config.run import build_config
+from softcache.config.load import build_config
 from softcache.errors import ConfigError, LabelError, SpecError
 from softcache.labels import BernoulliLabels, DetectionLabels
 from softcache.losses.detection import CellLossSettings

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.data.sources.text.source import open_text
 from softcache.errors import ConfigError
 from softcache.losses import LossSettings, cross_entropy, distillation_loss, row_weights

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, TrainerCallback, TrainingArguments
 
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.data.sources.text.source import load_tokenizer, open_text
 from softcache.data.tokens import TokenData
 from softcache.errors import (

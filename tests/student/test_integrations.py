@@ -13,7 +13,7 @@ from timm.data import create_loader
 from torch import nn
 
 from softcache import MemmapSettings, open_cache
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.errors import AlignmentError, ConfigError, IncompleteCacheError, LabelError, RunError
 from softcache.losses import LossSettings, distillation_loss
 from softcache.reader.dataset import SoftLabelDataset

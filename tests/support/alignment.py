@@ -23,7 +23,8 @@ import pytest
 import torch
 from PIL import Image
 
-from softcache.config.run import RunConfig, load_config
+from softcache.config.load import load_config
+from softcache.config.run import RunConfig
 from softcache.data.sources.images.base import InMemorySource
 from softcache.data.sources.text.source import load_tokenizer
 from softcache.hashing.digests import digest_bytes

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from softcache.config.run import RunConfig, build_config
+from softcache.config.load import build_config
+from softcache.config.run import RunConfig
 from softcache.models.detection.build import build_detector
 from softcache.reader.cache import Cache
 from softcache.runs import Data, capture_labels, open_data, open_teacher

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from softcache.data.sources import SourceSettings, open_source
+from softcache.data.sources import open_source
 from softcache.data.sources.images.base import InMemorySource
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from tests.support.caches import digits_config
@@ -15,7 +15,7 @@ HOSTILE = "<script>document.title = 'taken'</script>"
 
 def hostile_source(split):
     """The digits, with a class and keys that would be markup if they were not escaped."""
-    plain = open_source(SourceSettings(name="digits"), split=split)
+    plain = open_source({"name": "digits"}, split=split)
     count = 300 if split == "train" else 100
     names = [HOSTILE, *plain.class_names[1:]]
     keys = [f"{key}</script><img src=x onerror=fail()>" for key in plain.keys()[:count]]

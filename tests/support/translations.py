@@ -5,7 +5,7 @@ import random
 
 import torch
 
-from softcache.config.run import build_config
+from softcache.config.load import build_config
 from softcache.models.language import build_translation_model
 from tests.support.tables import merged
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from softcache import open_cache
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.errors import (
     AlignmentError,
     ConfigError,

@@ -22,7 +22,7 @@ from softcache.labels import SoftLabels, concat
 if TYPE_CHECKING:
     import torch
 
-    from softcache.data.sources.images.registry import Source
+    from softcache.data.sources.images.base import Source
     from softcache.data.transforms import Views
 
 __all__ = ["Batch", "Dataset", "ImageBatch", "ViewedSource", "ranges"]

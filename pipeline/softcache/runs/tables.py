@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from softcache.modalities import modality_of_kind, percent
 from softcache.reader.cache import Cache
-from softcache.runtime.scores import SCORES, percent
 
 __all__ = ["ResultTable", "student_report", "student_tables", "translation_rows"]
 
@@ -12,8 +12,6 @@ Metrics = Mapping[str, Any]
 Results = Sequence[tuple[Metrics, Metrics | None]]
 """Metrics of a student from the cache and, where it was trained, of the same student on hard labels."""
 
-EXTRA_COLUMNS = {"tokens": ("perplexity",), "cells": ("mAP50",)}
-TITLE_UNITS = {"tokens": "; held-out loss in nats per token", "cells": "; mean average precision, x 100"}
 TRANSLATION_COLUMNS = (
     "student",
     "language",
@@ -34,10 +32,19 @@ class ResultTable(NamedTuple):
 
 def student_tables(cache: Cache, results: Results) -> list[ResultTable]:
     """Returns the table of students, and for students that translate a table of chrF and BLEU per language."""
-    kind = cache.manifest.kind
-    columns = ("student", "parameters", "of teacher", "from cache", *EXTRA_COLUMNS.get(kind, ()))
-    columns += ("hard labels", "teacher", "seconds")
-    title = f"students from {cache.url}{TITLE_UNITS.get(kind, '')}"
+    modality = modality_of_kind(cache.manifest.kind)
+    more = (score.title for score in modality.more_scores)
+    columns = (
+        "student",
+        "parameters",
+        "of teacher",
+        "from cache",
+        *more,
+        "hard labels",
+        "teacher",
+        "seconds",
+    )
+    title = f"students from {cache.url}{modality.unit}"
     tables = [ResultTable(title, columns, [_student_row(cache, *pair) for pair in results])]
     if rows := list(translation_rows(results)):
         tables.append(ResultTable("translations of the held-out texts, of 100", TRANSLATION_COLUMNS, rows))
@@ -45,12 +52,9 @@ def student_tables(cache: Cache, results: Results) -> list[ResultTable]:
 
 
 def _student_row(cache: Cache, cached: Metrics, hard: Metrics | None) -> tuple[str, ...]:
-    teacher, kind = cache.manifest.teacher, cache.manifest.kind
-    score, extra = SCORES[kind], []
-    if kind == "tokens":
-        extra = [f"{cached['perplexity']:.1f}"]
-    elif kind == "cells":
-        extra = [score.format(cached["map50"])]
+    teacher, modality = cache.manifest.teacher, modality_of_kind(cache.manifest.kind)
+    score = modality.score
+    extra = [other.format(cached[other.metric]) for other in modality.more_scores]
     share = cached["num_parameters"] / teacher.num_parameters if teacher.num_parameters else None
     return (
         cached["model"],

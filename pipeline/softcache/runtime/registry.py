@@ -41,10 +41,19 @@ class Registry(Generic[T]):
         package: the package whose modules register the built-in variants; imported at the first lookup.
         group: the entry-point group of other packages' variants, such as `softcache.losses`.
         error: what is raised for an unknown name.
+        recursive: whether the modules of the package's subpackages are imported, too.
     """
 
-    def __init__(self, kind: str, *, package: str, group: str, error: type[Exception] = SpecError) -> None:
-        self.kind, self.group = kind, group
+    def __init__(
+        self,
+        kind: str,
+        *,
+        package: str,
+        group: str,
+        error: type[Exception] = SpecError,
+        recursive: bool = False,
+    ) -> None:
+        self.kind, self.group, self._is_recursive = kind, group, recursive
         self._package, self._error = package, error
         self._variants: dict[str, T] = {}
         self._custom: dict[str, T] = {}
@@ -121,8 +130,9 @@ class Registry(Generic[T]):
             return
         self._is_loaded = True
         package = importlib.import_module(self._package)
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self._package}.{module.name}")
+        find = pkgutil.walk_packages if self._is_recursive else pkgutil.iter_modules
+        for module in find(package.__path__, f"{self._package}."):
+            importlib.import_module(module.name)
 
 
 @dataclass(frozen=True)
@@ -139,15 +149,23 @@ class Variant:
         for _, chosen in self.registry.items():
             yield self.settings_of(chosen)
 
-    def __call__(self, value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        name = value.get(self.key, self.default)
+    def model_of(self, table: dict[str, Any]) -> type[BaseModel]:
+        """Returns the settings model that reads a table.
+
+        Raises:
+            ValidationError: no variant has the name that the table has.
+        """
+        name = table.get(self.key, self.default)
         try:
             chosen = self.registry.get(name if isinstance(name, str) else self.default)
         except SoftcacheError as error:
             raise self._errors([((self.key,), name, str(error))]) from error
-        model = self.settings_of(chosen)
+        return self.settings_of(chosen)
+
+    def __call__(self, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        name, model = value.get(self.key, self.default), self.model_of(value)
         try:
             return model.model_validate(value)
         except ValidationError as error:

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from softcache.data.pairing import PairingSettings
-from softcache.data.sources.images.base import SourceSettings
-from softcache.data.sources.images.encoded import BytesSettings
+from softcache.data.sources.base import SourceSettings, source_table
+from softcache.data.sources.images.encoded import student_source_class
 from softcache.data.transforms.student import StudentViewSettings
 from softcache.settings import Settings
 
 __all__ = ["StudentSettings", "TrainSettings"]
 
 
-def _modality(source: Any) -> str:
-    return str(source.get("modality", "image") if isinstance(source, dict) else source.modality)
-
-
 StudentSource = Annotated[
-    Annotated[SourceSettings, Tag("image")] | Annotated[BytesSettings, Tag("bytes")], Discriminator(_modality)
+    SerializeAsAny[SourceSettings],
+    source_table(student_source_class, lambda: ["image", "bytes"]),
 ]
 
 
@@ -49,7 +46,7 @@ class StudentSettings(Settings):
 
     @model_validator(mode="after")
     def _check_reads(self) -> StudentSettings:
-        if self.views is not None and isinstance(self.source, BytesSettings):
+        if self.views is not None and self.source is not None and self.source.modality != "image":
             raise ValueError(
                 "views reduce images; a student of bytes reads files as they are; drop one of them"
             )

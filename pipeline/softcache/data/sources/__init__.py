@@ -1,5 +1,5 @@
 """Random-access datasets with stable keys; `open_source` makes one from a config's [source] table."""
 
-from softcache.data.sources.images.registry import Source, SourceSettings, open_source
+from softcache.data.sources.base import SOURCES, SourceSettings, open_source, source_settings
 
-__all__ = ["Source", "SourceSettings", "open_source"]
+__all__ = ["SOURCES", "SourceSettings", "open_source", "source_settings"]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softcache.config.run import RunConfig
 from softcache.data.boxes import DetectionBatch
 from softcache.data.scenes import ViewedScenes
-from softcache.data.sources.detection.base import DetectionSettings
-from softcache.data.sources.detection.registry import open_detection
+from softcache.data.sources.base import Split
 from softcache.errors import ConfigError
 from softcache.labels import DetectionLabels
 from softcache.labels.sparsify import LabelSettings
@@ -26,7 +24,12 @@ from softcache.student.tasks.object_detection import DetectionTask
 from softcache.teacher.base import Teacher, TeacherSettings
 from softcache.teacher.detection import DenseTeacher, load_detection_teacher
 
+if TYPE_CHECKING:
+    from softcache.config.run import RunConfig
+
 __all__ = ["DetectionData"]
+
+SPLITS: tuple[Split, Split] = ("train", "eval")
 
 
 class DetectionData(ImageSplits):
@@ -36,15 +39,14 @@ class DetectionData(ImageSplits):
     evaluation: ViewedScenes
 
     def __init__(self, config: RunConfig) -> None:
-        assert isinstance(config.source, DetectionSettings)
         super().__init__(config.views)
         self.train, self.evaluation = (
             ViewedScenes(
-                open_detection(config.source, split=split),
+                config.source.open(split),
                 self.views,
                 rows_per_sample=config.labels.positions.top,
             )
-            for split in ("train", "eval")
+            for split in SPLITS
         )
 
     def student_data(self, config: RunConfig) -> DetectionData:
@@ -110,7 +112,7 @@ class DetectionData(ImageSplits):
         )
 
     def task(self, config: RunConfig, model: str, teacher: Teacher | None = None) -> DetectionTask:
-        """Returns what a student of that spec learns; `teacher` labels its batches on the spot.
+        """Returns what a student of that spec learns; `teacher` labels its batches online.
 
         Raises:
             IdentityError: the student's cells are not the teacher's.

@@ -1,1 +1,55 @@
 """Images: classifiers as teachers and students, replayed views, accuracy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from softcache.modalities.base import MODALITIES, Data, Modality, Score
+
+if TYPE_CHECKING:
+    from softcache.config.run import RunConfig
+
+__all__ = ["Images", "check_no_text_tables"]
+
+
+@MODALITIES.register("image")
+class Images(Modality):
+    """Images, one label row per view of each."""
+
+    name = "image"
+    kind = "image"
+    score = Score("accuracy", True, "accuracy", "eval_accuracy", 100, "{:.2f}%")
+    has_views = True
+
+    def open(self, config: RunConfig) -> Data:
+        from softcache.modalities.images.data import ImageData
+
+        return ImageData(config)
+
+    def check(self, config: RunConfig) -> None:
+        if config.labels.positions.policy != "all":
+            raise ValueError(
+                f"labels.positions: {config.labels.positions.policy!r} chooses among the positions of a text; an image has "
+                "one row; drop the table"
+            )
+        check_no_text_tables(config)
+
+    def models(self, config: RunConfig) -> tuple[str, ...]:
+        source = config.student.source
+        if source is None or source.modality == self.name:  # the default architectures read images
+            return config.student.models
+        return super().models(config)
+
+
+def check_no_text_tables(config: RunConfig) -> None:
+    """Raises ValueError for settings of texts in a config of images, with boxes or without."""
+    from softcache.models.language.generate import GenerateSettings
+
+    if config.loss.name == "uld":
+        raise ValueError(
+            "loss.name: uld compares the vocabularies of language models; use forward_kl for images"
+        )
+    if config.train.target_metric is not None and config.train.target_metric > 1:
+        raise ValueError(f"train.target_metric: an accuracy, less than or equal to 1; found {config.train.target_metric}")
+    if config.generate != GenerateSettings():  # a resolved config holds every table
+        raise ValueError('generate: a table for pairs of texts (source.modality = "translation"); drop it')

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from softcache.config.run import RunConfig
 from softcache.data.batch import Dataset, ViewedSource
-from softcache.data.sources import SourceSettings, open_source
 from softcache.modalities.images.splits import ImageSplits
 from softcache.modalities.images.student import StudentImages
 from softcache.models.image import build_model
@@ -16,6 +14,9 @@ from softcache.reader.dataset import SoftLabelDataset
 from softcache.student.tasks import ImageTask
 from softcache.teacher.base import Teacher, TeacherSettings
 from softcache.teacher.image import ImageTeacher, load_image_teacher
+
+if TYPE_CHECKING:
+    from softcache.config.run import RunConfig
 
 __all__ = ["ImageData"]
 
@@ -27,10 +28,9 @@ class ImageData(ImageSplits):
     evaluation: ViewedSource
 
     def __init__(self, config: RunConfig) -> None:
-        assert isinstance(config.source, SourceSettings)
         super().__init__(config.views)
-        self.train = ViewedSource(open_source(config.source, split="train"), self.views)
-        self.evaluation = ViewedSource(open_source(config.source, split="eval"), self.views)
+        self.train = ViewedSource(config.source.open("train"), self.views)
+        self.evaluation = ViewedSource(config.source.open("eval"), self.views)
         self._of_students: dict[str, StudentImages] = {}
 
     def student_data(self, config: RunConfig) -> ImageData | StudentImages:
@@ -60,7 +60,7 @@ class ImageData(ImageSplits):
         ), None
 
     def unlabeled_dataset(self, config: RunConfig) -> Dataset:
-        """Returns the student's samples without labels; with what a live teacher sees of them, where it is to label."""
+        """Returns the student's samples without labels; with what an online teacher sees of them, where it is to label."""
         student = self.student_data(config)
         if isinstance(student, StudentImages) and config.train.labels == "online":
             return student.with_teacher_images()
@@ -78,7 +78,7 @@ class ImageData(ImageSplits):
         )
 
     def task(self, config: RunConfig, model: str, teacher: Teacher | None = None) -> ImageTask:
-        """Returns what a student of that spec learns; `teacher` labels its batches on the spot."""
+        """Returns what a student of that spec learns; `teacher` labels its batches online."""
         assert teacher is None or isinstance(teacher, ImageTeacher)
         student = self.student_data(config)
         if isinstance(student, StudentImages):

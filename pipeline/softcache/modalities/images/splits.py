@@ -1,20 +1,15 @@
-"""What is told alike of the training and the held-out split, whatever models see them: sizes, shapes, identity.
-
-The data of a modality is one of these, and adds what teachers and students of it are.
-"""
+"""What images and images with boxes have in common: two splits seen through views, their sizes and identity."""
 
 from __future__ import annotations
 
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
-from softcache.data.tokens import TokenData
 from softcache.data.transforms import Views, ViewSettings
 from softcache.models.image import Normalize
+from softcache.reader.cache import Cache
 
-__all__ = ["ImageSplits", "TokenSplits"]
+__all__ = ["ImageSplits"]
 
 
 class ImageSplits:
@@ -41,33 +36,13 @@ class ImageSplits:
         """Returns a fresh module that makes model inputs of uint8 images."""
         return Normalize(self.views.settings.mean, self.views.settings.std)
 
+    def check_student(self, model: str, cache: Cache) -> None:
+        """Does nothing: a student of any spec can have the cache's labels."""
+
     def identity(self) -> dict[str, Any]:
-        """Returns what tells runs on this data from others."""
+        """Returns what distinguishes runs on this data from others."""
         return {
             "source": self.train.source.digest,
             "views": self.views.digest,
-            "evaluation": self.evaluation.source.digest,
-        }
-
-
-class TokenSplits:
-    """Two splits of tokens."""
-
-    train: TokenData
-    evaluation: TokenData
-
-    @property
-    def num_classes(self) -> int:
-        return self.train.source.vocab_size
-
-    @cached_property
-    def rows_of(self) -> np.ndarray:
-        return self.train.source.num_rows()
-
-    def identity(self) -> dict[str, Any]:
-        """Returns what tells runs on this data from others."""
-        return {
-            "source": self.train.source.digest,
-            "tokenizer": self.train.source.tokenizer_digest,
             "evaluation": self.evaluation.source.digest,
         }

@@ -8,16 +8,14 @@ the answers about so many views in turn, whose mean it then learns.
 from __future__ import annotations
 
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from softcache.config.run import RunConfig
 from softcache.data.batch import Dataset, ViewedSource
 from softcache.data.bytes import ByteData
 from softcache.data.pairing import pair_sources
-from softcache.data.sources import open_source
-from softcache.data.sources.images.encoded import BytesSettings, open_bytes
+from softcache.data.sources.images.encoded import BytesSettings
 from softcache.data.sources.images.image_folder import ImageFolderSource
 from softcache.data.transforms import Views
 from softcache.data.transforms.student import StudentViews, StudentViewSettings
@@ -28,6 +26,9 @@ from softcache.reader.settings import ReaderSettings
 from softcache.runtime.logging import log_info
 from softcache.student.tasks import ByteTask, ImageTask
 from softcache.teacher.image import ImageTeacher
+
+if TYPE_CHECKING:
+    from softcache.config.run import RunConfig
 
 __all__ = ["StudentImages"]
 
@@ -54,15 +55,15 @@ class StudentImages:
         self.train: Dataset
         self.evaluation: Dataset
         if isinstance(settings, BytesSettings):
-            self.train = ByteData(open_bytes(settings, split="train"))
-            self.evaluation = ByteData(open_bytes(settings, split="eval"))
+            self.train = ByteData(settings.open("train"))
+            self.evaluation = ByteData(settings.open("eval"))
             self._identity: dict[str, Any] = {}
             self._normalization = None
         else:
             how, seen = config.student.views or StudentViewSettings(), Views(config.views)
             views = StudentViews(seen, how)
-            self.train = ViewedSource(open_source(settings, split="train"), views)  # type: ignore[arg-type]
-            self.evaluation = ViewedSource(open_source(settings, split="eval"), views)  # type: ignore[arg-type]
+            self.train = ViewedSource(settings.open("train"), views)  # type: ignore[arg-type]
+            self.evaluation = ViewedSource(settings.open("eval"), views)  # type: ignore[arg-type]
             self._identity = {"views": views.digest}
             self._normalization = how.normalization(seen)
         self._is_own = config.student.source is not None
@@ -70,7 +71,7 @@ class StudentImages:
         self.pairing = pair_sources(teacher.source, self.train.source, config.student.pairing)
         if self.pairing.num_missing:
             log_info(
-                f"student.pairing: {self.pairing.num_missing:,} of {len(teacher):,} labelled samples have no partner in "
+                f"student.pairing: {self.pairing.num_missing:,} of {len(teacher):,} labeled samples match none of "
                 f"student.source {self.train.source.name} and are not trained on (subset = true)"
             )
 
@@ -120,11 +121,11 @@ class StudentImages:
         return paired, self.pairing.samples if self.pairing.num_missing else None
 
     def with_teacher_images(self) -> OnlinePairedDataset:
-        """Returns the training samples, each with what a live teacher sees of it."""
+        """Returns the training samples, each with what an online teacher sees of it."""
         return OnlinePairedDataset(self._teacher, self.train, self.pairing)
 
     def task(self, config: RunConfig, model: str, teacher: ImageTeacher | None) -> ImageTask:
-        """Returns what a student of that spec learns; `teacher` labels its batches on the spot."""
+        """Returns what a student of that spec learns; `teacher` labels its batches online."""
         build = partial(build_model, model, num_classes=self.num_classes, input_shape=self.input_shape)
         settings = self.num_classes, config.loss, teacher
         if self._normalization is None:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from softcache.config.run import RunConfig
 from softcache.data.sources.text.settings import TextSettings
-from softcache.data.sources.text.source import open_text
 from softcache.data.sources.text.tokenizer import digest_tokenizer, load_tokenizer
 from softcache.data.tokens import TokenData
 from softcache.errors import ConfigError, IdentityError
-from softcache.modalities.images.splits import TokenSplits
 from softcache.models.language import build_language_model, tokenizer_of
 from softcache.models.weights import select_device
 from softcache.reader.cache import Cache
@@ -24,7 +22,36 @@ from softcache.student.tasks import TokenTask
 from softcache.teacher.base import Teacher, TeacherSettings
 from softcache.teacher.language import LanguageTeacher, load_language_teacher
 
-__all__ = ["TextData"]
+if TYPE_CHECKING:
+    from softcache.config.run import RunConfig
+
+__all__ = ["TextData", "TokenSplits"]
+
+
+class TokenSplits:
+    """Two splits of tokens."""
+
+    train: TokenData
+    evaluation: TokenData
+
+    @property
+    def num_classes(self) -> int:
+        return self.train.source.vocab_size
+
+    @cached_property
+    def rows_of(self) -> np.ndarray:
+        return self.train.source.num_rows()
+
+    def check_student(self, model: str, cache: Cache) -> None:
+        """Does nothing: a student of any spec can have the cache's labels."""
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what distinguishes runs on this data from others."""
+        return {
+            "source": self.train.source.digest,
+            "tokenizer": self.train.source.tokenizer_digest,
+            "evaluation": self.evaluation.source.digest,
+        }
 
 
 class TextData(TokenSplits):
@@ -34,11 +61,11 @@ class TextData(TokenSplits):
         assert isinstance(config.source, TextSettings)
         self._settings = config.source
         across = config.source.cross_documents
-        self.train = TokenData(open_text(config.source, split="train"), cross_documents=across)
-        self.evaluation = TokenData(open_text(config.source, split="eval"), cross_documents=across)
+        self.train = TokenData(config.source.open("train"), cross_documents=across)
+        self.evaluation = TokenData(config.source.open("eval"), cross_documents=across)
 
     def identity(self) -> dict[str, Any]:
-        """Returns what tells runs on this data from others."""
+        """Returns what distinguishes runs on this data from others."""
         return super().identity() | {"cross_documents": self._settings.cross_documents}
 
     def student_data(self, config: RunConfig) -> TextData:
@@ -91,12 +118,12 @@ class TextData(TokenSplits):
         )
 
     def task(self, config: RunConfig, model: str, teacher: Teacher | None = None) -> TokenTask:
-        """Returns what a student of that spec learns; `teacher` labels its batches on the spot."""
+        """Returns what a student of that spec learns; `teacher` labels its batches online."""
         assert teacher is None or isinstance(teacher, LanguageTeacher)
         if (student := self.student_data(config)) is not self:
             if teacher is not None:
                 raise ConfigError(
-                    f'teacher {teacher.spec}: cannot label a student\'s batches on the spot (train.labels = "online"), '
+                    f'teacher {teacher.spec}: cannot label a student\'s batches online (train.labels = "online"), '
                     f"whose tokens are those of student.tokenizer {config.student.tokenizer!r}; train from a cache"
                 )
             plain = config.student.model_copy(update={"tokenizer": None})

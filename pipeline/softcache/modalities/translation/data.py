@@ -5,22 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from softcache.config.run import RunConfig
 from softcache.data.sources.text.settings import Split
 from softcache.data.sources.text.tokenizer import digest_tokenizer
-from softcache.data.sources.translation.source import (
-    TranslationSettings,
-    load_pair_tokenizer,
-    load_pairs,
-    open_translation,
-)
+from softcache.data.sources.translation.settings import TranslationSettings
+from softcache.data.sources.translation.source import load_pair_tokenizer, load_pairs
 from softcache.data.tokens import TokenData
 from softcache.errors import IdentityError
-from softcache.modalities.images.splits import TokenSplits
+from softcache.modalities.text.data import TokenSplits
 from softcache.models.language import PairTokens, build_translation_model, tokenizer_of
 from softcache.models.weights import select_device
 from softcache.reader.cache import Cache
@@ -28,6 +23,9 @@ from softcache.reader.dataset import SoftLabelDataset
 from softcache.student.tasks import TranslationTask
 from softcache.teacher.base import Teacher, TeacherSettings
 from softcache.teacher.language import LanguageTeacher, load_language_teacher
+
+if TYPE_CHECKING:
+    from softcache.config.run import RunConfig
 
 __all__ = ["TranslationData"]
 
@@ -38,8 +36,8 @@ class TranslationData(TokenSplits):
     def __init__(self, config: RunConfig) -> None:
         assert isinstance(config.source, TranslationSettings)
         self._settings = config.source
-        self.train = TokenData(open_translation(config.source, split="train"))
-        self.evaluation = TokenData(open_translation(config.source, split="eval"))
+        self.train = TokenData(config.source.open("train"))
+        self.evaluation = TokenData(config.source.open("eval"))
         self._tokenizer = load_pair_tokenizer(config.source)
         pad, end = self._tokenizer.pad, self._tokenizer.end
         self.tokens = PairTokens(pad=pad, start=pad, end=end)
@@ -98,7 +96,7 @@ class TranslationData(TokenSplits):
         )
 
     def task(self, config: RunConfig, model: str, teacher: Teacher | None = None) -> TranslationTask:
-        """Returns what a student of that spec learns; `teacher` labels its batches on the spot."""
+        """Returns what a student of that spec learns; `teacher` labels its batches online."""
         assert teacher is None or isinstance(teacher, LanguageTeacher)
 
         def reference(key: str) -> tuple[str, str]:

@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from softcache.config.run import RunConfig, build_config
+from softcache.config.load import build_config
+from softcache.config.run import RunConfig
 from softcache.data.pairing import pair_sources
 from softcache.data.sources.images.encoded import BytesSettings
 from softcache.errors import AlignmentError, IdentityError, RunError, SpecError
+from softcache.modalities import modality_of
 from softcache.modalities.images.student import StudentImages
 from softcache.models.weights import load_weights
 from softcache.reader.cache import Cache
@@ -85,7 +87,7 @@ class Report:
 
     @property
     def is_text(self) -> bool:
-        return self.data.train.kind == "tokens"
+        return modality_of(self.config).is_text
 
     def cache_of(self, run: Run) -> Cache | None:
         """Returns the cache that a run learnt from; None if it learnt from none, or it is not there."""
@@ -128,7 +130,7 @@ def open_report(paths: Sequence[str | Path], *, cache_url: str | Sequence[str] |
     read = [_read(folder) for folder in folders]
     _check_same_identity(read)
     data = open_data(read[0].config)
-    if data.train.kind == "cells":
+    if not modality_of(read[0].config).has_report:
         raise RunError(
             f"run {read[0].path}: of a detector; expected students of images or texts, which the report is made for; "
             "compare detectors with `softcache train-students` and `softcache compare`"
@@ -204,8 +206,6 @@ def _read(path: Path) -> Run:
         raise RunError(
             f"run {path}: cannot be read: {error}; restore it from a copy, or train it again"
         ) from error
-    if resolved["source"].get("modality") == "text":
-        resolved.pop("views", None)
     resolved.pop("sweep", None)
     config = build_config(resolved, str(path / "resolved.json"))
     if identity.get("student_data") and not config.student.has_own_input:

@@ -26,14 +26,13 @@ from softcache.config.run import RunConfig
 from softcache.config.sweep import to_json
 from softcache.errors import IncompleteCacheError, RunError, SoftcacheError
 from softcache.losses.settings import IDENTITY_PARAMETERS
-from softcache.modalities import open_data
+from softcache.modalities import modality_of_kind, open_data
 from softcache.runs import cache_is_ready
 from softcache.runs.sweep.space import Space, baseline_params, checked_space, format_params
 from softcache.runs.sweep.study import SharedStudy
 from softcache.runs.sweep.trial import TrialContext, run_trial
 from softcache.runtime.logging import log_info
 from softcache.runtime.ranks import num_ranks
-from softcache.runtime.scores import SCORES
 from softcache.runtime.signals import Interrupted, handle_signals, raise_if_signalled
 
 __all__ = ["Sweep", "open_sweep", "run_sweep"]
@@ -77,7 +76,7 @@ def open_sweep(config: RunConfig, url: str, path: Path) -> Sweep:
             f"cache {url}: {len(cache.missing_units)} of {cache.manifest.plan.num_units} units are missing; rerun "
             "`softcache teacher-logits` to finish it: trials are compared, so all of them learn from the whole cache"
         )
-    score = SCORES[cache.manifest.kind]
+    score = modality_of_kind(cache.manifest.kind).score
     bench = TrialContext(config, data, cache, path, score.metric, score.larger_is_better)
     space = checked_space(config, data, cache)
     study = SharedStudy(

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from softcache.config.run import RunConfig, build_config
+from softcache.config.load import build_config
+from softcache.config.run import RunConfig
 from softcache.config.sweep import SEARCH_PARAMETERS, Axis, Range, SpaceSettings
 from softcache.errors import ConfigError, LabelError, SoftcacheError
-from softcache.modalities import Data, DetectionData
+from softcache.modalities import Data
 from softcache.reader.cache import Cache
 from softcache.tools.shrink import ShrinkSettings, shrink_manifest
 
@@ -149,8 +150,7 @@ def checked_space(config: RunConfig, data: Data, cache: Cache) -> Space:
                     _check_kept(int(value), cache)
                 if name == "student":
                     data.task(settings, settings.student.model).build()
-                    if isinstance(data, DetectionData):
-                        data.check_student(settings.student.model, cache)
+                    data.check_student(settings.student.model, cache)
             except SoftcacheError as error:
                 raise ConfigError(f"sweep.space.{name}: {value!r} cannot be tried: {error}") from error
     return space

@@ -41,7 +41,7 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from softcache.data.sources import Source
+    from softcache.data.sources.images.base import Source
     from softcache.data.transforms import Views
     from softcache.models.image import Normalize
     from softcache.reader.cache import Cache

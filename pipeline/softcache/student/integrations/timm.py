@@ -38,7 +38,7 @@ from softcache.student.integrations.timm_rows import LabelRows
 from softcache.student.integrations.validate import check_images, check_settled
 
 if TYPE_CHECKING:
-    from softcache.data.sources import Source
+    from softcache.data.sources.images.base import Source
     from softcache.data.transforms import Views
     from softcache.reader.cache import Cache
 

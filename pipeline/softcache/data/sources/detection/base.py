@@ -1,4 +1,4 @@
-"""What an image source with boxes is, and the [source] table of `modality = "detection"`.
+"""What an image source with boxes is, and the base of the [source] tables of `modality = "detection"`.
 
 The ground truth of an image is a `BoxAnnotations`: boxes in pixels, and their classes. It comes from the source (and through
 the view), never from a cache; the source's digest covers it.
@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
-from pydantic import Field
 
+from softcache.data.sources.base import SOURCES, SourceSettings, Split
 from softcache.data.sources.images.base import Source
-from softcache.settings import Settings
+from softcache.data.sources.images.custom import call_factory
+from softcache.errors import SpecError
 
-__all__ = ["BoxAnnotations", "BoxSource", "DetectionSettings", "digest_truths"]
+__all__ = ["BoxAnnotations", "BoxSource", "CustomBoxes", "DetectionSettings", "digest_truths"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class BoxAnnotations:
     Attributes:
         boxes: [M, 4] float32, left, top, right, bottom in pixels; right and bottom are exclusive edges.
         classes: [M] int64, 0 to num_classes - 1.
-        crowd: [M] bool, boxes around a group that nobody separated: they are no targets to learn, and detections in them
+        crowd: [M] bool, boxes around a group that is not separated: they are no targets to learn, and detections in them
             are neither right nor wrong.
     """
 
@@ -65,24 +66,24 @@ class BoxSource(Source, Protocol):
     def truth(self, sample: int) -> BoxAnnotations: ...
 
 
-class DetectionSettings(Settings):
-    """[source] with `modality = "detection"`: which images with boxes.
+class DetectionSettings(SourceSettings):
+    """[source] with `modality = "detection"`; `open` returns a `BoxSource`."""
 
-    `name` is "scenes" (composed from `originals`: "digits", or "fashion-mnist" whose files are in `root`) or "coco"
-    (`root` with `train.json`, `eval.json` and the folder `images`). Of scenes, `size` is the side in pixels and
-    `train_scenes` and `eval_scenes` are how many there are.
-    """
+    modality: Literal["detection"] = "detection"
 
-    modality: Literal["detection"]
-    name: Literal["scenes", "coco"]
-    root: str | None = None
-    originals: Literal["digits", "fashion-mnist"] = "digits"
-    size: int = Field(64, ge=48, le=512, multiple_of=8)
-    train_scenes: int = Field(1200, ge=1)
-    eval_scenes: int = Field(400, ge=1)
-    seed: int = Field(0, ge=0, lt=2**63)
-    max_train_samples: int | None = Field(None, ge=1)
-    max_eval_samples: int | None = Field(None, ge=1)
+    def open(self, split: Split) -> BoxSource:
+        raise NotImplementedError
+
+
+@SOURCES.register("detection/custom")
+class CustomBoxes(DetectionSettings):
+    """A function of the user's: factory(split="train" | "eval") returns a `BoxSource`."""
+
+    def open(self, split: Split) -> BoxSource:
+        source = call_factory(self.name, split)
+        if missing := [name for name in ("key", "image", "truth") if not hasattr(source, name)]:
+            raise SpecError(f"source.name {self.name!r}: no BoxSource; missing: {', '.join(missing)}")
+        return source
 
 
 def digest_truths(truths: Sequence[BoxAnnotations]) -> str:

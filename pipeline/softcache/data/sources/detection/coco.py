@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from softcache.data.sources.base import SOURCES
 from softcache.data.sources.detection.base import BoxAnnotations, DetectionSettings, digest_truths
 from softcache.data.sources.images.base import Split
 from softcache.data.sources.images.image_folder import ImageFolderSource
 from softcache.errors import SourceError
 from softcache.hashing.digests import digest_source
 
-__all__ = ["CocoSource", "open_coco"]
+__all__ = ["Coco", "CocoSource"]
 
 
 class CocoSource(ImageFolderSource):
@@ -69,7 +70,18 @@ class CocoSource(ImageFolderSource):
         return image
 
 
-def open_coco(settings: DetectionSettings, split: Split) -> CocoSource:
+@SOURCES.register("detection/coco")
+class Coco(DetectionSettings):
+    """`root` has `train.json`, `eval.json` and the folder `images`."""
+
+    name: str = "coco"
+    root: str | None = None
+
+    def open(self, split: Split) -> CocoSource:
+        return _open(self, split)
+
+
+def _open(settings: Coco, split: Split) -> CocoSource:
     """Returns a split of a COCO folder.
 
     Raises:
@@ -88,8 +100,7 @@ def open_coco(settings: DetectionSettings, split: Split) -> CocoSource:
         raise SourceError(
             f"source {here.path}: categories differ from those of {train.path}; give both the same ids and names"
         )
-    limit = settings.max_train_samples if split == "train" else settings.max_eval_samples
-    files, sizes, truths = here.samples(limit)
+    files, sizes, truths = here.samples(settings.max_samples(split))
     missing = [file for file in files if not (root / "images" / file).is_file()]
     if missing:
         raise SourceError(

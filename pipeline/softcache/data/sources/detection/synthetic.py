@@ -2,7 +2,7 @@
 
 Scene n of a split is a pure function of (seed, split, n). A Philox stream, keyed by the seed and the split's
 hash and counting from n, draws in this order: the grey level and slope of the background, 12 clutter pieces
-(quarters of originals, which are nobody's box), then 2 to 6 objects: an original, a side between 10 and 28
+(quarters of originals, which have no box), then 2 to 6 objects: an original, a side between 10 and 28
 pixels, a place. An object whose box overlaps an earlier one by an IoU above 0.3 is drawn again, at most ten
 times, and left out then. Pixels are added by maximum and scaled by whole numbers, so that they are the same
 bytes on every CPU.
@@ -13,18 +13,21 @@ smallest around the object's pixels above a fifth of full ink, not its whole squ
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 import xxhash
+from pydantic import Field
 
+from softcache.data.sources.base import SOURCES, Split, open_source
 from softcache.data.sources.detection.base import BoxAnnotations, DetectionSettings, digest_truths
-from softcache.data.sources.images.base import InMemorySource, Source, SourceSettings, Split, load_images
-from softcache.data.sources.images.registry import open_source
+from softcache.data.sources.images.base import InMemorySource, Source, load_images
 from softcache.data.transforms import ops as view_ops
 from softcache.errors import SourceError
 from softcache.hashing.digests import digest_bytes, digest_source
 
-__all__ = ["SceneSource", "open_scenes"]
+__all__ = ["SceneSource", "Scenes"]
 
 SIDES = (10, 28)  # of an object, in pixels
 OBJECTS = (2, 6)
@@ -53,15 +56,37 @@ class SceneSource(InMemorySource):
         return self._truths[sample]
 
 
-def open_scenes(settings: DetectionSettings, split: Split) -> SceneSource:
+@SOURCES.register("detection/scenes")
+class Scenes(DetectionSettings):
+    """Scenes composed from `originals`: digits, or Fashion-MNIST whose files are in `root`.
+
+    `size` is the side of a scene in pixels, `train_scenes` and `eval_scenes` are how many there are.
+    """
+
+    name: str = "scenes"
+    root: str | None = None
+    originals: Literal["digits", "fashion-mnist"] = "digits"
+    size: int = Field(64, ge=48, le=512, multiple_of=8)
+    train_scenes: int = Field(1200, ge=1)
+    eval_scenes: int = Field(400, ge=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+
+    def open(self, split: Split) -> SceneSource:
+        return _open(self, split)
+
+
+def _open(settings: Scenes, split: Split) -> SceneSource:
     """Returns the scenes of a split.
 
     Raises:
         SourceError: the originals' files are not there.
     """
-    originals = open_source(SourceSettings(name=settings.originals, root=settings.root), split=split)
+    table: dict[str, str] = {"name": settings.originals}
+    if settings.root is not None and settings.originals != "digits":  # which are embedded
+        table["root"] = settings.root
+    originals = open_source(table, split=split)
     count = settings.train_scenes if split == "train" else settings.eval_scenes
-    limit = settings.max_train_samples if split == "train" else settings.max_eval_samples
+    limit = settings.max_samples(split)
     images, truths = [], []
     for number in range(min(count, limit or count)):
         image, truth = _compose(originals, settings, split, number)
@@ -73,7 +98,7 @@ def open_scenes(settings: DetectionSettings, split: Split) -> SceneSource:
 
 
 def _compose(
-    originals: Source, settings: DetectionSettings, split: Split, number: int
+    originals: Source, settings: Scenes, split: Split, number: int
 ) -> tuple[torch.Tensor, BoxAnnotations]:
     """Returns a scene uint8 [H, W] and its truth."""
     stream = np.random.Philox(

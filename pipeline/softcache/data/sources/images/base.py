@@ -1,4 +1,4 @@
-"""What an image dataset is to the rest of softcache, the [source] table that names it, and one held in memory.
+"""What an image dataset is to the rest of softcache, the base of its [source] tables, and one held in memory.
 
 Keys are what samples are joined by and stay the same on every machine; the digest covers keys, order,
 classes and contents (for image folders the files' sizes: contents are checked sample by sample later).
@@ -14,30 +14,20 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from pydantic import Field
 
+from softcache.data.sources.base import SourceSettings, Split
 from softcache.hashing.digests import digest_bytes, digest_source
-from softcache.settings import Settings
 
-__all__ = ["InMemorySource", "IndexedSource", "Source", "SourceSettings", "Split", "load_images"]
-
-Split = Literal["train", "eval"]
+__all__ = ["ImageSourceSettings", "InMemorySource", "IndexedSource", "Source", "Split", "load_images"]
 
 
-class SourceSettings(Settings):
-    """[source]: which data.
-
-    `root` is where files are read, `data_dir` where files are unpacked or downloaded to. The two maxima take
-    the first so many samples of a split, in its order: of an image folder, that is class after class.
-    """
+class ImageSourceSettings(SourceSettings):
+    """[source] of images; `open` returns a `Source`."""
 
     modality: Literal["image"] = "image"
-    name: str
-    root: str | None = None
-    data_dir: str = "runs/data"
-    download: bool = False
-    max_train_samples: int | None = Field(None, ge=1)
-    max_eval_samples: int | None = Field(None, ge=1)
+
+    def open(self, split: Split) -> Source:
+        raise NotImplementedError
 
 
 @runtime_checkable

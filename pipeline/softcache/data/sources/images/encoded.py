@@ -13,6 +13,7 @@ of Fashion-MNIST take 30 MB as PNG. Encoders change their output between version
 from __future__ import annotations
 
 import io
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -20,23 +21,23 @@ import torch
 import xxhash
 from pydantic import Field, model_validator
 
-from softcache.data.sources.images.base import IndexedSource, Source, SourceSettings, Split
+from softcache.data.sources.base import SourceSettings, Split, source_class
+from softcache.data.sources.images.base import IndexedSource, Source
 from softcache.data.sources.images.image_folder import ImageFolderSource
-from softcache.data.sources.images.registry import open_source
-from softcache.errors import SourceError
+from softcache.errors import ConfigError, SourceError
 from softcache.hashing.digests import digest_bytes, digest_source
 
-__all__ = ["BytesSettings", "EncodedSource", "FileSource", "open_bytes"]
+__all__ = ["BytesSettings", "EncodedSource", "FileSource", "bytes_class", "student_source_class"]
 
 
 class BytesSettings(SourceSettings):
-    """[student.source] with modality "bytes": which images, and how they are encoded.
+    """[student.source] with modality "bytes": how images are encoded; which they are, a subclass adds (`bytes_class`).
 
     `format` None is a folder's own files, and PNG for every other source. `quality` (None: 90) is JPEG's,
     `compress_level` (None: 6) PNG's; 0 stores the pixels' bytes as they are. `max_bytes` cuts what is longer.
     """
 
-    modality: Literal["bytes"]  # type: ignore[assignment]
+    modality: Literal["bytes"]
     format: Literal["png", "jpeg"] | None = None
     quality: int | None = Field(None, ge=1, le=100)
     compress_level: int | None = Field(None, ge=0, le=9)
@@ -50,6 +51,37 @@ class BytesSettings(SourceSettings):
         if self.compress_level is not None and not is_png:
             raise ValueError('compress_level is of format = "png"; set that, or drop compress_level')
         return self
+
+    def open(self, split: Split) -> EncodedSource | FileSource:
+        """Returns a split of the images, as bytes.
+
+        Raises:
+            SpecError, SourceError: as the images' source; or a file cannot be read, or an image not be encoded.
+        """
+        source = super().open(split)
+        if isinstance(source, ImageFolderSource) and self.format is None:
+            return FileSource(source, self.max_bytes)
+        return EncodedSource(source, self)
+
+
+@cache
+def bytes_class(images: type[SourceSettings]) -> type[BytesSettings]:
+    """Returns the settings of a source of images and of how they are encoded, in one table."""
+    fields = {"__annotations__": {"modality": Literal["bytes"]}, "__module__": __name__}
+    return type(f"Bytes{images.__name__}", (BytesSettings, images), fields)
+
+
+def student_source_class(modality: str, name: str) -> type[SourceSettings]:
+    """Returns the settings class of what a student of images reads: images, or their bytes.
+
+    Raises:
+        SpecError: there is no source of that name.
+        ConfigError: another modality.
+    """
+    if modality not in ("image", "bytes"):
+        raise ConfigError(f"{modality!r}: input should be 'image' or 'bytes'")
+    images = source_class("image", name)
+    return images if modality == "image" else bytes_class(images)
 
 
 class EncodedSource(IndexedSource):
@@ -133,15 +165,3 @@ class FileSource(IndexedSource):
                 f"source {self.name}: file {self.key(sample)!r} changed since this run opened it; restore it, or start anew"
             )
         return np.frombuffer(content, np.uint8)[: self._max_bytes]
-
-
-def open_bytes(settings: BytesSettings, *, split: Split) -> EncodedSource | FileSource:
-    """Returns a split of the images that the settings name, as bytes.
-
-    Raises:
-        SpecError, SourceError: as `open_source`; or a file cannot be read, or an image not be encoded.
-    """
-    source = open_source(settings, split=split)
-    if isinstance(source, ImageFolderSource) and settings.format is None:
-        return FileSource(source, settings.max_bytes)
-    return EncodedSource(source, settings)

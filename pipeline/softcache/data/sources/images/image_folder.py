@@ -15,11 +15,12 @@ import numpy as np
 import torch
 import xxhash
 
-from softcache.data.sources.images.base import IndexedSource, Source, SourceSettings, Split
+from softcache.data.sources.base import SOURCES
+from softcache.data.sources.images.base import ImageSourceSettings, IndexedSource, Source, Split
 from softcache.errors import SourceError
 from softcache.hashing.digests import digest_source
 
-__all__ = ["ImageFolderSource", "open_image_folder"]
+__all__ = ["ImageFolder", "ImageFolderSource"]
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 
@@ -77,10 +78,22 @@ class ImageFolderSource(IndexedSource):
         return hashlib.sha256(np.array(hashes, "<u8").tobytes()).hexdigest()
 
 
-def open_image_folder(settings: SourceSettings, split: Split, limit: int | None) -> Source:
-    if settings.root is None:
-        raise SourceError("source.root: missing; an imagefolder has root/train/CLASS/* and root/eval/CLASS/*")
-    root = Path(settings.root).expanduser()
+@SOURCES.register("image/imagefolder")
+class ImageFolder(ImageSourceSettings):
+    """Folders of image files; the maxima take the first samples, class after class."""
+
+    name: str = "imagefolder"
+    root: str | None = None
+
+    def open(self, split: Split) -> Source:
+        if self.root is None:
+            raise SourceError(
+                "source.root: missing; an imagefolder has root/train/CLASS/* and root/eval/CLASS/*"
+            )
+        return _open(Path(self.root).expanduser(), split, self.max_samples(split))
+
+
+def _open(root: Path, split: Split, limit: int | None) -> Source:
     names = ("train",) if split == "train" else ("eval", "val")
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:

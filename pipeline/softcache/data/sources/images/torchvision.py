@@ -1,4 +1,4 @@
-"""torchvision's small datasets, held in memory; downloaded only if `source.download` says so.
+"""torchvision's small datasets, held in memory; downloaded only with `source.download`.
 
 Of the MNIST family, idx files are taken as distributions ship them too: flat in a folder, gzipped or not. They are
 checked against their headers and laid out as torchvision expects them.
@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from softcache.data.sources.images.base import InMemorySource, Source, SourceSettings, Split
+from softcache.data.sources.base import SOURCES
+from softcache.data.sources.images.base import ImageSourceSettings, InMemorySource, Source, Split
 from softcache.errors import SourceError
 
-__all__ = ["TORCHVISION", "open_torchvision"]
+__all__ = ["TORCHVISION", "Torchvision"]
 
 # source.name: class in torchvision.datasets
 TORCHVISION = {
@@ -38,7 +39,22 @@ _IDX_FILES = {  # of the MNIST family: name -> (magic number, axes)
 }
 
 
-def open_torchvision(settings: SourceSettings, split: Split, limit: int | None) -> Source:
+class Torchvision(ImageSourceSettings):
+    """A dataset of torchvision's; `root` is where its files are read, `data_dir` where they are unpacked or downloaded."""
+
+    root: str | None = None
+    data_dir: str = "runs/data"
+    download: bool = False
+
+    def open(self, split: Split) -> Source:
+        return _open(self, split, self.max_samples(split))
+
+
+for _name in TORCHVISION:
+    SOURCES.register(f"image/{_name}")(Torchvision)
+
+
+def _open(settings: Torchvision, split: Split, limit: int | None) -> Source:
     from torchvision import datasets
 
     kind = getattr(datasets, TORCHVISION[settings.name])
@@ -77,7 +93,7 @@ def open_torchvision(settings: SourceSettings, split: Split, limit: int | None) 
     )
 
 
-def _where_to_get(settings: SourceSettings, kind: Any, root: Path) -> str:
+def _where_to_get(settings: Torchvision, kind: Any, root: Path) -> str:
     if "MNIST" in kind.__name__:
         files = (
             f"{', '.join(_IDX_FILES)} (each may end in .gz), or the same unpacked under {kind.__name__}/raw"
@@ -110,7 +126,7 @@ def _lay_out_idx(root: Path, data_dir: Path, folder: str) -> Path:
     lost = [name for name in _IDX_FILES if name not in found]
     if lost:
         raise SourceError(
-            f"source {root}: {', '.join(lost)} (or .gz) missing beside {sorted(found)}; copy all four"
+            f"source {root}: {', '.join(lost)} (or .gz) missing, next to {sorted(found)}; copy all four"
         )
     raw = data_dir / folder / "raw"
     for name, path in found.items():

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from softcache.data.sources.text.documents import Document
 from softcache.data.sources.text.packing import Encoded
-from softcache.data.sources.text.settings import TextSettings
 from softcache.errors import SourceError, SpecError
 from softcache.runtime.optional import text_library
+
+if TYPE_CHECKING:
+    from softcache.data.sources.text.settings import TextSettings
 
 __all__ = ["check_chat_template", "encode_chats"]
 
 
 def check_chat_template(tokenizer: Any, settings: TextSettings) -> None:
     """Raises SpecError where chats are asked for and the tokenizer cannot say which tokens are the assistant's."""
-    if not settings.messages_column:
+    if not settings.is_chat:
         return
     if not tokenizer.chat_template:
         raise SpecError(

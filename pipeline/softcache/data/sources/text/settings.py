@@ -1,43 +1,59 @@
-"""The [source] table of a text: which documents, which tokenizer, how samples are cut."""
+"""The base of the [source] tables of texts: which tokenizer, how samples are cut."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from softcache.settings import Settings
+from softcache.data.sources.base import SOURCES, SourceSettings, Split
+from softcache.data.sources.images.custom import call_factory
 
-__all__ = ["Split", "TextSettings"]
+if TYPE_CHECKING:
+    from softcache.data.sources.text.documents import Documents
+    from softcache.data.sources.text.table import TokenSource
 
-Split = Literal["train", "eval"]
+__all__ = ["CustomTexts", "Split", "TextSettings"]
 
 
-class TextSettings(Settings):
-    """[source] of a language model.
+class TextSettings(SourceSettings):
+    """[source] of a language model; a subclass says where the documents come from.
 
-    `eval_share` of the documents, chosen by a hash of their key, are held out where the dataset has no split of
-    its own (`eval_split`). Documents come in the order of another hash of their key, or with
-    `shuffle_documents = false` in that of the dataset. `max_train_samples` and `max_eval_samples` keep the first
-    so many samples of a split; no more than these are tokenised. `cross_documents = true` lets the attention of teacher
-    and student run over a whole packed sample, as if it were one document; it is part of a cache's identity.
+    `max_train_samples` and `max_eval_samples` keep the first so many samples of a split; no more than these are
+    tokenized. `cross_documents = true` lets the attention of teacher and student run over a whole packed sample, as if it
+    were one document; it is part of a cache's identity.
     """
 
-    modality: Literal["text"]
-    name: Literal["stdlib", "hf"]
-    path: str | None = None
-    subset: str | None = None
-    train_split: str = "train"
-    eval_split: str | None = None
-    text_column: str = "text"
-    messages_column: str | None = None
-    key_column: str | None = None
+    modality: Literal["text"] = "text"
     tokenizer: str
     seq_len: int = Field(256, ge=2)
     packing: Literal["packed", "documents"] = "packed"
     cross_documents: bool = False
-    eval_share: float = Field(0.1, gt=0, lt=1)
-    shuffle_documents: bool = True
-    max_train_samples: int | None = Field(None, ge=1)
-    max_eval_samples: int | None = Field(None, ge=1)
     data_dir: str = "runs/data"
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether documents are lists of messages."""
+        return False
+
+    def documents(self, split: Split) -> Documents:
+        """Returns the documents of a split.
+
+        Raises:
+            SourceError: the settings name no dataset; or, once its documents are asked for, it cannot be read, has
+                no such column or split, or two documents have the same key.
+        """
+        raise NotImplementedError
+
+    def open(self, split: Split) -> TokenSource:
+        from softcache.data.sources.text.source import open_text
+
+        return open_text(self, split=split)
+
+
+@SOURCES.register("text/custom")
+class CustomTexts(TextSettings):
+    """A function of the user's: factory(split="train" | "eval") returns `Documents`."""
+
+    def documents(self, split: Split) -> Documents:
+        return call_factory(self.name, split)

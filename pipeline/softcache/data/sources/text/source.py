@@ -1,11 +1,11 @@
 """Text for language models: tokenised once into a memory-mapped Arrow table, read by sample.
 
-    documents.py      a split's documents, in order
-    tokenizers.py     their tokenizer
-    chats.py          which tokens of a chat are to be learnt
-    token_samples.py  tokens cut into samples
-    token_table.py    the table, written and read
-    made_folders.py   where it lies, whole or not at all
+    stdlib.py, hugging_face.py   a split's documents, in order
+    tokenizer.py                 their tokenizer
+    chat.py                      which tokens of a chat are to be learned
+    packing.py                   tokens cut into samples
+    table.py                     the table, written and read
+    build_cache.py               its folder, complete or absent
 
 A text ends with the tokenizer's end-of-text token, where it has one; a chat ends as its template says. On two
 cores, the standard library's 3.4 million tokens are made in about 8 s and found again in 0.1 s.
@@ -17,13 +17,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from softcache.data.sources.text.build_cache import build_dir_path, build_folder
 from softcache.data.sources.text.chat import check_chat_template, encode_chats
-from softcache.data.sources.text.documents import Document, Documents, load_documents
+from softcache.data.sources.text.documents import Document, Documents
 from softcache.data.sources.text.packing import (
     Encoded,
     KeyedSample,
@@ -31,13 +31,15 @@ from softcache.data.sources.text.packing import (
     one_sample_per_document,
     packed,
 )
-from softcache.data.sources.text.settings import Split, TextSettings
 from softcache.data.sources.text.table import TableWriter, TokenSource, described_table
 from softcache.data.sources.text.tokenizer import describe_tokenizer, digest_tokenizer, load_tokenizer
 from softcache.errors import SourceError
 from softcache.runtime.logging import log_info, progress_bar
 
-__all__ = ["TextSettings", "TokenSource", "digest_tokenizer", "load_tokenizer", "open_text"]
+if TYPE_CHECKING:
+    from softcache.data.sources.text.settings import Split, TextSettings
+
+__all__ = ["TokenSource", "digest_tokenizer", "load_tokenizer", "open_text"]
 
 TABLE_VERSION = 1
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 2**22
@@ -52,17 +54,17 @@ def open_text(settings: TextSettings, *, split: Split) -> TokenSource:
         StorageError: `data_dir` cannot be written.
         MissingExtraError: transformers, or for hf datasets, is not installed.
     """
-    documents = load_documents(settings, split)
+    documents = settings.documents(split)
     tokenizer = describe_tokenizer(settings)
     made_from = {
         "version": TABLE_VERSION,
         "documents": documents.digest,
         "tokenizer": tokenizer["digest"],
         "eos_token_id": tokenizer["eos_token_id"],
-        "chat_template": tokenizer["chat_template"] if settings.messages_column else None,
+        "chat_template": tokenizer["chat_template"] if settings.is_chat else None,
         "seq_len": settings.seq_len,
         "packing": settings.packing,
-        "max_samples": settings.max_train_samples if split == "train" else settings.max_eval_samples,
+        "max_samples": settings.max_samples(split),
     }
     folder = build_dir_path(settings, "tokens", made_from)
     if described_table(folder) is None:
@@ -143,7 +145,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _encode(batch: list[Document], settings: TextSettings, tokenizer: Any) -> Iterator[Encoded]:
-    if settings.messages_column:
+    if settings.is_chat:
         yield from encode_chats(batch, tokenizer)
         return
     encoded = tokenizer(

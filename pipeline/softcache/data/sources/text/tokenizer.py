@@ -11,16 +11,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl
 
 from softcache.data.sources.text.build_cache import build_dir_path, build_folder
-from softcache.data.sources.text.documents import Documents, load_documents
-from softcache.data.sources.text.settings import TextSettings
 from softcache.errors import MissingExtraError, SpecError
 from softcache.hashing.digests import digest_json
 from softcache.runtime.logging import progress_bar
 from softcache.runtime.optional import auto_tokenizer, text_library
+
+if TYPE_CHECKING:
+    from softcache.data.sources.text.documents import Documents
+    from softcache.data.sources.text.settings import TextSettings
 
 __all__ = [
     "bpe_arguments",
@@ -114,8 +116,8 @@ def bpe_arguments(spec: str) -> dict[str, int]:
 def _bpe_folder(settings: TextSettings) -> Path:
     """Returns the folder of a byte-level BPE of the train split, trained now if it was not before."""
     arguments = bpe_arguments(settings.tokenizer)
-    documents = load_documents(settings, "train")
-    if settings.messages_column:
+    documents = settings.documents("train")
+    if settings.is_chat:
         raise SpecError(
             f"source.tokenizer {settings.tokenizer!r}: it has no chat template, which source.messages_column needs; "
             "name a tokenizer that has one"

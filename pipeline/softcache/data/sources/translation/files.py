@@ -14,24 +14,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from softcache.data.sources.text.settings import Split
-from softcache.data.sources.translation.pair import Pair
-from softcache.data.sources.translation.settings import TranslationSettings
+from softcache.data.sources.base import SOURCES, Split
+from softcache.data.sources.translation.settings import Pair, TranslationSettings
 from softcache.errors import SourceError
 
-__all__ = ["json_lines", "read_pairs", "text_field"]
+__all__ = ["PairFiles", "json_lines", "text_field"]
 
 COLUMNS = ("source", "target", "language", "key")
 
 
-def read_pairs(settings: TranslationSettings, split: Split) -> tuple[str, list[Pair], bool]:
+@SOURCES.register("translation/files")
+class PairFiles(TranslationSettings):
+    """Files of pairs; `eval_path` names pairs to be held out, in place of `eval_share`."""
+
+    name: str = "files"
+    path: str
+    eval_path: str | None = None
+
+    def read(self, split: Split) -> tuple[str, list[Pair], bool]:
+        return _read(self, split)
+
+
+def _read(settings: PairFiles, split: Split) -> tuple[str, list[Pair], bool]:
     """Returns the name of the source, its pairs, and whether they are of the split already.
 
     Raises:
         SourceError: a file is missing or malformed, a side is empty, a source text is in both splits, or another language
             than source.languages is named.
     """
-    assert settings.path is not None
     train = _merged(settings.path, settings)
     if settings.eval_path is None:
         return settings.path, train, False
@@ -44,7 +54,7 @@ def read_pairs(settings: TranslationSettings, split: Split) -> tuple[str, list[P
     return settings.path, train if split == "train" else held_out, True
 
 
-def _merged(where: str, settings: TranslationSettings) -> list[Pair]:
+def _merged(where: str, settings: PairFiles) -> list[Pair]:
     merged: dict[tuple[str, str, str], Pair] = {}
     for path in _files(Path(where).expanduser()):
         for line, found in _records(path):

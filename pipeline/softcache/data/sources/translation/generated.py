@@ -16,25 +16,39 @@ import json
 from pathlib import Path
 from typing import Any
 
-from softcache.data.sources.text.settings import Split
+from softcache.data.sources.base import SOURCES, Split
 from softcache.data.sources.translation.files import json_lines, text_field
-from softcache.data.sources.translation.pair import Pair
-from softcache.data.sources.translation.settings import TranslationSettings
+from softcache.data.sources.translation.settings import Pair, TranslationSettings
 from softcache.errors import SourceError
 from softcache.runtime.logging import log_info
 
-__all__ = ["GENERATED_VERSION", "read_generated"]
+__all__ = ["GENERATED_VERSION", "Generated"]
 
 GENERATED_VERSION = 1
 
 
-def read_generated(settings: TranslationSettings, split: Split) -> tuple[str, list[Pair], bool]:
+@SOURCES.register("translation/generated")
+class Generated(TranslationSettings):
+    """The folder that `softcache teacher-generate` wrote; `tokenizer` is its own unless the table names another."""
+
+    name: str = "generated"
+    path: str
+    tokenizer: str | None = None  # type: ignore[assignment]
+
+    @property
+    def tokenizer_spec(self) -> str:
+        return self.tokenizer or str(Path(self.path).expanduser() / "tokenizer")
+
+    def read(self, split: Split) -> tuple[str, list[Pair], bool]:
+        return _read(self, split)
+
+
+def _read(settings: Generated, split: Split) -> tuple[str, list[Pair], bool]:
     """Returns the name of the source, the pairs of a split, and that they are of the split already.
 
     Raises:
         SourceError: it is not complete, or a part is not what the manifest says.
     """
-    assert settings.path is not None
     folder = Path(settings.path).expanduser()
     manifest = _manifest(folder)
     pairs, silent = [], 0

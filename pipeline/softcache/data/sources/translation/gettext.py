@@ -4,7 +4,7 @@ Every LANG/LC_MESSAGES/*.po below the package is read (*.mo where a catalogue ha
 
     nothing       untranslated, obsolete or fuzzy; a side without a letter once its placeholders (%(name)s, %s, {name},
                   HTML tags) are taken away; a form of a plural that is missing
-    one pair      the message and its translation; a context (msgctxt) tells people which of two meanings is meant, and
+    one pair      the message and its translation; a context (msgctxt) distinguishes two meanings for the translator, and
                   is no part of the text
     two pairs     a plural: the singular with the form for n = 1, the plural with that for n = 5 (which is no dual)
 
@@ -26,29 +26,37 @@ from gettext import c2py
 from pathlib import Path
 from typing import Any
 
-from softcache.data.sources.text.settings import Split
-from softcache.data.sources.translation.pair import Pair
-from softcache.data.sources.translation.settings import TranslationSettings
+from pydantic import Field
+
+from softcache.data.sources.base import SOURCES, Split
+from softcache.data.sources.translation.settings import Languages, Pair, TranslationSettings
 from softcache.errors import MissingExtraError, SourceError
 
-__all__ = ["read_catalogues"]
+__all__ = ["Gettext"]
 
 PLACEHOLDER = re.compile(
     r"%\([^)]*\)[-#0 +]*\d*(?:\.\d+)?[a-zA-Z]|%[-#0 +]*\d*(?:\.\d+)?[a-zA-Z%]|\{[^{}]*\}|<[^<>]*>"
 )
 
 
-def read_catalogues(settings: TranslationSettings, split: Split) -> tuple[str, list[Pair], bool]:
-    """Returns the name of the source, its pairs in all languages, and that they are not cut into splits.
+@SOURCES.register("translation/gettext")
+class Gettext(TranslationSettings):
+    """The catalogs of an installed package, from English to `languages`."""
 
-    Raises:
-        SourceError: no such package, or none of its catalogues is of a language asked for.
-        MissingExtraError: Babel is not installed.
-    """
-    assert settings.package is not None
-    folder = _folder_of(settings.package)
-    pairs = [pair for language in settings.languages for pair in _pairs(folder, settings.package, language)]
-    return f"gettext/{settings.package}", pairs, False
+    name: str = "gettext"
+    package: str
+    languages: Languages = Field(min_length=1)
+
+    def read(self, split: Split) -> tuple[str, list[Pair], bool]:
+        """Returns the name of the source, its pairs in all languages, and that they are not cut into splits.
+
+        Raises:
+            SourceError: no such package, or none of its catalogs is of a language asked for.
+            MissingExtraError: Babel is not installed.
+        """
+        folder = _folder_of(self.package)
+        pairs = [pair for language in self.languages for pair in _pairs(folder, self.package, language)]
+        return f"gettext/{self.package}", pairs, False
 
 
 def _folder_of(package: str) -> Path:

@@ -1,8 +1,8 @@
 """Pairs of texts under stable keys: a source text, its translation, the language of that.
 
-    gettext     the catalogues that an installed package ships, from English (gettext_pairs.py)
-    files       a JSON-lines or TSV file of your own, or a folder of them (pair_files.py)
-    generated   what `softcache teacher-generate` wrote (generated_pairs.py)
+    gettext     the catalogs that an installed package ships, from English (gettext.py)
+    files       a JSON-lines or TSV file of the user's, or a folder of them (files.py)
+    generated   the output of `softcache teacher-generate` (generated.py)
 
 A hash of the *source text* decides whether a pair is held out: no source text is then both learnt from and scored on,
 and all languages are cut alike. Another hash, of the key, decides its place in the order.
@@ -11,15 +11,17 @@ and all languages are cut alike. Another hash, of the key, decides its place in 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-from softcache.data.sources.text.settings import Split
-from softcache.data.sources.translation.pair import Pair
-from softcache.data.sources.translation.settings import TranslationSettings
+from softcache.data.sources.base import Split
 from softcache.errors import SourceError
 from softcache.hashing.digests import digest_json
+
+if TYPE_CHECKING:
+    from softcache.data.sources.translation.settings import Pair, TranslationSettings
 
 __all__ = ["Pairs", "load_pairs"]
 
@@ -50,16 +52,7 @@ def load_pairs(settings: TranslationSettings, split: Split) -> Pairs:
     Raises:
         SourceError: they cannot be read, a side of one is empty, or there are none.
     """
-    from softcache.data.sources.translation.files import read_pairs
-    from softcache.data.sources.translation.generated import read_generated
-    from softcache.data.sources.translation.gettext import read_catalogues
-
-    readers: dict[str, Callable[[TranslationSettings, Split], tuple[str, list[Pair], bool]]] = {
-        "gettext": read_catalogues,
-        "files": read_pairs,
-        "generated": read_generated,
-    }
-    name, everything, is_cut = readers[settings.name](settings, split)
+    name, everything, is_cut = settings.read(split)
     languages = sorted({pair.language for pair in everything})
     pairs = everything
     if not is_cut:

@@ -1,52 +1,89 @@
-"""The [source] table of pairs of texts: which pairs, which tokenizer, how long a side may be."""
+"""One pair of texts, and the base of the [source] tables of pairs: which tokenizer, how long a side may be."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from softcache.settings import Settings
+from softcache.data.sources.base import SOURCES, SourceSettings, Split
+from softcache.data.sources.images.custom import call_factory
 
-__all__ = ["TranslationSettings"]
+if TYPE_CHECKING:
+    from softcache.data.sources.text.table import TokenSource
+
+__all__ = ["CustomPairs", "Languages", "Pair", "TranslationSettings"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A source text and its translation; neither is empty.
+
+    Attributes:
+        key: stable, and its own.
+        language: of the target, e.g. "de"; "" where a file names none.
+        reference: a person's translation, where the target is a teacher's; else None.
+    """
+
+    key: str
+    source: str
+    target: str
+    language: str
+    reference: str | None = None
 
 
 def _list_to_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value  # TOML has lists only
 
 
-class TranslationSettings(Settings):
-    """[source] of an encoder-decoder model; see `softcache.data.sources.translation.pairs`.
+Languages = Annotated[tuple[str, ...], BeforeValidator(_list_to_tuple)]
 
-    `eval_share` of the source texts, chosen by a hash of the text, are held out, in all languages; `eval_path` names
-    pairs to be held out instead. Pairs with a side of more than `max_tokens` tokens are left out, and counted.
-    `prefixes` says what is put before a source text for a language, where the tokenizer has no token for it.
+
+class TranslationSettings(SourceSettings):
+    """[source] of an encoder-decoder model; a subclass says where the pairs come from.
+
+    Pairs with a side of more than `max_tokens` tokens are left out, and counted. `prefixes` gives what is put before a
+    source text for a language, where the tokenizer has no token for it. `eval_share` of the source texts, chosen by a hash
+    of the text, are held out, in all languages, unless the source has a split of its own.
     """
 
-    modality: Literal["translation"]
-    name: Literal["gettext", "files", "generated"]
-    package: str | None = None
-    languages: Annotated[tuple[str, ...], BeforeValidator(_list_to_tuple)] = ()
-    path: str | None = None
-    eval_path: str | None = None
-    tokenizer: str | None = None
+    modality: Literal["translation"] = "translation"
+    languages: Languages = ()
+    tokenizer: str
     prefixes: dict[str, str] = Field(default_factory=dict)
     max_tokens: int = Field(64, ge=2)
     eval_share: float = Field(0.15, gt=0, lt=1)
-    max_train_samples: int | None = Field(None, ge=1)
-    max_eval_samples: int | None = Field(None, ge=1)
     data_dir: str = "runs/data"
 
+    @property
+    def tokenizer_spec(self) -> str:
+        """The tokenizer's folder, hub name or `bpe` spec."""
+        return self.tokenizer
+
+    def read(self, split: Split) -> tuple[str, list[Pair], bool]:
+        """Returns the name of the source, its pairs, and whether they are of the split already.
+
+        Raises:
+            SourceError: they cannot be read.
+        """
+        raise NotImplementedError
+
+    def open(self, split: Split) -> TokenSource:
+        from softcache.data.sources.translation.source import open_translation
+
+        return open_translation(self, split=split)
+
     @model_validator(mode="after")
-    def _check_name(self) -> Self:
-        needed = {"gettext": ("package", "languages", "tokenizer"), "files": ("path", "tokenizer")}
-        allowed = {"gettext": {"package"}, "files": {"path", "eval_path"}, "generated": {"path"}}[self.name]
-        for key in needed.get(self.name, ("path",)):
-            if not getattr(self, key):
-                raise ValueError(f"{key} is missing for name = {self.name!r}")
-        for key in {"package", "path", "eval_path"} - allowed:
-            if getattr(self, key) is not None:
-                raise ValueError(f"{key} is not for name = {self.name!r}")
+    def _check_languages(self) -> Self:
         if len(set(self.languages)) != len(self.languages):
             raise ValueError("languages: one is named twice")
         return self
+
+
+@SOURCES.register("translation/custom")
+class CustomPairs(TranslationSettings):
+    """A function of the user's: factory(split="train" | "eval") returns a list of `Pair`."""
+
+    def read(self, split: Split) -> tuple[str, list[Pair], bool]:
+        return self.name, list(call_factory(self.name, split)), True

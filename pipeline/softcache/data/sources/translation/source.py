@@ -4,8 +4,8 @@ Segment 0 is what the encoder reads, segment 1 what the decoder is given, start 
 be predicted. So a sample's rows are the tokens of the target, its fingerprint covers both sides, and all that comes after
 (cache, reader, losses) is as for any text.
 
-    pairs.py, gettext_pairs.py, pair_files.py, generated_pairs.py   where the pairs come from
-    pair_tokenizer.py                                               their tokenizer
+    pairs.py, gettext.py, files.py, generated.py   where the pairs come from
+    tokenizer.py                                   their tokenizer
 """
 
 from __future__ import annotations
@@ -13,22 +13,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from softcache.data.sources.base import Split
 from softcache.data.sources.text.build_cache import build_dir_path, build_folder
 from softcache.data.sources.text.packing import KeyedSample, TokenSample
-from softcache.data.sources.text.settings import Split
 from softcache.data.sources.text.table import TableWriter, TokenSource, described_table
-from softcache.data.sources.translation.pair import Pair
 from softcache.data.sources.translation.pairs import Pairs, load_pairs
-from softcache.data.sources.translation.settings import TranslationSettings
 from softcache.data.sources.translation.tokenizer import PairTokenizer, load_pair_tokenizer
 from softcache.errors import SourceError
 from softcache.runtime.logging import log_info, progress_bar
 
-__all__ = ["TranslationSettings", "load_pair_tokenizer", "load_pairs", "open_translation"]
+if TYPE_CHECKING:
+    from softcache.data.sources.translation.settings import Pair, TranslationSettings
+
+__all__ = ["load_pair_tokenizer", "load_pairs", "open_translation"]
 
 PAIR_TABLE_VERSION = 1
 BATCH_PAIRS = 1024
@@ -54,7 +55,7 @@ def open_translation(settings: TranslationSettings, *, split: Split) -> TokenSou
         "max_tokens": settings.max_tokens,
         "seq_len": 2 * settings.max_tokens + 1,
         "packing": "pairs",
-        "max_samples": settings.max_train_samples if split == "train" else settings.max_eval_samples,
+        "max_samples": settings.max_samples(split),
     }
     folder = build_dir_path(settings, "tokens", made_from)
     if described_table(folder) is None:
@@ -106,6 +107,6 @@ def _encoded(pairs: list[Pair], tokenizer: PairTokenizer) -> Iterator[tuple[Pair
 def _cut(key: str, source: np.ndarray, target: np.ndarray) -> KeyedSample:
     lengths = np.array([len(source), len(target)], np.int32)
     learnt = np.ones(lengths.sum(), bool)
-    learnt[: len(source) + 1] = False  # nobody predicts the source, nor the start token
+    learnt[: len(source) + 1] = False  # neither the source nor the start token is predicted
     segments = np.arange(2, dtype=np.int32).repeat(lengths)
     return KeyedSample(key, TokenSample(np.concatenate([source, target]), segments, learnt), lengths)

@@ -13,17 +13,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from softcache.data.sources.text.build_cache import build_dir_path, build_folder
 from softcache.data.sources.text.tokenizer import bpe_arguments, digest_tokenizer, is_bpe, train_byte_level
-from softcache.data.sources.translation.pair import Pair
 from softcache.data.sources.translation.pairs import Pairs, load_pairs
-from softcache.data.sources.translation.settings import TranslationSettings
 from softcache.errors import MissingExtraError, SourceError, SpecError
 from softcache.runtime.optional import auto_tokenizer, text_library
+
+if TYPE_CHECKING:
+    from softcache.data.sources.translation.settings import Pair, TranslationSettings
 
 __all__ = ["PairTokenizer", "load_pair_tokenizer"]
 
@@ -117,7 +118,7 @@ def load_pair_tokenizer(settings: TranslationSettings) -> PairTokenizer:
         MissingExtraError: it needs a package that is not installed.
         SourceError: the pairs that it is to be trained on cannot be read.
     """
-    name = settings.tokenizer or str(Path(settings.path or "").expanduser() / "tokenizer")
+    name = settings.tokenizer_spec
     prefixes = dict(settings.prefixes)
     if is_bpe(name):
         folder = _bpe_folder(settings, name)

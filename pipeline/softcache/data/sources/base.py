@@ -1,0 +1,160 @@
+"""The registry of sources, and the base of the [source] tables that they are.
+
+A source is a settings class with a method that reads it, registered under its modality and name:
+
+    @SOURCES.register("image/clusters")
+    class Clusters(ImageSourceSettings):
+        num_clusters: int = 10
+
+        def open(self, split): ...
+
+`[source] name` finds it by that name, as `package.module:Clusters`, or by an entry point `image/clusters` of the group
+`softcache.sources`. The keys of the table are the fields of the class; any other is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
+
+from softcache.errors import ConfigError, SoftcacheError, SpecError
+from softcache.runtime.registry import Registry, Variant
+from softcache.runtime.suggest import did_you_mean
+from softcache.settings import Settings
+
+__all__ = [
+    "SOURCES",
+    "SourceSettings",
+    "SourceTable",
+    "Split",
+    "open_source",
+    "source_class",
+    "source_settings",
+    "source_table",
+]
+
+Split = Literal["train", "eval"]
+CUSTOM = "custom"
+
+
+class SourceSettings(Settings):
+    """[source]: which data; a subclass for each source.
+
+    The two maxima take the first so many samples of a split, in its order.
+    """
+
+    modality: str
+    name: str
+    max_train_samples: int | None = Field(None, ge=1)
+    max_eval_samples: int | None = Field(None, ge=1)
+
+    def max_samples(self, split: Split) -> int | None:
+        return self.max_train_samples if split == "train" else self.max_eval_samples
+
+    def open(self, split: Split) -> Any:
+        """Returns a split of the data.
+
+        Raises:
+            SourceError: its files are missing, truncated or of something else.
+        """
+        raise NotImplementedError
+
+
+SOURCES: Registry[Any] = Registry(
+    "source", package="softcache.data.sources", group="softcache.sources", recursive=True
+)
+"""Settings classes by MODALITY/NAME; MODALITY/custom reads what a function of the user's returns."""
+
+
+def source_class(modality: str, name: str) -> type[SourceSettings]:
+    """Returns the settings class of a source.
+
+    Args:
+        name: registered for the modality, or `package.module:Name` of a settings class or of a function of the split.
+
+    Raises:
+        SpecError: there is none of that name.
+    """
+    if ":" in name:
+        found = SOURCES.get(name)
+        is_class = isinstance(found, type) and issubclass(found, SourceSettings)
+        return found if is_class else SOURCES.get(f"{modality}/{CUSTOM}")
+    if name not in (known := names_of(modality)):
+        hint = did_you_mean(name, known) or f"known: {', '.join(known)}"
+        raise SpecError(f"source {name!r}: unknown; {hint}, or a custom one as package.module:Name")
+    return SOURCES.get(f"{modality}/{name}")
+
+
+@dataclass(frozen=True)
+class SourceTable(Variant):
+    """Reads a [source] table by the settings of the source that `modality` and `name` choose; made by `source_table`."""
+
+    class_of: Callable[[str, str], type[SourceSettings]]
+    modalities: Callable[[], list[str]]
+
+    def models(self) -> Iterator[type[BaseModel]]:
+        for modality in self.modalities():
+            for name in names_of(modality) or names_of("image"):  # bytes are of any source of images
+                yield self.class_of(modality, name)
+
+    def model_of(self, table: dict[str, Any]) -> type[BaseModel]:
+        if not isinstance(name := table.get("name"), str):
+            kind = "missing" if "name" not in table else "string_type"
+            found = table if "name" not in table else name
+            raise ValidationError.from_exception_data(
+                "source", [{"type": kind, "loc": ("name",), "input": found}]
+            )
+        try:
+            return self.class_of(str(table.get("modality", "image")), name)
+        except ConfigError as error:
+            raise self._errors([(("modality",), table["modality"], str(error))]) from error
+        except SoftcacheError as error:
+            raise self._errors([(("name",), name, str(error))]) from error
+
+
+def source_table(
+    class_of: Callable[[str, str], type[SourceSettings]], modalities: Callable[[], list[str]]
+) -> BeforeValidator:
+    """Returns the pydantic validator of a [source] table, which its `modality` and `name` choose.
+
+    Args:
+        class_of: from a modality and a name to the settings class.
+        modalities: returns those whose sources a table may name, for completion.
+    """
+    return BeforeValidator(SourceTable(SOURCES, lambda chosen: chosen, "name", "", class_of, modalities))
+
+
+def names_of(modality: str) -> list[str]:
+    """Returns the names of a modality's sources, sorted."""
+    names = [key.partition("/")[2] for key in SOURCES.names() if key.startswith(f"{modality}/")]
+    return [name for name in names if name != CUSTOM]
+
+
+def source_settings(table: Mapping[str, Any]) -> SourceSettings:
+    """Returns the settings of a [source] table; `modality` is "image" where it has none.
+
+    Raises:
+        SpecError: there is no source of that name.
+        ValidationError: a key is unknown, missing, mistyped or out of range.
+    """
+    if not isinstance(name := table.get("name"), str):
+        return SourceSettings.model_validate({"modality": "image", **table})
+    chosen = source_class(table.get("modality", "image"), name)
+    return chosen.model_validate(dict(table))
+
+
+def open_source(source: SourceSettings | Mapping[str, Any], *, split: Split) -> Any:
+    """Returns a split of a source: of images, texts, pairs of texts or images with boxes, as its modality says.
+
+    Args:
+        source: `config.source`, or a table such as {"name": "digits"}.
+
+    Raises:
+        SpecError: there is no source of that name.
+        SourceError: its files are missing, truncated or of something else.
+    """
+    settings = source if isinstance(source, SourceSettings) else source_settings(source)
+    return settings.open(split)

@@ -1,0 +1,194 @@
+"""What a modality is: images, texts, images with boxes, pairs of texts, or the user's own.
+
+A modality is one package (or one module of the user's) that registers a subclass of `Modality` under the name that
+`source.modality` has. The class itself needs no torch: commands that only read a cache ask it what its score is called;
+what needs torch is imported by `open`.
+
+    @MODALITIES.register("audio")
+    class Audio(Modality):
+        name, kind, score = "audio", "image", Score(...)
+
+        def open(self, config): ...
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from softcache.errors import ConfigError
+from softcache.runtime.registry import Registry
+
+if TYPE_CHECKING:
+    from softcache.config.run import RunConfig
+    from softcache.data.sources.base import SourceSettings
+    from softcache.reader.cache import Cache
+    from softcache.teacher.base import Teacher, TeacherSettings
+
+__all__ = [
+    "MODALITIES",
+    "Data",
+    "LabelKind",
+    "Modality",
+    "Score",
+    "modality_of",
+    "modality_of_kind",
+    "percent",
+]
+
+LabelKind = Literal["image", "tokens", "cells"]
+
+
+class Score(NamedTuple):
+    """What runs from a cache are compared by.
+
+    Attributes:
+        metric: its name in a run's metrics.
+        larger_is_better: whether a larger value is the better one.
+        title: its name in tables.
+        of_teacher: its name in the manifest's report of the teacher.
+        scale: tables show the score and its standard deviation times this.
+        form: the format string of the scaled value.
+    """
+
+    metric: str
+    larger_is_better: bool
+    title: str
+    of_teacher: str
+    scale: float
+    form: str
+
+    def format(self, value: float | None) -> str:
+        """Returns a value as tables show it.
+
+        >>> Score("accuracy", True, "accuracy", "eval_accuracy", 100, "{:.2f}%").format(0.98765)
+        '98.77%'
+        """
+        return "-" if value is None else self.form.format(self.scale * value)
+
+    def format_std(self, value: float | None) -> str:
+        """Returns a standard deviation as tables show it, in points where values are percentages."""
+        return "-" if value is None else f"{self.scale * value:.4f}"
+
+    @property
+    def std_title(self) -> str:
+        return "std" if self.scale == 1 else "std (points)"
+
+
+def percent(share: float | None) -> str:
+    """Returns a share as tables show it.
+
+    >>> percent(0.98765)
+    '98.77%'
+    """
+    return "-" if share is None else f"{100 * share:.2f}%"
+
+
+class Data(Protocol):
+    """The two splits of a run's data, and the teachers and students that are made for them.
+
+    Attributes:
+        train, evaluation: a `softcache.data.batch.Dataset` each.
+        rows_of: [N] label rows of each training sample; None where every sample has the same number.
+    """
+
+    train: Any
+    evaluation: Any
+
+    @property
+    def rows_of(self) -> np.ndarray | None: ...
+    @property
+    def num_classes(self) -> int: ...
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what distinguishes runs on this data from others."""
+        ...
+
+    def student_data(self, config: RunConfig) -> Any:
+        """Returns what the student reads: this, or its own source or tokens."""
+        ...
+
+    def replays_teacher_views(self, config: RunConfig) -> bool:
+        """Returns whether the student sees every view that the teacher saw."""
+        ...
+
+    def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, np.ndarray | None]:
+        """Returns the student's dataset of labeled samples, and the numbers of those that it has (None: all)."""
+        ...
+
+    def check_student(self, model: str, cache: Cache) -> None:
+        """Raises IdentityError where a student of that spec cannot have the cache's labels."""
+
+    def unlabeled_dataset(self, config: RunConfig) -> Any:
+        """Returns the student's samples without labels."""
+        ...
+
+    def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:
+        """Returns the teacher with its weights, on the device and dtype of [capture]."""
+        ...
+
+    def task(self, config: RunConfig, model: str, teacher: Teacher | None = None) -> Any:
+        """Returns the task of a student of that spec; `teacher` labels its batches online."""
+        ...
+
+
+class Modality:
+    """One kind of data; stateless.
+
+    Attributes:
+        name: the value of `source.modality`.
+        kind: of its caches' labels, in the manifest.
+        score: what its students are compared by.
+        unit: what the title of a table of students adds; "" for nothing.
+        more_scores: further columns of that table.
+        is_text: whether samples are tokens.
+        has_views: whether samples are seen through several views.
+        has_report: whether `softcache report` and `export` show its students.
+    """
+
+    name: ClassVar[str]
+    kind: ClassVar[LabelKind]
+    score: ClassVar[Score]
+    unit: ClassVar[str] = ""
+    more_scores: ClassVar[tuple[Score, ...]] = ()
+    is_text: ClassVar[bool] = False
+    has_views: ClassVar[bool] = False
+    has_report: ClassVar[bool] = True
+
+    def source_class(self, name: str) -> type[SourceSettings]:
+        """Returns the settings class of the source of that name."""
+        from softcache.data.sources.base import source_class
+
+        return source_class(self.name, name)
+
+    def open(self, config: RunConfig) -> Data:
+        """Returns the data of a config; files are opened, not copied."""
+        raise NotImplementedError
+
+    def check(self, config: RunConfig) -> None:
+        """Checks the tables of a config against each other.
+
+        Raises:
+            ValueError: two of them do not go together; the message names the key.
+        """
+
+    def models(self, config: RunConfig) -> tuple[str, ...]:
+        """Returns the students that `softcache students` trains: student.models where the config has it."""
+        student = config.student
+        return student.models if "models" in student.model_fields_set else (student.model,)
+
+
+MODALITIES: Registry[type[Modality]] = Registry(
+    "source.modality", package="softcache.modalities", group="softcache.modalities", error=ConfigError
+)
+
+
+def modality_of(config: RunConfig) -> Modality:
+    """Returns the modality of a config's source."""
+    return MODALITIES.get(config.source.modality)()
+
+
+def modality_of_kind(kind: str) -> Modality:
+    """Returns the first modality whose caches have labels of that kind, for code that has a cache alone."""
+    return next(chosen() for _, chosen in MODALITIES.items() if chosen.kind == kind)
