@@ -298,7 +298,7 @@ def test_a_subset_is_said_and_trains_on_what_is_there(labelled, capsys):
     config = folder_config(base, pairing={"suffix": "ignore", "subset": True})
     data = open_data(config)
     feed = cached_batches(config, data, cache, 1, False)
-    assert "20 of 60 labelled samples have no partner" in capsys.readouterr().err
+    assert "20 of 60 labeled samples match none of" in capsys.readouterr().err
     samples = np.concatenate([batch.samples for batch in batches_of(feed)])
     assert sorted(samples) == data.student_data(config).pairing.samples.tolist()
     assert len(samples) == len(feed.dataset) == 40
@@ -451,10 +451,10 @@ def test_a_model_of_the_other_kind_of_input_is_refused():
 @pytest.mark.parametrize(
     ("student", "message"),
     [
-        ({"source": {"modality": "bytes", "name": "digits", "formt": "png"}}, "student.source.formt: unknown key; did you mean format"),
+        ({"source": {"modality": "bytes", "name": "digits", "formt": "png"}}, "student.source.formt: unknown key with name = .*; did you mean format"),
         ({"source": {"modality": "bytes", "name": "digits", "quality": 3}}, "quality is of format"),
         ({"source": {"modality": "bytes", "name": "imagefolder", "compress_level": 3}}, "compress_level is of format"),
-        ({"source": {"modality": "sound", "name": "digits"}}, "student.source: .*sound"),
+        ({"source": {"modality": "sound", "name": "digits"}}, "student.source.modality: .*sound"),
         ({"source": {"modality": "bytes", "name": "digits"}, "views": {"size": 4}}, "a student of bytes reads files"),
         ({"views": {"crop": "padded"}}, "student.views.crop: unknown key"),
         ({"pairing": {"subset": True}}, "pairing joins a student.source"),
