@@ -464,7 +464,10 @@ def test_a_part_that_changed_or_is_not_finished_is_refused(captured, generated, 
 @pytest.mark.parametrize(
     ("tables", "complaint"),
     [
-        ({"source": {"eval_path": None, "package": "django"}}, "source.package: unknown key with name = 'files'"),
+        (
+            {"source": {"eval_path": None, "package": "django"}},
+            "source.package: unknown key with name = 'files'",
+        ),
         ({"student": {"context": 16}}, r"student\.context: not for pairs of texts"),
         ({"student": {"tokenizer": "gpt2"}}, r"student\.tokenizer: not for pairs of texts"),
         ({"loss": {"name": "uld"}}, r"loss\.name: uld is for texts"),

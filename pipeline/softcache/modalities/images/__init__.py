@@ -50,6 +50,8 @@ def check_no_text_tables(config: RunConfig) -> None:
             "loss.name: uld compares the vocabularies of language models; use forward_kl for images"
         )
     if config.train.target_metric is not None and config.train.target_metric > 1:
-        raise ValueError(f"train.target_metric: an accuracy, less than or equal to 1; found {config.train.target_metric}")
+        raise ValueError(
+            f"train.target_metric: an accuracy, less than or equal to 1; found {config.train.target_metric}"
+        )
     if config.generate != GenerateSettings():  # a resolved config holds every table
         raise ValueError('generate: a table for pairs of texts (source.modality = "translation"); drop it')
