@@ -532,7 +532,7 @@ def write_config(folder, text):
 BAD = {
     "tokenizr": (
         '[source]\nmodality="text"\nname="stdlib"\ntokenizr="x"\n',
-        r"source\.tokenizr: unknown key; did you mean tokenizer",
+        r"source\.tokenizr: unknown key with name = 'stdlib'; did you mean tokenizer",
     ),
     "no tokenizer": ('[source]\nmodality="text"\nname="stdlib"\n', r"source\.tokenizer: missing"),
     "views": (
@@ -543,7 +543,7 @@ BAD = {
         '[source]\nmodality="text"\nname="stdlib"\ntokenizer="bpe"\n[labels]\nnum_views=2\n',
         r"labels\.num_views: text has one view",
     ),
-    "modality": ('[source]\nmodality="sound"\nname="x"\n', r"source: .*'image', 'text'"),
+    "modality": ('[source]\nmodality="sound"\nname="x"\n', r"source\.modality: modality 'sound': unknown; known: .*image, text"),
     "uld": ('[source]\nname="digits"\n[loss]\nname="uld"\n', r"loss\.name: uld compares"),
 }
 

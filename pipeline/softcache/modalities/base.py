@@ -180,7 +180,7 @@ class Modality:
 
 
 MODALITIES: Registry[type[Modality]] = Registry(
-    "source.modality", package="softcache.modalities", group="softcache.modalities", error=ConfigError
+    "modality", package="softcache.modalities", group="softcache.modalities", error=ConfigError
 )
 
 
