@@ -543,7 +543,10 @@ BAD = {
         '[source]\nmodality="text"\nname="stdlib"\ntokenizer="bpe"\n[labels]\nnum_views=2\n',
         r"labels\.num_views: text has one view",
     ),
-    "modality": ('[source]\nmodality="sound"\nname="x"\n', r"source\.modality: modality 'sound': unknown; known: .*image, text"),
+    "modality": (
+        '[source]\nmodality="sound"\nname="x"\n',
+        r"source\.modality: modality 'sound': unknown; known: .*image, text",
+    ),
     "uld": ('[source]\nname="digits"\n[loss]\nname="uld"\n', r"loss\.name: uld compares"),
 }
 
