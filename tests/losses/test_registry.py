@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from softcache import losses
-from softcache.config.run import load_config
+from softcache.config.load import load_config
 from softcache.errors import ConfigError, LabelError
 from softcache.labels.sparsify import top_k
 from softcache.losses import LOSSES, LossSettings, distillation_loss, make_loss
