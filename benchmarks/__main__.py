@@ -6,7 +6,7 @@ DIR gets NAME.json and NAME.svg of each: capture, scheduling, reading, epochs, s
 
     cp runs/benchmarks/*.svg docs/figures/
 
-A benchmark that fails does not keep the others from running; the exit status says that one did.
+A benchmark that fails does not keep the others from running; the exit status shows that one did.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m benchmarks.arithmetic                        # prints the tables of docs/scale.md
     python -m benchmarks.arithmetic --write docs/scale.md  # puts them there
 
-Every input is a constant below, and says whether it was measured here or is assumed; nothing else goes in. Edit the
+Every input is a constant below, marked as measured here or assumed; nothing else goes in. Edit the
 constants to see your own case.
 """
 
@@ -48,7 +48,7 @@ class Case:
     Attributes:
         rows: labels: tokens, or views of images.
         row_bytes: stored, measured here on labels of this shape; of images with 8 for the fingerprint.
-        shards: objects of a unit beside its marker, by store and codec.
+        shards: objects of a unit without its marker, by store and codec.
         row_flops: of the teacher's forward pass, assumed: 2 per parameter and token, or the model's own figure.
         row_memory: bytes of a label in memory before it is encoded.
     """

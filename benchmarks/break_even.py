@@ -1,10 +1,10 @@
-"""How soon a student reaches an accuracy from the cache, and how soon beside the live teacher: the second part of
+"""How soon a student reaches an accuracy from the cache, and how soon with the online teacher: the second part of
 `python -m benchmarks.epochs`.
 
 Both are whole runs of `softcache train-student` with the same config, seeds and goal (`train.target_metric`), so they
 evaluate and save as often. Making the cache counts apart. In addition, the number of students after which it has paid:
 
-    seconds of the capture / (seconds of a run beside the teacher - seconds of a run from the cache)
+    seconds of the capture / (seconds of a run with the teacher - seconds of a run from the cache)
 
 The teacher is the config's; it is trained first where its weights are missing, and counts on neither side.
 """
@@ -26,11 +26,11 @@ from softcache.stages.options import print_table
 
 __all__ = ["bench"]
 
-ONLINE, CACHE = "live teacher", "cache"
+ONLINE, CACHE = "online teacher", "cache"
 
 
 def bench(path: str, folder: str, *, goal: float, seeds: int, quick: bool) -> dict[str, list[Figure]]:
-    """Returns the figures of both contenders: seconds to the goal over those beside the live teacher."""
+    """Returns the figures of both contenders: seconds to the goal over those with the online teacher."""
     config = load_config(path, [f"train.target_metric={goal}"])
     if quick:
         config = _small(config, folder)
@@ -54,7 +54,7 @@ def bench(path: str, folder: str, *, goal: float, seeds: int, quick: bool) -> di
             log_info(
                 f"seed {seed} {name}: {runs[name][-1]['seconds']:.1f} s, {runs[name][-1]['epochs']} epochs"
             )
-    return {f"{config.name}: seconds to {goal:g}, over the live teacher's": _figures(runs, captured, goal)}
+    return {f"{config.name}: seconds to {goal:g}, over the online teacher's": _figures(runs, captured, goal)}
 
 
 def _run(config: RunConfig, data: Data, seed: int, out: str, how: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Bytes, error and decoding speed of the codecs beside peers' layouts, on the same labels in one run.
+"""Bytes, error and decoding speed of the codecs and of peers' layouts, on the same labels in one run.
 
     python -m benchmarks.codecs [--json FILE] [--rows 4096] [--logits FILE.npy]
 
@@ -229,9 +229,9 @@ def print_rows(title: str, rows: dict[str, Any]) -> None:
     print_table(title, COLUMNS, [(name, *cells(row)) for name, row in rows.items()])
     for name, row in rows.items():
         if "bound" in row:
-            told = ", ".join(f"{part} {value:.1f}" for part, value in row["bound"].items())
+            bounds = ", ".join(f"{part} {value:.1f}" for part, value in row["bound"].items())
             click.echo(
-                f"{name}: bound {told}; decompressed to arrays {row['decode_decompressed'] / 1e6:.2f} M/s, "
+                f"{name}: bound {bounds}; decompressed to arrays {row['decode_decompressed'] / 1e6:.2f} M/s, "
                 f"encode {row['encode'] / 1e6:.2f} M/s"
             )
 
@@ -248,7 +248,7 @@ def print_rows(title: str, rows: dict[str, Any]) -> None:
 @click.option("--quick", is_flag=True, help="A small vocabulary, so that it takes seconds.")
 @click.option("--json", "json_path", metavar="FILE", help="Also write the figures as JSON.")
 def main(rows: int, rounds: int, logits_path: str | None, k: int, quick: bool, json_path: str | None) -> None:
-    """Measure codecs beside peers' layouts."""
+    """Measure codecs and peers' layouts."""
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})

@@ -1,4 +1,4 @@
-"""What a student's training costs from the cache, over the same student on hard labels; and beside its live teacher.
+"""What a student's training costs from the cache, over the same student on hard labels; and with its online teacher.
 
     python -m benchmarks.epochs [--quick] [--rounds N] [--case WORDS] [--json F] [--plot F]
 
@@ -7,7 +7,7 @@
    are not in it. "hard labels, again" is a second run of the baseline: how far it is from 1 is the noise. Students are a
    tiny and a mid-size one: images (the digits many times over, 8x8; Fashion-MNIST, 28x28, where /usr/share/datasets or
    --fashion-mnist has it) and text (the standard library's sources, fused loss, K = 128 of 4,096). The labels come from
-   teachers of random weights: what a label says does not change what it costs. The cache is thawed.
+   teachers of random weights: the content of a label does not change its cost. The cache is memory-mapped.
 2. time to an accuracy (`benchmarks.break_even`): whole runs that end at `train.target_metric`, from the cache and online.
 
 T = 1 and 4 are on the labels' grid of temperatures; T = 3 is not, so that the tail is interpolated.
@@ -173,7 +173,7 @@ def over_baseline(rates: dict[str, list[float]]) -> list[Figure]:
 
 
 def middle_half(rates: dict[str, list[float]]) -> dict[str, tuple[float, float]]:
-    """The quartiles of those times: the largest of many short rounds tells of the machine, not of the contender."""
+    """The quartiles of those times: the largest of many short rounds measures the machine, not the contender."""
     out = {}
     for name, values in rates.items():
         times = [base / value for value, base in zip(values, rates[BASELINE], strict=True)]
@@ -234,7 +234,7 @@ def main(
     json_path: str | None,
     plot_path: str | None,
 ) -> None:
-    """Measure training from the cache against hard labels and against the live teacher."""
+    """Measure training from the cache against hard labels and against the online teacher."""
     torch.manual_seed(0)
     results: dict[str, list[Figure]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -183,7 +183,7 @@ def print_results(results: dict) -> None:
     )
     megabytes = lambda x: f"{x / 1e6:,.0f}"
     print_table(
-        "peak memory beside the inputs, MB (growth of the resident size)",
+        "peak memory above the inputs, MB (growth of the resident size)",
         ("positions x classes", "fused", "by the formula", "unfused", "unfused / fused"),
         [
             (

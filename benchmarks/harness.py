@@ -77,7 +77,7 @@ def show(title: str, figures: list[Figure], unit: str = "rows/s") -> None:
 
 
 def machine() -> dict[str, Any]:
-    """Returns where figures were taken, for the JSON beside them."""
+    """Returns where figures were taken, for their JSON."""
     packages = ("torch", "numpy", "zarr", "tensorstore", "pyarrow")
     return {
         "cores": os.cpu_count(),

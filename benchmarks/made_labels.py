@@ -140,7 +140,7 @@ def varied(base: SoftLabels, num_rows: int, seed: int | Sequence[int]) -> SoftLa
 
 @dataclass(frozen=True)
 class _Nobody:
-    """What a manifest says of a teacher that never ran."""
+    """The manifest's entry of a teacher that never ran."""
 
     num_classes: int
     spec: str = "made"

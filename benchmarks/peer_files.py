@@ -1,7 +1,7 @@
 """The peers' files on disk with the labels of a cache, each read the way that its own loader reads.
 
     TinyViT      keys.txt and values.bin, a record of int32 seed, K int16 ids and K float16 probabilities (404 bytes at
-                 K = 100); whoever reads parses all keys into a dict, once an epoch, and seeks one record per sample;
+                 K = 100); a reader parses all keys into a dict, once an epoch, and seeks one record per sample;
                  map-style, torch's default collate
     FKD          a file per sample, torch.save of crop box, flip, K ids and K float16 probabilities
     Megatron-LM  a tar of batches, each zstd of a torch.save: float16 log-probabilities and ids of ceil(log2 V) bits;

@@ -2,7 +2,7 @@
 
     pip install py-spy
     python -m benchmarks.profiled images --seconds 40 &
-    py-spy record --function --threads --duration 10 -o docs/figures/flame-images.svg --pid $!      # once it says "running"
+    py-spy record --function --threads --duration 10 -o docs/figures/flame-images.svg --pid $!  # once it prints "running"
 
 *images* reads shuffled batches of 256 from a thawed cache (`benchmarks.reading`); *capture* labels texts, V = 4,096,
 K = 128, and writes them (`benchmarks.capture`).

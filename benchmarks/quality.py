@@ -5,7 +5,7 @@
 
 A record is `hard`, `live`, `dense`, `top_k:K`, `top_p:P:K`, `sample:N` or `hybrid:K:N`, and for top_k at the end, if not
 the bucket, what becomes of the tail. Caches of top_k are slimmed from the one of the largest K. The teacher is trained
-first if the config says how and its weights are missing. Results are added to OUT/results.jsonl one by one; a run that
+first if the config has a recipe and its weights are missing. Results are added to OUT/results.jsonl one by one; a run that
 is there already is not repeated, so several processes may share the seeds, and a killed one goes on.
 """
 

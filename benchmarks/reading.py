@@ -1,4 +1,4 @@
-"""How fast labels are read, beside the limit and beside the peers' files.
+"""How fast labels are read, against the limit and the peers' files.
 
     python -m benchmarks.reading [--quick] [--rounds N] [--json FILE] [--plot FILE]
 

@@ -3,7 +3,7 @@
     python -m benchmarks.scale [--quick] [--rounds N] [--json FILE] [--plot FILE]
 
 1. Opening: `open_cache`, every marker read and validated, and the index of rows; seconds of all processes together, and what
-   they hold more afterwards, the order up to an epoch's first batch included, whose seconds are told beside: TinyViT's
+   they hold more afterwards, the order up to an epoch's first batch included, whose seconds are printed as well: TinyViT's
    sampler draws an order, too. Where each of W loader processes opens the cache that is W times; with `SoftLabelLoader` it
    is once, in the process that trains. TinyViT's layout has all of its keys parsed by every worker.
    The caches are whole (manifest, samples, markers, shards), of units as large as the plan makes them; their rows are
@@ -163,11 +163,13 @@ def _race_opening(
     held: dict[str, list[float]] = {who: [] for who in contenders}
     for number in range(rounds):
         for who, (function, argument, processes) in contenders.items():
-            told = [in_process(function, argument) for _ in range(processes)]
-            seconds = sum(one["seconds"] for one in told)
+            results = [in_process(function, argument) for _ in range(processes)]
+            seconds = sum(one["seconds"] for one in results)
             rates[who].append(num_samples / seconds)
-            held[who].append(sum(one["held_bytes"] for one in told) / 1e6)
-            log_info(f"round {number + 1}/{rounds} {who}: {_told(told[0])}{' each' if processes > 1 else ''}")
+            held[who].append(sum(one["held_bytes"] for one in results) / 1e6)
+            log_info(
+                f"round {number + 1}/{rounds} {who}: {_format(results[0])}{' each' if processes > 1 else ''}"
+            )
     speed, memory = f"opening {name}", f"MB held after opening {name}"
     figures = {speed: compare(rates, TINYVIT), memory: compare(held, TINYVIT)}
     show(speed, figures[speed], "samples/s")
@@ -175,7 +177,7 @@ def _race_opening(
     return figures
 
 
-def _told(one: dict[str, float]) -> str:
+def _format(one: dict[str, float]) -> str:
     steps = [f"{step} {one[step]:.4f}" for step in STEPS if step in one]
     return f"{one['seconds']:.4f} s, {one['held_bytes'] / 1e6:,.1f} MB ({', '.join(steps)})"
 
@@ -185,8 +187,8 @@ def measure_texts(folder: Path, num_samples: int, rounds: int) -> None:
     data = made_tokens(folder / "tokens", num_samples, rows=4, vocab_size=2)
     url = write_cache(str(folder / "texts"), data, labels_of(image_logits(1024, 2), 1), CaptureSettings())
     for _ in range(rounds):
-        told = _told(in_process(open_everything, url))
-        click.echo(f"opening {num_samples:,} texts of 4 rows: {told}")
+        opened = _format(in_process(open_everything, url))
+        click.echo(f"opening {num_samples:,} texts of 4 rows: {opened}")
 
 
 # -- memory ------------------------------------------------------------------------------------------------
@@ -203,9 +205,9 @@ def measure_memory(folder: Path, num_samples: int) -> dict[str, list[Figure]]:
         write_tinyvit(open_cache(url), data.source.keys(), here / "tinyvit")
         in_process(epoch_of, url, "thawed", str(here / "thawed"))  # thaws
         for how, values in peaks.items():
-            told = in_process(epoch_of, url, how, str(here / "thawed"))
-            values.append(told["peak_bytes"] / 1e6)
-            anonymous = told["anonymous_bytes"] / 1e6
+            measured = in_process(epoch_of, url, how, str(here / "thawed"))
+            values.append(measured["peak_bytes"] / 1e6)
+            anonymous = measured["anonymous_bytes"] / 1e6
             log_info(
                 f"{growth}x, {how}: {values[-1]:,.0f} MB more at most; {anonymous:,.0f} MB of no file at the end"
             )

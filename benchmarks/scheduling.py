@@ -6,7 +6,7 @@ Tiny units and a teacher that costs next to nothing (`linear` on 8 x 8 digits): 
 publishing and counting. Every contender makes a few units and many; the slope between them is the cost of one, without
 what a run costs however few its units (starting, opening data and teacher, the manifest). Caches lie in memory (/dev/shm),
 because waiting for a disk, the same for both, would drown the difference. One worker process against one plain process,
-on this machine: both publish a unit beside the labelling of the next. A network adds its round trips, which overlap: two
+on this machine: both publish a unit during the labeling of the next. A network adds its round trips, which overlap: two
 units are on a worker and two more are waiting.
 
 The overhead of a unit is a constant; a unit of R rows takes a teacher of r rows/s R / r seconds. So it stays below 1% from
@@ -163,7 +163,7 @@ def show_sizes(overhead: float) -> None:
 @click.option("--plot", "plot_path", metavar="FILE", help="Also draw them here, PNG or SVG.")
 @click.option("--peak-of", type=int, hidden=True)
 def main(quick: bool, rounds: int, json_path: str | None, plot_path: str | None, peak_of: int | None) -> None:
-    """Measure what a unit costs on a Dask cluster beside what it costs in a plain run."""
+    """Measure what a unit costs on a Dask cluster and what it costs in a plain run."""
     torch.set_num_threads(1)
     if peak_of is not None:
         report_peak(peak_of, quick=quick)

@@ -5,7 +5,7 @@
         --set source.root=/usr/share/datasets/fashion-mnist
 
 The same student, on hard labels, from the same samples in different orders: windows of so many blocks, all blocks (a full
-shuffle), and no shuffle. What a batch holds is told beside the accuracy: its number of different classes, on average, over
+shuffle), and no shuffle. Printed with the accuracy: the number of different classes in a batch, on average, over
 that of a full shuffle's batches. Real datasets lie between this and a random order, in which any window is a full shuffle.
 """
 

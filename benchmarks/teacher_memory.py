@@ -67,7 +67,7 @@ def main(lengths: tuple[int, ...], vocab_size: int, json_path: str | None) -> No
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         rows.append({"length": length, "vocabulary": vocab_size, "peak_bytes": int(done.stdout)})
     print_table(
-        "peak memory of the teacher beside its weights",
+        "peak memory of the teacher above its weights",
         ("tokens", "vocabulary", "peak MB", "logits of the document, MB"),
         [
             (

@@ -79,7 +79,7 @@ def test_epochs_benchmark_runs(tmp_path):
         assert [figure["name"] for figure in figures[:2]] == ["hard labels", "hard labels, again"]
         assert figures[0]["ratio"] == 1.0
         assert {figure["name"] for figure in figures[2:]} == {"cache, T = 1", "cache, T = 4", "cache, T = 3"}
-    assert [figure["name"] for figure in accuracy] == ["live teacher", "cache"]
+    assert [figure["name"] for figure in accuracy] == ["online teacher", "cache"]
     assert plot.exists()
 
 
