@@ -100,9 +100,10 @@ def _run(config: RunConfig, records: tuple[str, ...], seeds: list[int], out: Pat
                 labels, loss = settings_of(record, cache.manifest.codec["k"])
                 size = bytes_per_row(cache)
                 how = {"labels": "cache", "cache": cache}
+            shared = config.labels.model_dump(include=set(LabelSettings.model_fields))
             run = config.model_copy(
                 update={
-                    "labels": config.labels.model_copy(update=labels),
+                    "labels": label_settings(**(shared | labels)) if labels else config.labels,
                     "train": config.train.model_copy(update={"seed": seed}),
                     "loss": type(config.loss).model_validate({**config.loss.model_dump(), **loss}),
                 }

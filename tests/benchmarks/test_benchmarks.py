@@ -11,7 +11,7 @@ def test_fused_benchmark_runs(tmp_path):
     path = tmp_path / "figures.json"
     done = CliRunner().invoke(fused.main, ["--quick", "--rounds", "1", "--json", str(path)])
     assert done.exit_code == 0, done.output
-    assert "peak memory beside the inputs" in done.output
+    assert "peak memory above the inputs" in done.output
     figures = json.loads(path.read_text())
     assert figures["time"]["dense cross-entropy"]["ratio"] == 1.0
     assert all(row["seconds"] > 0 for row in figures["time"].values())
