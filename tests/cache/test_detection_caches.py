@@ -408,14 +408,14 @@ def test_inspect_tells_probabilities_bytes_and_no_agreement(zarr):
 
 def codec(**changes):
     parameters = {"num_classes": 10, "k": K, "distribution": "bernoulli", "num_cells": 320}
-    return CellCodec(**{**parameters, "beside": (("boxes", (4,)), ("centerness", ())), **changes})
+    return CellCodec(**{**parameters, "head_columns": (("boxes", (4,)), ("centerness", ())), **changes})
 
 
 def test_a_codec_is_what_its_description_says():
     for made in (
         codec(),
         codec(distribution="categorical", temperatures=(1.0, 2.0)),
-        codec(beside=(("bins", (4, 17)),)),
+        codec(head_columns=(("bins", (4, 17)),)),
     ):
         assert codec_from_dict(json.loads(json.dumps(made.to_dict()))) == made
 

@@ -290,8 +290,8 @@ class Manifest(_Document):
 
 def diff_manifests(here: Manifest, there: Manifest) -> list[str]:
     """Returns one line `field: here; there` for every field in which two caches cannot be one."""
-    told = {"identity", "plan", "rows", "store", "kind", "num_classes"}
-    one, other = (json.loads(manifest.model_dump_json(include=told)) for manifest in (here, there))
+    compared = {"identity", "plan", "rows", "store", "kind", "num_classes"}
+    one, other = (json.loads(manifest.model_dump_json(include=compared)) for manifest in (here, there))
     return list(_differ(one, other, ""))
 
 
@@ -336,5 +336,5 @@ def marker_path(number: int) -> str:
 
 
 def claim_path(number: int) -> str:
-    """Returns what is claimed by whoever makes a unit, or removes what is left of one."""
+    """Returns the path of the claim on a unit, held to make it or to remove the remains of one."""
     return f"units/{number:05d}.lock"

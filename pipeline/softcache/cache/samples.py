@@ -1,4 +1,4 @@
-"""The table of samples: which sample a number is, its ground truth, its rows; one Parquet file beside the manifest."""
+"""The table of samples: which sample a number is, its ground truth, its rows; one Parquet file next to the manifest."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROW_FIELDS = [
 MAX_SAMPLE_BYTES = 4096
 """Of a sample in the file: its key is the most of it, and the longest path has no more."""
 MAX_SAMPLES_PER_BYTE = 16
-"""Keys differ: even numbered ones take a byte or two each. A file that says more is made to fill memory."""
+"""Keys differ: even numbered ones take a byte or two each. A file that claims more is made to fill memory."""
 
 
 def encode_samples(
@@ -66,7 +66,7 @@ def encode_samples(
 
 
 class SampleTable(NamedTuple):
-    """What the table says.
+    """The contents of the table.
 
     Attributes:
         keys: [N].
@@ -80,7 +80,7 @@ class SampleTable(NamedTuple):
 
 
 def read_samples(data: bytes, num_samples: int) -> SampleTable:
-    """Returns what such a file says of so many samples.
+    """Returns the contents of such a file for a number of samples.
 
     Raises:
         CorruptionError: it is no Parquet file, or of other columns.
@@ -157,14 +157,14 @@ def _check_counts(plan: Plan, num_rows: np.ndarray, rows: RaggedRows) -> None:
 
 
 class RowIndex:
-    """Which rows each sample has: one, or as many as `num_rows` says.
+    """Which rows each sample has: one, or as many as `num_rows` gives.
 
     Args:
         num_rows: [N] int64; None where every sample has one row.
-        rows: what the manifest says of them; None where there is no manifest yet.
+        rows: the manifest's `rows`; None where there is no manifest yet.
 
     Raises:
-        CorruptionError: the counts are not what the manifest says.
+        CorruptionError: the counts are not those of the manifest.
     """
 
     def __init__(self, plan: Plan, num_rows: np.ndarray | None, rows: RaggedRows | None = None) -> None:

@@ -147,7 +147,7 @@ def _checked_marker(
     for shard in marker.shards:
         if shard.num_bytes > (most := store.max_shard_bytes(shard.column)):
             raise ManifestError(
-                f"{where}: says that {shard.path} has {shard.num_bytes:,} bytes; a unit of this cache has {most:,} at most; "
+                f"{where}: gives {shard.path} {shard.num_bytes:,} bytes; a unit of this cache has {most:,} at most; "
                 "restore it from a copy"
             )
     return marker
@@ -205,7 +205,7 @@ def check_unit(objects: Objects, marker: UnitMarker, store: Store | None = None)
     """Compares every shard of a unit with its marker.
 
     Args:
-        store: also looks whether decoding would take more memory than the manifest says.
+        store: also looks whether decoding would take more memory than the manifest allows.
 
     Raises:
         CorruptionError: a shard is missing, or of another size or sha256; unit and shard are named.

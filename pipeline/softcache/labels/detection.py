@@ -1,8 +1,8 @@
-"""The record of a dense predictor (a detector): distributions at some cells of its grid, and what else it says there.
+"""The record of a dense predictor (a detector): distributions at some cells of its grid, and its other outputs there.
 
-Two facts are kept apart. What the head says of the classes is a record of its own: `SoftLabels` of a softmax with
+Two facts are separate. The head's output for the classes is a record of its own: `SoftLabels` of a softmax with
 background (SSD), `BernoulliLabels` of sigmoids (FCOS, RetinaNet). Where a position is, and the head's other outputs there,
-are columns beside it. Boxes are the head's raw outputs: only the grid, whose digest names it, can decode them.
+are columns next to it. Boxes are the head's raw outputs: only the grid, whose digest names it, can decode them.
 
 Shape suffixes: `P` positions, `A` cells of the teacher's grid (anchors or locations).
 """
@@ -30,11 +30,11 @@ COLUMNS = ("boxes", "bins", "centerness")
 
 @dataclass(frozen=True, eq=False)
 class DetectionLabels:
-    """What a dense teacher says at P cells.
+    """The outputs of a dense teacher at P cells.
 
     Attributes:
         labels: of the P cells, categorical or one coin per class.
-        cells: [P] integer, each cell's index in the teacher's grid, 0 to A - 1; which grid, the cache's identity says.
+        cells: [P] integer, each cell's index in the teacher's grid, 0 to A - 1; the cache's identity names the grid.
         columns: the head's other outputs at these cells, by name; all float:
             "boxes" [P, 4], raw box regression, or "bins" [P, 4, n + 1], logits of the distribution of each side
             (a DFL head), not both; "centerness" [P], a logit.

@@ -65,9 +65,9 @@ class PositionSettings(Settings):
     @model_validator(mode="after")
     def _check_policy(self) -> Self:
         if self.model_fields_set and "policy" not in self.model_fields_set:
-            told = ", ".join(sorted(self.model_fields_set))
+            given = ", ".join(sorted(self.model_fields_set))
             raise ValueError(
-                f'{told} without a policy would be ignored; set policy = "every", "random", "entropy" or "cells"'
+                f'{given} without a policy would be ignored; set policy = "every", "random", "entropy" or "cells"'
             )
         return self
 

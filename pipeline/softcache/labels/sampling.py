@@ -29,7 +29,7 @@ class Sampling:
         exact: slots, from the first, that were not drawn and weigh 1.
         draws: N, made from all other classes; at most 65,535.
         exponent: a class is drawn in proportion to p^exponent; in (0, 1].
-        replacement: whether a class could be drawn again (`counts` says how often) or once only (priority sampling,
+        replacement: whether a class could be drawn again (`counts` is how often) or once only (priority sampling,
             `log_threshold`).
 
     Raises:
@@ -44,7 +44,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.exact < 0 or not 1 <= self.draws <= 65535 or (self.replacement and self.exact):
             raise LabelError(
-                f"sampling: expected 1 to 65535 draws and no exact classes beside draws with replacement; "
+                f"sampling: expected 1 to 65535 draws and no exact classes with draws with replacement; "
                 f"found draws = {self.draws}, exact = {self.exact}; set labels.num_samples and labels.k"
             )
         if not 0.0 < self.exponent <= 1.0:

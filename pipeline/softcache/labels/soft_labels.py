@@ -44,7 +44,7 @@ class SoftLabels:
         target_log_prob: [P] float32, log p of the ground-truth class at T=1, or None.
         stats: [P, 4] float32, columns `STATS`, or None.
         max_temperature: the highest temperature at which the record is known; None for no limit. Labels that were
-            imported from a server's log-probabilities are known at T=1 only: nothing says how the mass outside of the
+            imported from a server's log-probabilities are known at T=1 only: it is unknown how the mass outside of the
             kept classes is spread.
         sampling: how the classes behind the first `sampling.exact` were drawn; None where none were. The tail then
             holds all classes but the exact ones, drawn or not.
@@ -150,7 +150,7 @@ class SoftLabels:
         Args:
             T: a number, or an array [P] (or a scalar array) of the record's kind; above 0 and finite. Below 1 it is
                 served where the record pins the tail's mass down to `MASS_TOLERANCE`: where nothing was dropped at
-                any T, else close to 1 (`softcache.labels.tail` says how close). An array, or a T below 1, costs one
+                any T, else close to 1 (how close: `softcache.labels.tail`). An array, or a T below 1, costs one
                 synchronisation on a GPU; another number costs none.
 
         Returns:

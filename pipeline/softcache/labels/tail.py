@@ -41,7 +41,7 @@ Array = Any  # a NumPy array or a torch tensor
 
 _TINY = 1e-7  # nats: of bends and sags that count as none
 _SHARP = 20.0  # nats: a bend beyond which one atom's share is nothing, and float32 would overflow
-_SKEW = 1e3  # of the slopes beside a chord; more changes the curve in a thousandth of a segment
+_SKEW = 1e3  # of the slopes next to a chord; more changes the curve in a thousandth of a segment
 
 
 def check_temperatures(temperatures: tuple[float, ...]) -> None:

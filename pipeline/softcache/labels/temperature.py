@@ -190,7 +190,7 @@ def _below_one(
 
 
 def _tail_ends(labels: SoftLabels, log_probs: Array) -> tuple[Array, tuple[Array, Array, Array] | None]:
-    """What can be known of the tail beside the grid, [P] each: the log of the count of its classes, and, of F(beta), its
+    """What can be known of the tail besides the grid, [P] each: the log of the count of its classes, and, of F(beta), its
     log-mass, the slopes at beta = 0 and 1 and the curvature at 0.
 
     Without `stats` every class without a slot counts and the rest is not known, so with masked (-inf) classes the tail

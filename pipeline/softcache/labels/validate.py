@@ -49,7 +49,7 @@ def check_array_types(labels: SoftLabels) -> None:
         if not is_kind(array):
             raise LabelError(
                 f"SoftLabels.{name}: expected arrays of one kind, all NumPy or all torch; "
-                f"found {type(array).__name__} beside ids of {type(labels.ids).__name__}; "
+                f"found {type(array).__name__} with ids of {type(labels.ids).__name__}; "
                 "convert with torch.from_numpy or Tensor.numpy"
             )
         is_integer = _is_integer(array.dtype)

@@ -69,7 +69,7 @@ class ParquetStore:
         return self._manifest.rows.shard_rows if self._manifest.rows else self._manifest.plan.unit_samples
 
     def check_decompressed_size(self, name: str | None, data: bytes, where: str) -> None:
-        """Looks at what a file says of its rows before anything of it is decoded.
+        """Checks a file's description of its rows before any of it is decoded.
 
         Raises:
             CorruptionError: it claims to hold more than the manifest implies.
@@ -127,7 +127,7 @@ class ParquetStore:
             compression="zstd",
             use_dictionary=False,
             use_byte_stream_split=planar,
-            # The smallest of records that are bytes says nothing, and would stand, unchecked, in every page's header.
+            # The smallest of records that are bytes means nothing, and would stand, unchecked, in every page's header.
             write_statistics=[name for name in self._schema.names if name not in planar] if planar else True,
             write_page_checksum=True,
         )
@@ -235,10 +235,10 @@ def _schema(manifest: Manifest, columns: Iterable[Column]) -> pa.Schema:
         for size in reversed(column.shape):
             kind = pa.list_(_item(kind), size)
         fields.append(pa.field(column.name, kind, nullable=False))
-    told = {
+    metadata_of_file = {
         "softcache_format": str(manifest.format_version),
         "units": "nats",
         "temperatures": ",".join(map(str, manifest.codec["temperatures"])),
         "stats": ",".join(STATS),
     }
-    return pa.schema(fields, metadata=told)
+    return pa.schema(fields, metadata=metadata_of_file)

@@ -70,7 +70,7 @@ class ZarrStore:
         """Compares the metadata that other tools read with what the manifest implies.
 
         Raises:
-            CorruptionError: an object is missing or says something else.
+            CorruptionError: an object is missing or differs.
         """
         for path, expected in self._documents.items():
             found = self._objects.get(path)

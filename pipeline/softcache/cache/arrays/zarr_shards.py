@@ -118,7 +118,7 @@ def _runs(entries: np.ndarray) -> list[tuple[int, int]]:
 
 
 def _assemble(entries: np.ndarray, chunks: WantedChunks, parts: list[tuple[int, bytes]]) -> bytes:
-    """Returns the cut shard: the parts one after the other, and an index that says where in them the chunks are."""
+    """Returns the cut shard: the parts one after the other, and an index of where in them the chunks are."""
     import google_crc32c
 
     cut = np.full_like(entries, NONE)

@@ -38,7 +38,7 @@ def ids_dtype(num_classes: int) -> str:
 
 
 def sampling_column(sampling: Sampling | None, k: int) -> tuple[Column, ...]:
-    """What a record of drawn classes has beside the columns of every record."""
+    """The columns of labels with sampled classes, in addition to those of all labels."""
     if sampling is None:
         return ()
     if not sampling.replacement:

@@ -1,8 +1,8 @@
-"""Plain columns of a detector's cells: the distribution's, which cell a row is of, and what the head says there.
+"""Plain columns of a detector's cells: the distribution's, which cell a row is of, and the head's outputs there.
 
 The distribution's columns are those of its kind: of "bernoulli" `ids`, `logits`, `dropped_bound` and `dropped_mass`; of
 "categorical" what `open` has but for `target_log_prob` (the ground truth of a cell is a matter of matching, which a loss
-does). Beside them are `cells` and whatever the manifest names: `boxes`, `bins`, `centerness`. Logits and log-probabilities
+does). With them are `cells` and whatever the manifest names: `boxes`, `bins`, `centerness`. Logits and log-probabilities
 are float16 by default, with the error that `softcache.cache.codecs.plain` states; `bins` are float16; the rest is float32.
 """
 
@@ -49,7 +49,7 @@ class CellCodec(Codec):
         k: kept classes.
         distribution: its kind.
         num_cells: A, the cells of the teacher's grid.
-        beside: the other columns by name, sorted: (name, inner shape).
+        head_columns: the other columns by name, sorted: (name, inner shape).
         temperatures: [G] the tail's grid of "categorical"; empty of "bernoulli", which has no tail.
         values: dtype of the logits, or log-probabilities.
     """
@@ -58,7 +58,7 @@ class CellCodec(Codec):
     k: int
     distribution: Distribution
     num_cells: int
-    beside: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    head_columns: tuple[tuple[str, tuple[int, ...]], ...] = ()
     temperatures: tuple[float, ...] = ()
     values: Literal["float16", "float32"] = "float16"
 
@@ -87,13 +87,13 @@ class CellCodec(Codec):
                 Column("stats", "float32", (("stat", len(STATS)),)),
             )
         axes = {"boxes": ("side",), "bins": ("side", "bin"), "centerness": ()}
-        beside = (
+        head_columns = (
             Column(
                 name, "float16" if name == "bins" else "float32", tuple(zip(axes[name], shape, strict=True))
             )
-            for name, shape in self.beside
+            for name, shape in self.head_columns
         )
-        return (ids, *kept, Column("cells", "int32"), *beside)
+        return (ids, *kept, Column("cells", "int32"), *head_columns)
 
     def encode(self, labels: DetectionLabels) -> dict[str, np.ndarray]:
         """Returns the columns [P, ...] of a NumPy record.
@@ -158,7 +158,9 @@ class CellCodec(Codec):
                 num_classes=self.num_classes,
                 temperatures=self.temperatures,
             )
-        return DetectionLabels(labels, columns["cells"], {name: columns[name] for name, _ in self.beside})
+        return DetectionLabels(
+            labels, columns["cells"], {name: columns[name] for name, _ in self.head_columns}
+        )
 
     def validate(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Looks at every number of columns [P, ...].
@@ -183,14 +185,14 @@ class CellCodec(Codec):
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns what a manifest says."""
+        """Returns the codec's part of a manifest."""
         return {
             "name": self.name,
             "num_classes": self.num_classes,
             "k": self.k,
             "distribution": self.distribution,
             "num_cells": self.num_cells,
-            "columns": {name: list(shape) for name, shape in self.beside},
+            "columns": {name: list(shape) for name, shape in self.head_columns},
             "temperatures": list(self.temperatures),
             "values": self.values,
         }
@@ -203,7 +205,7 @@ class CellCodec(Codec):
             k=described["k"],
             distribution=described["distribution"],
             num_cells=described["num_cells"],
-            beside=tuple(sorted((name, tuple(shape)) for name, shape in described["columns"].items())),
+            head_columns=tuple(sorted((name, tuple(shape)) for name, shape in described["columns"].items())),
             temperatures=tuple(described["temperatures"]),
             values=described["values"],
         )
@@ -213,10 +215,15 @@ class CellCodec(Codec):
         return codec
 
     def _check_parameters(self) -> None:
-        grid, names = self.temperatures, {name for name, _ in self.beside}
+        grid, names = self.temperatures, {name for name, _ in self.head_columns}
         shapes = {"boxes": lambda s: s == (4,), "centerness": lambda s: s == ()}
         shapes["bins"] = lambda s: len(s) == 2 and s[0] == 4 and 2 <= s[1] <= 1024
-        counts = (self.num_classes, self.k, self.num_cells, *(n for _, shape in self.beside for n in shape))
+        counts = (
+            self.num_classes,
+            self.k,
+            self.num_cells,
+            *(n for _, shape in self.head_columns for n in shape),
+        )
         sound = (
             all(type(count) is int for count in counts)
             and all(type(t) is float for t in grid)
@@ -226,7 +233,7 @@ class CellCodec(Codec):
             and self.values in ("float16", "float32")
             and names <= set(COLUMNS)
             and not {"boxes", "bins"} <= names
-            and all(shapes[name](shape) for name, shape in self.beside)
+            and all(shapes[name](shape) for name, shape in self.head_columns)
             and (len(grid) == 0) == (self.distribution == "bernoulli")
             and len(grid) <= 64
             and (not grid or grid[0] == 1.0)

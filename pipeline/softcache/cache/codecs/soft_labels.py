@@ -217,7 +217,7 @@ def _refuse(where: str, name: str, values: np.ndarray, most: float) -> None:
     if bad.any():
         place = np.argwhere(bad)[0]
         found = values[tuple(place)]
-        said = "NaN" if found != found else found
+        shown = "NaN" if found != found else found
         raise LabelError(
-            f"{where}, column {name}: {said} in row {place[0]}; expected {expected}", position=int(place[0])
+            f"{where}, column {name}: {shown} in row {place[0]}; expected {expected}", position=int(place[0])
         )

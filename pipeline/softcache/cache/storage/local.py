@@ -202,7 +202,7 @@ class LocalObjects:
             yield True
         finally:
             with suppress(OSError):
-                target.unlink()  # before the lock goes, so that nobody locks a name that is about to vanish
+                target.unlink()  # before the lock goes, so that no process locks a name that is about to vanish
             os.close(handle)
 
 
@@ -222,7 +222,7 @@ def _files(folder: str) -> Iterator[str]:
 
 
 def _lock(path: Path) -> int | None:
-    """Returns a handle that holds the lock on `path`, or None if somebody else holds it."""
+    """Returns a handle that holds the lock on `path`, or None if another process holds it."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
@@ -253,7 +253,7 @@ def _try_stale_lock(path: str) -> Iterator[int | None]:
 
 
 def _is_free(handle: int) -> bool:
-    """Takes the lock of an open file, unless somebody else holds it."""
+    """Takes the lock of an open file, unless another process holds it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -262,7 +262,7 @@ def _is_free(handle: int) -> bool:
 
 
 def _open_plain(path: str, flags: int) -> int:
-    """Opens a file, but neither waits for a pipe nor reads a device that somebody put in its place."""
+    """Opens a file, but neither waits for a pipe nor reads a device that was put in its place."""
     handle = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)

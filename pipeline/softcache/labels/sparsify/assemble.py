@@ -4,7 +4,7 @@ Shape suffixes: `P` positions, `V` classes, `K` slots, `G` grid of temperatures.
 
 The mass of the classes outside the record is summed from those classes themselves, at every grid temperature; 1 -
 sum(kept) would lose all its digits on confident rows. Rows of float32 on the CPU go through compiled code, which holds
-24 bytes times V beside the logits. Others are worked on in chunks by torch, and there about 20 bytes times chunk x V are
+24 bytes times V besides the logits. Others are worked on in chunks by torch, and there about 20 bytes times chunk x V are
 held (at the default chunk under 100 MB, whatever P). Nothing here waits for a GPU unless `check` is on.
 """
 

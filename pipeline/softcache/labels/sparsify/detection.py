@@ -31,7 +31,7 @@ __all__ = ["DenseOutputs", "cell_faults", "choose_cells", "sparsify_cells"]
 
 @dataclass(frozen=True, eq=False)
 class DenseOutputs:
-    """What a detector says at every cell of some images.
+    """The outputs of a detector at every cell of some images.
 
     Attributes:
         logits: [B, A, V] float.

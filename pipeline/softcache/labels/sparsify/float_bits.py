@@ -34,7 +34,7 @@ LN_2 = 0.6931471805599453
 EIGHTHS = 8
 BLOCK = 1024
 FARTHEST = np.float32(-126 * EIGHTHS * LN_2)
-"""Of a logit from the largest: exp(x/8) is then 2^-126, which is as good as 0 beside the 1 of the largest."""
+"""Of a logit from the largest: exp(x/8) is then 2^-126, which is as good as 0 next to the 1 of the largest."""
 LOWEST_KEY = np.int32(-(2**31))
 # Taylor coefficients of 2^r; on [-1/2, 1/2] the rest after the sixth power is below 2e-9 relative.
 _C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(c) for c in (

@@ -7,7 +7,7 @@ serves eight temperatures; other grids take one each. A row of V = 4,096, K = 12
 of what torch needs for the same.
 
 Relative error of an exponential: below 1e-6. A row with a fault (`checks.logit_faults`) gives NaN everywhere. Compiled code
-is kept beside this file, or in the user's cache folder.
+is kept next to this file, or in the user's cache folder.
 """
 
 # numba gives these functions their types; by mypy's rules, which are Python's, every number would be another one.

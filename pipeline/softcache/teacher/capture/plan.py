@@ -193,7 +193,7 @@ def _cell_codec(teacher: DenseTeacher, k: int, labels: LabelSettings, settings: 
         k=k,
         distribution=teacher.distribution,
         num_cells=teacher.num_cells,
-        beside=tuple(sorted(teacher.columns.items())),
+        head_columns=tuple(sorted(teacher.columns.items())),
         temperatures=() if coins else labels.temperatures,
         **settings.codec.parameters(),
     )

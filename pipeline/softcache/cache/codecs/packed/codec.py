@@ -50,7 +50,7 @@ class PackedSettings(CodecSettings):
     """`[capture.codec]` of packed records; see the module docstring for what is lost.
 
     Attributes:
-        step: nats between neighboring log-probabilities that can be told apart.
+        step: nats between neighboring log-probabilities that differ.
         tail: "fixed": float32 at T = 1 and whole steps elsewhere; "float32".
     """
 
@@ -65,7 +65,7 @@ class PackedCodec(SoftLabelCodec):
     """Packed records; see the module docstring for what is lost.
 
     Attributes:
-        step: nats between neighboring log-probabilities that can be told apart; None for float16.
+        step: nats between neighboring log-probabilities that differ; None for float16.
         tail: "fixed": float32 at T = 1 and whole steps elsewhere; "float32".
 
     Raises:
@@ -113,7 +113,7 @@ class PackedCodec(SoftLabelCodec):
         return {"record": planes.T}
 
     def unpack(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Returns the arrays of the record by name, beside whatever other columns there are.
+        """Returns the arrays of the record by name, and any other columns unchanged.
 
         Columns that are unpacked already come back as they are.
         """

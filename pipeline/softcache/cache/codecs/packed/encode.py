@@ -165,7 +165,7 @@ def _tail_steps(
 
 
 def _steps(nats: np.ndarray, step: float) -> np.ndarray:
-    """Whole steps, int64, of numbers that are not told apart beyond `MAX_NEG_LOG_PROB`."""
+    """Whole steps, int64, of numbers that are equal beyond `MAX_NEG_LOG_PROB`."""
     return np.rint(np.clip(nats.astype(np.float64), -MAX_NEG_LOG_PROB, MAX_NEG_LOG_PROB) / step).astype(
         np.int64
     )

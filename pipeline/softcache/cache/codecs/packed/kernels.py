@@ -3,7 +3,7 @@
 Shape suffixes: `R` bytes of a record, `P` positions, `S` slots of a field, `K` slots of a record, `G` grid.
 
 A plane holds one byte of every position, so that 64 positions of it are one cache line; loops go over such blocks of
-positions, and within them over slots, and what they write stays in the fastest cache. Compiled code is kept beside
+positions, and within them over slots, and what they write stays in the fastest cache. Compiled code is kept next to
 this file, or in the user's cache folder; importing this module takes numba along, so import it only to decode.
 """
 

@@ -45,7 +45,7 @@ import numpy as np
 __all__ = ["FIRST_SUBSTEPS", "MAX_NEG_LOG_PROB", "Field", "Layout", "layout_of", "tail_weights"]
 
 MAX_NEG_LOG_PROB = 65504.0
-"""Nats below which finite numbers are not told apart: the lowest of float16."""
+"""Nats below which finite numbers are equal: the lowest of float16."""
 
 FIRST_SUBSTEPS = 256
 """Steps of `first` in one step."""

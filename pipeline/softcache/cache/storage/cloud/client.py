@@ -92,7 +92,7 @@ class CloudClient:
 
         Raises:
             CacheNotFoundError: there is no such object.
-            StorageError: anything else; what to do is said.
+            StorageError: anything else; with what to do.
         """
         if path is not None:
             check_path(path, self.url)

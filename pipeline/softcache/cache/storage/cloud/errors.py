@@ -1,4 +1,4 @@
-"""What a bucket's errors mean, in one message: which object, what the server said, what to do next."""
+"""What a bucket's errors mean, in one message: which object, the server's answer, what to do next."""
 
 from __future__ import annotations
 
@@ -88,21 +88,21 @@ def translate_error(error: Exception, *, url: str, path: str, doing: str, tried:
     scheme, rest = url.split("://", 1)
     provider, bucket = PROVIDERS[scheme], f"{scheme}://{rest.split('/')[0]}"
     where, text = f"{url}/{path}" if path else url, str(error)
-    said = _said(text)
+    answer = _answer(text)
     if any(sign in text for sign in _NO_BUCKET):
         return StorageError(
-            f"{where}: cannot be {doing}: there is no bucket {bucket} ({said}); create it, or correct the URL or "
+            f"{where}: cannot be {doing}: there is no bucket {bucket} ({answer}); create it, or correct the URL or "
             f"{provider.endpoint}"
         )
     if any(sign in text for sign in _NO_CREDENTIALS):
         return StorageError(
-            f"{where}: cannot be {doing}: no credentials were found ({said}); set {provider.credentials}"
+            f"{where}: cannot be {doing}: no credentials were found ({answer}); set {provider.credentials}"
         )
     if isinstance(error, FileNotFoundError):
         return CacheNotFoundError(f"{where}: missing; restore it, or run the stage that writes it")
     if _REFUSED.search(text) or type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError"):
         return StorageError(
-            f"{where}: cannot be {doing}: the server refused ({said}); check {provider.credentials}, and that they may "
+            f"{where}: cannot be {doing}: the server refused ({answer}); check {provider.credentials}, and that they may "
             f"list, read, write and delete in {bucket}"
         )
     if "builder error" in text:
@@ -112,14 +112,14 @@ def translate_error(error: Exception, *, url: str, path: str, doing: str, tried:
         )
     if is_transient(error):
         return StorageError(
-            f"{where}: cannot be {doing}: {said}{tried}; check the network and {provider.endpoint}, then rerun: what is "
+            f"{where}: cannot be {doing}: {answer}{tried}; check the network and {provider.endpoint}, then rerun: what is "
             "finished is kept"
         )
-    return StorageError(f"{where}: cannot be {doing}: {said}")
+    return StorageError(f"{where}: cannot be {doing}: {answer}")
 
 
-def _said(text: str) -> str:
-    """Returns what the server or the network said, in one short line."""
+def _answer(text: str) -> str:
+    """Returns the answer of the server or the network, in one short line."""
     status, code = _STATUS.search(text), re.search(r"<Code>([^<]*)</Code>", text)
     if status is not None:
         return f"{status[1].strip()}{', ' + code[1] if code else ''}"

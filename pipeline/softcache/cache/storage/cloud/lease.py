@@ -35,7 +35,7 @@ RENEWALS = 3
 
 
 Tag = dict[str, str]
-"""What tells an object from those that were there before it."""
+"""Distinguishes an object from earlier ones under its name."""
 
 
 class _Tagged(Protocol):
@@ -111,17 +111,17 @@ class Lease:
                 self._objects.delete(self._path, patient=False)
 
     def _body(self) -> bytes:
-        said = {
+        content = {
             "owner": self._owner,
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "seconds": self._seconds,
             "expires": _wall_clock() + self._seconds,
         }
-        return (json.dumps(said) + "\n").encode()
+        return (json.dumps(content) + "\n").encode()
 
     def _read(self, *, patient: bool = True) -> tuple[dict, Tag]:
-        """Returns what the lease there says, {} if that cannot be understood, and its tag."""
+        """Returns the content of the lease there, {} if that cannot be understood, and its tag."""
         data, tag = self._objects.get_tagged(self._path, patient=patient)
         with suppress(ValueError):
             found = json.loads(data)
@@ -130,7 +130,7 @@ class Lease:
         return {}, tag
 
     def _take_over(self) -> Tag | None:
-        """Returns the tag of our lease in the place of one that has run out; None if it is somebody's."""
+        """Returns the tag of our lease in the place of one that has run out; None if another process holds it."""
         try:
             found, tag = self._read()
         except CacheNotFoundError:
@@ -139,7 +139,7 @@ class Lease:
             return tag
         seconds, expires = found.get("seconds"), found.get("expires")
         if not isinstance(seconds, int | float) or not isinstance(expires, int | float):
-            seconds, expires = self._seconds, float("inf")  # not one of ours: gone if nobody renews it
+            seconds, expires = self._seconds, float("inf")  # not one of ours: gone unless it is renewed
         unchanged = self._board.unchanged_seconds(self._path, tag)
         if expires > _wall_clock() and unchanged <= min(seconds, 10 * LEASE_SECONDS):
             return None
@@ -149,7 +149,7 @@ class Lease:
         while not self._ended.wait(self._seconds / RENEWALS):
             try:
                 tag = self._objects.put_where(self._path, self._body(), self._tag)
-                if tag is None:  # somebody's; or ours, and the answer to the last renewal got lost
+                if tag is None:  # another process's; or ours, and the answer to the last renewal got lost
                     found, tag = self._read()
                     if found.get("owner") != self._owner:
                         return

@@ -231,5 +231,5 @@ class CloudObjects:
 
 
 def _tag(meta: Any) -> Tag:
-    """Returns what tells this very object from the one before it: S3 and Azure compare e-tags, Google versions."""
+    """Returns what distinguishes this object from the one before it: S3 and Azure compare e-tags, Google versions."""
     return {name: str(meta[name]) for name in ("e_tag", "version") if meta.get(name) is not None}

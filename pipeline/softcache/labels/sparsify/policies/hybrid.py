@@ -108,7 +108,7 @@ def hybrid(
         priority_PV = (log_probs_PV * exponent).sub_(log_uniform_PV).scatter_(1, ids_PK, -torch.inf)
         found = priority_PV.topk(min(draws + 1, num_classes), dim=1)
         taken_PN = found.indices[:, :draws].where(found.values[:, :draws] > -torch.inf, num_classes)
-        # With no class left beside the slots, all are taken and weigh 1.
+        # With no class left outside the slots, all are taken and weigh 1.
         all_taken = draws + 1 > num_classes
         threshold_P = (
             found.values.new_full((len(ids_PK),), -torch.inf) if all_taken else found.values[:, draws]
