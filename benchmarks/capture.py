@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 
 from benchmarks.harness import Figure, compare, draw, measure, save, show
 from benchmarks.repeated import Repeated
+from softcache.cache.codecs import OpenSettings, PackedSettings
 from softcache.config.run import RunConfig
 from softcache.data.batch import ViewedSource
 from softcache.modalities import Data
@@ -41,9 +42,9 @@ from softcache.teacher.base import Teacher
 from softcache.teacher.capture.plan import default_plan
 
 STORES: dict[str, dict[str, Any]] = {
-    "Zarr, open": {"store": "zarr", "codec": "open"},
-    "Zarr, packed": {"store": "zarr", "codec": "packed"},
-    "Parquet, open": {"store": "parquet", "codec": "open"},
+    "Zarr, open": {"store": "zarr", "codec": OpenSettings()},
+    "Zarr, packed": {"store": "zarr", "codec": PackedSettings()},
+    "Parquet, open": {"store": "parquet", "codec": OpenSettings()},
 }
 GROWTH = (1, 4, 16)
 

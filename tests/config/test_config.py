@@ -88,10 +88,16 @@ def test_a_config_is_frozen(small):
     ("line", "message"),
     [
         ("train.epoch = 4", r"train\.epoch: unknown key; did you mean epochs\?"),
-        ("loss.temprature = 2", r"loss\.temprature: unknown key; did you mean temperature "),
+        (
+            "loss.temprature = 2",
+            r"loss\.temprature: unknown key with name = 'forward_kl'; did you mean temperature ",
+        ),
         ("teacher.weight = 'x'", r"teacher\.weight: unknown key; did you mean weights\?"),
         ("train_teacher.epochz = 3", r"train_teacher\.epochz: unknown key; did you mean epochs\?"),
-        ("loss.zzz = 2", r"loss\.zzz: unknown key; known keys: name, temperature, alpha, tail"),
+        (
+            "loss.zzz = 2",
+            r"loss\.zzz: unknown key with name = 'forward_kl'; known keys: name, temperature, alpha, tail",
+        ),
         ("trian.epochs = 3", r"trian: unknown key; did you mean train\?"),
         ("train.epochs = '4'", r"train\.epochs: input should be a valid integer; found '4'"),
         ("train.epochs = 4.0", r"train\.epochs: input should be a valid integer; found 4\.0"),

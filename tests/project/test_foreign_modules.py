@@ -97,7 +97,7 @@ def test_a_script_reads_a_cache(folder, cache):
 
 
 def test_loader_processes_and_torchrun_train(folder, cache):
-    launched = ["-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", "0"]
+    launched = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
     train = ["train-student", "--config", "config.toml", "--cache", "cache", "--no-baseline", "--out", "out"]
     run(folder, *launched, "-m", "softcache", *train)
     assert (folder / "out/metrics.json").exists()

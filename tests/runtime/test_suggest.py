@@ -23,7 +23,7 @@ def test_the_nearest_comes_first_and_nothing_is_forced():
     ("override", "told"),
     [
         ("capture.store=parqet", r"capture\.store: .*found 'parqet'; did you mean parquet\?"),
-        ("loss.name=forwrd_kl", r"loss\.name: .*found 'forwrd_kl'; did you mean [a-z_ ]*forward_kl"),
+        ("loss.name=forwrd_kl", r"loss\.name: loss 'forwrd_kl': unknown; did you mean [a-z_ ]*forward_kl"),
         ("labels.policy=topk", r"labels\.policy: .*'topk': unknown; did you mean top_k or top_p\?"),
         ("trian.epochs=3", r"trian: unknown key; did you mean train\?"),
     ],

@@ -87,7 +87,7 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{dotted}: missing; it has no default"
     if problem["type"] == "variant":  # of a table that is read by the variant that it names
-        return f"{dotted}: {problem['msg']}"
+        return f"{dotted}: {problem['msg']}; found {problem['input']!r}"
     if problem["type"] == "value_error" and not loc:  # of the config as a whole: the message names the key
         return str(problem["ctx"]["error"])
     line = f"{dotted}: {problem['msg'].lower()}; found {problem['input']!r}"

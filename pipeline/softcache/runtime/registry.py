@@ -104,7 +104,7 @@ class Registry(Generic[T]):
             if point.name == name:
                 return self._import(point.value)
         hint = did_you_mean(name, self.names()) or f"known: {', '.join(self.names())}"
-        raise self._error(f"{self.kind} {name!r}: unknown; {hint}, or a custom one as package.module:Name")
+        raise self._error(f"{self.kind} {name!r}: unknown; {hint} (a custom one is package.module:Name)")
 
     def items(self) -> Iterator[tuple[str, T]]:
         """Yields the built-in variants with their names, in the order of their names."""

@@ -84,7 +84,7 @@ def source_class(modality: str, name: str) -> type[SourceSettings]:
         return found if is_class else SOURCES.get(f"{modality}/{CUSTOM}")
     if name not in (known := names_of(modality)):
         hint = did_you_mean(name, known) or f"known: {', '.join(known)}"
-        raise SpecError(f"source {name!r}: unknown; {hint}, or a custom one as package.module:Name")
+        raise SpecError(f"source {name!r}: unknown; {hint} (a custom one is package.module:Name)")
     return SOURCES.get(f"{modality}/{name}")
 
 
