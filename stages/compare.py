@@ -1,4 +1,4 @@
-"""Every claim in one command: the same student from the cache, beside the live teacher, and on hard labels.
+"""Every claim in one command: the same student from the cache, with the online teacher, and on hard labels.
 
 make compare
 softcache compare --config configs/fashion-mnist.toml --seeds 3
@@ -88,7 +88,7 @@ def _print(
         return
     rows: list[tuple[str, ...]] = [("teacher", score.format(teacher), "", "", "")]
     for name, row in figures.items():
-        told, spread = score.format(row["mean"]), score.format_std(row["std"])
-        rows.append((name, told, spread, str(len(row[metric])), f"{row['seconds']:.1f}"))
+        mean, spread = score.format(row["mean"]), score.format_std(row["std"])
+        rows.append((name, mean, spread, str(len(row[metric])), f"{row['seconds']:.1f}"))
     columns = (score.title, score.std_title)
     print_table(f"{model} on {config.name}", ("learns from", *columns, "seeds", "seconds"), rows)

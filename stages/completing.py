@@ -3,7 +3,7 @@
 Every Tab starts a process, so nothing of what answers imports torch. A command's module would (it brings the models and
 losses that the command runs), and so would the config's tables; so both are answered from `completion.json`, which
 `stages/completion_table.py` makes of the commands and tables themselves and a test holds to them: 0.15 s in place of
-the seconds that the imports take. click walks the line and says which option or argument is being typed; here is what
+the seconds that the imports take. click walks the line and finds the option or argument that is being typed; here is what
 click does not know: config keys and their values, model specs, and where bash breaks words.
 
     _SOFTCACHE_COMPLETE=bash_complete COMP_WORDS="softcache ver" COMP_CWORD=1 softcache    # plain,verify
@@ -68,7 +68,7 @@ KINDS: dict[str, Callable[[Mapping[str, Any], str], Items]] = {
     "model": lambda table, incomplete: _items(table["models"], incomplete),
     "setting": _setting,
 }
-"""By what `completion.json` says that an option or argument takes."""
+"""By the value type of an option or argument in `completion.json`."""
 
 
 def _group(table: Mapping[str, Any]) -> click.Group:
@@ -77,21 +77,21 @@ def _group(table: Mapping[str, Any]) -> click.Group:
     def completer(kind: str) -> Callable[[click.Context, click.Parameter, str], Items]:
         return lambda context, parameter, incomplete: KINDS[kind](table, incomplete)
 
-    def parameter(told: dict[str, Any]) -> click.Parameter:
-        told = dict(told)
-        names = told.pop("names")
-        if (kind := told.pop("takes", None)) is not None:
-            told["shell_complete"] = completer(kind)
-        if (choices := told.pop("choices", None)) is not None:
-            told["type"] = click.Choice(choices)
-        return (click.Option if names[0].startswith("-") else click.Argument)(names, **told)
+    def parameter(described: dict[str, Any]) -> click.Parameter:
+        described = dict(described)
+        names = described.pop("names")
+        if (kind := described.pop("takes", None)) is not None:
+            described["shell_complete"] = completer(kind)
+        if (choices := described.pop("choices", None)) is not None:
+            described["type"] = click.Choice(choices)
+        return (click.Option if names[0].startswith("-") else click.Argument)(names, **described)
 
     group = click.Group("softcache", context_settings={"help_option_names": ["-h", "--help"]})
     group.params.append(click.Option(["--version"], is_flag=True))
     for name, parameters in table["commands"].items():
         line = COMMANDS[name][1]
         group.add_command(
-            click.Command(name, params=[parameter(told) for told in parameters], short_help=line)
+            click.Command(name, params=[parameter(described) for described in parameters], short_help=line)
         )
     return group
 
@@ -164,7 +164,7 @@ def script(shell: str) -> str:
 def answer(asked: str) -> int:
     """Prints what may come next, for a shell's script; returns the exit code.
 
-    Whatever goes wrong here goes wrong in the middle of a line that somebody types: nothing is printed then.
+    An error here occurs in the middle of a line that is being typed: nothing is printed.
 
     Args:
         asked: what the script has put into COMPLETE_VAR, such as `bash_complete`.

@@ -55,7 +55,7 @@ NAMES = {
     "student.model": MODELS,
     "loss.name": LOSSES.names(),
 }
-"""Names that a config key takes beside others, which its type does not tell."""
+"""Names that a config key takes in addition to those of its type."""
 
 
 def make_table() -> dict[str, Any]:
@@ -74,20 +74,20 @@ def make_table() -> dict[str, Any]:
 
 def _parameter(parameter: click.Parameter) -> dict[str, Any]:
     """Returns what completion knows of an option or argument; what is not so is left out."""
-    told: dict[str, Any] = {"names": [*parameter.opts, *parameter.secondary_opts]}
+    described: dict[str, Any] = {"names": [*parameter.opts, *parameter.secondary_opts]}
     if parameter.secondary_opts:
-        told["names"] = ["/".join([parameter.opts[-1], parameter.secondary_opts[-1]])]
+        described["names"] = ["/".join([parameter.opts[-1], parameter.secondary_opts[-1]])]
     if isinstance(parameter, click.Option) and parameter.is_flag:
-        told["is_flag"] = True
+        described["is_flag"] = True
     if parameter.multiple:
-        told["multiple"] = True
+        described["multiple"] = True
     if parameter.nargs != 1:
-        told["nargs"] = parameter.nargs
+        described["nargs"] = parameter.nargs
     if isinstance(parameter.type, click.Choice):
-        told["choices"] = list(parameter.type.choices)
+        described["choices"] = list(parameter.type.choices)
     elif takes := TAKES.get(parameter.metavar or ""):
-        told["takes"] = takes
-    return told
+        described["takes"] = takes
+    return described
 
 
 def _keys(table: type[BaseModel], above: str = "") -> Iterator[tuple[str, list[str]]]:

@@ -88,7 +88,7 @@ def distill(
         raise RunError(f"export {out}: files are exported into a folder; give --out a local one")
     data = open_data(config)
     task = data.task(config, model or config.student.model)
-    task.serve(task.build())  # what cannot be exported says so before anything is trained
+    task.serve(task.build())  # refuses what cannot be exported before anything is trained
     url = url or config.cache_url
     if config.fusion is None:
         _make_cache(config, data, url)
@@ -129,8 +129,10 @@ def _searched(config: RunConfig, cache: Cache) -> _Made:
     best, written = best_trial(sweep), write_best(sweep)
     assert best.place is not None, "a finished trial has a run"
     results = [result for result in ranked_trials(sweep) if result.state in ("complete", "pruned")]
-    told = f"{sweep.bench.metric} {modality_of_kind(cache.manifest.kind).score.format(best.value)}"
-    log_info(f"sweep: {len(results)} trials; the best is trial {best.number}, {told}; as a config: {written}")
+    score = f"{sweep.bench.metric} {modality_of_kind(cache.manifest.kind).score.format(best.value)}"
+    log_info(
+        f"sweep: {len(results)} trials; the best is trial {best.number}, {score}; as a config: {written}"
+    )
     cost = {
         "student_training_seconds": best.seconds,
         "sweep_trials": len(results),
@@ -142,7 +144,7 @@ def _searched(config: RunConfig, cache: Cache) -> _Made:
 
 
 def _make_cache(config: RunConfig, data: Data, url: str) -> None:
-    """Fills the cache, and keeps how long that took beside the run."""
+    """Fills the cache, and records how long that took in the run."""
     if cache_is_ready(config, data, url):
         log_info(f"cache {url}: complete; the teacher is not loaded for it")
         return
@@ -150,10 +152,10 @@ def _make_cache(config: RunConfig, data: Data, url: str) -> None:
     began = time.monotonic()
     cache, report = capture_labels(config, data, open_teacher(config, data), url)
     log_info(f"cache {url}: {report.units_done} units made now, {report.units_found} were there")
-    told = _capture_seconds(config, cache)
-    # Units of a run that was killed took time that nobody wrote down; the total is then not known.
-    known = report.units_found == 0 or told is not None
-    seconds = (told or 0.0) + time.monotonic() - began if known else None
+    earlier = _capture_seconds(config, cache)
+    # Units of a run that was killed took time that was not recorded; the total is then not known.
+    known = report.units_found == 0 or earlier is not None
+    seconds = (earlier or 0.0) + time.monotonic() - began if known else None
     file = config.root / "distill-capture.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     staged = file.with_suffix(".new")
@@ -163,10 +165,10 @@ def _make_cache(config: RunConfig, data: Data, url: str) -> None:
 
 def _capture_seconds(config: RunConfig, cache: Cache) -> float | None:
     try:
-        told = json.loads((config.root / "distill-capture.json").read_text())
+        recorded = json.loads((config.root / "distill-capture.json").read_text())
     except (OSError, ValueError):
         return None
-    return told.get("seconds") if told.get("cache") == cache.manifest_sha256 else None
+    return recorded.get("seconds") if recorded.get("cache") == cache.manifest_sha256 else None
 
 
 def _cost(config: RunConfig, cache: Cache) -> dict[str, Any]:

@@ -31,8 +31,8 @@ __all__ = ["export_and_print", "export_command", "export_options"]
 DEFAULTS = ExportSettings()
 
 
-def _setting(name: str, default: float, kind: click.ParamType, told: str) -> Callable:
-    return click.option(name, default=default, show_default=True, type=kind, help=told)
+def _setting(name: str, default: float, kind: click.ParamType, text: str) -> Callable:
+    return click.option(name, default=default, show_default=True, type=kind, help=text)
 
 
 def export_options(command: Callable) -> Callable:
@@ -127,16 +127,16 @@ def export_and_print(
 
 def _print_cost(figures: dict[str, Any]) -> None:
     if figures["cost"]:
-        told = figures["cost"]
+        cost = figures["cost"]
         names = ("teacher_training_seconds", "teacher_pass_seconds", "student_training_seconds")
         parts = [
             f"{name.removesuffix('_seconds').replace('_', ' ')} "
-            + ("not measured" if told[name] is None else f"{told[name]:.1f} s")
+            + ("not measured" if cost[name] is None else f"{cost[name]:.1f} s")
             for name in names
         ]
-        if told.get("sweep_trials"):
-            parts.append(f"sweep {told['sweep_seconds']:.1f} s, {told['sweep_trials']} trials")
-        passes = told["teacher_passes"]
+        if cost.get("sweep_trials"):
+            parts.append(f"sweep {cost['sweep_seconds']:.1f} s, {cost['sweep_trials']} trials")
+        passes = cost["teacher_passes"]
         click.echo(
             f"what it cost: {passes} teacher {'pass' if passes == 1 else 'passes'}; {'; '.join(parts)}"
         )

@@ -37,7 +37,7 @@ def fuse(urls: tuple[str, ...], out: str, as_json: bool, **how: Any) -> None:
     """Fuse the labels of several teachers for the same samples and views into one cache.
 
     OUT is a cache as any other: every student, temperature and loss works on it. Killed and run again, it goes on where
-    it was. What a teacher dropped and another one kept is estimated; docs/fusion.md says how well.
+    it was. What a teacher dropped and another one kept is estimated; docs/fusion.md has the errors.
 
     \b
     Example:

@@ -42,16 +42,16 @@ def gc(url: str, delete: bool, as_json: bool) -> None:
     verb = "removed" if delete else "stray"
     _show(verb, [f"{path} ({size:,} bytes)" for path, size in sorted(report.stray.items())])
     _show("not ours, left alone:", report.foreign)
-    told = f"cache {url}: {verb} {len(report.stray)} objects, {sum(report.stray.values()):,} bytes"
+    summary = f"cache {url}: {verb} {len(report.stray)} objects, {sum(report.stray.values()):,} bytes"
     if report.stale_claims:
-        told += f"; {report.stale_claims} claims of dead runs ended"
+        summary += f"; {report.stale_claims} claims of dead runs ended"
     if report.held:
-        told += f"; {len(report.held)} units are being made by a run and were left alone"
+        summary += f"; {len(report.held)} units are being made by a run and were left alone"
     if report.foreign:
-        told += f"; {len(report.foreign)} files that softcache did not write"
+        summary += f"; {len(report.foreign)} files that softcache did not write"
     if report.stray and not delete:
-        told += "; remove the strays with --delete"
-    click.echo(told)
+        summary += "; remove the strays with --delete"
+    click.echo(summary)
 
 
 def _show(what: str, paths: list[str]) -> None:

@@ -47,8 +47,8 @@ def inspect_command(url: str, as_json: bool) -> None:
             if not isinstance(value, dict | list)
         }
         if positions := report["identity"][name].get("positions"):
-            told = " ".join(map(str, itertools.chain(*positions.items())))
-            shown["positions"] = told.removeprefix("policy ")
+            policy_text = " ".join(map(str, itertools.chain(*positions.items())))
+            shown["positions"] = policy_text.removeprefix("policy ")
         if name == "fusion":
             shown["teachers"] = " + ".join(map(str, report["identity"][name]["teachers"]))
         short = (
@@ -149,7 +149,7 @@ def _labels(cache: Cache) -> dict[str, Any]:
 
 
 def _coins(cache: Cache) -> dict[str, Any]:
-    """Returns what a sigmoid head says at the kept cells: its highest probability, and the sum of those dropped."""
+    """Returns a sigmoid head's masses at the kept cells: its highest probability, and the sum of those dropped."""
     found: dict[str, list[np.ndarray]] = {"score": [], "dropped_mass": []}
     for _, record in _parts(cache):
         labels: BernoulliLabels = record.labels

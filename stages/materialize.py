@@ -57,15 +57,15 @@ def materialize(
     if (url is None) != (listing or clear):
         raise click.UsageError("give either CACHE, or --list or --clear")
     place = MemmapFolder(folder)
-    told: dict[str, Any] = {"folder": str(place.root)}
+    result: dict[str, Any] = {"folder": str(place.root)}
     if clear:
-        told |= _clear(place, as_json)
+        result |= _clear(place, as_json)
     if listing:
-        told |= _list(place, as_json)
+        result |= _list(place, as_json)
     if url is not None:
-        told |= _thaw(url, num_views, _bytes(limit), place, as_json)
+        result |= _thaw(url, num_views, _bytes(limit), place, as_json)
     if as_json:
-        print_json(told)
+        print_json(result)
 
 
 def _thaw(url: str, num_views: int | None, limit: int, place: MemmapFolder, as_json: bool) -> dict[str, Any]:
@@ -118,8 +118,8 @@ def _clear(place: MemmapFolder, as_json: bool) -> dict[str, Any]:
     kept = len(entries) - len(gone)
     num_bytes = sum(entry.num_bytes for entry in gone)
     if not as_json:
-        told = f"{place.root}: removed {len(gone)} views, {num_bytes:,} bytes"
-        click.echo(told + (f"; {kept} in use were kept" if kept else ""))
+        result = f"{place.root}: removed {len(gone)} views, {num_bytes:,} bytes"
+        click.echo(result + (f"; {kept} in use were kept" if kept else ""))
     return {"removed": len(gone), "removed_bytes": num_bytes, "kept_in_use": kept}
 
 

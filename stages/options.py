@@ -59,7 +59,7 @@ def cache_option(command: Callable) -> Callable:
 
 
 def json_option(command: Callable) -> Callable:
-    """Adds --json: the command then prints one JSON object on stdout (`print_json`) and nothing beside it."""
+    """Adds --json: the command then prints one JSON object on stdout (`print_json`) and nothing else."""
     return click.option(
         "--json",
         "as_json",

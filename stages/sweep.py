@@ -99,30 +99,32 @@ def sweep_command(
         "repeats": [row._asdict() | {"mean": row.mean, "std": row.std} for row in again],
         "cost": measured and measured._asdict(),
     }
-    told = write_json(sweep, found)
+    results_file = write_json(sweep, found)
     if as_json:
         written = {"best": str(best), "figures": list(map(str, figures)), "cost_unmeasured": reason}
-        print_json(json.loads(Path(told).read_text()) | written)
+        print_json(json.loads(Path(results_file).read_text()) | written)
         return
-    click.echo(f"all trials: {told}")
+    click.echo(f"all trials: {results_file}")
     click.echo(f"figures: {', '.join(map(str, figures)) or 'none: too few different trials are finished'}")
     click.echo(f"the best one: softcache train-student --config {best}")
 
 
 def _print_trials(sweep: Sweep) -> None:
     results = ranked_trials(sweep)
-    told = modality_of_kind(sweep.bench.cache.manifest.kind).score.format
+    format_score = modality_of_kind(sweep.bench.cache.manifest.kind).score.format
     columns = ("trial", sweep.bench.metric, "state", *sweep.space, "epochs", "seconds")
     note = "the best is chosen by the held-out samples and one seed: repeat it with --seeds before you believe it"
-    print_table(f"sweep {sweep.bench.path}", columns, [_row(sweep, told, r) for r in results], note=note)
+    print_table(
+        f"sweep {sweep.bench.path}", columns, [_row(sweep, format_score, r) for r in results], note=note
+    )
 
 
-def _row(sweep: Sweep, told: Callable[[float | None], str], result: Result) -> tuple[str, ...]:
+def _row(sweep: Sweep, format_score: Callable[[float | None], str], result: Result) -> tuple[str, ...]:
     state = result.state if result.same_as is None else f"as trial {result.same_as}"
     params = (format_value(result.params.get(name, "-")) for name in sweep.space)
     return (
         str(result.number),
-        told(result.value),
+        format_score(result.value),
         state,
         *params,
         str(result.epochs),

@@ -1,4 +1,4 @@
-"""Train a student from the cache, and the same student on hard labels beside it.
+"""Train a student from the cache, and the same student on hard labels for comparison.
 
 make train-student                        # embedded data; makes the cache if there is none
 make train-student STUDENT=cnn            # another student, the same cache, no teacher loaded

@@ -70,12 +70,12 @@ def missing_extra(error: ModuleNotFoundError, wanted_by: str) -> ModuleNotFoundE
     extra = EXTRA_BY_PACKAGE.get(package)
     if extra is None:
         return error
-    told = (
+    requirement = (
         "'softcache[vision]' for images, 'softcache[text]' for text"
         if extra == "train"
         else f"'softcache[{extra}]'"
     )
-    return MissingExtraError(f"{wanted_by}: {package} is not installed; pip install {told}")
+    return MissingExtraError(f"{wanted_by}: {package} is not installed; pip install {requirement}")
 
 
 class LabelError(SoftcacheError, ValueError):

@@ -34,7 +34,7 @@ class RunConfig(Settings):
     """A whole run: what is labelled, by whom, how it is kept, and what is trained on it.
 
     `name` names the folder under `runs/` (default: the file's stem); `cache` is where the cache is, if not in that
-    folder; `train_teacher` says how `softcache train-teacher` makes the teacher where the user has none.
+    folder; `train_teacher` configures `softcache train-teacher`, for users without a teacher.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

@@ -165,4 +165,4 @@ def _checked(parameter: Parameter, value: Any) -> Any:
 
 
 def _error(text: str) -> PydanticCustomError:
-    return PydanticCustomError("sweep_space", "{told}", {"told": text})
+    return PydanticCustomError("sweep_space", "{text}", {"text": text})

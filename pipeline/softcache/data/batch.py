@@ -200,7 +200,7 @@ class ViewedSource:
         return len(self.source)
 
     def identity(self, num_views: int) -> dict[str, dict[str, Any]]:
-        """Returns what a cache's identity says of the views."""
+        """Returns the views' part of a cache's identity."""
         settings = self.views.settings.model_dump(mode="json")
         return {"views": {"digest": self.views.digest, "num_views": num_views, "settings": settings}}
 

@@ -97,7 +97,7 @@ class DetectionBatch:
 
     @property
     def positions(self) -> np.ndarray:
-        """[P] int64, each row's number in its image; which cell it is, `labels.cells` says."""
+        """[P] int64, each row's number in its image; its cell is in `labels.cells`."""
         return np.tile(np.arange(self.rows_per_sample, dtype=np.int64), len(self))
 
     def rows_at(self, positions: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -152,7 +152,7 @@ class DetectionBatch:
 
     @classmethod
     def merge(cls, batches: Sequence[DetectionBatch]) -> DetectionBatch:
-        """Returns one batch of all samples, in order; some with labels beside some without raise LabelError."""
+        """Returns one batch of all samples, in order; a mix of batches with and without labels raises LabelError."""
         import torch
 
         for batch in batches:

@@ -43,7 +43,7 @@ class ViewedScenes:
         return ViewedScenes(self.source, self.views, rows_per_sample=rows_per_sample)
 
     def identity(self, num_views: int) -> dict[str, dict[str, Any]]:
-        """Returns what a cache's identity says of the views, and of the boxes that they show."""
+        """Returns the part of a cache's identity for the views and the boxes in them."""
         rule = {"min_visible": MIN_VISIBLE}
         return {**self._images.identity(num_views), "boxes": {"digest": digest_json(rule), "settings": rule}}
 

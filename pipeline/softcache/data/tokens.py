@@ -203,7 +203,7 @@ class TokenData:
         return len(self.source)
 
     def identity(self, num_views: int) -> dict[str, dict[str, Any]]:
-        """Returns what a cache's identity says of the tokenizer, and of attention inside a packed sample.
+        """Returns the part of a cache's identity for the tokenizer and attention inside a packed sample.
 
         Raises:
             SourceError: there is to be more than one view.

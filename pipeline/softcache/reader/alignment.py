@@ -69,12 +69,12 @@ def _source_difference(cache: Cache, data: Dataset) -> str:
     table, source = cache.samples_table(), data.source
     keys = source.keys()
     lost, new = sorted(set(table.keys) - set(keys)), sorted(set(keys) - set(table.keys))
-    told = [f"{key!r} is gone" for key in lost[:1]] + [f"{key!r} is new" for key in new[:1]]
+    changes = [f"{key!r} is gone" for key in lost[:1]] + [f"{key!r} is new" for key in new[:1]]
     if len(table.keys) != len(source):
-        return f"{len(table.keys)} samples were labelled, the source has {len(source)} ({', '.join(told)})"
+        return f"{len(table.keys)} samples were labelled, the source has {len(source)} ({', '.join(changes)})"
     for sample, (there, here) in enumerate(zip(table.keys, keys, strict=True)):
         if there != here:
-            why = ", ".join(told) or "the order changed"
+            why = ", ".join(changes) or "the order changed"
             return f"sample {sample} was {there!r} when labelled and is {here!r} now ({why})"
     if data.kind != "cells" and not cache.skips_positions:  # boxes are in the source's digest alone
         fact, then, now = (

@@ -103,7 +103,7 @@ class DecodedBlocks(Generic[Key, Value]):
             return sorted(range(len(keys)), key=lambda place: rank.get(keys[place], 2))
 
     def prefetch(self, keys: Iterable[Key]) -> None:
-        """Says which blocks will be asked for next, in order; it replaces what was said before.
+        """Announces the blocks that are needed next, in order; replaces an earlier announcement.
 
         A block that cannot be decoded fails where it is asked for, not here.
         """

@@ -159,12 +159,12 @@ class SoftLabelLoader:
         return stored
 
     def _coming(self) -> Iterator[list[Request] | None]:
-        """Yields for each step from here on the window that it begins in and the next; None where that was said before."""
-        said = -1
+        """Yields for each step from here on the window that it begins in and the next; None where already announced."""
+        previous = -1
         for step in count(self._order.step):
             window = self._order.window_of(step)
-            yield self._order.windows(window, 2) if window != said else None
-            said = window
+            yield self._order.windows(window, 2) if window != previous else None
+            previous = window
 
     def close(self) -> None:
         """Ends the loader processes, and what the cache decodes ahead; iterating again starts them anew."""

@@ -269,5 +269,5 @@ class BlockShuffle:
         for step in range(self.step, self.num_steps(self.epoch)):
             batch = order.part(step * self._batch_size, (step + 1) * self._batch_size)
             first, last = self._slice(len(batch))
-            # A rank without a share of a small last batch still steps with the others; `share()` says 0.
+            # A rank without a share of a small last batch still steps with the others; `share()` is 0.
             yield Request(batch[first:last] if last > first else batch[:1], view)

@@ -30,7 +30,7 @@ __all__ = ["BlockSampler"]
 class BlockSampler(Sampler[int]):
     """The sample numbers of an epoch for one rank, shuffled by blocks: a pure function of (seed, epoch).
 
-    Ranks are disjoint and together complete. Where their number does not divide that of the samples, `uneven` says what
+    Ranks are disjoint and together complete. Where their number does not divide that of the samples, `uneven` decides what
     becomes of the rest: "keep" gives the first ranks one more; "repeat" gives the others one of the first samples again, and
     "drop" leaves the rest out. A loop that synchronises after every batch needs one of the last two.
 

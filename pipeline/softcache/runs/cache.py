@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 FUSED_CACHE_SETTINGS = {"num_views", "temperatures", "positions"}
-"""What [labels] says of a fused cache as of those that it is made of."""
+"""[labels] keys that must match for a fused cache."""
 
 
 def cache_is_ready(config: RunConfig, data: Data, url: str) -> bool:
@@ -53,27 +53,27 @@ def cache_is_ready(config: RunConfig, data: Data, url: str) -> bool:
 
 
 def check_config_matches_cache(config: RunConfig, cache: Cache) -> None:
-    """Compares what the config says in so many words with what the cache is; defaults are not compared."""
+    """Checks explicitly set config keys against the manifest; defaults are not compared."""
     labels, found = config.labels, cache.manifest.identity
-    said = {f"labels.{key}": getattr(labels, key) for key in labels.model_fields_set}
+    given = {f"labels.{key}": getattr(labels, key) for key in labels.model_fields_set}
     there = {f"labels.{key}": value for key, value in labels.keys_of_identity(found["labels"]).items()}
     there["labels.num_views"] = cache.num_views
-    if "labels.positions" in said:
-        said["labels.positions"] = labels.positions.identity()
+    if "labels.positions" in given:
+        given["labels.positions"] = labels.positions.identity()
         there.setdefault("labels.positions", {"policy": "all"})
     imported = found["labels"]["policy"] == "imported"
     if imported:
-        said.pop("labels.policy", None)
+        given.pop("labels.policy", None)
     fused = "fusion" in found  # [labels] and [teacher] then say how one of several teachers labels
     if fused:
-        said = {key: value for key, value in said.items() if key.split(".")[1] in FUSED_CACHE_SETTINGS}
+        given = {key: value for key, value in given.items() if key.split(".")[1] in FUSED_CACHE_SETTINGS}
     if config.teacher is not None and not (imported or fused):
-        said["teacher.model"], there["teacher.model"] = config.teacher.model, found["teacher"]["spec"]
+        given["teacher.model"], there["teacher.model"] = config.teacher.model, found["teacher"]["spec"]
     if "store" in config.capture.model_fields_set:
-        said["capture.store"], there["capture.store"] = config.capture.store, cache.manifest.store
+        given["capture.store"], there["capture.store"] = config.capture.store, cache.manifest.store
     differing = [
         f"{key}: {value!r} in the config, {there.get(key)!r} in the cache"
-        for key, value in said.items()
+        for key, value in given.items()
         if value != there.get(key)
     ]
     if differing:
@@ -87,7 +87,7 @@ def check_config_matches_cache(config: RunConfig, cache: Cache) -> None:
 def open_labels(config: RunConfig, url: str | None = None) -> Cache:
     """Returns the cache that students learn from; with a [fusion] table, made first of the caches that it names.
 
-    The fused cache is kept beside the run's own, under a name that tells it from others, and made once: what it is made of
+    The fused cache is kept next to the run's own, under a name of its own, and made once: what it is made of
     is in its identity.
 
     Args:
@@ -191,5 +191,5 @@ def log_unit(unit: UnitMetrics, **more: Any) -> None:
 
 def log_capture(url: str, report: CaptureReport) -> None:
     """Logs the end of a capture, as an event."""
-    told = asdict(report) | {"slowest": report.slowest and report.slowest._asdict()}
-    event("run_finished", run="teacher-logits", cache=url, **told)
+    fields = asdict(report) | {"slowest": report.slowest and report.slowest._asdict()}
+    event("run_finished", run="teacher-logits", cache=url, **fields)

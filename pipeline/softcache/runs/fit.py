@@ -1,4 +1,4 @@
-"""One run of the training loop: where it is kept, what tells it from others, what it tells of itself."""
+"""One run of the training loop: its directory, its identity, its metrics."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def run_training(
     name = {"run": f"train {model}", "labels": config.train.labels, "out": str(out)}
     event("run_started", **name, samples=len(feed.dataset), epochs=config.train.epochs)
 
-    def told(row: dict[str, Any]) -> None:
+    def log_epoch(row: dict[str, Any]) -> None:
         event("epoch", **name, **row)
         on_epoch(row)
 
@@ -80,7 +80,7 @@ def run_training(
             resolved=config.model_dump(mode="json") | {"student": _as_trained(config, model)},
             track=track_with,
             on_step=advance,
-            on_epoch=told,
+            on_epoch=log_epoch,
         )
     event("run_finished", **name, **{key: metrics[key] for key in metrics.keys() - {"history", *name}})
     return metrics | {"model": model, "out": str(out)}
@@ -92,9 +92,9 @@ def slugify(model: str) -> str:
 
 
 def _as_trained(config: RunConfig, model: str) -> dict[str, Any]:
-    """Returns what a resolved config says of the student: its architecture, and what else it reads than the teacher."""
-    student, said = config.student, {"context", "tokenizer"}
+    """Returns the student part of a resolved config: its architecture, and the inputs that differ from the teacher's."""
+    student, keys = config.student, {"context", "tokenizer"}
     if student.has_own_input:
-        said |= {"source", "views", "pairing"}
-    told = student.model_dump(mode="json", include=said)
-    return {"model": model} | {key: value for key, value in told.items() if value is not None}
+        keys |= {"source", "views", "pairing"}
+    student_settings = student.model_dump(mode="json", include=keys)
+    return {"model": model} | {key: value for key, value in student_settings.items() if value is not None}

@@ -40,7 +40,7 @@ def train_student(
         labels: what it learns from; "cache" needs `cache`, "online" needs `teacher`.
         num_views: of the cache's views, use the first so many; None uses all, or where the student cannot replay them
             the plain one.
-        out: the run's directory, a path or the URL of a bucket; None makes one under runs/ whose name tells it apart.
+        out: the run's directory, a path or the URL of a bucket; None makes one under runs/ with a unique name.
         on_epoch: called with the metrics of every epoch, after its checkpoint; what it raises ends the run there, and
             a later one goes on.
 

@@ -75,7 +75,7 @@ def _as_teacher(config: RunConfig) -> RunConfig:
 
 
 def teacher_is_missing(config: RunConfig) -> bool:
-    """Returns whether the teacher's weights file is missing and the config says how to make it."""
+    """Returns whether the teacher's weights file is missing and the config can make it."""
     weights = teacher_settings(config).weights
     return config.train_teacher is not None and weights is not None and not Path(weights).exists()
 
@@ -88,7 +88,7 @@ def format_score(metrics: dict[str, Any]) -> str:
 
 
 def make_teacher(config: RunConfig, data: Data) -> None:
-    """Trains the teacher if its weights file is missing and the config says how."""
+    """Trains the teacher if its weights file is missing and the config has [train_teacher]."""
     teacher = teacher_settings(config)
     if teacher_is_missing(config):
         log_info(f"teacher {teacher.model}: no weights at {teacher.weights} yet; training it once")

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 4 -m softcache train-student …
 
-A process that fails says so in the launcher's store before its connections close, and prints its message; the others,
-whose next exchange then fails, find that somebody has spoken and end in silence. So a run prints one message. One that is
-killed leaves no word: the first of the others to notice says that. A process that hangs is noticed by the timeout.
+A process that fails claims the error report in the launcher's store before its connections close, and prints its message;
+the others, whose next exchange then fails, find the report claimed and exit silently. So a run prints one message. For one
+that is killed, the first of the others to notice prints it. A process that hangs is noticed by the timeout.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ _BROKEN = ("gloo", "Connection closed", "Connection reset", "Timed out waiting",
 
 
 def on_cpu(device: str) -> bool:
-    """Returns whether a run keeps to CPUs: it is told to, or it has several processes and no accelerator for them.
+    """Returns whether a run keeps to CPUs: by setting, or because it has several processes and no accelerator for them.
 
-    accelerate looks for a group over gloo only where it is told so; one process finds its device by itself.
+    accelerate looks for a group over gloo only where it is asked to; one process finds its device by itself.
 
     Args:
         device: `train.device`, "auto" or "cpu".
@@ -145,8 +145,8 @@ def check_same(what: str, value: dict[str, Any]) -> None:
     first = broadcast_from_rank0(value)
     differing = sorted(key for key in set(first) | set(value) if first.get(key) != value.get(key))
     if differing:
-        told = "; ".join(f"{key}: {first.get(key)!r}; {value.get(key)!r}" for key in differing)
+        differences = "; ".join(f"{key}: {first.get(key)!r}; {value.get(key)!r}" for key in differing)
         raise RunError(
-            f"process {rank()} of {num_ranks()}: {what} differs from that of process 0 (there; here): {told}; give "
+            f"process {rank()} of {num_ranks()}: {what} differs from that of process 0 (there; here): {differences}; give "
             "all processes the same config, cache and data"
         )

@@ -19,7 +19,7 @@ LOOK_SECONDS = 0.02
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Holds the lock of a file, which is made if it is not there; waits for whoever holds it, and can be interrupted.
+    """Holds the lock of a file, which is made if it is not there; waits for its holder, and can be interrupted.
 
     Raises:
         StorageError: the folder cannot be written.

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: a live bar on a terminal, plain lines elsewhere, or one JSON object per line.
+"""Progress and logs of a run: a live bar on a terminal, plain lines elsewhere, or one JSON object per line.
 
 Results go to stdout, all of this to stderr. `set_log_format("json")` (`--log json` of a command) makes every line there an
 object with `time` (UTC), `event` and the event's own fields; `log_info` becomes {"event": "message", "text": …}, and bars

@@ -40,7 +40,7 @@ def auto_tokenizer(name: str, *, of: str) -> Any:
     except MissingExtraError:
         raise
     except ImportError as error:
-        said = " ".join(str(error).split()).partition(". ")[0]
+        reason = " ".join(str(error).split()).partition(". ")[0]
         raise MissingExtraError(
-            f"{of}: its tokenizer cannot be loaded: {said}; pip install 'softcache[translation]'"
+            f"{of}: its tokenizer cannot be loaded: {reason}; pip install 'softcache[translation]'"
         ) from error

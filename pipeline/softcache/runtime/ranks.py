@@ -1,4 +1,4 @@
-"""Which process of a run this is, as its launcher says in the environment; read without importing torch.
+"""The rank of this process and their number, from the launcher's environment variables; imports no torch.
 
 torchrun and `accelerate launch` set RANK and WORLD_SIZE, MPI launchers have names of their own. Only the first
 process of a run speaks and writes; see `softcache.runtime.distributed` for how the processes find each other.

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: a run ends where it can be resumed, says how, and exits with 128 + the signal's number.
+"""SIGINT and SIGTERM: a run ends where it can be resumed, prints how, and exits with 128 + the signal's number.
 
     with handle_signals():                # once, around a command
         prepare()                       # a signal here raises Interrupted at once

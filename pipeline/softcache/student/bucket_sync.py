@@ -53,10 +53,10 @@ class BucketSync:
         self.folder = default_folder() / f"{slug}-{digest_bytes(self.url.encode())[:12]}"
 
     def fetch(self) -> None:
-        """Fetches a finished run, or the last checkpoint of one that nobody has begun here.
+        """Fetches a finished run, or the last checkpoint of one that was not begun here.
 
         Raises:
-            CorruptionError: a file is not what `checkpoint.json` says.
+            CorruptionError: a file differs from `checkpoint.json`.
         """
         there = self._objects.size(METRICS) is not None
         if (self.folder / METRICS).exists():
@@ -77,7 +77,7 @@ class BucketSync:
             self._write({name: data for name, data in found.items() if data is not None})
 
     def send(self) -> None:
-        """Sends the folder's files, those that are not there yet, and then says that they are the checkpoint."""
+        """Sends the folder's files, those that are not there yet, and then marks them as the checkpoint."""
         before, files = self._named(), {}
         for name, data in self._local_files():
             files[name] = digest_bytes(data)

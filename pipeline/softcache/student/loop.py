@@ -95,8 +95,8 @@ class Trainer:
             return asked
         if self.step % SIGNAL_SYNC_INTERVAL_STEPS:
             return None
-        told = torch.tensor([float(asked or 0)], device=self.accelerator.device)
-        return int(self.accelerator.gather(told).max()) or None
+        signal_number = torch.tensor([float(asked or 0)], device=self.accelerator.device)
+        return int(self.accelerator.gather(signal_number).max()) or None
 
     def _schedule(self, step: int) -> float:
         """Linear warm-up, then half a cosine down to zero; a factor of the learning rate in (0, 1]."""

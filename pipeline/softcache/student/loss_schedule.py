@@ -84,7 +84,7 @@ class LossScheduler:
         self._losses.append(float(row["eval_loss"]))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs beside the history; JSON."""
+        """What a checkpoint needs besides the history; JSON."""
         state: dict[str, Any] = {"last": self.last}
         if self._theta is not None:
             state["curriculum"] = {"theta": self._theta.item(), "velocity": self._velocity.item()}

@@ -110,7 +110,7 @@ class Teacher(ABC):
         batches: Iterable[range],
         progress: Callable[[int], None] = lambda samples: None,
     ) -> dict[str, Any]:
-        """Returns what a cache's manifest tells of the teacher: here, its accuracy and loss on a split's plain view.
+        """Returns the manifest's metrics of the teacher: here, its accuracy and loss on a split's plain view.
 
         Args:
             batches: the samples to score, a batch each.

@@ -1,4 +1,4 @@
-"""One of torchvision's detectors as a teacher: what it says at every cell, which cells stand for boxes, its precision."""
+"""Frozen torchvision detector: per-anchor outputs, matched anchors, mean average precision."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class DenseTeacher(Teacher):
 
     @abstractmethod
     def outputs(self, batch: DetectionBatch) -> DenseOutputs:
-        """Returns what the detector says of a batch, on the teacher's device, and which cells stand for its boxes."""
+        """Returns the detector's outputs of a batch, on the teacher's device, and the cells matched to its boxes."""
 
     @torch.inference_mode()
     def chunks(self, batch: DetectionBatch) -> Iterator[Any]:
         """Yields the `DenseOutputs` of the whole batch.
 
         Raises:
-            LabelError: they are of another shape than the teacher said.
+            LabelError: they are of another shape than the teacher declares.
         """
         outputs = self.outputs(batch)
         expected = {"logits": (len(batch), self.num_cells, self.num_classes)} | {
@@ -113,10 +113,10 @@ class DetectionTeacher(DenseTeacher):
         with self.autocast():
             found, _ = self.model(self._normalize(batch.images))
         height, width = batch.images.shape[-2:]
-        beside = {"boxes": found.boxes, "centerness": found.centerness}
+        columns = {"boxes": found.boxes, "centerness": found.centerness}
         return DenseOutputs(
             found.class_logits.float(),
-            {name: values.float() for name in self.columns if (values := beside[name]) is not None},
+            {name: values.float() for name in self.columns if (values := columns[name]) is not None},
             self.model.cells_of(found, batch.targets, (height, width)),
         )
 

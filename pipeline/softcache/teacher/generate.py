@@ -1,7 +1,7 @@
 """A teacher's translations of a source, written as a source of its own: sequence-level distillation.
 
     generation.json  what is being made, from what and how; written first, never replaced
-    tokenizer/…      the source's tokenizer, so that nobody trains another one on the teacher's words
+    tokenizer/…      the source's tokenizer, so that no other one is trained on the teacher's translations
     train/00000.jsonl  a part: so many pairs, in the source's order; put whole
     eval.jsonl       the held-out pairs as they are, for scores against people's translations
     manifest.json    generation.json and the sha256 of every part; written last
@@ -72,7 +72,7 @@ def generate_source(
     *,
     progress: Callable[[int], None] = lambda pairs: None,
 ) -> GenerateReport:
-    """Writes the teacher's translations of the training split, and the held-out pairs beside them.
+    """Writes the teacher's translations of the training split, and the held-out pairs.
 
     Raises:
         IdentityError: something else is being written there, or was.
@@ -100,8 +100,8 @@ def generate_source(
     objects.put("eval.jsonl", held_out)
     parts["eval.jsonl"] = hashlib.sha256(held_out).hexdigest()
     manifest = {**plan, "num_pairs": len(data.train), "num_silent": silent, "parts": parts}
-    told = _json(manifest)
-    if not objects.put_if_absent("manifest.json", told) and objects.get("manifest.json") != told:
+    content = _json(manifest)
+    if not objects.put_if_absent("manifest.json", content) and objects.get("manifest.json") != content:
         raise IdentityError(
             f"source {objects.url}: manifest.json is of other parts than those that are there; one was changed since: "
             "restore it, or give --out another place"

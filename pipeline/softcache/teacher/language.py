@@ -22,7 +22,7 @@ CHUNK_ELEMENTS = 2**23  # of one chunk of a language model's logits: 32 MiB in f
 class LanguageTeacher(Teacher):
     """A causal language model: its backbone runs once per batch, its head on a chunk of positions at a time.
 
-    Memory beside the weights: the backbone's own for B x L tokens, hidden states of 4 B L D bytes, and for one chunk
+    Memory besides the weights: the backbone's own for B x L tokens, hidden states of 4 B L D bytes, and for one chunk
     about 4 * 6 * chunk_positions * V bytes (the logits, their log-softmax, and what top-k and the tail's sums need).
     At the default chunk that is 200 MB, whatever B, L and V.
     """

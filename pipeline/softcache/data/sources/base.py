@@ -147,7 +147,7 @@ def source_settings(table: Mapping[str, Any]) -> SourceSettings:
 
 
 def open_source(source: SourceSettings | Mapping[str, Any], *, split: Split) -> Any:
-    """Returns a split of a source: of images, texts, pairs of texts or images with boxes, as its modality says.
+    """Returns a split of a source: of images, texts, pairs of texts or images with boxes, by its modality.
 
     Args:
         source: `config.source`, or a table such as {"name": "digits"}.

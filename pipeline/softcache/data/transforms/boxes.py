@@ -3,7 +3,7 @@
 A box is (left, top, right, bottom) in pixels of its image, with exclusive right and bottom edges, so that a box
 of whole numbers frames exactly image[top:bottom, left:right]. A view scales (an edge at x goes to x * W' / W),
 moves and mirrors it; then it is cut at the image's edges. A box of which less than `MIN_VISIBLE` of the area is
-left, erased pixels counted as gone, is dropped: nobody could be asked to find it.
+left, erased pixels counted as gone, is dropped: it cannot be found.
 
 Shape suffixes: `M` boxes.
 """

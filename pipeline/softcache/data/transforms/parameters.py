@@ -1,4 +1,4 @@
-"""What is done to one image, drawn from its uniform numbers; which slots are whose says `softcache.data.transforms`."""
+"""Parameters of one image's operations, from its uniform numbers; the slots are listed in `softcache.data.transforms`."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ class StudentViews:
         """Returns the views of `Views.apply_batch`, reduced: uint8 [B, C, H, W], or a list of B images."""
         viewed = self.views.apply_batch(images, keys=keys, view=view)
         if isinstance(viewed, torch.Tensor) and len(viewed):
-            # Channels are resized one by one, whoever's they are.
+            # Channels are resized one by one, of any image.
             return self._resized(self._greyed(viewed).flatten(0, 1)).unflatten(0, (len(viewed), -1))
         return [self._resized(self._greyed(image)) for image in viewed]
 

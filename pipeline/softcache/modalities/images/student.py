@@ -86,7 +86,7 @@ class StudentImages:
         return tuple(self.train.load([0], 0, fingerprints=False).images.shape[1:])
 
     def identity(self) -> dict[str, Any]:
-        """Returns what tells runs on this data from others."""
+        """Returns the identity of the data of a run."""
         return {
             "source": self.train.source.digest,
             "evaluation": self.evaluation.source.digest,

@@ -1,4 +1,4 @@
-"""torchvision's one-stage detectors behind one face: what every cell says, the module's own loss, detections.
+"""Common interface to torchvision's one-stage detectors: outputs of every cell, the module's own loss, detections.
 
     fcos | retinanet | ssdlite [?width=…&depth=…&convs=…]   small ones with the backbone below, for any image size
     torchvision:NAME[?arg=…]                                 torchvision.models.detection.NAME, weights from a file
@@ -6,7 +6,7 @@
 Heads, anchors, matching, losses, decoding and NMS are torchvision's; here is only the order in which they are called,
 so that the head's raw outputs are at hand.
 
-A *cell* is a place where the head says something: a location of FCOS, an anchor of the
+A *cell* is a place with an output of the head: a location of FCOS, an anchor of the
 others. Cells are numbered as torchvision concatenates them: level by level, row by row, anchor by anchor.
 
 The sigmoid heads (FCOS, RetinaNet) have a logit per class. SSD's softmax has the background as class 0, so that V is one
@@ -57,7 +57,7 @@ class Grid:
 
 @dataclass(frozen=True, eq=False)
 class CellOutputs:
-    """What a detector says at all cells of some images.
+    """Outputs of a detector at all cells of some images.
 
     Attributes:
         class_logits: [B, A, V].
@@ -86,7 +86,7 @@ class Detector(nn.Module):
         num_classes: V of the head.
         background: 1 where the head's class 0 is the background, else 0: the source's class c is the head's c + background.
         kind: the distribution of a cell, "bernoulli" or "categorical".
-        has_centerness: whether the head says how central a cell is in its box.
+        has_centerness: whether the head has an output for how central a cell is in its box.
     """
 
     def __init__(self, net: nn.Module, *, num_classes: int, grey: bool = False) -> None:

@@ -80,7 +80,7 @@ class LMHeadMixin:
 class CausalParts(LMHeadMixin):
     """A language model seen as a backbone and a head. It owns nothing: the tensors are the model's.
 
-    Not a module, so that a wrapper may keep it beside the model without registering a parameter twice:
+    Not a module, so that a wrapper may keep it next to the model without registering a parameter twice:
     `self.model, self.parts = model, split(model)`, and a `forward` that calls `self.parts.hidden` runs
     under DDP as usual. A deep copy of the model alone wants a `split` of its own.
 
@@ -108,7 +108,7 @@ class CausalParts(LMHeadMixin):
         Args:
             tokens_BL: int64 token ids.
             segments_BL: number of the document that each token belongs to, non-decreasing along a row;
-                None: one document per row. Padding at the right end harms nobody in a causal model. It
+                None: one document per row. Padding at the right end is harmless in a causal model. It
                 may be a segment of its own, or carry the number of the last document, and then a row of
                 one document needs no mask at all.
             cross_documents: attend over the whole row, positions 0..L-1, as if it were one document.

@@ -256,7 +256,7 @@ def from_factory(spec: str, parsed: ModelSpec, vocab_size: int, context: int, **
 
 
 def tokenizer_of(spec: str) -> Any | None:
-    """Returns the tokenizer beside an `hf:` or `hf-config:` model, or None where there is none.
+    """Returns the tokenizer of an `hf:` or `hf-config:` model, or None where there is none.
 
     A folder must hold tokenizer files of its own: transformers would otherwise make up an empty tokenizer.
     """

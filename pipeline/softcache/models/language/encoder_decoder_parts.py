@@ -104,7 +104,7 @@ def split_source_target(
 
 
 def is_encoder_decoder(model: Any) -> bool:
-    """Whether a model's configuration says that it reads one side and writes another."""
+    """Whether a model's configuration is of an encoder-decoder."""
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 

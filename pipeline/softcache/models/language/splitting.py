@@ -1,4 +1,4 @@
-"""From a causal language model to its backbone and head, and what its configuration says of both.
+"""From a causal language model to its backbone and head, and what its configuration has of both.
 
 Architectures name the same things differently: a scale, a soft cap and a limit are looked for under each of their names.
 """
@@ -60,7 +60,7 @@ def split(model: nn.Module) -> BackboneHead:
 
 
 def head_of(model: Any) -> Any:
-    """Returns what the model says its head is, of whatever kind, or None."""
+    """Returns the model's declared head, of any kind, or None."""
     return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 

@@ -22,7 +22,7 @@ __all__ = ["OnlinePairedDataset", "PairedBatch", "PairedSamples"]
 
 
 class PairedBatch(NamedTuple):
-    """The teacher's side is compared with what the cache says of it; the student's is what is trained on."""
+    """The teacher's side is compared with the cache; the student's is what is trained on."""
 
     teacher: Any
     student: Any

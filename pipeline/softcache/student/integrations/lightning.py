@@ -56,7 +56,7 @@ class SoftLabelModule(lightning.LightningModule):
 
     Args:
         model: uint8 images, normalised [B, C, H, W] -> logits [B, V].
-        cache: that the batches come from; it says V, and how the teacher's pixels were normalised.
+        cache: that the batches come from; it has V, and how the teacher's pixels were normalised.
         loss: any of `[loss]` whose temperature and alpha stay.
         normalize: in place of the cache's own; needed where the views are a transform of your own.
         lr: learning rate.

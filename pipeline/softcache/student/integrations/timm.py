@@ -97,7 +97,7 @@ class TimmImages(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
 
     @property
     def transform(self) -> None:
-        """None: views are applied already. `create_loader` sets it, and is told where it would change pixels."""
+        """None: views are applied already. `create_loader` sets it, and is refused where it would change pixels."""
         return None
 
     @transform.setter

@@ -36,7 +36,7 @@ def check_images(cache: Cache, who: str) -> None:
 
 
 def check_settled(loss: LossSettings, who: str) -> None:
-    """Raises where temperature or alpha are to change over a run, which a loop of other people's never tells.
+    """Raises where temperature or alpha are to change over a run, which a foreign loop does not pass on.
 
     Raises:
         ConfigError: a schedule or a curriculum is set.

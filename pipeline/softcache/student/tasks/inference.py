@@ -1,6 +1,6 @@
 """What a finished model is as a function of one input, and how a batch of the data is asked of it.
 
-A task says what its model's users send and get (`Task.serve`); exporting, quantising and measuring
+A task defines what its model's users send and get (`Task.serve`); exporting, quantising and measuring
 (`softcache.runs.export`) know
 nothing of images or tokens. A new kind of task needs a class with these names, and nothing else.
 

@@ -28,8 +28,8 @@ class TokenTask:
     Attributes:
         build_model: makes the student.
         context: tokens that it attends over.
-        cross_documents: whether attention crosses the documents of a packed sample, as the config says.
-        save_tokenizer: writes the tokenizer beside an exported model.
+        cross_documents: whether attention crosses the documents of a packed sample, by the config.
+        save_tokenizer: writes the tokenizer next to an exported model.
         teacher: labels each batch during training (`labels = "online"`); None otherwise.
     """
 

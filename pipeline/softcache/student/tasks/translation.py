@@ -60,11 +60,11 @@ class TranslationTask(TokenTask):
             length_penalty=self.generate.length_penalty,
             batch_size=self.generate.batch_size,
         )
-        said = []
+        translations = []
         for number, text in zip(mine, self.decode([one.tokens for one in found]), strict=True):
             language, reference = self.references(self.evaluation.source.key(number))
-            said.append((language, text, reference))
-        return corpus_scores(gather_object(said) if accelerator.num_processes > 1 else said)
+            translations.append((language, text, reference))
+        return corpus_scores(gather_object(translations) if accelerator.num_processes > 1 else translations)
 
     def serve(self, model: nn.Module) -> TokenServing:
         """Refuses: a search is no graph, and what one writes is not compared by logits.
@@ -78,11 +78,11 @@ class TranslationTask(TokenTask):
         )
 
 
-def corpus_scores(said: Iterable[tuple[str, str, str]]) -> dict[str, float]:
+def corpus_scores(translations: Iterable[tuple[str, str, str]]) -> dict[str, float]:
     """Returns `chrf_LANG` and `bleu_LANG` (0 to 100) of each language, and their means over languages, `chrf` and `bleu`.
 
     Args:
-        said: (language, what was said, reference) of each pair.
+        translations: (language, hypothesis, reference) of each pair.
 
     Raises:
         MissingExtraError: sacrebleu is not installed.
@@ -94,7 +94,7 @@ def corpus_scores(said: Iterable[tuple[str, str, str]]) -> dict[str, float]:
             f"chrF and BLEU need sacrebleu ({error}); pip install 'softcache[translation]', or set generate.score_beams = 0"
         ) from error
     by_language: dict[str, tuple[list[str], list[str]]] = {}
-    for language, text, reference in said:
+    for language, text, reference in translations:
         texts, references = by_language.setdefault(language, ([], []))
         texts.append(text)
         references.append(reference)

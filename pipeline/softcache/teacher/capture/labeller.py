@@ -1,4 +1,4 @@
-"""Batches into records beside the teacher: while it runs on one batch, the last one's logits are being made into labels.
+"""Labels batches: while the teacher runs on one batch, the last one's logits are made into soft labels.
 
 On a GPU the device does that by itself: a record is made there, and copied back while the next batch runs. On the CPU one
 thread of ours does it, which is fed a chunk of logits at a time over a queue of one, so that at most three chunks are
@@ -67,7 +67,7 @@ class PendingLabels:
 
 
 class Labeller:
-    """Runs a teacher over batches and makes records of what it says; a context manager, which ends the thread."""
+    """Runs a teacher over batches and makes soft labels of its logits; a context manager, which ends the thread."""
 
     def __init__(self, teacher: Teacher, settings: LabelSettings) -> None:
         self._teacher, self._settings = teacher, settings

@@ -76,14 +76,14 @@ def plan_manifest(
         )
     num_rows = _num_rows(data, labels)
     plan = default_plan(data, settings, num_views=labels.num_views)
-    said = labels.identity(num_classes)
+    label_identity = labels.identity(num_classes)
     class_names = () if data.kind == "tokens" else tuple(source.class_names)
     of_kind: dict[str, Any] = {}
     codec: Codec
     if data.kind == "cells":
         dense = cast(DenseTeacher, teacher)
         codec = _cell_codec(dense, k, labels, settings)
-        said["temperatures"] = list(codec.temperatures)
+        label_identity["temperatures"] = list(codec.temperatures)
         of_kind["grid"] = {"digest": dense.grid, "num_cells": dense.num_cells}
         class_names = ("background",) * (num_classes - len(class_names)) + class_names
     else:
@@ -106,7 +106,7 @@ def plan_manifest(
             "source": {"name": source.name, "digest": source.digest, "num_samples": len(data)},
             **data.identity(labels.num_views),
             **of_kind,
-            "labels": said,
+            "labels": label_identity,
             "codec": codec.to_dict(),
         },
         num_classes=num_classes,

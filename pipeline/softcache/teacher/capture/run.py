@@ -122,7 +122,7 @@ def capture(
     """Runs the teacher over every unfinished unit of the cache.
 
     Killed at any moment and run again, it completes what is missing and nothing else. Units that another run
-    holds are left to it; this call returns when every unit is marked, whoever made it, and takes over the
+    holds are left to it; this call returns when every unit is marked, by any process, and takes over the
     units of a run that died.
 
     Args:

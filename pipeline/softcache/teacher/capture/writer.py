@@ -100,7 +100,7 @@ class Writer:
 
     @property
     def depth(self) -> int:
-        """Units that wait, beside the one that is being published."""
+        """Units that wait, without the one that is being published."""
         return max(0, self._queue.qsize() - self._closing)
 
     def put(self, item: PendingUnit) -> None:

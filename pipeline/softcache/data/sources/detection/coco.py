@@ -85,7 +85,7 @@ def _open(settings: Coco, split: Split) -> CocoSource:
     """Returns a split of a COCO folder.
 
     Raises:
-        SourceError: a file is missing or is not what the format says; the message names file and entry.
+        SourceError: a file is missing or not in the format; the message names file and entry.
     """
     if settings.root is None:
         raise SourceError(

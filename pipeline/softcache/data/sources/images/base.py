@@ -124,7 +124,7 @@ def load_images(source: Source, samples: np.ndarray) -> torch.Tensor | list[torc
 @cache
 def _is_batched(kind: type) -> bool:
     """Whether its `images` is of the same class as its `image`, or of one that knows that: a subclass that overrides
-    `image` alone means every image to be what it says."""
+    `image` alone means that every image is as stored."""
     for level in kind.__mro__:
         if "images" in vars(level):
             return True

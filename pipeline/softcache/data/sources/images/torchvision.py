@@ -157,7 +157,7 @@ def _is_unpacked(packed: Path, target: Path) -> bool:
 
 
 def _unpack(packed: Path, target: Path) -> None:
-    """Writes `target` at once or not at all, and only if it is what its name says."""
+    """Writes `target` at once or not at all, and only if its content matches its name."""
     staged = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         with (

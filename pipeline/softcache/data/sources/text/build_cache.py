@@ -6,7 +6,7 @@ What is made lies under `data_dir`:
     tokenizers/DIGEST   a Hugging Face tokenizer, and bpe.json (tokenizers.py)
     datasets/DIGEST     what the datasets library makes of local files (documents.py)
 
-The first two are built under a hidden name beside their place and renamed in one step: processes may build the
+The first two are built under a hidden name next to their place and renamed in one step: processes may build the
 same folder at once, and one that is killed leaves nothing that another takes for whole.
 """
 
@@ -39,7 +39,7 @@ def build_dir_path(
 
 @contextmanager
 def build_folder(folder: Path, is_whole: Callable[[Path], bool]) -> Iterator[Path]:
-    """Yields a folder beside `folder` that takes its place in one step when the block ends without an error.
+    """Yields a folder next to `folder` that takes its place in one step when the block ends without an error.
 
     A process that was faster is left its folder: both made the same. One that is not whole is replaced.
     """

@@ -1,4 +1,4 @@
-"""Chats as tokens, with the assistant's marked: a template writes the chat and says which words are whose."""
+"""Chats as tokens, with the assistant's marked: a template writes the chat and marks the speaker of each part."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _rendered(document: Document, tokenizer: Any) -> tuple[str, list[tuple[int, 
 def _marked(offsets: np.ndarray, passages: Iterable[tuple[int, int]]) -> np.ndarray:
     """Returns which tokens [L] bool lie in the passages: from the first that touches one to the last.
 
-    Tokens of whitespace alone may be said to have no width; they count where they start.
+    Tokens of whitespace alone may be reported with no width; they count where they start.
     """
     marked = np.zeros(len(offsets), bool)
     starts, ends = offsets[:, 0], offsets[:, 1]

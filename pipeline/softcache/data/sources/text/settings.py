@@ -17,7 +17,7 @@ __all__ = ["CustomTexts", "Split", "TextSettings"]
 
 
 class TextSettings(SourceSettings):
-    """[source] of a language model; a subclass says where the documents come from.
+    """[source] of a language model; a subclass has the origin of the documents.
 
     `max_train_samples` and `max_eval_samples` keep the first so many samples of a split; no more than these are
     tokenized. `cross_documents = true` lets the attention of teacher and student run over a whole packed sample, as if it

@@ -194,7 +194,7 @@ class TableWriter:
         self._waiting, self._waiting_tokens = [], 0
 
     def close(self) -> dict[str, Any]:
-        """Returns what table.json says of the samples."""
+        """Returns the description of the samples in table.json."""
         self._flush()
         self._writer.close()
         return {

@@ -5,7 +5,7 @@
     eval.jsonl       the pairs that were held out: key, source, target (a person's), language
     tokenizer/       the teacher's; the source's own unless source.tokenizer names another
 
-A part is checked against the manifest before a pair of it is used. Where the teacher said nothing, there is nothing to
+A part is checked against the manifest before a pair of it is used. Where the teacher generated nothing, there is nothing to
 learn: such pairs are in the parts, are counted in the manifest, and are left out here.
 """
 
@@ -47,7 +47,7 @@ def _read(settings: Generated, split: Split) -> tuple[str, list[Pair], bool]:
     """Returns the name of the source, the pairs of a split, and that they are of the split already.
 
     Raises:
-        SourceError: it is not complete, or a part is not what the manifest says.
+        SourceError: it is not complete, or a part differs from the manifest.
     """
     folder = Path(settings.path).expanduser()
     manifest = _manifest(folder)

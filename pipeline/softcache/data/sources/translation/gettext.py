@@ -137,7 +137,7 @@ def _read(path: Path) -> Any:
             f"source gettext: it needs Babel ({error}); pip install 'softcache[translation]'"
         ) from error
     try:
-        # Babel prints about plurals whose number of forms is not what the rule says; they are dealt with above.
+        # Babel prints about plurals whose number of forms differs from the rule; they are dealt with above.
         with path.open("rb") as stream, redirect_stdout(io.StringIO()):
             return read_po(stream, ignore_obsolete=True) if path.suffix == ".po" else read_mo(stream)
     except Exception as error:

@@ -41,7 +41,7 @@ Languages = Annotated[tuple[str, ...], BeforeValidator(_list_to_tuple)]
 
 
 class TranslationSettings(SourceSettings):
-    """[source] of an encoder-decoder model; a subclass says where the pairs come from.
+    """[source] of an encoder-decoder model; a subclass has the origin of the pairs.
 
     Pairs with a side of more than `max_tokens` tokens are left out, and counted. `prefixes` gives what is put before a
     source text for a language, where the tokenizer has no token for it. `eval_share` of the source texts, chosen by a hash

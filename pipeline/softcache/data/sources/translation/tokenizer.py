@@ -1,4 +1,4 @@
-"""A tokenizer of pairs: one vocabulary for both sides, a token (or a prefix) that says into which language.
+"""A tokenizer of pairs: one vocabulary for both sides, a token (or a prefix) for the target language.
 
     source side   <2de> tokens </s>          or, where the vocabulary has no token <2de>, prefix + text
     target side   <pad> tokens </s>          the decoder starts with the padding token, as T5 and Marian do

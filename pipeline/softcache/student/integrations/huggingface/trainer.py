@@ -43,7 +43,7 @@ class DistillTrainer(Trainer):
 
     (1 - alpha) * CE(next token) + alpha * T^2 * soft loss, each a mean: CE over all rows, the soft loss (forward KL, unless
     `loss` names another) over those that the cache labels (all, unless it was made with labels.positions). Where T or
-    alpha change over the run, both are logged beside the loss.
+    alpha change over the run, both are logged with the loss.
 
     Args:
         model: a causal language model of the cache's tokenizer; or `model_init` instead.
@@ -57,7 +57,7 @@ class DistillTrainer(Trainer):
             "stall" needs eval_strategy "epoch". No curriculum, no uld.
         eval_dataset: a held-out source, or a dict of them.
         processing_class: the student's tokenizer; compared with the cache's, and saved with the model. Without it, one
-            that lies beside a model loaded from a local folder is compared.
+            that lies next to a model loaded from a local folder is compared.
         context: tokens that the student attends over, if fewer than the source's `seq_len`.
         trainer: what else Trainer takes: model_init, callbacks, optimizers, optimizer_cls_and_kwargs.
 
@@ -110,7 +110,7 @@ class DistillTrainer(Trainer):
         )
         refuse_untested(self)
         check_stall(self._loss, self.args, eval_dataset)
-        self.model_accepts_loss_kwargs = True  # says the same as loss_is_scaled_for_ga to older versions
+        self.model_accepts_loss_kwargs = True  # the name of loss_is_scaled_for_ga in older versions
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._order = BlockSampler(cache, seed=seed)
         self.add_callback(SetEpoch(self._order))
