@@ -212,7 +212,7 @@ def speeds(
     data = open_data(config)
     run(f"text: V = {4096 if not quick else 300:,}, top {k}", config, data, STORES)
     for policy in ("sample", "hybrid"):
-        labels = {"policy": policy, "draws": 32, **({"k": 8} if policy == "hybrid" else {})}
+        labels = {"policy": policy, "num_samples": 32, **({"k": 8} if policy == "hybrid" else {})}
         drawn = text_config(folder, samples, labels, quick=quick)
         run(f"text: {policy}, 32 draws", drawn, data, {"Zarr, open": STORES["Zarr, open"]})
     return results, fixed

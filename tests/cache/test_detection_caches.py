@@ -148,7 +148,7 @@ def test_a_folder_in_cocos_format_teaches_as_scenes_do(folder, zarr):
     config, data, cache = make_cells(
         folder,
         "of-coco",
-        source={"name": "coco", "root": str(root), "train_scenes": 2000, "eval_scenes": 400},
+        source={"name": "coco", "root": str(root)},
         teacher={"model": SPEC, "weights": weights(folder, channels=3)},
     )
     assert len(cache) == 6

@@ -661,8 +661,8 @@ def test_without_a_path_there_is_no_dataset(words):
     ("given", "message"),
     [
         ({"tokenizer": None}, "tokenizer"),
-        ({"modality": "image"}, "modality"),
-        ({"name": "c4"}, "name"),
+        ({"modality": "image"}, "source 'stdlib': unknown"),
+        ({"name": "c4"}, "source 'c4': unknown; known: hf, stdlib"),
         ({"seq_len": 1}, "seq_len"),
         ({"eval_share": 1.0}, "eval_share"),
         ({"packing": "tight"}, "packing"),

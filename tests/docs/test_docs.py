@@ -46,7 +46,9 @@ def test_every_link_and_config_of_the_docs_exists():
 def test_the_python_of_the_readme_runs(shared_cache):
     code = next(block for block in re.findall(r"```python\n(.*?)```", README, re.S) if "DataLoader" in block)
     code = code.replace("runs/digits/cache", shared_cache[2].url)
-    code = code.replace('name="digits"', 'name="digits", max_train_samples=300, max_eval_samples=100')
+    code = code.replace(
+        '"name": "digits"', '"name": "digits", "max_train_samples": 300, "max_eval_samples": 100'
+    )
     student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
     names = {"student": student, "normalize": lambda images: images.float() / 255}
     exec(compile(code, "README.md", "exec"), names)

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from softcache.cache.storage.local import LocalObjects
+from softcache.data.sources import source_settings
 from softcache.errors import IdentityError, MissingExtraError, SpecError
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from softcache.teacher.generate import generate_source
@@ -174,7 +175,7 @@ def test_what_a_pretrained_teacher_wrote_is_read_with_its_tokenizer(labelled):
     generate_source(LocalObjects(folder / "generated", create=True), data, teacher, config.generate)
     source = {"modality": "translation", "name": "generated", "path": str(folder / "generated")}
     source |= {"data_dir": str(folder / "data"), "max_tokens": 400}
-    theirs = open_data(config.model_copy(update={"source": type(config.source)(**source)}))
+    theirs = open_data(config.model_copy(update={"source": source_settings(source)}))
     assert theirs.train.source.tokenizer_digest == data.train.source.tokenizer_digest
     assert (theirs.tokens, theirs.num_classes) == (data.tokens, data.num_classes)
 

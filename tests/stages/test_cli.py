@@ -453,7 +453,11 @@ def test_convert_does_not_write_over_another_cache(run, cache):
 def test_a_bad_config_is_one_readable_message(run, place):
     (place / "bad.toml").write_text("source.name = 'digits'\nloss.temprature = 2\n")
     result = run("teacher-logits", "--config", "bad.toml")
-    assert_one_message(result, "config bad.toml", "loss.temprature: unknown key; did you mean temperature")
+    assert_one_message(
+        result,
+        "config bad.toml",
+        "loss.temprature: unknown key with name = 'forward_kl'; did you mean temperature",
+    )
     assert_one_message(run("compare", "--config", "none.toml"), "config none.toml: cannot be read")
     assert_one_message(
         run("train-students", "--config", "small.toml", "--set", "train.lr=fast"), "train.lr", "'fast'"

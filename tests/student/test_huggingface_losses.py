@@ -141,7 +141,9 @@ def test_what_the_trainer_cannot_do_of_a_loss_is_refused_by_name(labelled, tmp_p
 
 def test_a_loss_that_drawn_classes_cannot_serve_is_refused(labelled, tmp_path):  # noqa: F811
     folder, source, _ = labelled
-    config = load_config(folder / "run.toml", ["labels.policy=sample", "labels.num_samples=5"])
+    sampled = (folder / "run.toml").read_text().replace("k = 5", 'policy = "sample"\nnum_samples = 5')
+    (tmp_path / "run.toml").write_text(sampled)
+    config = load_config(tmp_path / "run.toml")
     data = open_data(config)
     drawn, _ = capture_labels(config, data, open_teacher(config, data), str(tmp_path / "cache"))
     more = {"temperature": None, "alpha": None, "loss": LossSettings(name="jsd", temperature=1.0)}

@@ -288,7 +288,7 @@ def test_targets_that_mixup_made_are_refused(shared_cache):
     ],
 )
 def test_rows_hold_every_kind_of_record(policy, tmp_path):
-    _, data, cache = make_cache(tmp_path / "cache", labels={"k": 4, "num_views": 1} | policy)
+    _, data, cache = make_cache(tmp_path / "cache", labels={"num_views": 1} | policy)
     batch = SoftLabelDataset(data.train.source, cache).__getitems__([5, 2])
     rows = LabelRows.of(batch.labels)
     packed = rows.pack(batch.labels, batch.targets)

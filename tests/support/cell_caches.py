@@ -53,6 +53,8 @@ def cells_config(folder: Path, spec: str = SPEC, **tables: Any) -> RunConfig:
         "train": {"epochs": 1, "batch_size": 5, "device": "cpu"},
         "reader": {"memmap": "never"},
     }
+    if tables.get("source", {}).get("name", "scenes") != "scenes":
+        base["source"] = {"modality": "detection"}
     base = merged(base, tables)
     base["teacher"].setdefault("weights", weights(folder, base["teacher"]["model"]))
     return build_config(base, "test")

@@ -69,7 +69,8 @@ class Names:
     @cached_property
     def _tokenizer(self) -> Any:
         from softcache.data.sources.text.tokenizer import load_tokenizer
-        from softcache.data.sources.translation.source import TranslationSettings, load_pair_tokenizer
+        from softcache.data.sources.translation.settings import TranslationSettings
+        from softcache.data.sources.translation.tokenizer import load_pair_tokenizer
 
         source: Any = self._report.config.source
         if isinstance(source, TranslationSettings):
