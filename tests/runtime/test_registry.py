@@ -81,6 +81,17 @@ def test_the_modules_of_a_package_register_themselves_at_the_first_lookup():
     assert made._is_loaded
 
 
+def test_a_package_that_fails_to_import_fails_at_every_lookup(monkeypatch, tmp_path):
+    (tmp_path / "broken_sizes").mkdir()
+    (tmp_path / "broken_sizes" / "__init__.py").touch()
+    (tmp_path / "broken_sizes" / "huge.py").write_text("raise ImportError('no such extra')")
+    monkeypatch.syspath_prepend(tmp_path)
+    made = Registry("model size", package="broken_sizes", group="softcache.none")
+    for _ in range(2):
+        with pytest.raises(ImportError, match="no such extra"):
+            made.get("huge")
+
+
 class Config(Settings):
     size: Annotated[
         SerializeAsAny[Base], variant(registry(), lambda chosen: chosen, key="name", default="small")

@@ -131,8 +131,12 @@ class Registry(Generic[T]):
         self._is_loaded = True
         package = importlib.import_module(self._package)
         find = pkgutil.walk_packages if self._is_recursive else pkgutil.iter_modules
-        for module in find(package.__path__, f"{self._package}."):
-            importlib.import_module(module.name)
+        try:
+            for module in find(package.__path__, f"{self._package}."):
+                importlib.import_module(module.name)
+        except BaseException:  # the next lookup must not take the part that was imported for the whole
+            self._is_loaded = False
+            raise
 
 
 @dataclass(frozen=True)
