@@ -19,7 +19,7 @@ from softcache.runtime.ranks import is_rank_zero
 from softcache.runtime.signals import Interrupted, handle_signals
 
 from .commands import LazyCommands
-from .completing import COMPLETE_VAR, answer
+from .completion import COMPLETE_VAR
 
 __all__ = ["main", "softcache"]
 
@@ -33,8 +33,6 @@ def softcache() -> None:
 
 
 def main() -> None:
-    if COMPLETE_VAR in os.environ:
-        sys.exit(answer(os.environ[COMPLETE_VAR]))
     # So that `module:factory` finds the user's own modules; last, so that they hide nothing.
     if "" not in sys.path:
         sys.path.append("")
@@ -42,7 +40,7 @@ def main() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     with handle_signals():
         try:
-            softcache(standalone_mode=True)
+            softcache(complete_var=COMPLETE_VAR)
         except SoftcacheError as error:
             if claim_error_report():
                 log_event("error", f"softcache: {error}", kind=type(error).__name__, message=str(error))

@@ -7,8 +7,10 @@ read a cache start at once and need no torch.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from softcache.errors import missing_extra
 
@@ -74,6 +76,19 @@ class LazyCommands(click.Group):
         except ModuleNotFoundError as error:
             raise missing_extra(error, f"softcache {cmd_name}") from error
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Runs the command; the parts that it imports while it runs may be in an extra, too."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            raise missing_extra(error, f"softcache {ctx.invoked_subcommand}") from error
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """Returns the commands that begin so, without importing them, and the group's options."""
+        names = [name for name in COMMANDS if name.startswith(incomplete)]
+        items = [CompletionItem(name, help=COMMANDS[name][1]) for name in names]
+        return items + click.Command.shell_complete(self, ctx, incomplete)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

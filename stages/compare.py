@@ -4,18 +4,20 @@ make compare
 softcache compare --config configs/fashion-mnist.toml --seeds 3
 """
 
+from __future__ import annotations
+
 import statistics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from softcache.config.load import load_config
-from softcache.config.run import RunConfig
 from softcache.modalities import modality_of, modality_of_kind
 from softcache.reader.cache import Cache
-from softcache.runs import open_data, open_labels, open_teacher, train_student
 
 from .options import cache_option, config_options, json_option, print_json, print_table
+
+if TYPE_CHECKING:
+    from softcache.config.run import RunConfig
 
 __all__ = ["compare"]
 
@@ -42,6 +44,9 @@ def compare(
     Example:
       softcache compare --config configs/digits.toml --seeds 3
     """
+    from softcache.config.load import load_config
+    from softcache.runs import open_data, open_labels, open_teacher, train_student
+
     config = load_config(config_path, overrides)
     data = open_data(config)
     cache = open_labels(config, url)

@@ -7,16 +7,15 @@ import click
 
 from softcache.reader.cache import open_cache
 from softcache.runtime.logging import progress_bar
-from softcache.tools.convert import convert_cache
 
-from .options import cache_report, json_option, print_json
+from .options import cache_report, complete_cache, complete_file, json_option, print_json
 
 __all__ = ["convert"]
 
 
 @click.command()
-@click.argument("source_url", metavar="CACHE")
-@click.argument("target_url", metavar="OUT")
+@click.argument("source_url", metavar="CACHE", shell_complete=complete_cache)
+@click.argument("target_url", metavar="OUT", shell_complete=complete_file)
 @json_option
 @click.option("--store", type=click.Choice(["zarr", "parquet"]), required=True, help="The store to write.")
 def convert(source_url: str, target_url: str, store: str, as_json: bool) -> None:
@@ -28,6 +27,8 @@ def convert(source_url: str, target_url: str, store: str, as_json: bool) -> None
     Example:
       softcache convert runs/digits/cache runs/digits/cache-parquet --store parquet
     """
+    from softcache.tools.convert import convert_cache
+
     cache = open_cache(source_url)
     plan, total = cache.manifest.plan, sum(marker.num_rows for marker in cache.markers.values())
     with progress_bar("convert", total, "rows") as advance:

@@ -10,32 +10,23 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
 from softcache.cache.storage.base import is_bucket
-from softcache.config.load import load_config
-from softcache.config.run import RunConfig
 from softcache.errors import ConfigError, RunError
 from softcache.modalities import modality_of_kind
 from softcache.reader.cache import Cache
-from softcache.runs import (
-    Data,
-    cache_is_ready,
-    capture_labels,
-    make_teacher,
-    open_data,
-    open_labels,
-    open_teacher,
-    slugify,
-    train_student,
-)
-from softcache.runs.export import ExportSettings, load_onnxruntime
 from softcache.runtime.logging import log_info
 
 from .export import export_and_print, export_options
-from .options import cache_option, config_options, log_option
+from .options import cache_option, complete_file, config_options, log_option
+
+if TYPE_CHECKING:
+    from softcache.config.run import RunConfig
+    from softcache.runs import Data
+    from softcache.runs.export import ExportSettings
 
 __all__ = ["distill"]
 
@@ -48,7 +39,12 @@ __all__ = ["distill"]
     "--student", "model", metavar="SPEC", help="The architecture [default: student.model of the config]."
 )
 @click.option("--sweep", is_flag=True, help="Search the student's settings first, and take the best.")
-@click.option("--out", metavar="DIR", help="Where the files go [default: runs/NAME/export/RUN].")
+@click.option(
+    "--out",
+    metavar="DIR",
+    shell_complete=complete_file,
+    help="Where the files go [default: runs/NAME/export/RUN].",
+)
 @export_options
 def distill(
     config_path: str,
@@ -70,6 +66,10 @@ def distill(
       softcache distill --config configs/digits.toml
       softcache distill --config configs/sweep-digits.toml --sweep --max-drop 0.5
     """
+    from softcache.config.load import load_config
+    from softcache.runs import open_data, open_labels
+    from softcache.runs.export import load_onnxruntime
+
     load_onnxruntime()
     config = load_config(config_path, overrides)
     if config.teacher is None:
@@ -115,6 +115,8 @@ class _Made(NamedTuple):
 
 
 def _trained(config: RunConfig, data: Data, cache: Cache, model: str) -> _Made:
+    from softcache.runs import train_student
+
     metrics = train_student(config, data, model=model, labels="cache", cache=cache)
     run = Path(metrics["out"])
     return _Made(run, run.name, cache, {"student_training_seconds": metrics["seconds"]})
@@ -122,6 +124,7 @@ def _trained(config: RunConfig, data: Data, cache: Cache, model: str) -> _Made:
 
 def _searched(config: RunConfig, cache: Cache) -> _Made:
     """Sweeps, and takes the best trial's own run: nothing is trained twice."""
+    from softcache.runs import slugify
     from softcache.runs.sweep import run_sweep
     from softcache.runs.sweep.results import best_trial, ranked_trials, write_best
 
@@ -145,6 +148,8 @@ def _searched(config: RunConfig, cache: Cache) -> _Made:
 
 def _make_cache(config: RunConfig, data: Data, url: str) -> None:
     """Fills the cache, and records how long that took in the run."""
+    from softcache.runs import cache_is_ready, capture_labels, make_teacher, open_teacher
+
     if cache_is_ready(config, data, url):
         log_info(f"cache {url}: complete; the teacher is not loaded for it")
         return

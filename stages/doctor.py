@@ -9,9 +9,7 @@ from typing import Any
 
 import click
 
-from softcache.tools.doctor import devices, free_space, store_access, versions
-
-from .options import json_option, print_json, print_table
+from .options import complete_cache, json_option, print_json, print_table
 
 __all__ = ["doctor"]
 
@@ -20,7 +18,7 @@ BYTES_OF_16_BITS, SHARE_FOR_WEIGHTS = 2, 0.7
 
 
 @click.command()
-@click.argument("urls", metavar="[STORE]...", nargs=-1)
+@click.argument("urls", metavar="[STORE]...", shell_complete=complete_cache, nargs=-1)
 @json_option
 def doctor(urls: tuple[str, ...], as_json: bool) -> None:
     """Tell versions, devices, free space and what this machine can do; with STORE (a path, s3://, gs://, az://), try it.
@@ -33,6 +31,8 @@ def doctor(urls: tuple[str, ...], as_json: bool) -> None:
       softcache doctor runs/digits/cache
       softcache doctor s3://bucket/prefix
     """
+    from softcache.tools.doctor import devices, free_space, store_access, versions
+
     machine = devices()
     found: dict[str, Any] = {"versions": versions(), "devices": machine, "free_space": free_space()}
     found["stores"] = [store_access(url) for url in urls]

@@ -8,27 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from softcache.runs.export import (
-    ExportSettings,
-    check_drop,
-    export_run,
-    latency_table,
-    load_onnxruntime,
-    measurement_note,
-    model_table,
-)
-from softcache.runs.report import open_run
 from softcache.runtime.logging import log_info
 
-from .options import json_option, log_option, print_json, print_table
+from .options import complete_cache, complete_file, json_option, log_option, print_json, print_table
+
+if TYPE_CHECKING:
+    from softcache.runs.export import ExportSettings
 
 __all__ = ["export_and_print", "export_command", "export_options"]
 
-DEFAULTS = ExportSettings()
+TOLERANCE, ROUNDS, CALIBRATION_SAMPLES = 1e-4, 100, 256
+"""The defaults of `ExportSettings`, whose module takes seconds to import."""
 
 
 def _setting(name: str, default: float, kind: click.ParamType, text: str) -> Callable:
@@ -40,14 +34,14 @@ def export_options(command: Callable) -> Callable:
 
     @_setting(
         "--tolerance",
-        DEFAULTS.tolerance,
+        TOLERANCE,
         click.FloatRange(0),
         "By how much a logit of an fp32 file may differ from torch, as a share of the largest (at least 1).",
     )
-    @_setting("--rounds", DEFAULTS.rounds, click.IntRange(1), "Timed calls of each model and batch size.")
+    @_setting("--rounds", ROUNDS, click.IntRange(1), "Timed calls of each model and batch size.")
     @_setting(
         "--calibration",
-        DEFAULTS.calibration_samples,
+        CALIBRATION_SAMPLES,
         click.IntRange(1),
         "Training samples whose activations fix the ranges of int8 (static quantisation only).",
     )
@@ -60,17 +54,23 @@ def export_options(command: Callable) -> Callable:
     @json_option
     @wraps(command)
     def with_settings(tolerance: float, rounds: int, calibration: int, **others: Any) -> Any:
+        from softcache.runs.export import ExportSettings
+
         return command(settings=ExportSettings(tolerance, rounds, calibration), **others)
 
     return with_settings
 
 
 @click.command("export")
-@click.argument("run", metavar="RUN")
+@click.argument("run", metavar="RUN", shell_complete=complete_file)
 @click.option(
-    "--cache", "url", metavar="URL", help="Where the cache is [default: where the run's config says]."
+    "--cache",
+    "url",
+    metavar="URL",
+    shell_complete=complete_cache,
+    help="Where the cache is [default: where the run's config says].",
 )
-@click.option("--out", required=True, metavar="DIR", help="Where the files go.")
+@click.option("--out", required=True, metavar="DIR", shell_complete=complete_file, help="Where the files go.")
 @log_option
 @export_options
 def export_command(
@@ -100,6 +100,16 @@ def export_and_print(
     Raises:
         RunError: RUN is a folder of runs, a file differs from torch, or int8 loses more than `max_drop`.
     """
+    from softcache.runs.export import (
+        check_drop,
+        export_run,
+        latency_table,
+        load_onnxruntime,
+        measurement_note,
+        model_table,
+    )
+    from softcache.runs.report import open_run
+
     load_onnxruntime()
     report = open_run(run, cache_url=url)
     figures = export_run(

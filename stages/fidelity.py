@@ -10,14 +10,11 @@ from typing import Any
 
 import click
 
-from softcache.config.load import load_config
 from softcache.modalities import percent
 from softcache.reader.cache import Cache, open_cache
-from softcache.runs import open_data, open_teacher
 from softcache.runtime.logging import progress_bar
-from softcache.tools.fidelity import draw_frontier, measure_cache, num_points, rerun_teacher
 
-from .options import json_option, parse_temperatures, print_json, print_table
+from .options import complete_cache, complete_file, json_option, parse_temperatures, print_json, print_table
 
 __all__ = ["fidelity"]
 
@@ -25,9 +22,14 @@ TEMPERATURES = (1.0, 1.3, 2.0, 4.0, 8.0)
 
 
 @click.command()
-@click.argument("url", metavar="CACHE")
+@click.argument("url", metavar="CACHE", shell_complete=complete_cache)
 @click.option(
-    "--config", "config_path", required=True, metavar="FILE", help="The TOML file of the run that made CACHE."
+    "--config",
+    "config_path",
+    required=True,
+    metavar="FILE",
+    shell_complete=complete_file,
+    help="The TOML file of the run that made CACHE.",
 )
 @click.option(
     "--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a key of the config."
@@ -46,7 +48,10 @@ TEMPERATURES = (1.0, 1.3, 2.0, 4.0, 8.0)
 )
 @click.option("--seed", default=0, show_default=True, help="Of the choice of rows.")
 @click.option(
-    "--out", metavar="DIR", help="Where the report and the figure go [default: runs/NAME/fidelity]."
+    "--out",
+    metavar="DIR",
+    shell_complete=complete_file,
+    help="Where the report and the figure go [default: runs/NAME/fidelity].",
 )
 @json_option
 def fidelity(
@@ -67,6 +72,10 @@ def fidelity(
     Example:
       softcache fidelity runs/digits/cache --config configs/digits.toml
     """
+    from softcache.config.load import load_config
+    from softcache.runs import open_data, open_teacher
+    from softcache.tools.fidelity import draw_frontier, measure_cache, num_points, rerun_teacher
+
     cache = open_cache(url)
     config = load_config(config_path, overrides)
     wanted = _temperatures(cache, temperatures)

@@ -9,20 +9,22 @@ import click
 
 from softcache.reader.cache import open_cache
 from softcache.runtime.logging import progress_bar
-from softcache.tools.fuse import RULES, FusionSettings, fuse_caches
 
-from .options import cache_report, json_option, print_json
+from .options import cache_report, complete_cache, json_option, print_json
 
 __all__ = ["fuse"]
 
+RULES = ("mean", "geometric", "entropy", "confidence", "best")
+"""Those of `softcache.tools.fuse`, which takes seconds to import."""
+
 
 @click.command()
-@click.argument("urls", metavar="CACHE CACHE …", nargs=-1, required=True)
+@click.argument("urls", metavar="CACHE CACHE …", shell_complete=complete_cache, nargs=-1, required=True)
 @click.option(
     "--rule", type=click.Choice(RULES), required=True, help="How the teachers are weighed (docs/fusion.md)."
 )
 @json_option
-@click.option("--out", metavar="URL", required=True, help="The fused cache.")
+@click.option("--out", metavar="URL", shell_complete=complete_cache, required=True, help="The fused cache.")
 @click.option(
     "--k", type=click.IntRange(1), help="Classes kept in each row [default: as the CACHE with most]."
 )
@@ -43,6 +45,8 @@ def fuse(urls: tuple[str, ...], out: str, as_json: bool, **how: Any) -> None:
     Example:
       softcache fuse runs/a/cache runs/b/cache --rule geometric --out runs/fused
     """
+    from softcache.tools.fuse import FusionSettings, fuse_caches
+
     caches = [open_cache(url) for url in urls]
     rows = caches[0].manifest.total_rows if caches else 0
     with progress_bar("fuse", rows, "rows") as advance:

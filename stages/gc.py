@@ -11,7 +11,7 @@ import click
 from softcache.cache.storage.open import open_objects
 from softcache.tools.garbage import collect_garbage
 
-from .options import json_option, print_json
+from .options import complete_cache, json_option, print_json
 
 __all__ = ["gc"]
 
@@ -19,7 +19,7 @@ SHOWN = 20
 
 
 @click.command()
-@click.argument("url", metavar="CACHE")
+@click.argument("url", metavar="CACHE", shell_complete=complete_cache)
 @json_option
 @click.option("--delete", is_flag=True, help="Remove what is stray; without it, only list it.")
 def gc(url: str, delete: bool, as_json: bool) -> None:

@@ -7,20 +7,16 @@ from pathlib import Path
 
 import click
 
-from softcache.config.load import load_config
-from softcache.data.sources.text.settings import TextSettings
-from softcache.data.tokens import TokenData
 from softcache.errors import ConfigError
 from softcache.runtime.logging import log_info, progress_bar
-from softcache.tools.import_logprobs import find_responses, import_labels
 
-from .options import cache_option, cache_report, config_options, json_option, print_json
+from .options import cache_option, cache_report, complete_file, config_options, json_option, print_json
 
 __all__ = ["import_command"]
 
 
 @click.command("import")
-@click.argument("responses", metavar="RESPONSES...", nargs=-1, required=True)
+@click.argument("responses", metavar="RESPONSES...", shell_complete=complete_file, nargs=-1, required=True)
 @config_options
 @cache_option
 @json_option
@@ -49,6 +45,11 @@ def import_command(
     Example:
       softcache import responses.jsonl --config my.toml --cache runs/my/cache --k 20
     """
+    from softcache.config.load import load_config
+    from softcache.data.sources.text.settings import TextSettings
+    from softcache.data.tokens import TokenData
+    from softcache.tools.import_logprobs import find_responses, import_labels
+
     config = load_config(config_path, overrides)
     url = url or config.cache_url
     if not isinstance(config.source, TextSettings):

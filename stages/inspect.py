@@ -15,7 +15,7 @@ from softcache.labels import STATS, BernoulliLabels, DetectionLabels, SoftLabels
 from softcache.modalities import percent
 from softcache.reader.cache import Cache, open_cache
 
-from .options import json_option, print_json, print_table
+from .options import complete_cache, json_option, print_json, print_table
 
 __all__ = ["inspect_command"]
 
@@ -24,7 +24,7 @@ PERCENTILES = (1, 10, 50, 90)
 
 
 @click.command("inspect")
-@click.argument("url", metavar="CACHE")
+@click.argument("url", metavar="CACHE", shell_complete=complete_cache)
 @json_option
 def inspect_command(url: str, as_json: bool) -> None:
     """Show what CACHE is and how much of the teacher's distribution it keeps.

@@ -17,13 +17,13 @@ from softcache.reader.cache import open_cache
 from softcache.reader.memmap import MemmapFolder, MemmapSettings
 from softcache.runtime.logging import progress_bar
 
-from .options import json_option, print_json, print_table
+from .options import complete_cache, complete_file, json_option, print_json, print_table
 
 __all__ = ["materialize"]
 
 
 @click.command()
-@click.argument("url", metavar="CACHE", required=False)
+@click.argument("url", metavar="CACHE", shell_complete=complete_cache, required=False)
 @click.option("--views", "num_views", type=click.IntRange(1), help="The first so many views [default: all].")
 @click.option(
     "--limit", default="8GiB", show_default=True, metavar="SIZE", help="Of all files in the folder together."
@@ -31,6 +31,7 @@ __all__ = ["materialize"]
 @click.option(
     "--folder",
     metavar="DIR",
+    shell_complete=complete_file,
     help="Where [default: $SOFTCACHE_MEMMAP_DIR, or ~/.cache/softcache/thaw].",
 )
 @json_option

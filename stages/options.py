@@ -7,9 +7,11 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 __all__ = [
     "cache_option",
     "cache_report",
+    "complete_cache",
+    "complete_file",
     "config_options",
     "json_option",
     "log_option",
@@ -31,6 +35,23 @@ __all__ = [
     "print_table",
     "track_option",
 ]
+
+
+def complete_cache(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Returns the caches below runs/; a folder where there are none or something is typed."""
+    known = sorted(str(found.parent) for found in Path("runs").glob("*/*/manifest.json"))
+    if known and not incomplete:
+        return [CompletionItem(path) for path in known]
+    return [CompletionItem(incomplete, type="dir")]
+
+
+def complete_file(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Returns that a file or folder is expected, which the shell completes."""
+    return [CompletionItem(incomplete, type="file")]
 
 
 def config_options(command: Callable) -> Callable:
@@ -48,14 +69,19 @@ def config_options(command: Callable) -> Callable:
         default="configs/digits.toml",
         show_default=True,
         metavar="FILE",
+        shell_complete=complete_file,
         help="The run's TOML file.",
     )(command)
 
 
 def cache_option(command: Callable) -> Callable:
-    return click.option("--cache", "url", metavar="URL", help="The cache [default: runs/NAME/cache].")(
-        command
-    )
+    return click.option(
+        "--cache",
+        "url",
+        metavar="URL",
+        shell_complete=complete_cache,
+        help="The cache [default: runs/NAME/cache].",
+    )(command)
 
 
 def json_option(command: Callable) -> Callable:

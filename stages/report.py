@@ -8,30 +8,39 @@ from pathlib import Path
 
 import click
 
-from softcache.runs.report import build_sections, open_report, write_page
-from softcache.runs.report.plots import Styles, load_plotly
 from softcache.runtime.logging import log_info
+
+from .options import complete_cache, complete_file
 
 __all__ = ["report_command"]
 
 
 @click.command("report")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN…")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN…", shell_complete=complete_file)
 @click.option(
     "--cache",
     "urls",
     multiple=True,
     metavar="URL",
+    shell_complete=complete_cache,
     help="Where the cache is [default: where the runs' config says]; once for each, if there are several.",
 )
 @click.option(
     "--fidelity",
     "fidelity",
     metavar="FILE",
+    shell_complete=complete_file,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="What `softcache fidelity` wrote [default: runs/NAME/fidelity/fidelity.json, if it is there].",
 )
-@click.option("--out", default="report.html", show_default=True, metavar="FILE", help="The page.")
+@click.option(
+    "--out",
+    default="report.html",
+    show_default=True,
+    metavar="FILE",
+    shell_complete=complete_file,
+    help="The page.",
+)
 def report_command(runs: tuple[str, ...], urls: tuple[str, ...], fidelity: Path | None, out: str) -> None:
     """Write a page about RUN… (directories of finished runs, or folders of them): scores, curves, calibration, what moved.
 
@@ -41,6 +50,9 @@ def report_command(runs: tuple[str, ...], urls: tuple[str, ...], fidelity: Path 
     Example:
       softcache report runs/digits/students --out report.html
     """
+    from softcache.runs.report import build_sections, open_report, write_page
+    from softcache.runs.report.plots import Styles, load_plotly
+
     load_plotly()
     report = open_report(runs, cache_url=urls)
     sections = build_sections(report, fidelity=fidelity, progress=lambda what: log_info(f"report: {what}"))

@@ -11,16 +11,15 @@ import click
 from softcache.cache.codecs import COARSEST, FINEST
 from softcache.reader.cache import open_cache
 from softcache.runtime.logging import progress_bar
-from softcache.tools.shrink import ShrinkSettings, shrink_cache
 
-from .options import cache_report, json_option, parse_temperatures, print_json
+from .options import cache_report, complete_cache, complete_file, json_option, parse_temperatures, print_json
 
 __all__ = ["shrink"]
 
 
 @click.command()
-@click.argument("source_url", metavar="CACHE")
-@click.argument("target_url", metavar="OUT")
+@click.argument("source_url", metavar="CACHE", shell_complete=complete_cache)
+@click.argument("target_url", metavar="OUT", shell_complete=complete_file)
 @json_option
 @click.option(
     "--policy",
@@ -59,6 +58,8 @@ def shrink(source_url: str, target_url: str, temperatures: str | None, as_json: 
     Example:
       softcache shrink runs/digits/cache runs/digits/cache-4 --k 4
     """
+    from softcache.tools.shrink import ShrinkSettings, shrink_cache
+
     cache = open_cache(source_url)
     settings = ShrinkSettings(
         **changes, temperatures=parse_temperatures(temperatures) if temperatures else None

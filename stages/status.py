@@ -12,13 +12,13 @@ import click
 from softcache.cache.storage.open import open_objects
 from softcache.tools.status import Status, read_status
 
-from .options import json_option, print_json
+from .options import complete_cache, json_option, print_json
 
 __all__ = ["status"]
 
 
 @click.command()
-@click.argument("url", metavar="CACHE")
+@click.argument("url", metavar="CACHE", shell_complete=complete_cache)
 @json_option
 @click.option(
     "--watch",

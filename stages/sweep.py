@@ -10,22 +10,28 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from softcache.cache.storage.base import is_bucket
-from softcache.config.load import load_config
 from softcache.errors import RunError
 from softcache.modalities import modality_of_kind
-from softcache.runs import open_labels
-from softcache.runs.sweep import Sweep, run_sweep
-from softcache.runs.sweep.cost import Cost, measure_cost, unmeasured_reason
-from softcache.runs.sweep.plots import draw_importance, draw_surface, importances
-from softcache.runs.sweep.results import Repeated, Result, ranked_trials, repeat_best, write_best, write_json
-from softcache.runs.sweep.space import format_value
 
-from .options import cache_option, config_options, json_option, log_option, print_json, print_table
+from .options import (
+    cache_option,
+    complete_file,
+    config_options,
+    json_option,
+    log_option,
+    print_json,
+    print_table,
+)
+
+if TYPE_CHECKING:
+    from softcache.runs.sweep import Sweep
+    from softcache.runs.sweep.cost import Cost
+    from softcache.runs.sweep.results import Repeated, Result
 
 __all__ = ["sweep_command"]
 
@@ -43,7 +49,12 @@ __all__ = ["sweep_command"]
 @click.option(
     "--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes, this one included."
 )
-@click.option("--out", metavar="DIR", help="The sweep's directory [default: runs/NAME/sweep].")
+@click.option(
+    "--out",
+    metavar="DIR",
+    shell_complete=complete_file,
+    help="The sweep's directory [default: runs/NAME/sweep].",
+)
 @click.option(
     "--seeds",
     default=0,
@@ -77,6 +88,13 @@ def sweep_command(
     Example:
       softcache sweep --config configs/sweep-digits.toml --trials 30 --workers 2
     """
+    from softcache.config.load import load_config
+    from softcache.runs import open_labels
+    from softcache.runs.sweep import run_sweep
+    from softcache.runs.sweep.cost import measure_cost, unmeasured_reason
+    from softcache.runs.sweep.plots import draw_importance, draw_surface, importances
+    from softcache.runs.sweep.results import repeat_best, write_best, write_json
+
     config = load_config(config_path, overrides)
     if is_bucket(out or ""):
         raise RunError(f"sweep {out}: a sweep needs a folder with locks; give --out a local one")
@@ -110,6 +128,8 @@ def sweep_command(
 
 
 def _print_trials(sweep: Sweep) -> None:
+    from softcache.runs.sweep.results import ranked_trials
+
     results = ranked_trials(sweep)
     format_score = modality_of_kind(sweep.bench.cache.manifest.kind).score.format
     columns = ("trial", sweep.bench.metric, "state", *sweep.space, "epochs", "seconds")
@@ -120,6 +140,8 @@ def _print_trials(sweep: Sweep) -> None:
 
 
 def _row(sweep: Sweep, format_score: Callable[[float | None], str], result: Result) -> tuple[str, ...]:
+    from softcache.runs.sweep.space import format_value
+
     state = result.state if result.same_as is None else f"as trial {result.same_as}"
     params = (format_value(result.params.get(name, "-")) for name in sweep.space)
     return (

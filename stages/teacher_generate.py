@@ -7,15 +7,10 @@ import click
 
 from softcache.cache.storage.base import is_bucket
 from softcache.cache.storage.open import open_objects
-from softcache.config.load import load_config
 from softcache.errors import ConfigError
-from softcache.modalities.translation.data import TranslationData
-from softcache.runs import make_teacher, open_data, open_teacher
 from softcache.runtime.logging import progress_bar
-from softcache.teacher.generate import generate_source
-from softcache.teacher.language import LanguageTeacher
 
-from .options import config_options
+from .options import complete_file, config_options
 
 __all__ = ["teacher_generate"]
 
@@ -25,6 +20,7 @@ __all__ = ["teacher_generate"]
 @click.option(
     "--out",
     metavar="SOURCE",
+    shell_complete=complete_file,
     required=True,
     help="Where the source goes: an empty folder, or one that this command began.",
 )
@@ -39,6 +35,12 @@ def teacher_generate(config_path: str, overrides: tuple[str, ...], out: str) -> 
     Example:
       softcache teacher-generate --config configs/translation.toml --out runs/translation/generated
     """
+    from softcache.config.load import load_config
+    from softcache.modalities.translation.data import TranslationData
+    from softcache.runs import make_teacher, open_data, open_teacher
+    from softcache.teacher.generate import generate_source
+    from softcache.teacher.language import LanguageTeacher
+
     config = load_config(config_path, overrides)
     if is_bucket(out):
         raise ConfigError(

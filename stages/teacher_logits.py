@@ -5,24 +5,16 @@ softcache teacher-logits --config configs/digits.toml --set labels.k=5 --cache r
 softcache teacher-logits --config configs/digits.toml --dask auto
 """
 
+from __future__ import annotations
+
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
-from softcache.config.load import load_config
 from softcache.errors import ConfigError
 from softcache.reader.cache import Cache, open_cache
-from softcache.runs import (
-    cache_is_ready,
-    capture_estimate,
-    capture_labels,
-    make_teacher,
-    open_data,
-    open_teacher,
-)
 from softcache.runtime.logging import log_info
-from softcache.teacher.capture.estimate import Estimate
-from softcache.teacher.capture.run import CaptureReport
 
 from .options import (
     cache_option,
@@ -33,6 +25,10 @@ from .options import (
     print_json,
     print_table,
 )
+
+if TYPE_CHECKING:
+    from softcache.teacher.capture.estimate import Estimate
+    from softcache.teacher.capture.run import CaptureReport
 
 __all__ = ["teacher_logits"]
 
@@ -89,6 +85,16 @@ def teacher_logits(
       softcache teacher-logits --config configs/digits.toml --dask auto
       softcache teacher-logits --config configs/digits.toml --dry-run --price-per-hour 2.5
     """
+    from softcache.config.load import load_config
+    from softcache.runs import (
+        cache_is_ready,
+        capture_estimate,
+        capture_labels,
+        make_teacher,
+        open_data,
+        open_teacher,
+    )
+
     config = load_config(config_path, overrides)
     url = url or config.cache_url
     if workers is not None and dask != "auto":

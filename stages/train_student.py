@@ -7,12 +7,9 @@ softcache train-student --config configs/digits.toml --student timm:test_resnet
 
 import click
 
-from softcache.config.load import load_config
-from softcache.runs import open_data, open_labels, train_student
-from softcache.runs.tables import student_report, student_tables
-
 from .options import (
     cache_option,
+    complete_file,
     config_options,
     json_option,
     log_option,
@@ -36,6 +33,7 @@ __all__ = ["train_student_command"]
 @click.option(
     "--out",
     metavar="DIR",
+    shell_complete=complete_file,
     help="The run's directory, or its URL in a bucket [default: one under runs/NAME/students].",
 )
 @click.option(
@@ -64,6 +62,10 @@ def train_student_command(
     Example:
       softcache train-student --config configs/digits.toml --student cnn --set loss.temperature=2
     """
+    from softcache.config.load import load_config
+    from softcache.runs import open_data, open_labels, train_student
+    from softcache.runs.tables import student_report, student_tables
+
     config = load_config(config_path, overrides)
     data = open_data(config)
     cache = open_labels(config, url)

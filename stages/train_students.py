@@ -4,14 +4,18 @@ make train-students
 softcache train-students --config configs/digits.toml --student mlp --student timm:test_vit?img_size=8&patch_size=2
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import click
 
-from softcache.config.load import load_config
 from softcache.modalities import modality_of, modality_of_kind
-from softcache.runs import open_data, open_labels, train_student
-from softcache.runs.tables import student_report, student_tables
 
 from .options import cache_option, config_options, json_option, print_json, print_table
+
+if TYPE_CHECKING:
+    pass
 
 __all__ = ["train_students"]
 
@@ -32,6 +36,10 @@ def train_students(
     Example:
       softcache train-students --config configs/digits.toml
     """
+    from softcache.config.load import load_config
+    from softcache.runs import open_data, open_labels, train_student
+    from softcache.runs.tables import student_report, student_tables
+
     config = load_config(config_path, overrides)
     data = open_data(config)
     cache = open_labels(config, url)

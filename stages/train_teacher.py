@@ -5,9 +5,6 @@ softcache train-teacher --config configs/digits.toml     # seconds on a CPU
 
 import click
 
-from softcache.config.load import load_config
-from softcache.runs import format_score, open_data, train_teacher
-
 from .options import config_options, json_option, print_json, track_option
 
 __all__ = ["train_teacher_command"]
@@ -26,6 +23,9 @@ def train_teacher_command(
     Example:
       softcache train-teacher --config configs/fashion-mnist.toml
     """
+    from softcache.config.load import load_config
+    from softcache.runs import format_score, open_data, train_teacher
+
     config = load_config(config_path, overrides)
     metrics, weights = train_teacher(config, open_data(config), track_with=track_with)
     if as_json:

@@ -14,15 +14,19 @@ from softcache.reader.cache import Cache, open_cache
 from softcache.runtime.logging import progress_bar
 from softcache.tools.verify.checksums import verify_units
 
-from .options import json_option, print_json
+from .options import complete_cache, complete_file, json_option, print_json
 
 __all__ = ["verify"]
 
 
 @click.command()
-@click.argument("url", metavar="CACHE")
+@click.argument("url", metavar="CACHE", shell_complete=complete_cache)
 @click.option(
-    "--config", "config_path", metavar="FILE", help="Also run this config's teacher again on some rows."
+    "--config",
+    "config_path",
+    metavar="FILE",
+    shell_complete=complete_file,
+    help="Also run this config's teacher again on some rows.",
 )
 @click.option(
     "--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a key of the config."

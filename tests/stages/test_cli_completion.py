@@ -1,6 +1,5 @@
-"""`softcache completion`: lines that are typed in real shells, with Tab, and what becomes of them."""
+"""Completion with Tab: lines typed in real shells, and what the shells show."""
 
-import json
 import os
 import pty
 import re
@@ -11,30 +10,24 @@ import sys
 import time
 
 import pytest
+from click.testing import CliRunner
 
-from softcache.stages.completing import SHELLS, script
-from softcache.stages.completion_table import PATH, make_table, table_as_text
+from softcache.runs.export import ExportSettings
+from softcache.stages import export, fuse
+from softcache.stages.cli import softcache
+from softcache.stages.commands import COMMANDS
+from softcache.tools.fuse import RULES
 from tests.support.caches import ROOT
 
 # What is typed behind `softcache ` (\t is Tab), and the words that are then there.
 TYPED = {
     "verif\t": ["verify"],
     "train-student --no-b\t": ["train-student", "--no-baseline"],
-    "train-student --set lo\tna\tforw\t": ["train-student", "--set", "loss.name=forward_kl"],
-    "train-student --set train.lab\tonl\t --set reader.ver\tfa\t": [
-        "train-student",
-        "--set",
-        "train.labels=online",
-        "--set",
-        "reader.verify=false",
-    ],
-    "compare --student timm\tresnet18": ["compare", "--student", "timm:resnet18"],
-    "compare --student torchv\tresnet18": ["compare", "--student", "torchvision:resnet18"],
     "shrink one --codec pac\t": ["shrink", "one", "--codec", "packed"],
     "completion z\t": ["completion", "zsh"],
     "verify \t --config some/da\t": ["verify", "runs/small/cache", "--config", "some/data.toml"],
     "verify some/c\t": ["verify", "some/caches/"],
-    # Nothing to say: the line stays as it is, and nobody sees a traceback.
+    # Without a completion the line stays as it is, without a traceback.
     "no-such-command x\t": ["no-such-command", "x"],
     "train-student --set no.such.key=\t": ["train-student", "--set", "no.such.key="],
 }
@@ -50,6 +43,16 @@ def place(in_tmp):
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m softcache "$@"\n')
     program.chmod(0o755)
     return in_tmp
+
+
+@pytest.fixture
+def script(place):
+    def write(shell):
+        done = CliRunner().invoke(softcache, ["completion", shell])
+        assert done.exit_code == 0, done.output
+        (place / "script").write_text(done.output)
+
+    return write
 
 
 def environment(place):
@@ -79,9 +82,9 @@ def type_into(command, lines, place):
     return shown.decode()
 
 
-def test_bash_completes_what_is_typed(place):
+def test_bash_completes_what_is_typed(place, script):
     """`softcache` is also a function here, which shows its words; the script calls the program."""
-    (place / "script").write_text(script("bash"))
+    script("bash")
     start = ["bind 'set bell-style none'", "source ./script", """softcache() { printf '[%s]' "$@"; echo; }"""]
     shown = type_into(
         ["bash", "--norc", "--noprofile", "-i"], [*start, *(f"softcache {t}" for t in TYPED)], place
@@ -94,52 +97,44 @@ def test_bash_completes_what_is_typed(place):
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_other_shells_parse_their_script(place, shell):
+def test_other_shells_parse_their_script(place, script, shell):
+    script(shell)
+    assert "_SOFTCACHE_COMPLETE" in (place / "script").read_text()
     if shutil.which(shell) is None:
         pytest.skip(f"no {shell} here")
-    (place / "script").write_text(script(shell))
     done = subprocess.run([shell, "--no-execute", "script"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def complete(line, place, *, shell="zsh", table=None):
+def complete(line, place, *, shell="zsh"):
     """Returns what the program prints for a line whose last word is not finished."""
     code = (
-        "import sys; from softcache.stages.completing import answer; code = answer(sys.argv[1]);"
-        "print({'torch', 'numpy', 'pydantic'} & sys.modules.keys(), file=sys.stderr); sys.exit(code)"
+        "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr));"
+        "sys.argv = ['softcache']; from softcache.stages.cli import main; main()"
     )
     words = {"COMP_WORDS": line, "COMP_CWORD": str(len(line.split(" ")) - 1)}
     return subprocess.run(
-        [sys.executable, "-c", code, f"{shell}_complete"],
-        env=environment(place) | words,
+        [sys.executable, "-c", code],
+        env=environment(place) | words | {"_SOFTCACHE_COMPLETE": f"{shell}_complete"},
         capture_output=True,
         text=True,
     )
 
 
-def test_completing_imports_nothing_heavy(place):
-    done = complete("softcache train-student --set loss.temp", place)
-    assert done.stdout.splitlines()[1::3] == ["loss.temperature=", "loss.temperature_schedule."]
-    assert done.stderr == "set()\n"
+@pytest.mark.parametrize("name", [name for name in COMMANDS if name != "completion"])
+def test_completing_a_command_imports_no_torch(place, name):
+    done = complete(f"softcache {name} --", place)
+    assert "--help" in done.stdout.splitlines()[1::3]
+    assert done.stderr == "False\n"
 
 
-def test_words_that_cannot_be_read_complete_to_nothing(place):
-    done = complete("softcache 'train-student --set", place, shell="none")
+def test_an_unknown_shell_completes_to_nothing(place):
+    done = complete("softcache train-student --set", place, shell="none")
     assert (done.returncode, done.stdout) == (1, "")
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("shell", SHELLS)
-def test_the_command_prints_the_script(shell, place):
-    done = subprocess.run(
-        ["softcache", "completion", shell], env=environment(place), capture_output=True, text=True
-    )
-    assert done.stdout == script(shell) + "\n"
-    assert "nospace" in done.stdout or "-S ''" in done.stdout or shell == "fish"
-
-
-def test_the_table_is_of_the_commands_and_keys_that_there_are():
-    assert PATH.read_text() == table_as_text(make_table()), (
-        "a command's options or a config key changed: run `python -m softcache.stages.completion_table` and commit completion.json"
-    )
-    assert json.loads(PATH.read_text())["config"]["capture.store"] == ["zarr", "parquet"]
+def test_defaults_and_choices_that_are_written_twice_agree():
+    settings = ExportSettings(export.TOLERANCE, export.ROUNDS, export.CALIBRATION_SAMPLES)
+    assert settings == ExportSettings()
+    assert fuse.RULES == RULES

@@ -9,7 +9,6 @@ from click.testing import CliRunner
 from softcache.errors import ConfigError, RunError, SpecError
 from softcache.runs import capture_labels
 from softcache.runs.sweep import run as running
-from softcache.stages import distill as stage
 from softcache.stages.cli import softcache
 from tests.support.translations import write_pairs
 
@@ -76,7 +75,7 @@ def test_one_command_makes_everything_and_a_rerun_goes_on_where_it_was_killed(in
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "capture_labels", killed)
+        patch.setattr("softcache.runs.capture_labels", killed)
         assert CliRunner().invoke(softcache, ["distill", "--config", "small.toml"]).exit_code == 1
     teacher = in_tmp / "runs/small/teacher/model.safetensors"
     made = teacher.stat().st_mtime_ns
@@ -88,7 +87,7 @@ def test_one_command_makes_everything_and_a_rerun_goes_on_where_it_was_killed(in
     assert told["cost"]["teacher_pass_seconds"] is None, "the killed pass wrote no time down"
     assert told["models"]["student.onnx"]["same_predictions"] == 1.0
 
-    monkeypatch.setattr(stage, "make_teacher", lambda *a: pytest.fail("a teacher was made again"))
+    monkeypatch.setattr("softcache.runs.make_teacher", lambda *a: pytest.fail("a teacher was made again"))
     again = run("--out", "out")
     assert "student.int8.onnx" in again
     assert "1 teacher pass; teacher training" in again
