@@ -1,9 +1,11 @@
-"""The package: what it imports, which extra has what, and what is said where one is missing."""
+"""The package: what it exports and imports, which extra has what, and the error where one is missing."""
 
+import ast
 import json
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from importlib.metadata import packages_distributions
 
 import click
@@ -16,6 +18,22 @@ from tests.support.caches import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HEAVY = ["torch", "numba", "zarr", "tensorstore", "pyarrow", "pydantic", "scipy", "pandas"]
+
+EXPORTS = {
+    "softcache": [
+        *("BlockSampler", "Cache", "DistillTrainer", "MemmapSettings", "SoftLabelDataset", "SoftLabelLoader"),
+        *("SoftLabels", "__version__", "losses", "open_cache", "sparsify"),
+    ],
+    "softcache.labels": ["Sampling", "SoftLabels", "concat"],
+    "softcache.data": ["Batch", "open_source"],
+    "softcache.cache": ["Codec", "Manifest"],
+    "softcache.losses": ["LOSSES", "LossSpec", "distillation_loss", "divergence", "forward_kl", "make_loss"],
+    "softcache.teacher": ["Teacher", "capture"],
+    "softcache.teacher.capture": ["CaptureSettings", "capture"],
+    "softcache.reader": ["BlockSampler", "Cache", "SoftLabelDataset", "SoftLabelLoader", "open_cache"],
+    "softcache.student": ["Task", "train"],
+    "softcache.modalities": ["MODALITIES", "Data", "Modality", "Score"],
+}
 
 LOADED = "import json, sys; before = set(sys.modules); {code}; print(json.dumps(sorted(set(sys.modules) - before)))"
 
@@ -40,6 +58,28 @@ def test_importing_is_light(code):
     loaded = json.loads(done.stdout)
     assert "softcache" in loaded
     assert not {name.partition(".")[0] for name in loaded} & set(HEAVY), "taken along"
+
+
+@pytest.mark.parametrize("package", EXPORTS)
+def test_a_package_exports_its_public_names(package):
+    module = import_module(package)
+    assert set(EXPORTS[package]) <= set(module.__all__)
+    assert [name for name in module.__all__ if not hasattr(module, name)] == []
+    with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'there_is_none'"):
+        _ = module.there_is_none
+
+
+def test_a_package_opens_with_a_sentence():
+    for path in sorted((ROOT / "pipeline/softcache").rglob("__init__.py")):
+        text = ast.get_docstring(ast.parse(path.read_text())) or ""
+        assert text.partition("\n\n")[0].endswith("."), path
+
+
+def test_the_names_that_read_a_cache_import_no_torch():
+    code = "from softcache.reader import Cache, open_cache; from softcache.cache import Codec, Manifest"
+    loaded = json.loads(run(LOADED.format(code=code)).stdout)
+    assert "softcache.reader.cache" in loaded
+    assert "torch" not in loaded
 
 
 def test_a_run_imports_what_only_some_runs_use_when_they_use_it():
@@ -97,8 +137,8 @@ def test_a_module_that_is_in_no_extra_is_not_explained_away(monkeypatch):
     assert not isinstance(caught.value, MissingExtraError)
 
 
-def test_every_package_of_an_extra_is_told_of():
-    """What EXTRA_BY_PACKAGE says is what pyproject.toml installs."""
+def test_every_package_of_an_extra_is_listed():
+    """EXTRA_BY_PACKAGE is what pyproject.toml installs."""
     distributions = packages_distributions()
     installed = {}
     for extra, wanted in PROJECT["optional-dependencies"].items():
@@ -110,8 +150,8 @@ def test_every_package_of_an_extra_is_told_of():
 
 def test_all_has_every_extra_of_users():
     extras = set(PROJECT["optional-dependencies"]) - {"all", "dev", "train", "docs"}
-    told = set(PROJECT["optional-dependencies"]["all"][0].partition("[")[2].rstrip("]").split(","))
-    assert told == extras
+    listed = set(PROJECT["optional-dependencies"]["all"][0].partition("[")[2].rstrip("]").split(","))
+    assert listed == extras
 
 
 def test_the_packages_are_those_of_the_tree():

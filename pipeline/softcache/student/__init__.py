@@ -19,5 +19,6 @@ each takes its slice of every batch, and its gradient weighs as much as its rows
 from softcache.student.loop import TrainBatches
 from softcache.student.run import train
 from softcache.student.settings import StudentSettings, TrainSettings
+from softcache.student.tasks.base import Task
 
-__all__ = ["StudentSettings", "TrainBatches", "TrainSettings", "train"]
+__all__ = ["StudentSettings", "Task", "TrainBatches", "TrainSettings", "train"]

@@ -1,0 +1,1 @@
+"""Where the objects of a cache are: a folder, or a bucket."""
