@@ -32,7 +32,7 @@ from benchmarks.harness import Figure, compare, draw, measure, save, show
 from benchmarks.repeated import Repeated
 from softcache.cache.codecs import OpenSettings, PackedSettings
 from softcache.config.run import RunConfig
-from softcache.data.batch import ViewedSource
+from softcache.data.images import ViewedSource
 from softcache.modalities import Data
 from softcache.models.image import build_model
 from softcache.runs import capture_labels, open_data, open_teacher

@@ -31,7 +31,7 @@ from benchmarks import break_even
 from benchmarks.harness import Figure, draw, measure, save
 from benchmarks.repeated import Repeated
 from softcache.config.run import RunConfig
-from softcache.data.batch import ViewedSource
+from softcache.data.images import ViewedSource
 from softcache.modalities import Data
 from softcache.models.image import build_model
 from softcache.reader.cache import Cache

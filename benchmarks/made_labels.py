@@ -19,7 +19,7 @@ import torch
 from softcache.cache.create import create_cache
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import open_store, publish_unit
-from softcache.data.batch import ImageBatch
+from softcache.data.images import ImageBatch
 from softcache.data.sources.text.packing import KeyedSample, TokenSample
 from softcache.data.sources.text.table import TableWriter, TokenSource
 from softcache.data.tokens import TokenData

@@ -25,7 +25,7 @@ from accelerate import PartialState
 from benchmarks.harness import machine
 from softcache.config.load import load_config
 from softcache.config.run import RunConfig
-from softcache.data.batch import ViewedSource
+from softcache.data.images import ViewedSource
 from softcache.data.sources.images.base import InMemorySource
 from softcache.modalities import Data
 from softcache.reader.dataset import HardLabelDataset

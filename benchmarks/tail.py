@@ -21,8 +21,8 @@ from softcache.labels.tail import (
     DEFAULT_TEMPERATURES,
     interpolate_log_tail,
     log_sum_exp,
-    log_tail_bounds_below_one,
 )
+from softcache.labels.tail_bounds import log_tail_bounds_below_one
 
 PROMISED = ("flat", "zipf", "peaky", "bimodal 5-15", "one-hot", "N(0,8^2)")
 FAMILIES = (*PROMISED, "bimodal 20-40", "t(2)")

@@ -12,7 +12,7 @@ import torch
 
 from softcache import BlockSampler, MemmapSettings, SoftLabelDataset, losses, open_cache
 from softcache.config.load import load_config
-from softcache.data.batch import ViewedSource
+from softcache.data.images import ViewedSource
 from softcache.data.sources import open_source
 from softcache.models.image import Normalize, build_model
 from softcache.reader.dataset import cached_views

@@ -13,9 +13,8 @@ import click
 
 from softcache import __version__
 from softcache.errors import SoftcacheError
-from softcache.runtime.distributed import claim_error_report
+from softcache.runtime.distributed import claim_error_report, is_rank_zero
 from softcache.runtime.logging import log_event
-from softcache.runtime.ranks import is_rank_zero
 from softcache.runtime.signals import Interrupted, handle_signals
 
 from .commands import LazyCommands

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from softcache.data.batch import ViewedSource
+from softcache.data.images import ViewedSource
 from softcache.data.sources import open_source
 from softcache.data.sources.images.base import InMemorySource, load_images
 from softcache.data.sources.images.custom import Subset

@@ -15,8 +15,8 @@ from softcache.labels.tail import (
     interpolate_log_tail,
     inverse_temperature,
     log_sum_exp,
-    log_tail_bounds_below_one,
 )
+from softcache.labels.tail_bounds import log_tail_bounds_below_one
 
 GRID = DEFAULT_TEMPERATURES
 OLD_GRID = (1.0, 1.1, 1.25, 1.5, 1.8, 2.5, 4.0, 8.0)

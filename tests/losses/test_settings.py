@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from softcache.config.load import load_config
-from softcache.data.batch import ImageBatch
+from softcache.data.images import ImageBatch
 from softcache.errors import ConfigError
 from softcache.labels.sparsify import dense, dense_labels_unsorted, top_k
 from softcache.losses import LOSSES, LossSettings, distillation_loss

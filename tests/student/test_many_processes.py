@@ -17,7 +17,7 @@ import torch
 from softcache.errors import LostProcessError, RunError
 from softcache.reader.cache import open_cache
 from softcache.runs import open_data, train_student
-from softcache.runtime import ranks
+from softcache.runtime import distributed
 from softcache.runtime.distributed import check_same, claim_error_report, on_cpu, translate_errors
 from softcache.runtime.logging import log_info, progress_bar
 from softcache.runtime.signals import Interrupted, handle_signals
@@ -388,8 +388,8 @@ def test_a_launcher_says_which_process_this_is(monkeypatch, environment, expecte
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert (ranks.rank(), ranks.num_ranks()) == expected
-    assert ranks.is_rank_zero() == (expected[0] == 0)
+    assert (distributed.rank(), distributed.num_ranks()) == expected
+    assert distributed.is_rank_zero() == (expected[0] == 0)
 
 
 def test_several_processes_without_an_accelerator_are_on_cpus_without_being_told(second_of_two, monkeypatch):

@@ -1,31 +1,23 @@
-"""Batches of viewed images: what the teacher labels, and what a student must see again.
+"""What batches and datasets of images, texts and boxes have in common: all that capture, reader and training loop know.
 
-Both halves of softcache load pixels here and nowhere else, so that a fingerprint taken at capture and one
-taken at training time are of the same thing by construction. `softcache.data.tokens` does the same for text;
-`Batch` and `Dataset` are what the two have in common, and all that capture, reader and training loop know.
+`softcache.data.images`, `bytes`, `boxes` and `tokens` implement it.
 
-Shape suffixes: B batch, C channels, H height, W width, P label rows.
+Shape suffixes: B batch, P label rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 import numpy as np
 
-from softcache.errors import SourceError
-from softcache.hashing.digests import fingerprints as content_fingerprints
-from softcache.labels import SoftLabels, concat
-
 if TYPE_CHECKING:
     import torch
 
-    from softcache.data.sources.images.base import Source
-    from softcache.data.transforms import Views
+    from softcache.labels import SoftLabels
 
-__all__ = ["Batch", "Dataset", "ImageBatch", "ViewedSource", "ranges"]
+__all__ = ["Batch", "Dataset", "ranges"]
 
 
 def ranges(num_samples: int, batch_size: int) -> Iterator[range]:
@@ -99,151 +91,3 @@ class Dataset(Protocol):
     ) -> Any:
         """Returns the batch of `samples`; `fingerprints` may be a mask [B] of those to take."""
         ...
-
-
-@dataclass(frozen=True, eq=False)
-class ImageBatch:
-    """Images of one view; see `Batch`. One label row per image.
-
-    Attributes:
-        images: [B, C, H, W], uint8 (or what the user's own transform returns).
-        targets: [B] int64, the ground truth.
-        seen: [B, C', H', W'], what a live teacher sees of them, where that is something else.
-    """
-
-    images: torch.Tensor
-    targets: torch.Tensor
-    samples: np.ndarray
-    view: int
-    fingerprints: np.ndarray
-    unit: int | None = None
-    labels: SoftLabels | None = None
-    seen: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.samples)
-
-    @property
-    def row_counts(self) -> np.ndarray:
-        return np.ones(len(self), np.int64)
-
-    @property
-    def positions(self) -> np.ndarray:
-        return np.zeros(len(self), np.int64)
-
-    def split(self, pieces: int) -> list[ImageBatch]:
-        if pieces == 1:
-            return [self]
-        size = -(-len(self) // pieces)
-        return [self._slice(slice(start, start + size)) for start in range(0, len(self), size)]
-
-    def _slice(self, rows: slice) -> ImageBatch:
-        return replace(
-            self,
-            images=self.images[rows],
-            targets=self.targets[rows],
-            samples=self.samples[rows],
-            fingerprints=self.fingerprints[rows],
-            labels=self.labels and self.labels.take(rows),
-            seen=None if self.seen is None else self.seen[rows],
-        )
-
-    def pin_memory(self) -> ImageBatch:
-        return replace(
-            self,
-            images=self.images.pin_memory(),
-            targets=self.targets.pin_memory(),
-            labels=self.labels and self.labels.pin_memory(),
-            seen=None if self.seen is None else self.seen.pin_memory(),
-        )
-
-    def to(self, device: torch.device) -> ImageBatch:
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=True),
-            targets=self.targets.to(device, non_blocking=True),
-            labels=self.labels and self.labels.to_torch(device, non_blocking=True),
-            seen=None if self.seen is None else self.seen.to(device, non_blocking=True),
-        )
-
-    @classmethod
-    def merge(cls, batches: Sequence[ImageBatch]) -> ImageBatch:
-        import torch
-
-        labels = [batch.labels for batch in batches if batch.labels is not None]
-        seen = [batch.seen for batch in batches if batch.seen is not None]
-        return replace(
-            batches[0],
-            images=torch.cat([batch.images for batch in batches]),
-            targets=torch.cat([batch.targets for batch in batches]),
-            samples=np.concatenate([batch.samples for batch in batches]),
-            fingerprints=np.concatenate([batch.fingerprints for batch in batches]),
-            labels=concat(labels) if labels else None,
-            seen=torch.cat(seen) if seen else None,
-        )
-
-
-class ViewedSource:
-    """A source of images seen through its views; picklable, so that loader processes can hold one each."""
-
-    kind: Literal["image", "tokens", "cells"] = "image"
-
-    def __init__(self, source: Source, views: Views) -> None:
-        self.source, self.views = source, views
-        self._targets: np.ndarray | None = None
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def identity(self, num_views: int) -> dict[str, dict[str, Any]]:
-        """Returns the views' part of a cache's identity."""
-        settings = self.views.settings.model_dump(mode="json")
-        return {"views": {"digest": self.views.digest, "num_views": num_views, "settings": settings}}
-
-    def load(
-        self, samples: Sequence[int] | np.ndarray, view: int, *, fingerprints: bool | np.ndarray = True
-    ) -> ImageBatch:
-        """Returns the images of `samples` as the view shows them.
-
-        Args:
-            fingerprints: of which samples to take the fingerprint: all, none, or a mask [B].
-
-        Raises:
-            SourceError: an image cannot be read, or the images differ in shape.
-        """
-        import torch
-
-        from softcache.data.sources.images.base import load_images
-
-        numbers = np.asarray(samples, np.int64)
-        keys = [self.source.key(sample) for sample in numbers.tolist()]
-        viewed = self.views.apply_batch(load_images(self.source, numbers), keys=keys, view=view)
-        if not isinstance(viewed, torch.Tensor):
-            _check_shapes(viewed, keys, view)
-            viewed = torch.stack(viewed)
-        prints = np.zeros(len(numbers), np.uint64)
-        wanted = np.flatnonzero(np.broadcast_to(fingerprints, len(numbers)))
-        if len(wanted) == len(numbers):
-            prints = content_fingerprints(keys, view, viewed.numpy())
-        elif len(wanted):
-            chosen = [keys[row] for row in wanted.tolist()]
-            prints[wanted] = content_fingerprints(chosen, view, viewed.numpy()[wanted])
-        if self._targets is None:
-            self._targets = np.asarray(self.source.targets(), np.int64)
-        return ImageBatch(viewed, torch.from_numpy(self._targets[numbers]), numbers, view, prints)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_targets": None}
-
-
-def _check_shapes(images: Sequence[torch.Tensor], keys: Sequence[str], view: int) -> None:
-    for image, key in zip(images, keys, strict=True):
-        if image.shape != images[0].shape:
-            raise SourceError(
-                f"sample {key!r}, view {view}: image of shape {tuple(image.shape)}; expected "
-                f"{tuple(images[0].shape)} like the others of its batch; set views.size"
-            )

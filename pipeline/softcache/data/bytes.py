@@ -1,7 +1,7 @@
 """Batches of encoded files: the bytes of each sample, padded to the longest of its batch.
 
 A byte is its value, 0 to 255; 256 stands where a shorter file has ended. There is one label row per sample, as of images,
-and `softcache.data.batch` does the rest.
+and `softcache.data.images` does the rest.
 
 Shape suffixes: B batch, L bytes of the longest file of the batch.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from softcache.data.batch import ImageBatch
+from softcache.data.images import ImageBatch
 
 if TYPE_CHECKING:
     import torch

@@ -20,9 +20,9 @@ from softcache.labels.tail import (
     interpolate_log_tail,
     inverse_temperature,
     log_sum_exp,
-    log_tail_bounds_below_one,
     working_dtype,
 )
+from softcache.labels.tail_bounds import log_tail_bounds_below_one
 
 if TYPE_CHECKING:
     from softcache.labels.soft_labels import SoftLabels

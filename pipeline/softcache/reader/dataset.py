@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from softcache.data.batch import Dataset, ViewedSource
+from softcache.data.batch import Dataset
+from softcache.data.images import ViewedSource
 from softcache.errors import AlignmentError, ManifestError
 from softcache.hashing.splitmix import SPLITMIX64_GAMMA, splitmix64
 from softcache.reader.alignment import attach_labels, check_alignment
@@ -64,7 +65,7 @@ def as_teacher_saw(source: Any, cache: Cache, views: Views | None = None) -> Dat
         across = cache.manifest.identity["attention"]["digest"] == "across documents"
         return TokenData(source, cross_documents=across)
     if cache.manifest.kind == "cells":
-        from softcache.data.scenes import ViewedScenes
+        from softcache.data.boxes import ViewedScenes
 
         return ViewedScenes(source, views or cached_views(cache), rows_per_sample=cells_per_image(cache))
     return ViewedSource(source, views or cached_views(cache))

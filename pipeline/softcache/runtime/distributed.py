@@ -5,6 +5,9 @@
 A process that fails claims the error report in the launcher's store before its connections close, and prints its message;
 the others, whose next exchange then fails, find the report claimed and exit silently. So a run prints one message. For one
 that is killed, the first of the others to notice prints it. A process that hangs is noticed by the timeout.
+
+Rank and number of the processes come from the launcher's environment variables: torchrun and `accelerate launch` set RANK
+and WORLD_SIZE, MPI launchers have names of their own. torch and accelerate are imported where a process needs them.
 """
 
 from __future__ import annotations
@@ -16,7 +19,6 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from softcache.errors import LostProcessError, RunError
-from softcache.runtime.ranks import num_ranks, rank
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -25,15 +27,43 @@ __all__ = [
     "broadcast_from_rank0",
     "check_same",
     "claim_error_report",
+    "is_rank_zero",
     "join",
     "leave",
+    "num_ranks",
     "on_cpu",
+    "rank",
     "translate_errors",
 ]
 
 STORE_SECONDS = 10.0
 # What gloo and the store say when the other end is gone or silent; NCCL has an error class of its own.
 _BROKEN = ("gloo", "Connection closed", "Connection reset", "Timed out waiting", "Broken pipe")
+# In the order in which accelerate looks for them.
+_RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def rank() -> int:
+    """Returns this process's number, from 0; 0 where a run has one process."""
+    return _first_number(_RANK, 0) if num_ranks() > 1 else 0
+
+
+def num_ranks() -> int:
+    """Returns how many processes the run was started with."""
+    return max(1, _first_number(_SIZE, 1))
+
+
+def is_rank_zero() -> bool:
+    """Returns whether this is the process that prints, writes and exports."""
+    return rank() == 0
+
+
+def _first_number(names: tuple[str, ...], default: int) -> int:
+    for name in names:
+        if (found := os.environ.get(name, "")).isdecimal():
+            return int(found)
+    return default
 
 
 def on_cpu(device: str) -> bool:

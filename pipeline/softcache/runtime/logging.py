@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 
-from softcache.runtime.ranks import is_rank_zero
+from softcache.runtime.distributed import is_rank_zero
 
 __all__ = [
     "Advance",

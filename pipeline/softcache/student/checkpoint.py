@@ -28,8 +28,7 @@ import xxhash
 from accelerate import Accelerator
 
 from softcache.errors import RunError, StorageError
-from softcache.runtime.distributed import broadcast_from_rank0
-from softcache.runtime.ranks import is_rank_zero
+from softcache.runtime.distributed import broadcast_from_rank0, is_rank_zero
 from softcache.student.bucket_sync import BucketSync
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from softcache.data.batch import ImageBatch
+from softcache.data.images import ImageBatch
 from softcache.errors import ConfigError, LabelError
 from softcache.models.image import Normalize, build_model
 from softcache.models.spec import parse_spec

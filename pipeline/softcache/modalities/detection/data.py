@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from softcache.data.boxes import DetectionBatch
-from softcache.data.scenes import ViewedScenes
+from softcache.data.boxes import DetectionBatch, ViewedScenes
 from softcache.data.sources.base import Split
 from softcache.errors import ConfigError
 from softcache.labels import DetectionLabels

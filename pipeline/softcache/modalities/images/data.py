@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from softcache.data.batch import Dataset, ViewedSource
+from softcache.data.batch import Dataset
+from softcache.data.images import ViewedSource
 from softcache.modalities.images.splits import ImageSplits
 from softcache.modalities.images.student import StudentImages
 from softcache.models.image import build_model

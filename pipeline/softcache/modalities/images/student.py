@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from softcache.data.batch import Dataset, ViewedSource
+from softcache.data.batch import Dataset
 from softcache.data.bytes import ByteData
+from softcache.data.images import ViewedSource
 from softcache.data.pairing import pair_sources
 from softcache.data.sources.images.encoded import BytesSettings
 from softcache.data.sources.images.image_folder import ImageFolderSource

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from softcache.data.scenes import ViewedScenes
+from softcache.data.boxes import ViewedScenes
 from softcache.errors import SpecError
 from softcache.models.detection.detector import Detector
 from softcache.models.image import Normalize

@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from softcache.data.batch import Dataset, ImageBatch
+from softcache.data.batch import Dataset
+from softcache.data.images import ImageBatch
 from softcache.data.pairing import Pairing
 from softcache.reader.cache import Cache, CachedBatch
 from softcache.reader.dataset import FingerprintedSamples, SoftLabelDataset, group_by_view

@@ -31,8 +31,8 @@ from softcache.runs import cache_is_ready
 from softcache.runs.sweep.space import Space, baseline_params, checked_space, format_params
 from softcache.runs.sweep.study import SharedStudy
 from softcache.runs.sweep.trial import TrialContext, run_trial
+from softcache.runtime.distributed import num_ranks
 from softcache.runtime.logging import log_info
-from softcache.runtime.ranks import num_ranks
 from softcache.runtime.signals import Interrupted, handle_signals, raise_if_signalled
 
 __all__ = ["Sweep", "open_sweep", "run_sweep"]

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from softcache.data.batch import ImageBatch, ViewedSource
+from softcache.data.images import ImageBatch, ViewedSource
 from softcache.errors import ConfigError, MissingExtraError
 from softcache.losses import LossSettings, cross_entropy
 from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS

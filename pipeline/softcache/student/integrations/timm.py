@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from softcache.data.batch import ImageBatch, ViewedSource
+from softcache.data.images import ImageBatch, ViewedSource
 from softcache.errors import ConfigError
 from softcache.losses import LossSettings, distillation_loss
 from softcache.reader.dataset import HardLabelDataset, SoftLabelDataset, cached_views

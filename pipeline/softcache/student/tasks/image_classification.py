@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from softcache.data.batch import Dataset, ImageBatch
+from softcache.data.batch import Dataset
+from softcache.data.images import ImageBatch
 from softcache.errors import SpecError
 from softcache.labels.sparsify import dense
 from softcache.losses import LossMix, LossSettings, cross_entropy, distillation_loss, row_weights

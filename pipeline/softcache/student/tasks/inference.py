@@ -15,8 +15,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from softcache.data.batch import ImageBatch
 from softcache.data.bytes import PADDING
+from softcache.data.images import ImageBatch
 from softcache.data.tokens import TokenBatch
 from softcache.models.language.backbone_head import accepts_argument, tensor_in
 

@@ -23,8 +23,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from softcache.data.boxes import DetectionBatch
-from softcache.data.scenes import ViewedScenes
+from softcache.data.boxes import DetectionBatch, ViewedScenes
 from softcache.errors import LabelError, SpecError
 from softcache.labels import BernoulliLabels, DetectionLabels
 from softcache.losses import LossMix, LossSettings, forward_kl
