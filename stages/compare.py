@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softcache.modalities import modality_of, modality_of_kind
+from softcache.modalities import modality_of
 from softcache.reader.cache import Cache
 
 from .options import cache_option, config_options, json_option, print_json, print_table
@@ -76,7 +76,7 @@ def _print(
     results: dict[str, list[dict[str, Any]]],
     as_json: bool,
 ) -> None:
-    score = modality_of_kind(cache.manifest.kind).score
+    score = modality_of(config).score
     metric = score.metric
     teacher = getattr(cache.manifest.teacher, score.of_teacher)
     figures = {

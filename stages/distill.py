@@ -16,7 +16,7 @@ import click
 
 from softcache.cache.storage.base import is_bucket
 from softcache.errors import ConfigError, RunError
-from softcache.modalities import modality_of_kind
+from softcache.modalities import modality_of
 from softcache.reader.cache import Cache
 from softcache.runtime.logging import log_info
 
@@ -132,7 +132,7 @@ def _searched(config: RunConfig, cache: Cache) -> _Made:
     best, written = best_trial(sweep), write_best(sweep)
     assert best.place is not None, "a finished trial has a run"
     results = [result for result in ranked_trials(sweep) if result.state in ("complete", "pruned")]
-    score = f"{sweep.bench.metric} {modality_of_kind(cache.manifest.kind).score.format(best.value)}"
+    score = f"{sweep.bench.metric} {modality_of(config).score.format(best.value)}"
     log_info(
         f"sweep: {len(results)} trials; the best is trial {best.number}, {score}; as a config: {written}"
     )

@@ -16,7 +16,7 @@ import click
 
 from softcache.cache.storage.base import is_bucket
 from softcache.errors import RunError
-from softcache.modalities import modality_of_kind
+from softcache.modalities import modality_of
 
 from .options import (
     cache_option,
@@ -131,7 +131,7 @@ def _print_trials(sweep: Sweep) -> None:
     from softcache.runs.sweep.results import ranked_trials
 
     results = ranked_trials(sweep)
-    format_score = modality_of_kind(sweep.bench.cache.manifest.kind).score.format
+    format_score = modality_of(sweep.bench.config).score.format
     columns = ("trial", sweep.bench.metric, "state", *sweep.space, "epochs", "seconds")
     note = "the best is chosen by the held-out samples and one seed: repeat it with --seeds before you believe it"
     print_table(
@@ -155,7 +155,7 @@ def _row(sweep: Sweep, format_score: Callable[[float | None], str], result: Resu
 
 
 def _print_repeats(sweep: Sweep, again: list[Repeated], seeds: int) -> None:
-    score = modality_of_kind(sweep.bench.cache.manifest.kind).score
+    score = modality_of(sweep.bench.config).score
     rows = [
         (
             "config as it is" if row.number is None else f"trial {row.number}",

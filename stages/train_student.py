@@ -7,6 +7,8 @@ softcache train-student --config configs/digits.toml --student timm:test_resnet
 
 import click
 
+from softcache.modalities import modality_of
+
 from .options import (
     cache_option,
     complete_file,
@@ -84,6 +86,6 @@ def train_student_command(
     if as_json:
         print_json(student_report(cache, [(cached, hard)]))
         return
-    for table in student_tables(cache, [(cached, hard)]):
+    for table in student_tables(cache, [(cached, hard)], modality_of(config)):
         print_table(*table)
     click.echo(f"weights, metrics and config: {cached['out']}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from softcache.modalities import modality_of, modality_of_kind
+from softcache.modalities import modality_of
 
 from .options import cache_option, config_options, json_option, print_json, print_table
 
@@ -47,10 +47,10 @@ def train_students(
     for model in models or modality_of(config).models(config):
         cached = train_student(config, data, model=model, labels="cache", cache=cache)
         results.append((cached, train_student(config, data, model=model, labels="ground_truth")))
-    score = modality_of_kind(cache.manifest.kind).score
+    score = modality_of(config).score
     results.sort(key=lambda pair: pair[0][score.metric], reverse=score.larger_is_better)
     if as_json:
         print_json(student_report(cache, results))
         return
-    for table in student_tables(cache, results):
+    for table in student_tables(cache, results, modality_of(config)):
         print_table(*table)

@@ -28,6 +28,7 @@ REASONS = {
     "checkout": "works on the checkout that the tests run from, as the CI does",
     "gpu": "needs a GPU",
     "hours": "is a measurement whose smallest useful size takes too long, or too much memory, for a test",
+    "page": "is run word for word by tests/docs/test_extend.py, in an empty folder",
     "machines": "needs several machines, or a cluster's own software",
     "shell": "is for another shell than bash",
     "yours": "needs what only the reader has, such as credentials",

@@ -8,7 +8,7 @@ from typing import Annotated, Self
 from pydantic import Field, SerializeAsAny, model_validator
 
 from softcache.config.sweep import SweepSettings
-from softcache.data.sources.base import SourceSettings, source_table
+from softcache.data.sources.base import SourceSettings, built_in_sources, source_table
 from softcache.data.transforms import ViewSettings
 from softcache.labels.sparsify import AnyLabelSettings, TopK
 from softcache.losses import LOSSES, AnyLoss
@@ -39,7 +39,7 @@ class RunConfig(Settings):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     cache: str | None = Field(None, min_length=1)
-    source: Annotated[SerializeAsAny[SourceSettings], source_table(_source_class, MODALITIES.names)]
+    source: Annotated[SerializeAsAny[SourceSettings], source_table(_source_class, built_in_sources)]
     views: ViewSettings = ViewSettings()
     teacher: TeacherSettings | None = None
     train_teacher: TrainSettings | None = None

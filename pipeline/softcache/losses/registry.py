@@ -70,7 +70,7 @@ class LossSpec:
 
 
 LOSSES: Registry[LossSpec] = Registry(
-    "loss", package="softcache.losses.divergences", group="softcache.losses"
+    "loss", package="softcache.losses.divergences", group="softcache.losses", instance_of=LossSpec
 )
 
 
@@ -85,7 +85,16 @@ def divergence(
     weighs_truth: bool = False,
     fast_paths: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Tensor]], LossSpec]:
-    """Returns the decorator that makes a loss of a formula over buckets; arguments as the attributes of `LossSpec`."""
+    """Returns the decorator that makes a loss of a formula over buckets; arguments as the attributes of `LossSpec`.
+
+    Raises:
+        SpecError: `settings` is no settings model.
+    """
+    if not (isinstance(settings, type) and issubclass(settings, Settings)):
+        raise SpecError(
+            f"divergence: expected a subclass of softcache.settings.Settings; found {settings!r}; write @divergence() "
+            "above the formula of a loss without parameters"
+        )
     return lambda formula: LossSpec(
         formula,
         settings,

@@ -10,7 +10,6 @@ from softcache.modalities.base import (
     Modality,
     Score,
     modality_of,
-    modality_of_kind,
     percent,
 )
 
@@ -23,7 +22,6 @@ __all__ = [
     "Modality",
     "Score",
     "modality_of",
-    "modality_of_kind",
     "open_data",
     "percent",
 ]

@@ -1,19 +1,20 @@
 """What a modality is: images, texts, images with boxes, pairs of texts, or the user's own.
 
-A modality is one package (or one module of the user's) that registers a subclass of `Modality` under the name that
-`source.modality` has. The class itself needs no torch: commands that only read a cache ask it what its score is called;
-what needs torch is imported by `open`.
+A modality is a subclass of `Modality`, which names the kind of its labels and the score of its students, and a subclass
+of `Data`, which opens the two splits and makes teachers and tasks. `source.modality` finds it by its registered name, as
+`package.module:Audio` of the user's own, or by an entry point of the group `softcache.modalities`. The first class needs no
+torch: commands ask it for the score alone. What needs torch is imported by `open`.
 
     @MODALITIES.register("audio")
     class Audio(Modality):
         name, kind, score = "audio", "image", Score(...)
 
-        def open(self, config): ...
+        def open(self, config): return AudioData(config)
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -33,7 +34,6 @@ __all__ = [
     "Modality",
     "Score",
     "modality_of",
-    "modality_of_kind",
     "percent",
 ]
 
@@ -85,60 +85,78 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f}%"
 
 
-class Data(Protocol):
+class Data:
     """The two splits of a run's data, and the teachers and students that are made for them.
+
+    A subclass sets `train` and `evaluation` and defines `teacher` and `task`; the rest is for students that read what the
+    teacher saw, with one label row per sample.
 
     Attributes:
         train, evaluation: a `softcache.data.batch.Dataset` each.
-        rows_of: [N] label rows of each training sample; None where every sample has the same number.
     """
 
     train: Any
     evaluation: Any
 
     @property
-    def rows_of(self) -> np.ndarray | None: ...
+    def rows_of(self) -> np.ndarray | None:
+        """[N] label rows of each training sample; None where every sample has the same number."""
+        return None
+
     @property
-    def num_classes(self) -> int: ...
+    def num_classes(self) -> int:
+        return int(self.train.source.num_classes)
 
     def identity(self) -> dict[str, Any]:
         """Returns what distinguishes runs on this data from others."""
-        ...
+        return {"source": self.train.source.digest, "evaluation": self.evaluation.source.digest}
 
     def student_data(self, config: RunConfig) -> Any:
-        """Returns what the student reads: this, or its own source or tokens."""
-        ...
+        """Returns what the student reads: this, or its own source or tokens.
+
+        Raises:
+            ConfigError: the config has the student read something else, which this data has no pairing for.
+        """
+        if config.student.has_own_input:
+            raise ConfigError(
+                "student.source and student.views: for students of images; a student of source.modality = "
+                f"{config.source.modality!r} reads what the teacher saw; drop the tables"
+            )
+        return self
 
     def replays_teacher_views(self, config: RunConfig) -> bool:
-        """Returns whether the student sees every view that the teacher saw."""
-        ...
+        """Returns whether the student sees every view that the teacher saw; else it has its plain view only."""
+        return True
 
     def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, np.ndarray | None]:
         """Returns the student's dataset of labeled samples, and the numbers of those that it has (None: all)."""
-        ...
+        from softcache.reader.dataset import SoftLabelDataset
+
+        return SoftLabelDataset(self.train, cache, **config.reader.fingerprint_checks), None
 
     def check_student(self, model: str, cache: Cache) -> None:
         """Raises IdentityError where a student of that spec cannot have the cache's labels."""
 
     def unlabeled_dataset(self, config: RunConfig) -> Any:
         """Returns the student's samples without labels."""
-        ...
+        return self.student_data(config).train
 
     def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:
         """Returns the teacher with its weights, on the device and dtype of [capture]."""
-        ...
+        raise NotImplementedError
 
     def task(self, config: RunConfig, model: str, teacher: Teacher | None = None) -> Any:
         """Returns the task of a student of that spec; `teacher` labels its batches online."""
-        ...
+        raise NotImplementedError
 
 
 class Modality:
-    """One kind of data; stateless.
+    """One kind of data; stateless. A subclass defines `kind`, `score` and `open`.
 
     Attributes:
-        name: the value of `source.modality`.
-        kind: of its caches' labels, in the manifest.
+        name: the first part of the names of its sources, `NAME/SOURCE`.
+        kind: of its caches' labels, in the manifest: "image" for one row per sample, "tokens" for a row per token,
+            "cells" for a row per kept anchor.
         score: what its students are compared by.
         unit: what the title of a table of students adds; "" for nothing.
         more_scores: further columns of that table.
@@ -147,14 +165,24 @@ class Modality:
         has_report: whether `softcache report` and `export` show its students.
     """
 
-    name: ClassVar[str]
+    name: ClassVar[str] = ""
     kind: ClassVar[LabelKind]
     score: ClassVar[Score]
     unit: ClassVar[str] = ""
     more_scores: ClassVar[tuple[Score, ...]] = ()
     is_text: ClassVar[bool] = False
     has_views: ClassVar[bool] = False
-    has_report: ClassVar[bool] = True
+    has_report: ClassVar[bool] = False
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        kind, score = getattr(cls, "kind", None), getattr(cls, "score", None)
+        if kind not in get_args(LabelKind) or not isinstance(score, Score) or cls.open is Modality.open:
+            raise ConfigError(
+                f"modality {cls.__module__}:{cls.__qualname__}: expected kind ({', '.join(get_args(LabelKind))}), score (a "
+                f"softcache.modalities.Score) and a method open; found kind {kind!r}, score {score!r}"
+                f"{' and no open' if cls.open is Modality.open else ''}"
+            )
 
     def source_class(self, name: str) -> type[SourceSettings]:
         """Returns the settings class of the source of that name."""
@@ -180,15 +208,14 @@ class Modality:
 
 
 MODALITIES: Registry[type[Modality]] = Registry(
-    "modality", package="softcache.modalities", group="softcache.modalities", error=ConfigError
+    "modality",
+    package="softcache.modalities",
+    group="softcache.modalities",
+    error=ConfigError,
+    subclass_of=Modality,
 )
 
 
 def modality_of(config: RunConfig) -> Modality:
     """Returns the modality of a config's source."""
     return MODALITIES.get(config.source.modality)()
-
-
-def modality_of_kind(kind: str) -> Modality:
-    """Returns the first modality whose caches have labels of that kind, for code that has a cache alone."""
-    return next(chosen() for _, chosen in MODALITIES.items() if chosen.kind == kind)

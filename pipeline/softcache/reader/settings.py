@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache, open_cache
 from softcache.reader.memmap import MemmapSettings
 from softcache.settings import Settings
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["ReaderSettings"]
 
@@ -38,6 +35,14 @@ class ReaderSettings(Settings):
     fingerprint_first: int = Field(1024, ge=0)
     verify: bool = True
     num_views: int | None = Field(None, ge=1)
+
+    @property
+    def fingerprint_checks(self) -> dict[str, Any]:
+        """The arguments of a dataset that compares fingerprints (`softcache.reader.dataset.SoftLabelDataset`)."""
+        return {
+            "fingerprint_fraction": self.fingerprint_fraction,
+            "fingerprint_first": self.fingerprint_first,
+        }
 
     def open_cache(self, url: str) -> Cache:
         """Returns the cache at a path or URL, to be read as these settings say; raises as

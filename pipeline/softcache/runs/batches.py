@@ -8,7 +8,7 @@ import numpy as np
 
 from softcache.config.run import RunConfig
 from softcache.errors import ConfigError, IncompleteCacheError
-from softcache.modalities import Data
+from softcache.modalities import Data, modality_of
 from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache
 from softcache.reader.dataset import HardLabelDataset
 from softcache.reader.order import BlockShuffle
@@ -87,7 +87,7 @@ def hard_label_batches(config: RunConfig, data: Data) -> TrainBatches:
     everything = np.arange(len(dataset))
     # Every epoch sees a fresh view (text has one, and so has who cannot replay): the baselines get the full strength of
     # the augmentation.
-    fresh = samples.kind != "tokens" and data.replays_teacher_views(config)
+    fresh = modality_of(config).has_views and data.replays_teacher_views(config)
     block = default_plan(samples, config.capture).chunk_samples
     order = _order(
         config,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from softcache.modalities import modality_of_kind, percent
+from softcache.modalities import Modality, percent
 from softcache.reader.cache import Cache
 
 __all__ = ["ResultTable", "student_report", "student_tables", "translation_rows"]
@@ -30,9 +30,8 @@ class ResultTable(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
-def student_tables(cache: Cache, results: Results) -> list[ResultTable]:
+def student_tables(cache: Cache, results: Results, modality: Modality) -> list[ResultTable]:
     """Returns the table of students, and for students that translate a table of chrF and BLEU per language."""
-    modality = modality_of_kind(cache.manifest.kind)
     more = (score.title for score in modality.more_scores)
     columns = (
         "student",
@@ -45,15 +44,14 @@ def student_tables(cache: Cache, results: Results) -> list[ResultTable]:
         "seconds",
     )
     title = f"students from {cache.url}{modality.unit}"
-    tables = [ResultTable(title, columns, [_student_row(cache, *pair) for pair in results])]
+    tables = [ResultTable(title, columns, [_student_row(cache, modality, *pair) for pair in results])]
     if rows := list(translation_rows(results)):
         tables.append(ResultTable("translations of the held-out texts, of 100", TRANSLATION_COLUMNS, rows))
     return tables
 
 
-def _student_row(cache: Cache, cached: Metrics, hard: Metrics | None) -> tuple[str, ...]:
-    teacher, modality = cache.manifest.teacher, modality_of_kind(cache.manifest.kind)
-    score = modality.score
+def _student_row(cache: Cache, modality: Modality, cached: Metrics, hard: Metrics | None) -> tuple[str, ...]:
+    teacher, score = cache.manifest.teacher, modality.score
     extra = [other.format(cached[other.metric]) for other in modality.more_scores]
     share = cached["num_parameters"] / teacher.num_parameters if teacher.num_parameters else None
     return (

@@ -8,9 +8,9 @@ decorator under its name:
     @LOSSES.register("forward_kl")
     def forward_kl(...): ...
 
-`get` finds it by that name, by `package.module:Name` of the user's own, or by an entry point of the group
-`softcache.losses` in an installed package. The modules of `package` are imported at the first lookup, so a new variant
-is one new file.
+`get` finds it by that name, by `package.module:Name` of the user's own, or by the name or value of an entry point of the
+group `softcache.losses` in an installed package. The modules of `package` are imported at the first lookup, so a new
+variant is one new file.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Registry(Generic[T]):
         group: the entry-point group of other packages' variants, such as `softcache.losses`.
         error: what is raised for an unknown name.
         recursive: whether the modules of the package's subpackages are imported, too.
+        subclass_of, instance_of: what a variant of the user's or of another package must be; None for no check.
     """
 
     def __init__(
@@ -52,9 +53,12 @@ class Registry(Generic[T]):
         group: str,
         error: type[Exception] = SpecError,
         recursive: bool = False,
+        subclass_of: type | None = None,
+        instance_of: type | None = None,
     ) -> None:
         self.kind, self.group, self._is_recursive = kind, group, recursive
         self._package, self._error = package, error
+        self._subclass_of, self._instance_of = subclass_of, instance_of
         self._variants: dict[str, T] = {}
         self._custom: dict[str, T] = {}
         self._is_loaded = False
@@ -90,7 +94,8 @@ class Registry(Generic[T]):
                 `package.module:Name` is then found only if this process has looked it up or added it before.
 
         Raises:
-            SpecError (or this registry's `error`): there is none, or its module cannot be imported.
+            SpecError (or this registry's `error`): there is none, its module cannot be imported, or what it names is
+                no variant of this registry.
         """
         self._load()
         if name in self._variants:
@@ -101,7 +106,7 @@ class Registry(Generic[T]):
             self._custom[name] = self._import(name)
             return self._custom[name]
         for point in entry_points(group=self.group):
-            if point.name == name:
+            if name in (point.name, point.value):
                 return self._import(point.value)
         hint = did_you_mean(name, self.names()) or f"known: {', '.join(self.names())}"
         raise self._error(f"{self.kind} {name!r}: unknown; {hint} (a custom one is package.module:Name)")
@@ -123,7 +128,20 @@ class Registry(Generic[T]):
             raise self._error(
                 f"{self.kind} {path!r}: expected package.module:Name that can be imported; found {error}"
             ) from error
+        if problem := self._problem(found):
+            raise self._error(f"{self.kind} {path!r}: {problem}")
         return found
+
+    def _problem(self, found: Any) -> str | None:
+        """Returns why something is no variant of this registry; None if it is one."""
+        if (base := self._subclass_of) is not None:
+            if not (isinstance(found, type) and issubclass(found, base)):
+                return f"expected a subclass of {base.__module__}.{base.__name__}; found {_described(found)}"
+            if missing := sorted(getattr(found, "__abstractmethods__", ())):
+                return f"expected a class that defines {', '.join(missing)}, as every {self.kind}"
+        if (base := self._instance_of) is not None and not isinstance(found, base):
+            return f"expected a {base.__module__}.{base.__name__}; found {_described(found)}"
+        return None
 
     def _load(self) -> None:
         if self._is_loaded:
@@ -137,6 +155,11 @@ class Registry(Generic[T]):
         except BaseException:  # the next lookup must not take the part that was imported for the whole
             self._is_loaded = False
             raise
+
+
+def _described(found: Any) -> str:
+    name = getattr(found, "__qualname__", None)
+    return f"the {type(found).__name__} {name}" if isinstance(name, str) else repr(found)
 
 
 @dataclass(frozen=True)
@@ -157,14 +180,20 @@ class Variant:
         """Returns the settings model that reads a table.
 
         Raises:
-            ValidationError: no variant has the name that the table has.
+            ValidationError: no variant has the name that the table has, or the variant has no settings model.
         """
         name = table.get(self.key, self.default)
         try:
             chosen = self.registry.get(name if isinstance(name, str) else self.default)
+            model = self.settings_of(chosen)
+            if not (isinstance(model, type) and issubclass(model, BaseModel)):
+                raise SpecError(
+                    f"{self.registry.kind} {name!r}: its settings: expected a subclass of softcache.settings.Settings; "
+                    f"found {_described(model)}"
+                )
         except SoftcacheError as error:
             raise self._errors([((self.key,), name, str(error))]) from error
-        return self.settings_of(chosen)
+        return model
 
     def __call__(self, value: Any) -> Any:
         if not isinstance(value, dict):

@@ -8,7 +8,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 
 from softcache.data.pairing import PairingSettings
 from softcache.data.sources.base import SourceSettings, source_table
-from softcache.data.sources.images.encoded import student_source_class
+from softcache.data.sources.images.encoded import student_source_class, student_source_classes
 from softcache.data.transforms.student import StudentViewSettings
 from softcache.settings import Settings
 
@@ -17,7 +17,7 @@ __all__ = ["StudentSettings", "TrainSettings"]
 
 StudentSource = Annotated[
     SerializeAsAny[SourceSettings],
-    source_table(student_source_class, lambda: ["image", "bytes"]),
+    source_table(student_source_class, student_source_classes),
 ]
 
 

@@ -20,8 +20,6 @@ from softcache.settings import Settings
 
 __all__ = ["CODECS", "AnyCodecSettings", "Codec", "CodecSettings", "codec_from_dict"]
 
-CODECS: Registry[type[Codec]] = Registry("codec", package="softcache.cache.codecs", group="softcache.codecs")
-
 
 class CodecSettings(Settings):
     """`[capture.codec]`: a codec by name; the settings that a codec reads are those of a subclass."""
@@ -109,6 +107,11 @@ class Codec(ABC):
         """
 
 
+CODECS: Registry[type[Codec]] = Registry(
+    "codec", package="softcache.cache.codecs", group="softcache.codecs", subclass_of=Codec
+)
+
+
 def codec_from_dict(described: Mapping[str, Any]) -> Codec:
     """Returns the codec that a manifest describes.
 
@@ -136,19 +139,13 @@ def codec_from_dict(described: Mapping[str, Any]) -> Codec:
     return codec
 
 
-def _settings_of(codec: Any) -> type[CodecSettings]:
-    if not (isinstance(codec, type) and issubclass(codec, Codec)):
-        raise ValueError(f"expected a subclass of softcache.cache.Codec; found {codec!r}")
-    return codec.settings
-
-
 def _table(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
 
 
 AnyCodecSettings = Annotated[
     SerializeAsAny[CodecSettings],
-    variant(CODECS, _settings_of, key="name", default="open"),
+    variant(CODECS, lambda codec: codec.settings, key="name", default="open"),
     BeforeValidator(_table),
 ]
 """The type of a field that holds `[capture.codec]` of any codec; a bare name stands for a table with that name."""

@@ -14,7 +14,7 @@ A source is a settings class with a method that reads it, registered under its m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ __all__ = [
     "SourceSettings",
     "SourceTable",
     "Split",
+    "built_in_sources",
     "open_source",
     "source_class",
     "source_settings",
@@ -76,16 +77,21 @@ def source_class(modality: str, name: str) -> type[SourceSettings]:
         name: registered for the modality, or `package.module:Name` of a settings class or of a function of the split.
 
     Raises:
-        SpecError: there is none of that name.
+        SpecError: there is none of that name, or it is neither of them.
     """
-    if ":" in name:
-        found = SOURCES.get(name)
-        is_class = isinstance(found, type) and issubclass(found, SourceSettings)
-        return found if is_class else SOURCES.get(f"{modality}/{CUSTOM}")
-    if name not in (known := names_of(modality)):
+    if ":" not in name and name not in (known := names_of(modality)):
         hint = did_you_mean(name, known) or f"known: {', '.join(known)}"
         raise SpecError(f"source {name!r}: unknown; {hint} (a custom one is package.module:Name)")
-    return SOURCES.get(f"{modality}/{name}")
+    found, custom = SOURCES.get(name if ":" in name else f"{modality}/{name}"), f"{modality}/{CUSTOM}"
+    if isinstance(found, type) and issubclass(found, SourceSettings):
+        return found
+    takes_functions = ":" in name and custom in SOURCES
+    if callable(found) and takes_functions:
+        return SOURCES.get(custom)
+    function = ", or a function called with split=" if takes_functions else ""
+    raise SpecError(
+        f"source {name!r}: expected a subclass of softcache.data.SourceSettings{function}; found {found!r}"
+    )
 
 
 @dataclass(frozen=True)
@@ -93,12 +99,10 @@ class SourceTable(Variant):
     """Reads a [source] table by the settings of the source that `modality` and `name` choose; made by `source_table`."""
 
     class_of: Callable[[str, str], type[SourceSettings]]
-    modalities: Callable[[], list[str]]
+    known: Callable[[], Iterable[type[SourceSettings]]]
 
     def models(self) -> Iterator[type[BaseModel]]:
-        for modality in self.modalities():
-            for name in names_of(modality) or names_of("image"):  # bytes are of any source of images
-                yield self.class_of(modality, name)
+        yield from self.known()
 
     def model_of(self, table: dict[str, Any]) -> type[BaseModel]:
         if not isinstance(name := table.get("name"), str):
@@ -116,15 +120,20 @@ class SourceTable(Variant):
 
 
 def source_table(
-    class_of: Callable[[str, str], type[SourceSettings]], modalities: Callable[[], list[str]]
+    class_of: Callable[[str, str], type[SourceSettings]], known: Callable[[], Iterable[type[SourceSettings]]]
 ) -> BeforeValidator:
     """Returns the pydantic validator of a [source] table, which its `modality` and `name` choose.
 
     Args:
         class_of: from a modality and a name to the settings class.
-        modalities: returns those whose sources a table may name, for completion.
+        known: returns those of the built-in sources, whose keys an error about an unknown key names.
     """
-    return BeforeValidator(SourceTable(SOURCES, lambda chosen: chosen, "name", "", class_of, modalities))
+    return BeforeValidator(SourceTable(SOURCES, lambda chosen: chosen, "name", "", class_of, known))
+
+
+def built_in_sources(modality: str = "") -> list[type[SourceSettings]]:
+    """Returns the settings classes of the built-in sources, of one modality or of all."""
+    return [chosen for key, chosen in SOURCES.items() if key.startswith(modality)]
 
 
 def names_of(modality: str) -> list[str]:

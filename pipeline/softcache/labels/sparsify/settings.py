@@ -121,7 +121,10 @@ class LabelSettings(Settings):
 
 
 POLICIES: Registry[type[LabelSettings]] = Registry(
-    "label policy", package="softcache.labels.sparsify.policies", group="softcache.policies"
+    "label policy",
+    package="softcache.labels.sparsify.policies",
+    group="softcache.policies",
+    subclass_of=LabelSettings,
 )
 
 AnyLabelSettings = Annotated[

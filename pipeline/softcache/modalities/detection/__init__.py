@@ -23,7 +23,6 @@ class Detection(Modality):
     more_scores = (Score("map50", True, "mAP50", "eval_map50", 100, "{:.1f}"),)
     unit = "; mean average precision, x 100"
     has_views = True
-    has_report = False
 
     def open(self, config: RunConfig) -> Data:
         from softcache.modalities.detection.data import DetectionData

@@ -61,29 +61,16 @@ class DetectionData(ImageSplits):
             )
         return self
 
-    def replays_teacher_views(self, config: RunConfig) -> bool:
-        """Returns True: the student sees every view that the teacher saw."""
-        return True
-
     def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, None]:
         """Returns the student's dataset of labelled samples, and which of them it has (None: all).
 
         Raises:
             IdentityError: the student's cells are not those of the labels.
         """
-        reader = config.reader
-        dataset = SoftLabelDataset(
-            self.train.with_rows(cells_per_image(cache)),
-            cache,
-            fingerprint_fraction=reader.fingerprint_fraction,
-            fingerprint_first=reader.fingerprint_first,
-        )
+        scenes = self.train.with_rows(cells_per_image(cache))
+        dataset = SoftLabelDataset(scenes, cache, **config.reader.fingerprint_checks)
         self.check_student(config.student.model, cache)
         return dataset, None
-
-    def unlabeled_dataset(self, config: RunConfig) -> ViewedScenes:
-        """Returns the student's samples without labels."""
-        return self.student_data(config).train
 
     def grid(self, model: str) -> Grid:
         """Returns the cells that a detector of that spec has for images of this data."""

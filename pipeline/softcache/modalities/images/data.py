@@ -11,7 +11,6 @@ from softcache.modalities.images.student import StudentImages
 from softcache.models.image import build_model
 from softcache.models.weights import select_device
 from softcache.reader.cache import Cache
-from softcache.reader.dataset import SoftLabelDataset
 from softcache.student.tasks import ImageTask
 from softcache.teacher.base import Teacher, TeacherSettings
 from softcache.teacher.image import ImageTeacher, load_image_teacher
@@ -50,15 +49,10 @@ class ImageData(ImageSplits):
 
     def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, Any]:
         """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
-        reader, student = config.reader, self.student_data(config)
+        student = self.student_data(config)
         if isinstance(student, StudentImages):
-            return student.train_dataset(reader, cache)
-        return SoftLabelDataset(
-            self.train,
-            cache,
-            fingerprint_fraction=reader.fingerprint_fraction,
-            fingerprint_first=reader.fingerprint_first,
-        ), None
+            return student.train_dataset(config.reader, cache)
+        return super().train_dataset(config, cache)
 
     def unlabeled_dataset(self, config: RunConfig) -> Dataset:
         """Returns the student's samples without labels; with what an online teacher sees of them, where it is to label."""

@@ -6,26 +6,17 @@ from functools import cached_property
 from typing import Any
 
 from softcache.data.transforms import Views, ViewSettings
+from softcache.modalities.base import Data
 from softcache.models.image import Normalize
-from softcache.reader.cache import Cache
 
 __all__ = ["ImageSplits"]
 
 
-class ImageSplits:
+class ImageSplits(Data):
     """Two splits of images, seen through views."""
-
-    train: Any
-    evaluation: Any
-
-    rows_of = None  # as many label rows per image for all
 
     def __init__(self, settings: ViewSettings) -> None:
         self.views = Views(settings)
-
-    @property
-    def num_classes(self) -> int:
-        return int(self.train.source.num_classes)
 
     @cached_property
     def input_shape(self) -> tuple[int, int, int]:
@@ -35,9 +26,6 @@ class ImageSplits:
     def normalize(self) -> Normalize:
         """Returns a fresh module that makes model inputs of uint8 images."""
         return Normalize(self.views.settings.mean, self.views.settings.std)
-
-    def check_student(self, model: str, cache: Cache) -> None:
-        """Does nothing: a student of any spec can have the cache's labels."""
 
     def identity(self) -> dict[str, Any]:
         """Returns what distinguishes runs on this data from others."""

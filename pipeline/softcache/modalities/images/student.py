@@ -116,8 +116,7 @@ class StudentImages:
             self.pairing,
             cache,
             replays=self.replays,
-            fingerprint_fraction=reader.fingerprint_fraction,
-            fingerprint_first=reader.fingerprint_first,
+            **reader.fingerprint_checks,
         )
         return paired, self.pairing.samples if self.pairing.num_missing else None
 

@@ -26,6 +26,7 @@ class Text(Modality):
     more_scores = (Score("perplexity", False, "perplexity", "perplexity", 1, "{:.1f}"),)
     unit = "; held-out loss in nats per token"
     is_text = True
+    has_report = True
     generates = False
 
     def open(self, config: RunConfig) -> Data:

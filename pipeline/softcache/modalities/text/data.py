@@ -13,10 +13,10 @@ from softcache.data.sources.text.settings import TextSettings
 from softcache.data.sources.text.tokenizer import digest_tokenizer, load_tokenizer
 from softcache.data.tokens import TokenData
 from softcache.errors import ConfigError, IdentityError
+from softcache.modalities.base import Data
 from softcache.models.language import build_language_model, tokenizer_of
 from softcache.models.weights import select_device
 from softcache.reader.cache import Cache
-from softcache.reader.dataset import SoftLabelDataset
 from softcache.reader.paired import PairedDataset
 from softcache.student.tasks import TokenTask
 from softcache.teacher.base import Teacher, TeacherSettings
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["TextData", "TokenSplits"]
 
 
-class TokenSplits:
+class TokenSplits(Data):
     """Two splits of tokens."""
 
     train: TokenData
@@ -41,9 +41,6 @@ class TokenSplits:
     @cached_property
     def rows_of(self) -> np.ndarray:
         return self.train.source.num_rows()
-
-    def check_student(self, model: str, cache: Cache) -> None:
-        """Does nothing: a student of any spec can have the cache's labels."""
 
     def identity(self) -> dict[str, Any]:
         """Returns what distinguishes runs on this data from others."""
@@ -85,23 +82,12 @@ class TextData(TokenSplits):
         source = self._settings.model_copy(update={"tokenizer": name})
         return TextData(config.model_copy(update={"source": source}))
 
-    def replays_teacher_views(self, config: RunConfig) -> bool:
-        """Returns True: a text has one view."""
-        return True
-
-    def unlabeled_dataset(self, config: RunConfig) -> TokenData:
-        """Returns the student's samples without labels."""
-        return self.student_data(config).train
-
     def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, np.ndarray | None]:
         """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
-        checks: dict[str, Any] = {
-            "fingerprint_fraction": config.reader.fingerprint_fraction,
-            "fingerprint_first": config.reader.fingerprint_first,
-        }
         if config.loss.name != "uld":
-            return SoftLabelDataset(self.train, cache, **checks), None
-        paired = PairedDataset(self.train, self.student_data(config).train, cache, **checks)
+            return super().train_dataset(config, cache)
+        student = self.student_data(config).train
+        paired = PairedDataset(self.train, student, cache, **config.reader.fingerprint_checks)
         return paired, paired.samples
 
     def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:

@@ -18,8 +18,6 @@ from softcache.errors import IdentityError
 from softcache.modalities.text.data import TokenSplits
 from softcache.models.language import PairTokens, build_translation_model, tokenizer_of
 from softcache.models.weights import select_device
-from softcache.reader.cache import Cache
-from softcache.reader.dataset import SoftLabelDataset
 from softcache.student.tasks import TranslationTask
 from softcache.teacher.base import Teacher, TeacherSettings
 from softcache.teacher.language import LanguageTeacher, load_language_teacher
@@ -43,28 +41,6 @@ class TranslationData(TokenSplits):
         self.tokens = PairTokens(pad=pad, start=pad, end=end)
         self.max_tokens = config.source.max_tokens
         self._pairs: dict[str, Mapping[str, Any]] = {}
-
-    def student_data(self, config: RunConfig) -> TranslationData:
-        """Returns this: student and teacher see the same tokens."""
-        return self
-
-    def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, None]:
-        """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
-        reader = config.reader
-        return SoftLabelDataset(
-            self.train,
-            cache,
-            fingerprint_fraction=reader.fingerprint_fraction,
-            fingerprint_first=reader.fingerprint_first,
-        ), None
-
-    def replays_teacher_views(self, config: RunConfig) -> bool:
-        """Returns True: a pair has one view."""
-        return True
-
-    def unlabeled_dataset(self, config: RunConfig) -> TokenData:
-        """Returns the student's samples without labels."""
-        return self.train
 
     def pairs_by_key(self, split: Split) -> Mapping[str, Any]:
         """Returns the pairs of a split by their keys, in order, without those that are too long."""

@@ -26,7 +26,7 @@ from softcache.config.run import RunConfig
 from softcache.config.sweep import to_json
 from softcache.errors import IncompleteCacheError, RunError, SoftcacheError
 from softcache.losses.settings import IDENTITY_PARAMETERS
-from softcache.modalities import modality_of_kind, open_data
+from softcache.modalities import modality_of, open_data
 from softcache.runs import cache_is_ready
 from softcache.runs.sweep.space import Space, baseline_params, checked_space, format_params
 from softcache.runs.sweep.study import SharedStudy
@@ -76,7 +76,7 @@ def open_sweep(config: RunConfig, url: str, path: Path) -> Sweep:
             f"cache {url}: {len(cache.missing_units)} of {cache.manifest.plan.num_units} units are missing; rerun "
             "`softcache teacher-logits` to finish it: trials are compared, so all of them learn from the whole cache"
         )
-    score = modality_of_kind(cache.manifest.kind).score
+    score = modality_of(config).score
     bench = TrialContext(config, data, cache, path, score.metric, score.larger_is_better)
     space = checked_space(config, data, cache)
     study = SharedStudy(

@@ -17,8 +17,7 @@ import numpy as np
 
 from softcache.data.sources.base import SOURCES, SourceSettings, Split
 from softcache.data.sources.images.base import Source
-from softcache.data.sources.images.custom import call_factory
-from softcache.errors import SpecError
+from softcache.data.sources.images.custom import IMAGE_MEMBERS, Subset, call_factory, check_members
 
 __all__ = ["BoxAnnotations", "BoxSource", "CustomBoxes", "DetectionSettings", "digest_truths"]
 
@@ -80,10 +79,18 @@ class CustomBoxes(DetectionSettings):
     """A function of the user's: factory(split="train" | "eval") returns a `BoxSource`."""
 
     def open(self, split: Split) -> BoxSource:
-        source = call_factory(self.name, split)
-        if missing := [name for name in ("key", "image", "truth") if not hasattr(source, name)]:
-            raise SpecError(f"source.name {self.name!r}: no BoxSource; missing: {', '.join(missing)}")
-        return source
+        source, limit = call_factory(self.name, split), self.max_samples(split)
+        check_members(source, self.name, split, (*IMAGE_MEMBERS, "truth"), of="BoxSource")
+        return source if limit is None else BoxSubset(source, limit)
+
+
+class BoxSubset(Subset):
+    """The first images of another source with boxes."""
+
+    _source: BoxSource
+
+    def truth(self, sample: int) -> BoxAnnotations:
+        return self._source.truth(range(self._count)[sample])
 
 
 def digest_truths(truths: Sequence[BoxAnnotations]) -> str:

@@ -14,7 +14,7 @@ from softcache.data.sources.images.base import ImageSourceSettings, Source, Spli
 from softcache.errors import SourceError, SpecError
 from softcache.hashing.digests import digest_source
 
-__all__ = ["CustomImages", "Subset", "call_factory", "check_source"]
+__all__ = ["CustomImages", "Subset", "call_factory", "check_members", "check_source"]
 
 
 @SOURCES.register("image/custom")
@@ -59,7 +59,7 @@ class Subset:
         return load_images(self._source, samples)
 
 
-_MEMBERS = (
+IMAGE_MEMBERS = (
     "name",
     "num_classes",
     "class_names",
@@ -87,18 +87,24 @@ def call_factory(spec: str, split: Split) -> Any:
         ) from error
 
 
-def check_source(source: Any, spec: str, split: Split, members: Sequence[str] = _MEMBERS) -> None:
+def check_members(
+    source: Any, spec: str, split: Split, members: Sequence[str], *, of: str = "Source"
+) -> None:
+    """Raises SpecError unless what a function of the user's returned has the members of a protocol."""
+    if wanted := [name for name in members if not hasattr(source, name)]:
+        raise SpecError(
+            f"source.name {spec!r}: what it returns for split={split!r} is no {of}; missing: {', '.join(wanted)}"
+        )
+
+
+def check_source(source: Any, spec: str, split: Split) -> None:
     """Checks a user-defined source for what the rest of softcache needs.
 
     Raises:
         SpecError: a member is missing.
         SourceError: keys or classes are not one of each sample.
     """
-    wanted = [name for name in members if not hasattr(source, name)]
-    if wanted:
-        raise SpecError(
-            f"source.name {spec!r}: what it returns for split={split!r} is no Source; missing: {', '.join(wanted)}"
-        )
+    check_members(source, spec, split, IMAGE_MEMBERS)
     keys, targets = source.keys(), np.asarray(source.targets())
     if len(set(keys)) != len(source) or len(keys) != len(source) or targets.shape != (len(source),):
         twice = [key for key, count in Counter(keys).most_common(1) if count > 1]

@@ -21,13 +21,20 @@ import torch
 import xxhash
 from pydantic import Field, model_validator
 
-from softcache.data.sources.base import SourceSettings, Split, source_class
+from softcache.data.sources.base import SourceSettings, Split, built_in_sources, source_class
 from softcache.data.sources.images.base import IndexedSource, Source
 from softcache.data.sources.images.image_folder import ImageFolderSource
 from softcache.errors import ConfigError, SourceError
 from softcache.hashing.digests import digest_bytes, digest_source
 
-__all__ = ["BytesSettings", "EncodedSource", "FileSource", "bytes_class", "student_source_class"]
+__all__ = [
+    "BytesSettings",
+    "EncodedSource",
+    "FileSource",
+    "bytes_class",
+    "student_source_class",
+    "student_source_classes",
+]
 
 
 class BytesSettings(SourceSettings):
@@ -82,6 +89,12 @@ def student_source_class(modality: str, name: str) -> type[SourceSettings]:
         raise ConfigError(f"{modality!r}: input should be 'image' or 'bytes'")
     images = source_class("image", name)
     return images if modality == "image" else bytes_class(images)
+
+
+def student_source_classes() -> list[type[SourceSettings]]:
+    """Returns the settings classes of the built-in sources of images, and of their bytes."""
+    images = built_in_sources("image/")
+    return [*images, *map(bytes_class, images)]
 
 
 class EncodedSource(IndexedSource):

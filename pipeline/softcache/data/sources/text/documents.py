@@ -13,8 +13,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from softcache.data.sources.base import Split
+from softcache.errors import SourceError
+from softcache.hashing.digests import digest_json
 
-__all__ = ["Document", "Documents", "choose_documents"]
+__all__ = ["Document", "Documents", "InMemoryDocuments", "choose_documents"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,28 @@ class Documents(Protocol):
     def digest(self) -> str: ...
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Document]: ...
+
+
+class InMemoryDocuments:
+    """Documents of a list, in its order; the digest is of keys and texts.
+
+    Raises (from the constructor):
+        SourceError: two documents have the same key.
+    """
+
+    def __init__(self, name: str, documents: Sequence[Document]) -> None:
+        self.name, self._documents = name, list(documents)
+        if len({document.key for document in self._documents}) != len(self._documents):
+            raise SourceError(f"source {name}: two documents have the same key; give each its own")
+        self.digest = digest_json(
+            [[found.key, found.text, list(found.messages)] for found in self._documents]
+        )
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __iter__(self) -> Iterator[Document]:
+        return iter(self._documents)
 
 
 def _key_numbers(key: str) -> tuple[int, int]:

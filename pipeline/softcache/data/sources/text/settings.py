@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from softcache.data.sources.base import SOURCES, SourceSettings, Split
-from softcache.data.sources.images.custom import call_factory
+from softcache.data.sources.images.custom import call_factory, check_members
 
 if TYPE_CHECKING:
     from softcache.data.sources.text.documents import Documents
@@ -56,4 +56,6 @@ class CustomTexts(TextSettings):
     """A function of the user's: factory(split="train" | "eval") returns `Documents`."""
 
     def documents(self, split: Split) -> Documents:
-        return call_factory(self.name, split)
+        documents: Documents = call_factory(self.name, split)
+        check_members(documents, self.name, split, ("name", "digest", "__len__", "__iter__"), of="Documents")
+        return documents

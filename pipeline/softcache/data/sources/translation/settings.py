@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from softcache.data.sources.base import SOURCES, SourceSettings, Split
 from softcache.data.sources.images.custom import call_factory
+from softcache.errors import SpecError
 
 if TYPE_CHECKING:
     from softcache.data.sources.text.table import TokenSource
@@ -86,4 +87,10 @@ class CustomPairs(TranslationSettings):
     """A function of the user's: factory(split="train" | "eval") returns a list of `Pair`."""
 
     def read(self, split: Split) -> tuple[str, list[Pair], bool]:
-        return self.name, list(call_factory(self.name, split)), True
+        pairs = list(call_factory(self.name, split))
+        if others := [pair for pair in pairs if not isinstance(pair, Pair)]:
+            raise SpecError(
+                f"source.name {self.name!r}: expected a list of softcache.data.sources.translation.settings.Pair for "
+                f"split={split!r}; found {others[0]!r} in it"
+            )
+        return self.name, pairs, True
