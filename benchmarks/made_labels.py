@@ -95,8 +95,6 @@ def made_tokens(folder: Path, num_samples: int, *, rows: int, vocab_size: int) -
         sample = TokenSample(random.integers(0, vocab_size, rows + 1, np.int32), segments, learnt)
         writer.add(KeyedSample(f"document/{number:08d}@0", sample, np.array([rows + 1], np.int32)))
     described = writer.close() | {
-        "num_skipped": 0,
-        "num_left_out": 0,
         "tokenizer_digest": "0" * 64,
         "vocab_size": vocab_size,
         "made_from": {"seq_len": rows + 1, "packing": "documents"},

@@ -149,14 +149,17 @@ def test_a_long_document_keeps_its_start_first_and_its_end_last(opened):
 def test_a_sample_without_a_row_is_left_out_and_counted(opened, capfd):
     source = opened(numbered((10, 13), (20, 24)), seq_len=4, packing="documents")
     assert tokens_of(source) == [[10, 11, 12, 0], [20, 21, 22, 23]]  # the <eos> of the second is alone
-    assert (source.num_left_out, source.num_skipped, source.num_tokens) == (1, 0, 8)
-    assert "left out 0 documents and 1 samples with nothing to predict" in capfd.readouterr().err
+    assert (source.account["left_out"], source.account["skipped"], source.num_tokens) == (1, 0, 8)
+    assert (
+        "2 documents, 1 samples left out, which have nothing to predict; 8 tokens in 2 samples"
+        in capfd.readouterr().err
+    )
 
 
 def test_empty_documents_are_skipped_and_counted(opened):
     source = opened(["", *numbered((10, 13)), "  ", *numbered((20, 22)), ""], seq_len=16)
     assert tokens_of(source) == [[10, 11, 12, 0, 20, 21, 0]]
-    assert (source.num_skipped, len(source), source.keys()) == (3, 1, ["train/1@0"])
+    assert (source.account["skipped"], len(source), source.keys()) == (3, 1, ["train/1@0"])
     assert TokenData(source).load([0]).num_rows == 5
 
 
@@ -164,7 +167,7 @@ def test_without_an_end_of_text_token_none_is_added(opened, tmp_path):
     bare = save_tokenizer(tmp_path / "bare", eos=None)
     source = opened([*numbered((10, 13)), "w9"], tokenizer=bare)
     assert tokens_of(source) == [[10, 11, 12]]
-    assert source.num_skipped == 1  # one token predicts nothing
+    assert source.account["skipped"] == 1  # one token predicts nothing
     ending = opened()
     assert ending.tokenizer_digest == source.tokenizer_digest
     assert tokens_of(ending) == [[10, 11, 12, 0, 9, 0]], "the table of another end of text was used"
@@ -207,7 +210,7 @@ def test_cutting_agrees_with_the_slow_reference(lengths, seq_len, packing):
         for number, tokens in enumerate(documents)
     ]
     cut = token_samples.packed if packing == "packed" else token_samples.one_sample_per_document
-    every = [(key, token_samples.concat_pieces(pieces)) for key, pieces in cut(encoded, seq_len)]
+    every = [(pieces[0].key, token_samples._concat(pieces)) for pieces in cut(encoded, seq_len)]
     found = [(key, sample) for key, sample in every if len(sample.rows)]
     expected = cut_slowly(documents, seq_len, packing)
 
@@ -288,11 +291,14 @@ def test_only_the_assistants_words_have_labels(opened, tmp_path):
     assert sample.learnt.tolist() == [False] * 4 + [True] * 3 + [False] * 3 + [True] * 2
     assert sample.rows.tolist() == [3, 4, 5, 9, 10]
     assert TokenData(source).load([0]).targets.tolist() == [20, 21, 0, 22, 0]
-    assert source.num_skipped == 2
-    # A prompt that fills a sample of its own has nothing to predict.
-    short = opened(path=path, tokenizer=template, messages_column="messages", seq_len=3, packing="documents")
-    assert short.keys() == ["train/0@3", "train/0@9"]
-    assert short.num_left_out == 2
+    assert source.account["skipped"] == 2
+    # Of a chat that is too long, what fits is kept with its prompt; its end never continues without one.
+    short = opened(path=path, tokenizer=template, messages_column="messages", seq_len=6, packing="documents")
+    assert tokens_of(short) == [[1, 10, 11, 2, 20, 21]]
+    account = short.account
+    assert (account["truncated"], account["cut_tokens"], account["dropped"]) == (1, 6, 0)
+    with pytest.raises(SourceError, match=r"2 of them skipped, 1 with a prompt that fills source\.seq_len"):
+        opened(path=path, tokenizer=template, messages_column="messages", seq_len=4)
 
 
 def test_a_marked_passage_may_end_in_what_no_token_covers(opened, tmp_path):
@@ -306,7 +312,7 @@ def test_a_marked_passage_may_end_in_what_no_token_covers(opened, tmp_path):
     settings = HuggingFaceTexts(
         modality="text", name="hf", path="x", messages_column="messages", tokenizer="chat"
     )
-    (ours,) = text._encode([Document("k", messages=messages)], settings, tokenizer)
+    (ours,) = chats.ChatEncoder(tokenizer, settings)([Document("k", messages=messages)])
     assert ours.learnt.tolist() == [False, True, True, False, False]
 
 
@@ -325,7 +331,9 @@ def test_every_byte_of_the_assistants_last_character_is_learnt(bpe_settings):
     tokenizer = load_tokenizer(bpe_settings())
     tokenizer.chat_template = CHAT.replace(" <eos> ", "")
     messages = chat(("user", "hi "), ("assistant", "a\n \U0001f600"), ("user", " b"))
-    (ours,) = text._encode([Document("k", messages=messages)], bpe_settings(messages_column="m"), tokenizer)
+    (ours,) = chats.ChatEncoder(tokenizer, bpe_settings(messages_column="m"))(
+        [Document("k", messages=messages)]
+    )
     assert tokenizer.decode(ours.tokens[ours.learnt]) == "a\n \U0001f600"
 
 
@@ -341,7 +349,7 @@ def test_every_byte_of_the_assistants_last_character_is_learnt(bpe_settings):
     ],
 )
 def test_tokens_are_marked_by_where_they_are(offsets, passages, expected):
-    assert chats._marked(np.array(offsets, int).reshape(-1, 2), passages).tolist() == expected
+    assert chats.mark_tokens(offsets, passages).tolist() == expected
 
 
 def test_a_mask_and_a_template_are_part_of_the_digest(opened, tmp_path):
@@ -365,11 +373,11 @@ def test_a_mask_and_a_template_are_part_of_the_digest(opened, tmp_path):
 @pytest.mark.parametrize(
     ("template", "error", "message"),
     [
-        (None, SpecError, "no chat template, which source.messages_column needs"),
+        (None, SpecError, "no chat template, which chats need"),
         (
             "{{ messages[0].content }}",
-            SpecError,
-            "its chat template marks no assistant tokens; put {% generation",
+            SourceError,
+            "document 'train/0': the chat template does not show which part of it message 1, the assistant's, is; put",
         ),
         (
             CHAT + "{{ raise_exception('roles must alternate') }}",
@@ -457,7 +465,7 @@ def test_an_edit_that_keeps_size_and_time_is_seen(opened, tmp_path):
 def test_a_dataset_that_moves_keeps_its_table(opened, tmp_path, monkeypatch):
     first = opened(TEXTS)
     (tmp_path / "docs.jsonl").rename(tmp_path / "moved.jsonl")
-    monkeypatch.setattr(text, "_tokenise", None)
+    monkeypatch.setattr(text, "_tokenize", None)
     moved = opened(path=tmp_path / "moved.jsonl")
     assert moved.digest == first.digest
     assert "moved" in moved.name
@@ -523,9 +531,11 @@ def test_the_order_is_mixed_by_key_and_the_maxima_take_the_first(opened, tmp_pat
 def test_a_limit_stops_tokenising(opened, monkeypatch, tmp_path):
     path = write_texts(tmp_path / "many.jsonl", [f"w{10 + n} w5" for n in range(60)])
     asked = []
-    encode = text._encode
+    encode = text.DocumentEncoder.__call__
     monkeypatch.setattr(text, "BATCH_DOCUMENTS", 4)
-    monkeypatch.setattr(text, "_encode", lambda batch, *rest: asked.extend(batch) or encode(batch, *rest))
+    monkeypatch.setattr(
+        text.DocumentEncoder, "__call__", lambda self, batch: asked.extend(batch) or encode(self, batch)
+    )
     assert len(opened(path=path, packing="documents", max_train_samples=6)) == 6
     assert len(asked) == 8
 
@@ -580,7 +590,7 @@ def test_a_name_on_the_hub_is_loaded_as_it_is_and_found_again_by_its_fingerprint
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = opened(path="some/corpus", subset="en")
     assert asked == [{"path": "some/corpus", "name": "en", "split": "train"}]
-    monkeypatch.setattr(text, "_tokenise", None)
+    monkeypatch.setattr(text, "_tokenize", None)
     assert opened(path="some/corpus", subset="en").digest == source.digest
 
 
@@ -605,7 +615,8 @@ def test_everything_is_written_under_data_dir_and_little_is_said(tmp_path, words
     )
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == [
         f"train bpe on {path}/train",
-        f"tokenise {path}/train",
+        f"tokenize {path}/train",
+        f"source {path}/train",
     ]
     assert done.stdout == ""
     assert not list((tmp_path / "home").iterdir())
@@ -785,9 +796,7 @@ def test_what_is_wrong_with_a_tokenizer_is_said(spec, message, bpe_settings):
 
 
 def test_a_bpe_has_no_chat_template(bpe_settings):
-    with pytest.raises(
-        SpecError, match=r"'bpe': it has no chat template, which source.messages_column needs"
-    ):
+    with pytest.raises(SpecError, match=r"'bpe': it has no chat template, which chats need"):
         load_tokenizer(bpe_settings(tokenizer="bpe", messages_column="text"))
 
 
@@ -830,9 +839,9 @@ def test_ids_outside_the_vocabulary_are_refused(opened, tmp_path):
 # -- made once, and whole ------------------------------------------------------------------------------------
 
 
-def test_a_second_open_tokenises_nothing(opened, monkeypatch):
+def test_a_second_open_tokenizes_nothing(opened, monkeypatch):
     first = opened(TEXTS)
-    monkeypatch.setattr(text, "_tokenise", None)
+    monkeypatch.setattr(text, "_tokenize", None)
     second = opened(TEXTS)
     assert second.digest == first.digest
     assert tokens_of(second) == tokens_of(first)
@@ -914,14 +923,14 @@ def test_a_faster_process_is_left_its_table(opened, monkeypatch, tmp_path):
     source = opened(TEXTS)
     made = (source._folder / "table.json").stat().st_ino
     arguments = []
-    tokenise = text._tokenise
-    monkeypatch.setattr(text, "_tokenise", lambda *given: arguments.append(given))
+    tokenize = text._tokenize
+    monkeypatch.setattr(text, "_tokenize", lambda *given: arguments.append(given))
     with monkeypatch.context() as patch:
         for module in (text, token_table):
             patch.setattr(module, "described_table", lambda folder: None)
         with pytest.raises(SourceError, match="not whole"):
             opened(TEXTS)
-    tokenise(*arguments[0])
+    tokenize(*arguments[0])
     assert (source._folder / "table.json").stat().st_ino == made
     assert len(list((tmp_path / "data/tokens").iterdir())) == 1
 
@@ -1142,7 +1151,7 @@ def test_the_standard_library_is_split_by_file(stdlib_dir):
     assert documents.digest != stdlib(stdlib_dir, shuffle_documents=False).documents("eval").digest
 
 
-def test_the_standard_library_is_tokenised_once(stdlib_dir, monkeypatch):
+def test_the_standard_library_is_tokenized_once(stdlib_dir, monkeypatch):
     given = stdlib(stdlib_dir, max_train_samples=500)
     train, held_out = open_text(given, split="train"), open_text(given, split="eval")
     assert len(train) == 500
@@ -1152,7 +1161,7 @@ def test_the_standard_library_is_tokenised_once(stdlib_dir, monkeypatch):
     first = next(iter(given.documents("train")))
     start = tokenizer.decode(train.sample(0).tokens)
     assert start.startswith(first.text[:100])
-    monkeypatch.setattr(text, "_tokenise", None)
+    monkeypatch.setattr(text, "_tokenize", None)
     monkeypatch.setattr(tokenizers, "_train_bpe", None)
     monkeypatch.setitem(sys.modules, "transformers", None)  # its import alone costs more than the rest
     started = time.perf_counter()

@@ -210,8 +210,11 @@ class TokenData:
         """
         if num_views != 1:
             raise SourceError(f"source {self.source.name}: {num_views} views; text has one view only")
+        tokenizer = {"digest": self.source.tokenizer_digest, "vocab_size": self.source.vocab_size}
+        if self.source.prefix:
+            tokenizer["prefix"] = self.source.prefix
         return {
-            "tokenizer": {"digest": self.source.tokenizer_digest, "vocab_size": self.source.vocab_size},
+            "tokenizer": tokenizer,
             "attention": {"digest": "across documents" if self.cross_documents else "inside a document"},
         }
 

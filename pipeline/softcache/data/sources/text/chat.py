@@ -1,13 +1,20 @@
-"""Chats as tokens, with the assistant's marked: a template writes the chat and marks the speaker of each part."""
+"""Chats as tokens, with the assistant's marked.
+
+A chat is what its template writes, special tokens included. Which part of it the assistant writes is marked by the
+template ({% generation %}), or derived from how it renders the turns (chat_mask.py), which is checked on every chat.
+"""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from softcache.data.sources.text.chat_mask import Passages, assistant_passages
 from softcache.data.sources.text.documents import Document
 from softcache.data.sources.text.packing import Encoded
 from softcache.errors import SourceError, SpecError
@@ -16,79 +23,151 @@ from softcache.runtime.optional import text_library
 if TYPE_CHECKING:
     from softcache.data.sources.text.settings import TextSettings
 
-__all__ = ["check_chat_template", "encode_chats"]
+__all__ = ["ChatEncoder", "check_offsets", "mark_tokens", "read_tools", "tokenize"]
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "function_call": "assistant",
+}
+"""The `from` of ShareGPT's messages, and the `role` that it is."""
 
 
-def check_chat_template(tokenizer: Any, settings: TextSettings) -> None:
-    """Raises SpecError where chats are asked for and the tokenizer cannot say which tokens are the assistant's."""
-    if not settings.is_chat:
-        return
-    if not tokenizer.chat_template:
-        raise SpecError(
-            f"source.tokenizer {settings.tokenizer!r}: no chat template, which source.messages_column needs; name a "
-            "tokenizer that has one"
-        )
+class ChatEncoder:
+    """Writes chats by the tokenizer's template."""
+
+    def __init__(self, tokenizer: Any, settings: TextSettings) -> None:
+        self._tokenizer, self._name, self._bos = tokenizer, settings.tokenizer, settings.bos
+        self._arguments, self._tools = settings.template_args, read_tools(settings)
+        if clash := sorted({"messages", "tools", "add_generation_prompt"} & self._arguments.keys()):
+            raise SpecError(
+                f"source.template_args: has {clash[0]!r}, which each chat sets by itself; drop it"
+            )
+
+    def __call__(self, batch: Sequence[Document]) -> Iterator[Encoded]:
+        """Yields chats with the assistant's tokens marked.
+
+        transformers' own mask is not used: where a marked passage ends in a character that no token covers, such as
+        a space that the tokenizer drops, it marks all that follows, the user's words too (5.23).
+
+        Raises:
+            SpecError: the tokenizer has no template, or does not know where in a text its tokens are.
+            SourceError: the template refuses a chat, or which part of it the assistant writes is not clear.
+        """
+        self._check()
+        rendered = [self._rendered(document) for document in batch]
+        encoded = tokenize(self._tokenizer, [text for text, _ in rendered], with_offsets=True)
+        found = zip(batch, rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        for document, (_, passages), ids, offsets in found:
+            tokens, learnt = np.array(ids, np.int32), mark_tokens(offsets, passages)
+            bos = self._tokenizer.bos_token_id
+            has_bos = len(tokens) > 0 and tokens[0] == bos
+            if self._bos is True and not has_bos:
+                tokens, learnt = np.insert(tokens, 0, bos), np.insert(learnt, 0, False)
+            elif self._bos is False and has_bos:
+                tokens, learnt = tokens[1:], learnt[1:]
+            yield Encoded(document.key, tokens, learnt)
+
+    def _check(self) -> None:
+        if not self._tokenizer.chat_template:
+            raise SpecError(
+                f"source.tokenizer {self._name!r}: no chat template, which chats need; name a tokenizer that has one, or "
+                "a file as source.chat_template"
+            )
+        check_offsets(self._tokenizer, self._name)
+
+    def _rendered(self, document: Document) -> tuple[str, Passages]:
+        """Returns a chat as its template writes it, and where in it the assistant's words are."""
+        messages = _messages(document)
+        tools = self._tools if document.tools is None else _without_none(list(document.tools))
+        template = self._tokenizer.get_chat_template(tools=tools or None)
+        library = text_library("transformers.utils.chat_template_utils").render_jinja_template
+
+        def render(messages: Sequence[Mapping[str, Any]], *, mask: bool = False, prompt: bool = False) -> Any:
+            try:
+                texts, passages = library(
+                    conversations=[list(messages)],
+                    tools=tools or None,
+                    chat_template=template,
+                    return_assistant_tokens_mask=mask,
+                    add_generation_prompt=prompt,
+                    **{**self._tokenizer.special_tokens_map, **self._arguments},
+                )
+            except Exception as error:  # a template is a program and fails in its own ways
+                raise SourceError(
+                    f"document {document.key!r}: the chat template refuses it: {type(error).__name__}: {error}; expected "
+                    "messages of role and content"
+                ) from error
+            return (texts[0], passages[0]) if mask else texts[0]
+
+        if re.search(r"\{%-?\s*generation\s*-?%\}", template):
+            text, passages = render(messages, mask=True)
+        else:
+            text, passages = assistant_passages(
+                messages, render, special=_special_texts(self._tokenizer), key=document.key
+            )
+        if document.num_given:
+            # The prompt's own answers are given, not learned.
+            start = len(render(messages[: document.num_given], prompt=True))
+            passages = [(max(first, start), last) for first, last in passages if last > start]
+        return text, passages
+
+
+def check_offsets(tokenizer: Any, name: str) -> None:
+    """Raises SpecError where a tokenizer does not know where in a text its tokens are."""
     if not tokenizer.is_fast:
         raise SpecError(
-            f"source.tokenizer {settings.tokenizer!r}: it cannot say where in a text its tokens are, which chats need; "
+            f"source.tokenizer {name!r}: it cannot say where in a text its tokens are, which chats and prompts need; "
             "name a fast tokenizer (with a tokenizer.json)"
         )
-    if not re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()):
-        raise SpecError(
-            f"source.tokenizer {settings.tokenizer!r}: its chat template marks no assistant tokens; put "
-            "{% generation %} … {% endgeneration %} around the assistant's words (see transformers, chat templates)"
-        )
 
 
-def encode_chats(batch: list[Document], tokenizer: Any) -> Iterator[Encoded]:
-    """Yields chats with the assistant's tokens marked.
+def read_tools(settings: TextSettings) -> list[Any] | None:
+    """Returns the JSON schemas in `source.tools`, a file; None where there is none."""
+    if settings.tools is None:
+        return None
+    try:
+        tools = json.loads(Path(settings.tools).expanduser().read_text())
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"source.tools {settings.tools!r}: cannot be read: {error}; expected a JSON file with a list of schemas"
+        ) from error
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise SourceError(f"source.tools {settings.tools!r}: expected a list of JSON schemas")
+    return tools
 
-    transformers' own mask is not used: where a marked passage ends in a character that no token covers, such as
-    a space that the tokenizer drops, it marks all that follows, the user's words too (5.23).
-    """
-    rendered = [_rendered(document, tokenizer) for document in batch]
-    encoded = tokenizer(
-        [words for words, _ in rendered],
+
+def tokenize(tokenizer: Any, texts: list[str], *, with_offsets: bool = False) -> Any:
+    """Returns the ids of texts as they are, with nothing put around them."""
+    return tokenizer(
+        texts,
         add_special_tokens=False,
         truncation=False,
         return_attention_mask=False,
         return_token_type_ids=False,
-        return_offsets_mapping=True,
+        return_offsets_mapping=with_offsets,
         verbose=False,
     )
-    found = zip(batch, rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    for document, (_, passages), ids, offsets in found:
-        learnt = _marked(np.array(offsets, np.int64).reshape(-1, 2), passages)
-        yield Encoded(document.key, np.array(ids, np.int32), learnt)
 
 
-def _rendered(document: Document, tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """Returns a chat as its template writes it, and where in it the assistant's words are."""
-    if not document.messages:
-        return "", []
-    render = text_library("transformers.utils.chat_template_utils").render_jinja_template
-    try:
-        # Tables fill what a message lacks with None; a template expects it to be missing.
-        messages = [{k: v for k, v in message.items() if v is not None} for message in document.messages]
-        texts, passages = render(
-            conversations=[messages],
-            chat_template=tokenizer.get_chat_template(),
-            return_assistant_tokens_mask=True,
-            **tokenizer.special_tokens_map,
-        )
-    except Exception as error:  # a template is a program and fails in its own ways
-        raise SourceError(
-            f"document {document.key!r}: the chat template refuses it: {type(error).__name__}: {error}; expected "
-            "messages of role and content"
-        ) from error
-    return texts[0], passages[0]
-
-
-def _marked(offsets: np.ndarray, passages: Iterable[tuple[int, int]]) -> np.ndarray:
+def mark_tokens(offsets: Any, passages: Iterable[tuple[int, int]]) -> np.ndarray:
     """Returns which tokens [L] bool lie in the passages: from the first that touches one to the last.
 
     Tokens of whitespace alone may be reported with no width; they count where they start.
+
+    Args:
+        offsets: [L, 2], where each token starts and ends in the text.
     """
+    offsets = np.asarray(offsets, np.int64).reshape(-1, 2)
     marked = np.zeros(len(offsets), bool)
     starts, ends = offsets[:, 0], offsets[:, 1]
     for first, last in passages:
@@ -96,3 +175,38 @@ def _marked(offsets: np.ndarray, passages: Iterable[tuple[int, int]]) -> np.ndar
         if len(inside) and last > first:
             marked[inside[0] : inside[-1] + 1] = True
     return marked
+
+
+def _messages(document: Document) -> list[dict[str, Any]]:
+    """Returns the messages of a chat as `role` and `content`."""
+    messages = []
+    for message in document.messages:
+        if not isinstance(message, Mapping):
+            raise SourceError(
+                f"document {document.key!r}: a message is a {type(message).__name__}; expected messages of role and content"
+            )
+        message = _without_none(dict(message))
+        if "from" in message and "role" not in message:
+            author = message.pop("from")
+            if author not in SHAREGPT_ROLES:
+                raise SourceError(
+                    f"document {document.key!r}: a message is from {author!r}; expected one of "
+                    f"{', '.join(SHAREGPT_ROLES)}"
+                )
+            message = {"role": SHAREGPT_ROLES[author], "content": message.pop("value", ""), **message}
+        messages.append(message)
+    return messages
+
+
+def _without_none(value: Any) -> Any:
+    """Returns a value without the fields that are None: a table fills so what a message lacks, a template expects it
+    to be missing."""
+    if isinstance(value, Mapping):
+        return {key: _without_none(item) for key, item in value.items() if item is not None}
+    return [_without_none(item) for item in value] if isinstance(value, list) else value
+
+
+def _special_texts(tokenizer: Any) -> list[str]:
+    """Returns the texts of the tokens that no text of a user contains, longest first."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)

@@ -21,11 +21,20 @@ __all__ = ["Document", "Documents", "InMemoryDocuments", "choose_documents"]
 
 @dataclass(frozen=True)
 class Document:
-    """A text under its stable key, or a chat."""
+    """A text under its stable key, or a chat; with `num_given`, a prompt and its answer.
+
+    Attributes:
+        messages: of a chat, each with `role` and `content`; or ShareGPT's, with `from` and `value`.
+        num_given: the characters of `text`, or the messages, that are the prompt: given, not learned. 0: of a text,
+            everything is learned, of a chat, what the assistant writes.
+        tools: JSON schemas that the chat template describes to the model; None: those of the settings.
+    """
 
     key: str
     text: str = ""
     messages: Sequence[Any] = field(default_factory=tuple)
+    num_given: int = 0
+    tools: Sequence[Any] | None = None
 
 
 class Documents(Protocol):

@@ -7,14 +7,15 @@ datasets library makes of them lies under `data_dir`, in datasets/DIGEST.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from softcache.data.sources.base import SOURCES, Split
 from softcache.data.sources.text.documents import Document, choose_documents
@@ -29,7 +30,11 @@ __all__ = ["HfDocuments", "HuggingFaceTexts"]
 @SOURCES.register("text/hf")
 class HuggingFaceTexts(TextSettings):
     """A dataset of the hub, or a local file or folder (parquet, json, jsonl, txt; of a txt file, each paragraph is a
-    document); chats with `messages_column`.
+    document).
+
+    Chats are in `messages_column`, as messages of `role` and `content`, or of `from` and `value` (ShareGPT); the assistant's
+    words are learned. `prompt_column` and `completion_column` hold texts, or messages; the completion is learned.
+    `tools_column` holds the tools of each chat, as JSON schemas or their JSON text.
 
     `eval_share` of the documents, chosen by a hash of their key, are held out where the dataset has no split of
     its own (`eval_split`). Documents come in the order of another hash of their key, or with
@@ -43,13 +48,41 @@ class HuggingFaceTexts(TextSettings):
     eval_split: str | None = None
     text_column: str = "text"
     messages_column: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    tools_column: str | None = None
     key_column: str | None = None
     eval_share: float = Field(0.1, gt=0, lt=1)
     shuffle_documents: bool = True
 
     @property
-    def is_chat(self) -> bool:
-        return self.messages_column is not None
+    def has_prompts(self) -> bool:
+        return self.messages_column is not None or self.prompt_column is not None
+
+    @model_validator(mode="after")
+    def _columns_fit(self) -> Self:
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise ValueError("source.prompt_column and source.completion_column: give both, or neither")
+        if self.messages_column is not None and self.prompt_column is not None:
+            raise ValueError(
+                "source.messages_column and source.prompt_column: a document is a chat or a prompt with its completion; "
+                "give one of them"
+            )
+        if self.has_prompts and self.packing == "packed":
+            raise ValueError(
+                'source.packing: "packed" would cut answers from their prompts; use "best_fit", or "documents"'
+            )
+        given = {
+            "chat_template": self.chat_template,
+            "template_args": self.template_args,
+            "tools": self.tools,
+        }
+        for name, value in {**given, "tools_column": self.tools_column}.items():
+            if value and not self.has_prompts:
+                raise ValueError(
+                    f"source.{name}: for chats only; give source.messages_column or source.prompt_column, or drop it"
+                )
+        return self
 
     def documents(self, split: Split) -> HfDocuments:
         return HfDocuments(self, split)
@@ -76,7 +109,8 @@ class HfDocuments:
         self._hf_split = settings.train_split
         if split == "eval" and settings.eval_split is not None:
             self._hf_split = settings.eval_split
-        self._column = settings.messages_column or settings.text_column
+        self._columns = [settings.messages_column or settings.prompt_column or settings.text_column]
+        self._columns += filter(None, [settings.completion_column, settings.tools_column])
         path = Path(settings.path).expanduser()
         self._path = path.resolve() if path.exists() else None
         kinds = ", ".join(self._KINDS)
@@ -96,7 +130,7 @@ class HfDocuments:
     def digest(self) -> str:
         settings = self._settings
         part = None if settings.eval_split is not None else [self._split, settings.eval_share]
-        columns = [self._column, settings.messages_column is not None, settings.key_column]
+        columns = [self._columns, settings.has_prompts, settings.key_column]
         return digest_json(
             [self._contents, settings.subset, self._hf_split, part, columns, settings.shuffle_documents]
         )
@@ -115,7 +149,7 @@ class HfDocuments:
                 f"source.path {settings.path!r}, split {self._hf_split!r}: cannot be loaded: "
                 f"{type(error).__name__}: {error}; check source.path, source.subset and the names of the splits"
             ) from error
-        wanted = [self._column, *filter(None, [settings.key_column])]
+        wanted = [*self._columns, *filter(None, [settings.key_column])]
         for name in wanted:
             if name not in table.column_names:
                 raise SourceError(
@@ -178,19 +212,40 @@ class HfDocuments:
     def __iter__(self) -> Iterator[Document]:
         for start in range(0, len(self._numbers), self._ROWS_READ):
             numbers = self._numbers[start : start + self._ROWS_READ].tolist()
-            for number, value in zip(numbers, self._table[numbers][self._column], strict=True):
-                if self._settings.messages_column:
-                    yield Document(self._key(number), messages=self._checked(number, value, list))
-                else:
-                    yield Document(self._key(number), self._checked(number, value, str))
+            rows = self._table[numbers]
+            for place, number in enumerate(numbers):
+                yield self._document(number, [rows[column][place] for column in self._columns])
 
-    def _checked(self, number: int, value: Any, kind: type) -> Any:
+    def _document(self, number: int, values: list[Any]) -> Document:
+        settings, key = self._settings, self._key(number)
+        if settings.messages_column:
+            return Document(
+                key, messages=self._checked(number, 0, values[0], list), tools=self._tools(number, values)
+            )
+        if settings.prompt_column is None:
+            return Document(key, self._checked(number, 0, values[0], str))
+        if isinstance(values[0], list):
+            prompt, answer = (self._checked(number, place, values[place], list) for place in (0, 1))
+            tools = self._tools(number, values)
+            return Document(key, messages=[*prompt, *answer], num_given=len(prompt), tools=tools)
+        prompt, answer = (self._checked(number, place, values[place], str) for place in (0, 1))
+        return Document(key, prompt + answer, num_given=len(prompt))
+
+    def _tools(self, number: int, values: list[Any]) -> list[Any] | None:
+        if self._settings.tools_column is None:
+            return None
+        tools = values[-1]
+        with suppress(ValueError):  # a text that is no JSON is refused as a text
+            tools = json.loads(tools or "[]") if isinstance(tools, str) else tools
+        return self._checked(number, len(values) - 1, tools, list)
+
+    def _checked(self, number: int, place: int, value: Any, kind: type) -> Any:
         if value is None:
             return kind()
         if not isinstance(value, kind):
             raise SourceError(
                 f"source.path {self._settings.path!r}, row {number}: {type(value).__name__} in column "
-                f"{self._column!r}; expected {kind.__name__}; name another column"
+                f"{self._columns[place]!r}; expected {kind.__name__}; name another column"
             )
         return value
 

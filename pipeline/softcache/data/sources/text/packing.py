@@ -1,34 +1,51 @@
 """Samples of tokens: how documents are cut into them, and which of their positions have a label row.
 
-A sample is a run of at most `seq_len` tokens, cut into *segments*: pieces of one document each. With
-`packing = "packed"` documents follow one another and a sample is filled to `seq_len`; with "documents" a
-sample is one document, and a longer one becomes several samples, from its start on. No token is cut away,
-except where a whole sample has nothing to predict (one token alone; a chat's prompt). A sample's key is that
-of its first token: DOCUMENT@OFFSET.
+A sample is a run of at most `seq_len` tokens, cut into *segments*: pieces of one document each.
 
-A label row exists for position t where token t+1 belongs to the same segment and is to be learnt (chat data:
-the assistant's words only). Row t is the distribution over token t+1, so a segment of L tokens has L-1 rows.
-Attention stays inside a segment.
+    packed      documents follow one another; samples are filled to `seq_len`, and a document is cut at their ends
+    documents   a sample is one document; a longer one becomes several samples, from its start on
+    best_fit    whole documents, longest first, each into the fullest sample that has room for it (best-fit decreasing)
+
+Text is never cut away: what is longer than `seq_len` continues in another sample, where it starts with the tokenizer's
+own prefix (BOS) again, because a segment is read by itself. Documents with a prompt (chats, too) never continue:
+without their prompt, answers are labels of something else. They are truncated from the right, and what is lost is
+counted in the `Account`. A sample's key is that of its first token: DOCUMENT@OFFSET.
+
+A label row exists for position t where token t+1 belongs to the same segment and is to be learned (of a chat, the
+assistant's words only). Row t is the distribution over token t+1, so a segment of L tokens has L-1 rows. Attention
+stays inside a segment.
+
+Best fit looks at `WINDOW_TOKENS` of documents at a time, so that memory is bounded.
 
 Shapes: L tokens of a sample or document, R label rows.
+
+References:
+    Ding et al. 2024, "Fewer Truncations Improve Language Modeling", arXiv:2404.10830: best-fit packing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import bisect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 __all__ = [
+    "PACKINGS",
+    "Account",
     "Encoded",
     "KeyedSample",
-    "Pieces",
     "TokenSample",
-    "concat_pieces",
+    "best_fit",
+    "cut_documents",
     "one_sample_per_document",
     "packed",
+    "truncate",
 ]
+
+WINDOW_TOKENS = 2**22
 
 
 class TokenSample(NamedTuple):
@@ -63,11 +80,48 @@ class TokenSample(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A document in tokens."""
+    """A document in tokens.
+
+    Attributes:
+        tokens: [L] int32.
+        learnt: [L] bool.
+        num_prefix: how many of the first tokens are the tokenizer's own, such as BOS; each piece starts with them.
+    """
 
     key: str
-    tokens: np.ndarray  # [L] int32
-    learnt: np.ndarray  # [L] bool
+    tokens: np.ndarray
+    learnt: np.ndarray
+    num_prefix: int = 0
+
+    def piece(self, start: int, room: int) -> Piece:
+        """Returns at most `room` tokens: those from `start` on, after the prefix where it is not the start.
+
+        The first token of a continuation is not learned: what came before it is not there to predict it from.
+        """
+        if start == 0 or self.num_prefix == 0:
+            stop = min(start + room, len(self.tokens))
+            return Piece(f"{self.key}@{start}", self.tokens[start:stop], self.learnt[start:stop], stop)
+        stop = min(start + room - self.num_prefix, len(self.tokens))
+        learnt = np.concatenate([np.zeros(self.num_prefix, bool), self.learnt[start:stop]])
+        learnt[self.num_prefix] = False
+        tokens = np.concatenate([self.tokens[: self.num_prefix], self.tokens[start:stop]])
+        return Piece(f"{self.key}@{start}", tokens, learnt, stop)
+
+    def pieces(self, seq_len: int) -> Iterator[Piece]:
+        """Yields the document in pieces of `seq_len` tokens, the last one shorter."""
+        stop = 0
+        while stop < len(self.tokens):
+            yield (piece := self.piece(stop, seq_len))
+            stop = piece.stop
+
+
+class Piece(NamedTuple):
+    """A piece of a document, a segment of a sample; `stop` is where the next one starts."""
+
+    key: str
+    tokens: np.ndarray
+    learnt: np.ndarray
+    stop: int
 
 
 class KeyedSample(NamedTuple):
@@ -78,39 +132,148 @@ class KeyedSample(NamedTuple):
     lengths: np.ndarray  # of the segments
 
 
-Pieces = list[tuple[np.ndarray, np.ndarray]]
+@dataclass
+class Account:
+    """What became of the documents of a table.
+
+    Attributes:
+        documents: that have something to learn, in part or whole.
+        skipped: documents with nothing to learn.
+        truncated: documents cut to `seq_len`.
+        cut_tokens: tokens that truncation cut away.
+        dropped: documents of which truncation leaves nothing to learn.
+        left_out: samples with nothing to learn, such as the last token of a long document alone.
+    """
+
+    documents: int = 0
+    skipped: int = 0
+    truncated: int = 0
+    cut_tokens: int = 0
+    dropped: int = 0
+    left_out: int = 0
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.documents:,} documents",
+            self.skipped and f"{self.skipped:,} skipped, which have nothing to predict",
+            self.truncated and f"{self.truncated:,} truncated by {self.cut_tokens:,} tokens in all",
+            self.dropped and f"{self.dropped:,} dropped, of which seq_len holds the prompt alone",
+            self.left_out and f"{self.left_out:,} samples left out, which have nothing to predict",
+        ]
+        return ", ".join(part for part in parts if part)
 
 
-def concat_pieces(pieces: Pieces) -> TokenSample:
-    """Returns the sample whose segments are these pieces of documents."""
-    lengths = [len(tokens) for tokens, _ in pieces]
-    tokens, learnt = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
-    return TokenSample(tokens, np.arange(len(pieces), dtype=np.int32).repeat(lengths), learnt)
+def cut_documents(
+    documents: Iterable[Encoded], *, packing: str, seq_len: int, keep_prompts: bool, account: Account
+) -> Iterator[KeyedSample]:
+    """Yields samples that have something to learn; what is skipped, truncated and left out is counted.
+
+    Args:
+        packing: a name of `PACKINGS`.
+        keep_prompts: documents never continue in another sample; they are truncated to `seq_len`.
+    """
+
+    def learnable() -> Iterator[Encoded]:
+        for document in documents:
+            if document.learnt[1:].any():
+                account.documents += 1
+                yield document
+            else:
+                account.skipped += 1
+
+    whole = truncate(learnable(), seq_len, account) if keep_prompts else learnable()
+    for pieces in PACKINGS[packing](whole, seq_len):
+        sample = _concat(pieces)
+        if len(sample.rows):
+            yield KeyedSample(
+                pieces[0].key, sample, np.array([len(piece.tokens) for piece in pieces], np.int32)
+            )
+        else:
+            account.left_out += 1
 
 
-def one_sample_per_document(documents: Iterable[Encoded], seq_len: int) -> Iterator[tuple[str, Pieces]]:
+def truncate(documents: Iterable[Encoded], seq_len: int, account: Account) -> Iterator[Encoded]:
+    """Yields documents of at most `seq_len` tokens, cut from the right; those without an answer then are dropped."""
+    for document in documents:
+        if (lost := len(document.tokens) - seq_len) > 0:
+            document = document._replace(tokens=document.tokens[:seq_len], learnt=document.learnt[:seq_len])
+            if not document.learnt[1:].any():
+                account.documents -= 1
+                account.dropped += 1
+                continue
+            account.truncated += 1
+            account.cut_tokens += lost
+        yield document
+
+
+def one_sample_per_document(documents: Iterable[Encoded], seq_len: int) -> Iterator[list[Piece]]:
     """Cuts each document by itself, from its start on."""
     for document in documents:
-        for start in range(0, len(document.tokens), seq_len):
-            piece = slice(start, start + seq_len)
-            yield f"{document.key}@{start}", [(document.tokens[piece], document.learnt[piece])]
+        for piece in document.pieces(seq_len):
+            yield [piece]
 
 
-def packed(documents: Iterable[Encoded], seq_len: int) -> Iterator[tuple[str, Pieces]]:
-    """Fills samples to `seq_len`; only the last may be shorter."""
-    pieces: Pieces = []
-    key, room = "", seq_len
+def packed(documents: Iterable[Encoded], seq_len: int) -> Iterator[list[Piece]]:
+    """Fills samples to `seq_len`; shorter are only the last, and one without room for a prefix and a row."""
+    pieces: list[Piece] = []
+    room = seq_len
     for document in documents:
-        start = 0
-        while start < len(document.tokens):
-            if not pieces:
-                key = f"{document.key}@{start}"
-            piece = slice(start, start + room)
-            pieces.append((document.tokens[piece], document.learnt[piece]))
-            start += len(pieces[-1][0])
-            room -= len(pieces[-1][0])
+        stop = 0
+        while stop < len(document.tokens):
+            if pieces and room <= document.num_prefix + (stop > 0):
+                yield pieces
+                pieces, room = [], seq_len
+            pieces.append(document.piece(stop, room))
+            stop = pieces[-1].stop
+            room -= len(pieces[-1].tokens)
             if room == 0:
-                yield key, pieces
+                yield pieces
                 pieces, room = [], seq_len
     if pieces:
-        yield key, pieces
+        yield pieces
+
+
+def best_fit(documents: Iterable[Encoded], seq_len: int) -> Iterator[list[Piece]]:
+    """Puts whole pieces together, longest first, each where the least room is left; samples come in document order."""
+    window: list[Piece] = []
+    num_tokens = 0
+    for document in documents:
+        for piece in document.pieces(seq_len):
+            window.append(piece)
+            num_tokens += len(piece.tokens)
+        if num_tokens >= WINDOW_TOKENS:
+            yield from _best_fit(window, seq_len)
+            window, num_tokens = [], 0
+    yield from _best_fit(window, seq_len)
+
+
+def _best_fit(window: list[Piece], seq_len: int) -> list[list[Piece]]:
+    lengths = np.array([len(piece.tokens) for piece in window])
+    samples: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # what each sample has left, and its number; ascending
+    for number in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[number])
+        place = bisect.bisect_left(rooms, (length, -1))
+        if place < len(rooms):
+            room, sample = rooms.pop(place)
+            samples[sample].append(number)
+        else:
+            room, sample = seq_len, len(samples)
+            samples.append([number])
+        if room > length:
+            bisect.insort(rooms, (room - length, sample))
+    return [[window[number] for number in sorted(sample)] for sample in sorted(samples, key=min)]
+
+
+PACKINGS: dict[str, Callable[[Iterable[Encoded], int], Iterator[list[Piece]]]] = {
+    "packed": packed,
+    "documents": one_sample_per_document,
+    "best_fit": best_fit,
+}
+
+
+def _concat(pieces: list[Piece]) -> TokenSample:
+    lengths = [len(piece.tokens) for piece in pieces]
+    tokens = np.concatenate([piece.tokens for piece in pieces])
+    learnt = np.concatenate([piece.learnt for piece in pieces])
+    return TokenSample(tokens, np.arange(len(pieces), dtype=np.int32).repeat(lengths), learnt)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
@@ -22,19 +22,34 @@ class TextSettings(SourceSettings):
     `max_train_samples` and `max_eval_samples` keep the first so many samples of a split; no more than these are
     tokenized. `cross_documents = true` lets the attention of teacher and student run over a whole packed sample, as if it
     were one document; it is part of a cache's identity.
+
+    `bos`: the beginning-of-sequence token of each document. "auto": what the tokenizer does by default, and in a chat
+    what its template writes; true: there is one, added where it is missing and never twice; false: there is none.
+
+    `packing`: how documents become samples, see `softcache.data.sources.text.packing`; by default "packed" for texts and
+    "best_fit" for what has a prompt, which is never cut from its answer.
     """
 
     modality: Literal["text"] = "text"
     tokenizer: str
     seq_len: int = Field(256, ge=2)
-    packing: Literal["packed", "documents"] = "packed"
+    packing: Literal["packed", "documents", "best_fit"] | None = None
+    bos: Literal["auto"] | bool = "auto"
+    chat_template: str | None = None
+    template_args: dict[str, Any] = Field(default_factory=dict)
+    tools: str | None = None
     cross_documents: bool = False
     data_dir: str = "runs/data"
 
     @property
-    def is_chat(self) -> bool:
-        """Whether documents are lists of messages."""
+    def has_prompts(self) -> bool:
+        """Whether documents are prompts with answers (chats, too): they are kept whole, and only answers are learned."""
         return False
+
+    @property
+    def cut(self) -> Literal["packed", "documents", "best_fit"]:
+        """How documents become samples, with its default."""
+        return self.packing or ("best_fit" if self.has_prompts else "packed")
 
     def documents(self, split: Split) -> Documents:
         """Returns the documents of a split.

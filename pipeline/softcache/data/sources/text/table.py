@@ -88,9 +88,10 @@ class TokenSource:
         tokenizer_digest: of the tokenizer that made the tokens.
         vocab_size: ids are below it.
         seq_len, packing: how samples were cut.
+        prefix: ids that the tokenizer puts before each text, such as BOS.
         num_tokens: of all samples.
-        num_skipped: documents without anything to predict.
-        num_left_out: samples without anything to predict.
+        account: what became of the documents, an `Account` as a dict, and how full the samples are; empty where a table
+            is not made of documents of text.
     """
 
     def __init__(self, folder: str | Path, *, name: str) -> None:
@@ -106,8 +107,8 @@ class TokenSource:
         self.seq_len: int = described["made_from"]["seq_len"]
         self.packing: str = described["made_from"]["packing"]
         self.num_tokens: int = described["num_tokens"]
-        self.num_skipped: int = described["num_skipped"]
-        self.num_left_out: int = described["num_left_out"]
+        self.prefix: list[int] = described["made_from"].get("prefix", [])
+        self.account: dict[str, Any] = described.get("account", {})
         self._num_samples: int = described["num_samples"]
         self._opened: tuple[list[_Chunk], list[int]] | None = None
 

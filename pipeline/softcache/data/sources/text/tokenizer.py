@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl
 
 from softcache.data.sources.text.build_cache import build_dir_path, build_folder
-from softcache.errors import MissingExtraError, SpecError
+from softcache.errors import MissingExtraError, SourceError, SpecError
 from softcache.hashing.digests import digest_json
 from softcache.runtime.logging import progress_bar
 from softcache.runtime.optional import auto_tokenizer, text_library
@@ -25,16 +25,18 @@ if TYPE_CHECKING:
     from softcache.data.sources.text.settings import TextSettings
 
 __all__ = [
+    "SpecialTokens",
     "bpe_arguments",
     "describe_tokenizer",
     "digest_tokenizer",
     "is_bpe",
     "load_tokenizer",
+    "special_tokens",
     "train_byte_level",
 ]
 
 END_OF_TEXT = "<|endoftext|>"
-BPE_VERSION = 1
+BPE_VERSION = 2
 # Training reads no further than this into the train split: about 10 s; the standard library (11 MB) takes 2.
 BPE_MAX_CHARACTERS = 2**25
 
@@ -46,6 +48,19 @@ def load_tokenizer(settings: TextSettings) -> Any:
         SpecError: it cannot be loaded, or its arguments are wrong.
         SourceError: the documents that it is to be trained on cannot be read.
     """
+    tokenizer = _load(settings)
+    if settings.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(settings.chat_template).expanduser().read_text()
+        except OSError as error:
+            raise SourceError(
+                f"source.chat_template {settings.chat_template!r}: cannot be read: {error}; expected a file that holds a "
+                "Jinja template"
+            ) from error
+    return tokenizer
+
+
+def _load(settings: TextSettings) -> Any:
     transformers = text_library("transformers")
     if is_bpe(settings.tokenizer):
         return transformers.PreTrainedTokenizerFast.from_pretrained(str(_bpe_folder(settings)))
@@ -79,17 +94,59 @@ def digest_tokenizer(tokenizer: Any) -> str:
     return digest_json({"vocab": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map})
 
 
+class SpecialTokens(NamedTuple):
+    """The ids that a tokenizer puts around a text."""
+
+    prefix: tuple[int, ...]
+    suffix: tuple[int, ...]
+
+
+def special_tokens(tokenizer: Any, *, bos: Literal["auto"] | bool, of: str) -> SpecialTokens:
+    """Returns what goes before and after each text.
+
+    Args:
+        bos: "auto": what the tokenizer adds by default; true: its BOS in front, added where it adds none; false: nothing
+            in front. The end-of-text token ends a text in any case, once, where the tokenizer has one.
+        of: names the tokenizer in errors.
+
+    Raises:
+        SpecError: BOS is asked for, and the tokenizer has none.
+    """
+    plain, ids = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
+    start = next((n for n in range(len(ids)) if ids[n : n + len(plain)] == plain), len(ids))
+    prefix, suffix = ids[:start], ids[start + len(plain) :]
+    if bos is False:
+        prefix = []
+    elif bos is True:
+        if tokenizer.bos_token_id is None:
+            raise SpecError(
+                f'{of}: has no BOS token, which source.bos = true asks for; set source.bos = "auto"'
+            )
+        if prefix[:1] != [tokenizer.bos_token_id]:
+            prefix = [tokenizer.bos_token_id, *prefix]
+    if tokenizer.eos_token_id is not None and suffix[-1:] != [tokenizer.eos_token_id]:
+        suffix = [*suffix, tokenizer.eos_token_id]
+    return SpecialTokens(tuple(prefix), tuple(suffix))
+
+
 def describe_tokenizer(settings: TextSettings) -> dict[str, Any]:
     """What a table depends on; for a trained `bpe` this reads one small file."""
-    if is_bpe(settings.tokenizer):
+    if is_bpe(settings.tokenizer) and settings.bos != "auto":
+        raise SpecError(
+            f'source.bos: {settings.bos} with source.tokenizer = "bpe", which has no BOS token; drop it'
+        )
+    if is_bpe(settings.tokenizer) and settings.chat_template is None:
         return json.loads((_bpe_folder(settings) / "bpe.json").read_text())
-    return _described_tokenizer(load_tokenizer(settings))
+    return _described_tokenizer(load_tokenizer(settings), settings.bos, settings.tokenizer)
 
 
-def _described_tokenizer(tokenizer: Any) -> dict[str, Any]:
+def _described_tokenizer(tokenizer: Any, bos: Literal["auto"] | bool, name: str) -> dict[str, Any]:
+    around = special_tokens(tokenizer, bos=bos, of=f"source.tokenizer {name!r}")
     return {
         "digest": digest_tokenizer(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
+        "prefix": list(around.prefix),
+        "suffix": list(around.suffix),
         "chat_template": tokenizer.chat_template,
     }
 
@@ -117,10 +174,10 @@ def _bpe_folder(settings: TextSettings) -> Path:
     """Returns the folder of a byte-level BPE of the train split, trained now if it was not before."""
     arguments = bpe_arguments(settings.tokenizer)
     documents = settings.documents("train")
-    if settings.is_chat:
+    if settings.has_prompts:
         raise SpecError(
-            f"source.tokenizer {settings.tokenizer!r}: it has no chat template, which source.messages_column needs; "
-            "name a tokenizer that has one"
+            f"source.tokenizer {settings.tokenizer!r}: it has no chat template, which chats need, and is "
+            "trained on texts only; name a tokenizer that has one"
         )
     made_from = {"version": BPE_VERSION, "documents": documents.digest, **arguments}
     folder = build_dir_path(settings, "tokenizers", made_from)
@@ -132,7 +189,7 @@ def _bpe_folder(settings: TextSettings) -> Path:
         with build_folder(folder, is_whole) as staged:
             tokenizer = _train_bpe(documents, **arguments)
             tokenizer.save_pretrained(str(staged))
-            described = _described_tokenizer(tokenizer) | {"made_from": made_from}
+            described = _described_tokenizer(tokenizer, "auto", settings.tokenizer) | {"made_from": made_from}
             (staged / "bpe.json").write_text(json.dumps(described, indent=2) + "\n")
     return folder
 

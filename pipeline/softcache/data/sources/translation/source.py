@@ -59,16 +59,16 @@ def open_translation(settings: TranslationSettings, *, split: Split) -> TokenSou
     }
     folder = build_dir_path(settings, "tokens", made_from)
     if described_table(folder) is None:
-        _tokenise(pairs, tokenizer, folder, made_from)
+        _tokenize(pairs, tokenizer, folder, made_from)
     return TokenSource(folder, name=pairs.name)
 
 
-def _tokenise(pairs: Pairs, tokenizer: PairTokenizer, folder: Path, made_from: dict[str, Any]) -> None:
+def _tokenize(pairs: Pairs, tokenizer: PairTokenizer, folder: Path, made_from: dict[str, Any]) -> None:
     """Builds the table."""
     too_long = 0
     with build_folder(folder, lambda made: described_table(made) is not None) as staged:
         writer = TableWriter(staged / "samples.arrow")
-        with progress_bar(f"tokenise {pairs.name}", len(pairs.pairs), "pairs") as advance:
+        with progress_bar(f"tokenize {pairs.name}", len(pairs.pairs), "pairs") as advance:
             for pair, source, target in _encoded(pairs.pairs, tokenizer):
                 advance(1)
                 if writer.num_samples == made_from["max_samples"]:
@@ -83,8 +83,7 @@ def _tokenise(pairs: Pairs, tokenizer: PairTokenizer, folder: Path, made_from: d
                 "raise source.max_tokens"
             )
         described = writer.close() | {
-            "num_skipped": too_long,
-            "num_left_out": 0,
+            "account": {"skipped": too_long},
             "tokenizer_digest": tokenizer.digest,
             "vocab_size": max(len(tokenizer), writer.largest + 1),
             "made_from": made_from,

@@ -1,0 +1,212 @@
+"""The tokens that a tokenizer puts around a text: as the model was trained, once per document, at each piece's start."""
+
+import json
+
+import numpy as np
+import pytest
+from tokenizers import processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from softcache.data.sources import source_settings
+from softcache.data.sources.text.packing import Account, Encoded, cut_documents
+from softcache.data.sources.text.source import open_text
+from softcache.data.sources.text.tokenizer import special_tokens
+from softcache.data.tokens import TokenData
+from softcache.errors import SourceError, SpecError
+from tests.data.test_text_source import WORDS, save_tokenizer, write_texts
+
+BOS, EOS = 1, 0
+CHAT = (
+    "{{ '<bos> ' }}{% for m in messages %}{% if m.role == 'assistant' %}[assistant] {% generation %}{{ m.content }} "
+    "<eos> {% endgeneration %}{% else %}w9 {{ m.content }} {% endif %}{% endfor %}"
+)
+
+
+def with_bos(folder, *, template="<bos> $A", chat_template=None):
+    """A word-level tokenizer whose post-processor puts tokens around a text; [user] is <bos>, with the id 1."""
+    words = ["<eos>", "<bos>", *WORDS[2:]]
+    tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(folder, words=words))
+    tokenizer.backend_tokenizer.add_special_tokens(["<bos>"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=template, special_tokens=[("<bos>", BOS), ("<eos>", EOS)]
+    )
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, bos_token="<bos>", eos_token="<eos>"
+    )
+    wrapped.chat_template = chat_template
+    wrapped.save_pretrained(str(folder))
+    return str(folder)
+
+
+@pytest.fixture
+def opened(tmp_path):
+    def open_(texts, tokenizer, **given):
+        path = write_texts(tmp_path / "docs.jsonl", texts)
+        table = {
+            "modality": "text",
+            "name": "hf",
+            "path": str(path),
+            "tokenizer": tokenizer,
+            "eval_share": 1e-9,
+        }
+        table |= {"shuffle_documents": False, "data_dir": str(tmp_path / "data")}
+        return open_text(source_settings(table | given), split="train")
+
+    return open_
+
+
+def tokens_of(source):
+    return [source.sample(number).tokens.tolist() for number in range(len(source))]
+
+
+def test_a_text_begins_as_its_tokenizer_begins_it(opened, tmp_path):
+    source = opened(["w10 w11", "w12"], with_bos(tmp_path / "t"))
+    assert tokens_of(source) == [[BOS, 10, 11, EOS, BOS, 12, EOS]]
+    # BOS predicts the first word; nothing predicts BOS.
+    assert TokenData(source).load([0]).targets.tolist() == [10, 11, EOS, 12, EOS]
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path / "t"))
+    assert source.sample(0).tokens[:3].tolist() == theirs("w10 w11")["input_ids"]
+
+
+def test_what_the_tokenizer_ends_a_text_with_is_not_put_there_twice(opened, tmp_path):
+    source = opened(["w10 w11"], with_bos(tmp_path / "t", template="<bos> $A <eos>"))
+    assert tokens_of(source) == [[BOS, 10, 11, EOS]]
+
+
+@pytest.mark.parametrize(
+    ("template", "bos", "expected"),
+    [
+        ("<bos> $A", "auto", [BOS, 10, EOS]),
+        ("<bos> $A", True, [BOS, 10, EOS]),
+        ("<bos> $A", False, [10, EOS]),
+        ("$A", "auto", [10, EOS]),
+        ("$A", True, [BOS, 10, EOS]),
+    ],
+)
+def test_bos_can_be_asked_for_and_left_out(opened, tmp_path, template, bos, expected):
+    source = opened(["w10"], with_bos(tmp_path / "t", template=template), bos=bos)
+    assert tokens_of(source) == [expected]
+    identity = TokenData(source).identity(1)["tokenizer"]
+    assert identity.get("prefix", []) == ([BOS] if BOS in expected else [])
+
+
+def test_a_tokenizer_without_bos_cannot_be_asked_for_one(opened, tmp_path):
+    with pytest.raises(SpecError, match=r"has no BOS token, which source\.bos = true asks for"):
+        opened(["w10"], save_tokenizer(tmp_path / "t"), bos=True)
+
+
+def test_a_text_without_words_is_skipped(opened, tmp_path):
+    source = opened(["", "w10", "  "], with_bos(tmp_path / "t"))
+    assert (tokens_of(source), source.account["skipped"]) == ([[BOS, 10, EOS]], 2)
+
+
+@pytest.mark.parametrize("packing", ["packed", "documents", "best_fit"])
+def test_a_continued_document_begins_with_bos_again(opened, tmp_path, packing):
+    """A segment is read by itself; a model that was never without BOS is not without it there."""
+    source = opened(
+        [" ".join(f"w{n}" for n in range(10, 17))], with_bos(tmp_path / "t"), seq_len=4, packing=packing
+    )
+    assert tokens_of(source) == [[BOS, 10, 11, 12], [BOS, 13, 14, 15], [BOS, 16, EOS]]
+    assert source.keys() == ["train/0@0", "train/0@4", "train/0@7"]
+    # The first word of a continuation is not learned: what predicts it is in the sample before.
+    targets = [TokenData(source).load([n]).targets.tolist() for n in range(3)]
+    assert targets == [[10, 11, 12], [14, 15], [EOS]]
+
+
+def test_a_sample_ends_before_a_prefix_that_leads_to_nothing(opened, tmp_path):
+    source = opened(["w10 w11", "w12 w13 w14", "w15"], with_bos(tmp_path / "t"), seq_len=5)
+    assert tokens_of(source) == [[BOS, 10, 11, EOS], [BOS, 12, 13, 14, EOS], [BOS, 15, EOS]]
+
+
+def test_a_length_that_holds_no_row_is_refused(opened, tmp_path):
+    with pytest.raises(SourceError, match=r"source\.seq_len: 2 holds no row after the 1 tokens"):
+        opened(["w10 w11"], with_bos(tmp_path / "t"), seq_len=2)
+
+
+@pytest.mark.parametrize(("bos", "expected"), [("auto", 1), (True, 1), (False, 0)])
+def test_a_chat_whose_template_writes_bos_has_it_once(tmp_path, bos, expected):
+    chat = [{"role": "user", "content": "w10"}, {"role": "assistant", "content": "w20"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    table = {
+        "modality": "text",
+        "name": "hf",
+        "path": str(tmp_path / "chats.jsonl"),
+        "eval_share": 1e-9,
+        "bos": bos,
+    }
+    table |= {"tokenizer": with_bos(tmp_path / "t", chat_template=CHAT), "messages_column": "messages"}
+    source = open_text(source_settings(table | {"data_dir": str(tmp_path / "data")}), split="train")
+    (tokens,) = tokens_of(source)
+    assert tokens == [BOS] * expected + [9, 10, 2, 20, EOS]
+    assert TokenData(source).load([0]).targets.tolist() == [20, EOS]
+
+
+def test_the_tokens_of_a_table_are_those_of_the_tokenizer(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(with_bos(tmp_path / "t", template="<bos> $A <eos>"))
+    around = special_tokens(tokenizer, bos="auto", of="t")
+    assert (around.prefix, around.suffix) == ((BOS,), (EOS,))
+
+
+# -- best-fit packing ----------------------------------------------------------------------------------------
+
+
+def documents_of(lengths, num_prefix=0):
+    flat = iter(range(1, 1 + sum(lengths)))
+    for number, length in enumerate(lengths):
+        tokens = np.array([next(flat) for _ in range(length)], np.int32)
+        yield Encoded(f"d{number}", tokens, np.ones(length, bool), num_prefix)
+
+
+def cut(lengths, seq_len, **given):
+    account = Account()
+    options = {"packing": "best_fit", "keep_prompts": False} | given
+    return list(cut_documents(documents_of(lengths), seq_len=seq_len, account=account, **options)), account
+
+
+def test_best_fit_puts_whole_documents_where_the_least_room_is_left():
+    samples, _ = cut([5, 3, 7, 2, 4, 3], seq_len=8)
+    # 7; 5+3; 4+3; 2 where 8-7=1 has no room, after 5+3 there is none, after 4+3 there is none
+    assert [sample.lengths.tolist() for sample in samples] == [[5, 3], [7], [2], [4, 3]]
+    assert [sample.key for sample in samples] == ["d0@0", "d2@0", "d3@0", "d4@0"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_best_fit_loses_nothing_and_is_fuller_than_first_fit(seed):
+    rng = np.random.default_rng(seed)
+    lengths, seq_len = rng.integers(2, 60, 200).tolist(), 50
+    samples, account = cut(lengths, seq_len)
+    tokens = np.concatenate([sample.sample.tokens for sample in samples])
+    lost = account.left_out  # the last token of a longer document, alone in a sample
+    assert len(set(tokens.tolist())) == len(tokens) == sum(lengths) - lost
+    assert all(len(sample.sample.tokens) <= seq_len for sample in samples)
+    first_fit: list[int] = []
+    pieces = [p for n in lengths for p in ([50, n - 50] if n > 50 else [n])]
+    for piece in pieces:
+        place = next((n for n, used in enumerate(first_fit) if used + piece <= seq_len), None)
+        if place is None:
+            first_fit.append(piece)
+        else:
+            first_fit[place] += piece
+    assert len(samples) <= len(first_fit)
+
+
+def test_documents_with_prompts_are_truncated_from_the_right_and_counted():
+    samples, account = cut([5, 12, 3], seq_len=8, keep_prompts=True)
+    assert [sample.lengths.tolist() for sample in samples] == [[5, 3], [8]]
+    assert (account.documents, account.truncated, account.cut_tokens, account.dropped) == (3, 1, 4, 0)
+    assert "3 documents, 1 truncated by 4 tokens in all" in str(account)
+
+
+def test_a_prompt_that_fills_a_sample_is_dropped_and_counted():
+    learnt = np.arange(12) >= 9
+    document = Encoded("d", np.arange(12, dtype=np.int32), learnt)
+    account = Account()
+    options = {"packing": "best_fit", "seq_len": 8, "keep_prompts": True, "account": account}
+    assert list(cut_documents([document], **options)) == []
+    assert (account.documents, account.dropped) == (0, 1)
+
+
+def test_windows_bound_what_is_held(monkeypatch):
+    monkeypatch.setattr("softcache.data.sources.text.packing.WINDOW_TOKENS", 10)
+    samples, _ = cut([5, 7, 3], seq_len=8)
+    assert [sample.lengths.tolist() for sample in samples] == [[5], [7], [3]]
