@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
@@ -45,6 +45,9 @@ class LossSpec:
         fast_paths: the special implementations that are of this loss: "logits" (`losses.direct`) and "hidden"
             (`losses.fused.cpu`). They have the value and gradient of the formula, and are off with SOFTCACHE_COMPILED=0.
         of_logits: for a loss without a formula: (student_logits, labels, temperature=) to [P].
+
+    Raises (from the constructor):
+        SpecError: `settings` is no settings model.
     """
 
     formula: Callable[..., Tensor] | None
@@ -57,6 +60,13 @@ class LossSpec:
     weighs_truth: bool = False
     fast_paths: tuple[str, ...] = ()
     of_logits: Callable[..., Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.settings, type) and issubclass(self.settings, Settings)):
+            raise SpecError(
+                f"settings of a loss: expected a subclass of softcache.settings.Settings; found {self.settings!r}; write "
+                "@divergence() above the formula of a loss without parameters"
+            )
 
     def __call__(self, log_p_PB: Tensor, log_s_PB: Tensor, **parameters: Any) -> Tensor:
         """The formula's value."""
@@ -85,18 +95,9 @@ def divergence(
     weighs_truth: bool = False,
     fast_paths: tuple[str, ...] = (),
 ) -> Callable[[Callable[..., Tensor]], LossSpec]:
-    """Returns the decorator that makes a loss of a formula over buckets; arguments as the attributes of `LossSpec`.
-
-    Raises:
-        SpecError: `settings` is no settings model.
-    """
-    if not (isinstance(settings, type) and issubclass(settings, Settings)):
-        raise SpecError(
-            f"divergence: expected a subclass of softcache.settings.Settings; found {settings!r}; write @divergence() "
-            "above the formula of a loss without parameters"
-        )
-    return lambda formula: LossSpec(
-        formula,
+    """Returns the decorator that makes a loss of a formula over buckets; arguments as the attributes of `LossSpec`."""
+    spec = LossSpec(  # before the formula is known, so that @divergence without parentheses is refused
+        None,
         settings,
         tails=tails,
         temperature_power=temperature_power,
@@ -106,6 +107,7 @@ def divergence(
         weighs_truth=weighs_truth,
         fast_paths=fast_paths,
     )
+    return lambda formula: replace(spec, formula=formula)
 
 
 @dataclass(frozen=True)
