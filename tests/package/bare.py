@@ -1,15 +1,27 @@
 """What an environment without torch can do: run by `make package` in one that holds the wheel and nothing else.
 
 python bare.py GOLDEN      GOLDEN is tests/golden
+
+All of it runs in a folder whose own modules have the names of softcache's folders, which must not be imported.
 """
 
+import os
 import subprocess
 import sys
+import tempfile
 import time
+from importlib.metadata import distribution
 from importlib.util import find_spec
 from pathlib import Path
 
-golden = Path(sys.argv[1])
+golden = Path(sys.argv[1]).resolve()
+top_level = {file.parts[0] for file in distribution("softcache").files or () if file.parts[0] != ".."}
+assert {name for name in top_level if not name.endswith(".dist-info")} == {"softcache"}, top_level
+
+foreign = tempfile.TemporaryDirectory()
+os.chdir(foreign.name)
+for name in ("pipeline.py", "stages.py", "labels.py", "data.py", "reader.py"):
+    Path(name).write_text(f"raise RuntimeError('{name} of the current folder was imported')\n")
 
 started = time.perf_counter()
 import softcache  # noqa: E402
@@ -35,6 +47,10 @@ for store, place in places.items():
         assert np.allclose(np.exp(soft.log_probs).sum(1) + np.exp(soft.log_tail), 1, atol=1e-5), store
 for manifest in sorted((golden / "v1-packed").rglob("manifest.json")):
     assert len(softcache.open_cache(manifest.parent).read([0], view=0)) >= 1, manifest
+
+script = f"from softcache import open_cache; print(len(open_cache({str(places['zarr'])!r})))"
+done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+assert done.returncode == 0, done.stderr
 
 message = ""
 try:

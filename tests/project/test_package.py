@@ -2,9 +2,11 @@
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib import import_module
 from importlib.metadata import packages_distributions
 
@@ -152,6 +154,27 @@ def test_all_has_every_extra_of_users():
     extras = set(PROJECT["optional-dependencies"]) - {"all", "dev", "train", "docs"}
     listed = set(PROJECT["optional-dependencies"]["all"][0].partition("[")[2].rstrip("]").split(","))
     assert listed == extras
+
+
+def test_the_wheel_has_one_top_level_name(tmp_path):
+    for name in ("pipeline", "stages"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
+        )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    code = "from setuptools import build_meta; build_meta.build_wheel('.')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    top_level = {name.partition("/")[0] for name in names}
+    assert {name for name in top_level if not name.endswith(".dist-info")} == {"softcache"}
+    tree = {str(path.relative_to(ROOT / "pipeline")) for path in (ROOT / "pipeline/softcache").rglob("*.py")}
+    tree |= {f"softcache/stages/{path.name}" for path in (ROOT / "stages").glob("*.py")}
+    assert {name for name in names if name.endswith(".py")} == tree
 
 
 def test_the_packages_are_those_of_the_tree():
