@@ -111,6 +111,10 @@ class Data:
         """Returns what distinguishes runs on this data from others."""
         return {"source": self.train.source.digest, "evaluation": self.evaluation.source.digest}
 
+    def loss_identity(self, config: RunConfig) -> dict[str, Any]:
+        """Returns what distinguishes runs with this loss on soft labels from others."""
+        return {"loss": config.loss.identity()}
+
     def student_data(self, config: RunConfig) -> Any:
         """Returns what the student reads: this, or its own source or tokens.
 

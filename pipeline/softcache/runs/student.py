@@ -75,9 +75,7 @@ def train_student(
                 "teacher": {"spec": teacher.spec, "weights": teacher.weights_digest, "dtype": teacher.dtype}
             }
     if labels != "ground_truth":
-        identity["loss"] = config.loss.identity()
-        if data.train.kind == "cells":
-            identity["cells"] = config.detection_loss.model_dump()
+        identity |= data.loss_identity(config)
     task = data.task(config, model, teacher if labels == "online" else None)
     return run_training(
         config, data, task, model, out, feed, identity=identity, track_with=track_with, on_epoch=on_epoch

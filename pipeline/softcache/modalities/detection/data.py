@@ -48,6 +48,10 @@ class DetectionData(ImageSplits):
             for split in SPLITS
         )
 
+    def loss_identity(self, config: RunConfig) -> dict[str, Any]:
+        """Returns what distinguishes runs with this loss on soft labels from others."""
+        return super().loss_identity(config) | {"cells": config.detection_loss.model_dump()}
+
     def student_data(self, config: RunConfig) -> DetectionData:
         """Returns this: student and teacher see the same images.
 
