@@ -6,7 +6,7 @@ Each takes probabilities p and s, [P, V], V buckets of which the teacher's order
 import torch
 
 from softcache import losses
-from softcache.losses import LOSSES
+from softcache.losses import LOSSES, functional
 
 P, V = 5, 12
 TARGETS = torch.tensor([3, 0, 11, 7, 3])
@@ -98,9 +98,10 @@ DENSE = {
 
 
 def plain(name, student, labels, targets=TARGETS, *, temperature, tail="bucket", padded=False, **parameters):
-    """The public function of a name, as the loss without its target-class part at T=1."""
+    """The function of a name, public where there is one, as the loss without its target-class part at T=1."""
     how = {"temperature": temperature, "tail": tail, "padded_vocabulary": padded, **parameters}
-    function = getattr(losses, "soft_cross_entropy" if name == "cross_entropy" else name)
+    make = functional._make_target_function if name in NEEDS_TARGET else functional._make_function
+    function = getattr(losses, "soft_cross_entropy" if name == "cross_entropy" else name, None) or make(name)
     return (
         function(student, labels, targets, **how)
         if name in NEEDS_TARGET
