@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from softcache.errors import ConfigError, LabelError
 from softcache.models.image import Normalize, build_model
 from softcache.models.spec import parse_spec
 from softcache.models.weights import load_weights
+from softcache.runtime.linear import linear_float32
 from softcache.teacher.base import Dtype, Teacher, TeacherSettings
 
 __all__ = ["ImageTeacher", "load_image_teacher"]
@@ -24,6 +26,8 @@ class ImageTeacher(Teacher):
     def __init__(self, model: nn.Module, *, normalize: Normalize, **common: Any) -> None:
         super().__init__(model, **common)
         self._normalize = normalize.to(self.device)
+        if self.dtype != "float32":
+            _keep_accumulator(self.model, self.num_classes)
 
     @torch.inference_mode()
     def chunks(self, batch: ImageBatch) -> Iterator[torch.Tensor]:
@@ -47,6 +51,18 @@ class ImageTeacher(Teacher):
                 "the teacher's head must have one output per class of the source"
             )
         return logits.float()
+
+
+def _keep_accumulator(model: nn.Module, num_classes: int) -> None:
+    """Lets the linear layers that return logits keep the float32 sums that autocast would round to half precision."""
+    for module in model.modules():
+        if type(module) is nn.Linear and module.out_features == num_classes:
+            module.forward = partial(_linear, module)  # type: ignore[method-assign]
+
+
+def _linear(module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
+    flat_PV = linear_float32(inputs.flatten(0, -2), module.weight, module.bias)
+    return flat_PV.view(*inputs.shape[:-1], -1)
 
 
 def load_image_teacher(

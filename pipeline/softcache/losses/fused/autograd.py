@@ -16,6 +16,7 @@ from softcache.losses.fused.chunk import ChunkObjective
 from softcache.losses.fused.cpu import CompiledMixture, RecordMixture
 from softcache.losses.fused.head import Head
 from softcache.losses.fused.rows import Rows
+from softcache.runtime.linear import matmul_float32
 
 __all__ = ["HeadLoss"]
 
@@ -51,7 +52,7 @@ class _Gradients:
             if head.product_dtype == head.dtype:
                 self.weight_VD.addmm_(narrow_PV.T, hidden_PD)
             else:
-                self.weight_VD.add_(torch.mm(narrow_PV.T, hidden_PD))
+                self.weight_VD.add_(matmul_float32(narrow_PV.T, hidden_PD))
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         rows, factor = self._rows, self._rows.scale * self._head.scale

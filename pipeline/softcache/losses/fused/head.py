@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from softcache.errors import LabelError
+from softcache.runtime.linear import matmul_float32
 
 __all__ = ["Head"]
 
@@ -35,12 +36,14 @@ class Head:
     ) -> None:
         _check_head(hidden_PD, weight_VD, bias_V, softcap, chunk_positions)
         self.tensors = (hidden_PD, weight_VD, bias_V)
-        self.product_dtype = _product_dtype(hidden_PD, weight_VD)  # of the matrix products
-        self.dtype = torch.float64 if self.product_dtype == torch.float64 else torch.float32  # of the rest
+        # Half-precision inputs are multiplied with a float32 accumulator: on CUDA as they are, elsewhere as float32.
+        self._rounded = _product_dtype(hidden_PD, weight_VD)
+        self.dtype = torch.float64 if self._rounded == torch.float64 else torch.float32
+        self.product_dtype = self._rounded if hidden_PD.is_cuda else self.dtype  # of the matrix products
         self.num_classes = weight_VD.shape[0]
         self.scale, self._softcap = logit_scale, softcap
         self._chunk = chunk_positions or max(1, _CHUNK_ELEMENTS // max(1, self.num_classes))
-        self.weight_VD = weight_VD.detach().to(self.product_dtype)
+        self.weight_VD = weight_VD.detach().to(self._rounded).to(self.product_dtype)
         self._bias_V = None if bias_V is None else bias_V.detach().to(self.dtype)
         self._buffers: dict[str, Tensor] = {}
 
@@ -55,7 +58,7 @@ class Head:
         """Chunks of rows in the products' dtype."""
         for start in range(0, len(hidden_PD), self._chunk):
             part = slice(start, min(start + self._chunk, len(hidden_PD)))
-            yield part, hidden_PD[part].to(self.product_dtype)
+            yield part, hidden_PD[part].to(self._rounded).to(self.product_dtype)
 
     def logits(self, hidden_PD: Tensor) -> Tensor:
         """A chunk's logits [P, V], in the buffer "logits"."""
@@ -66,8 +69,7 @@ class Head:
             beta = 0.0 if self._bias_V is None else scale
             torch.addmm(bias_V, hidden_PD, self.weight_VD.T, beta=beta, alpha=scale, out=logits_PV)
         else:
-            narrow_PV = self.buffer("narrow", num_rows, self.product_dtype)
-            logits_PV.copy_(torch.mm(hidden_PD, self.weight_VD.T, out=narrow_PV))
+            matmul_float32(hidden_PD, self.weight_VD.T, out=logits_PV)
             if self._bias_V is not None:
                 logits_PV.add_(self._bias_V)
             if scale != 1.0:

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from softcache.errors import SpecError
+from softcache.runtime.linear import linear_float32
 
 __all__ = ["BackboneHead", "CausalParts", "LMHeadMixin", "accepts_argument", "tensor_in"]
 
@@ -70,7 +71,7 @@ class LMHeadMixin:
 
     def logits(self, hidden_PD: torch.Tensor) -> torch.Tensor:
         """Returns float32 logits [P, V] of hidden states [P, D], scaled and capped as the model does."""
-        logits = nn.functional.linear(hidden_PD, self.weight, self.bias).float()
+        logits = linear_float32(hidden_PD, self.weight, self.bias)
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
