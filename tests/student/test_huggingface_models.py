@@ -63,6 +63,29 @@ def test_a_pretrained_teacher_labels_and_a_pretrained_student_learns(tmp_path, t
     )
 
 
+@pytest.mark.parametrize(("asked", "least", "most"), [("", 0.9, 1.0), ("?dtype=bfloat16", 0.0, 0.3)])
+def test_a_half_precision_checkpoint_learns_with_float32_weights(tmp_path, capfd, asked, least, most):
+    """At the learning rates of fine-tuning, almost every update is lost when it is added to a bfloat16 weight."""
+    tokenizer = load_tokenizer(text_config(tmp_path).source)
+    spec = save_model(tmp_path / "student", FAMILIES["llama"], tokenizer)
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "student").bfloat16()
+    before.save_pretrained(tmp_path / "student")
+    config = text_config(tmp_path, train={"lr": 2e-5, "weight_decay": 0.0, "labels": "ground_truth"})
+    train_student(
+        config,
+        open_data(config),
+        model=spec + asked,
+        labels="ground_truth",
+        cache=None,
+        out=tmp_path / "run",
+    )
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "hf").state_dict()
+    changed = torch.cat([(after[k].float() != v.float()).flatten() for k, v in before.state_dict().items()])
+    assert least <= changed.float().mean() <= most
+    assert after["model.norm.weight"].dtype == (torch.bfloat16 if asked else torch.float32)
+    assert ("updates of less than 2^-9 of a weight are lost" in capfd.readouterr().err) == bool(asked)
+
+
 TEMPLATE = (
     "{% for message in messages %}{% if message.role == 'assistant' %}{% generation %}{{ message.content }}"
     "{{ eos_token }}{% endgeneration %}{% else %}{{ message.content }} {% endif %}{% endfor %}"

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from softcache.errors import SpecError
+from softcache.models.spec import parse_spec
+from softcache.runtime.logging import log_info
 
-__all__ = ["count_parameters", "load_weights", "select_device"]
+__all__ = ["count_parameters", "float32_weights", "load_weights", "select_device"]
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -45,6 +47,28 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
             f"weights {path}: do not fit the model; missing {problems.missing_keys[:5]}, "
             f"unexpected {problems.unexpected_keys[:5]}; check teacher.model and its arguments"
         )
+
+
+def float32_weights(model: nn.Module, spec: str) -> nn.Module:
+    """Returns the model of a student with float32 weights, which `train.precision` may still compute with in half precision.
+
+    An update of less than 2^-9 of a weight (bfloat16; 2^-12 float16) is lost when it is added to a half-precision weight,
+    and at the learning rates of fine-tuning almost all are. Weights stay in half precision only where the spec asks for
+    it by `dtype=`, and a line is printed.
+    """
+    half = {
+        p.dtype for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)
+    }
+    if not half:
+        return model
+    if "dtype" not in parse_spec(spec).args:
+        return model.float()
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
+    log_info(
+        f"student {spec}: its weights are {names}, in which updates of less than 2^{-9 if torch.bfloat16 in half else -12} "
+        'of a weight are lost; drop dtype from the spec for float32 weights (train.precision = "bf16" computes in bfloat16)'
+    )
+    return model
 
 
 def count_parameters(model: nn.Module) -> int:

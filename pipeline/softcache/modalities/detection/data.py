@@ -16,7 +16,7 @@ from softcache.labels.sparsify import LabelSettings
 from softcache.modalities.images.splits import ImageSplits
 from softcache.models.detection.build import build_detector
 from softcache.models.detection.detector import Grid, check_same_grid
-from softcache.models.weights import select_device
+from softcache.models.weights import float32_weights, select_device
 from softcache.reader.cache import Cache
 from softcache.reader.dataset import SoftLabelDataset, cells_per_image
 from softcache.student.tasks.object_detection import DetectionTask
@@ -114,7 +114,9 @@ class DetectionData(ImageSplits):
             check_same_grid(model, self.grid(model).digest, teacher.grid)
             label = partial(_labelled, teacher, config.labels)
         return DetectionTask(
-            lambda: build_detector(model, num_classes=self.num_classes, input_shape=self.input_shape),
+            lambda: float32_weights(
+                build_detector(model, num_classes=self.num_classes, input_shape=self.input_shape), model
+            ),
             self.evaluation,
             self.normalize(),
             config.loss,

@@ -9,7 +9,7 @@ from softcache.data.images import ViewedSource
 from softcache.modalities.images.splits import ImageSplits
 from softcache.modalities.images.student import StudentImages
 from softcache.models.image import build_model
-from softcache.models.weights import select_device
+from softcache.models.weights import float32_weights, select_device
 from softcache.reader.cache import Cache
 from softcache.student.tasks import ImageTask
 from softcache.teacher.base import Teacher, TeacherSettings
@@ -79,7 +79,9 @@ class ImageData(ImageSplits):
         if isinstance(student, StudentImages):
             return student.task(config, model, teacher)
         return ImageTask(
-            lambda: build_model(model, num_classes=self.num_classes, input_shape=self.input_shape),
+            lambda: float32_weights(
+                build_model(model, num_classes=self.num_classes, input_shape=self.input_shape), model
+            ),
             self.evaluation,
             self.normalize(),
             self.num_classes,

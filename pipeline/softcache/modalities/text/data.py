@@ -15,7 +15,7 @@ from softcache.data.tokens import TokenData
 from softcache.errors import ConfigError, IdentityError
 from softcache.modalities.base import Data
 from softcache.models.language import build_language_model, tokenizer_of
-from softcache.models.weights import select_device
+from softcache.models.weights import float32_weights, select_device
 from softcache.reader.cache import Cache
 from softcache.reader.paired import PairedDataset
 from softcache.student.tasks import TokenTask
@@ -127,7 +127,9 @@ class TextData(TokenSplits):
             load_tokenizer(self._settings).save_pretrained(folder)
 
         return TokenTask(
-            lambda: build_language_model(model, vocab_size=self.num_classes, context=context).train(),
+            lambda: float32_weights(
+                build_language_model(model, vocab_size=self.num_classes, context=context), model
+            ).train(),
             self.evaluation,
             config.loss,
             context,

@@ -17,7 +17,7 @@ from softcache.data.tokens import TokenData
 from softcache.errors import IdentityError
 from softcache.modalities.text.data import TokenSplits
 from softcache.models.language import PairTokens, build_translation_model, tokenizer_of
-from softcache.models.weights import select_device
+from softcache.models.weights import float32_weights, select_device
 from softcache.student.tasks import TranslationTask
 from softcache.teacher.base import Teacher, TeacherSettings
 from softcache.teacher.language import LanguageTeacher, load_language_teacher
@@ -80,8 +80,9 @@ class TranslationData(TokenSplits):
             return pair.language, pair.target
 
         return TranslationTask(
-            lambda: self._build(
-                "student.model", model, vocab_size=self.num_classes, context=self.max_tokens + 1
+            lambda: float32_weights(
+                self._build("student.model", model, vocab_size=self.num_classes, context=self.max_tokens + 1),
+                model,
             ).train(),
             self.evaluation,
             config.loss,
