@@ -1,5 +1,6 @@
 """Language models: specs, the split into backbone and head, and documents that do not see each other."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -199,6 +200,42 @@ def test_a_packed_row_equals_its_documents_alone(loaded):
     assert parts.packing == FAMILIES[family][1]
     expected = alone(parts, tokens(), SEGMENTS)
     assert torch.allclose(parts.hidden(tokens(), SEGMENTS), expected, atol=1e-5)
+
+
+LONGROPE = {
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.0],
+        "long_factor": [4.0, 8.0],
+        "original_max_position_embeddings": 6,
+    },
+    "original_max_position_embeddings": 6,
+    "pad_token_id": 0,
+}
+
+
+@pytest.mark.parametrize("packing", ["positions", "rows"])
+@torch.no_grad()
+def test_with_longrope_a_document_does_not_depend_on_the_length_of_others(packing):
+    """As soon as one row is longer than 6 here, all of the batch have other positions."""
+    FAMILIES["phi3"] = (LONGROPE, packing)
+    try:
+        parts = replace(split(make("phi3")), packing=packing)
+    finally:
+        del FAMILIES["phi3"]
+    assert parts.length_threshold == 6
+    segments = torch.tensor([[0] * 3 + [1] * 9, [0] * 12, [0] * 7 + [1] * 5])
+    expected = alone(parts, tokens(), segments)
+    assert torch.allclose(parts.hidden(tokens(), segments), expected, atol=1e-5)
+    naive = parts.backbone(tokens()[2:, 7:]).last_hidden_state, parts.hidden(tokens(), None)[2:, 7:]
+    assert not torch.allclose(*naive, atol=1e-2), "this model does not show the fault"
+    with pytest.raises(SpecError, match=r"rows of more than 6 tokens \(LongRoPE\).* found 12 tokens"):
+        parts.hidden(tokens(), segments, cross_documents=True)
+    short = torch.zeros(3, 5, dtype=torch.int64)
+    assert torch.allclose(
+        parts.hidden(tokens(length=5), short), alone(parts, tokens(length=5), short), atol=1e-5
+    )
 
 
 @torch.no_grad()

@@ -92,6 +92,8 @@ class CausalParts(LMHeadMixin):
         context: the longest row, or None where there is no limit.
         logit_scale: what the head's output is multiplied by (Cohere; Granite divides).
         softcap: c in `c tanh(logits / c)` (Gemma), or None.
+        length_threshold: documents longer than this run apart from others, because the model embeds positions otherwise as
+            soon as one row of a batch is longer (LongRoPE); or None.
     """
 
     backbone: nn.Module
@@ -100,6 +102,7 @@ class CausalParts(LMHeadMixin):
     context: int | None
     logit_scale: float = 1.0
     softcap: float | None = None
+    length_threshold: int | None = None
 
     def hidden(
         self, tokens_BL: torch.Tensor, segments_BL: torch.Tensor | None, *, cross_documents: bool = False
@@ -115,8 +118,14 @@ class CausalParts(LMHeadMixin):
             cross_documents: attend over the whole row, positions 0..L-1, as if it were one document.
         """
         if segments_BL is None or cross_documents:
+            if cross_documents and self._is_long(tokens_BL.shape[1]):
+                raise SpecError(
+                    f"model {type(self.backbone).__name__}: embeds positions otherwise in rows of more than "
+                    f"{self.length_threshold} tokens (LongRoPE), so that labels would depend on the padding of a batch; found "
+                    f"{tokens_BL.shape[1]} tokens; set source.cross_documents = false, or source.seq_len to that"
+                )
             return self._run(tokens_BL, None)
-        if self.packing == "rows":
+        if self.packing == "rows" or self._has_both_lengths(segments_BL):
             return self._hidden_by_rows(tokens_BL, _starts(segments_BL))
         positions_BL = _positions(_starts(segments_BL))
         if "flash" in (getattr(getattr(self.backbone, "config", None), "_attn_implementation", None) or ""):
@@ -141,13 +150,24 @@ class CausalParts(LMHeadMixin):
             )
         return hidden
 
+    def _is_long(self, length: int) -> bool:
+        return self.length_threshold is not None and length > self.length_threshold
+
+    def _has_both_lengths(self, segments_BL: torch.Tensor) -> bool:
+        """Whether some documents are longer than the threshold and others are not."""
+        if not self._is_long(segments_BL.shape[1]):
+            return False
+        starts_S = _starts(segments_BL).flatten().nonzero().squeeze(1)
+        lengths_S = torch.diff(starts_S, append=starts_S.new_tensor([segments_BL.numel()]))
+        return int((lengths_S > self.length_threshold).sum()) not in (0, len(lengths_S))
+
     def _hidden_by_rows(self, tokens_BL: torch.Tensor, starts_BL: torch.Tensor) -> torch.Tensor:
         """Each document as a row of its own, longest first, at most B x L tokens per pass.
 
         Behind a document's end lie the tokens of the next one: later ones, which it cannot see.
         """
         starts_S = starts_BL.flatten().nonzero().squeeze(1)
-        if len(starts_S) == len(tokens_BL):
+        if len(starts_S) == len(tokens_BL):  # rows of one document each, of one length
             return self._run(tokens_BL, None)
         lengths_S = torch.diff(starts_S, append=starts_S.new_tensor([tokens_BL.numel()]))
         lengths_S, by_length_S = lengths_S.sort(descending=True)
@@ -156,6 +176,8 @@ class CausalParts(LMHeadMixin):
         while first < len(starts_S):
             longest = int(lengths_S[first])
             rows = slice(first, first + max(1, tokens_BL.numel() // longest))
+            if self._is_long(longest):  # the shorter ones start another pass
+                rows = slice(first, min(rows.stop, int((lengths_S > self.length_threshold).sum())))
             offsets_L = torch.arange(longest, device=tokens_BL.device)
             index_SL = starts_S[rows, None] + offsets_L
             kept_SL = offsets_L < lengths_S[rows, None]

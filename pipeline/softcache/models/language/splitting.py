@@ -5,6 +5,7 @@ Architectures name the same things differently: a scale, a soft cap and a limit 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -54,7 +55,9 @@ def split(model: nn.Module) -> BackboneHead:
         getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
     ) / float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    parts = CausalParts(backbone, head, "rows", context_of(model), scale, softcap)
+    parts = CausalParts(
+        backbone, head, "rows", context_of(model), scale, softcap, length_threshold_of(config)
+    )
     restarted = replace(parts, packing="positions")
     return restarted if isolates_documents(restarted) else parts
 
@@ -67,6 +70,21 @@ def head_of(model: Any) -> Any:
 def _config_of(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def length_threshold_of(config: Any) -> int | None:
+    """Returns the length above which LongRoPE uses its long factors, or None where the model has no such embedding."""
+    tables = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if not isinstance(tables, Mapping):
+        return None
+    each = [tables] if "rope_type" in tables else [x for x in tables.values() if isinstance(x, Mapping)]
+    lengths = [
+        table.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        for table in each
+        if table.get("rope_type", table.get("type")) == "longrope"
+    ]
+    return min(filter(None, lengths), default=None)
 
 
 def context_of(model: nn.Module) -> int | None:
