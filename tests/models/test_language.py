@@ -206,8 +206,8 @@ LONGROPE = {
     "rope_parameters": {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
-        "short_factor": [1.0, 1.0],
-        "long_factor": [4.0, 8.0],
+        "short_factor": [1.0, 1.0, 1.0, 1.0],
+        "long_factor": [2.0, 4.0, 6.0, 8.0],
         "original_max_position_embeddings": 6,
     },
     "original_max_position_embeddings": 6,

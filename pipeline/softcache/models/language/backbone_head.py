@@ -159,7 +159,10 @@ class CausalParts(LMHeadMixin):
             return False
         starts_S = _starts(segments_BL).flatten().nonzero().squeeze(1)
         lengths_S = torch.diff(starts_S, append=starts_S.new_tensor([segments_BL.numel()]))
-        return int((lengths_S > self.length_threshold).sum()) not in (0, len(lengths_S))
+        return self._num_long(lengths_S) not in (0, len(lengths_S))
+
+    def _num_long(self, lengths_S: torch.Tensor) -> int:
+        return 0 if self.length_threshold is None else int((lengths_S > self.length_threshold).sum())
 
     def _hidden_by_rows(self, tokens_BL: torch.Tensor, starts_BL: torch.Tensor) -> torch.Tensor:
         """Each document as a row of its own, longest first, at most B x L tokens per pass.
@@ -177,7 +180,7 @@ class CausalParts(LMHeadMixin):
             longest = int(lengths_S[first])
             rows = slice(first, first + max(1, tokens_BL.numel() // longest))
             if self._is_long(longest):  # the shorter ones start another pass
-                rows = slice(first, min(rows.stop, int((lengths_S > self.length_threshold).sum())))
+                rows = slice(first, min(rows.stop, self._num_long(lengths_S)))
             offsets_L = torch.arange(longest, device=tokens_BL.device)
             index_SL = starts_S[rows, None] + offsets_L
             kept_SL = offsets_L < lengths_S[rows, None]
