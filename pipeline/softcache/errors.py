@@ -34,7 +34,7 @@ EXTRA_BY_PACKAGE = {
     **dict.fromkeys(("PIL", "sklearn", "timm"), "vision"),
     **dict.fromkeys(("datasets", "tokenizers", "transformers"), "text"),
     **dict.fromkeys(("bokeh", "dask", "distributed"), "dask"),
-    **dict.fromkeys(("optuna", "tomli_w"), "sweep"),
+    **dict.fromkeys(("filelock", "optuna", "tomli_w"), "sweep"),
     **dict.fromkeys(("jinja2", "plotly"), "report"),
     "lightning": "lightning",
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),

@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from softcache.config.sweep import SEARCH_PARAMETERS, Range, SweepSettings
-from softcache.errors import MissingExtraError, RunError
+from softcache.errors import MissingExtraError, RunError, StorageError
 from softcache.runs.sweep.space import Space
-from softcache.runtime.file_lock import held, is_held
+from softcache.runtime.signals import pending_signal, raise_if_signalled
 from softcache.student.checkpoint import diff_settings
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["ClaimedTrial", "SharedStudy", "load_optuna"]
 
 RETRIES = 2  # of one trial's settings after their process died; then they are taken for the reason
+LOCK_POLL_SECONDS = 0.02
 BUSY_SECONDS = 60.0  # that SQLite waits for another process
 
 
@@ -99,7 +101,7 @@ class SharedStudy:
         median = optuna.pruners.MedianPruner(
             n_startup_trials=settings.startup_trials, n_warmup_steps=max(1, epochs // 5)
         )
-        with held(path / "study.lock"), _readable(path):
+        with _locked(path / "study.lock"), _readable(path):
             _check_identity(path / "config.json", identity)
             storage = optuna.storages.RDBStorage(
                 f"sqlite:///{path / 'study.db'}", engine_kwargs={"connect_args": {"timeout": BUSY_SECONDS}}
@@ -123,7 +125,7 @@ class SharedStudy:
         """Around the trials of this process: as long as it lasts, they are known to be alive."""
         name = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         lock = self.path / "workers" / f"{name}.lock"
-        with held(lock):
+        with _locked(lock):
             self._worker = name
             try:
                 yield
@@ -139,7 +141,7 @@ class SharedStudy:
         """Returns this process's next trial; None if `total` are finished or being run."""
         assert self._worker is not None, "only within `worker`"
         states = self._optuna.trial.TrialState
-        with held(self.path / "study.lock"):
+        with _locked(self.path / "study.lock"):
             self._requeue_orphans()
             trials = self.trials()
             if (
@@ -171,7 +173,7 @@ class SharedStudy:
 
     def _lives(self, trial: optuna.trial.FrozenTrial) -> bool:
         worker = trial.user_attrs.get("worker")
-        return worker is not None and is_held(self.path / "workers" / f"{worker}.lock")
+        return worker is not None and _is_locked(self.path / "workers" / f"{worker}.lock")
 
     def _requeue_orphans(self) -> None:
         """Marks the trials of crashed processes as failed, and queues their settings again; under the study's lock."""
@@ -233,3 +235,37 @@ def _check_identity(stored: Path, identity: dict[str, Any]) -> None:
             f"sweep {stored.parent}: holds another sweep (there; this one): {'; '.join(differing)}; choose another "
             "--out, or remove the old sweep if it is not needed"
         )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds the lock of a file, which the kernel releases when the process ends, however it ends.
+
+    Raises:
+        StorageError: the folder cannot be written.
+        Interrupted: a signal came while another process held it.
+    """
+    lock = FileLock(path, poll_interval=LOCK_POLL_SECONDS, fallback_to_soft=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held = lock.acquire(cancel_check=lambda: pending_signal() is not None)
+    except Timeout:
+        raise_if_signalled()
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"sweep {path.parent}: cannot be written: {error}; choose another --out"
+        ) from error
+    with held:
+        yield
+
+
+def _is_locked(path: Path) -> bool:
+    """Returns whether a live process holds the lock of a file."""
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, blocking=False, fallback_to_soft=False):
+            return False
+    except Timeout:
+        return True
