@@ -1,22 +1,23 @@
-"""Progress and logs of a run: a live bar on a terminal, plain lines elsewhere, or one JSON object per line.
+"""Logs and progress of a run on stderr: lines of text with a live bar on a terminal, or one JSON object per line.
 
-Results go to stdout, all of this to stderr. `set_log_format("json")` (`--log json` of a command) makes every line there an
-object with `time` (UTC), `event` and the event's own fields; `log_info` becomes {"event": "message", "text": …}, and bars
-become {"event": "progress", …}. As text, events are not shown: the bars tell what they tell.
+Everything is logged by the logger `softcache` of the standard library: a program can add its own handlers, or set the
+level. `set_log_format("json")` (`--log json` of a command) makes every line on stderr an object with `time` (UTC),
+`event` and the event's own fields; `log_info` becomes {"event": "message", "text": …}, and bars become
+{"event": "progress", …}. As text, events are not shown: the bars show the same.
 
-Of a run of many processes, the first one speaks.
+Of a run of many processes, rank 0 logs. Results of commands go to stdout, and are not logged.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
@@ -39,79 +40,99 @@ PLAIN_SECONDS = 10.0
 LogFormat = Literal["text", "json"]
 
 
-class _Mode:
-    """How this process logs; stderr is of a process, so there is one of these."""
+class _StderrHandler(logging.Handler):
+    """Writes to the stderr of the moment, which a bar or a test may have replaced."""
 
-    format: LogFormat = "text"
-    lock = threading.Lock()
+    log_format: LogFormat = "text"
+
+    def format(self, record: logging.LogRecord) -> str:
+        if self.log_format == "text":
+            return record.getMessage()
+        now = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        name, fields = getattr(record, "event", ("message", {"text": record.getMessage()}))
+        return json.dumps({"time": now, "event": name, **fields}, default=str)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # One write: processes may share a stderr.
+        print(f"{self.format(record)}\n", end="", file=sys.stderr, flush=True)
+
+
+_LOGGER, _HANDLER = logging.getLogger("softcache"), _StderrHandler()
+_LOGGER.setLevel(logging.INFO)
+_LOGGER.propagate = False
+_LOGGER.addHandler(_HANDLER)
 
 
 def log_format() -> LogFormat:
     """Returns how this process logs."""
-    return _Mode.format
+    return _HANDLER.log_format
 
 
 def set_log_format(format: LogFormat) -> None:
     """Chooses how this process logs from here on."""
-    _Mode.format = format
+    _HANDLER.log_format = format
 
 
 def event(name: str, **fields: Any) -> None:
-    """Logs one event as a JSON object on a line of stderr; as text, or of a process that is not the first, nothing.
+    """Logs one event as a JSON object; as text, or on a rank other than 0, nothing.
 
     Args:
         fields: numbers, strings, None, and lists and dicts of them.
     """
-    if _Mode.format == "json" and is_rank_zero():
-        _write_event(name, fields)
-
-
-def _write_event(name: str, fields: dict[str, Any]) -> None:
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    line = json.dumps({"time": now, "event": name, **fields}, default=str)
-    with _Mode.lock:  # the writer thread logs, too
-        _write(line)
-
-
-def _write(line: str) -> None:
-    print(f"{line}\n", end="", file=sys.stderr, flush=True)  # one write: processes may share a stderr
+    if log_format() == "json" and is_rank_zero():
+        _LOGGER.info(name, extra={"event": (name, fields)})
 
 
 def log_info(text: str) -> None:
-    """Says one line about what goes on."""
+    """Logs one line about the progress of a run, on rank 0."""
     if is_rank_zero():
-        log_event("message", text, text=text)
+        _LOGGER.info(text)
 
 
 def log_event(name: str, line: str, **fields: Any) -> None:
-    """Says a line, of whatever process; where objects are logged, an event instead."""
-    if _Mode.format == "json":
-        _write_event(name, fields)
-    else:
-        _write(line)
+    """Logs an error or the end of a run, on any rank: as text a line, as JSON an event."""
+    _LOGGER.error(line, extra={"event": (name, fields)})
 
 
-class Advance(Protocol):
-    """Counts what is done."""
+class Advance:
+    """Counts how far a step is; shows nothing, as on every rank but 0."""
 
-    def __call__(self, count: int) -> None: ...
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self._label, self._total, self._unit = label, total, unit
+        self._started = time.monotonic()
+        self._done, self._found, self._note = 0, 0, ""
+
+    def __call__(self, count: int) -> None:
+        """Counts what was done now."""
+        self._done += count
+        self._show()
 
     def found(self, count: int) -> None:
         """Counts what was done before; it is no part of the rate."""
+        self._done += count
+        self._found += count
+        self._show()
 
     def note(self, text: str) -> None:
-        """Shows a few words behind the figures, until the next ones."""
+        """Shows a few words after the figures, until the next ones."""
+        self._note = text
+        self._show()
+
+    def _rate(self) -> float:
+        return (self._done - self._found) / max(time.monotonic() - self._started, 1e-9)
+
+    def _show(self) -> None: ...
 
 
 @contextmanager
 def progress_bar(label: str, total: int, unit: str = "samples") -> Iterator[Advance]:
     """Yields `advance(n)`; shows how far the step is, its rate and the time left."""
-    if not is_rank_zero():
-        yield _Silence()
-        return
     console = Console(stderr=True)
-    if console.is_terminal and _Mode.format == "text":
-        with _Bar(label, total, unit, console) as bar:
+    if not is_rank_zero():
+        yield Advance(label, total, unit)
+    elif console.is_terminal and log_format() == "text":
+        bar = _Bar(label, total, unit, console)
+        with bar.live:
             yield bar
     else:
         lines = _Lines(label, total, unit)
@@ -119,19 +140,12 @@ def progress_bar(label: str, total: int, unit: str = "samples") -> Iterator[Adva
         lines.end()
 
 
-class _Silence:
-    """Of a process that is not the first."""
-
-    def __call__(self, count: int) -> None: ...
-    def found(self, count: int) -> None: ...
-    def note(self, text: str) -> None: ...
-
-
-class _Bar:
+class _Bar(Advance):
     """A live bar."""
 
     def __init__(self, label: str, total: int, unit: str, console: Console) -> None:
-        columns = (
+        super().__init__(label, total, unit)
+        self.live = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
@@ -139,70 +153,40 @@ class _Bar:
             TextColumn("{task.fields[rate]}"),
             TimeLeft(),
             TextColumn("{task.fields[note]}"),
+            console=console,
         )
-        self._progress, self._unit = Progress(*columns, console=console), unit
-        self._started, self._now = time.monotonic(), 0
-        self._task = self._progress.add_task(label, total=total, rate="", note="")
+        self._task = self.live.add_task(label, total=total, rate="", note="")
 
-    def __enter__(self) -> _Bar:
-        self._progress.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._progress.__exit__(*error)
-
-    def __call__(self, count: int) -> None:
-        self._now += count
-        rate = self._now / max(time.monotonic() - self._started, 1e-9)
-        self._progress.update(self._task, advance=count, rate=f"{rate:,.0f} {self._unit}/s")
-
-    def found(self, count: int) -> None:
-        self._progress.update(self._task, advance=count)
-
-    def note(self, text: str) -> None:
-        self._progress.update(self._task, note=text)
+    def _show(self) -> None:
+        rate = f"{self._rate():,.0f} {self._unit}/s"
+        self.live.update(self._task, completed=self._done, rate=rate, note=self._note)
 
 
-class _Lines:
-    """A plain line now and then, and one at the end."""
+class _Lines(Advance):
+    """A plain line every PLAIN_SECONDS, and one at the end."""
 
     def __init__(self, label: str, total: int, unit: str) -> None:
-        self._label, self._total, self._unit = label, total, unit
-        self._started = self._shown = time.monotonic()
-        self._done, self._found, self._note = 0, 0, ""
+        super().__init__(label, total, unit)
+        self._shown = self._started
 
-    def __call__(self, count: int) -> None:
-        self._done += count
-        now = time.monotonic()
-        if now - self._shown >= PLAIN_SECONDS:
-            self._shown = now
-            self._show(now)
-
-    def found(self, count: int) -> None:
-        self._done += count
-        self._found += count
-
-    def note(self, text: str) -> None:
-        self._note = text
+    def _show(self) -> None:
+        if time.monotonic() - self._shown >= PLAIN_SECONDS:
+            self._shown = time.monotonic()
+            self.end()
 
     def end(self) -> None:
-        self._show(time.monotonic())
-
-    def _show(self, now: float) -> None:
-        done, total, spent = self._done, self._total, now - self._started
-        rate = (done - self._found) / max(spent, 1e-9)
+        done, total, unit, rate = self._done, self._total, self._unit, self._rate()
+        seconds = time.monotonic() - self._started
         left = (total - done) / rate if rate and done < total else None
-        if _Mode.format == "json":
-            figures = {"done": done, "total": total, "unit": self._unit, "per_second": round(rate, 3)}
-            event(
-                "progress",
-                label=self._label,
-                **figures,
-                seconds=round(spent, 3),
-                seconds_left=left,
-                note=self._note,
-            )
-            return
-        end = f" in {spent:,.1f} s" if left is None else f", {left:,.0f} s left"
         note = f" ({self._note})" if self._note else ""
-        log_info(f"{self._label}: {done:,}/{total:,} {self._unit}, {rate:,.0f}/s{end}{note}")
+        end = f" in {seconds:,.1f} s" if left is None else f", {left:,.0f} s left"
+        fields = {
+            "label": self._label,
+            "done": done,
+            "total": total,
+            "unit": unit,
+            "per_second": round(rate, 3),
+        }
+        fields |= {"seconds": round(seconds, 3), "seconds_left": left, "note": self._note}
+        text = f"{self._label}: {done:,}/{total:,} {unit}, {rate:,.0f}/s{end}{note}"
+        _LOGGER.info(text, extra={"event": ("progress", fields)})
