@@ -45,7 +45,7 @@ sweep: setup  ## search a student's settings from CACHE; TRIALS, WORKERS, SEEDS 
 distill: setup  ## teacher, cache, STUDENT, export (ONNX, torch.export) and int8, one verified table; SEARCH=1 sweeps first
 	$(RUN) distill $(ARGS) --cache '$(CACHE)' $(PICK) $(if $(SEARCH),--sweep)
 
-compare: setup  ## cache, live teacher and hard labels over three seeds
+compare: setup  ## cache, online teacher and hard labels over three seeds
 	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)' --reuse
 	$(RUN) compare $(ARGS) --cache '$(CACHE)' $(PICK)
 
@@ -69,7 +69,7 @@ fidelity: setup  ## measure CACHE against its teacher, and draw bytes against er
 materialize: setup  ## decode CACHE into local memory maps, which all students of this machine share
 	$(RUN) materialize '$(CACHE)'
 
-gc: setup  ## list what dead runs left in CACHE; DELETE=1 removes it
+gc: setup  ## list files left by crashed runs in CACHE; DELETE=1 deletes them
 	$(RUN) gc '$(CACHE)' $(if $(DELETE),--delete)
 
 bench: setup  ## measure capture, reading, training and opening against named baselines

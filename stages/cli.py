@@ -1,8 +1,8 @@
 """The `softcache` command: one subcommand per stage.
 
 Exit codes: 0 done, 1 a softcache error (one readable message on stderr), 2 wrong usage, 130 and 143 stopped by SIGINT
-and SIGTERM (a line on stderr explains how to go on). Of a run of many processes, the first one prints; an error is printed
-by the process that it comes from.
+and SIGTERM (a line on stderr explains how to go on). Of a run of many processes, rank 0 prints; an error is printed by the
+process that raised it.
 """
 
 import os

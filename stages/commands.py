@@ -1,6 +1,6 @@
 """The commands of `softcache` by name: where each is, and its line in the list.
 
-A command's module is imported when the command is asked for, so that `softcache --help` and the commands that only
+A command's module is imported when the command is needed, so that `softcache --help` and the commands that only
 read a cache start at once and need no torch.
 """
 
@@ -24,30 +24,39 @@ COMMANDS = {
     ),
     "teacher-generate": (
         "teacher_generate:teacher_generate",
-        "Write a translation teacher's own words as a source.",
+        "Generate teacher translations as a training set (sequence-level KD).",
     ),
-    "status": ("status:status", "How far a capture is: units, rows per second, time left."),
+    "status": ("status:status", "Show the progress of a capture: units, rows per second, time left."),
     "train-student": (
         "train_student:train_student_command",
         "Train one student from the cache, without the teacher.",
     ),
-    "train-students": ("train_students:train_students", "Train many students from one cache, one table."),
+    "train-students": (
+        "train_students:train_students",
+        "Train many students from one cache; print one table.",
+    ),
     "sweep": ("sweep:sweep_command", "Search a student's settings from one cache."),
-    "compare": ("compare:compare", "Cache, live teacher and hard labels over several seeds."),
-    "distill": ("distill:distill", "Teacher, cache, student, export and int8, one table."),
-    "export": ("export:export_command", "A finished student as ONNX, torch.export and int8, measured."),
-    "report": ("report:report_command", "Finished runs on one HTML page."),
+    "compare": ("compare:compare", "Compare cache, online teacher and hard labels over several seeds."),
+    "distill": ("distill:distill", "Run teacher, cache, student, export and int8; print one table."),
+    "export": (
+        "export:export_command",
+        "Export a finished student as ONNX, torch.export and int8, measured.",
+    ),
+    "report": ("report:report_command", "Write an HTML report of finished runs."),
     "train-teacher": ("train_teacher:train_teacher_command", "Train the config's teacher on hard labels."),
-    "inspect": ("inspect:inspect_command", "What a cache is, and how much of the teacher it keeps."),
+    "inspect": (
+        "inspect:inspect_command",
+        "Show the contents of a cache, and how much of the teacher it keeps.",
+    ),
     "verify": ("verify:verify", "Check everything in a cache."),
-    "fidelity": ("fidelity:fidelity", "A cache against its own teacher, per temperature and byte."),
+    "fidelity": ("fidelity:fidelity", "Measure a cache against its teacher, per temperature and byte."),
     "convert": ("convert:convert", "Copy a cache to another store, bit for bit."),
     "shrink": ("shrink:shrink", "Make a smaller cache from a bigger one."),
     "fuse": ("fuse:fuse", "Fuse several teachers' caches into one."),
     "materialize": ("materialize:materialize", "Decode a cache into local memory maps."),
-    "gc": ("gc:gc", "What dead runs left in a cache."),
-    "doctor": ("doctor:doctor", "What this machine can do, and whether a store works."),
-    "import": ("import_labels:import_command", "Make a cache of a server's log-probabilities."),
+    "gc": ("gc:gc", "List or delete files left by crashed runs."),
+    "doctor": ("doctor:doctor", "Diagnose the installation, this machine and stores."),
+    "import": ("import_labels:import_command", "Make a cache from a server's log-probabilities."),
     "completion": ("completion:completion", "Print the completion script of bash, zsh or fish."),
 }
 """By name: `module:attribute` below `stages`, and the command's line in the list."""

@@ -1,4 +1,4 @@
-"""Every claim in one command: the same student from the cache, with the online teacher, and on hard labels.
+"""Train the same student from the cache, with the online teacher, and on hard labels, over several seeds.
 
 make compare
 softcache compare --config configs/fashion-mnist.toml --seeds 3
@@ -14,7 +14,7 @@ import click
 from softcache.modalities import modality_of
 from softcache.reader.cache import Cache
 
-from .options import cache_option, config_options, json_option, print_json, print_table
+from .options import cache_option, config_options, json_option, print_json, print_table, student_option
 
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
@@ -25,29 +25,26 @@ __all__ = ["compare"]
 @click.command()
 @config_options
 @cache_option
+@student_option
 @click.option(
-    "--student", "model", metavar="SPEC", help="The architecture [default: student.model of the config]."
+    "--seeds", default=3, show_default=True, type=click.IntRange(1), help="Runs per kind of labels."
 )
-@click.option("--seeds", default=3, show_default=True, type=click.IntRange(1), help="Runs of every kind.")
 @json_option
 def compare(
-    config_path: str,
-    overrides: tuple[str, ...],
+    config: RunConfig,
     url: str | None,
     model: str | None,
     seeds: int,
     as_json: bool,
 ) -> None:
-    """Compare cache (1 view, all views), live teacher and hard labels over several seeds.
+    """Compare cache (1 view, all views), online teacher and hard labels over several seeds.
 
     \b
     Example:
       softcache compare --config configs/digits.toml --seeds 3
     """
-    from softcache.config.load import load_config
     from softcache.runs import open_data, open_labels, open_teacher, train_student
 
-    config = load_config(config_path, overrides)
     data = open_data(config)
     cache = open_labels(config, url)
     model = model or config.student.model
@@ -57,12 +54,11 @@ def compare(
         views = f", {num_views} view{'s' * (num_views > 1)}" if modality_of(config).has_views else ""
         name = f"cache{views}"
         kinds[name] = {"labels": "cache", "cache": cache, "num_views": num_views}
-    data.task(
-        config, model, teacher
-    )  # refuses a student that no live teacher can teach, before any is trained
-    kinds["live teacher"] = {"labels": "online", "teacher": teacher}
+    # Refuses a student that the online teacher cannot supervise, before any is trained.
+    data.task(config, model, teacher)
+    kinds["online teacher"] = {"labels": "online", "teacher": teacher}
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
-    for seed in range(seeds):  # seeds outside, so that a drift of the machine touches every kind alike
+    for seed in range(seeds):  # seeds outside, so that a drift of the machine affects every kind alike
         for name, how in kinds.items():
             run = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
             results[name].append(train_student(run, data, model=model, **how))

@@ -8,20 +8,20 @@ import click
 from softcache.reader.cache import open_cache
 from softcache.runtime.logging import progress_bar
 
-from .options import cache_report, complete_cache, complete_file, json_option, print_json
+from .options import CACHE, PATH, cache_report, json_option, print_json
 
 __all__ = ["convert"]
 
 
 @click.command()
-@click.argument("source_url", metavar="CACHE", shell_complete=complete_cache)
-@click.argument("target_url", metavar="OUT", shell_complete=complete_file)
+@click.argument("source_url", metavar="CACHE", type=CACHE)
+@click.argument("target_url", metavar="OUT", type=PATH)
 @json_option
 @click.option("--store", type=click.Choice(["zarr", "parquet"]), required=True, help="The store to write.")
 def convert(source_url: str, target_url: str, store: str, as_json: bool) -> None:
     """Copy CACHE to OUT in another store; every value stays the same, bit for bit.
 
-    Killed and run again, it goes on where it was; OUT is refused if it holds something else.
+    A rerun after a kill goes on; OUT is refused if it holds something else.
 
     \b
     Example:

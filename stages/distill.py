@@ -21,7 +21,7 @@ from softcache.reader.cache import Cache
 from softcache.runtime.logging import log_info
 
 from .export import export_and_print, export_options
-from .options import cache_option, complete_file, config_options, log_option
+from .options import PATH, cache_option, config_options, log_option, student_option
 
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
@@ -35,20 +35,17 @@ __all__ = ["distill"]
 @config_options
 @cache_option
 @log_option
-@click.option(
-    "--student", "model", metavar="SPEC", help="The architecture [default: student.model of the config]."
-)
+@student_option
 @click.option("--sweep", is_flag=True, help="Search the student's settings first, and take the best.")
 @click.option(
     "--out",
     metavar="DIR",
-    shell_complete=complete_file,
+    type=PATH,
     help="Where the files go [default: runs/NAME/export/RUN].",
 )
 @export_options
 def distill(
-    config_path: str,
-    overrides: tuple[str, ...],
+    config: RunConfig,
     url: str | None,
     model: str | None,
     sweep: bool,
@@ -57,32 +54,30 @@ def distill(
     max_drop: float,
     as_json: bool,
 ) -> None:
-    """Do everything: teacher if there is none, cache, student, export, int8, and a verified table.
+    """Run all stages: teacher if there is none, cache, student, export, int8, and a verified table.
 
-    Each step keeps what is finished: a run that was killed goes on, and one that is done is reported.
+    Each step keeps what is finished: a killed run goes on, and a finished one is reported.
 
     \b
     Example:
       softcache distill --config configs/digits.toml
       softcache distill --config configs/sweep-digits.toml --sweep --max-drop 0.5
     """
-    from softcache.config.load import load_config
     from softcache.runs import open_data, open_labels
     from softcache.runs.export import load_onnxruntime
 
     load_onnxruntime()
-    config = load_config(config_path, overrides)
     if config.teacher is None:
         raise ConfigError(
-            f"config {config.name}: table [teacher] is missing; distill begins with a teacher; to export a student that "
-            "is there, use softcache export RUN"
+            f"config {config.name}: table [teacher] is missing; distill begins with a teacher; to export a finished "
+            "student, use softcache export RUN"
         )
     if sweep and model:
         raise ConfigError("--student: --sweep chooses the student; give one of the two")
     if config.student.tokenizer is not None:
         raise ConfigError(
             f"student.tokenizer: {config.student.tokenizer!r}: a student with another tokenizer than its teacher's is not "
-            "exported beside it; use softcache train-student, whose run has an hf/ folder"
+            "exported with it; use softcache train-student, whose run has an hf/ folder"
         )
     if is_bucket(out or ""):
         raise RunError(f"export {out}: files are exported into a folder; give --out a local one")
@@ -156,7 +151,7 @@ def _make_cache(config: RunConfig, data: Data, url: str) -> None:
     make_teacher(config, data)
     began = time.monotonic()
     cache, report = capture_labels(config, data, open_teacher(config, data), url)
-    log_info(f"cache {url}: {report.units_done} units made now, {report.units_found} were there")
+    log_info(f"cache {url}: {report.units_done} units made now, {report.units_found} found")
     earlier = _capture_seconds(config, cache)
     # Units of a run that was killed took time that was not recorded; the total is then not known.
     known = report.units_found == 0 or earlier is not None

@@ -1,4 +1,4 @@
-"""What is installed, what this machine can do, and whether a store works.
+"""Diagnose the installation, this machine and stores.
 
 softcache doctor
 softcache doctor s3://bucket/prefix runs/digits/cache
@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .options import complete_cache, json_option, print_json, print_table
+from .options import CACHE, json_option, print_json, print_table
 
 __all__ = ["doctor"]
 
@@ -18,13 +18,13 @@ BYTES_OF_16_BITS, SHARE_FOR_WEIGHTS = 2, 0.7
 
 
 @click.command()
-@click.argument("urls", metavar="[STORE]...", shell_complete=complete_cache, nargs=-1)
+@click.argument("urls", metavar="[STORE]...", type=CACHE, nargs=-1)
 @json_option
 def doctor(urls: tuple[str, ...], as_json: bool) -> None:
-    """Tell versions, devices, free space and what this machine can do; with STORE (a path, s3://, gs://, az://), try it.
+    """Show versions, devices, free space and what this machine can do; test each STORE (a path, s3://, gs://, az://).
 
-    A store is tried by writing, listing, reading and deleting one small object. Exits with 1 if a STORE, or a GPU that is
-    there, does not work.
+    A store is tested by writing, listing, reading and deleting one small object. Exits with 1 if a STORE or a GPU does not
+    work.
 
     \b
     Example:
@@ -43,13 +43,13 @@ def doctor(urls: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        _tell(found)
+        _print(found)
     if broken:
         sys.exit(1)
 
 
 def _abilities(found: dict[str, Any]) -> list[str]:
-    """What this machine can do, in sentences."""
+    """Returns what this machine can do, as verb phrases."""
     machine, extras = found["devices"], found["versions"]["extras"]
     working = [gpu for gpu in machine["cuda"] if not gpu["fault"]]
     can = []
@@ -63,7 +63,7 @@ def _abilities(found: dict[str, Any]) -> list[str]:
     elif machine["mps"]:
         can.append("run teachers and students on MPS, the GPU of a Mac")
     else:
-        can.append("run small teachers and students on the CPU; there is no GPU that works")
+        can.append("run small teachers and students on the CPU; no working GPU")
     missing = {
         name: [part for part, version in parts.items() if version is None] for name, parts in extras.items()
     }
@@ -84,7 +84,7 @@ def _abilities(found: dict[str, Any]) -> list[str]:
     return can
 
 
-def _tell(found: dict[str, Any]) -> None:
+def _print(found: dict[str, Any]) -> None:
     versions = found["versions"]
     rows = [("softcache", versions["softcache"]), ("python", versions["python"])]
     rows += [(name, version or "missing") for name, version in versions["packages"].items()]
@@ -98,13 +98,13 @@ def _tell(found: dict[str, Any]) -> None:
         free = "" if gpu["free_bytes"] is None else f", {gpu['free_bytes'] / GIB:.1f} free"
         state = f"does not work: {gpu['fault']}" if gpu["fault"] else "works"
         rows.append((f"cuda:{number}", f"{gpu['name']}, {gpu['total_bytes'] / GIB:.1f} GiB{free}; {state}"))
-    rows.append(("MPS", "there" if machine["mps"] else "none"))
+    rows.append(("MPS", "present" if machine["mps"] else "none"))
     for name, place in found["free_space"].items():
         rows.append((f"disk for {name}", f"{place['folder']}: {place['free_bytes'] / GIB:.1f} GiB free"))
     print_table("this machine", ("device", "what"), rows)
     click.echo("This machine can " + "; ".join(found["can"]) + ".")
     for store in found["stores"]:
-        where = "" if store["tried"] == store["url"] else f" (not there yet; tried {store['tried']})"
+        where = "" if store["tried"] == store["url"] else f" (does not exist yet; tested {store['tried']})"
         if store["failed"] is None:
             click.echo(f"store {store['url']}{where}: works: {', '.join(store['done'])}")
         else:

@@ -1,4 +1,4 @@
-"""A finished student as ONNX, torch.export and int8, each run again and measured.
+"""Export a finished student as ONNX, torch.export and int8, each run again and measured.
 
 softcache export runs/digits/students/cnn-width-8-cache-0123abcd --out exported
 """
@@ -14,7 +14,7 @@ import click
 
 from softcache.runtime.logging import log_info
 
-from .options import complete_cache, complete_file, json_option, log_option, print_json, print_table
+from .options import CACHE, PATH, json_option, log_option, print_json, print_table
 
 if TYPE_CHECKING:
     from softcache.runs.export import ExportSettings
@@ -62,15 +62,15 @@ def export_options(command: Callable) -> Callable:
 
 
 @click.command("export")
-@click.argument("run", metavar="RUN", shell_complete=complete_file)
+@click.argument("run", metavar="RUN", type=PATH)
 @click.option(
     "--cache",
     "url",
     metavar="URL",
-    shell_complete=complete_cache,
-    help="Where the cache is [default: where the run's config says].",
+    type=CACHE,
+    help="The cache [default: that of the run's config].",
 )
-@click.option("--out", required=True, metavar="DIR", shell_complete=complete_file, help="Where the files go.")
+@click.option("--out", required=True, metavar="DIR", type=PATH, help="Where the files go.")
 @log_option
 @export_options
 def export_command(

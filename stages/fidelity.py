@@ -1,12 +1,14 @@
-"""How much of its teacher a cache holds, per temperature and per byte, and the frontier that it stands on.
+"""Measure a cache against its teacher, per temperature and per byte.
 
 make fidelity
 softcache fidelity runs/digits/cache --config configs/digits.toml --rows 512
 """
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,7 +16,10 @@ from softcache.modalities import percent
 from softcache.reader.cache import Cache, open_cache
 from softcache.runtime.logging import progress_bar
 
-from .options import complete_cache, complete_file, json_option, parse_temperatures, print_json, print_table
+from .options import CACHE, PATH, config_options, json_option, parse_temperatures, print_json, print_table
+
+if TYPE_CHECKING:
+    from softcache.config.run import RunConfig
 
 __all__ = ["fidelity"]
 
@@ -22,18 +27,8 @@ TEMPERATURES = (1.0, 1.3, 2.0, 4.0, 8.0)
 
 
 @click.command()
-@click.argument("url", metavar="CACHE", shell_complete=complete_cache)
-@click.option(
-    "--config",
-    "config_path",
-    required=True,
-    metavar="FILE",
-    shell_complete=complete_file,
-    help="The TOML file of the run that made CACHE.",
-)
-@click.option(
-    "--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a key of the config."
-)
+@click.argument("url", metavar="CACHE", type=CACHE)
+@config_options(required=True, help="The TOML file of the run that made CACHE.")
 @click.option(
     "--rows",
     default=512,
@@ -46,25 +41,24 @@ TEMPERATURES = (1.0, 1.3, 2.0, 4.0, 8.0)
     metavar="T,T,…",
     help="Where to measure [default: 1,1.3,2,4,8, as far as CACHE reaches]. The figure is drawn at the first.",
 )
-@click.option("--seed", default=0, show_default=True, help="Of the choice of rows.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the choice of rows.")
 @click.option(
     "--out",
     metavar="DIR",
-    shell_complete=complete_file,
+    type=PATH,
     help="Where the report and the figure go [default: runs/NAME/fidelity].",
 )
 @json_option
 def fidelity(
     url: str,
-    config_path: str,
-    overrides: tuple[str, ...],
+    config: RunConfig,
     rows: int,
     temperatures: str | None,
     seed: int,
     out: str | None,
     as_json: bool,
 ) -> None:
-    """Measure CACHE against its own teacher, and every other policy and codec beside it.
+    """Measure CACHE against its own teacher, and against every other policy and codec.
 
     Writes fidelity.json, frontier.png and frontier.svg.
 
@@ -72,12 +66,10 @@ def fidelity(
     Example:
       softcache fidelity runs/digits/cache --config configs/digits.toml
     """
-    from softcache.config.load import load_config
     from softcache.runs import open_data, open_teacher
     from softcache.tools.fidelity import draw_frontier, measure_cache, num_points, rerun_teacher
 
     cache = open_cache(url)
-    config = load_config(config_path, overrides)
     wanted = _temperatures(cache, temperatures)
     data = open_data(config)
     teacher = open_teacher(config, data)
@@ -109,7 +101,7 @@ def _temperatures(cache: Cache, given: str | None) -> list[float]:
 
 
 def _kind(report: dict[str, Any]) -> str:
-    """The cache's policy in the figure's words."""
+    """Returns the cache's policy as the figure labels it."""
     labels = report["labels"]
     policy = labels["policy"]
     if policy == "hybrid":

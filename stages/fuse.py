@@ -1,4 +1,4 @@
-"""Several teachers' caches of one source fused into one cache; no teacher is run.
+"""Fuse several teachers' caches of one source into one cache; no teacher is run.
 
 softcache fuse runs/a/cache runs/b/cache runs/c/cache --rule mean --out runs/fused
 """
@@ -10,21 +10,21 @@ import click
 from softcache.reader.cache import open_cache
 from softcache.runtime.logging import progress_bar
 
-from .options import cache_report, complete_cache, json_option, print_json
+from .options import CACHE, cache_report, json_option, print_json
 
 __all__ = ["fuse"]
 
 RULES = ("mean", "geometric", "entropy", "confidence", "best")
-"""Those of `softcache.tools.fuse`, which takes seconds to import."""
+"""`softcache.tools.fuse.RULES`, written again because that package takes seconds to import."""
 
 
 @click.command()
-@click.argument("urls", metavar="CACHE CACHE …", shell_complete=complete_cache, nargs=-1, required=True)
+@click.argument("urls", metavar="CACHE CACHE …", type=CACHE, nargs=-1, required=True)
 @click.option(
-    "--rule", type=click.Choice(RULES), required=True, help="How the teachers are weighed (docs/fusion.md)."
+    "--rule", type=click.Choice(RULES), required=True, help="How the teachers are weighted (docs/fusion.md)."
 )
 @json_option
-@click.option("--out", metavar="URL", shell_complete=complete_cache, required=True, help="The fused cache.")
+@click.option("--out", metavar="URL", type=CACHE, required=True, help="The fused cache.")
 @click.option(
     "--k", type=click.IntRange(1), help="Classes kept in each row [default: as the CACHE with most]."
 )
@@ -38,8 +38,8 @@ RULES = ("mean", "geometric", "entropy", "confidence", "best")
 def fuse(urls: tuple[str, ...], out: str, as_json: bool, **how: Any) -> None:
     """Fuse the labels of several teachers for the same samples and views into one cache.
 
-    OUT is a cache as any other: every student, temperature and loss works on it. Killed and run again, it goes on where
-    it was. What a teacher dropped and another one kept is estimated; docs/fusion.md has the errors.
+    OUT is a cache like any other: every student, temperature and loss works on it. A rerun after a kill goes on. The
+    probability of a class that only some teachers kept is estimated; docs/fusion.md has the errors.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""Remove from a cache what no reader will ever look at: what the dead left behind.
+"""Find and delete orphaned files of crashed runs in a cache.
 
 softcache gc runs/digits/cache
 softcache gc runs/digits/cache --delete
@@ -11,7 +11,7 @@ import click
 from softcache.cache.storage.open import open_objects
 from softcache.tools.garbage import collect_garbage
 
-from .options import complete_cache, json_option, print_json
+from .options import CACHE, json_option, print_json
 
 __all__ = ["gc"]
 
@@ -19,16 +19,15 @@ SHOWN = 20
 
 
 @click.command()
-@click.argument("url", metavar="CACHE", shell_complete=complete_cache)
+@click.argument("url", metavar="CACHE", type=CACHE)
 @json_option
-@click.option("--delete", is_flag=True, help="Remove what is stray; without it, only list it.")
+@click.option("--delete", is_flag=True, help="Delete the orphaned files; without it, list them.")
 def gc(url: str, delete: bool, as_json: bool) -> None:
-    """List what no reader of CACHE will ever look at: files on their way whose writer died, and shards of units that
-    were never finished. With --delete, remove it.
+    """List the orphaned files in CACHE: staged files of crashed writers, and shards of units that were never finished.
+    With --delete, delete them.
 
-    Nothing that the manifest or a marker names is touched, nor a unit that a run holds, nor a file that softcache did not
-    write. Claims that outlived their process end when they are looked at. Views thawed on this machine are elsewhere:
-    `softcache materialize --clear`.
+    Files that the manifest or a marker names, units that a run holds, and files that softcache did not write are kept.
+    Stale claims are released. Materialized views of this machine are elsewhere: `softcache materialize --clear`.
 
     \b
     Example:
@@ -39,18 +38,18 @@ def gc(url: str, delete: bool, as_json: bool) -> None:
         num_bytes = sum(report.stray.values())
         print_json({"cache": url, "deleted": delete, "num_bytes": num_bytes, **asdict(report)})
         return
-    verb = "removed" if delete else "stray"
+    verb = "deleted" if delete else "orphaned"
     _show(verb, [f"{path} ({size:,} bytes)" for path, size in sorted(report.stray.items())])
-    _show("not ours, left alone:", report.foreign)
+    _show("not written by softcache, kept:", report.foreign)
     summary = f"cache {url}: {verb} {len(report.stray)} objects, {sum(report.stray.values()):,} bytes"
     if report.stale_claims:
-        summary += f"; {report.stale_claims} claims of dead runs ended"
+        summary += f"; {report.stale_claims} stale claims released"
     if report.held:
-        summary += f"; {len(report.held)} units are being made by a run and were left alone"
+        summary += f"; {len(report.held)} units of live runs kept"
     if report.foreign:
-        summary += f"; {len(report.foreign)} files that softcache did not write"
+        summary += f"; {len(report.foreign)} files that softcache did not write kept"
     if report.stray and not delete:
-        summary += "; remove the strays with --delete"
+        summary += "; delete them with --delete"
     click.echo(summary)
 
 

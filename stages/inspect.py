@@ -1,4 +1,4 @@
-"""What is in a cache: identity, progress, bytes, and how much of the teacher it holds at each temperature.
+"""Show the contents of a cache: identity, progress, bytes, and how much of the teacher it keeps per temperature.
 
 softcache inspect runs/digits/cache
 """
@@ -15,7 +15,7 @@ from softcache.labels import STATS, BernoulliLabels, DetectionLabels, SoftLabels
 from softcache.modalities import percent
 from softcache.reader.cache import Cache, open_cache
 
-from .options import complete_cache, json_option, print_json, print_table
+from .options import CACHE, json_option, print_json, print_table
 
 __all__ = ["inspect_command"]
 
@@ -24,10 +24,10 @@ PERCENTILES = (1, 10, 50, 90)
 
 
 @click.command("inspect")
-@click.argument("url", metavar="CACHE", shell_complete=complete_cache)
+@click.argument("url", metavar="CACHE", type=CACHE)
 @json_option
 def inspect_command(url: str, as_json: bool) -> None:
-    """Show what CACHE is and how much of the teacher's distribution it keeps.
+    """Show the contents of CACHE, and how much of the teacher's distribution it keeps.
 
     \b
     Example:
@@ -73,11 +73,11 @@ def _print_labels(report: dict[str, Any]) -> None:
         rows = [
             (words, *(f"{value:.4f}" for value in report[name].values()))
             for name, words in (
-                ("score", "of the likeliest class"),
+                ("score", "of the most likely class"),
                 ("dropped_mass", "of all dropped classes"),
             )
         ]
-        print_table("the teacher's probabilities at the kept cells", ("", *percentiles), rows)
+        print_table("the teacher's probabilities at the kept anchors", ("", *percentiles), rows)
         return
     rows = [(f"T={t}", *(f"{v:.4f}" for v in mass.values())) for t, mass in report["kept_mass"].items()]
     print_table("share of the teacher's mass in the kept classes", ("kept mass at", *percentiles), rows)
@@ -119,7 +119,7 @@ def _summary(values: np.ndarray) -> dict[str, float]:
 def _labels(cache: Cache) -> dict[str, Any]:
     """Reads every finished row once; a few numbers per row are kept."""
     if cache.manifest.codec.get("distribution") == "bernoulli":
-        return _coins(cache)
+        return _bernoulli(cache)
     targets, highest = cache.samples_table().targets, cache.manifest.codec.get("max_temperature")
     temperatures = [t for t in TEMPERATURES if highest is None or t <= highest]
     mass: dict[float, list[np.ndarray]] = {t: [] for t in temperatures}
@@ -140,16 +140,16 @@ def _labels(cache: Cache) -> dict[str, Any]:
     return {
         "kept_mass": {t: _summary(np.concatenate(values)) for t, values in mass.items()},
         "entropy_nats": _summary(np.concatenate(entropy)) if entropy else None,
-        # The likeliest class that was drawn need not be the teacher's first guess.
-        # Which class a detector's cell should say is a matter of matching boxes.
+        # The most likely class of the sampled ones need not be the teacher's prediction, and the target of a detector's
+        # anchor depends on matched boxes.
         "agreement": None
         if cache.manifest.codec.get("sampling") or cache.manifest.kind == "cells"
         else hits / num_rows,
     }
 
 
-def _coins(cache: Cache) -> dict[str, Any]:
-    """Returns a sigmoid head's masses at the kept cells: its highest probability, and the sum of those dropped."""
+def _bernoulli(cache: Cache) -> dict[str, Any]:
+    """Returns a sigmoid head's masses at the kept anchors: its highest probability, and the sum of those dropped."""
     found: dict[str, list[np.ndarray]] = {"score": [], "dropped_mass": []}
     for _, record in _parts(cache):
         labels: BernoulliLabels = record.labels
@@ -159,7 +159,7 @@ def _coins(cache: Cache) -> dict[str, Any]:
 
 
 def _parts(cache: Cache) -> Iterator[tuple[np.ndarray, Any]]:
-    """Yields all finished samples a part at a time, with their records."""
+    """Yields all finished samples a part at a time, with their labels."""
     for view in range(cache.num_views):
         samples = cache.samples_in(view)
         rows = int(cache.rows.counts(samples).sum())
@@ -169,9 +169,9 @@ def _parts(cache: Cache) -> Iterator[tuple[np.ndarray, Any]]:
 
 
 def _agreeing(labels: SoftLabels, targets: np.ndarray | None) -> int:
-    """Returns how many rows have the ground truth as the teacher's first guess."""
+    """Returns how many rows have the ground truth as the teacher's prediction."""
     if targets is not None:
         return int((labels.ids[:, 0] == targets).sum())
-    # A token's ground truth is known by its log-probability alone; one that ties with the first guess counts.
+    # A token's ground truth is known by its log-probability alone; one that ties with the prediction counts.
     assert labels.target_log_prob is not None
     return int((labels.target_log_prob.astype(labels.log_probs.dtype) >= labels.log_probs[:, 0]).sum())

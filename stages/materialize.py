@@ -1,4 +1,4 @@
-"""Decode a cache into local memory maps, so that any order of reading is as fast as another.
+"""Decode a cache into local memory maps, which read equally fast in any order.
 
 softcache materialize runs/digits/cache
 softcache materialize s3-copy/cache --limit 64GiB
@@ -17,26 +17,32 @@ from softcache.reader.cache import open_cache
 from softcache.reader.memmap import MemmapFolder, MemmapSettings
 from softcache.runtime.logging import progress_bar
 
-from .options import complete_cache, complete_file, json_option, print_json, print_table
+from .options import CACHE, PATH, json_option, print_json, print_table
 
 __all__ = ["materialize"]
 
 
 @click.command()
-@click.argument("url", metavar="CACHE", shell_complete=complete_cache, required=False)
-@click.option("--views", "num_views", type=click.IntRange(1), help="The first so many views [default: all].")
+@click.argument("url", metavar="CACHE", type=CACHE, required=False)
 @click.option(
-    "--limit", default="8GiB", show_default=True, metavar="SIZE", help="Of all files in the folder together."
+    "--views", "num_views", type=click.IntRange(1), help="Number of views, from the first [default: all]."
+)
+@click.option(
+    "--limit",
+    default="8GiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Largest size of all files in the folder together.",
 )
 @click.option(
     "--folder",
     metavar="DIR",
-    shell_complete=complete_file,
-    help="Where [default: $SOFTCACHE_MEMMAP_DIR, or ~/.cache/softcache/thaw].",
+    type=PATH,
+    help="Folder of the files [default: $SOFTCACHE_MEMMAP_DIR, or ~/.cache/softcache/thaw].",
 )
 @json_option
-@click.option("--list", "listing", is_flag=True, help="List what is thawed on this machine.")
-@click.option("--clear", is_flag=True, help="Remove every thawed view that nobody uses.")
+@click.option("--list", "listing", is_flag=True, help="List the materialized views of this machine.")
+@click.option("--clear", is_flag=True, help="Remove every materialized view that is not in use.")
 def materialize(
     url: str | None,
     num_views: int | None,
@@ -48,8 +54,8 @@ def materialize(
 ) -> None:
     """Decode CACHE once into a local memory map, which all students and loader processes of this machine share.
 
-    train-student does so by itself if CACHE fits reader.memmap_limit_bytes. What is there already is only checked.
-    Views that were not used for longest are removed when the limit is reached; those in use are not.
+    train-student does so by itself if CACHE fits reader.memmap_limit_bytes. Existing views are only checked. At the
+    limit, the least recently used views are removed, unless they are in use.
 
     \b
     Example:
@@ -64,12 +70,14 @@ def materialize(
     if listing:
         result |= _list(place, as_json)
     if url is not None:
-        result |= _thaw(url, num_views, _bytes(limit), place, as_json)
+        result |= _materialize(url, num_views, _bytes(limit), place, as_json)
     if as_json:
         print_json(result)
 
 
-def _thaw(url: str, num_views: int | None, limit: int, place: MemmapFolder, as_json: bool) -> dict[str, Any]:
+def _materialize(
+    url: str, num_views: int | None, limit: int, place: MemmapFolder, as_json: bool
+) -> dict[str, Any]:
     cache = open_cache(url, memmap=MemmapSettings(limit, str(place.root), required=True))
     views = range(min(num_views or cache.num_views, cache.num_views))
     plans = [cache.memmap_plan(view) for view in views]
@@ -78,22 +86,22 @@ def _thaw(url: str, num_views: int | None, limit: int, place: MemmapFolder, as_j
     for view, plan in enumerate(plans):
         if plan is None:
             raise IncompleteCacheError(
-                f"cache {url}: view {view} is not finished; rerun `softcache teacher-logits`, then thaw it"
+                f"cache {url}: view {view} is not finished; rerun `softcache teacher-logits`, then materialize it"
             )
         total += plan.num_bytes
         size = {"rows": plan.num_rows, "num_bytes": plan.num_bytes}
-        rows.append({"view": view, **size, "state": "there" if place.holds(plan) else "made"})
+        rows.append({"view": view, **size, "state": "found" if place.holds(plan) else "made"})
     if total > limit:
         raise StorageError(
-            f"cache {url}: {len(rows)} views take {total:,} bytes thawed; the limit is {limit:,}; raise --limit, or thaw "
-            "fewer --views"
+            f"cache {url}: {len(rows)} views take {total:,} bytes as memory maps; the limit is {limit:,}; raise "
+            "--limit, or materialize fewer --views"
         )
-    with progress_bar("thaw", sum(plan.num_rows for plan in plans if plan), "rows") as advance:
+    with progress_bar("materialize", sum(plan.num_rows for plan in plans if plan), "rows") as advance:
         for view in views:
             cache.memmap(view, limit_bytes=limit, progress=advance)
     if not as_json:
         shown = [(row["view"], f"{row['rows']:,}", f"{row['num_bytes']:,}", row["state"]) for row in rows]
-        print_table(f"{url}, thawed in {place.root}", ("view", "rows", "bytes", ""), shown)
+        print_table(f"{url}, materialized in {place.root}", ("view", "rows", "bytes", ""), shown)
     return {"cache": url, "views": rows}
 
 
@@ -105,12 +113,12 @@ def _list(place: MemmapFolder, as_json: bool) -> dict[str, Any]:
     ]
     total = sum(entry.num_bytes for entry in entries)
     if not as_json:
-        title = f"thawed in {place.root}: {len(rows)} views, {total:,} bytes"
+        title = f"materialized in {place.root}: {len(rows)} views, {total:,} bytes"
         print_table(title, ("of", "bytes", "last used"), rows)
     listed = [
         {"of": entry.about, "num_bytes": entry.num_bytes, "used": entry.used} for entry in reversed(entries)
     ]
-    return {"thawed": listed, "num_bytes": total}
+    return {"memmaps": listed, "num_bytes": total}
 
 
 def _clear(place: MemmapFolder, as_json: bool) -> dict[str, Any]:

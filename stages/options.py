@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,97 +24,106 @@ if TYPE_CHECKING:
     from softcache.reader.cache import Cache
 
 __all__ = [
+    "CACHE",
+    "PATH",
     "cache_option",
     "cache_report",
-    "complete_cache",
-    "complete_file",
+    "config_file_options",
     "config_options",
     "json_option",
     "log_option",
     "parse_temperatures",
     "print_json",
     "print_table",
+    "student_option",
     "track_option",
 ]
 
 
-def complete_cache(
-    context: click.Context, parameter: click.Parameter, incomplete: str
-) -> list[CompletionItem]:
-    """Returns the caches below runs/; a folder where there are none or something is typed."""
-    known = sorted(str(found.parent) for found in Path("runs").glob("*/*/manifest.json"))
-    if known and not incomplete:
-        return [CompletionItem(path) for path in known]
-    return [CompletionItem(incomplete, type="dir")]
+class _CachePath(click.Path):
+    """A path or URL of a cache; completed to the caches below runs/ where nothing is typed yet."""
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        known = (
+            []
+            if incomplete
+            else sorted(str(found.parent) for found in Path("runs").glob("*/*/manifest.json"))
+        )
+        return [CompletionItem(path) for path in known] or super().shell_complete(ctx, param, incomplete)
 
 
-def complete_file(
-    context: click.Context, parameter: click.Parameter, incomplete: str
-) -> list[CompletionItem]:
-    """Returns that a file or folder is expected, which the shell completes."""
-    return [CompletionItem(incomplete, type="file")]
+PATH, CACHE = click.Path(readable=False), _CachePath(readable=False)
+"""Types of options and arguments that shells complete; the path may be missing, or the URL of a bucket."""
 
 
-def config_options(command: Callable) -> Callable:
-    """Adds --config and --set."""
-    command = click.option(
-        "--set",
-        "overrides",
-        multiple=True,
-        metavar="TABLE.KEY=VALUE",
-        help="Override one key of the config; may be given several times.",
-    )(command)
-    return click.option(
-        "--config",
-        "config_path",
-        default="configs/digits.toml",
-        show_default=True,
-        metavar="FILE",
-        shell_complete=complete_file,
-        help="The run's TOML file.",
-    )(command)
+def config_options(command: Callable | None = None, **settings: Any) -> Callable:
+    """Adds --config and --set; the command gets the config that they describe as `config`.
+
+    Args:
+        settings: of the option --config, where they differ from `--config FILE [default: configs/digits.toml]`.
+    """
+    if command is None:
+        return partial(config_options, **settings)
+
+    @config_file_options(**settings or {"default": "configs/digits.toml", "show_default": True})
+    @wraps(command)
+    def with_config(config_path: str, overrides: tuple[str, ...], **others: Any) -> Any:
+        from softcache.config.load import load_config
+
+        return command(config=load_config(config_path, overrides), **others)
+
+    return with_config
 
 
-def cache_option(command: Callable) -> Callable:
-    return click.option(
-        "--cache",
-        "url",
-        metavar="URL",
-        shell_complete=complete_cache,
-        help="The cache [default: runs/NAME/cache].",
-    )(command)
+def config_file_options(*, help: str = "The run's TOML file.", **settings: Any) -> Callable:
+    """Adds --config and --set; the command gets them as `config_path` and `overrides`."""
+
+    def add(command: Callable) -> Callable:
+        overrides = click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="TABLE.KEY=VALUE",
+            help="Override one key of the config; may be given several times.",
+        )
+        path = click.option("--config", "config_path", metavar="FILE", type=PATH, help=help, **settings)
+        return path(overrides(command))
+
+    return add
 
 
-def json_option(command: Callable) -> Callable:
-    """Adds --json: the command then prints one JSON object on stdout (`print_json`) and nothing else."""
-    return click.option(
-        "--json",
-        "as_json",
-        is_flag=True,
-        help="Print one JSON object on stdout, and nothing else there.",
-    )(command)
+cache_option = click.option(
+    "--cache", "url", metavar="URL", type=CACHE, help="The cache [default: runs/NAME/cache]."
+)
 
+student_option = click.option(
+    "--student", "model", metavar="SPEC", help="The architecture [default: student.model of the config]."
+)
 
-def log_option(command: Callable) -> Callable:
-    """Adds --log, which takes effect at once and is no argument of the command."""
-    return click.option(
-        "--log",
-        type=click.Choice(["text", "json"]),
-        default="text",
-        show_default=True,
-        expose_value=False,
-        callback=lambda context, option, value: set_log_format(value),
-        help="What stderr gets: text for people, or one JSON object per line.",
-    )(command)
+track_option = click.option(
+    "--track",
+    "track_with",
+    type=click.Choice(["tensorboard"]),
+    help="Log the training curves with a tracker.",
+)
 
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there."
+)
+"""Adds --json: the command then prints one JSON object on stdout (`print_json`) and nothing else."""
 
-def track_option(command: Callable) -> Callable:
-    return click.option(
-        "--track",
-        "track_with",
-        type=click.Choice(["tensorboard"]),
-        help="Log the training curves with a tracker.",
-    )(command)
+log_option = click.option(
+    "--log",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    expose_value=False,
+    callback=lambda context, option, value: set_log_format(value),
+    help="Format of stderr: lines of text, or one JSON object per line.",
+)
+"""Adds --log, which takes effect at once and is no argument of the command."""
 
 
 def parse_temperatures(given: str) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""One page about students of one cache, to show to others.
+"""Write an HTML report of finished runs.
 
 make report
 softcache report runs/digits/students --out report.html
@@ -10,26 +10,25 @@ import click
 
 from softcache.runtime.logging import log_info
 
-from .options import complete_cache, complete_file
+from .options import CACHE, PATH
 
 __all__ = ["report_command"]
 
 
 @click.command("report")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN…", shell_complete=complete_file)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=PATH)
 @click.option(
     "--cache",
     "urls",
     multiple=True,
     metavar="URL",
-    shell_complete=complete_cache,
-    help="Where the cache is [default: where the runs' config says]; once for each, if there are several.",
+    type=CACHE,
+    help="The cache [default: that of the runs' config]; may be given several times.",
 )
 @click.option(
     "--fidelity",
     "fidelity",
     metavar="FILE",
-    shell_complete=complete_file,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="What `softcache fidelity` wrote [default: runs/NAME/fidelity/fidelity.json, if it is there].",
 )
@@ -38,13 +37,14 @@ __all__ = ["report_command"]
     default="report.html",
     show_default=True,
     metavar="FILE",
-    shell_complete=complete_file,
+    type=PATH,
     help="The page.",
 )
 def report_command(runs: tuple[str, ...], urls: tuple[str, ...], fidelity: Path | None, out: str) -> None:
-    """Write a page about RUN… (directories of finished runs, or folders of them): scores, curves, calibration, what moved.
+    """Write a page about RUN… (directories of finished runs, or folders of them): scores, curves, calibration, transfer.
 
-    The page is one file and asks no server for anything. What needs the teacher's weights says so where they are missing.
+    The page is one file and loads nothing from a server. Sections that need the teacher's weights show a note
+    where they are missing.
 
     \b
     Example:

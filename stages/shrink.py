@@ -1,4 +1,4 @@
-"""A smaller cache from a bigger one, as if it had been captured so; the teacher is not run.
+"""Make a smaller cache from a bigger one, as a capture would have made it; the teacher is not run.
 
 softcache shrink runs/stdlib-lm/cache runs/stdlib-lm/cache-16 --k 16
 softcache shrink runs/stdlib-lm/cache runs/stdlib-lm/cache-packed --codec packed --step 0.03125
@@ -12,14 +12,14 @@ from softcache.cache.codecs import COARSEST, FINEST
 from softcache.reader.cache import open_cache
 from softcache.runtime.logging import progress_bar
 
-from .options import cache_report, complete_cache, complete_file, json_option, parse_temperatures, print_json
+from .options import CACHE, PATH, cache_report, json_option, parse_temperatures, print_json
 
 __all__ = ["shrink"]
 
 
 @click.command()
-@click.argument("source_url", metavar="CACHE", shell_complete=complete_cache)
-@click.argument("target_url", metavar="OUT", shell_complete=complete_file)
+@click.argument("source_url", metavar="CACHE", type=CACHE)
+@click.argument("target_url", metavar="OUT", type=PATH)
 @json_option
 @click.option(
     "--policy",
@@ -34,7 +34,7 @@ __all__ = ["shrink"]
     type=click.FloatRange(1),
     help="Classes are drawn in proportion to p^(1/T).",
 )
-@click.option("--seed", type=click.IntRange(0), help="Of the samples.")
+@click.option("--seed", type=click.IntRange(0), help="Seed of the sampled classes.")
 @click.option("--temperatures", metavar="T,T,…", help="Grid temperatures to keep.")
 @click.option("--views", "num_views", type=click.IntRange(1), help="Keep the first so many views.")
 @click.option(
@@ -52,7 +52,7 @@ def shrink(source_url: str, target_url: str, temperatures: str | None, as_json: 
     """Make a smaller cache OUT from CACHE: fewer classes, views or temperatures, another codec or store.
 
     OUT is what a capture with these settings would have made; teacher-logits and train-student take it as such. What
-    cannot be made of CACHE is refused. Killed and run again, it goes on where it was.
+    cannot be derived from CACHE is refused. A rerun after a kill goes on.
 
     \b
     Example:
@@ -65,7 +65,7 @@ def shrink(source_url: str, target_url: str, temperatures: str | None, as_json: 
         **changes, temperatures=parse_temperatures(temperatures) if temperatures else None
     )
     total = sum(marker.num_rows for marker in cache.markers.values())
-    with progress_bar("slim", total, "rows") as advance:
+    with progress_bar("shrink", total, "rows") as advance:
         smaller = shrink_cache(cache, target_url, settings, progress=advance)
     before, after = (sum(s.num_bytes for m in c.markers.values() for s in m.shards) for c in (cache, smaller))
     plan, labels = smaller.manifest.plan, smaller.manifest.identity["labels"]

@@ -1,4 +1,4 @@
-"""Tell how far a capture is, from any machine that reaches the cache.
+"""Show the progress of a capture, from any machine that reaches the cache.
 
 softcache status runs/digits/cache
 softcache status runs/digits/cache --watch 10
@@ -12,24 +12,24 @@ import click
 from softcache.cache.storage.open import open_objects
 from softcache.tools.status import Status, read_status
 
-from .options import complete_cache, json_option, print_json
+from .options import CACHE, json_option, print_json
 
 __all__ = ["status"]
 
 
 @click.command()
-@click.argument("url", metavar="CACHE", shell_complete=complete_cache)
+@click.argument("url", metavar="CACHE", type=CACHE)
 @json_option
 @click.option(
     "--watch",
     type=click.FloatRange(min=0.1),
     metavar="SECONDS",
-    help="Tell it again and again, until it is complete.",
+    help="Repeat every so many seconds, until the cache is complete.",
 )
 def status(url: str, as_json: bool, watch: float | None) -> None:
-    """Tell how far a capture is: units done, claimed and left, rows per second, time left.
+    """Show the progress of a capture: units done, claimed and left, rows per second, time left.
 
-    Reads names, times and a few markers from the store; the run may be on any machine, and none is disturbed.
+    Reads names, times and a few markers from the store; the run may be on any machine, and is not disturbed.
 
     \b
     Example:
@@ -41,13 +41,13 @@ def status(url: str, as_json: bool, watch: float | None) -> None:
         if as_json:
             print_json(asdict(found))
         else:
-            click.echo(_in_words(found))
+            click.echo(_format(found))
         if watch is None or found.state == "complete":
             return
         time.sleep(watch)
 
 
-def _in_words(found: Status) -> str:
+def _format(found: Status) -> str:
     share = found.samples_done / found.samples_total
     units = f"{found.units_done:,} of {found.units_total:,} units done"
     claims = f"{found.units_claimed:,} claimed, {found.units_left:,} left"

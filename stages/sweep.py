@@ -19,8 +19,8 @@ from softcache.errors import RunError
 from softcache.modalities import modality_of
 
 from .options import (
+    PATH,
     cache_option,
-    complete_file,
     config_options,
     json_option,
     log_option,
@@ -29,6 +29,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from softcache.config.run import RunConfig
     from softcache.runs.sweep import Sweep
     from softcache.runs.sweep.cost import Cost
     from softcache.runs.sweep.results import Repeated, Result
@@ -44,7 +45,7 @@ __all__ = ["sweep_command"]
 @click.option(
     "--trials",
     type=click.IntRange(1),
-    help="In total, those of earlier runs included [default: sweep.trials].",
+    help="Trials in total, including those of earlier runs [default: sweep.trials].",
 )
 @click.option(
     "--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes, this one included."
@@ -52,7 +53,7 @@ __all__ = ["sweep_command"]
 @click.option(
     "--out",
     metavar="DIR",
-    shell_complete=complete_file,
+    type=PATH,
     help="The sweep's directory [default: runs/NAME/sweep].",
 )
 @click.option(
@@ -60,17 +61,16 @@ __all__ = ["sweep_command"]
     default=0,
     show_default=True,
     type=click.IntRange(0),
-    help="Train the best three, and the config as it is, again with so many other seeds.",
+    help="Train the best three and the unchanged config again with so many other seeds.",
 )
 @click.option(
     "--cost/--no-cost",
     default=True,
     show_default=True,
-    help="Train the best for a few epochs with an online teacher, to tell what the sweep would have cost.",
+    help="Train the best for a few epochs with an online teacher, to estimate what the sweep would have cost.",
 )
 def sweep_command(
-    config_path: str,
-    overrides: tuple[str, ...],
+    config: RunConfig,
     url: str | None,
     trials: int | None,
     workers: int,
@@ -81,21 +81,19 @@ def sweep_command(
 ) -> None:
     """Search temperature, alpha, loss, K, learning rate and student from one cache.
 
-    Every trial is a student run in a directory of its own. A sweep that was killed goes on; the same command in a
+    Every trial is a student run in a directory of its own. A killed sweep goes on; the same command in a
     second terminal shares the trials.
 
     \b
     Example:
       softcache sweep --config configs/sweep-digits.toml --trials 30 --workers 2
     """
-    from softcache.config.load import load_config
     from softcache.runs import open_labels
     from softcache.runs.sweep import run_sweep
     from softcache.runs.sweep.cost import measure_cost, unmeasured_reason
     from softcache.runs.sweep.plots import draw_importance, draw_surface, importances
     from softcache.runs.sweep.results import repeat_best, write_best, write_json
 
-    config = load_config(config_path, overrides)
     if is_bucket(out or ""):
         raise RunError(f"sweep {out}: a sweep needs a folder with locks; give --out a local one")
     path = Path(out or config.root / "sweep")
@@ -107,7 +105,7 @@ def sweep_command(
     again = repeat_best(sweep, seeds=seeds) if seeds else []
     if again and not as_json:
         _print_repeats(sweep, again, seeds)
-    reason = unmeasured_reason(sweep) if cost else "not asked for (--no-cost)"
+    reason = unmeasured_reason(sweep) if cost else "skipped by --no-cost"
     measured = measure_cost(sweep) if reason is None else None
     if not as_json:
         _print_cost(measured, reason)
@@ -133,7 +131,7 @@ def _print_trials(sweep: Sweep) -> None:
     results = ranked_trials(sweep)
     format_score = modality_of(sweep.bench.config).score.format
     columns = ("trial", sweep.bench.metric, "state", *sweep.space, "epochs", "seconds")
-    note = "the best is chosen by the held-out samples and one seed: repeat it with --seeds before you believe it"
+    note = "the best is chosen by the eval split and one seed: repeat it with --seeds before you rely on it"
     print_table(
         f"sweep {sweep.bench.path}", columns, [_row(sweep, format_score, r) for r in results], note=note
     )
@@ -158,7 +156,7 @@ def _print_repeats(sweep: Sweep, again: list[Repeated], seeds: int) -> None:
     score = modality_of(sweep.bench.config).score
     rows = [
         (
-            "config as it is" if row.number is None else f"trial {row.number}",
+            "unchanged config" if row.number is None else f"trial {row.number}",
             score.format(row.mean),
             score.format_std(row.std),
             ", ".join(score.format(value) for value in row.values),
@@ -193,7 +191,7 @@ def _print_cost(cost: Cost | None, reason: str | None) -> None:
         ),
     ]
     note = (
-        f"live teacher over cache: {cost.ratio:.2f} times the seconds; {cost.ratio_with_pass:.2f} times if the cache "
+        f"online teacher over cache: {cost.ratio:.2f} times the seconds; {cost.ratio_with_pass:.2f} times if the cache "
         "is made for this sweep alone"
     )
-    print_table("what it cost", ("", "seconds", "how known"), rows, note=note)
+    print_table("cost", ("", "seconds", "source"), rows, note=note)

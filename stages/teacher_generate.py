@@ -1,7 +1,11 @@
-"""Let an encoder-decoder teacher translate its training texts, and write them as a source to learn from (Seq-KD).
+"""Generate teacher translations of the training texts, as a training set (sequence-level distillation).
 
 softcache teacher-generate --config configs/translation.toml --out runs/translation/generated
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import click
 
@@ -10,7 +14,10 @@ from softcache.cache.storage.open import open_objects
 from softcache.errors import ConfigError
 from softcache.runtime.logging import progress_bar
 
-from .options import complete_file, config_options
+from .options import PATH, config_options
+
+if TYPE_CHECKING:
+    from softcache.config.run import RunConfig
 
 __all__ = ["teacher_generate"]
 
@@ -20,37 +27,35 @@ __all__ = ["teacher_generate"]
 @click.option(
     "--out",
     metavar="SOURCE",
-    shell_complete=complete_file,
+    type=PATH,
     required=True,
-    help="Where the source goes: an empty folder, or one that this command began.",
+    help="The folder of the training set: empty, or one that this command began.",
 )
-def teacher_generate(config_path: str, overrides: tuple[str, ...], out: str) -> None:
-    """Write the teacher's own translations of the training texts, by beam search, as a source of its own.
+def teacher_generate(config: RunConfig, out: str) -> None:
+    """Generate teacher translations of the training texts by beam search, as a training set (sequence-level KD).
 
-    Kill it at any moment and run it again: it writes what is missing, and the same bytes. The [generate] table says how
-    it searches. Use what it wrote with source.name = "generated" and source.path = SOURCE: hard labels on it are
-    sequence-level distillation, cached labels on it are both.
+    A rerun after a kill writes what is missing, with the same bytes. The [generate] table has the settings of the
+    search. Train with source.name = "generated" and source.path = SOURCE: with hard labels that is sequence-level
+    distillation, with cached labels it is combined with word-level distillation.
 
     \b
     Example:
       softcache teacher-generate --config configs/translation.toml --out runs/translation/generated
     """
-    from softcache.config.load import load_config
     from softcache.modalities.translation.data import TranslationData
     from softcache.runs import make_teacher, open_data, open_teacher
     from softcache.teacher.generate import generate_source
     from softcache.teacher.language import LanguageTeacher
 
-    config = load_config(config_path, overrides)
     if is_bucket(out):
         raise ConfigError(
-            f"--out {out}: a source of pairs is read from a folder; give one, and copy it where you like"
+            f"--out {out}: a source of pairs is read from a folder; give a local one, and copy it afterwards"
         )
     data = open_data(config)
     if not isinstance(data, TranslationData):
         raise ConfigError(
-            f"config {config.name}: source.modality is {config.source.modality}; expected translation: a teacher writes "
-            "translations of a source of pairs"
+            f"config {config.name}: source.modality is {config.source.modality}; expected translation, "
+            "whose teacher generates the pairs of a source"
         )
     make_teacher(config, data)
     teacher = open_teacher(config, data)
@@ -60,6 +65,6 @@ def teacher_generate(config_path: str, overrides: tuple[str, ...], out: str) -> 
             open_objects(out, create=True), data, teacher, config.generate, progress=advance
         )
     click.echo(
-        f"source {out}: {report.num_pairs:,} pairs ({report.num_silent} without a word); {report.parts_done} parts made "
-        f"now, {report.parts_found} were there"
+        f"source {out}: {report.num_pairs:,} pairs ({report.num_silent} empty); {report.parts_done} parts made "
+        f"now, {report.parts_found} found"
     )

@@ -27,6 +27,7 @@ from .options import (
 )
 
 if TYPE_CHECKING:
+    from softcache.config.run import RunConfig
     from softcache.teacher.capture.estimate import Estimate
     from softcache.teacher.capture.run import CaptureReport
 
@@ -44,7 +45,7 @@ __all__ = ["teacher_logits"]
 @click.option(
     "--dask",
     metavar="auto|ADDRESS",
-    help="Label on many workers: processes of this machine (auto), or a cluster that is there (tcp://host:8786).",
+    help="Label on many workers: processes of this machine (auto), or an existing cluster (tcp://host:8786).",
 )
 @click.option(
     "--workers",
@@ -55,17 +56,16 @@ __all__ = ["teacher_logits"]
 @click.option(
     "--dry-run",
     is_flag=True,
-    help="Write nothing; measure a few chunks and tell what is left, its bytes and time.",
+    help="Write nothing; measure a few chunks, and estimate the bytes and time that are left.",
 )
 @click.option(
     "--price-per-hour",
     type=click.FloatRange(0),
     metavar="PRICE",
-    help="Of this machine, for the cost that --dry-run tells.",
+    help="Price of this machine, for the cost estimate of --dry-run.",
 )
 def teacher_logits(
-    config_path: str,
-    overrides: tuple[str, ...],
+    config: RunConfig,
     url: str | None,
     reuse: bool,
     dask: str | None,
@@ -76,7 +76,7 @@ def teacher_logits(
 ) -> None:
     """Run the teacher once; write its soft labels to the cache.
 
-    Kill it at any moment and run it again: it does what is missing and nothing else. A teacher whose weights
+    A rerun after a kill does what is missing and nothing else. A teacher whose weights
     are missing is trained first if the config has a [train_teacher] table.
 
     \b
@@ -85,7 +85,6 @@ def teacher_logits(
       softcache teacher-logits --config configs/digits.toml --dask auto
       softcache teacher-logits --config configs/digits.toml --dry-run --price-per-hour 2.5
     """
-    from softcache.config.load import load_config
     from softcache.runs import (
         cache_is_ready,
         capture_estimate,
@@ -95,19 +94,18 @@ def teacher_logits(
         open_teacher,
     )
 
-    config = load_config(config_path, overrides)
     url = url or config.cache_url
     if workers is not None and dask != "auto":
-        raise ConfigError("--workers: says how many processes --dask auto starts; give that, too")
+        raise ConfigError("--workers: is the number of processes of --dask auto; add --dask auto")
     if price_per_hour is not None and not dry_run:
-        raise ConfigError("--price-per-hour: is for the cost that --dry-run tells; give that, too")
+        raise ConfigError("--price-per-hour: is for the cost estimate of --dry-run; add --dry-run")
     if dry_run:
         if dask is not None:
             raise ConfigError(
-                "--dry-run: measures this process; leave --dask out, and divide the time by its workers"
+                "--dry-run: measures this process; leave out --dask, and divide the time by its workers"
             )
         estimate = capture_estimate(config, open_data(config), url)
-        _tell_estimate(url, estimate, price_per_hour, as_json)
+        _print_estimate(url, estimate, price_per_hour, as_json)
         return
     if reuse and cache_is_ready(config, open_data(config), url):
         log_info(f"cache {url}: complete; the teacher is not loaded")
@@ -127,10 +125,10 @@ def teacher_logits(
         slowest = report.slowest and report.slowest._asdict()
         print_json(cache_report(cache) | {"made_now": asdict(report) | {"slowest": slowest}})
     else:
-        _tell(cache, url, report)
+        _print_report(cache, url, report)
 
 
-def _tell(cache: Cache, url: str, report: CaptureReport) -> None:
+def _print_report(cache: Cache, url: str, report: CaptureReport) -> None:
     plan = cache.manifest.plan
     num_bytes = sum(shard.num_bytes for marker in cache.markers.values() for shard in marker.shards)
     rows = sum(marker.num_rows for marker in cache.markers.values())
@@ -138,7 +136,7 @@ def _tell(cache: Cache, url: str, report: CaptureReport) -> None:
         f"cache {url}: {plan.num_samples:,} samples x {plan.num_views} views, {rows:,} rows, "
         f"K={cache.manifest.codec['k']} of {cache.num_classes} classes, "
         f"{num_bytes:,} bytes ({num_bytes / rows:.1f} per row); "
-        f"{report.units_done} units made now, {report.units_found} were there; {report.seconds:.1f} s"
+        f"{report.units_done} units made now, {report.units_found} found; {report.seconds:.1f} s"
     )
     if report.slowest is not None and report.seconds:
         seconds, slowest = report.seconds, report.slowest
@@ -149,7 +147,7 @@ def _tell(cache: Cache, url: str, report: CaptureReport) -> None:
         )
 
 
-def _tell_estimate(url: str, estimate: Estimate, price_per_hour: float | None, as_json: bool) -> None:
+def _print_estimate(url: str, estimate: Estimate, price_per_hour: float | None, as_json: bool) -> None:
     cost = None if price_per_hour is None else price_per_hour * estimate.seconds / 3600
     if as_json:
         print_json({"cache": url, **asdict(estimate), "price_per_hour": price_per_hour, "cost": cost})
@@ -162,7 +160,7 @@ def _tell_estimate(url: str, estimate: Estimate, price_per_hour: float | None, a
     ]
     if cost is not None:
         rows.append(("cost", "", "", f"{cost:,.2f}"))
-    print_table(f"dry run: {url}", ("", "in all", "there", "left (estimate)"), rows)
+    print_table(f"dry run: {url}", ("", "total", "done", "left (estimate)"), rows)
     if estimate.rows_per_second is not None:
         click.echo(
             f"from {estimate.measured_chunks} chunks: {estimate.bytes_per_row:.1f} bytes per row, "

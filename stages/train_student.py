@@ -5,20 +5,28 @@ make train-student STUDENT=cnn            # another student, the same cache, no 
 softcache train-student --config configs/digits.toml --student timm:test_resnet
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import click
 
 from softcache.modalities import modality_of
 
 from .options import (
+    PATH,
     cache_option,
-    complete_file,
     config_options,
     json_option,
     log_option,
     print_json,
     print_table,
+    student_option,
     track_option,
 )
+
+if TYPE_CHECKING:
+    from softcache.config.run import RunConfig
 
 __all__ = ["train_student_command"]
 
@@ -29,24 +37,19 @@ __all__ = ["train_student_command"]
 @track_option
 @log_option
 @json_option
-@click.option(
-    "--student", "model", metavar="SPEC", help="The architecture [default: student.model of the config]."
-)
+@student_option
 @click.option(
     "--out",
     metavar="DIR",
-    shell_complete=complete_file,
+    type=PATH,
     help="The run's directory, or its URL in a bucket [default: one under runs/NAME/students].",
 )
 @click.option(
     "--baseline/--no-baseline", default=True, show_default=True, help="Also train it on hard labels."
 )
-@click.option(
-    "--allow-partial", is_flag=True, help="Train on what is there if units of the cache are missing."
-)
+@click.option("--allow-partial", is_flag=True, help="Train on the finished units if some are missing.")
 def train_student_command(
-    config_path: str,
-    overrides: tuple[str, ...],
+    config: RunConfig,
     url: str | None,
     track_with: str | None,
     model: str | None,
@@ -57,18 +60,16 @@ def train_student_command(
 ) -> None:
     """Train one student from the cache; the teacher is not loaded.
 
-    A run that was killed goes on from its last checkpoint (SIGINT and SIGTERM save one first); one that is
-    finished is reported, not repeated.
+    A killed run goes on from its last checkpoint (SIGINT and SIGTERM save one first); a finished one is reported, not
+    repeated.
 
     \b
     Example:
       softcache train-student --config configs/digits.toml --student cnn --set loss.temperature=2
     """
-    from softcache.config.load import load_config
     from softcache.runs import open_data, open_labels, train_student
     from softcache.runs.tables import student_report, student_tables
 
-    config = load_config(config_path, overrides)
     data = open_data(config)
     cache = open_labels(config, url)
     model = model or config.student.model

@@ -15,7 +15,7 @@ from softcache.modalities import modality_of
 from .options import cache_option, config_options, json_option, print_json, print_table
 
 if TYPE_CHECKING:
-    pass
+    from softcache.config.run import RunConfig
 
 __all__ = ["train_students"]
 
@@ -25,22 +25,22 @@ __all__ = ["train_students"]
 @cache_option
 @json_option
 @click.option(
-    "--student", "models", multiple=True, metavar="SPEC", help="An architecture; may be given several times."
+    "--student",
+    "models",
+    multiple=True,
+    metavar="SPEC",
+    help="An architecture; may be given several times [default: student.models of the config].",
 )
-def train_students(
-    config_path: str, overrides: tuple[str, ...], url: str | None, models: tuple[str, ...], as_json: bool
-) -> None:
+def train_students(config: RunConfig, url: str | None, models: tuple[str, ...], as_json: bool) -> None:
     """Train many students from one cache, best first in the table.
 
     \b
     Example:
       softcache train-students --config configs/digits.toml
     """
-    from softcache.config.load import load_config
     from softcache.runs import open_data, open_labels, train_student
     from softcache.runs.tables import student_report, student_tables
 
-    config = load_config(config_path, overrides)
     data = open_data(config)
     cache = open_labels(config, url)
     results = []

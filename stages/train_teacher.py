@@ -3,9 +3,16 @@
 softcache train-teacher --config configs/digits.toml     # seconds on a CPU
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import click
 
 from .options import config_options, json_option, print_json, track_option
+
+if TYPE_CHECKING:
+    from softcache.config.run import RunConfig
 
 __all__ = ["train_teacher_command"]
 
@@ -14,19 +21,15 @@ __all__ = ["train_teacher_command"]
 @config_options
 @track_option
 @json_option
-def train_teacher_command(
-    config_path: str, overrides: tuple[str, ...], track_with: str | None, as_json: bool
-) -> None:
-    """Train the config's teacher on hard labels, as its [train_teacher] table says.
+def train_teacher_command(config: RunConfig, track_with: str | None, as_json: bool) -> None:
+    """Train the config's teacher on hard labels, with the settings of its [train_teacher] table.
 
     \b
     Example:
       softcache train-teacher --config configs/fashion-mnist.toml
     """
-    from softcache.config.load import load_config
     from softcache.runs import format_score, open_data, train_teacher
 
-    config = load_config(config_path, overrides)
     metrics, weights = train_teacher(config, open_data(config), track_with=track_with)
     if as_json:
         print_json(

@@ -14,33 +14,24 @@ from softcache.reader.cache import Cache, open_cache
 from softcache.runtime.logging import progress_bar
 from softcache.tools.verify.checksums import verify_units
 
-from .options import complete_cache, complete_file, json_option, print_json
+from .options import CACHE, config_file_options, json_option, print_json
 
 __all__ = ["verify"]
 
 
 @click.command()
-@click.argument("url", metavar="CACHE", shell_complete=complete_cache)
-@click.option(
-    "--config",
-    "config_path",
-    metavar="FILE",
-    shell_complete=complete_file,
-    help="Also run this config's teacher again on some rows.",
-)
-@click.option(
-    "--set", "overrides", multiple=True, metavar="TABLE.KEY=VALUE", help="Override a key of the config."
-)
+@click.argument("url", metavar="CACHE", type=CACHE)
+@config_file_options(help="Also run this config's teacher again on some rows.")
 @click.option("--rows", default=256, show_default=True, type=click.IntRange(1), help="Rows for the teacher.")
 @click.option(
     "--threshold",
     default=1e-3,
     show_default=True,
     type=click.FloatRange(0),
-    help="Largest KL(record || fresh teacher) in nats that a row may have.",
+    help="Largest KL(soft labels || rerun teacher) of a row, in nats.",
 )
 @json_option
-@click.option("--seed", default=0, show_default=True, help="Of the choice of rows.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the choice of rows.")
 def verify(
     url: str,
     config_path: str | None,
@@ -78,7 +69,7 @@ def verify(
 def _teacher_faults(
     cache: Cache, config_path: str, overrides: tuple[str, ...], num_rows: int, threshold: float, seed: int
 ) -> list[str]:
-    """What a fresh teacher finds; all that needs torch is imported here, so that checksums need none."""
+    """Compares rows with a rerun of the teacher; imports torch here, so that checksums need none."""
     try:
         from softcache.config.load import load_config
         from softcache.runs import open_data, open_teacher

@@ -5,7 +5,7 @@
 After each fault a copy of the cache is verified, and read as a student reads it: every row of every view, joined with
 its sample. A fault is *caught* if verify names it; a student is *stopped* if it got an error of ours, *unharmed* if it got
 the very numbers that were written. A student that got other numbers, or an error that is not ours, is what must not be.
-A fault that verify does not name is *nothing* if what the file says is the same (white space in JSON), and *missed*
+A fault that verify does not name is *nothing* if the content of the file is the same (white space in JSON), and *missed*
 otherwise.
 """
 
@@ -143,10 +143,10 @@ BY_UNIT = {
 
 
 class Bench:
-    """A small cache, what it says, and a place where copies of it are damaged."""
+    """A small cache, its labels, and a place where copies of it are damaged."""
 
     def __init__(self, kind: str, folder: Path) -> None:
-        self.kind, self.root, self.thaw_folder = kind, folder / "damaged", folder / "thaw"
+        self.kind, self.root, self.memmap_folder = kind, folder / "damaged", folder / "memmaps"
         self.config, self.data, self.files = make_small(kind, folder)
         (folder / "other").mkdir()
         other = folder / "other"
@@ -154,7 +154,7 @@ class Bench:
             shutil.copytree(
                 folder, other, dirs_exist_ok=True, ignore=lambda at, names: {kind, "other"} & set(names)
             )
-        # Of the same data and the same plan, by a teacher that says something else.
+        # Of the same data and the same plan, by a teacher with other outputs.
         self.other = make_small(kind, other, other_teacher=True)[2]
         shutil.copytree(folder / kind, self.root)
         self._on_disk = self.files
@@ -164,9 +164,9 @@ class Bench:
         write_files(self.root, files, self._on_disk)
         self._on_disk = files
 
-    def read(self, thaw: bool = False) -> list[np.ndarray]:
+    def read(self, memmap: bool = False) -> list[np.ndarray]:
         """Returns every number that a student would learn from."""
-        settings = MemmapSettings(1 << 24, str(self.thaw_folder), required=True) if thaw else None
+        settings = MemmapSettings(1 << 24, str(self.memmap_folder), required=True) if memmap else None
         cache = open_cache(str(self.root), memmap=settings)
         dataset, out = SoftLabelDataset(self.data.train, cache), []
         for view in range(cache.num_views):
@@ -180,15 +180,15 @@ class Bench:
         return out
 
     def verdicts(self, files: Files) -> tuple[str, str]:
-        """Returns what verify says of such a cache, and how a student fares."""
+        """Returns the verdict of verify on such a cache, and how a student fares."""
         self.put(files)
         try:
             cache: Cache = open_cache(str(self.root))
             faults = list(verify_units(cache))
         except SoftcacheError as error:
             faults = [str(error)]
-        told = "caught" if faults else "nothing" if self._says_the_same(files) else "missed"
-        return told, self.student(self.read)
+        verdict = "caught" if faults else "nothing" if self._is_equivalent(files) else "missed"
+        return verdict, self.student(self.read)
 
     def student(self, read: Callable[[], list[np.ndarray]]) -> str:
         try:
@@ -198,7 +198,7 @@ class Bench:
         same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(found, self.truth, strict=True))
         return "unharmed" if same else "other numbers"
 
-    def _says_the_same(self, files: Files) -> bool:
+    def _is_equivalent(self, files: Files) -> bool:
         return files.keys() == self.files.keys() and all(
             data == self.files[path] or (path.endswith(".json") and _same_json(data, self.files[path]))
             for path, data in files.items()
@@ -232,29 +232,29 @@ def damage(kind: str, folder: Path, *, faults: int, seed: int) -> dict[tuple[str
             files = (BY_FILE | {"indent": indent})[fault](draw, bench.files, draw.choice(paths))
         if files == bench.files:  # a sector of zeros over zeros: no fault
             continue
-        told, student = bench.verdicts(files)
-        table.setdefault((of, fault), Counter()).update([told, student])
+        verdict, student = bench.verdicts(files)
+        table.setdefault((of, fault), Counter()).update([verdict, student])
     bench.put(bench.files)
-    table |= _damage_thawed(bench, draw, max(5, faults // 20))
+    table |= _damage_memmaps(bench, draw, max(5, faults // 20))
     table |= _damage_while_read(bench, draw, max(5, faults // 20))
     return table
 
 
-def _damage_thawed(bench: Bench, draw: random.Random, faults: int) -> dict[tuple[str, str], Counter[str]]:
-    """Damages thawed views; a reader throws them away and makes them again, so its numbers are those of the cache."""
+def _damage_memmaps(bench: Bench, draw: random.Random, faults: int) -> dict[tuple[str, str], Counter[str]]:
+    """Damages materialized views; a reader throws them away and makes them again, so its numbers are those of the cache."""
     table: dict[tuple[str, str], Counter[str]] = {}
-    bench.read(thaw=True)
-    whole = read_files(bench.thaw_folder)
+    bench.read(memmap=True)
+    whole = read_files(bench.memmap_folder)
     for number in range(faults):
         fault = list(BY_FILE)[number % len(BY_FILE)]
         path = draw.choice(sorted(path for path in whole if path.endswith(".thaw")))
         files = BY_FILE[fault](draw, whole, path)
         if files == whole:
             continue
-        write_files(bench.thaw_folder, files, read_files(bench.thaw_folder))
-        student = bench.student(lambda: bench.read(thaw=True))
-        mended = read_files(bench.thaw_folder).get(path) == whole[path]
-        table.setdefault(("thawed view", fault), Counter()).update(
+        write_files(bench.memmap_folder, files, read_files(bench.memmap_folder))
+        student = bench.student(lambda: bench.read(memmap=True))
+        mended = read_files(bench.memmap_folder).get(path) == whole[path]
+        table.setdefault(("materialized view", fault), Counter()).update(
             ["caught" if mended else "missed", student]
         )
     return table

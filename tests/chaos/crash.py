@@ -7,7 +7,7 @@ One trial: a process is forked and killed with SIGKILL, after a random time or a
 flush, rename, link and removal of a file, and at each step of a commit), up to three times; then it is run to its end, and
 `softcache gc --delete` after it. After every kill each marker that is there, and each object that it names, is that of
 the uninterrupted run, byte for byte; at the end the whole folder is, and nothing else is in it. The same with several
-processes at once, with a reader beside them, and on a disk that is full.
+processes at once, with a concurrent reader, and on a disk that is full.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from tests.chaos.scenarios import Scenario, make_scenarios
 
 PAGE = 4096
 NOT_COMPARED = (".use", ".lock")
-"""Times and inodes of thawed views, and claims, which are empty."""
+"""Times and inodes of materialized views, and claims, which are empty."""
 
 
 class Trial:
-    """A scenario, what it writes when nobody interrupts it, and how long and how many steps that takes."""
+    """A scenario, what it writes when it is not interrupted, and how long and how many steps that takes."""
 
     def __init__(self, scenario: Scenario, folder: Path) -> None:
         self.scenario, self.folder = scenario, folder
@@ -81,12 +81,12 @@ class Trial:
         """Runs to the end, collects what is stray, and compares everything."""
         report = self.folder / "report"
         child = Child(lambda: self.scenario.finish(self.root, report), self.log)
-        assert child.wait() == 0, child.said()
+        assert child.wait() == 0, child.log_text()
         found = self.files()
         assert found.keys() == self.expected.keys(), sorted(found.keys() ^ self.expected.keys())
         assert found == self.expected, [path for path in found if found[path] != self.expected[path]]
         self.tally["objects compared"] += len(found)
-        self.tally["strays collected"] += int(report.read_text())
+        self.tally["orphans deleted"] += int(report.read_text())
         self.tally["reruns equal"] += 1
 
     def killed(self, *prepare: Callable[[], None], seconds: float | None = None) -> None:
@@ -95,7 +95,7 @@ class Trial:
             time.sleep(seconds)
             child.kill()
         code = child.wait()
-        assert code <= 0, child.said()
+        assert code <= 0, child.log_text()
         self.tally["killed" if code else "done before the kill"] += 1
         self.check_whole_units()
 
@@ -138,12 +138,12 @@ def kill_among(trial: Trial, draw: random.Random, trials: int, processes: int) -
         second = [trial.start(log=f"again{number}") for number in range(processes)]
         for child in [*first, *second]:
             code = child.wait()
-            assert code in (0, -9), child.said()
+            assert code in (0, -9), child.log_text()
         trial.finish()
 
 
-def read_beside(trial: Trial, draw: random.Random, trials: int) -> int:
-    """A reader of what is finished, beside writers that are killed; returns how often it read."""
+def read_concurrently(trial: Trial, draw: random.Random, trials: int) -> int:
+    """A reader of what is finished, concurrent with writers that are killed; returns how often it read."""
     reads = 0
     reference = trial.folder / "reference"
     shutil.rmtree(reference, ignore_errors=True)
@@ -161,7 +161,7 @@ def read_beside(trial: Trial, draw: random.Random, trials: int) -> int:
             trial.killed(seconds=draw.uniform(0.0, trial.seconds))
         assert trial._run() == 0, trial.log.read_text()
         stop.touch()
-        assert reader.wait() == 0, reader.said()
+        assert reader.wait() == 0, reader.log_text()
         reads += int(count.read_text())
         trial.finish()
     return reads
@@ -210,8 +210,8 @@ def fill_disk(trial: Trial, draw: random.Random, trials: int) -> None:
             prepare = () if mounted else (full_disk(draw.randint(1, largest)),)
             child = trial.start(*prepare)
             code = child.wait()
-            assert code in (0, REFUSED), child.said()
-            assert code == 0 or "free some space" in child.said(), child.said()
+            assert code in (0, REFUSED), child.log_text()
+            assert code == 0 or "free some space" in child.log_text(), child.log_text()
             trial.tally["disk full" if code else "done before the disk was full"] += 1
             trial.check_whole_units()
             if mounted:
@@ -257,8 +257,8 @@ def _four(trial: Trial, draw: random.Random, trials: int) -> str:
 
 
 def _reader(trial: Trial, draw: random.Random, trials: int) -> str:
-    reads = read_beside(trial, draw, max(1, trials // 4))
-    return f"killed beside a reader, which read {reads:,} times"
+    reads = read_concurrently(trial, draw, max(1, trials // 4))
+    return f"killed during a reader, which read {reads:,} times"
 
 
 def _full_disk(trial: Trial, draw: random.Random, trials: int) -> str:
@@ -270,7 +270,7 @@ SHORT: dict[str, tuple[Fault, ...]] = {
     "capture, images, zarr": (_random_kills, _reader),
     "capture, text, parquet": (_random_kills, _two, _full_disk),
     "convert to zarr": (_random_kills,),
-    "thaw": (_random_kills,),
+    "materialize": (_random_kills,),
 }
 
 
@@ -297,11 +297,11 @@ def run(
         trial, draw = Trial(scenario, place), random.Random(f"{scenario.name} {seed}")
         for fault in faults:
             trial.tally = Counter()
-            told = fault(trial, draw, each)
-            yield f"{scenario.name}: {told}", trial.tally
+            outcome = fault(trial, draw, each)
+            yield f"{scenario.name}: {outcome}", trial.tally
 
 
-COLUMNS = ("killed", "disk full", "reruns equal", "objects compared", "strays collected")
+COLUMNS = ("killed", "disk full", "reruns equal", "objects compared", "orphans deleted")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Small caches as bytes by path: changed at will, signed again as whoever forges a cache would, and put back on disk.
+"""Small caches as bytes by path: changed at will, signed again as an attacker would, and put back on disk.
 
 A cache's checksums protect it against accidents. Who makes a cache makes its checksums too, so behind them every
 document and every shard is untrusted input: `signed` mends all digests after a change, and readers meet what is behind.
@@ -112,29 +112,29 @@ def _document(data: bytes) -> Any:
         return None
 
 
-def probe(root: Path, config: Any, data: Any, thaw_folder: Path) -> list[str]:
+def probe(root: Path, config: Any, data: Any, memmap_folder: Path) -> list[str]:
     """Does with a cache all that a reader does; returns the faults and errors of ours, and lets any other error out.
 
-    Whoever reads is not told more than numbers of the right shape, so these are looked at as well.
+    A reader checks no more than numbers of the right shape, so these are looked at as well.
     """
-    told: list[str] = []
+    refusals: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # NumPy's overflows and invalid values are no way to meet bad input
-        for use in (_verify, _read, _thaw, _inspect, _align, _train, _plan_slim, _collect):
+        for use in (_verify, _read, _materialize, _inspect, _align, _train, _plan_shrink, _collect):
             try:
-                told += use(root, config, data, thaw_folder) or []
+                refusals += use(root, config, data, memmap_folder) or []
             except SoftcacheError as error:
-                told.append(f"{use.__name__}: {error}")
-    for line in told:
+                refusals.append(f"{use.__name__}: {error}")
+    for line in refusals:
         assert line.strip(), "an error without a message"
-    return told
+    return refusals
 
 
 def _verify(root: Path, *_: Any) -> list[str]:
     return list(verify_units(open_cache(str(root))))
 
 
-def _read(root: Path, config: Any, data: Any, thaw_folder: Path) -> None:
+def _read(root: Path, config: Any, data: Any, memmap_folder: Path) -> None:
     cache = open_cache(str(root))
     _read_all(cache)
     assert not cache.missing_units or cache.markers is not None
@@ -154,8 +154,8 @@ def _read_all(cache: Any) -> None:
         assert not np.isnan(np.asarray(stored.labels.log_probs)).any()
 
 
-def _thaw(root: Path, config: Any, data: Any, thaw_folder: Path) -> None:
-    cache = open_cache(str(root), memmap=MemmapSettings(1 << 24, str(thaw_folder), required=True))
+def _materialize(root: Path, config: Any, data: Any, memmap_folder: Path) -> None:
+    cache = open_cache(str(root), memmap=MemmapSettings(1 << 24, str(memmap_folder), required=True))
     _read_all(cache)
 
 
@@ -164,11 +164,11 @@ def _inspect(root: Path, *_: Any) -> None:
     json.dumps({**_identity(cache), **_storage(cache), **_labels(cache)})
 
 
-def _align(root: Path, config: Any, data: Any, thaw_folder: Path) -> None:
+def _align(root: Path, config: Any, data: Any, memmap_folder: Path) -> None:
     cache_is_ready(config, data, str(root))
 
 
-def _train(root: Path, config: Any, data: Any, thaw_folder: Path) -> None:
+def _train(root: Path, config: Any, data: Any, memmap_folder: Path) -> None:
     cache = open_cache(str(root))
     samples = cache.samples_in(0)[:20]
     if not len(samples):
@@ -179,7 +179,7 @@ def _train(root: Path, config: Any, data: Any, thaw_folder: Path) -> None:
     assert loss_P.shape == (rows,)
 
 
-def _plan_slim(root: Path, *_: Any) -> None:
+def _plan_shrink(root: Path, *_: Any) -> None:
     shrink_manifest(open_cache(str(root)), ShrinkSettings(k=1))
 
 

@@ -176,8 +176,8 @@ def fuzz(kind: str, folder: Path, *, examples: int, number: int) -> Counter[str]
     def one(changed: Files) -> None:
         write_files(root, changed, on_disk[0])
         on_disk[0] = changed
-        told = probe(root, config, data, folder / "thaw")
-        tally["refused" if told else "read"] += 1
+        refusals = probe(root, config, data, folder / "memmaps")
+        tally["refused" if refusals else "read"] += 1
 
     one()
     return tally

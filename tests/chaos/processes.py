@@ -27,7 +27,7 @@ REFUSED, FAILED = 1, 70
 
 
 class Child:
-    """A forked process that does some work and exits with 0, REFUSED or FAILED; what it says goes to `log`."""
+    """A forked process that does some work and exits with 0, REFUSED or FAILED; its output goes to `log`."""
 
     def __init__(self, work: Callable[[], None], log: Path, *prepare: Callable[[], None]) -> None:
         self.log = log
@@ -42,7 +42,7 @@ class Child:
     def kill(self) -> None:
         os.kill(self.pid, signal.SIGKILL)
 
-    def said(self) -> str:
+    def log_text(self) -> str:
         return self.log.read_text()
 
 

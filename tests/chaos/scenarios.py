@@ -1,4 +1,4 @@
-"""Everything that writes a cache or a thawed view, each on a small source, to be interrupted and run again."""
+"""Everything that writes a cache or a materialized view, each on a small source, to be interrupted and run again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Scenario:
     Attributes:
         name: of the work.
         work: does it, or what is left of it, into a folder.
-        is_cache: whether it writes a cache; else thawed views.
+        is_cache: whether it writes a cache; else materialized views.
     """
 
     name: str
@@ -93,11 +93,11 @@ def _convert(made: Path, store: str) -> Scenario:
     return Scenario(f"convert to {store}", work)
 
 
-def _slim(made: Path) -> Scenario:
+def _shrink(made: Path) -> Scenario:
     def work(root: Path) -> None:
         shrink_cache(open_cache(str(made)), str(root), ShrinkSettings(k=2, codec="packed"))
 
-    return Scenario("slim", work)
+    return Scenario("shrink", work)
 
 
 def _fuse(made: Path, other: Path) -> Scenario:
@@ -108,13 +108,13 @@ def _fuse(made: Path, other: Path) -> Scenario:
     return Scenario("fuse", work)
 
 
-def _thaw(made: Path) -> Scenario:
+def _materialize(made: Path) -> Scenario:
     def work(root: Path) -> None:
         cache = open_cache(str(made), memmap=MemmapSettings(1 << 24, str(root), required=True))
         for view in range(cache.num_views):
             assert cache.memmap(view) is not None
 
-    return Scenario("thaw", work, is_cache=False)
+    return Scenario("materialize", work, is_cache=False)
 
 
 def _import(folder: Path) -> Scenario:
@@ -178,10 +178,10 @@ def make_scenarios(folder: Path, names: Collection[str] | None = None) -> list[S
         "capture, text, zarr": lambda: _texts(folder, "zarr"),
         "convert to parquet": lambda: _convert(_made(folder, "zarr"), "parquet"),
         "convert to zarr": lambda: _convert(_made(folder, "parquet"), "zarr"),
-        "slim": lambda: _slim(_made(folder, "zarr")),
+        "shrink": lambda: _shrink(_made(folder, "zarr")),
         "fuse": lambda: _fuse(_made(folder, "zarr"), _made(folder, "parquet", "known_scaled")),
         "import": lambda: _import(folder),
-        "thaw": lambda: _thaw(_made(folder, "zarr")),
+        "materialize": lambda: _materialize(_made(folder, "zarr")),
     }
     return [make() for name, make in makers.items() if names is None or name in names]
 
@@ -192,5 +192,5 @@ def _made(folder: Path, store: str, teacher: str = "known") -> Path:
     if not place.exists():
         scenario = _images(folder, store, teacher=teacher)
         child = Child(lambda: scenario.work(place), folder / "log")
-        assert child.wait() == 0, child.said()
+        assert child.wait() == 0, child.log_text()
     return place

@@ -141,7 +141,7 @@ def test_compare_students_and_sweep_take_them_as_any_other(in_tmp, trained, stud
         return json.loads(result.stdout)
 
     compared = told("compare", "--seeds", "1")["students"]
-    assert set(compared) == {"hard labels", "cache, 1 view", "cache, 2 views", "live teacher"}
+    assert set(compared) == {"hard labels", "cache, 1 view", "cache, 2 views", "online teacher"}
     table = told("train-students")["students"]
     # The default of student.models is of images; a student of bytes without one has its own architecture alone.
     assert {row["model"] for row in table} == {student["model"]} | (set() if student is BYTES else {"linear"})

@@ -493,7 +493,7 @@ def test_the_command_writes_a_source(tmp_path, monkeypatch):
     result = CliRunner().invoke(
         softcache, ["teacher-generate", "--config", "run.toml", "--out", "out"], catch_exceptions=False
     )
-    assert "parts made now, 0 were there" in result.output
+    assert "parts made now, 0 found" in result.output
     refused = CliRunner().invoke(
         softcache, ["teacher-generate", "--config", "run.toml", "--out", "s3://bucket/out"]
     )

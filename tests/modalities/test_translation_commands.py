@@ -28,7 +28,7 @@ def place(tmp_path_factory):
             tables = config.model_dump(mode="json", exclude_unset=True) | {"cache": f"{name}/cache"}
             (folder / f"{name}.toml").write_text(tomli_w.dumps(tables))
             told = invoke("teacher-logits", "--config", f"{name}.toml")
-            assert "units made now, 0 were there" in told
+            assert "units made now, 0 found" in told
     return folder
 
 
@@ -52,7 +52,7 @@ WORKS = {
     "verify": (("verify", "one/cache", "--config", "one.toml"), "rows against the teacher; 0 faults"),
     "fidelity": (("fidelity", "one/cache", "--config", "one.toml", "--rows", 16, "--out", "fidelity"), "frontier.png"),
     "dry run": (("teacher-logits", "--config", "one.toml", "--dry-run", "--cache", "dry"), "nothing was written"),
-    "gc": (("gc", "one/cache"), "stray 0 objects"),
+    "gc": (("gc", "one/cache"), "orphaned 0 objects"),
 }  # fmt: skip
 
 

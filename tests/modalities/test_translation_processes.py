@@ -113,5 +113,5 @@ def test_a_writer_that_is_ended_goes_on_where_it_was_with_the_same_bytes(
     assert "manifest.json" not in there
     again = generate(place, tmp_path / "second", tmp_path / "out")
     assert again.code == 0, again.err
-    assert "2 were there" in again.out
+    assert "2 found" in again.out
     assert files_of(tmp_path / "out") == whole

@@ -156,7 +156,7 @@ def flip(cache):
 def test_teacher_logits_says_what_it_made(labelled):
     folder, result = labelled
     assert "cache runs/small/cache: 300 samples x 2 views, 600 rows, K=4 of 10 classes" in result.out
-    assert "10 units made now, 0 were there" in result.out
+    assert "10 units made now, 0 found" in result.out
     assert "teacher: label: 600/600 rows" in result.err
     assert not open_cache(folder / "runs/small/cache").missing_units
 
@@ -165,7 +165,7 @@ def test_a_second_pass_finds_everything(run, cache):
     before = contents(cache)
     result = run("teacher-logits", "--config", "small.toml")
     assert result.code == 0
-    assert "0 units made now, 10 were there" in result.out
+    assert "0 units made now, 10 found" in result.out
     assert contents(cache) == before
 
 
@@ -178,7 +178,7 @@ def test_reuse_does_not_load_the_teacher(run, cache, no_teacher):
 def test_reuse_finishes_what_is_missing(run, cache):
     (cache / "units/00003.json").unlink()
     result = run("teacher-logits", "--config", "small.toml", "--reuse")
-    assert "1 units made now, 9 were there" in result.out
+    assert "1 units made now, 9 found" in result.out
     assert not open_cache(cache).missing_units
 
 
@@ -297,13 +297,13 @@ def test_students_of_the_config(run, cache):
 def test_compare_shows_every_kind_of_label(run, cache):
     result = run("compare", "--config", "small.toml", "--seeds", "1")
     assert result.code == 0
-    for kind in ("teacher", "hard labels", "cache, 1 view", "cache, 2 views", "live teacher"):
+    for kind in ("teacher", "hard labels", "cache, 1 view", "cache, 2 views", "online teacher"):
         assert kind in result.out
     again = run("compare", "--config", "small.toml", "--seeds", "1", "--json")
     figures = json.loads(again.out)
     assert figures["config"] == "small"
     assert figures["student"] == "mlp?width=8"
-    assert list(figures["students"]) == ["hard labels", "cache, 1 view", "cache, 2 views", "live teacher"]
+    assert list(figures["students"]) == ["hard labels", "cache, 1 view", "cache, 2 views", "online teacher"]
     for row in figures["students"].values():
         assert row["mean"] == row["accuracy"][0]
         assert f"{100 * row['mean']:.2f}%" in result.out

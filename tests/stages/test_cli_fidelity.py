@@ -139,7 +139,7 @@ def test_slim_makes_the_cache_of_another_config(run, cache):
     sets = ["labels.k=3", "labels.temperatures=[1,4]", "capture.codec.values=float16"]
     arguments = [part for pair in sets for part in ("--set", pair)]
     again = run("teacher-logits", "--config", "small.toml", "--cache", "runs/slim", *arguments).output
-    assert "0 units made now, 1 were there" in again
+    assert "0 units made now, 1 found" in again
     run("train-student", "--config", "small.toml", "--cache", "runs/slim", *arguments)
     with pytest.raises(LabelError, match="9 slots asked for"):
         run("shrink", cache, "runs/no", "--k", "9")

@@ -24,7 +24,7 @@ CALLS = {
     "status": ((CACHE,), {"state", "units_done", "units_total"}),
     "convert": ((CACHE, "copy", "--store", "parquet"), {"units", "num_bytes", "store"}),
     "shrink": ((CACHE, "small", "--k", "2"), {"num_bytes", "num_bytes_before", "labels"}),
-    "materialize": (("--list", "--clear"), {"folder", "thawed", "removed"}),
+    "materialize": (("--list", "--clear"), {"folder", "memmaps", "removed"}),
     "gc": ((CACHE,), {"stray", "foreign", "held", "deleted"}),
 }
 

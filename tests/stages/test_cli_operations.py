@@ -122,7 +122,7 @@ def test_a_capture_that_is_signalled_ends_resumable_and_says_how(run, signal_in,
     assert not [path for path in os.listdir("runs/small/cache/units") if path.endswith(".lock")]
     again = run("teacher-logits")
     assert again.code == 0
-    assert f"{10 - done} units made now, {done} were there" in again.out
+    assert f"{10 - done} units made now, {done} found" in again.out
 
 
 def test_a_student_that_is_signalled_saves_a_checkpoint_and_ends_with_the_same_weights(run, signal_in):

@@ -113,7 +113,7 @@ def test_students_are_sorted_by_loss(run, cache):
 
 def test_compare_has_one_kind_of_cache(run, cache):
     figures = json.loads(run("compare", "--config", "lm.toml", "--seeds", "2", "--json").stdout)
-    assert list(figures["students"]) == ["hard labels", "cache", "live teacher"]
+    assert list(figures["students"]) == ["hard labels", "cache", "online teacher"]
     assert all(len(row["eval_loss"]) == 2 for row in figures["students"].values())
     assert figures["teacher"] > 0
 

@@ -456,7 +456,7 @@ HARMLESS = [
     Harmless("another seed of training", _set("train", seed=5), same_batches=False),
     Harmless("gradients accumulated over 3 pieces", _set("train", accumulation_steps=3)),
     Harmless("two loader processes", _set("reader", workers=2)),
-    Harmless("read by chunks, not thawed", _set("reader", memmap="never")),
+    Harmless("read by chunks, not materialized", _set("reader", memmap="never")),
     Harmless("shuffled by windows of two chunks", _set("reader", window_blocks=2), same_batches=False),
     Harmless("labelled in other batches, units and chunks", _recapture, same_batches=False),
     Harmless("contents checked on a tenth of the samples", _set("reader", fingerprint_fraction=0.1)),

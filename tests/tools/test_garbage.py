@@ -145,11 +145,11 @@ def test_a_run_that_died_before_its_manifest_is_not_in_the_way_of_another(tmp_pa
     assert len(again.samples_table().keys) == 300
 
 
-def test_the_command_lists_first_and_removes_when_told(cache):
+def test_the_command_lists_first_and_deletes_with_delete(cache):
     unmark(cache, 3)
     listed = CliRunner().invoke(softcache, ["gc", str(cache)])
-    assert "remove the strays with --delete" in listed.output
+    assert "delete them with --delete" in listed.output
     removed = CliRunner().invoke(softcache, ["gc", str(cache), "--delete"])
     assert (listed.exit_code, removed.exit_code) == (0, 0)
-    assert "removed" in removed.output
-    assert "stray 0 objects, 0 bytes" in CliRunner().invoke(softcache, ["gc", str(cache)]).output
+    assert "deleted" in removed.output
+    assert "orphaned 0 objects, 0 bytes" in CliRunner().invoke(softcache, ["gc", str(cache)]).output

@@ -722,7 +722,7 @@ def test_killed_halfway_and_run_again(served, tmp_path, toml):
     assert killed.returncode == 9, killed.stderr.decode()
     assert sorted(open_cache(str(tmp_path / "cache")).markers) == [0, 1]
     result = CliRunner().invoke(import_command, arguments, catch_exceptions=False)
-    assert "2 units made now, 2 were there, 0 of 4 missing" in result.stdout
+    assert "2 units made now, 2 found, 0 of 4 missing" in result.stdout
     whole, _ = served.load(tmp_path / "whole", path)
     assert_like(open_cache(str(tmp_path / "cache")), served.captured)
     for number, marker in whole.markers.items():

@@ -91,7 +91,7 @@ def devices() -> dict[str, Any]:
 
 def free_space() -> dict[str, dict[str, Any]]:
     """Returns the default folders of caches and memory-mapped views, and the free bytes there."""
-    places = {"caches": Path("runs").absolute(), "thawed": default_folder()}
+    places = {"caches": Path("runs").absolute(), "memmaps": default_folder()}
     return {
         name: {"folder": str(path), "free_bytes": shutil.disk_usage(_existing(path)).free}
         for name, path in places.items()
