@@ -24,7 +24,7 @@ COMMANDS = {
     ),
     "teacher-generate": (
         "teacher_generate:teacher_generate",
-        "Generate teacher translations as a training set (sequence-level KD).",
+        "Generate teacher translations as a training set.",
     ),
     "status": ("status:status", "Show the progress of a capture: units, rows per second, time left."),
     "train-student": (
