@@ -61,9 +61,6 @@ COMMANDS = {
 }
 """By name: `module:attribute` below `stages`, and the command's line in the list."""
 
-RENAMED = {"slim": "shrink", "students": "train-students", "thaw": "materialize"}
-"""Former names, which an error points out."""
-
 
 class LazyCommands(click.Group):
     """A group of COMMANDS, each imported when it is needed."""
@@ -72,22 +69,18 @@ class LazyCommands(click.Group):
         return [*COMMANDS, *super().list_commands(ctx)]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Returns the command of that name.
-
-        Raises:
-            MissingExtraError: it needs a package that is in an extra, which is not installed.
-        """
         if cmd_name not in COMMANDS:
             return super().get_command(ctx, cmd_name)
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
-        try:
-            command: click.Command = getattr(import_module(f".{module}", __package__), attribute)
-        except ModuleNotFoundError as error:
-            raise missing_extra(error, f"softcache {cmd_name}") from error
+        command: click.Command = getattr(import_module(f".{module}", __package__), attribute)
         return command
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Runs the command; the parts that it imports while it runs may be in an extra, too."""
+        """Runs the command.
+
+        Raises:
+            MissingExtraError: it imports a package of an extra that is not installed.
+        """
         try:
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
@@ -102,12 +95,10 @@ class LazyCommands(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Returns the command that the words begin with; the error of an unknown one names the closest or its new name."""
+        """Returns the command that the words begin with; the error of an unknown one names the closest."""
         try:
             return super().resolve_command(ctx, args)
         except click.NoSuchCommand as error:  # click looks among the commands that are loaded
-            if name := RENAMED.get(args[0]):
-                raise click.UsageError(f"No such command {args[0]!r}; renamed: {name}", ctx) from error
             raise click.NoSuchCommand(args[0], possibilities=COMMANDS, ctx=ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

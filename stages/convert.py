@@ -30,7 +30,7 @@ def convert(source_url: str, target_url: str, store: str, as_json: bool) -> None
     from softcache.tools.convert import convert_cache
 
     cache = open_cache(source_url)
-    plan, total = cache.manifest.plan, sum(marker.num_rows for marker in cache.markers.values())
+    plan, total = cache.manifest.plan, cache.num_rows_done
     with progress_bar("convert", total, "rows") as advance:
         copied = convert_cache(cache, target_url, store=store, progress=advance)
     if as_json:

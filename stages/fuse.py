@@ -54,7 +54,7 @@ def fuse(urls: tuple[str, ...], out: str, as_json: bool, **how: Any) -> None:
     if as_json:
         print_json(cache_report(fused) | {"rule": how["rule"], "teachers": list(urls)})
         return
-    plan, size = fused.manifest.plan, sum(s.num_bytes for m in fused.markers.values() for s in m.shards)
+    plan, size = fused.manifest.plan, sum(fused.bytes_by_column().values())
     click.echo(
         f"cache {out}: {len(caches)} teachers by rule {how['rule']}, {len(fused.markers)} of {plan.num_units} units, "
         f"K={fused.manifest.codec['k']} of {fused.num_classes} classes, {size:,} bytes"

@@ -91,7 +91,7 @@ def import_command(
         made = {"units_made": report.units_done, "units_found": report.units_found, "seconds": report.seconds}
         print_json(cache_report(cache) | made)
         return
-    plan, rows = cache.manifest.plan, sum(marker.num_rows for marker in cache.markers.values())
+    plan, rows = cache.manifest.plan, cache.num_rows_done
     click.echo(
         f"cache {url}: {rows:,} rows of {cache.manifest.identity['teacher']['spec']}, K={cache.manifest.codec['k']} of "
         f"{cache.num_classes} classes, at temperature 1; {report.units_done} units made now, {report.units_found} "

@@ -4,7 +4,6 @@ softcache inspect runs/digits/cache
 """
 
 import itertools
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,11 +93,7 @@ def _identity(cache: Cache) -> dict[str, Any]:
 
 
 def _storage(cache: Cache) -> dict[str, Any]:
-    by_column: dict[str, int] = defaultdict(int)
-    for marker in cache.markers.values():
-        for shard in marker.shards:
-            by_column[shard.column or "all columns"] += shard.num_bytes
-    rows = sum(marker.num_rows for marker in cache.markers.values())
+    by_column, rows = cache.bytes_by_column(), cache.num_rows_done
     return {
         "units": cache.manifest.plan.num_units,
         "units_done": len(cache.markers),

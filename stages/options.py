@@ -145,13 +145,12 @@ def parse_temperatures(given: str) -> tuple[float, ...]:
 
 def cache_report(cache: Cache) -> dict[str, Any]:
     """Returns the JSON summary of a written cache: units, rows, bytes, store and codec."""
-    markers = cache.markers.values()
     return {
         "cache": cache.url,
         "units": cache.manifest.plan.num_units,
-        "units_done": len(markers),
-        "rows": sum(marker.num_rows for marker in markers),
-        "num_bytes": sum(shard.num_bytes for marker in markers for shard in marker.shards),
+        "units_done": len(cache.markers),
+        "rows": cache.num_rows_done,
+        "num_bytes": sum(cache.bytes_by_column().values()),
         "num_classes": cache.num_classes,
         "store": cache.manifest.store,
         "codec": cache.manifest.codec,

@@ -64,10 +64,9 @@ def shrink(source_url: str, target_url: str, temperatures: str | None, as_json: 
     settings = ShrinkSettings(
         **changes, temperatures=parse_temperatures(temperatures) if temperatures else None
     )
-    total = sum(marker.num_rows for marker in cache.markers.values())
-    with progress_bar("shrink", total, "rows") as advance:
+    with progress_bar("shrink", cache.num_rows_done, "rows") as advance:
         smaller = shrink_cache(cache, target_url, settings, progress=advance)
-    before, after = (sum(s.num_bytes for m in c.markers.values() for s in m.shards) for c in (cache, smaller))
+    before, after = (sum(c.bytes_by_column().values()) for c in (cache, smaller))
     plan, labels = smaller.manifest.plan, smaller.manifest.identity["labels"]
     if as_json:
         print_json(cache_report(smaller) | {"num_bytes_before": before, "labels": labels})

@@ -130,8 +130,8 @@ def teacher_logits(
 
 def _print_report(cache: Cache, url: str, report: CaptureReport) -> None:
     plan = cache.manifest.plan
-    num_bytes = sum(shard.num_bytes for marker in cache.markers.values() for shard in marker.shards)
-    rows = sum(marker.num_rows for marker in cache.markers.values())
+    num_bytes = sum(cache.bytes_by_column().values())
+    rows = cache.num_rows_done
     click.echo(
         f"cache {url}: {plan.num_samples:,} samples x {plan.num_views} views, {rows:,} rows, "
         f"K={cache.manifest.codec['k']} of {cache.num_classes} classes, "

@@ -328,7 +328,7 @@ def test_the_command_thaws_lists_and_clears(images, tmp_path):
     views = open_cache(images).num_views
     first, second = run(images), run(images)
     assert first.output.count("made") == views
-    assert second.output.count("there") == views
+    assert second.output.count("found") == views
     assert len(list(tmp_path.glob("*.thaw"))) == views
     assert f"{views} views" in run("--list").output.replace("\n", "")
     assert f"removed {views} views" in run("--clear").output

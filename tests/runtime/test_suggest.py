@@ -20,7 +20,7 @@ def test_the_nearest_comes_first_and_nothing_is_forced():
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("capture.store=parqet", r"capture\.store: .*found 'parqet'; did you mean parquet\?"),
         ("loss.name=forwrd_kl", r"loss\.name: loss 'forwrd_kl': unknown; did you mean [a-z_ ]*forward_kl"),
@@ -28,8 +28,8 @@ def test_the_nearest_comes_first_and_nothing_is_forced():
         ("trian.epochs=3", r"trian: unknown key; did you mean train\?"),
     ],
 )
-def test_a_config_value_that_is_no_choice(override, told):
-    with pytest.raises(ConfigError, match=told):
+def test_a_config_value_that_is_no_choice(override, message):
+    with pytest.raises(ConfigError, match=message):
         load_config(ROOT / "configs/digits.toml", [override])
 
 
@@ -39,7 +39,7 @@ def test_a_choice_that_is_like_none_only_lists_them():
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ("torchvison:resnet18", r"did you mean torchvision:resnet18\?"),
         ("tim:resnet18", r"did you mean timm:resnet18\?"),
@@ -47,8 +47,8 @@ def test_a_choice_that_is_like_none_only_lists_them():
         ("linea", r"built in: linear"),
     ],
 )
-def test_a_model_that_is_none(spec, told):
-    with pytest.raises(SpecError, match=told):
+def test_a_model_that_is_none(spec, message):
+    with pytest.raises(SpecError, match=message):
         build_model(spec, num_classes=3, input_shape=(1, 8, 8))
 
 
@@ -58,17 +58,17 @@ def test_a_source_that_is_none():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("trian-student",), "'train-student'"),
         (("inspect", "--jsn", "x"), "Did you mean '--json'?"),
     ],
 )
-def test_a_command_or_option_that_is_none(monkeypatch, capsys, arguments, told):
+def test_a_command_or_option_that_is_none(monkeypatch, capsys, arguments, message):
     monkeypatch.setattr(sys, "argv", ["softcache", *arguments])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert told in " ".join(capsys.readouterr().err.split())
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_one_place_knows_what_near_is():

@@ -516,14 +516,3 @@ def test_as_a_process_errors_go_to_stderr_with_exit_1(place):
     result = shell("inspect", "nothing", cwd=place)
     assert_one_message(result, "cache nothing")
     assert result.err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("old", "new"), [("thaw", "materialize"), ("slim", "shrink"), ("students", "train-students")]
-)
-def test_a_renamed_command_points_to_its_new_name(old, new):
-    result = CliRunner().invoke(group, [old, "--help"])
-    assert result.exit_code == 2
-    assert f"No such command '{old}'; renamed: {new}" in result.output
-    assert old not in COMMANDS
-    assert new in COMMANDS

@@ -79,13 +79,13 @@ def test_one_command_makes_everything_and_a_rerun_goes_on_where_it_was_killed(in
         assert CliRunner().invoke(softcache, ["distill", "--config", "small.toml"]).exit_code == 1
     teacher = in_tmp / "runs/small/teacher/model.safetensors"
     made = teacher.stat().st_mtime_ns
-    told = json.loads(run("--json", "--out", "out"))
+    report = json.loads(run("--json", "--out", "out"))
     assert teacher.stat().st_mtime_ns == made
-    assert set(told["models"]) == {"teacher", "student", "student.onnx", "student.pt2", "student.int8.onnx"}
-    assert told["cost"]["teacher_passes"] == 1
-    assert told["cost"]["teacher_training_seconds"] > 0
-    assert told["cost"]["teacher_pass_seconds"] is None, "the killed pass wrote no time down"
-    assert told["models"]["student.onnx"]["same_predictions"] == 1.0
+    assert set(report["models"]) == {"teacher", "student", "student.onnx", "student.pt2", "student.int8.onnx"}
+    assert report["cost"]["teacher_passes"] == 1
+    assert report["cost"]["teacher_training_seconds"] > 0
+    assert report["cost"]["teacher_pass_seconds"] is None, "the killed pass wrote no time down"
+    assert report["models"]["student.onnx"]["same_predictions"] == 1.0
 
     monkeypatch.setattr("softcache.runs.make_teacher", lambda *a: pytest.fail("a teacher was made again"))
     again = run("--out", "out")
@@ -159,17 +159,17 @@ def test_a_swept_student_is_the_best_trials_own_run_and_a_killed_sweep_goes_on(i
     sweep = in_tmp / "runs/small/sweep"
     first = (sweep / "trials/0000/metrics.json").stat().st_mtime_ns
 
-    told = json.loads(run("--sweep", "--json"))
+    report = json.loads(run("--sweep", "--json"))
     trials = sorted((sweep / "trials").glob("*/metrics.json"))
     assert [path.parent.name for path in trials] == ["0000", "0001"]
     assert trials[0].stat().st_mtime_ns == first, "the finished trial was not trained again"
     scores = {path.parent.name: json.loads(path.read_text()) for path in trials}
     best = max(sorted(scores), key=lambda name: scores[name]["accuracy"])
-    assert told["out"] == f"runs/small/export/mlp-width-8-sweep-{best}"
-    assert told["models"]["student"]["accuracy"] == pytest.approx(scores[best]["accuracy"])
+    assert report["out"] == f"runs/small/export/mlp-width-8-sweep-{best}"
+    assert report["models"]["student"]["accuracy"] == pytest.approx(scores[best]["accuracy"])
     assert not (in_tmp / "runs/small/students").exists(), "the best trial is not trained once more"
-    assert told["cost"]["sweep_trials"] == 2
-    assert told["cost"]["sweep_seconds"] == pytest.approx(sum(row["seconds"] for row in scores.values()))
+    assert report["cost"]["sweep_trials"] == 2
+    assert report["cost"]["sweep_seconds"] == pytest.approx(sum(row["seconds"] for row in scores.values()))
 
     more = run("--sweep", "--set", "sweep.trials=3")
-    assert "3 trials" in more, "the cost of a sweep that went on is told, whatever the files say"
+    assert "3 trials" in more, "the cost of a sweep that went on is shown, whatever the files hold"

@@ -13,7 +13,7 @@ from tests.stages.test_cli import cache, labelled, place, run  # noqa: F401
 
 CONFIG = ("--config", "small.toml")
 CACHE = "runs/small/cache"
-# compare, fidelity and import have theirs in other files of tests, beside what they print.
+# compare, fidelity and import have theirs in other files of tests, with their output.
 CALLS = {
     "teacher-logits": (CONFIG, {"cache", "rows", "num_bytes", "made_now"}),
     "train-student": ((*CONFIG, "--no-baseline"), {"cache", "kind", "teacher", "students"}),
@@ -50,14 +50,14 @@ def test_json_is_one_object_and_all_of_stdout(run, cache, monkeypatch, name):  #
     assert keys <= found.keys()
 
 
-def test_fuse_tells_the_fused_cache(run, cache):  # noqa: F811
+def test_fuse_reports_the_fused_cache(run, cache):  # noqa: F811
     assert run("shrink", cache, "small", "--k", "2").code == 0
     result = run("fuse", cache, "small", "--rule", "mean", "--out", "fused", "--json")
     assert result.code == 0, result
     assert json.loads(result.out)["teachers"] == [str(cache), "small"]
 
 
-def test_verify_tells_faults_as_json_and_fails(run, cache):  # noqa: F811
+def test_verify_reports_faults_as_json_and_fails(run, cache):  # noqa: F811
     (cache / "units/00001.json").unlink()
     result = run("verify", cache, "--json")
     assert result.code == 1

@@ -149,7 +149,7 @@ def test_a_student_that_is_signalled_saves_a_checkpoint_and_ends_with_the_same_w
 # -- a run in progress, from outside -----------------------------------------------------------------------
 
 
-def test_status_tells_done_claimed_and_left_while_units_are_made(run, monkeypatch):
+def test_status_shows_done_claimed_and_left_while_units_are_made(run, monkeypatch):
     """It is asked in the middle of the fifth unit, by a hook of the run itself."""
     from softcache.cache.storage.open import open_objects
     from softcache.tools.status import read_status

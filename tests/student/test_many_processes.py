@@ -479,7 +479,7 @@ def test_a_launcher_whose_processes_form_no_group_is_refused(second_of_two, tmp_
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", "1")
         PartialState(cpu=True)
-    with pytest.raises(RunError, match=r"process 1: the launcher says 2 processes .*accelerate finds 1"):
+    with pytest.raises(RunError, match=r"process 1: the launcher set 2 processes .*accelerate finds 1"):
         fit(shared_cache[2], tmp_path)
 
 

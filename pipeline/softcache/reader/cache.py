@@ -12,6 +12,7 @@ a gather.
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -164,6 +165,19 @@ class Cache(CacheReaderBase):
         if fingerprints is None:
             fingerprints = columns["fingerprint"]
         return CachedBatch(self._pattern.with_arrays(columns), fingerprints, counts, columns.get("position"))
+
+    @property
+    def num_rows_done(self) -> int:
+        """Rows of the finished units."""
+        return sum(marker.num_rows for marker in self.markers.values())
+
+    def bytes_by_column(self) -> dict[str, int]:
+        """Returns the stored bytes of the finished units by column, from the markers; of Parquet by "all columns"."""
+        totals: Counter[str] = Counter()
+        for marker in self.markers.values():
+            for shard in marker.shards:
+                totals[shard.column or "all columns"] += shard.num_bytes
+        return dict(totals)
 
     @property
     def fits_in_memmap(self) -> bool:

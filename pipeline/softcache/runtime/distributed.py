@@ -96,7 +96,7 @@ def join(*, cpu: bool, timeout_seconds: float) -> PartialState:
         state = PartialState(cpu=cpu, **options)
     if state.num_processes != num_ranks():
         raise RunError(
-            f"process {rank()}: the launcher says {num_ranks()} processes (WORLD_SIZE), accelerate finds "
+            f"process {rank()}: the launcher set {num_ranks()} processes (WORLD_SIZE), accelerate finds "
             f"{state.num_processes}; start them with torchrun or `accelerate launch`, which set LOCAL_RANK too"
         )
     return state

@@ -31,7 +31,7 @@ def cache_section(report: Report, fidelity: Path | None) -> Section:
         section.missing.append(f"All of it needs the cache: {report.missing['cache']}.")
         return section
     sizes = bytes_per_position(cache)
-    rows = sum(marker.num_rows for marker in cache.markers.values())
+    rows = cache.num_rows_done
     labels = cache.manifest.identity["labels"]
     first = f"The first of {len(report.caches)}, which keeps most: " if len(report.caches) > 1 else ""
     section.lead = (

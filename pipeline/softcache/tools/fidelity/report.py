@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,8 +35,9 @@ def measure_cache(
     if cache.manifest.store == "zarr":
         other_bytes = sum(size for name, size in sizes.items() if name in LABEL_FREE)
     else:  # Parquet's one file holds all: 8 bytes of fingerprint per sample are most of what is not labels
-        rows = sum(marker.num_rows for marker in cache.markers.values())
-        other_bytes = 8.0 * sum(marker.stop - marker.start for marker in cache.markers.values()) / rows
+        other_bytes = (
+            8.0 * sum(marker.stop - marker.start for marker in cache.markers.values()) / cache.num_rows_done
+        )
     by_temperature = {
         f"{t:g}": _summary(rerun, ReferenceDistribution(rerun.logits_PV, t)) for t in temperatures
     }
@@ -64,12 +64,7 @@ def measure_cache(
 
 def bytes_per_position(cache: Cache) -> dict[str, float]:
     """Returns the stored bytes of a row by column, from the markers; Parquet has "all columns" only."""
-    totals: dict[str, int] = defaultdict(int)
-    for marker in cache.markers.values():
-        for shard in marker.shards:
-            totals[shard.column or "all columns"] += shard.num_bytes
-    rows = sum(marker.num_rows for marker in cache.markers.values())
-    return {name: total / rows for name, total in totals.items()}
+    return {name: total / cache.num_rows_done for name, total in cache.bytes_by_column().items()}
 
 
 def _summary(rerun: Rerun, truth: ReferenceDistribution) -> dict[str, float]:
