@@ -113,7 +113,7 @@ def _list(place: MemmapFolder, as_json: bool) -> dict[str, Any]:
     ]
     total = sum(entry.num_bytes for entry in entries)
     if not as_json:
-        title = f"materialized in {place.root}: {len(rows)} views, {total:,} bytes"
+        title = f"{len(rows)} views, {total:,} bytes in {place.root}"
         print_table(title, ("of", "bytes", "last used"), rows)
     listed = [
         {"of": entry.about, "num_bytes": entry.num_bytes, "used": entry.used} for entry in reversed(entries)
