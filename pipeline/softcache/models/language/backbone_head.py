@@ -121,8 +121,8 @@ class CausalParts(LMHeadMixin):
             if cross_documents and self._is_long(tokens_BL.shape[1]):
                 raise SpecError(
                     f"model {type(self.backbone).__name__}: embeds positions otherwise in rows of more than "
-                    f"{self.length_threshold} tokens (LongRoPE), so that labels would depend on the padding of a batch; found "
-                    f"{tokens_BL.shape[1]} tokens; set source.cross_documents = false, or source.seq_len to that"
+                    f"{self.length_threshold} tokens (LongRoPE), so that labels would depend on a batch's padding; "
+                    f"found {tokens_BL.shape[1]} tokens; set source.cross_documents = false, or source.seq_len to that"
                 )
             return self._run(tokens_BL, None)
         if self.packing == "rows" or self._has_both_lengths(segments_BL):
