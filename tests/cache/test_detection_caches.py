@@ -495,7 +495,9 @@ def test_a_record_of_another_head_is_not_encoded(zarr):
 def test_a_detector_has_no_report(zarr, tmp_path):
     config, data, cache = zarr
     train_student(config, data, model=SPEC, labels="cache", cache=cache, out=tmp_path / "run")
-    with pytest.raises(RunError, match=r"of a detector; expected students of images or texts"):
+    with pytest.raises(
+        RunError, match=r"of source.modality 'detection'; expected students of images or texts"
+    ):
         open_report([tmp_path / "run"])
 
 

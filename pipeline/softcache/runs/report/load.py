@@ -123,17 +123,17 @@ def open_report(paths: Sequence[str | Path], *, cache_url: str | Sequence[str] |
         cache_url: where the cache is now, or the caches are; None: the location in the runs' config.
 
     Raises:
-        RunError: a path holds no finished run, one that cannot be read, or detectors.
+        RunError: a path holds no finished run, one that cannot be read, or of a modality without a report.
         IdentityError: the runs are of different data or caches, or what is there is not what they learnt from.
     """
     folders, unfinished = _folders([Path(path) for path in paths])
     read = [_read(folder) for folder in folders]
     _check_same_identity(read)
     data = open_data(read[0].config)
-    if not modality_of(read[0].config).has_report:
+    if not modality_of(config := read[0].config).has_report:
         raise RunError(
-            f"run {read[0].path}: of a detector; expected students of images or texts, which the report is made for; "
-            "compare detectors with `softcache train-students` and `softcache compare`"
+            f"run {read[0].path}: of source.modality {config.source.modality!r}; expected students of images or texts, "
+            "which the report is made for; compare others with `softcache train-students` and `softcache compare`"
         )
     for run in read:
         _check_same_data(run, data)
