@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from softcache.cache.codecs import Codec
+from softcache.labels import LabelKind
 
-__all__ = ["LabelKind", "check_kind"]
+__all__ = ["check_kind"]
 
-LabelKind = Literal["image", "tokens", "cells"]
-"""Of a classifier of images, a row each; of a language model, a row per token; of a detector, a row per kept anchor."""
 RAGGED: frozenset[LabelKind] = frozenset({"tokens", "cells"})
 """Kinds of which a sample may have several rows."""
 IDENTITY_SCHEMA: dict[str, dict[str, Any]] = {

@@ -16,8 +16,9 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from softcache.cache.codecs import Codec, SoftLabelCodec, codec_from_dict
-from softcache.cache.kinds import LabelKind, check_kind
+from softcache.cache.kinds import check_kind
 from softcache.errors import LabelError, ManifestError
+from softcache.labels import LabelKind
 
 __all__ = [
     "FORMAT_VERSION",

@@ -8,14 +8,15 @@ Shape suffixes: B batch, P label rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
 if TYPE_CHECKING:
     import torch
 
-    from softcache.labels import SoftLabels
+    from softcache.labels import LabelKind
+from softcache.labels import SoftLabels
 
 __all__ = ["Batch", "Dataset", "ranges"]
 
@@ -81,7 +82,7 @@ class Dataset(Protocol):
     """A source as teacher and student see it; picklable, so that loader processes can hold one each."""
 
     source: Any
-    kind: Literal["image", "tokens", "cells"]
+    kind: LabelKind
 
     def __len__(self) -> int: ...
     def identity(self, num_views: int) -> dict[str, dict[str, Any]]: ...

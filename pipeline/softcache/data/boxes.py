@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from softcache.data.transforms import Views
 from softcache.data.transforms.boxes import MIN_VISIBLE
 from softcache.errors import LabelError, SourceError
 from softcache.hashing.digests import digest_json
-from softcache.labels import DetectionLabels
+from softcache.labels import DetectionLabels, LabelKind
 
 __all__ = ["DetectionBatch", "ViewedScenes"]
 
@@ -181,7 +181,7 @@ class ViewedScenes:
         rows_per_sample: label rows of each image, `labels.positions.top`.
     """
 
-    kind: Literal["image", "tokens", "cells"] = "cells"
+    kind: LabelKind = "cells"
 
     def __init__(self, source: BoxSource, views: Views, *, rows_per_sample: int) -> None:
         self.source, self.views, self.rows_per_sample = source, views, rows_per_sample

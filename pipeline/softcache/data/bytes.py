@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from softcache.data.images import ImageBatch
+from softcache.labels import LabelKind
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,7 @@ class ByteBatch(ImageBatch):
 class ByteData:
     """A source of bytes as a student reads it; picklable. It has one view, the file."""
 
-    kind: Literal["image", "tokens", "cells"] = "image"  # of the labels: one row per sample
+    kind: LabelKind = "image"  # of the labels: one row per sample
 
     def __init__(self, source: EncodedSource | FileSource) -> None:
         self.source = source

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from softcache.errors import SourceError
 from softcache.hashing.digests import fingerprints as content_fingerprints
-from softcache.labels import SoftLabels, concat
+from softcache.labels import LabelKind, SoftLabels, concat
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +116,7 @@ class ImageBatch:
 class ViewedSource:
     """A source of images seen through its views; picklable, so that loader processes can hold one each."""
 
-    kind: Literal["image", "tokens", "cells"] = "image"
+    kind: LabelKind = "image"
 
     def __init__(self, source: Source, views: Views) -> None:
         self.source, self.views = source, views

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from softcache.errors import SourceError
 from softcache.hashing.digests import fingerprint
-from softcache.labels import SoftLabels, concat
+from softcache.labels import LabelKind, SoftLabels, concat
 
 if TYPE_CHECKING:
     import torch
@@ -194,7 +194,7 @@ class TokenBatch:
 class TokenData:
     """A source of tokens in batches; picklable, so that loader processes can hold one each."""
 
-    kind: Literal["image", "tokens", "cells"] = "tokens"
+    kind: LabelKind = "tokens"
 
     def __init__(self, source: TokenSource, *, cross_documents: bool = False) -> None:
         self.source, self.cross_documents = source, cross_documents

@@ -14,6 +14,7 @@ truncate.py             a record of fewer classes from one of more
 from softcache.labels.bernoulli import BernoulliLabels, SoftenedBernoulli
 from softcache.labels.detection import COLUMNS, DetectionLabels, concat_labels
 from softcache.labels.join import collect, concat
+from softcache.labels.positions import LabelKind
 from softcache.labels.sampling import Sampling
 from softcache.labels.soft_labels import ARRAYS, STATS, SoftLabels
 from softcache.labels.tail import DEFAULT_TEMPERATURES
@@ -27,6 +28,7 @@ __all__ = [
     "STATS",
     "BernoulliLabels",
     "DetectionLabels",
+    "LabelKind",
     "Sampling",
     "SoftLabels",
     "SoftenedBernoulli",

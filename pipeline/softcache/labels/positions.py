@@ -38,8 +38,10 @@ from softcache.settings import Settings
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PositionSettings", "chosen_rows", "highest_rows"]
+__all__ = ["LabelKind", "PositionSettings", "chosen_rows", "highest_rows"]
 
+LabelKind = Literal["image", "tokens", "cells"]
+"""Of a classifier of images, a row each; of a language model, a row per token; of a detector, a row per kept anchor."""
 ROUNDING = 1e-9
 """Of share * n: 0.07 * 100 is 7.000000000000001, and means 7."""
 

@@ -14,11 +14,12 @@ torch: commands ask it for the score alone. What needs torch is imported by `ope
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args
 
 import numpy as np
 
 from softcache.errors import ConfigError
+from softcache.labels import LabelKind
 from softcache.runtime.registry import Registry
 
 if TYPE_CHECKING:
@@ -30,14 +31,11 @@ if TYPE_CHECKING:
 __all__ = [
     "MODALITIES",
     "Data",
-    "LabelKind",
     "Modality",
     "Score",
     "modality_of",
     "percent",
 ]
-
-LabelKind = Literal["image", "tokens", "cells"]
 
 
 class Score(NamedTuple):

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from softcache.data.batch import Dataset
 from softcache.data.images import ImageBatch
 from softcache.data.pairing import Pairing
+from softcache.labels import LabelKind
 from softcache.reader.cache import Cache, CachedBatch
 from softcache.reader.dataset import FingerprintedSamples, SoftLabelDataset, group_by_view
 from softcache.reader.order import Request
@@ -111,7 +112,7 @@ class PairedSamples:
 class OnlinePairedDataset:
     """The student's samples, each with what a live teacher sees of it; numbered as in the student's source."""
 
-    kind: Literal["image", "tokens", "cells"] = "image"
+    kind: LabelKind = "image"
 
     def __init__(self, teacher: Dataset, student: Dataset, pairing: Pairing) -> None:
         self.source, self._teacher, self._student = student.source, teacher, student
