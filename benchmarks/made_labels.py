@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ import torch
 from softcache.cache.create import create_cache
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import open_store, publish_unit
+from softcache.data.batch import Dataset
 from softcache.data.images import ImageBatch
 from softcache.data.sources.text.packing import KeyedSample, TokenSample
 from softcache.data.sources.text.table import TableWriter, TokenSource
@@ -59,17 +60,11 @@ class MadeSource:
         return np.arange(len(self), dtype=np.int64) % self.num_classes
 
 
-class MadeImages:
-    """Samples that are all one tiny image (`softcache.data.batch.Dataset`); a fingerprint is made from the sample's
-    number."""
-
-    kind: Literal["image", "tokens"] = "image"
+class MadeImages(Dataset):
+    """Samples that are all one tiny image; a fingerprint is made from the sample's number."""
 
     def __init__(self, num_samples: int, num_classes: int) -> None:
         self.source = MadeSource(num_samples, num_classes)
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def identity(self, num_views: int) -> dict[str, dict[str, Any]]:
         return {"views": {"digest": "0" * 64, "num_views": num_views, "settings": {}}}

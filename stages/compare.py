@@ -51,8 +51,7 @@ def compare(
     teacher = open_teacher(config, data)
     kinds: dict[str, dict[str, Any]] = {"hard labels": {"labels": "ground_truth"}}
     for num_views in sorted({1, cache.num_views}):
-        views = f", {num_views} view{'s' * (num_views > 1)}" if modality_of(config).has_views else ""
-        name = f"cache{views}"
+        name = f"cache{modality_of(config).describe_views(num_views)}"
         kinds[name] = {"labels": "cache", "cache": cache, "num_views": num_views}
     # Refuses a student that the online teacher cannot supervise, before any is trained.
     data.task(config, model, teacher)

@@ -6,7 +6,7 @@ softcache import responses.jsonl --config runs/my.toml --cache runs/my/cache
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -50,12 +50,12 @@ def import_command(
     Example:
       softcache import responses.jsonl --config my.toml --cache runs/my/cache --k 20
     """
-    from softcache.data.sources.text.settings import TextSettings
     from softcache.data.tokens import TokenData
+    from softcache.modalities import modality_of
     from softcache.tools.import_logprobs import find_responses, import_labels
 
     url = url or config.cache_url
-    if not isinstance(config.source, TextSettings):
+    if not modality_of(config).imports_responses:
         raise ConfigError(
             f"config {config.name}: source.modality is {config.source.modality}; a server's log-probabilities are of text"
         )
@@ -69,8 +69,9 @@ def import_command(
             f"config {config.name}: labels.positions: {config.labels.positions.policy!r}; an import takes every position "
             "that a server answered for; drop the table"
         )
-    source = config.source.open("train")
-    data = TokenData(source, cross_documents=config.source.cross_documents)
+    settings: Any = config.source
+    source = settings.open("train")
+    data = TokenData(source, cross_documents=settings.cross_documents)
     num_bytes = sum(Path(path).stat().st_size for path in responses if Path(path).is_file())
     with progress_bar("import: find the samples", num_bytes, "bytes") as advance:
         found = find_responses(responses, source, any_model=model_name is not None, progress=advance)

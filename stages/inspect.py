@@ -119,7 +119,7 @@ def _labels(cache: Cache) -> dict[str, Any]:
     temperatures = [t for t in TEMPERATURES if highest is None or t <= highest]
     mass: dict[float, list[np.ndarray]] = {t: [] for t in temperatures}
     entropy: list[np.ndarray] = []
-    num_rows, hits = 0, 0
+    num_rows, compared, hits = 0, 0, 0
     for part, record in _parts(cache):
         is_cells = isinstance(record, DetectionLabels)
         labels: SoftLabels = record.labels if is_cells else record
@@ -128,18 +128,16 @@ def _labels(cache: Cache) -> dict[str, Any]:
             mass[t].append(np.asarray(labels.kept_mass(t)))
         if labels.stats is not None:
             entropy.append(labels.stats[:, STATS.index("entropy")])
-        if not is_cells:
+        if not is_cells:  # the target of a detector's anchor depends on matched boxes
+            compared += len(labels)
             hits += _agreeing(labels, targets[part] if len(targets) else None)
     if not num_rows:
         return {}
     return {
         "kept_mass": {t: _summary(np.concatenate(values)) for t, values in mass.items()},
         "entropy_nats": _summary(np.concatenate(entropy)) if entropy else None,
-        # The most likely class of the sampled ones need not be the teacher's prediction, and the target of a detector's
-        # anchor depends on matched boxes.
-        "agreement": None
-        if cache.manifest.codec.get("sampling") or cache.manifest.kind == "cells"
-        else hits / num_rows,
+        # The most likely class of the sampled ones need not be the teacher's prediction.
+        "agreement": hits / compared if compared and not cache.manifest.codec.get("sampling") else None,
     }
 
 

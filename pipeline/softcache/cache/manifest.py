@@ -268,6 +268,12 @@ class Manifest(_Document):
         """Rows of all views together."""
         return (self.rows.num_rows if self.rows else self.plan.num_samples) * self.plan.num_views
 
+    @property
+    def skips_positions(self) -> bool:
+        """Whether only some of a sample's rows have a label: its `labels.positions` were not "all". Of cells a batch has no
+        other rows than those."""
+        return self.kind != "cells" and "positions" in self.identity["labels"]
+
     def build_codec(self) -> Codec:
         return codec_from_dict(self.codec)
 

@@ -7,16 +7,19 @@ Shape suffixes: B batch, P label rows.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 import numpy as np
+
+from softcache.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
-    from softcache.labels import LabelKind
-from softcache.labels import SoftLabels
+    from softcache.labels import LabelKind, SoftLabels
+    from softcache.labels.positions import PositionSettings
 
 __all__ = ["Batch", "Dataset", "ranges"]
 
@@ -78,17 +81,81 @@ class Batch(Protocol):
         ...
 
 
-class Dataset(Protocol):
-    """A source as teacher and student see it; picklable, so that loader processes can hold one each."""
+class Dataset(ABC):
+    """A source as teacher and student see it; picklable, so that loader processes can hold one each.
 
+    What is not abstract holds for sources with one label row per sample, such as images.
+
+    Attributes:
+        kind: of its labels, in the manifest of a cache.
+        is_ragged: whether samples may have several label rows.
+        mean_rows, max_rows: their mean and their largest number.
+        uncompared: the part of the ground truth that only the source's digest covers; "" for none.
+    """
+
+    kind: ClassVar[LabelKind] = "image"
+    is_ragged: ClassVar[bool] = False
+    uncompared: ClassVar[str] = ""
     source: Any
-    kind: LabelKind
 
-    def __len__(self) -> int: ...
-    def identity(self, num_views: int) -> dict[str, dict[str, Any]]: ...
+    def __len__(self) -> int:
+        return len(self.source)
 
+    @abstractmethod
+    def identity(self, num_views: int) -> dict[str, dict[str, Any]]:
+        """Returns what a cache's identity has besides the source's digest."""
+
+    @abstractmethod
     def load(
         self, samples: Sequence[int] | np.ndarray, view: int, *, fingerprints: bool | np.ndarray = True
     ) -> Any:
         """Returns the batch of `samples`; `fingerprints` may be a mask [B] of those to take."""
-        ...
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """[V] names; empty where classes have none."""
+        return tuple(self.source.class_names)
+
+    @property
+    def mean_rows(self) -> float:
+        return 1.0
+
+    @property
+    def max_rows(self) -> int:
+        return 1
+
+    def label_rows(self, positions: PositionSettings) -> np.ndarray | None:
+        """Returns how many label rows each sample gets, [N] int64; None where it is one each.
+
+        Raises:
+            ConfigError: rows are to be chosen in a way that is not for this kind of data.
+        """
+        self._refuse_cells(positions, "drop the table")
+        if positions.policy != "all":
+            raise ConfigError(
+                f"labels.positions: {positions.policy!r}, but samples of source {self.source.name} are images, with one row "
+                "each; drop the table"
+            )
+        return None
+
+    def _refuse_cells(self, positions: PositionSettings, next_step: str) -> None:
+        if positions.chooses_cells:
+            raise ConfigError(
+                f"labels.positions: 'cells' are a detector's, and source {self.source.name} has no boxes; {next_step}"
+            )
+
+    def sample_columns(self) -> dict[str, np.ndarray]:
+        """Returns the columns of a cache's table of samples that follow from the source, [N] each."""
+        return {"targets": self.source.targets()}
+
+    def targets(self, samples: np.ndarray) -> np.ndarray:
+        """Returns the ground truth of every row of `samples`, int64."""
+        return np.asarray(self.source.targets())[samples]
+
+    def describe_position(self, position: int) -> str:
+        """Returns the place of a row in its sample for messages; "" where it is the only one."""
+        return ""
+
+    def picture(self, sample: int) -> torch.Tensor | None:
+        """Returns the uint8 image [C, H, W] that a report shows of a sample; None where it shows tokens."""
+        return self.source.image(sample)

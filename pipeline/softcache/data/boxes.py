@@ -11,19 +11,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 
+from softcache.data.batch import Dataset
 from softcache.data.images import ViewedSource
 from softcache.data.sources.detection.base import BoxAnnotations, BoxSource
 from softcache.data.sources.images.base import load_images
 from softcache.data.transforms import Views
 from softcache.data.transforms.boxes import MIN_VISIBLE
-from softcache.errors import LabelError, SourceError
+from softcache.errors import ConfigError, LabelError, SourceError
 from softcache.hashing.digests import digest_json
 from softcache.labels import DetectionLabels, LabelKind
+from softcache.labels.positions import PositionSettings
 
 __all__ = ["DetectionBatch", "ViewedScenes"]
 
@@ -174,21 +176,47 @@ class DetectionBatch:
         )
 
 
-class ViewedScenes:
-    """A source of images with boxes through its views; picklable.
+class ViewedScenes(Dataset):
+    """A source of images with boxes through its views.
 
     Attributes:
         rows_per_sample: label rows of each image, `labels.positions.top`.
     """
 
-    kind: LabelKind = "cells"
+    kind: ClassVar[LabelKind] = "cells"
+    is_ragged: ClassVar[bool] = True
+    uncompared: ClassVar[str] = "boxes"
 
     def __init__(self, source: BoxSource, views: Views, *, rows_per_sample: int) -> None:
         self.source, self.views, self.rows_per_sample = source, views, rows_per_sample
         self._images = ViewedSource(source, views)
 
-    def __len__(self) -> int:
-        return len(self.source)
+    @classmethod
+    def from_identity(
+        cls, source: BoxSource, identity: dict[str, Any], *, views: Views | None, rows_per_sample: int
+    ) -> Self:
+        """Returns a source as the teacher of a cache saw it; see `ViewedSource.from_identity`."""
+        assert views is not None
+        return cls(source, views, rows_per_sample=rows_per_sample)
+
+    @property
+    def mean_rows(self) -> float:
+        return self.rows_per_sample
+
+    @property
+    def max_rows(self) -> int:
+        return self.rows_per_sample
+
+    def label_rows(self, positions: PositionSettings) -> np.ndarray:
+        if not positions.chooses_cells:
+            raise ConfigError(
+                f"labels.positions: {positions.policy!r}, but of the images of source {self.source.name} a detector's cells "
+                'are kept; expected policy = "cells", with top = the number of cells of each image'
+            )
+        return positions.counts(np.ones(len(self), np.int64))
+
+    def sample_columns(self) -> dict[str, np.ndarray]:
+        return {}
 
     def with_rows(self, rows_per_sample: int) -> ViewedScenes:
         """Returns the same scenes with so many label rows each."""

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from softcache.data.batch import Dataset
 from softcache.data.images import ImageBatch
-from softcache.labels import LabelKind
 
 if TYPE_CHECKING:
     import torch
@@ -54,16 +54,11 @@ class ByteBatch(ImageBatch):
         )
 
 
-class ByteData:
-    """A source of bytes as a student reads it; picklable. It has one view, the file."""
-
-    kind: LabelKind = "image"  # of the labels: one row per sample
+class ByteData(Dataset):
+    """A source of bytes as a student reads it. It has one view, the file, and one label row per sample."""
 
     def __init__(self, source: EncodedSource | FileSource) -> None:
         self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def identity(self, num_views: int) -> dict[str, dict[str, Any]]:
         """Returns nothing: there is no transform."""

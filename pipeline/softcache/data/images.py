@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from softcache.data.batch import Dataset
 from softcache.errors import SourceError
 from softcache.hashing.digests import fingerprints as content_fingerprints
-from softcache.labels import LabelKind, SoftLabels, concat
+from softcache.labels import SoftLabels, concat
 
 if TYPE_CHECKING:
     import torch
@@ -113,17 +114,26 @@ class ImageBatch:
         )
 
 
-class ViewedSource:
-    """A source of images seen through its views; picklable, so that loader processes can hold one each."""
-
-    kind: LabelKind = "image"
+class ViewedSource(Dataset):
+    """A source of images seen through its views."""
 
     def __init__(self, source: Source, views: Views) -> None:
         self.source, self.views = source, views
         self._targets: np.ndarray | None = None
 
-    def __len__(self) -> int:
-        return len(self.source)
+    @classmethod
+    def from_identity(
+        cls, source: Any, identity: dict[str, Any], *, views: Views | None, rows_per_sample: int
+    ) -> Self:
+        """Returns a source as the teacher of a cache saw it.
+
+        Args:
+            identity: of the cache, in its manifest.
+            views: of the cache, where it has any.
+            rows_per_sample: mean label rows of a sample in the cache.
+        """
+        assert views is not None
+        return cls(source, views)
 
     def identity(self, num_views: int) -> dict[str, dict[str, Any]]:
         """Returns the views' part of a cache's identity."""

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
+from softcache.data.batch import Dataset
 from softcache.errors import SourceError
 from softcache.hashing.digests import fingerprint
 from softcache.labels import LabelKind, SoftLabels, concat
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
     import torch
 
     from softcache.data.sources.text.table import TokenSource
+    from softcache.data.transforms import Views
+    from softcache.labels.positions import PositionSettings
 
 __all__ = ["TokenBatch", "TokenData"]
+
+ACROSS_DOCUMENTS = "across documents"
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,16 +196,47 @@ class TokenBatch:
         )
 
 
-class TokenData:
-    """A source of tokens in batches; picklable, so that loader processes can hold one each."""
+class TokenData(Dataset):
+    """A source of tokens in batches."""
 
-    kind: LabelKind = "tokens"
+    kind: ClassVar[LabelKind] = "tokens"
+    is_ragged: ClassVar[bool] = True
+    class_names: tuple[str, ...] = ()
 
     def __init__(self, source: TokenSource, *, cross_documents: bool = False) -> None:
         self.source, self.cross_documents = source, cross_documents
 
-    def __len__(self) -> int:
-        return len(self.source)
+    @classmethod
+    def from_identity(
+        cls, source: TokenSource, identity: dict[str, Any], *, views: Views | None, rows_per_sample: int
+    ) -> Self:
+        """Returns a source as the teacher of a cache saw it; see `ViewedSource.from_identity`."""
+        return cls(source, cross_documents=identity["attention"]["digest"] == ACROSS_DOCUMENTS)
+
+    @property
+    def mean_rows(self) -> float:
+        return float(self.source.num_rows().mean())
+
+    @property
+    def max_rows(self) -> int:
+        return self.source.seq_len
+
+    def label_rows(self, positions: PositionSettings) -> np.ndarray:
+        self._refuse_cells(positions, 'choose "all", "every", "random" or "entropy"')
+        return positions.counts(self.source.num_rows())
+
+    def sample_columns(self) -> dict[str, np.ndarray]:
+        return {"num_rows": self.source.num_rows()}
+
+    def targets(self, samples: np.ndarray) -> np.ndarray:
+        read = (self.source.sample(number) for number in samples.tolist())
+        return np.concatenate([sample.tokens[sample.rows + 1] for sample in read])
+
+    def describe_position(self, position: int) -> str:
+        return f", position {position}"
+
+    def picture(self, sample: int) -> None:
+        return None
 
     def identity(self, num_views: int) -> dict[str, dict[str, Any]]:
         """Returns the part of a cache's identity for the tokenizer and attention inside a packed sample.
@@ -215,7 +251,7 @@ class TokenData:
             tokenizer["prefix"] = self.source.prefix
         return {
             "tokenizer": tokenizer,
-            "attention": {"digest": "across documents" if self.cross_documents else "inside a document"},
+            "attention": {"digest": ACROSS_DOCUMENTS if self.cross_documents else "inside a document"},
         }
 
     def load(

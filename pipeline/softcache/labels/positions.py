@@ -74,6 +74,11 @@ class PositionSettings(Settings):
         return self
 
     @property
+    def chooses_cells(self) -> bool:
+        """Whether the rows are a detector's cells."""
+        return self.policy == "cells"
+
+    @property
     def is_static(self) -> bool:
         """Whether rows are left out, and which is known before the teacher runs."""
         return self.policy in ("every", "random")
@@ -88,7 +93,7 @@ class PositionSettings(Settings):
         """
         if self.policy == "all":
             return num_rows
-        if self.policy == "cells":
+        if self.chooses_cells:
             return np.full(len(num_rows), self.top, np.int64)
         if self.policy == "every":
             return -(-num_rows // self.every)

@@ -74,6 +74,11 @@ class LossSpec:
         return self.formula(log_p_PB, log_s_PB, **parameters)
 
     @property
+    def compares_ranks(self) -> bool:
+        """Whether it compares ranks and not classes, so that teacher and student may have different ones."""
+        return self.formula is None
+
+    @property
     def parameters(self) -> list[str]:
         """The names of its parameters."""
         return list(self.settings.model_fields)

@@ -119,12 +119,17 @@ class LossSettings(Settings):
                     f"curriculum: begins at loss.temperature, which has to be above {lowest:g} and below {highest:g}; found "
                     f"{self.temperature:g}"
                 )
-        if self.weights is not None and self.weights.needs_truth and self.name == "uld":
+        if self.weights is not None and self.weights.needs_truth and self.compares_ranks:
             raise ValueError(
                 f"weights.by: {self.weights.by} reads the teacher's probability of the ground truth, which has other tokens "
-                'for uld\'s student; use "teacher_entropy"'
+                f'for the student of {self.name}; use "teacher_entropy"'
             )
         return self
+
+    @property
+    def compares_ranks(self) -> bool:
+        """Whether the loss is for a student whose classes are others than the teacher's."""
+        return LOSSES.get(self.name).compares_ranks
 
     @property
     def adapts(self) -> bool:

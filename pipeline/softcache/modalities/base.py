@@ -14,6 +14,7 @@ torch: commands ask it for the score alone. What needs torch is imported by `ope
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args
 
 import numpy as np
@@ -24,7 +25,7 @@ from softcache.runtime.registry import Registry
 
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
-    from softcache.data.sources.base import SourceSettings
+    from softcache.data.sources.base import SourceSettings, Split
     from softcache.reader.cache import Cache
     from softcache.teacher.base import Teacher, TeacherSettings
 
@@ -48,6 +49,7 @@ class Score(NamedTuple):
         of_teacher: its name in the manifest's report of the teacher.
         scale: tables show the score and its standard deviation times this.
         form: the format string of the scaled value.
+        axis: its name on the axes of a report.
     """
 
     metric: str
@@ -56,6 +58,7 @@ class Score(NamedTuple):
     of_teacher: str
     scale: float
     form: str
+    axis: str = ""
 
     def format(self, value: float | None) -> str:
         """Returns a value as tables show it.
@@ -83,7 +86,7 @@ def percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.2f}%"
 
 
-class Data:
+class Data(ABC):
     """The two splits of a run's data, and the teachers and students that are made for them.
 
     A subclass sets `train` and `evaluation` and defines `teacher` and `task`; the rest is for students that read what the
@@ -130,29 +133,45 @@ class Data:
         """Returns whether the student sees every view that the teacher saw; else it has its plain view only."""
         return True
 
+    def fresh_views(self, config: RunConfig) -> bool:
+        """Returns whether a student without a cache sees another view in every epoch."""
+        return False
+
     def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, np.ndarray | None]:
         """Returns the student's dataset of labeled samples, and the numbers of those that it has (None: all)."""
         from softcache.reader.dataset import SoftLabelDataset
 
         return SoftLabelDataset(self.train, cache, **config.reader.fingerprint_checks), None
 
-    def check_student(self, model: str, cache: Cache) -> None:
+    def check_student(self, model: str, cache: Cache) -> None:  # noqa: B027  # most students can
         """Raises IdentityError where a student of that spec cannot have the cache's labels."""
+
+    def class_name(self, number: int) -> str:
+        """Returns the name of a class as reports show it."""
+        return str(self.train.source.class_names[number])
+
+    def sample_matches(self, teacher: Data, split: Split) -> np.ndarray | None:
+        """Returns [N] int64, the sample here for each of the teacher's samples of a split; -1: none. None: the same samples.
+
+        Raises:
+            AlignmentError: samples match no other, or several.
+        """
+        return None
 
     def unlabeled_dataset(self, config: RunConfig) -> Any:
         """Returns the student's samples without labels."""
         return self.student_data(config).train
 
+    @abstractmethod
     def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:
         """Returns the teacher with its weights, on the device and dtype of [capture]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def task(self, config: RunConfig, model: str, teacher: Teacher | None = None) -> Any:
         """Returns the task of a student of that spec; `teacher` labels its batches online."""
-        raise NotImplementedError
 
 
-class Modality:
+class Modality(ABC):
     """One kind of data; stateless. A subclass defines `kind`, `score` and `open`.
 
     Attributes:
@@ -162,9 +181,8 @@ class Modality:
         score: what its students are compared by.
         unit: what the title of a table of students adds; "" for nothing.
         more_scores: further columns of that table.
-        is_text: whether samples are tokens.
-        has_views: whether samples are seen through several views.
         has_report: whether `softcache report` and `export` show its students.
+        imports_responses: whether `softcache import` makes labels of a server's answers to its samples.
     """
 
     name: ClassVar[str] = ""
@@ -172,9 +190,8 @@ class Modality:
     score: ClassVar[Score]
     unit: ClassVar[str] = ""
     more_scores: ClassVar[tuple[Score, ...]] = ()
-    is_text: ClassVar[bool] = False
-    has_views: ClassVar[bool] = False
     has_report: ClassVar[bool] = False
+    imports_responses: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -192,11 +209,15 @@ class Modality:
 
         return source_class(self.name, name)
 
+    @abstractmethod
     def open(self, config: RunConfig) -> Data:
         """Returns the data of a config; files are opened, not copied."""
-        raise NotImplementedError
 
-    def check(self, config: RunConfig) -> None:
+    def describe_views(self, num_views: int) -> str:
+        """Returns what the name of a cache's row in a table has for so many views."""
+        return ""
+
+    def check(self, config: RunConfig) -> None:  # noqa: B027  # not every modality has something to check
         """Checks the tables of a config against each other.
 
         Raises:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from softcache.data.batch import Dataset
 from softcache.errors import AlignmentError
 from softcache.reader.cache import Cache, CachedBatch
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["attach_labels", "check_alignment"]
 
@@ -76,12 +73,8 @@ def _source_difference(cache: Cache, data: Dataset) -> str:
         if there != here:
             why = ", ".join(changes) or "the order changed"
             return f"sample {sample} was {there!r} when labelled and is {here!r} now ({why})"
-    if data.kind != "cells" and not cache.skips_positions:  # boxes are in the source's digest alone
-        fact, then, now = (
-            ("rows", table.num_rows, source.num_rows())
-            if data.kind == "tokens"
-            else ("ground truth", table.targets, source.targets())
-        )
+    for column, now in ({} if cache.skips_positions else data.sample_columns()).items():
+        then, fact = getattr(table, column), {"num_rows": "rows", "targets": "ground truth"}[column]
         for sample in np.flatnonzero(then != now)[:1]:
             return (
                 f"sample {keys[sample]!r} had {fact} {then[sample]} when labelled and has {now[sample]} now"
@@ -93,10 +86,8 @@ def _source_difference(cache: Cache, data: Dataset) -> str:
             return f"the contents of sample {keys[samples[changed[0]]]!r} changed since it was labelled"
     if cache.missing_units:
         return f"the contents of source {source.name} changed since it was labelled (in samples not finished yet)"
-    if data.kind == "cells":
-        return (
-            f"the boxes of source {source.name} changed since it was labelled; keys and pixels are the same"
-        )
+    if data.uncompared:
+        return f"the {data.uncompared} of source {source.name} changed since it was labelled; keys and pixels are the same"
     return (
         f"source {source.name} is another one than was labelled, though keys, ground truth and contents of its samples are "
         "the same (files that were written anew with other sizes, or what else its digest covers)"

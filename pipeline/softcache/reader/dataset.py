@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from softcache.data.batch import Dataset
-from softcache.data.images import ViewedSource
 from softcache.errors import AlignmentError, ManifestError
 from softcache.hashing.splitmix import SPLITMIX64_GAMMA, splitmix64
 from softcache.reader.alignment import attach_labels, check_alignment
@@ -30,8 +29,8 @@ __all__ = [
     "SoftLabelDataset",
     "as_teacher_saw",
     "cached_views",
-    "cells_per_image",
     "group_by_view",
+    "rows_per_sample",
 ]
 
 
@@ -59,22 +58,23 @@ def as_teacher_saw(source: Any, cache: Cache, views: Views | None = None) -> Dat
     """Returns a source as the cache's teacher saw it: through its views, boxes and all, or as tokens."""
     if hasattr(source, "load"):  # it is one already
         return source
-    if cache.manifest.kind == "tokens":
-        from softcache.data.tokens import TokenData
+    from softcache.data.boxes import ViewedScenes
+    from softcache.data.images import ViewedSource
+    from softcache.data.tokens import TokenData
 
-        across = cache.manifest.identity["attention"]["digest"] == "across documents"
-        return TokenData(source, cross_documents=across)
-    if cache.manifest.kind == "cells":
-        from softcache.data.boxes import ViewedScenes
+    identity = cache.manifest.identity
+    by_kind: dict[str, Any] = {data.kind: data for data in (ViewedSource, TokenData, ViewedScenes)}
+    return by_kind[cache.manifest.kind].from_identity(
+        source,
+        identity,
+        views=(views or cached_views(cache)) if "views" in identity else None,
+        rows_per_sample=rows_per_sample(cache),
+    )
 
-        return ViewedScenes(source, views or cached_views(cache), rows_per_sample=cells_per_image(cache))
-    return ViewedSource(source, views or cached_views(cache))
 
-
-def cells_per_image(cache: Cache) -> int:
-    """Returns how many of a detector's cells a cache has of each image."""
-    assert cache.manifest.rows is not None
-    return cache.manifest.rows.num_rows // len(cache)
+def rows_per_sample(cache: Cache) -> int:
+    """Returns how many label rows a cache has of each sample; the mean, rounded down, where their numbers differ."""
+    return cache.manifest.total_rows // (len(cache) * cache.num_views)
 
 
 class FingerprintedSamples:

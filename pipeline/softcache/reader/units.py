@@ -76,9 +76,7 @@ class CacheReaderBase:
 
     @property
     def skips_positions(self) -> bool:
-        """Whether only some of a sample's rows have a label: its `labels.positions` were not "all". Of cells a batch has no
-        other rows than those."""
-        return self.manifest.kind != "cells" and "positions" in self.manifest.identity["labels"]
+        return self.manifest.skips_positions
 
     @property
     def markers(self) -> dict[int, UnitMarker]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from softcache.config.run import RunConfig
 from softcache.errors import ConfigError, IncompleteCacheError
-from softcache.modalities import Data, modality_of
+from softcache.modalities import Data
 from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache
 from softcache.reader.dataset import HardLabelDataset
 from softcache.reader.order import BlockShuffle
@@ -85,9 +85,8 @@ def hard_label_batches(config: RunConfig, data: Data) -> TrainBatches:
     samples = data.unlabeled_dataset(config)
     dataset = HardLabelDataset(samples)
     everything = np.arange(len(dataset))
-    # Every epoch sees a fresh view (text has one, and so has who cannot replay): the baselines get the full strength of
-    # the augmentation.
-    fresh = modality_of(config).has_views and data.replays_teacher_views(config)
+    # Every epoch sees a fresh view where there are several: the baselines get the full strength of the augmentation.
+    fresh = data.fresh_views(config)
     block = default_plan(samples, config.capture).chunk_samples
     order = _order(
         config,

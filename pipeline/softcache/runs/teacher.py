@@ -70,7 +70,9 @@ def train_teacher(
 def _as_teacher(config: RunConfig) -> RunConfig:
     """Returns the config without what [student] and [loss] say of another reader than the teacher is."""
     plain = StudentSettings(model=config.student.model, models=config.student.models)
-    loss = config.loss.model_copy(update={"name": "forward_kl"}) if config.loss.name == "uld" else config.loss
+    loss = (
+        config.loss.model_copy(update={"name": "forward_kl"}) if config.loss.compares_ranks else config.loss
+    )
     return config.model_copy(update={"student": plain, "loss": loss})
 
 

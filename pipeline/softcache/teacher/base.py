@@ -14,7 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from softcache.cache.codecs import CODECS, Codec, CodecSettings
 from softcache.data.batch import Dataset
+from softcache.errors import ConfigError
 from softcache.hashing.digests import digest_weights
 from softcache.labels import SoftLabels, collect
 from softcache.labels.sparsify import LabelSettings, logit_faults
@@ -50,6 +52,40 @@ class Teacher(ABC):
         self.num_parameters = count_parameters(model)
         self.weights_digest = digest_weights(model.state_dict())
         self.model = model.to(device).eval().requires_grad_(False)
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """Returns the teacher's part of a cache's identity."""
+        facts = {"spec": self.spec, "weights_digest": self.weights_digest, "dtype": self.dtype}
+        return {"teacher": facts}
+
+    def class_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Returns the names of the classes that it labels, of the source's."""
+        return names
+
+    def codec(self, k: int, labels: LabelSettings, settings: CodecSettings) -> Codec:
+        """Returns the codec of a cache of its labels.
+
+        Args:
+            k: the slots of a label row.
+            settings: of `[capture.codec]`.
+
+        Raises:
+            ConfigError: codec, policy or temperatures are not for the labels of such a teacher.
+            LabelError: more is to be kept than there is.
+        """
+        kind = CODECS.get(settings.name)
+        if "image" not in kind.kinds:
+            raise ConfigError(
+                f"capture.codec: {settings.name!r} is of a detector's labels; choose open or packed"
+            )
+        make: Callable[..., Codec] = kind
+        return make(
+            num_classes=self.num_classes,
+            k=k,
+            temperatures=labels.temperatures,
+            sampling=labels.sampling,
+            **settings.parameters(),
+        )
 
     def autocast(self) -> AbstractContextManager:
         if self.dtype == "float32":

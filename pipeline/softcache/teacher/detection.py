@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from softcache.cache.codecs import CODECS, CellCodec, CodecSettings
 from softcache.data.boxes import DetectionBatch
 from softcache.errors import ConfigError, LabelError
 from softcache.labels import DetectionLabels
@@ -37,6 +38,42 @@ class DenseTeacher(Teacher):
     grid: str
     num_cells: int
     columns: Mapping[str, tuple[int, ...]]
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        return super().identity() | {"grid": {"digest": self.grid, "num_cells": self.num_cells}}
+
+    def class_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        return ("background",) * (self.num_classes - len(names)) + names
+
+    def codec(self, k: int, labels: LabelSettings, settings: CodecSettings) -> CellCodec:
+        if not labels.labels_detections:
+            raise ConfigError(
+                f'labels.policy: {labels.policy!r}; of a detector\'s cells "top_k" or "dense" is kept; choose one of them'
+            )
+        if not CODECS.get(settings.name).captures_detections:
+            raise ConfigError(
+                f'capture.codec: {settings.name!r}; a detector\'s cells are kept as plain columns; set codec = "open"'
+            )
+        coins = self.distribution == "bernoulli"
+        if coins and "temperatures" in labels.model_fields_set:
+            raise ConfigError(
+                f"labels.temperatures: the head of teacher {self.spec} is sigmoids, one for each class, with no tail whose "
+                "mass were to be kept at temperatures; drop the setting: any temperature is served"
+            )
+        if labels.positions.top > self.num_cells:
+            raise LabelError(
+                f"labels.positions.top: {labels.positions.top} is more than the {self.num_cells} cells that teacher "
+                f"{self.spec} has for an image; lower it"
+            )
+        return CellCodec(
+            num_classes=self.num_classes,
+            k=k,
+            distribution=self.distribution,
+            num_cells=self.num_cells,
+            head_columns=tuple(sorted(self.columns.items())),
+            temperatures=() if coins else labels.temperatures,
+            **settings.parameters(),
+        )
 
     @abstractmethod
     def outputs(self, batch: DetectionBatch) -> DenseOutputs:

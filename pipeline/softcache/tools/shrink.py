@@ -39,7 +39,7 @@ from softcache.labels.sparsify import POLICIES, LabelSettings
 from softcache.reader.cache import Cache, open_cache
 from softcache.settings import Settings
 
-__all__ = ["ShrinkSettings", "shrink_cache", "shrink_manifest"]
+__all__ = ["ShrinkSettings", "can_lower_k", "shrink_cache", "shrink_manifest"]
 
 IMPORTED = "imported"  # the policy of `softcache.tools.import_logprobs`
 CHUNK_ELEMENTS = 2**21  # of the log-probabilities of all classes that are drawn from at once
@@ -71,6 +71,12 @@ class ShrinkSettings(Settings):
     step: float | None = Field(None, ge=FINEST, le=COARSEST)
     tail: Literal["fixed", "float32"] | None = None
     store: Literal["zarr", "parquet"] | None = None
+
+
+def can_lower_k(cache: Cache) -> bool:
+    """Returns whether a smaller k is in the cache: the classes of a row are the likeliest ones, as many in each row."""
+    policy, codec = cache.manifest.identity["labels"]["policy"], cache.manifest.build_codec()
+    return policy in ("top_k", "dense", IMPORTED) and isinstance(codec, SoftLabelCodec)
 
 
 def shrink_cache(

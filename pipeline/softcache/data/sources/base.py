@@ -14,6 +14,7 @@ A source is a settings class with a method that reads it, registered under its m
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,7 +42,7 @@ Split = Literal["train", "eval"]
 CUSTOM = "custom"
 
 
-class SourceSettings(Settings):
+class SourceSettings(Settings, ABC):
     """[source]: which data; a subclass for each source.
 
     The two maxima take the first so many samples of a split, in its order.
@@ -55,13 +56,17 @@ class SourceSettings(Settings):
     def max_samples(self, split: Split) -> int | None:
         return self.max_train_samples if split == "train" else self.max_eval_samples
 
+    def describe(self) -> str:
+        """Returns the source as a part of a run's name."""
+        return self.name
+
+    @abstractmethod
     def open(self, split: Split) -> Any:
         """Returns a split of the data.
 
         Raises:
             SourceError: its files are missing, truncated or of something else.
         """
-        raise NotImplementedError
 
 
 SOURCES: Registry[Any] = Registry(

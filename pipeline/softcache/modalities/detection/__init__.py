@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from softcache.modalities.base import MODALITIES, Data, Modality, Score
-from softcache.modalities.images import check_no_text_tables
+from softcache.modalities.images import Images, check_no_text_tables
 
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
@@ -22,12 +22,13 @@ class Detection(Modality):
     score = Score("map", True, "mAP", "eval_map", 100, "{:.1f}")
     more_scores = (Score("map50", True, "mAP50", "eval_map50", 100, "{:.1f}"),)
     unit = "; mean average precision, x 100"
-    has_views = True
 
     def open(self, config: RunConfig) -> Data:
         from softcache.modalities.detection.data import DetectionData
 
         return DetectionData(config)
+
+    describe_views = Images.describe_views
 
     def check(self, config: RunConfig) -> None:
         from softcache.student.tasks import LossSettings

@@ -18,7 +18,7 @@ from softcache.models.detection.build import build_detector
 from softcache.models.detection.detector import Grid, check_same_grid
 from softcache.models.weights import float32_weights, select_device
 from softcache.reader.cache import Cache
-from softcache.reader.dataset import SoftLabelDataset, cells_per_image
+from softcache.reader.dataset import SoftLabelDataset, rows_per_sample
 from softcache.student.tasks.object_detection import DetectionTask
 from softcache.teacher.base import Teacher, TeacherSettings
 from softcache.teacher.detection import DenseTeacher, load_detection_teacher
@@ -71,7 +71,7 @@ class DetectionData(ImageSplits):
         Raises:
             IdentityError: the student's cells are not those of the labels.
         """
-        scenes = self.train.with_rows(cells_per_image(cache))
+        scenes = self.train.with_rows(rows_per_sample(cache))
         dataset = SoftLabelDataset(scenes, cache, **config.reader.fingerprint_checks)
         self.check_student(config.student.model, cache)
         return dataset, None

@@ -18,14 +18,16 @@ class Images(Modality):
 
     name = "image"
     kind = "image"
-    score = Score("accuracy", True, "accuracy", "eval_accuracy", 100, "{:.2f}%")
-    has_views = True
+    score = Score("accuracy", True, "accuracy", "eval_accuracy", 100, "{:.2f}%", "held-out accuracy")
     has_report = True
 
     def open(self, config: RunConfig) -> Data:
         from softcache.modalities.images.data import ImageData
 
         return ImageData(config)
+
+    def describe_views(self, num_views: int) -> str:
+        return f", {num_views} view{'s' * (num_views > 1)}"
 
     def check(self, config: RunConfig) -> None:
         if config.labels.positions.policy != "all":
@@ -46,9 +48,9 @@ def check_no_text_tables(config: RunConfig) -> None:
     """Raises ValueError for settings of texts in a config of images, with boxes or without."""
     from softcache.models.language.generate import GenerateSettings
 
-    if config.loss.name == "uld":
+    if config.loss.compares_ranks:
         raise ValueError(
-            "loss.name: uld compares the vocabularies of language models; use forward_kl for images"
+            f"loss.name: {config.loss.name} compares the vocabularies of language models; use forward_kl for images"
         )
     if config.train.target_metric is not None and config.train.target_metric > 1:
         raise ValueError(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from softcache.data.transforms import Views, ViewSettings
 from softcache.modalities.base import Data
 from softcache.models.image import Normalize
+
+if TYPE_CHECKING:
+    from softcache.config.run import RunConfig
 
 __all__ = ["ImageSplits"]
 
@@ -26,6 +29,10 @@ class ImageSplits(Data):
     def normalize(self) -> Normalize:
         """Returns a fresh module that makes model inputs of uint8 images."""
         return Normalize(self.views.settings.mean, self.views.settings.std)
+
+    def fresh_views(self, config: RunConfig) -> bool:
+        """Returns whether the student sees augmented views, which it does where it sees the teacher's."""
+        return self.replays_teacher_views(config)
 
     def identity(self) -> dict[str, Any]:
         """Returns what distinguishes runs on this data from others."""

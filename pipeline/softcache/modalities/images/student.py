@@ -10,16 +10,19 @@ from __future__ import annotations
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import nn
 
 from softcache.data.batch import Dataset
 from softcache.data.bytes import ByteData
 from softcache.data.images import ViewedSource
 from softcache.data.pairing import pair_sources
+from softcache.data.sources.base import Split
 from softcache.data.sources.images.encoded import BytesSettings
 from softcache.data.sources.images.image_folder import ImageFolderSource
 from softcache.data.transforms import Views
 from softcache.data.transforms.student import StudentViews, StudentViewSettings
+from softcache.modalities.base import Data
 from softcache.models.image import Normalize, build_model
 from softcache.reader.cache import Cache
 from softcache.reader.paired import OnlinePairedDataset, PairedSamples
@@ -52,7 +55,7 @@ class StudentImages:
 
     def __init__(self, config: RunConfig, teacher: ViewedSource) -> None:
         settings = config.student.source or config.source
-        self._teacher, self._subset = teacher, config.student.pairing.subset
+        self._teacher, self._pairing_settings = teacher, config.student.pairing
         self.train: Dataset
         self.evaluation: Dataset
         if isinstance(settings, BytesSettings):
@@ -92,7 +95,7 @@ class StudentImages:
             "source": self.train.source.digest,
             "evaluation": self.evaluation.source.digest,
             "pairing": self.pairing.digest,
-            "subset": self._subset,
+            "subset": self._pairing_settings.subset,
             "replays": self.replays,
             **self._identity,
             **self._contents,
@@ -119,6 +122,19 @@ class StudentImages:
             **reader.fingerprint_checks,
         )
         return paired, self.pairing.samples if self.pairing.num_missing else None
+
+    def sample_matches(self, teacher: Data, split: Split) -> np.ndarray:
+        """Returns [N] int64, the sample here for each of the teacher's samples of a split; -1: none.
+
+        The run's pairing for the training split; held-out samples are paired by the same rule, and may lack a match.
+
+        Raises:
+            AlignmentError: the held-out samples are not the teacher's.
+        """
+        if split == "train":
+            return self.pairing.student_of
+        rule = self._pairing_settings.model_copy(update={"subset": True})
+        return pair_sources(teacher.evaluation.source, self.evaluation.source, rule).student_of
 
     def with_teacher_images(self) -> OnlinePairedDataset:
         """Returns the training samples, each with what an online teacher sees of it."""

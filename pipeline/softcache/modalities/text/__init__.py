@@ -22,11 +22,14 @@ class Text(Modality):
 
     name = "text"
     kind = "tokens"
-    score = Score("eval_loss", False, "held-out loss (nats)", "eval_loss", 1, "{:.4f}")
+    score = Score(
+        *("eval_loss", False, "held-out loss (nats)", "eval_loss", 1, "{:.4f}"),
+        "held-out loss, nats per token",
+    )
     more_scores = (Score("perplexity", False, "perplexity", "perplexity", 1, "{:.1f}"),)
     unit = "; held-out loss in nats per token"
-    is_text = True
     has_report = True
+    imports_responses = True
     generates = False
 
     def open(self, config: RunConfig) -> Data:

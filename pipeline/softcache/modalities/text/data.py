@@ -29,14 +29,28 @@ __all__ = ["TextData", "TokenSplits"]
 
 
 class TokenSplits(Data):
-    """Two splits of tokens."""
+    """Two splits of tokens.
+
+    Attributes:
+        tokenizer: the transformers tokenizer that made them.
+    """
 
     train: TokenData
     evaluation: TokenData
+    tokenizer: Any
 
     @property
     def num_classes(self) -> int:
         return self.train.source.vocab_size
+
+    def decode_tokens(self, *numbers: int) -> str:
+        """Returns the text of tokens that follow one another."""
+        return str(self.tokenizer.decode([int(number) for number in numbers]))
+
+    def class_name(self, number: int) -> str:
+        """Returns a token's text as reports show it, quoted where it has blanks around it or is not printable."""
+        text = self.decode_tokens(number)
+        return repr(text) if text.strip() != text or not text.isprintable() else text
 
     @cached_property
     def rows_of(self) -> np.ndarray:
@@ -68,7 +82,7 @@ class TextData(TokenSplits):
     def student_data(self, config: RunConfig) -> TextData:
         """Returns the same text in the student's own tokens, where its tokenizer is another one."""
         name = config.student.tokenizer
-        if config.loss.name != "uld":
+        if not config.loss.compares_ranks:
             if name is not None:
                 raise ConfigError(
                     f"student.tokenizer: {name!r} with loss.name = {config.loss.name!r}, which compares class by class; "
@@ -82,9 +96,13 @@ class TextData(TokenSplits):
         source = self._settings.model_copy(update={"tokenizer": name})
         return TextData(config.model_copy(update={"source": source}))
 
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self._settings)
+
     def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, np.ndarray | None]:
         """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
-        if config.loss.name != "uld":
+        if not config.loss.compares_ranks:
             return super().train_dataset(config, cache)
         student = self.student_data(config).train
         paired = PairedDataset(self.train, student, cache, **config.reader.fingerprint_checks)

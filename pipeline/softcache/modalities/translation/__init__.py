@@ -19,6 +19,7 @@ class Translation(Text):
 
     name = "translation"
     generates = True
+    imports_responses = False
 
     def open(self, config: RunConfig) -> Data:
         from softcache.modalities.translation.data import TranslationData
@@ -32,5 +33,7 @@ class Translation(Text):
                 raise ValueError(
                     f"student.{key}: not for pairs of texts: student and teacher read the same tokens; drop it"
                 )
-        if config.loss.name == "uld":
-            raise ValueError("loss.name: uld is for texts; pairs of texts have one tokenizer; use forward_kl")
+        if config.loss.compares_ranks:
+            raise ValueError(
+                f"loss.name: {config.loss.name} is for texts; pairs of texts have one tokenizer; use forward_kl"
+            )

@@ -37,6 +37,7 @@ class TranslationData(TokenSplits):
         self.train = TokenData(config.source.open("train"))
         self.evaluation = TokenData(config.source.open("eval"))
         self._tokenizer = load_pair_tokenizer(config.source)
+        self.tokenizer = self._tokenizer.tokenizer
         pad, end = self._tokenizer.pad, self._tokenizer.end
         self.tokens = PairTokens(pad=pad, start=pad, end=end)
         self.max_tokens = config.source.max_tokens

@@ -15,7 +15,6 @@ import numpy as np
 from softcache.data.batch import Dataset
 from softcache.data.images import ImageBatch
 from softcache.data.pairing import Pairing
-from softcache.labels import LabelKind
 from softcache.reader.cache import Cache, CachedBatch
 from softcache.reader.dataset import FingerprintedSamples, SoftLabelDataset, group_by_view
 from softcache.reader.order import Request
@@ -109,17 +108,12 @@ class PairedSamples:
     collate = staticmethod(SoftLabelDataset.collate)
 
 
-class OnlinePairedDataset:
+class OnlinePairedDataset(Dataset):
     """The student's samples, each with what a live teacher sees of it; numbered as in the student's source."""
-
-    kind: LabelKind = "image"
 
     def __init__(self, teacher: Dataset, student: Dataset, pairing: Pairing) -> None:
         self.source, self._teacher, self._student = student.source, teacher, student
         self._teacher_of = pairing.teacher_of
-
-    def __len__(self) -> int:
-        return len(self._student)
 
     def identity(self, num_views: int) -> dict[str, dict[str, Any]]:
         return self._student.identity(num_views)

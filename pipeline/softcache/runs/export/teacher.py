@@ -64,7 +64,7 @@ def load_teacher_for_comparison(report: Report, run: Run) -> TeacherComparison |
     )
     serving = task.serve(report.teacher.model)
     try:
-        student_of = match_samples(report, run, "held-out")
+        student_of = match_samples(report, run, "eval")
     except RunError:  # the report refuses these; here it costs one number
         student_of = None
     return TeacherComparison(

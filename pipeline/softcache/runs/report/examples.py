@@ -10,8 +10,8 @@ from __future__ import annotations
 import base64
 import io
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -66,22 +66,8 @@ class Names:
     def __init__(self, report: Report) -> None:
         self._report = report
 
-    @cached_property
-    def _tokenizer(self) -> Any:
-        from softcache.data.sources.text.tokenizer import load_tokenizer
-        from softcache.data.sources.translation.settings import TranslationSettings
-        from softcache.data.sources.translation.tokenizer import load_pair_tokenizer
-
-        source: Any = self._report.config.source
-        if isinstance(source, TranslationSettings):
-            return load_pair_tokenizer(source).tokenizer
-        return load_tokenizer(source)
-
     def __getitem__(self, number: int) -> str:
-        if self._report.is_text:
-            text = self.token(number)
-            return repr(text) if text.strip() != text or not text.isprintable() else text
-        return str(self._report.data.train.source.class_names[number])  # type: ignore[union-attr]
+        return self._report.data.class_name(number)
 
     def unique(self, numbers: np.ndarray) -> list[str]:
         """Returns a unique name for each class: tokens with the same text get their number appended."""
@@ -90,10 +76,6 @@ class Names:
             name if found.count(name) == 1 else f"{name} #{number}"
             for name, number in zip(found, numbers, strict=True)
         ]
-
-    def token(self, *numbers: int) -> str:
-        """Returns the text of tokens that follow one another."""
-        return str(self._tokenizer.decode([int(number) for number in numbers]))
 
 
 def example_sets(report: Report, observed: Observed, names: Names) -> list[ExampleSet]:
@@ -131,14 +113,15 @@ def _example(report: Report, observed: Observed, student: Predictions, row: int,
     assert observed.teacher is not None
     data: Any = report.data.evaluation if observed.split == "held-out" else report.data.train
     sample = int(observed.sample_P[row])
+    image = data.picture(sample)
     return Example(
         key=data.source.key(sample),
         label=names[int(observed.targets_P[row])],
         teacher=names[int(observed.teacher.guess_P[row])],
         student=names[int(student.guess_P[row])],
         confidence=float(observed.teacher.confidence_P[row]),
-        picture=None if report.is_text else _picture(data.source.image(sample)),
-        tokens=_tokens(data, observed, student, row, names) if report.is_text else [],
+        picture=None if image is None else _picture(image),
+        tokens=_tokens(report, data, observed, student, row) if image is None else [],
     )
 
 
@@ -154,17 +137,20 @@ def _picture(image_CHW: Any) -> str:
 
 
 def _tokens(
-    data: Any, observed: Observed, student: Predictions, row: int, names: Names
+    report: Report, data: Any, observed: Observed, student: Predictions, row: int
 ) -> list[tuple[str, float | None]]:
     sample, position = int(observed.sample_P[row]), int(observed.position_P[row])
     of_sample = np.flatnonzero(observed.sample_P == sample)
     kl_of = dict(zip(observed.position_P[of_sample].tolist(), student.kl_P[of_sample].tolist(), strict=True))
     tokens = data.source.sample(sample).tokens
     first = max(0, position + 1 - CONTEXT_TOKENS)
-    return _readable(names, [(int(tokens[at]), kl_of.get(at)) for at in range(first, position + 1)])
+    decode = report.data.decode_tokens  # type: ignore[attr-defined]
+    return _readable(decode, [(int(tokens[at]), kl_of.get(at)) for at in range(first, position + 1)])
 
 
-def _readable(names: Names, tokens: list[tuple[int, float | None]]) -> list[tuple[str, float | None]]:
+def _readable(
+    decode: Callable[..., str], tokens: list[tuple[int, float | None]]
+) -> list[tuple[str, float | None]]:
     """Returns texts with their distances; tokens that only together make a letter are one text, with their largest."""
     found: list[tuple[str, float | None]] = []
     part: list[int] = []
@@ -172,11 +158,11 @@ def _readable(names: Names, tokens: list[tuple[int, float | None]]) -> list[tupl
     for number, kl in tokens:
         part.append(number)
         distances += [] if kl is None else [kl]
-        text = names.token(*part)
+        text = decode(*part)
         if UNFINISHED in text and len(part) < LONGEST_LETTER:
             continue
         found.append((text, max(distances, default=None)))
         part, distances = [], []
     if part:
-        found.append((names.token(*part), max(distances, default=None)))
+        found.append((decode(*part), max(distances, default=None)))
     return found

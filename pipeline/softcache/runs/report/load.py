@@ -17,11 +17,9 @@ import torch
 
 from softcache.config.load import build_config
 from softcache.config.run import RunConfig
-from softcache.data.pairing import pair_sources
-from softcache.data.sources.images.encoded import BytesSettings
+from softcache.data.sources.base import Split
 from softcache.errors import AlignmentError, IdentityError, RunError, SpecError
-from softcache.modalities import modality_of
-from softcache.modalities.images.student import StudentImages
+from softcache.modalities import Score, modality_of
 from softcache.models.weights import load_weights
 from softcache.reader.cache import Cache
 from softcache.runs import Data, open_data, open_teacher
@@ -86,8 +84,9 @@ class Report:
         return self.runs[0].config
 
     @property
-    def is_text(self) -> bool:
-        return modality_of(self.config).is_text
+    def score(self) -> Score:
+        """What its students are compared by."""
+        return modality_of(self.config).score
 
     def cache_of(self, run: Run) -> Cache | None:
         """Returns the cache that a run learnt from; None if it learnt from none, or it is not there."""
@@ -221,11 +220,7 @@ def _read(path: Path) -> Run:
 def _describe_input(student: StudentSettings) -> str:
     """Returns the student's input as a part of a run's name; empty where it is the teacher's."""
     source, views = student.source, student.views
-    what = []
-    if isinstance(source, BytesSettings):
-        what.append(f"{source.format or 'file'} bytes")
-    elif source is not None:
-        what.append(source.name)
+    what = [] if source is None else [source.describe()]
     if views is not None:
         what += [f"size {views.size}"] * (views.size is not None) + ["grey"] * views.grey
     return f", reads {' '.join(what)}" if what else ""
@@ -274,25 +269,16 @@ def _teacher(config: RunConfig, data: Data, cache: Cache | None, missing: dict[s
     return teacher
 
 
-def match_samples(report: Report, run: Run, split: str) -> np.ndarray | None:
+def match_samples(report: Report, run: Run, split: Split) -> np.ndarray | None:
     """Returns [N] int64, the student's sample for each of the teacher's samples of a split; -1: none. None: same data.
-
-    Args:
-        split: "training" or "held-out". The run's pairing for the training split; held-out samples are paired by the
-            same rule, and those without a match are left out.
 
     Raises:
         RunError: the student's held-out samples are not the teacher's.
     """
-    student: Any = report.data_of(run)
-    if not isinstance(student, StudentImages):
-        return None
-    if split == "training":
-        return student.pairing.student_of
-    rule = run.config.student.pairing.model_copy(update={"subset": True})
     try:
-        return pair_sources(report.data.evaluation.source, student.evaluation.source, rule).student_of
+        matches: np.ndarray | None = report.data_of(run).sample_matches(report.data, split)
     except AlignmentError as error:
         raise RunError(
             f"run {run.path}: its student's held-out samples cannot be matched with the teacher's: {error}"
         ) from error
+    return matches

@@ -89,20 +89,14 @@ def observe(report: Report, *, split: str) -> Observed:
         split: "held-out", or "training": the first rows, with the teacher as the cache has it.
 
     Raises:
-        RunError: students of boxes, students without a sample in common, or one whose logits are no numbers.
+        RunError: students without a sample in common, or one whose logits are no numbers.
     """
     data = report.data.evaluation if split == "held-out" else report.data.train
-    if data.kind == "cells":
-        raise RunError(
-            f"runs of {report.config.name}: students of boxes; a report shows students of one class per row; their mean "
-            "average precision is in each run's metrics.json"
-        )
     students = [_Student(report, run, split) for run in report.runs]
     samples = _samples(data, split, students)
     parts: dict[str, list[tuple]] = {}
     about: list[tuple] = []
-    targets = _all_targets(data, samples)
-    classes_C = _shown(targets, report.data.num_classes)
+    classes_C = _shown(data.targets(samples), report.data.num_classes)
     for part in _batches(samples, report):
         batch: Any = data.load(part, 0, fingerprints=False)
         sample_P = np.repeat(part, batch.row_counts)
@@ -128,7 +122,7 @@ class _Student:
         self._task, self._model = report.student(run)
         own = report.data_of(run)
         self._own = own.evaluation if split == "held-out" else own.train
-        self.matches = match_samples(report, run, split)
+        self.matches = match_samples(report, run, "eval" if split == "held-out" else "train")
 
     def log_probs(self, batch: Any, samples: np.ndarray) -> torch.Tensor:
         """Returns log-probabilities of the rows of `samples`, of which `batch` is what the teacher sees."""
@@ -158,18 +152,9 @@ def _samples(data: Any, split: str, students: list[_Student]) -> np.ndarray:
 
 
 def _batches(samples: np.ndarray, report: Report) -> Iterator[np.ndarray]:
-    source: Any = report.data.train.source
-    rows = source.seq_len if report.is_text else 1
-    size = max(1, min(256, MAX_ELEMENTS // (rows * report.data.num_classes)))
+    size = max(1, min(256, MAX_ELEMENTS // (report.data.train.max_rows * report.data.num_classes)))
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
-
-
-def _all_targets(data: Any, samples: np.ndarray) -> np.ndarray:
-    if data.kind == "image":
-        return np.asarray(data.source.targets())[samples]
-    read = (data.source.sample(number) for number in samples.tolist())
-    return np.concatenate([sample.tokens[sample.rows + 1] for sample in read])
 
 
 def _shown(targets: np.ndarray, num_classes: int) -> np.ndarray:

@@ -21,7 +21,6 @@ from softcache.student.tasks import TokenStudent
 
 __all__ = [
     "calibration_section",
-    "comparison_metric",
     "cost_section",
     "curves_section",
     "format_metric",
@@ -29,15 +28,6 @@ __all__ = [
 ]
 
 TIMED_RUNS, WARM_RUNS = 20, 3
-
-
-def comparison_metric(report: Report) -> tuple[str, str]:
-    """Returns the number of metrics.json by which students are compared, and its name in words."""
-    return (
-        ("eval_loss", "held-out loss, nats per token")
-        if report.is_text
-        else ("accuracy", "held-out accuracy")
-    )
 
 
 def _latency_seconds(forward: Callable[[], Any]) -> float:
@@ -71,13 +61,14 @@ def _latencies(report: Report) -> dict[str, float]:
 def _teacher_score(report: Report, held_out: Observed) -> float | None:
     if held_out.teacher is not None:
         teacher = held_out.teacher
-        if report.is_text:
-            return -float(teacher.target_log_prob_P.mean())
-        return float((teacher.guess_P == held_out.targets_P).mean())
+        return {
+            "eval_loss": -float(teacher.target_log_prob_P.mean()),
+            "eval_accuracy": float((teacher.guess_P == held_out.targets_P).mean()),
+        }[report.score.of_teacher]
     if report.cache is None:
         return None
-    known = report.cache.manifest.teacher
-    return known.eval_loss if report.is_text else known.eval_accuracy
+    score: float | None = getattr(report.cache.manifest.teacher, report.score.of_teacher)
+    return score
 
 
 def _teacher_size(report: Report) -> int | None:
@@ -98,14 +89,12 @@ def _teacher_seconds(report: Report) -> float | None:
 
 def format_metric(report: Report, value: float | None) -> str:
     """Returns the score as the tables show it."""
-    if value is None:
-        return "–"
-    return f"{value:.4f}" if report.is_text else f"{100 * value:.2f}%"
+    return "–" if value is None else report.score.format(value)
 
 
 def glance_section(report: Report, styles: Styles, held_out: Observed) -> Section:
     """Students by score against size, latency and training time, with the teacher."""
-    metric, words = comparison_metric(report)
+    metric, words = report.score.metric, report.score.axis
     scores = {run.name: float(run.metrics[metric]) for run in report.runs}
     sizes = {run.name: float(run.metrics["num_parameters"]) for run in report.runs}
     latencies = _latencies(report)
@@ -155,14 +144,14 @@ def glance_section(report: Report, styles: Styles, held_out: Observed) -> Sectio
 
 
 def _lead(report: Report, scores: dict[str, float]) -> str:
-    best = (min if report.is_text else max)(scores, key=lambda name: scores[name])
+    best = (max if report.score.larger_is_better else min)(scores, key=lambda name: scores[name])
     lead = f"Best: {best}, {format_metric(report, scores[best])}."
     of: dict[tuple[str, str], list[float]] = {}
     for run in report.runs:
         of.setdefault((run.model, run.labels), []).append(scores[run.name])
     models = [model for model, labels in of if labels == "cache" and (model, "hard") in of]
     if models:
-        sign = -1 if report.is_text else 1
+        sign = 1 if report.score.larger_is_better else -1
         better = sum(sign * (np.mean(of[m, "cache"]) - np.mean(of[m, "hard"])) > 0 for m in models)
         lead += f" From the cache {better} of {len(models)} architectures do better than on hard labels."
     if max(map(len, of.values())) > 1:
@@ -174,7 +163,7 @@ def _lead(report: Report, scores: dict[str, float]) -> str:
 
 def curves_section(report: Report, styles: Styles) -> Section:
     """The metric by epoch, and the training loss."""
-    metric, words = comparison_metric(report)
+    metric, words = report.score.metric, report.score.axis
     kinds = {
         "cache": "full lines learn from the cache",
         "hard": "dotted ones on hard labels",

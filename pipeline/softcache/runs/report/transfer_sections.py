@@ -12,7 +12,7 @@ from softcache.runs.report.load import Report
 from softcache.runs.report.metrics import by_class, by_decile, deciles, kept_masses
 from softcache.runs.report.plots import Figure, Section, Styles, bars, heat, lines, points
 from softcache.runs.report.predictions import Observed, Predictions
-from softcache.runs.report.student_sections import comparison_metric, format_metric
+from softcache.runs.report.student_sections import format_metric
 from softcache.tools.fidelity.report import bytes_per_position
 
 __all__ = ["compression_section", "knowledge_section"]
@@ -155,7 +155,7 @@ def compression_section(
 
 def _by_bytes(report: Report, styles: Styles) -> Figure:
     """Each student's score against the bytes of a row of its cache: what keeping less costs."""
-    metric, words = comparison_metric(report)
+    metric, words = report.score.metric, report.score.axis
     caches = [(run, cache) for run in report.runs if (cache := report.cache_of(run)) is not None]
     sizes = {run.name: sum(bytes_per_position(cache).values()) for run, cache in caches}
     scores = {run.name: float(run.metrics[metric]) for run, _ in caches}

@@ -12,11 +12,11 @@ from typing import Any
 
 from softcache.config.load import build_config
 from softcache.config.run import RunConfig
-from softcache.config.sweep import SEARCH_PARAMETERS, Axis, Range, SpaceSettings
+from softcache.config.sweep import SEARCH_PARAMETERS, Axis, Range
 from softcache.errors import ConfigError, LabelError, SoftcacheError
 from softcache.modalities import Data
 from softcache.reader.cache import Cache
-from softcache.tools.shrink import ShrinkSettings, shrink_manifest
+from softcache.tools.shrink import ShrinkSettings, can_lower_k, shrink_manifest
 
 __all__ = [
     "Space",
@@ -110,7 +110,6 @@ def default_space(config: RunConfig, data: Data, cache: Cache) -> Space:
     down by a factor of three; the architectures of student.models, where the config names them.
     """
     space: Space = {}
-    labels = cache.manifest.identity["labels"]
     drawn = cache.manifest.build_codec().sampling is not None
     if not drawn:  # classes that were drawn serve the temperature that they were drawn for
         space["temperature"] = TEMPERATURES
@@ -118,7 +117,7 @@ def default_space(config: RunConfig, data: Data, cache: Cache) -> Space:
     losses = dict.fromkeys((config.loss.name, *LOSSES))
     space["loss"] = tuple(name for name in losses if _is_allowed(config, name, cache))
     whole = num_kept_classes(cache)
-    if labels["policy"] in ("top_k", "dense", "imported") and cache.manifest.kind != "cells":
+    if can_lower_k(cache):
         space["k"] = tuple(sorted({k for k in (whole, whole // 2, whole // 4) if k >= 1}))
     space["lr"] = Range(config.train.lr / LR_FACTOR, config.train.lr * LR_FACTOR, log=True)
     models = config.student.models if "models" in config.student.model_fields_set else ()
@@ -141,7 +140,7 @@ def checked_space(config: RunConfig, data: Data, cache: Cache) -> Space:
         ConfigError: a value does not go with the rest of the config, with the cache, or names no student.
     """
     given = config.sweep.space
-    space = dict(given.named()) if isinstance(given, SpaceSettings) else default_space(config, data, cache)
+    space = default_space(config, data, cache) if given is None else dict(given.named())
     for name, axis in space.items():
         for value in (axis.low, axis.high) if isinstance(axis, Range) else axis:
             try:

@@ -13,21 +13,28 @@ if TYPE_CHECKING:
     from softcache.data.transforms import Views
     from softcache.reader.cache import Cache
 
-__all__ = ["check_images", "check_settled", "normalize_of"]
+__all__ = ["check_cache", "check_images", "check_settled", "normalize_of"]
 
 
 def check_images(cache: Cache, who: str) -> None:
-    """Raises unless the cache is a finished one of images.
+    """Raises as `check_cache` unless the cache is a finished one of images."""
+    check_cache(
+        cache,
+        "image",
+        f"{who} is for images; for language models use softcache.student.integrations.huggingface.DistillTrainer, or "
+        "`softcache train-student`",
+    )
+
+
+def check_cache(cache: Cache, kind: str, advice: str) -> None:
+    """Raises unless the cache is a finished one of that kind.
 
     Raises:
-        ConfigError: it is of something else.
+        ConfigError: it is of another kind; with `advice`.
         IncompleteCacheError: units are missing.
     """
-    if cache.manifest.kind != "image":
-        raise ConfigError(
-            f"cache {cache.url}: holds labels of kind {cache.manifest.kind!r}; {who} is for images; for language models "
-            "use softcache.student.integrations.huggingface.DistillTrainer, or `softcache train-student`"
-        )
+    if cache.manifest.kind != kind:
+        raise ConfigError(f"cache {cache.url}: holds labels of kind {cache.manifest.kind!r}; {advice}")
     if cache.missing_units:
         raise IncompleteCacheError(
             f"cache {cache.url}: {len(cache.missing_units)} of {cache.manifest.plan.num_units} units are missing; rerun "

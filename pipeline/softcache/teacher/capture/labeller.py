@@ -54,7 +54,7 @@ class PendingLabels:
         if faults_P.any():
             row = int(np.flatnonzero(faults_P)[0])
             sample = np.repeat(self.batch.samples, self.batch.row_counts)[row]
-            place = f", position {self.batch.positions[row]}" if data.kind == "tokens" else ""
+            place = data.describe_position(int(self.batch.positions[row]))
             raise LabelError(
                 f"teacher logits of sample {data.source.key(int(sample))!r}{place}, view {self.batch.view} (unit "
                 f"{self.batch.unit}): {describe_fault(int(faults_P[row]))}; expected finite logits (-inf for a masked "

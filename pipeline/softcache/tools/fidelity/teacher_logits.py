@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -105,14 +104,9 @@ def check_teacher(cache: Cache, teacher: Teacher) -> None:
     there = cache.manifest.identity["teacher"]
     if str(there["spec"]).startswith("imported:"):
         return
-    here: dict[str, Any] = {
-        "spec": teacher.spec,
-        "weights_digest": teacher.weights_digest,
-        "dtype": teacher.dtype,
-    }
     differing = [
         f"{name} {str(value)[:40]} here, {str(there.get(name))[:40]} there"
-        for name, value in here.items()
+        for name, value in teacher.identity()["teacher"].items()
         if value != there.get(name)
     ]
     if differing:
@@ -147,7 +141,7 @@ def _rerun(
     labels = batch.labels
     if getattr(batch, "labelled", None) is not None:
         batch = batch.select(batch.labelled.numpy())
-    if data.kind == "tokens":
+    if data.is_ragged:
         starts = np.cumsum(batch.row_counts) - batch.row_counts
         picked = [
             start + np.sort(draw.permutation(count)[:ROWS_PER_SAMPLE])

@@ -9,6 +9,7 @@ Shape suffixes: `N` images, `M` boxes of an image.
 from __future__ import annotations
 
 import hashlib
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -70,8 +71,8 @@ class DetectionSettings(SourceSettings):
 
     modality: Literal["detection"] = "detection"
 
-    def open(self, split: Split) -> BoxSource:
-        raise NotImplementedError
+    @abstractmethod
+    def open(self, split: Split) -> BoxSource: ...
 
 
 @SOURCES.register("detection/custom")

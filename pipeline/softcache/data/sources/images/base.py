@@ -8,6 +8,7 @@ which costs a tenth of that for small ones.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cache
 from typing import Literal, Protocol, runtime_checkable
@@ -26,8 +27,8 @@ class ImageSourceSettings(SourceSettings):
 
     modality: Literal["image"] = "image"
 
-    def open(self, split: Split) -> Source:
-        raise NotImplementedError
+    @abstractmethod
+    def open(self, split: Split) -> Source: ...
 
 
 @runtime_checkable

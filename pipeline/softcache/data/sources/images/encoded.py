@@ -59,13 +59,16 @@ class BytesSettings(SourceSettings):
             raise ValueError('compress_level is of format = "png"; set that, or drop compress_level')
         return self
 
+    def describe(self) -> str:
+        return f"{self.format or 'file'} bytes"
+
     def open(self, split: Split) -> EncodedSource | FileSource:
         """Returns a split of the images, as bytes.
 
         Raises:
             SpecError, SourceError: as the images' source; or a file cannot be read, or an image not be encoded.
         """
-        source = super().open(split)
+        source = super().open(split)  # type: ignore[safe-super]  # of the images, whose class comes next
         if isinstance(source, ImageFolderSource) and self.format is None:
             return FileSource(source, self.max_bytes)
         return EncodedSource(source, self)

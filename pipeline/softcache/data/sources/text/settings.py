@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -51,6 +52,7 @@ class TextSettings(SourceSettings):
         """How documents become samples, with its default."""
         return self.packing or ("best_fit" if self.has_prompts else "packed")
 
+    @abstractmethod
     def documents(self, split: Split) -> Documents:
         """Returns the documents of a split.
 
@@ -58,7 +60,6 @@ class TextSettings(SourceSettings):
             SourceError: the settings name no dataset; or, once its documents are asked for, it cannot be read, has
                 no such column or split, or two documents have the same key.
         """
-        raise NotImplementedError
 
     def open(self, split: Split) -> TokenSource:
         from softcache.data.sources.text.source import open_text

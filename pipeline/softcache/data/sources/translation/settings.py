@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -62,13 +63,13 @@ class TranslationSettings(SourceSettings):
         """The tokenizer's folder, hub name or `bpe` spec."""
         return self.tokenizer
 
+    @abstractmethod
     def read(self, split: Split) -> tuple[str, list[Pair], bool]:
         """Returns the name of the source, its pairs, and whether they are of the split already.
 
         Raises:
             SourceError: they cannot be read.
         """
-        raise NotImplementedError
 
     def open(self, split: Split) -> TokenSource:
         from softcache.data.sources.translation.source import open_translation

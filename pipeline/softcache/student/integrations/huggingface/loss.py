@@ -50,10 +50,10 @@ def check_loss(loss: LossSettings, cache: Cache) -> None:
         ConfigError: the loss is uld, learns its temperature, is not estimated from drawn classes, or leaves the
             temperatures that imported labels are known at.
     """
-    if loss.name == "uld":
+    if loss.compares_ranks:
         raise ConfigError(
-            "DistillTrainer: loss.name uld is for a student of another tokenizer, whose samples are not read here; use a "
-            "loss that compares class by class, or `softcache train-student` with student.tokenizer"
+            f"DistillTrainer: loss.name {loss.name} is for a student of another tokenizer, whose samples are not read here; "
+            "use a loss that compares class by class, or `softcache train-student` with student.tokenizer"
         )
     if loss.curriculum is not None:
         raise ConfigError(

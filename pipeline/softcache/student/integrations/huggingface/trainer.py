@@ -22,7 +22,6 @@ from softcache.reader.sampler import BlockSampler
 from softcache.student.integrations.huggingface.forward import Call, patched_forward
 from softcache.student.integrations.huggingface.loss import check_loss, check_stall, loss_of, mix_at
 from softcache.student.integrations.huggingface.validate import (
-    check_cache,
     check_classes,
     check_tokenizer,
     named_sources,
@@ -30,6 +29,7 @@ from softcache.student.integrations.huggingface.validate import (
     refuse_untested,
     tokenizer_digest,
 )
+from softcache.student.integrations.validate import check_cache
 from softcache.student.tasks import LossSettings, TokenStudent, shard_batches
 
 if TYPE_CHECKING:
@@ -89,7 +89,12 @@ class DistillTrainer(Trainer):
     ) -> None:
         refuse_ignored(args, trainer)
         self._loss = loss_of(loss, temperature, alpha)
-        check_cache(cache)
+        check_cache(
+            cache,
+            "tokens",
+            'DistillTrainer is for language models ("tokens"); for images use softcache.SoftLabelDataset, or '
+            "`softcache train-student`",
+        )
         check_loss(self._loss, cache)
         self._cache, self._dataset = cache, SoftLabelDataset(source, cache)
         data = as_teacher_saw(source, cache)

@@ -11,7 +11,6 @@ from softcache.data.sources.text.source import digest_tokenizer
 from softcache.errors import (
     ConfigError,
     IdentityError,
-    IncompleteCacheError,
     SpecError,
 )
 from softcache.models.language import tokenizer_of
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 
 __all__ = [
-    "check_cache",
     "check_classes",
     "check_tokenizer",
     "named_sources",
@@ -80,19 +78,6 @@ def refuse_untested(trainer: Trainer) -> None:
             f"DistillTrainer: {name} splits the model or its batches in ways that were never tested here; expected "
             "one device, or one process per device: start the script with `torchrun --nproc-per-node=N`, or set "
             "CUDA_VISIBLE_DEVICES to one device"
-        )
-
-
-def check_cache(cache: Cache) -> None:
-    if cache.manifest.kind != "tokens":
-        raise ConfigError(
-            f"cache {cache.url}: holds labels of kind {cache.manifest.kind!r}; DistillTrainer is for language models "
-            '("tokens"); for images use softcache.SoftLabelDataset, or `softcache train-student`'
-        )
-    if cache.missing_units:
-        raise IncompleteCacheError(
-            f"cache {cache.url}: {len(cache.missing_units)} of {cache.manifest.plan.num_units} units are missing; rerun "
-            "`softcache teacher-logits` to finish it"
         )
 
 
