@@ -8,8 +8,10 @@ for batch in loader:
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from copy import copy
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -24,8 +26,11 @@ if TYPE_CHECKING:
     from softcache.data.transforms import Views
 
 __all__ = [
+    "BatchedDataset",
     "FingerprintedSamples",
     "HardLabelDataset",
+    "MatchedBatch",
+    "MatchedSamples",
     "SoftLabelDataset",
     "as_teacher_saw",
     "cached_views",
@@ -77,19 +82,90 @@ def rows_per_sample(cache: Cache) -> int:
     return cache.manifest.total_rows // (len(cache) * cache.num_views)
 
 
-class FingerprintedSamples:
-    """What a loader process does of a batch: pixels or tokens with their fingerprints, and no labels.
+class BatchedDataset(ABC):
+    """A map-style torch dataset that fetches whole batches: an index is a sample number, or a pair (sample, view).
+
+    Attributes:
+        view: of an index that names none.
+    """
+
+    view = 0
+
+    @abstractmethod
+    def load(self, samples: np.ndarray, view: int) -> Any:
+        """Returns the batch of `samples` of one view."""
+
+    def __getitem__(self, index: int | tuple[int, int]) -> Any:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Request | np.ndarray | Sequence[int | tuple[int, int]]) -> Any:
+        """Returns one batch; torch's DataLoader calls it once per batch.
+
+        Args:
+            indices: sample numbers, of `view`; or pairs (sample, view); an array of either is the fast way.
+        """
+        batches = [self.load(*request) for request in group_by_view(indices, self.view)]
+        return batches[0] if len(batches) == 1 else self.collate(batches)
+
+    @staticmethod
+    def collate(items: Any) -> Any:
+        """Returns one batch from what `__getitems__` or several `__getitem__` returned."""
+        return type(items[0]).merge(items) if isinstance(items, list) else items
+
+
+class MatchedSamples(ABC):
+    """Samples of a student that are matched with labeled samples of another source; picklable.
+
+    Attributes:
+        rows_of: [N] int64, the rows that each labeled sample has on both sides; None: as many as it has labels.
+        labelled_of: [N] int64, how many of them have a label; None: all.
+    """
+
+    rows_of: np.ndarray | None = None
+    labelled_of: np.ndarray | None = None
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Returns how many labeled samples are matched."""
+
+    @abstractmethod
+    def load(self, samples: np.ndarray, view: int) -> Any:
+        """Returns the student's batch for labeled `samples`, numbered as they are."""
+
+    @abstractmethod
+    def attach(self, batch: Any, labeled: Any) -> Any:
+        """Returns the student's batch with the labels of the matched batch."""
+
+
+class MatchedBatch(NamedTuple):
+    """The teacher's side is compared with the cache; the student's is what is trained on."""
+
+    teacher: Any
+    student: Any
+
+    def pin_memory(self) -> MatchedBatch:
+        return MatchedBatch(self.teacher, self.student.pin_memory())
+
+
+class FingerprintedSamples(BatchedDataset):
+    """The part of a batch that a loader process makes: pixels or tokens with their fingerprints, and no labels.
 
     Which samples are fingerprinted is a function of (sample, view), so this needs no cache and travels light.
+
+    Attributes:
+        data: the teacher's side.
+        student: the student's side; None where it is the same. A batch is a `MatchedBatch` where there is one.
     """
+
+    student: MatchedSamples | None = None
 
     def __init__(
         self, data: Dataset, *, fingerprint_fraction: float = 1.0, fingerprint_first: int = 1024
     ) -> None:
         self.data, self._check_share, self._check_first = data, fingerprint_fraction, fingerprint_first
 
-    def __getitems__(self, request: Request) -> Any:
-        return self.load(request.samples, request.view)
+    def __len__(self) -> int:
+        return len(self.data if self.student is None else self.student)
 
     def load(self, samples: np.ndarray, view: int) -> Any:
         """Returns the batch of `samples`, without labels; the first ones of every process are all fingerprinted."""
@@ -98,7 +174,8 @@ class FingerprintedSamples:
             self._check_first -= len(samples)
         else:
             chosen = self.fingerprint_mask(samples, view)
-        return self.data.load(samples, view, fingerprints=chosen)
+        batch = self.data.load(samples, view, fingerprints=chosen)
+        return batch if self.student is None else MatchedBatch(batch, self.student.load(samples, view))
 
     def fingerprint_mask(self, samples: np.ndarray, view: int) -> np.ndarray:
         """Returns [B] bool, which samples have their content checked whenever they are seen."""
@@ -113,22 +190,23 @@ class FingerprintedSamples:
         return (drawn_B >> np.uint64(32)).astype(np.float64) < self._check_share * 2.0**32
 
 
-class SoftLabelDataset:
-    """A map-style torch dataset: samples as the teacher saw them, with their soft labels.
+class SoftLabelDataset(BatchedDataset):
+    """Samples as the teacher saw them, with their soft labels.
 
-    An index is a sample number (of `view`), or a pair (sample, view). Use `collate` with a DataLoader; it
-    fetches whole batches at once:
+    Use `collate` with a DataLoader; it fetches whole batches at once:
 
         DataLoader(dataset, batch_size=256, shuffle=True, collate_fn=dataset.collate)
 
     `SoftLabelLoader` is faster with loader processes: they load what they are good at, and labels are read once.
 
     `source` is a `Source` of images, a `TokenSource`, or either already wrapped in `ViewedSource` or `TokenData`.
-    A batch is an `ImageBatch` (images, targets, labels, samples) or, for a source of text, a `TokenBatch`.
+    A batch is an `ImageBatch` (images, targets, labels, samples) or, for a source of text, a `TokenBatch`. A student that
+    reads other samples has the dataset that `for_student` returns.
 
     Attributes:
         cache: where the labels are.
         view: of an index that names none.
+        rows_of: [N] int64, the rows of each sample, where they are not the source's; else None.
         labelled_of: [N] int64, the rows of each sample that have a label; None: all of them.
         unlabeled_dataset: the half of the work that needs no cache.
 
@@ -149,39 +227,48 @@ class SoftLabelDataset:
         self._data = as_teacher_saw(source, cache, views)
         check_alignment(cache, self._data)
         self.cache, self.view = cache, view
+        self.rows_of: np.ndarray | None = None
         self.labelled_of = cache.rows.counts(np.arange(len(cache))) if cache.skips_positions else None
         self.unlabeled_dataset = FingerprintedSamples(
             self._data, fingerprint_fraction=fingerprint_fraction, fingerprint_first=fingerprint_first
         )
 
-    def __len__(self) -> int:
-        return len(self.cache)
+    def for_student(self, student: MatchedSamples) -> SoftLabelDataset:
+        """Returns the dataset of the matched samples of a student, numbered as in the cache, with the labels here.
 
-    def __getitem__(self, index: int | tuple[int, int]) -> Any:
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: Request | np.ndarray | Sequence[int | tuple[int, int]]) -> Any:
-        """Returns one batch; torch's DataLoader calls it once per batch.
-
-        Args:
-            indices: sample numbers, of `view`; or pairs (sample, view); an array of either is the fast way.
+        The teacher's side is loaded too, and compared with the fingerprints that the cache has of it, so that a label of
+        another sample is refused.
         """
-        batches = []
-        for request in group_by_view(indices, self.view):
-            stored = self.read(*request)
-            batches.append(self.join(self.unlabeled_dataset.load(*request), stored))
-        return batches[0] if len(batches) == 1 else self.collate(batches)
+        dataset = copy(self)
+        dataset.unlabeled_dataset = copy(self.unlabeled_dataset)
+        dataset.unlabeled_dataset.student = student
+        dataset.rows_of, dataset.labelled_of = student.rows_of, student.labelled_of
+        return dataset
+
+    def __len__(self) -> int:
+        return len(self.unlabeled_dataset)
+
+    def load(self, samples: np.ndarray, view: int) -> Any:
+        """Returns the batch of `samples` with its labels."""
+        stored = self.read(samples, view)
+        return self.join(self.unlabeled_dataset.load(samples, view), stored)
 
     def read(self, samples: np.ndarray, view: int) -> CachedBatch:
         """Returns what the cache holds of `samples`; raises as `Cache.read` does."""
         return self.cache.read_stored(samples, view)
 
     def join(self, batch: Any, stored: CachedBatch) -> Any:
-        """Returns an unlabeled_dataset batch with its labels, its contents compared with what the teacher saw.
+        """Returns an unlabeled batch with its labels, its contents compared with what the teacher saw.
 
         Raises:
             AlignmentError: a sample's content or rows are not what was labelled; the sample is named.
         """
+        student = self.unlabeled_dataset.student
+        if student is None:
+            return self._join(batch, stored)
+        return student.attach(batch.student, self._join(batch.teacher, stored))
+
+    def _join(self, batch: Any, stored: CachedBatch) -> Any:
         taken_B = self.unlabeled_dataset.fingerprint_mask(batch.samples, batch.view) | (
             batch.fingerprints != 0
         )
@@ -194,36 +281,23 @@ class SoftLabelDataset:
             )
         return attach_labels(batch, stored, self.cache, self._data)
 
-    @staticmethod
-    def collate(items: Any) -> Any:
-        """Returns one batch from what `__getitems__` or several `__getitem__` returned."""
-        return type(items[0]).merge(items) if isinstance(items, list) else items
 
-
-class HardLabelDataset:
-    """The same samples in the same batches, with the ground truth only: for baselines and live teachers.
+class HardLabelDataset(FingerprintedSamples):
+    """The same samples in the same batches, with the ground truth only: for baselines and online teachers.
 
     Attributes:
         cache: None; there is nothing to join.
-        unlabeled_dataset: the work of a loader process, which is all there is.
     """
 
     cache: None = None
 
     def __init__(self, data: Dataset) -> None:
-        self.unlabeled_dataset = FingerprintedSamples(data, fingerprint_fraction=0.0, fingerprint_first=0)
+        super().__init__(data, fingerprint_fraction=0.0, fingerprint_first=0)
 
-    def __len__(self) -> int:
-        return len(self.unlabeled_dataset.data)
-
-    def __getitem__(self, index: tuple[int, int]) -> Any:
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: Request | np.ndarray | Sequence[tuple[int, int]]) -> Any:
-        batches = [self.unlabeled_dataset.load(*request) for request in group_by_view(indices, 0)]
-        return batches[0] if len(batches) == 1 else self.collate(batches)
-
-    collate = staticmethod(SoftLabelDataset.collate)
+    @property
+    def unlabeled_dataset(self) -> FingerprintedSamples:
+        """The work of a loader process, which is all there is."""
+        return self
 
 
 def group_by_view(indices: Any, view: int) -> list[tuple[np.ndarray, int]]:

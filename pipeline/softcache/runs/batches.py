@@ -62,7 +62,7 @@ def cached_batches(
         samples_of,
         lambda epoch: epoch % num_views,
         cache.manifest.plan.chunk_samples,
-        getattr(dataset, "rows_of", data.rows_of),
+        data.rows_of if dataset.rows_of is None else dataset.rows_of,
         dataset.labelled_of,
         window_blocks=config.reader.window_blocks
         or (None if cache.fits_in_memmap else DEFAULT_WINDOW_BLOCKS),

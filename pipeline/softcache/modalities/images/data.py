@@ -50,9 +50,8 @@ class ImageData(ImageSplits):
     def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, Any]:
         """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
         student = self.student_data(config)
-        if isinstance(student, StudentImages):
-            return student.train_dataset(config.reader, cache)
-        return super().train_dataset(config, cache)
+        labeled, chosen = super().train_dataset(config, cache)
+        return student.train_dataset(labeled) if isinstance(student, StudentImages) else (labeled, chosen)
 
     def unlabeled_dataset(self, config: RunConfig) -> Dataset:
         """Returns the student's samples without labels; with what an online teacher sees of them, where it is to label."""

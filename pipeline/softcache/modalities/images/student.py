@@ -24,9 +24,8 @@ from softcache.data.transforms import Views
 from softcache.data.transforms.student import StudentViews, StudentViewSettings
 from softcache.modalities.base import Data
 from softcache.models.image import Normalize, build_model
-from softcache.reader.cache import Cache
-from softcache.reader.paired import OnlinePairedDataset, PairedSamples
-from softcache.reader.settings import ReaderSettings
+from softcache.reader.dataset import SoftLabelDataset
+from softcache.reader.paired import MatchedImages, OnlinePairedDataset
 from softcache.runtime.logging import log_info
 from softcache.student.tasks import ByteTask, ImageTask
 from softcache.teacher.image import ImageTeacher
@@ -111,17 +110,10 @@ class StudentImages:
             if isinstance(data.source, ImageFolderSource)
         }
 
-    def train_dataset(self, reader: ReaderSettings, cache: Cache) -> tuple[Any, Any]:
+    def train_dataset(self, labeled: SoftLabelDataset) -> tuple[Any, Any]:
         """Returns the dataset of labelled samples, and which of the cache's it has (None: all)."""
-        paired = PairedSamples(
-            self._teacher,
-            self.train,
-            self.pairing,
-            cache,
-            replays=self.replays,
-            **reader.fingerprint_checks,
-        )
-        return paired, self.pairing.samples if self.pairing.num_missing else None
+        matched = labeled.for_student(MatchedImages(self.train, self.pairing, replays=self.replays))
+        return matched, self.pairing.samples if self.pairing.num_missing else None
 
     def sample_matches(self, teacher: Data, split: Split) -> np.ndarray:
         """Returns [N] int64, the sample here for each of the teacher's samples of a split; -1: none.

@@ -17,7 +17,7 @@ from softcache.modalities.base import Data
 from softcache.models.language import build_language_model, tokenizer_of
 from softcache.models.weights import float32_weights, select_device
 from softcache.reader.cache import Cache
-from softcache.reader.paired import PairedDataset
+from softcache.reader.paired import MatchedDocuments
 from softcache.student.tasks import TokenTask
 from softcache.teacher.base import Teacher, TeacherSettings
 from softcache.teacher.language import LanguageTeacher, load_language_teacher
@@ -102,11 +102,11 @@ class TextData(TokenSplits):
 
     def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, np.ndarray | None]:
         """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
+        labeled, chosen = super().train_dataset(config, cache)
         if not config.loss.compares_ranks:
-            return super().train_dataset(config, cache)
-        student = self.student_data(config).train
-        paired = PairedDataset(self.train, student, cache, **config.reader.fingerprint_checks)
-        return paired, paired.samples
+            return labeled, chosen
+        matched = MatchedDocuments(self.train, self.student_data(config).train, cache)
+        return labeled.for_student(matched), matched.samples
 
     def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:
         """Returns the teacher with its weights, on the device and dtype of [capture]."""

@@ -1,6 +1,6 @@
 """Students whose samples are others than those that were labelled: of another tokenizer, or of another source."""
 
-from softcache.reader.paired.documents import PairedDataset
-from softcache.reader.paired.images import OnlinePairedDataset, PairedSamples
+from softcache.reader.paired.documents import MatchedDocuments
+from softcache.reader.paired.images import MatchedImages, OnlinePairedDataset
 
-__all__ = ["OnlinePairedDataset", "PairedDataset", "PairedSamples"]
+__all__ = ["MatchedDocuments", "MatchedImages", "OnlinePairedDataset"]

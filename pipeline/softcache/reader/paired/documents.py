@@ -8,87 +8,62 @@ than seq_len its first part is used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from softcache.data.tokens import TokenBatch, TokenData
 from softcache.errors import AlignmentError, SourceError
-from softcache.reader.cache import Cache, CachedBatch
-from softcache.reader.dataset import FingerprintedSamples, SoftLabelDataset
-from softcache.reader.order import Request
-from softcache.reader.paired.images import PairedBatch
+from softcache.reader.cache import Cache
+from softcache.reader.dataset import MatchedSamples
 
-__all__ = ["PairedDataset"]
+__all__ = ["MatchedDocuments"]
 
 
-class _Unlabelled:
-    """What a loader process does: the tokens of both sides, without labels."""
-
-    def __init__(
-        self, teacher: FingerprintedSamples, student: TokenData, partner: np.ndarray, rows_of: np.ndarray
-    ) -> None:
-        self._teacher, self._student, self._partner, self._rows_of = teacher, student, partner, rows_of
-
-    def __getitems__(self, request: Request) -> PairedBatch:
-        return self.load(request.samples)
-
-    def load(self, samples: np.ndarray) -> PairedBatch:
-        batch = self._student.load(self._partner[samples], 0, fingerprints=False)
-        batch = batch.select(_first_rows(batch.row_counts, self._rows_of[samples]))
-        return PairedBatch(self._teacher.load(samples, 0), replace(batch, samples=samples))
-
-
-class PairedDataset:
-    """Samples are numbered as in the cache; the labels are checked against the teacher's own tokens.
+class MatchedDocuments(MatchedSamples):
+    """A student's documents, matched with those that a cache has labels of.
 
     Attributes:
-        samples: [S] int64, the samples that both sides have.
-        rows_of: [N] int64, the rows that each sample has on both sides.
-        labelled_of: [N] int64, how many of them have a label; None: all.
-        unlabeled_dataset: the half of the work that needs no cache.
+        samples: [S] int64, the samples of the cache that both sides have.
 
     Raises (from the constructor):
         SourceError: the samples are not documents.
-        AlignmentError: the teacher's side is not what was labelled, or the student's lacks one of its documents.
+        AlignmentError: the student's side lacks one of the documents.
     """
 
-    def __init__(self, teacher: TokenData, student: TokenData, cache: Cache, **checks: Any) -> None:
+    def __init__(self, teacher: TokenData, student: TokenData, cache: Cache) -> None:
         for data in (teacher, student):
             if data.source.packing != "documents":
                 raise SourceError(
                     f"source {data.source.name}: packing {data.source.packing!r}; labels for another tokenizer are joined "
                     'document by document; set source.packing = "documents" and make the cache so'
                 )
-        self._labelled, self._student = SoftLabelDataset(teacher, cache, **checks), student
-        self.cache = cache
+        self._student = student
         keys, theirs = teacher.source.keys(), {key: n for n, key in enumerate(student.source.keys())}
         self.samples = np.array([n for n, key in enumerate(keys) if key.endswith("@0")], np.int64)
-        self._partner = np.full(len(keys), -1, np.int64)
+        self._student_of = np.full(len(keys), -1, np.int64)
         for sample in self.samples:
             if keys[sample] not in theirs:
                 raise AlignmentError(
                     f"cache {cache.url}: document {keys[sample]!r} was labelled, and the student's source "
                     f"{student.source.name} has no such sample; both must come from the same dataset"
                 )
-            self._partner[sample] = theirs[keys[sample]]
-        self.rows_of = np.minimum(teacher.source.num_rows(), student.source.num_rows()[self._partner])
-        self.labelled_of = self._count_labels(teacher) if cache.skips_positions else None
-        self.unlabeled_dataset = _Unlabelled(
-            self._labelled.unlabeled_dataset, student, self._partner, self.rows_of
+            self._student_of[sample] = theirs[keys[sample]]
+        self.rows_of: np.ndarray = np.minimum(
+            teacher.source.num_rows(), student.source.num_rows()[self._student_of]
         )
+        if cache.skips_positions:
+            self.labelled_of = self._count_labels(teacher, cache)
 
-    def _count_labels(self, teacher: TokenData) -> np.ndarray:
+    def _count_labels(self, teacher: TokenData, cache: Cache) -> np.ndarray:
         """Returns how many labels of each finished sample are for rows of both sides; reads all positions once."""
         counted = np.zeros(len(self.rows_of), np.int64)
-        for number in self.cache.markers:
-            unit = self.cache.manifest.plan.unit(number)
+        for number in cache.markers:
+            unit = cache.manifest.plan.unit(number)
             samples = np.arange(unit.start, unit.stop)
-            batch, label_counts = teacher.load(samples, fingerprints=False), self.cache.rows.counts(samples)
-            rows_Q = batch.rows_at(self.cache.read_positions(number), label_counts)
+            batch, label_counts = teacher.load(samples, fingerprints=False), cache.rows.counts(samples)
+            rows_Q = batch.rows_at(cache.read_positions(number), label_counts)
             sample_Q, place_Q = _places(rows_Q, batch.row_counts, label_counts)
             kept_Q = place_Q < self.rows_of[samples][sample_Q]
             counted[samples] = np.bincount(sample_Q[kept_Q], minlength=len(samples))
@@ -97,37 +72,28 @@ class PairedDataset:
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: tuple[int, int]) -> TokenBatch:
-        return self.__getitems__([index])
+    def load(self, samples: np.ndarray, view: int) -> TokenBatch:
+        batch = self._student.load(self._student_of[samples], 0, fingerprints=False)
+        batch = batch.select(_first_rows(batch.row_counts, self.rows_of[samples]))
+        return replace(batch, samples=samples)
 
-    def __getitems__(self, indices: Sequence[tuple[int, int]]) -> TokenBatch:
-        samples = np.array([sample for sample, _ in indices], np.int64)
-        return self.join(self.unlabeled_dataset.load(samples), self.read(samples))
-
-    def read(self, samples: np.ndarray, view: int = 0) -> CachedBatch:
-        """Returns what the cache holds of `samples`, for the teacher's tokens."""
-        return self._labelled.read(samples, view)
-
-    def join(self, batch: PairedBatch, stored: CachedBatch) -> TokenBatch:
-        """Returns the student's tokens with the labels of their places; raises as `SoftLabelDataset.join`."""
-        labelled = self._labelled.join(batch.teacher, stored)
-        samples, counts = labelled.samples, self.rows_of[labelled.samples]
-        rows_Q, label_counts = np.arange(labelled.num_rows), labelled.row_counts
-        if labelled.labelled is not None:
-            rows_Q, label_counts = labelled.labelled.numpy(), labelled.label_counts
-        sample_Q, place_Q = _places(rows_Q, labelled.row_counts, label_counts)
+    def attach(self, batch: TokenBatch, labeled: TokenBatch) -> TokenBatch:
+        assert labeled.labels is not None
+        counts = self.rows_of[labeled.samples]
+        rows_Q, label_counts = np.arange(labeled.num_rows), labeled.row_counts
+        if labeled.labelled is not None and labeled.label_counts is not None:
+            rows_Q, label_counts = labeled.labelled.numpy(), labeled.label_counts
+        sample_Q, place_Q = _places(rows_Q, labeled.row_counts, label_counts)
         kept = np.flatnonzero(place_Q < counts[sample_Q])
-        joined = replace(batch.student, labels=labelled.labels.take(kept))
+        joined = replace(batch, labels=labeled.labels.take(kept))
         if len(kept) == joined.num_rows:
             return joined
         starts_B = np.cumsum(counts) - counts
         return replace(
             joined,
             labelled=torch.from_numpy((starts_B[sample_Q] + place_Q)[kept]),
-            label_counts=np.bincount(sample_Q[kept], minlength=len(samples)),
+            label_counts=np.bincount(sample_Q[kept], minlength=len(counts)),
         )
-
-    collate = staticmethod(SoftLabelDataset.collate)
 
 
 def _places(
