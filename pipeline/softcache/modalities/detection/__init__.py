@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from softcache.modalities.base import MODALITIES, Data, Modality, Score
 from softcache.modalities.images import Images, check_no_text_tables
