@@ -55,7 +55,11 @@ TOOLS = [
 def words_of(template, chat):
     def render(messages, *, prompt=False):
         texts, _ = render_jinja_template(
-            conversations=[list(messages)], chat_template=template, add_generation_prompt=prompt
+            conversations=[list(messages)],
+            chat_template=template,
+            add_generation_prompt=prompt,
+            bos_token="<s>",
+            eos_token="</s>",
         )
         return texts[0]
 

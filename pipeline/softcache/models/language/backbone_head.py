@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from softcache.errors import SpecError
+from softcache.models.language.adapters import AdaptedHead
 from softcache.runtime.linear import linear_float32
 
 __all__ = ["BackboneHead", "CausalParts", "LMHeadMixin", "accepts_argument", "tensor_in"]
@@ -50,7 +51,7 @@ class BackboneHead(Protocol):
 class LMHeadMixin:
     """What all models in parts have in common: a linear head, a scale, a soft cap."""
 
-    head: nn.Linear
+    head: nn.Linear | AdaptedHead
     logit_scale: float
     softcap: float | None
 
@@ -97,7 +98,7 @@ class CausalParts(LMHeadMixin):
     """
 
     backbone: nn.Module
-    head: nn.Linear
+    head: nn.Linear | AdaptedHead
     packing: Literal["positions", "rows"]
     context: int | None
     logit_scale: float = 1.0

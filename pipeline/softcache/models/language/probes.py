@@ -75,7 +75,7 @@ def isolates_documents(parts: CausalParts) -> bool:
     """Whether the second document is blind to the first, to the last bit, and runs as it does alone."""
     if not accepts_argument(parts.backbone, "position_ids"):
         return False
-    with _evaluating(parts.backbone, parts.head):
+    with _evaluating(parts.backbone):
         try:
             tokens_BL, segments_BL = _probe(parts)
             other_BL = torch.where(segments_BL == 0, (tokens_BL + 1) % parts.vocab_size, tokens_BL)

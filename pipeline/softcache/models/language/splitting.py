@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from softcache.errors import SpecError
+from softcache.models.language.adapters import AdaptedHead, adapted_head, without_wrapper
 from softcache.models.language.backbone_head import BackboneHead, CausalParts
 from softcache.models.language.encoder_decoder_parts import is_encoder_decoder, split_pairs
 from softcache.models.language.probes import isolates_documents
@@ -25,22 +26,25 @@ def split(model: nn.Module) -> BackboneHead:
     Call it where the model will run (its device, its dtype): two passes over 8 tokens show how documents
     in one row can be kept apart. A module of your own needs `base_model` (tokens -> hidden states after
     the final norm) and `get_output_embeddings()`; with `config.max_position_embeddings`,
-    `config.final_logit_softcapping` and `config.logit_scale` where it has them.
+    `config.final_logit_softcapping` and `config.logit_scale` where it has them. A wrapper of peft and its LoRA layers are
+    seen through.
 
     Raises:
         SpecError: there is no backbone, no head, or a head that is not a plain linear layer.
     """
     name = type(model).__name__
-    head = head_of(model)
+    model = without_wrapper(model)
+    head = adapted_head(head_of(model), of=name)
     if head is None:
         raise SpecError(
             f"model {name}: no head: expected get_output_embeddings() to return a torch.nn.Linear; found "
             "none; take a causal language model (AutoModelForCausalLM), or add the method to your own"
         )
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+    is_plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    if not is_plain and not isinstance(head, AdaptedHead):
         raise SpecError(
             f"model {name}: its head is a {type(head).__module__}.{type(head).__name__}; expected a plain "
-            "torch.nn.Linear; keep the head out of quantisation and adapters"
+            "torch.nn.Linear; keep the head out of quantization"
         )
     if is_encoder_decoder(model):
         return split_pairs(model, head)

@@ -40,6 +40,11 @@ class TokenStudent(nn.Module):
         check_split(model, self._parts)
         check_context(self._parts, context, "student")
 
+    @property
+    def num_classes(self) -> int:
+        """Rows of the head."""
+        return self._parts.vocab_size
+
     def forward(
         self,
         batch: TokenBatch,

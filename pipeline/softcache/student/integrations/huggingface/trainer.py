@@ -137,7 +137,7 @@ class DistillTrainer(Trainer):
                 context=self._context,
                 cross_documents=self._cross_documents,
             )
-            check_classes(self._cache, self.model)
+            check_classes(self._cache, self._bound.num_classes, type(self.model).__name__)
         return self._bound
 
     # -- training ------------------------------------------------------------------------------------------
