@@ -66,7 +66,7 @@ def on_files(files: Files, config: Any) -> Files:
 def commands() -> str:
     """Returns the page of all commands, each with its --help."""
     parts = ["# All commands\n\nThe output of every command's `--help`.\n"]
-    group = click.Context(softcache, info_name="softcache", max_content_width=110, terminal_width=110)
+    group = click.Context(softcache, info_name="softcache", terminal_width=110, **softcache.context_settings)
     for name in COMMANDS:
         command = softcache.get_command(group, name)
         assert command is not None

@@ -24,7 +24,8 @@ __all__ = ["main", "softcache"]
 
 
 @click.group(
-    cls=LazyCommands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+    cls=LazyCommands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True},
 )
 @click.version_option(__version__, prog_name="softcache")
 def softcache() -> None:

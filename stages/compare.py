@@ -26,9 +26,7 @@ __all__ = ["compare"]
 @config_options
 @cache_option
 @student_option
-@click.option(
-    "--seeds", default=3, show_default=True, type=click.IntRange(1), help="Runs per kind of labels."
-)
+@click.option("--seeds", default=3, type=click.IntRange(1), help="Runs per kind of labels.")
 @json_option
 def compare(
     config: RunConfig,

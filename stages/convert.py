@@ -7,6 +7,7 @@ import click
 
 from softcache.reader.cache import open_cache
 from softcache.runtime.logging import progress_bar
+from softcache.tools.convert import convert_cache
 
 from .options import CACHE, PATH, cache_report, json_option, print_json
 
@@ -27,8 +28,6 @@ def convert(source_url: str, target_url: str, store: str, as_json: bool) -> None
     Example:
       softcache convert runs/digits/cache runs/digits/cache-parquet --store parquet
     """
-    from softcache.tools.convert import convert_cache
-
     cache = open_cache(source_url)
     plan, total = cache.manifest.plan, cache.num_rows_done
     with progress_bar("convert", total, "rows") as advance:

@@ -25,31 +25,29 @@ TOLERANCE, ROUNDS, CALIBRATION_SAMPLES = 1e-4, 100, 256
 """The defaults of `ExportSettings`, whose module takes seconds to import."""
 
 
-def _setting(name: str, default: float, kind: click.ParamType, text: str) -> Callable:
-    return click.option(name, default=default, show_default=True, type=kind, help=text)
-
-
 def export_options(command: Callable) -> Callable:
     """Adds --tolerance, --rounds, --calibration (together `settings`), --max-drop and --json."""
 
-    @_setting(
+    @click.option(
         "--tolerance",
-        TOLERANCE,
-        click.FloatRange(0),
-        "By how much a logit of an fp32 file may differ from torch, as a share of the largest (at least 1).",
+        default=TOLERANCE,
+        type=click.FloatRange(0),
+        help="By how much a logit of an fp32 file may differ from torch, as a share of the largest (at least 1).",
     )
-    @_setting("--rounds", ROUNDS, click.IntRange(1), "Timed calls of each model and batch size.")
-    @_setting(
+    @click.option(
+        "--rounds", default=ROUNDS, type=click.IntRange(1), help="Timed calls of each model and batch size."
+    )
+    @click.option(
         "--calibration",
-        CALIBRATION_SAMPLES,
-        click.IntRange(1),
-        "Training samples whose activations fix the ranges of int8 (static quantisation only).",
+        default=CALIBRATION_SAMPLES,
+        type=click.IntRange(1),
+        help="Training samples whose activations fix the ranges of int8 (static quantisation only).",
     )
-    @_setting(
+    @click.option(
         "--max-drop",
-        2.0,
-        click.FLOAT,
-        "Points of accuracy that int8 may lose; more is an error, after the table.",
+        default=2.0,
+        type=click.FLOAT,
+        help="Points of accuracy that int8 may lose; more is an error, after the table.",
     )
     @json_option
     @wraps(command)

@@ -32,7 +32,6 @@ TEMPERATURES = (1.0, 1.3, 2.0, 4.0, 8.0)
 @click.option(
     "--rows",
     default=512,
-    show_default=True,
     type=click.IntRange(1),
     help="Rows that the teacher labels again.",
 )
@@ -41,7 +40,7 @@ TEMPERATURES = (1.0, 1.3, 2.0, 4.0, 8.0)
     metavar="T,T,…",
     help="Where to measure [default: 1,1.3,2,4,8, as far as CACHE reaches]. The figure is drawn at the first.",
 )
-@click.option("--seed", default=0, show_default=True, help="Seed of the choice of rows.")
+@click.option("--seed", default=0, help="Seed of the choice of rows.")
 @click.option(
     "--out",
     metavar="DIR",

@@ -9,13 +9,11 @@ import click
 
 from softcache.reader.cache import open_cache
 from softcache.runtime.logging import progress_bar
+from softcache.tools.fuse import RULES, FusionSettings, fuse_caches
 
 from .options import CACHE, cache_report, json_option, print_json
 
 __all__ = ["fuse"]
-
-RULES = ("mean", "geometric", "entropy", "confidence", "best")
-"""`softcache.tools.fuse.RULES`, written again because that package takes seconds to import."""
 
 
 @click.command()
@@ -32,7 +30,6 @@ RULES = ("mean", "geometric", "entropy", "confidence", "best")
     "--values",
     type=click.Choice(["float16", "float32"]),
     default="float16",
-    show_default=True,
     help="Precision of the log-probabilities.",
 )
 def fuse(urls: tuple[str, ...], out: str, as_json: bool, **how: Any) -> None:
@@ -45,8 +42,6 @@ def fuse(urls: tuple[str, ...], out: str, as_json: bool, **how: Any) -> None:
     Example:
       softcache fuse runs/a/cache runs/b/cache --rule geometric --out runs/fused
     """
-    from softcache.tools.fuse import FusionSettings, fuse_caches
-
     caches = [open_cache(url) for url in urls]
     rows = caches[0].manifest.total_rows if caches else 0
     with progress_bar("fuse", rows, "rows") as advance:

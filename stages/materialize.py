@@ -30,7 +30,6 @@ __all__ = ["materialize"]
 @click.option(
     "--limit",
     default="8GiB",
-    show_default=True,
     metavar="SIZE",
     help="Largest size of all files in the folder together.",
 )

@@ -67,7 +67,7 @@ def config_options(command: Callable | None = None, **settings: Any) -> Callable
     if command is None:
         return partial(config_options, **settings)
 
-    @config_file_options(**settings or {"default": "configs/digits.toml", "show_default": True})
+    @config_file_options(**settings or {"default": "configs/digits.toml"})
     @wraps(command)
     def with_config(config_path: str, overrides: tuple[str, ...], **others: Any) -> Any:
         from softcache.config.load import load_config
@@ -118,7 +118,6 @@ log_option = click.option(
     "--log",
     type=click.Choice(["text", "json"]),
     default="text",
-    show_default=True,
     expose_value=False,
     callback=lambda context, option, value: set_log_format(value),
     help="Format of stderr: lines of text, or one JSON object per line.",

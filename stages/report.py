@@ -35,7 +35,6 @@ __all__ = ["report_command"]
 @click.option(
     "--out",
     default="report.html",
-    show_default=True,
     metavar="FILE",
     type=PATH,
     help="The page.",

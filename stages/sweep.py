@@ -47,9 +47,7 @@ __all__ = ["sweep_command"]
     type=click.IntRange(1),
     help="Trials in total, including those of earlier runs [default: sweep.trials].",
 )
-@click.option(
-    "--workers", default=1, show_default=True, type=click.IntRange(1), help="Processes, this one included."
-)
+@click.option("--workers", default=1, type=click.IntRange(1), help="Processes, this one included.")
 @click.option(
     "--out",
     metavar="DIR",
@@ -59,14 +57,12 @@ __all__ = ["sweep_command"]
 @click.option(
     "--seeds",
     default=0,
-    show_default=True,
     type=click.IntRange(0),
     help="Train the best three and the unchanged config again with so many other seeds.",
 )
 @click.option(
     "--cost/--no-cost",
     default=True,
-    show_default=True,
     help="Train the best for a few epochs with an online teacher, to estimate what the sweep would have cost.",
 )
 def sweep_command(

@@ -22,16 +22,15 @@ __all__ = ["verify"]
 @click.command()
 @click.argument("url", metavar="CACHE", type=CACHE)
 @config_file_options(help="Also run this config's teacher again on some rows.")
-@click.option("--rows", default=256, show_default=True, type=click.IntRange(1), help="Rows for the teacher.")
+@click.option("--rows", default=256, type=click.IntRange(1), help="Rows for the teacher.")
 @click.option(
     "--threshold",
     default=1e-3,
-    show_default=True,
     type=click.FloatRange(0),
     help="Largest KL(soft labels || rerun teacher) of a row, in nats.",
 )
 @json_option
-@click.option("--seed", default=0, show_default=True, help="Seed of the choice of rows.")
+@click.option("--seed", default=0, help="Seed of the choice of rows.")
 def verify(
     url: str,
     config_path: str | None,

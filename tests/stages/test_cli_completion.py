@@ -13,10 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from softcache.runs.export import ExportSettings
-from softcache.stages import export, fuse
+from softcache.stages import export
 from softcache.stages.cli import softcache
 from softcache.stages.commands import COMMANDS
-from softcache.tools.fuse import RULES
 from tests.support.caches import ROOT
 
 # What is typed behind `softcache ` (\t is Tab), and the words that are then there.
@@ -134,7 +133,6 @@ def test_an_unknown_shell_completes_to_nothing(place):
     assert "Traceback" not in done.stderr
 
 
-def test_defaults_and_choices_that_are_written_twice_agree():
+def test_defaults_that_are_written_twice_agree():
     settings = ExportSettings(export.TOLERANCE, export.ROUNDS, export.CALIBRATION_SAMPLES)
     assert settings == ExportSettings()
-    assert fuse.RULES == RULES
