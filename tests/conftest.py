@@ -88,7 +88,7 @@ def shared_cache(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def _thaw_folder(tmp_path_factory):
-    """Caches are thawed into a temporary folder, also by the processes that tests start."""
+    """Caches are materialized into a temporary folder, also by the processes that tests start."""
     os.environ["SOFTCACHE_MEMMAP_DIR"] = str(tmp_path_factory.mktemp("thaw"))
 
 

@@ -1,4 +1,4 @@
-"""A thawed view is what the cache holds, whole or not there at all, and made once however many ask for it."""
+"""A materialized view is what the cache holds, whole or not there at all, and made once however many ask for it."""
 
 import fcntl
 import multiprocessing

@@ -35,7 +35,7 @@ class ImageBatch:
     Attributes:
         images: [B, C, H, W], uint8 (or what the user's own transform returns).
         targets: [B] int64, the ground truth.
-        seen: [B, C', H', W'], what a live teacher sees of them, where that is something else.
+        seen: [B, C', H', W'], what an online teacher sees of them, where that is something else.
     """
 
     images: torch.Tensor

@@ -302,7 +302,7 @@ def _tensorstore(url: str) -> Any:
         raise StorageError(
             f"cache {url}: this process was forked from one that had read or written a Zarr cache, and TensorStore does "
             'not survive a fork; start processes with multiprocessing_context="forkserver" or "spawn" (of a DataLoader), '
-            "or thaw the cache before"
+            "or materialize the cache before"
         )
     _used_in.add(os.getpid())
     return tensorstore

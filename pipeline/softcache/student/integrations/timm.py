@@ -153,7 +153,7 @@ class TimmDataset(TimmImages):
         view = epoch % self._data.cache.num_views
         self._data.cache.memmap(
             view
-        )  # here: forked loader processes may read what is thawed, and thaw nothing themselves
+        )  # here: forked loader processes read materialized views, and materialize none themselves
         self._view.fill_(view)
 
     def _batch(self, indices: Any) -> ImageBatch:

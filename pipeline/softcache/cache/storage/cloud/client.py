@@ -185,7 +185,8 @@ def _check_fork(url: str) -> None:
     if _used_in - {os.getpid()}:
         raise StorageError(
             f"{url}: this process was forked from one that had used a bucket, and the client does not survive a fork; start "
-            'processes with multiprocessing_context="forkserver" or "spawn" (of a DataLoader), or thaw the cache before'
+            'processes with multiprocessing_context="forkserver" or "spawn" (of a DataLoader), or materialize the cache '
+            "before"
         )
     _used_in.add(os.getpid())
 
