@@ -53,13 +53,15 @@ def truncate_labels(
     """
     if labels.sampling is not None:
         raise LabelError(
-            f"truncate_labels: expected labels of the most likely classes; found classes drawn at random ({labels.sampling}); "
+            f"truncate: expected labels of the most likely classes; found classes drawn at random ({labels.sampling}); "
             "what fewer draws would have drawn is not in them: capture again, or shrink a cache of every class"
         )
     if not 1 <= k <= labels.k:
-        raise LabelError(f"truncate_labels: expected k from 1 to {labels.k}, the slots there are; found {k}; lower k")
+        raise LabelError(
+            f"truncate: expected k from 1 to {labels.k}, the slots there are; found {k}; lower k"
+        )
     if p is not None and not 0.0 < p <= 1.0:
-        raise LabelError(f"truncate_labels: expected a mass p in (0, 1]; found {p}; 0.9 keeps nine tenths of it")
+        raise LabelError(f"truncate: expected a mass p in (0, 1]; found {p}; 0.9 keeps nine tenths of it")
     xp = array_namespace(labels.ids)
     grid = labels.temperatures if temperatures is None else temperatures
     log_tail_PG = _tail_at(labels, grid)
@@ -97,7 +99,7 @@ def _tail_at(labels: SoftLabels, grid: tuple[float, ...]) -> Array:
             columns.append(nothing_P)
         else:
             raise TemperatureError(
-                f"truncate_labels: expected temperatures of the grid {list(labels.temperatures)}; found {t:g}, at which the mass "
+                f"truncate: expected temperatures of the grid {list(labels.temperatures)}; found {t:g}, at which the mass "
                 "of the dropped classes was not stored; leave it out, or capture with it in labels.temperatures"
             )
     return xp.stack(columns, axis=1)
