@@ -43,21 +43,21 @@ def test_the_estimated_bytes_are_those_of_the_run(tmp_path, store, codec):
         "batch_size": 100,
     }
     tables = {"source": {"max_train_samples": 1200}, "capture": capture}
-    told = estimate(tmp_path / "cache", **tables)
+    found = estimate(tmp_path / "cache", **tables)
     assert not (tmp_path / "cache").exists()
     cache, _ = captured(tmp_path / "cache", **tables)
-    assert (told.units, told.units_left, told.rows, told.rows_left) == (4, 4, 2400, 2400)
+    assert (found.units, found.units_left, found.rows, found.rows_left) == (4, 4, 2400, 2400)
     # Parquet's footer, some 3 kB, is counted once per chunk that was measured and is once per unit in the cache.
-    assert told.num_bytes == pytest.approx(size_of(cache), rel=0.03 if store == "zarr" else 0.12)
-    assert told.num_bytes_done == 0
-    assert told.seconds > told.evaluate_seconds > 0
+    assert found.num_bytes == pytest.approx(size_of(cache), rel=0.03 if store == "zarr" else 0.12)
+    assert found.num_bytes_done == 0
+    assert found.seconds > found.evaluate_seconds > 0
 
 
 def extrapolated(config, url, num_chunks=2):
-    """Returns what is told of a capture of many chunks from two of them, and the cache that the run then makes."""
+    """Returns the estimate for a capture of many chunks from two of them, and the cache that the run then makes."""
     data = open_data(config)
     teacher = open_teacher(config, data)
-    told = estimate_capture(
+    found = estimate_capture(
         open_objects(str(url)),
         data=data.train,
         evaluation=data.evaluation,
@@ -66,38 +66,38 @@ def extrapolated(config, url, num_chunks=2):
         settings=config.capture,
         measure_seconds=0.0,
     )
-    assert told.measured_chunks == num_chunks
-    rest = told.rows_left * told.measured_seconds / told.measured_rows
-    assert told.seconds == pytest.approx(told.evaluate_seconds + rest)
+    assert found.measured_chunks == num_chunks
+    rest = found.rows_left * found.measured_seconds / found.measured_rows
+    assert found.seconds == pytest.approx(found.evaluate_seconds + rest)
     cache, _ = capture_labels(config, data, teacher, str(url))
-    assert told.rows == told.rows_left == sum(marker.num_rows for marker in cache.markers.values())
-    return told, cache
+    assert found.rows == found.rows_left == sum(marker.num_rows for marker in cache.markers.values())
+    return found, cache
 
 
 @pytest.mark.parametrize("store", ["zarr", "parquet"])
-def test_two_chunks_of_sixty_tell_the_bytes_of_all(tmp_path, store):
+def test_two_chunks_of_sixty_give_the_bytes_of_all(tmp_path, store):
     capture = {"store": store, "unit_samples": 1000, "chunk_samples": 100, "device": "cpu", "batch_size": 100}
     config = digits_config(
         source={"max_train_samples": None}, labels={"k": 4, "num_views": 4}, capture=capture
     )
-    told, cache = extrapolated(config, tmp_path / "cache")
-    assert told.rows == 1501 * 4 > 25 * 2 * 100
+    found, cache = extrapolated(config, tmp_path / "cache")
+    assert found.rows == 1501 * 4 > 25 * 2 * 100
     if store == "zarr":
-        assert told.num_bytes == pytest.approx(size_of(cache), rel=0.04)
+        assert found.num_bytes == pytest.approx(size_of(cache), rel=0.04)
     else:  # a file's footer is that of a unit of ten chunks, and is counted for each chunk
-        assert size_of(cache) < told.num_bytes < 1.3 * size_of(cache)
+        assert size_of(cache) < found.num_bytes < 1.3 * size_of(cache)
 
 
-def test_two_chunks_of_ragged_documents_tell_the_rows_and_bytes_of_all(tmp_path):
+def test_two_chunks_of_ragged_documents_give_the_rows_and_bytes_of_all(tmp_path):
     write_texts(tmp_path / "texts.jsonl", num_documents=1000)
     config = text_config(
         tmp_path,
         source={"packing": "documents", "seq_len": 64},
         capture={"unit_samples": 200, "chunk_samples": 20, "batch_size": 20},
     )
-    told, cache = extrapolated(config, tmp_path / "cache")
-    assert told.rows > 40 * told.measured_rows
-    assert told.num_bytes == pytest.approx(size_of(cache), rel=0.05)
+    found, cache = extrapolated(config, tmp_path / "cache")
+    assert found.rows > 40 * found.measured_rows
+    assert found.num_bytes == pytest.approx(size_of(cache), rel=0.05)
 
 
 def test_what_is_done_is_not_estimated_again_and_stays_as_it_is(tmp_path):
@@ -106,19 +106,19 @@ def test_what_is_done_is_not_estimated_again_and_stays_as_it_is(tmp_path):
     for number in (0, 4):
         os.remove(tmp_path / f"cache/units/{number:05d}.json")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    told = estimate(tmp_path / "cache")
+    found = estimate(tmp_path / "cache")
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     unit_4 = 300 - 4 * 64  # the last unit of a view is shorter
-    assert (told.units_done, told.units_left) == (8, 2)
-    assert (told.rows_left, told.rows_done) == (64 + unit_4, 600 - 64 - unit_4)
-    assert told.num_bytes_done < whole < told.num_bytes * 1.1
-    assert told.evaluate_seconds == 0, "the manifest that is there has the teacher's score"
+    assert (found.units_done, found.units_left) == (8, 2)
+    assert (found.rows_left, found.rows_done) == (64 + unit_4, 600 - 64 - unit_4)
+    assert found.num_bytes_done < whole < found.num_bytes * 1.1
+    assert found.evaluate_seconds == 0, "the manifest that is there has the teacher's score"
 
 
 def test_a_complete_cache_leaves_nothing(tmp_path):
     captured(tmp_path / "cache")
-    told = estimate(tmp_path / "cache")
-    assert (told.units_left, told.rows_left, told.num_bytes_left, told.seconds) == (0, 0, 0, 0)
+    found = estimate(tmp_path / "cache")
+    assert (found.units_left, found.rows_left, found.num_bytes_left, found.seconds) == (0, 0, 0, 0)
 
 
 def test_a_cache_of_something_else_is_refused(tmp_path):
@@ -133,7 +133,7 @@ def test_a_teacher_without_weights_is_refused(tmp_path):
         estimate(tmp_path / "cache", teacher=teacher, train_teacher={"epochs": 1})
 
 
-def test_the_command_tells_the_cost_and_writes_nothing(in_tmp):
+def test_the_command_prints_the_cost_and_writes_nothing(in_tmp):
     (in_tmp / "small.toml").write_text(CONFIG)
     arguments = ["teacher-logits", "--config", "small.toml", "--dry-run", "--price-per-hour", "3600"]
     shown = CliRunner().invoke(softcache, [*arguments, "--json"])
@@ -145,11 +145,11 @@ def test_the_command_tells_the_cost_and_writes_nothing(in_tmp):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "expected"),
     [(("--dry-run", "--dask", "auto"), "--dask"), (("--price-per-hour", "1"), "--dry-run")],
 )
-def test_options_that_do_not_go_together_are_told(in_tmp, options, told):
+def test_options_that_do_not_go_together_are_refused(in_tmp, options, expected):
     (in_tmp / "small.toml").write_text(CONFIG)
     shown = CliRunner().invoke(softcache, ["teacher-logits", "--config", "small.toml", *options])
     assert isinstance(shown.exception, ConfigError)
-    assert told in str(shown.exception)
+    assert expected in str(shown.exception)
