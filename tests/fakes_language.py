@@ -54,7 +54,7 @@ def nan_logits(vocab_size, context):
 
 
 def masked_class(vocab_size, context):
-    """Never says token 5."""
+    """A model that never predicts token 5."""
     model = _untied(vocab_size, context, bias=True)
     with torch.no_grad():
         model.get_output_embeddings().bias[5] = -torch.inf

@@ -121,9 +121,9 @@ def test_files_dropped_from_memory_are_told(tmp_path):
 
 def test_opening_counts_what_is_there_and_epochs_are_read_to_their_end(images):
     url = images.caches["open"]
-    told = scale.open_everything(url)
-    assert set(told) == {*scale.STEPS, "seconds", "held_bytes"}
-    assert told["seconds"] == pytest.approx(sum(told[step] for step in scale.STEPS[:3]))
+    steps = scale.open_everything(url)
+    assert set(steps) == {*scale.STEPS, "seconds", "held_bytes"}
+    assert steps["seconds"] == pytest.approx(sum(steps[step] for step in scale.STEPS[:3]))
     keys = images.peers / "tinyvit" / "keys.txt"
     assert scale.parse_everything(str(keys))["keys"] == 300
     for how in ("chunks", "thawed"):

@@ -41,7 +41,16 @@ from softcache.tools.fuse import FusionSettings, fuse_caches
 from softcache.tools.shrink import ShrinkSettings, shrink_cache
 from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.support.caches import ROOT
-from tests.support.cell_caches import NUM_SAMPLES, SPEC, TOP, K, cells_config, make_cells, said, weights
+from tests.support.cell_caches import (
+    NUM_SAMPLES,
+    SPEC,
+    TOP,
+    K,
+    cells_config,
+    expected_rows,
+    make_cells,
+    weights,
+)
 
 SSD = "ssdlite?width=8&depth=0"
 
@@ -62,7 +71,7 @@ def zarr(folder):
 
 
 def assert_is(record, place, wanted):
-    """The rows of one image are what the teacher says, as far as float16 holds it."""
+    """The rows of one image are the teacher's answer, as far as float16 holds it."""
     rows = slice(place * TOP, (place + 1) * TOP)
     np.testing.assert_array_equal(record.cells[rows], wanted["cells"])
     np.testing.assert_array_equal(record.labels.ids[rows], wanted["ids"])
@@ -85,7 +94,7 @@ def test_it_holds_what_the_teacher_says_at_the_chosen_cells_in_either_store(made
     for view in range(2):
         record = cache.read([7, 2], view)
         for place, sample in enumerate((7, 2)):
-            assert_is(record, place, said(config, data, sample, view))
+            assert_is(record, place, expected_rows(config, data, sample, view))
     assert list(verify_units(cache)) == []
 
 
@@ -95,7 +104,7 @@ def test_of_a_softmax_head_it_holds_the_tail_and_no_centerness(folder):
     assert isinstance(record.labels, SoftLabels)
     assert set(record.columns) == {"boxes"}
     assert cache.manifest.class_names == ("background", *"0123456789")
-    assert_is(record, 0, said(config, data, 3, 1))
+    assert_is(record, 0, expected_rows(config, data, 3, 1))
     np.testing.assert_allclose(
         record.labels.kept_mass(1.0) + np.exp(record.labels.log_tail[:, 0]), 1, atol=1e-3
     )
@@ -152,7 +161,7 @@ def test_a_folder_in_cocos_format_teaches_as_scenes_do(folder, zarr):
         teacher={"model": SPEC, "weights": weights(folder, channels=3)},
     )
     assert len(cache) == 6
-    assert_is(cache.read([4], 1), 0, said(config, data, 4, 1))
+    assert_is(cache.read([4], 1), 0, expected_rows(config, data, 4, 1))
     metrics = train_student(
         config, data, model=SPEC, labels="cache", cache=cache, out=folder / "coco-student"
     )
@@ -397,13 +406,13 @@ def test_the_manifest_tells_the_teachers_mean_average_precision(folder):
 
 def test_inspect_tells_probabilities_bytes_and_no_agreement(zarr):
     result = CliRunner().invoke(inspect_command, [zarr[2].url, "--json"])
-    told = json.loads(result.stdout)
-    assert told["rows"] == 2 * NUM_SAMPLES * TOP
-    assert {"boxes", "cells", "logits"} <= told["bytes_per_row"].keys()
+    printed = json.loads(result.stdout)
+    assert printed["rows"] == 2 * NUM_SAMPLES * TOP
+    assert {"boxes", "cells", "logits"} <= printed["bytes_per_row"].keys()
     scores = 1 / (1 + np.exp(-zarr[2].read(np.arange(NUM_SAMPLES), 0).labels.logits[:, 0].astype(float)))
     others = 1 / (1 + np.exp(-zarr[2].read(np.arange(NUM_SAMPLES), 1).labels.logits[:, 0].astype(float)))
-    np.testing.assert_allclose(told["score"]["mean"], np.concatenate([scores, others]).mean(), rtol=1e-6)
-    assert "agreement" not in told
+    np.testing.assert_allclose(printed["score"]["mean"], np.concatenate([scores, others]).mean(), rtol=1e-6)
+    assert "agreement" not in printed
 
 
 def codec(**changes):

@@ -111,8 +111,8 @@ def test_todays_run_has_the_identity_of_the_frozen_one(store):
     assert today.identity["views"]["digest"] == frozen.identity["views"]["digest"]
     assert today.identity["source"]["digest"] == frozen.identity["source"]["digest"]
     # The fake teacher's weights are cosines, whose last bit is the CPU's.
-    told = [line for line in diff_manifests(today, frozen) if "weights_digest" not in line]
-    assert told == []
+    differences = [line for line in diff_manifests(today, frozen) if "weights_digest" not in line]
+    assert differences == []
 
 
 def test_a_frozen_manifest_is_written_again_byte_for_byte(store):

@@ -167,7 +167,7 @@ def test_what_is_frozen_is_never_written_again(monkeypatch):
             main(arguments)
 
 
-# -- what the document says of records that the frozen ones are not ----------------------------------------------------
+# -- what the document specifies for records that the frozen ones are not ------------------------------------------------
 
 LONG = tuple(2.0**n for n in range(20))  # here the reach of what is known matters
 CLOSE = (1.0, 2.0, 9.99, 9.999, 9.9999, 10.0)  # and here

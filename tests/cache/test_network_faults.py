@@ -1,6 +1,6 @@
 """A bad network between us and a real S3 server: the cache is the same, or the run ends with one error and goes on later.
 
-`make chaos` runs the long version; `SOFTCACHE_CHAOS_SECONDS` says how long it goes on drawing new networks.
+`make chaos` runs the long version; `SOFTCACHE_CHAOS_SECONDS` is how long it goes on drawing new networks.
 """
 
 import os

@@ -452,7 +452,7 @@ def test_a_lease_whose_holder_died_runs_out_even_for_a_clock_that_is_behind(plac
     assert not Lease(board, "units/00000.lock", seconds=0.4).acquire(), "seen for the first time"
     time.sleep(0.5)
     taker = Lease(board, "units/00000.lock", seconds=0.4)
-    assert taker.acquire(), "nobody renewed it while we looked"
+    assert taker.acquire(), "it was not renewed while we looked"
     taker.release()
 
 
@@ -595,7 +595,7 @@ def test_damage_in_a_bucket_is_found_when_it_is_read(remote, local, store, how):
             "empty": b"",
         }
         objects.delete(shard.path) if how == "remove" else objects.put(shard.path, bad[how])
-        # Without the sha256, a bit that nobody reads (a description in a Parquet file) may pass.
+        # Without the sha256, an unused bit (a description in a Parquet file) may pass.
         for verify in (True,) if (how, store) == ("flip", "parquet") else (True, False):
             with pytest.raises(CorruptionError, match="unit 1"):
                 open_cache(url, verify=verify).read(np.arange(64, 128))

@@ -165,11 +165,11 @@ def test_sql_tells_the_mass_of_the_kept_classes(parquet_cache, values):
 
 
 def test_sql_softens_to_a_grid_temperature_like_softcache(parquet_cache):
-    ((told,),) = sql(
+    ((listed,),) = sql(
         "SELECT DISTINCT value::VARCHAR FROM parquet_kv_metadata({labels}) WHERE key = 'temperatures'",
         parquet_cache,
     ).fetchall()
-    place = [float(text) for text in told.split(",")].index(4.0) + 1
+    place = [float(text) for text in listed.split(",")].index(4.0) + 1
     rows = sql(
         f"""
         WITH softened AS (

@@ -165,7 +165,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_does_not_run(tmp_path, shar
 
 
 def test_nothing_in_the_code_unpickles_evaluates_or_reads_yaml():
-    """What would run code that it is given is not called anywhere; torch.load says weights_only each time."""
+    """What would run code that it is given is not called anywhere; torch.load passes weights_only each time."""
     for path in [*(ROOT / "pipeline").rglob("*.py"), *(ROOT / "stages").rglob("*.py")]:
         text = path.read_text()
         for call in (
@@ -297,7 +297,7 @@ def test_a_marker_that_calls_for_a_file_of_holes_is_refused(small, forge):
 
 
 def test_a_blosc_bomb_is_refused_by_its_head(small, forge):
-    """The first chunk of a shard says that it holds two gigabytes; the checksums are right."""
+    """The first chunk of a shard claims two gigabytes; the checksums are right."""
     import google_crc32c
 
     shard = bytearray(small["images-zarr"][2]["labels.zarr/ids/c/0/0/0"])
@@ -335,7 +335,7 @@ def test_a_zstandard_bomb_is_decoded_no_further_than_what_is_expected(small, tmp
 
 
 def bomb_table(rows):
-    """A table of samples that says it has so many, in a few kilobytes."""
+    """A table of samples that claims to have so many, in a few kilobytes."""
     sink = io.BytesIO()
     schema = pa.schema(
         [
@@ -467,9 +467,9 @@ def test_a_cache_that_cannot_be_read_is_one_line_and_exit_code_1(tmp_path, monke
     monkeypatch.setattr(sys, "argv", ["softcache", "inspect", str(tmp_path)])
     with pytest.raises(SystemExit, match="1"):
         main()
-    said = capsys.readouterr().err
-    assert said.startswith("softcache: ")
-    assert "Traceback" not in said
+    err = capsys.readouterr().err
+    assert err.startswith("softcache: ")
+    assert "Traceback" not in err
 
 
 @pytest.mark.chaos

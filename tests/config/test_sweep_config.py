@@ -27,7 +27,7 @@ def test_a_parameter_is_a_range_a_log_range_or_a_list():
 
 
 @pytest.mark.parametrize(
-    ("key", "text", "said"),
+    ("key", "text", "message"),
     [
         ("temprature", "[1]", r"sweep\.space\.temprature: unknown key; did you mean temperature"),
         ("temperature", "[0.5]", r"sweep\.space\.temperature: expected numbers from 1 to 100, not 0\.5"),
@@ -53,8 +53,8 @@ def test_a_parameter_is_a_range_a_log_range_or_a_list():
         ("student", "[]", r"sweep\.space\.student: the list is empty"),
     ],
 )
-def test_a_bad_space_is_refused_by_its_key(key, text, said):
-    with pytest.raises(ConfigError, match=said):
+def test_a_bad_space_is_refused_by_its_key(key, text, message):
+    with pytest.raises(ConfigError, match=message):
         parsed(key, text)
 
 
@@ -75,7 +75,7 @@ def test_a_config_with_a_space_is_written_and_read_alike():
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "message"),
     [
         ({"k": [2, 9]}, r"sweep\.space\.k: 9 cannot be tried: .* keeps 4 classes"),
         (
@@ -85,9 +85,9 @@ def test_a_config_with_a_space_is_written_and_read_alike():
         ({"student": ["mlp?widht=8"]}, r"sweep\.space\.student: 'mlp\?widht=8' cannot be tried: .*widht"),
     ],
 )
-def test_what_the_cache_the_data_or_the_students_do_not_allow_costs_no_trial(shared_cache, given, said):
+def test_what_the_cache_the_data_or_the_students_do_not_allow_costs_no_trial(shared_cache, given, message):
     _, data, cache = shared_cache
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         checked_space(space(**given), data, cache)
 
 

@@ -232,7 +232,7 @@ def test_every_flipped_bit_is_caught_by_the_stores_own_checksums(cache):
                 found = open_store(manifest, objects).read(unit, 0, 16)
             except CorruptionError:
                 continue
-            # A bit that nobody reads (a file's own statistics, a column's description) may pass; data may not.
+            # An unused bit (a file's own statistics, a column's description) may pass; data may not.
             wrong += any(
                 found[name].tobytes() != v.tobytes() for name, v in columns_of(manifest, unit).items()
             )

@@ -92,7 +92,7 @@ def numbered(*runs):
 
 @pytest.fixture
 def opened(tmp_path, words):
-    """Opens documents of words, all of them in order and in the train split, unless told otherwise."""
+    """Opens documents of words, all of them in order and in the train split, unless the keywords differ."""
 
     def open_(texts=None, split="train", **given):
         path = given.pop("path", tmp_path / "docs.jsonl")
@@ -317,7 +317,7 @@ def test_a_marked_passage_may_end_in_what_no_token_covers(opened, tmp_path):
 
 
 def test_what_a_message_lacks_is_not_there_for_the_template(opened, tmp_path):
-    """Rows of a table have every field; a message without it is told from one with None."""
+    """Rows of a table have every field; a message without it differs from one with None."""
     template = CHAT.replace("[user] ", "[user] {{ 'w9 ' if message.name is defined else '' }}")
     tokenizer = save_tokenizer(tmp_path / "chat", chat_template=template)
     named = {"role": "user", "content": "w10", "name": "w30"}
@@ -343,7 +343,7 @@ def test_every_byte_of_the_assistants_last_character_is_learnt(bpe_settings):
         ([(0, 2), (2, 4), (4, 6)], [(2, 4)], [0, 1, 0]),
         ([(0, 3), (3, 6)], [(2, 4)], [1, 1]),  # tokens across its edges
         ([(0, 2), (2, 2), (3, 4), (4, 4)], [(2, 4)], [0, 1, 1, 0]),  # without width
-        ([(0, 2), (2, 4)], [(2, 2)], [0, 0]),  # the assistant said nothing
+        ([(0, 2), (2, 4)], [(2, 2)], [0, 0]),  # the assistant's message is empty
         ([(0, 1), (1, 2), (2, 3), (3, 4)], [(0, 1), (3, 9)], [1, 0, 0, 1]),
         ([], [(0, 3)], []),
     ],

@@ -185,15 +185,15 @@ def test_a_quarter_of_the_rows_is_about_a_quarter_of_the_bytes(packed, tmp_path,
         cache, _ = capture_labels(config, packed.data, teacher, str(tmp_path / name))
         return sum(shard.num_bytes for marker in cache.markers.values() for shard in marker.shards)
 
-    told = {"policy": policy} | ({"every": 4} if policy == "every" else {"share": 0.25})
-    assert 0.22 < num_bytes(told, "some") / num_bytes({"policy": "all"}, "all") < 0.32
+    policy_settings = {"policy": policy} | ({"every": 4} if policy == "every" else {"share": 0.25})
+    assert 0.22 < num_bytes(policy_settings, "some") / num_bytes({"policy": "all"}, "all") < 0.32
 
 
 def test_the_policy_is_in_the_identity_only_where_rows_are_skipped(packed):
     assert packed.cache().manifest.identity["labels"].keys() == {"policy", "k", "temperatures"}
     assert not packed.cache().skips_positions
-    for policy, told in POLICIES.items():
-        assert packed.cache(policy).manifest.identity["labels"]["positions"] == told
+    for policy, policy_settings in POLICIES.items():
+        assert packed.cache(policy).manifest.identity["labels"]["positions"] == policy_settings
         assert packed.cache(policy).skips_positions
 
 

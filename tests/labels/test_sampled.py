@@ -38,7 +38,7 @@ def make_logits(num_classes, seed=0):
 
 
 def estimates(labels, T):
-    """[P, V] what each record says of every class at T: 0 where it says nothing."""
+    """[P, V] each record's estimate for every class at T: 0 where it has none."""
     softened = labels.at_temperature(T)
     mass_PK = (softened.log_probs + softened.log_weights).exp()
     whole = torch.zeros(len(labels), labels.num_classes + 1, dtype=mass_PK.dtype)

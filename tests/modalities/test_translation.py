@@ -128,8 +128,8 @@ def test_several_languages_need_a_way_to_ask_for_one(tmp_path):
     )
     with pytest.raises(SpecError, match=r"nothing says that the target is es or fr; give source.prefixes"):
         open_translation(other, split="train")
-    said = other.model_copy(update={"prefixes": {"fr": "French: ", "es": "Spanish: "}})
-    assert len(open_translation(said, split="train")) == 2
+    prefixed = other.model_copy(update={"prefixes": {"fr": "French: ", "es": "Spanish: "}})
+    assert len(open_translation(prefixed, split="train")) == 2
 
 
 def test_rows_are_the_tokens_of_the_target_and_fingerprints_cover_both_sides(tmp_path):
@@ -316,8 +316,8 @@ def test_the_last_table_of_a_training_has_chrf_and_bleu_per_language(captured, i
 
 
 def test_scores_are_those_of_sacrebleu_and_perfect_for_the_reference():
-    said = [("de", "das ist ein kleines Haus", "das ist ein kleines Haus"), ("cy", "xyz", "tŷ bach")]
-    scores = corpus_scores(said)
+    triples = [("de", "das ist ein kleines Haus", "das ist ein kleines Haus"), ("cy", "xyz", "tŷ bach")]
+    scores = corpus_scores(triples)
     assert scores["chrf_de"] == pytest.approx(100)
     assert scores["bleu_de"] == pytest.approx(100)
     assert scores["chrf"] == pytest.approx((100 + scores["chrf_cy"]) / 2)
@@ -421,7 +421,7 @@ def test_what_the_teacher_wrote_is_a_source_with_the_same_tokenizer(captured, ge
         "modality": "translation",
         "name": "generated",
         "path": str(generated),
-        "max_tokens": 400,  # what a random teacher says has more tokens when it is read again
+        "max_tokens": 400,  # a random teacher's text has more tokens when it is read again
         "data_dir": str(folder / "data"),
     }
     tables = config.model_dump(mode="json", exclude_unset=True) | {"source": source}

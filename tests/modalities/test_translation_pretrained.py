@@ -230,8 +230,8 @@ def test_a_tokenizer_whose_package_is_missing_names_what_to_install(tmp_path, mo
         raise ImportError("\nMarianTokenizer requires the SentencePiece library. Check out the instructions")
 
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", missing)
-    told = r"MarianTokenizer requires the SentencePiece library; pip install 'softcache\[translation\]'"
-    with pytest.raises(MissingExtraError, match=rf"^source\.tokenizer '.*t5': .*{told}$"):
+    message = r"MarianTokenizer requires the SentencePiece library; pip install 'softcache\[translation\]'"
+    with pytest.raises(MissingExtraError, match=rf"^source\.tokenizer '.*t5': .*{message}$"):
         open_data(config)
-    with pytest.raises(MissingExtraError, match=rf"^model 'hf:.*t5': .*{told}$"):
+    with pytest.raises(MissingExtraError, match=rf"^model 'hf:.*t5': .*{message}$"):
         open_teacher(config, data)

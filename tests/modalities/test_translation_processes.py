@@ -95,7 +95,7 @@ def whole(place, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("signum", "code", "told"),
+    ("signum", "code", "message"),
     [
         (signal.SIGKILL, -signal.SIGKILL, ""),
         (signal.SIGTERM, 128 + signal.SIGTERM, "the same command goes on: softcache teacher-generate"),
@@ -103,10 +103,10 @@ def whole(place, tmp_path_factory):
     ids=["killed", "asked to end"],
 )
 def test_a_writer_that_is_ended_goes_on_where_it_was_with_the_same_bytes(
-    place, whole, tmp_path, signum, code, told
+    place, whole, tmp_path, signum, code, message
 ):
     ended = generate(place, tmp_path / "first", tmp_path / "out", dies=2, signum=signum)
-    assert (ended.code, told in ended.err) == (code, True), ended.err
+    assert (ended.code, message in ended.err) == (code, True), ended.err
     there = files_of(tmp_path / "out")
     assert "train/00001.jsonl" in there
     assert "train/00002.jsonl" not in there, "what is not whole is not there"

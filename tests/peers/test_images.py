@@ -162,7 +162,7 @@ def test_the_temperature_is_the_students_choice(shared_cache, tmp_path):
 def test_a_reader_cannot_assume_another_record_size(shared_cache, tmp_path):
     """TinyViT's records of 404 bytes do not say that K is 100: a reader set to another K reads other bytes."""
     cache = shared_cache[2]
-    assert open_cache(cache.url).read([0]).k == 4, "nobody has to tell the reader"
+    assert open_cache(cache.url).read([0]).k == 4, "the reader finds it in the cache"
     config = digits_config(labels={"k": 3})
     data = open_data(config)
     with pytest.raises(IdentityError, match=r"labels\.k: 3 in the config, 4 in the cache"):
@@ -217,7 +217,7 @@ def test_a_truncated_file_is_found_and_one_rerun_heals_it(tmp_path, store):
     path.write_bytes(path.read_bytes()[:-20])
     (fault,) = verify_units(open_cache(cache.url))
     assert "unit 3" in fault
-    (tmp_path / "cache" / "units" / "00003.json").unlink()  # as the message says
+    (tmp_path / "cache" / "units" / "00003.json").unlink()  # as the message advises
     healed, report = capture_labels(config, data, open_teacher(config, data), cache.url)
     assert (report.units_done, report.units_found) == (1, 3)
     assert _bytes_of(healed) == before

@@ -30,7 +30,7 @@ def order_of(cache, *, rank=0, num_ranks=1, **changes):
 
 @pytest.fixture
 def opened(shared_cache):
-    """A cache of the shared ones that nobody has read yet, and its source."""
+    """A cache of the shared ones that has not been read yet, and its source."""
     cache = open_cache(shared_cache[2].url)
     yield cache, shared_cache[1].train.source
     cache.close()

@@ -228,7 +228,7 @@ def test_a_full_disk_stops_the_thaw_and_leaves_nothing(images, tmp_path, monkeyp
     assert "into this process's own memory instead" in capsys.readouterr().err
     assert automatic.fits_in_memmap, "the order is chosen by it, and must not depend on the disk"
     automatic.read([0], view=1)
-    assert not capsys.readouterr().err, "said once"
+    assert not capsys.readouterr().err, "printed once"
 
 
 def test_a_folder_that_cannot_be_written_is_named(images, tmp_path):
@@ -253,7 +253,7 @@ def _read(url, folder, barrier, results):
     thaw_folder.write_file = slow
     barrier.wait(60)
     labels = cache.read(np.arange(100))
-    barrier.wait(60)  # nobody leaves, and so lets go of the file, before all have read
+    barrier.wait(60)  # none leaves, and so closes the file, before all have read
     results.put((len(written), float(np.nansum(labels.log_probs.astype(np.float64)))))
 
 

@@ -121,10 +121,10 @@ def in_forked_child(url, cache):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_zarr_cache_that_was_read_before_a_fork_says_what_to_do(shared_cache):
+def test_a_zarr_cache_that_was_read_before_a_fork_warns_what_to_do(shared_cache):
     shared_cache[2].read([1])
-    for said in in_forked_child(shared_cache[2].url, shared_cache[2]):
-        assert 'multiprocessing_context="forkserver"' in said
+    for warning in in_forked_child(shared_cache[2].url, shared_cache[2]):
+        assert 'multiprocessing_context="forkserver"' in warning
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

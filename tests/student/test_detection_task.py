@@ -43,31 +43,31 @@ def parts(data):
     student, teacher = task.build().eval(), task.build().eval()
     batch = data.train.load([0, 1], 1, fingerprints=False)
     with torch.no_grad():
-        said, _ = teacher(task.normalize(batch.images))
-    return task, student, batch, said
+        answer, _ = teacher(task.normalize(batch.images))
+    return task, student, batch, answer
 
 
-def record(said, cells):
+def record(answer, cells):
     """The record of some cells of each image, all classes kept."""
     image = torch.arange(2).repeat_interleave(len(cells))
     cell = torch.tensor(cells).repeat(2)
-    top = said.class_logits[image, cell].sort(1, descending=True)
+    top = answer.class_logits[image, cell].sort(1, descending=True)
     coins = BernoulliLabels(
         ids=top.indices,
         logits=top.values,
         dropped_bound=torch.full((len(cell),), -torch.inf),
         num_classes=top.values.shape[1],
     )
-    columns = {"boxes": said.boxes[image, cell], "centerness": said.centerness[image, cell]}
+    columns = {"boxes": answer.boxes[image, cell], "centerness": answer.centerness[image, cell]}
     return DetectionLabels(coins, cell.int(), columns)
 
 
 def test_the_soft_loss_reaches_the_labelled_cells_alone(parts):
-    task, student, batch, said = parts
+    task, student, batch, answer = parts
     outputs, _ = student(task.normalize(batch.images))
     for leaf in (outputs.class_logits, outputs.boxes, outputs.centerness):
         leaf.retain_grad()
-    task.soft(student, outputs, record(said, [3, 270]), 2.0).backward()
+    task.soft(student, outputs, record(answer, [3, 270]), 2.0).backward()
     for leaf in (outputs.class_logits, outputs.boxes, outputs.centerness):
         touched = leaf.grad.flatten(2).abs().sum(-1) if leaf.ndim == 3 else leaf.grad.abs()
         assert set(touched.nonzero()[:, 1].tolist()) <= {3, 270}
@@ -76,7 +76,7 @@ def test_the_soft_loss_reaches_the_labelled_cells_alone(parts):
 
 
 def test_a_student_that_is_the_teacher_has_no_class_and_box_loss(parts):
-    task, _, _, said = parts
+    task, _, _, answer = parts
     alone = DetectionTask(
         task.build_model,
         task.evaluation,
@@ -85,18 +85,18 @@ def test_a_student_that_is_the_teacher_has_no_class_and_box_loss(parts):
         CellLossSettings(centerness_weight=0, box="l1"),
     )
     teacher = task.build()
-    assert float(alone.soft(teacher, said, record(said, [3, 40, 270]), 1.0)) < 1e-5
+    assert float(alone.soft(teacher, answer, record(answer, [3, 40, 270]), 1.0)) < 1e-5
     with pytest.raises(LabelError, match="as many cells for each of 2 images; found 3 rows"):
-        alone.soft(teacher, said, record(said, [3, 40, 270]).take(slice(0, 3)), 1.0)
+        alone.soft(teacher, answer, record(answer, [3, 40, 270]).take(slice(0, 3)), 1.0)
 
 
 def test_alpha_mixes_the_modules_own_loss_with_the_soft_one(parts):
-    task, student, batch, said = parts
+    task, student, batch, answer = parts
     labelled = batch.__class__(
         **{name: getattr(batch, name) for name in ("images", "boxes", "classes", "samples", "view")},
         fingerprints=batch.fingerprints,
         rows_per_sample=2,
-        labels=record(said, [3, 270]),
+        labels=record(answer, [3, 270]),
     )
 
     def loss(alpha):
@@ -120,7 +120,7 @@ def test_detections_that_are_the_truth_score_one_and_crowds_do_not_count(data, m
 
     task = data.task(config(None), SPEC)
     truths = data.evaluation.truths(range(4), 0)
-    said = [
+    answer = [
         {
             "boxes": torch.from_numpy(truth.boxes),
             "scores": torch.ones(len(truth)),
@@ -128,7 +128,7 @@ def test_detections_that_are_the_truth_score_one_and_crowds_do_not_count(data, m
         }
         for truth in truths
     ]
-    monkeypatch.setattr(Detector, "detections", lambda self, outputs, size: said)
+    monkeypatch.setattr(Detector, "detections", lambda self, outputs, size: answer)
 
     def score(found):
         metric = new_metric()

@@ -108,8 +108,8 @@ def test_a_schedule_that_waits_for_held_out_losses_goes_on_when_resumed(labelled
     }
     whole = trainer_of(labelled, tmp_path, **more)
     whole.train()
-    told = [row["temperature"] for row in whole.state.log_history if "loss" in row]
-    assert told == [8.0, 8.0, 4.0, 2.0, 1.5]
+    temperatures = [row["temperature"] for row in whole.state.log_history if "loss" in row]
+    assert temperatures == [8.0, 8.0, 4.0, 2.0, 1.5]
     resumed = trainer_of(labelled, tmp_path, **more)
     steps = whole.state.max_steps // 5
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{3 * steps}"))

@@ -125,9 +125,9 @@ def test_of_a_chat_only_the_assistants_words_are_labelled_and_learnt(tmp_path):
     rows = 0
     for number in range(len(source)):
         sample, batch = source.sample(number), data.train.load([number])
-        said = tokenizer.decode(batch.targets)
-        assert said.startswith(("the student knows it", " the student knows it"))
-        assert said.endswith(tokenizer.eos_token)
+        learnt = tokenizer.decode(batch.targets)
+        assert learnt.startswith(("the student knows it", " the student knows it"))
+        assert learnt.endswith(tokenizer.eos_token)
         assert batch.num_rows == sample.learnt.sum() < len(sample.tokens) - 1
         rows += batch.num_rows
     assert cache.manifest.rows.num_rows == rows, "masked positions are not stored"

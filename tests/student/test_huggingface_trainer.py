@@ -138,7 +138,7 @@ ROUNDING = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def dense_logits(model, batch):
-    """[P, V], made as nobody in the package would: the whole batch at once."""
+    """[P, V], computed for the whole batch at once, unlike in the package."""
     parts = split(model)
     return parts.logits(parts.hidden(batch.tokens, batch.segments).flatten(0, 1)[batch.rows])
 

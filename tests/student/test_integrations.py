@@ -213,7 +213,7 @@ def loader_of(dataset, **settings):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_labels_and_pixels_come_through_timms_loader_as_they_were_stored(shared_cache, workers):
-    """Collated, prefetched, from another process: each image beside its own label, in the view of the epoch."""
+    """Collated, prefetched, from another process: each image with its own label, in the view of the epoch."""
     _, data, cache = shared_cache
     cache = open_cache(cache.url, memmap=MemmapSettings()) if workers else cache
     dataset = TimmDataset(data.train.source, cache)
@@ -306,7 +306,7 @@ def test_rows_hold_every_kind_of_record(policy, tmp_path):
 
 
 class Darker:
-    """A source whose pixels changed after it was labelled; its digest says nothing of it."""
+    """A source whose pixels changed after it was labelled; its digest does not show it."""
 
     def __init__(self, source):
         self._source = source

@@ -148,7 +148,7 @@ def _trains_everything(rank, images, texts, out):
     with pytest.MonkeyPatch.context() as patch, watched(patch, dies_at(6)), pytest.raises(Killed):
         train_images(images, out / "broken", model=RESTLESS, tables=HALVES)
     train_images(images, out / "broken", model=RESTLESS, tables=HALVES)
-    print("said once")
+    print("printed once")
     return found
 
 
@@ -342,13 +342,13 @@ GRACE = {"killed": 30.0, "silent": 1.0}
 
 
 @pytest.mark.parametrize(
-    ("end", "told"),
+    ("end", "message"),
     [
         ("killed", "another process of this run has ended without a word"),
         pytest.param("silent", "does not answer", marks=pytest.mark.chaos),
     ],
 )
-def test_a_process_that_is_gone_or_silent_ends_the_run_and_a_rerun_goes_on(tmp_path, images, end, told):
+def test_a_process_that_is_gone_or_silent_ends_the_run_and_a_rerun_goes_on(tmp_path, images, end, message):
     (tmp_path / "small.toml").write_text(CONFIG)
     ended = run_ranks(
         tmp_path / "ranks", 2, _ends_otherwise, tmp_path, images, 4, end, grace_seconds=GRACE[end]
@@ -357,7 +357,7 @@ def test_a_process_that_is_gone_or_silent_ends_the_run_and_a_rerun_goes_on(tmp_p
     assert ended[1].code == -signal.SIGKILL, "of the test, where it was silent"
     lines = [line for line in ended[0].err.splitlines() if line.startswith("softcache:")]
     assert len(lines) == 1, ended[0].err
-    assert told in lines[0]
+    assert message in lines[0]
     assert "goes on from the last checkpoint" in lines[0]
     assert "Traceback" not in ended[0].err
     assert json.loads((tmp_path / "out/checkpoint/progress.json").read_text())["step"] == 2
@@ -415,7 +415,7 @@ def test_only_the_first_process_tells_how_far_it_is(second_of_two, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("raised", "told"),
+    ("raised", "message"),
     [
         (
             RuntimeError("[gloo/transport/tcp/pair.cc:554] Connection closed by peer"),
@@ -428,9 +428,9 @@ def test_only_the_first_process_tells_how_far_it_is(second_of_two, monkeypatch, 
         (torch.distributed.DistBackendError("NCCL error: remote process exited"), "has ended without a word"),
     ],
 )
-def test_a_broken_exchange_is_a_lost_process(second_of_two, raised, told):
+def test_a_broken_exchange_is_a_lost_process(second_of_two, raised, message):
     with (
-        pytest.raises(LostProcessError, match=rf"process 1 of 2: another process of this run {told}"),
+        pytest.raises(LostProcessError, match=rf"process 1 of 2: another process of this run {message}"),
         translate_errors(),
     ):
         raise raised

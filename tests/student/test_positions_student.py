@@ -49,8 +49,8 @@ def pairs_of(batch):
     """(sample, position, target's log-probability) of every labelled row."""
     sample_P = np.repeat(batch.samples, batch.row_counts)
     rows = np.arange(batch.num_rows) if batch.labelled is None else batch.labelled.numpy()
-    said = batch.labels.target_log_prob.tolist()
-    return list(zip(sample_P[rows].tolist(), batch.positions[rows].tolist(), said, strict=True))
+    cached = batch.labels.target_log_prob.tolist()
+    return list(zip(sample_P[rows].tolist(), batch.positions[rows].tolist(), cached, strict=True))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -74,8 +74,8 @@ def test_a_row_never_gets_another_positions_label(made, policy):
     for found in ([merged], batches, merged.split(4), [piece for b in batches for piece in b.split(2)]):
         pairs = [pair for batch in found for pair in pairs_of(batch)]
         assert [pair[:2] for pair in pairs] == wanted
-        for sample, position, said in pairs:
-            assert said == pytest.approx(true[sample, position], abs=1e-4)
+        for sample, position, cached in pairs:
+            assert cached == pytest.approx(true[sample, position], abs=1e-4)
     for batch in batches:
         sample_P = np.repeat(np.arange(len(batch)), batch.row_counts)
         counted = np.bincount(sample_P[batch.labelled.numpy()], minlength=len(batch))
@@ -307,8 +307,8 @@ def test_row_r_of_a_document_still_meets_row_r_of_the_students_tokens(
         assert torch.equal(batch.rows, full.rows)
         assert batch.label_counts.tolist() == dataset.labelled_of[samples].tolist()
         assert batch.row_counts.tolist() == dataset.rows_of[samples].tolist()
-        said, true = batch.labels.target_log_prob, full.labels.target_log_prob[batch.labelled]
-        torch.testing.assert_close(said, true, rtol=0, atol=1e-4)
+        cached, true = batch.labels.target_log_prob, full.labels.target_log_prob[batch.labelled]
+        torch.testing.assert_close(cached, true, rtol=0, atol=1e-4)
         kept = np.concatenate(
             [
                 [position < count for position in stored_positions(cache, int(sample))]

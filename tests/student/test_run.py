@@ -79,7 +79,7 @@ def assert_same_run(one, other):
 
 @contextmanager
 def watched(monkeypatch, on_step):
-    """Calls `on_step` after every step, where the progress bar is told of it."""
+    """Calls `on_step` after every step, where the progress bar is updated."""
 
     @contextmanager
     def track(label, total, unit="samples"):
@@ -292,8 +292,8 @@ def test_the_student_learns_what_the_teacher_says(tmp_path, shared_cache):
     student = build_model("mlp?width=8", num_classes=10, input_shape=data.input_shape)
     student.load_state_dict(weights(tmp_path))
     images = data.evaluation.load(range(100), 0).images
-    said = open_teacher(config, data).logits(images).argmax(-1)
-    agreement = (student(data.normalize()(images)).argmax(-1) == said).float().mean()
+    answers = open_teacher(config, data).logits(images).argmax(-1)
+    agreement = (student(data.normalize()(images)).argmax(-1) == answers).float().mean()
     assert agreement > 0.6, "the teacher is wrong about the digits, and the student follows it"
 
 

@@ -1,4 +1,4 @@
-"""What may sit between teacher and student, perturbed one thing at a time, and what the command line says to it.
+"""What may sit between teacher and student, perturbed one thing at a time, and what the command line answers.
 
 A case changes one world (images in memory, image files, packed text, chats) after its cache was made; `attempt` then runs
 `softcache train-student` on it, as a user would, and keeps what came out. `tests/reader/test_alignment.py` holds every case to what is

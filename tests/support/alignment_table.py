@@ -32,10 +32,12 @@ KINDS = {
 
 
 def refused_row(case: Refused, found: Found) -> str:
-    said = found.messages[0].removeprefix("softcache: ") if found.messages else found.err[-80:]
-    said = re.sub(r"^cache cache: ", "", said).split("; ")[0]
+    message = found.messages[0].removeprefix("softcache: ") if found.messages else found.err[-80:]
+    message = re.sub(r"^cache cache: ", "", message).split("; ")[0]
     when = "when the batch is read" if case.under_way else "before the first step"
-    verdict = f"`{said}`" if is_refused(case, found) else f"**not as expected**: exit {found.code}, `{said}`"
+    verdict = (
+        f"`{message}`" if is_refused(case, found) else f"**not as expected**: exit {found.code}, `{message}`"
+    )
     return f"| {KINDS[case.kind]} | {case.name} | refused {when} | {verdict} |"
 
 

@@ -1,4 +1,4 @@
-"""Small real caches of a detector's cells, and what their teacher says, worked out slowly."""
+"""Small real caches of a detector's cells, and their teacher's answers, computed slowly."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def make_cells(folder: Path, name: str = "cache", **tables: Any) -> tuple[RunCon
     return config, data, cache
 
 
-def said(config: RunConfig, data: Any, sample: int, view: int) -> dict[str, np.ndarray]:
-    """What the teacher says of one image at its kept cells, worked out cell by cell in float64."""
+def expected_rows(config: RunConfig, data: Any, sample: int, view: int) -> dict[str, np.ndarray]:
+    """The teacher's answer for one image at its kept cells, worked out cell by cell in float64."""
     teacher = open_teacher(config, data)
     batch = data.train.load([sample], view)
     with torch.no_grad():

@@ -3,7 +3,7 @@
     python -m tests.support.fake_vllm PORT
 
 POST /v1/completions takes token ids and gives `prompt_logprobs`, the N likeliest of 300 tokens and the actual one at each
-place, with `prompt_token_ids`; GET /health says that it is up.
+place, with `prompt_token_ids`; GET /health answers when it is up.
 """
 
 import json

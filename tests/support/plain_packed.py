@@ -104,7 +104,7 @@ def numbers_of(codec, record):
 
 
 def decode(codec, record):
-    """Returns what one record says, by column.
+    """Returns the content of one record, by column.
 
     Args:
         codec: the manifest's `codec`.

@@ -85,12 +85,12 @@ def write_pairs(path, num_pairs=40, languages=("de",)):
         seen.add(tuple(words))
         target = " ".join((NOUNS | VERBS)[word] for word in words)
         for language in languages:
-            said = target if language == "de" else target[::-1]
+            translated = target if language == "de" else target[::-1]
             lines.append(
                 {
                     "key": f"{language}{len(seen):03d}",
                     "source": " ".join(words),
-                    "target": said,
+                    "target": translated,
                     "language": language,
                 }
             )

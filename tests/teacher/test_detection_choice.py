@@ -136,7 +136,7 @@ def test_more_classes_than_there_are_is_an_error():
 
 
 @pytest.mark.parametrize(
-    ("place", "value", "said"),
+    ("place", "value", "message"),
     [
         ("logits", math.nan, "a NaN logit"),
         ("logits", math.inf, "a [+]inf logit"),
@@ -144,13 +144,13 @@ def test_more_classes_than_there_are_is_an_error():
         ("centerness", -math.inf, "not finite"),
     ],
 )
-def test_a_fault_at_any_cell_is_of_its_image(place, value, said):
+def test_a_fault_at_any_cell_is_of_its_image(place, value, message):
     made = outputs()
     values = made.logits if place == "logits" else made.columns[place]
     values[1, 30] = value
     faults = cell_faults(made, distribution="bernoulli").tolist()
     assert [fault > 0 for fault in faults] == [False, True, False]
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         raise ValueError(describe_fault(faults[1]))
 
 

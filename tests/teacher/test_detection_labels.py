@@ -1,4 +1,4 @@
-"""Records of dense predictors: what a sigmoid head keeps, and what travels beside it."""
+"""Records of dense predictors: what a sigmoid head keeps, and the columns stored with it."""
 
 from dataclasses import replace
 
