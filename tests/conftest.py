@@ -24,37 +24,49 @@ from tests.support.object_server import environment_of, find_weed, object_server
 
 sys.dont_write_bytecode = False
 torch.set_num_threads(1)
-# Loader processes, and those of a run of many, are forked from a server that has imported what they need, instead of
-# importing it one by one.
-multiprocessing.get_context("forkserver").set_forkserver_preload(
-    ["softcache.reader.loader", "softcache.data.sources", "softcache.runs"]
-)
+# Loader processes, those of a run of many and programs are forked from a server that has imported what they need: ten
+# seconds, of which torchmetrics, with all that it brings along, is half.
+PRELOAD = [
+    "softcache.reader.loader",
+    "softcache.data.sources",
+    "softcache.runs",
+    "sklearn.datasets",
+    "torchmetrics",
+]
+PRELOAD += ["softcache.labels.sparsify.kernels", "softcache.losses.cpu_kernel"]
+multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
 
 # What `--fast` leaves out, by measured time: commands, benchmarks, docs pages, processes that are killed, object
-# storage, and whole trainings. What is left holds the formulas, labels, codecs, stores, configs and readers.
+# storage, whole trainings, and what imports torchvision, transformers or scikit-learn. What is left holds the formulas,
+# labels, codecs, stores, configs and readers.
 SLOW_PATHS = [
     "benchmarks",
+    "data",
     "docs",
     "modalities",
+    "models",
     "package",
     "peers",
     "project",
     "reliability",
+    "runs",
     "stages",
     "student",
     "teacher",
     "cache/test_codec_caches.py",
+    "cache/test_custom_codec.py",
     "cache/test_detection_caches.py",
     "cache/test_network_faults.py",
     "cache/test_object_storage.py",
+    "cache/test_open_tools.py",
     "cache/test_security.py",
     "contracts/test_objects.py",
-    "data/test_text_source.py",
+    "labels/test_positions.py",
     "labels/test_sparsify_compiled.py",
+    "losses/test_fused.py",
     "losses/test_fused_losses.py",
     "reader/test_alignment.py",
     "reader/test_memmap.py",
-    "runs",
     "tools/test_fidelity.py",
     "tools/test_import_logprobs.py",
 ]

@@ -5,9 +5,11 @@ import json
 from click.testing import CliRunner
 
 from benchmarks import epochs, fused, fusion, quality, shuffle_quality, teacher_memory
+from tests.support.programs import fork_interpreters
 
 
-def test_fused_benchmark_runs(tmp_path):
+def test_fused_benchmark_runs(tmp_path, monkeypatch):
+    fork_interpreters(monkeypatch)
     path = tmp_path / "figures.json"
     done = CliRunner().invoke(fused.main, ["--quick", "--rounds", "1", "--json", str(path)])
     assert done.exit_code == 0, done.output
@@ -18,7 +20,8 @@ def test_fused_benchmark_runs(tmp_path):
     assert [row["unfused_measured"] for row in figures["memory"]] == [True]
 
 
-def test_teacher_memory_benchmark_runs(tmp_path):
+def test_teacher_memory_benchmark_runs(tmp_path, monkeypatch):
+    fork_interpreters(monkeypatch)
     path = tmp_path / "figures.json"
     how = ["--length", "96", "--vocabulary", "500", "--json", str(path)]
     done = CliRunner().invoke(teacher_memory.main, how)

@@ -5,9 +5,11 @@ import json
 from click.testing import CliRunner
 
 from benchmarks import capture
+from tests.support.programs import fork_interpreters
 
 
-def test_capture_benchmark_runs(tmp_path):
+def test_capture_benchmark_runs(tmp_path, monkeypatch):
+    fork_interpreters(monkeypatch)
     path, plot = tmp_path / "figures.json", tmp_path / "figures.svg"
     how = ["--quick", "--rounds", "1", "--json", str(path), "--plot", str(plot)]
     done = CliRunner().invoke(capture.main, how)

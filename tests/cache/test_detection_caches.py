@@ -1,11 +1,8 @@
 """Caches of a detector's cells: from capture to the student, joined by key and checked by content."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
@@ -40,7 +37,6 @@ from softcache.tools.fidelity.teacher_logits import rerun_teacher
 from softcache.tools.fuse import FusionSettings, fuse_caches
 from softcache.tools.shrink import ShrinkSettings, shrink_cache
 from softcache.tools.verify.teacher import verify_against_teacher, verify_units
-from tests.support.caches import ROOT
 from tests.support.cell_caches import (
     NUM_SAMPLES,
     SPEC,
@@ -51,6 +47,7 @@ from tests.support.cell_caches import (
     make_cells,
     weights,
 )
+from tests.support.programs import Program
 
 SSD = "ssdlite?width=8&depth=0"
 
@@ -238,7 +235,6 @@ def test_the_cache_says_how_many_cells_there_are_whatever_the_config_leaves_out(
 
 CAPTURE = """
 import sys, time
-sys.path.insert(0, {root!r})
 from pathlib import Path
 from softcache.teacher.detection import DetectionTeacher
 from tests.support.cell_caches import make_cells
@@ -262,11 +258,7 @@ def files(url):
 def test_killed_and_run_again_it_is_bit_for_bit_what_an_uninterrupted_run_makes(tmp_path):
     url = tmp_path / "cache"
     weights(tmp_path)
-    process = subprocess.Popen(
-        [sys.executable, "-c", CAPTURE.format(root=str(ROOT)), str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    process = Program(CAPTURE, tmp_path)
     end = time.monotonic() + 120
     while len(list((url / "units").glob("*.json"))) < 2:
         assert process.poll() is None

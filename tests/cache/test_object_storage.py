@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -36,9 +35,10 @@ from softcache.stages.cli import main
 from softcache.tools.convert import convert_cache
 from softcache.tools.verify.teacher import verify_units
 from tests.contracts.test_stores import columns_of, manifest_of
-from tests.support.caches import ROOT, digits_config, make_cache
+from tests.support.caches import digits_config, make_cache
 from tests.support.fault_proxy import fault_proxy
 from tests.support.object_server import environment_of
+from tests.support.programs import run_program
 from tests.support.text_caches import make_text_cache
 
 STORES = ["zarr", "parquet"]
@@ -389,7 +389,6 @@ def test_two_captures_at_once_share_the_units_of_a_bucket(bucket, local):
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, {root!r})
 from softcache.cache.storage.cloud import lease as leases
 from softcache.cache import units
 leases.LEASE_SECONDS = 1.0
@@ -407,12 +406,7 @@ make_cache(sys.argv[1])
 
 def test_a_capture_into_a_bucket_that_is_killed_goes_on(bucket, local, monkeypatch):
     url = f"{bucket}/cache"
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED.format(root=str(ROOT)), url, "13"],
-        env=os.environ,
-        check=False,
-        capture_output=True,
-    )
+    killed = run_program(KILLED, url, 13)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     found = set(open_cache(url).markers)
     assert 0 < len(found) < 10

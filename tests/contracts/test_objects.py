@@ -4,7 +4,6 @@ import errno
 import multiprocessing
 import os
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,7 +12,7 @@ import pytest
 from softcache.cache.storage.local import LocalObjects
 from softcache.cache.storage.open import open_objects
 from softcache.errors import CacheNotFoundError, CorruptionError, StorageError
-from tests.support.caches import ROOT
+from tests.support.programs import Program
 
 
 class Contract:
@@ -149,9 +148,7 @@ class Contract:
             assert mine
 
     def test_a_claim_ends_with_its_process(self, objects, root):
-        holder = subprocess.Popen(
-            [sys.executable, "-c", HOLD.format(root=str(ROOT)), root], stdout=subprocess.PIPE, text=True
-        )
+        holder = Program(HOLD, root)
         assert holder.stdout.readline().strip() == "True"
         with objects.claim("x.lock") as mine:
             assert not mine
@@ -184,7 +181,6 @@ class Contract:
 
 HOLD = """
 import sys, time
-sys.path.insert(0, {root!r})
 from softcache.cache.storage.cloud import lease as leases
 from softcache.cache.storage.open import open_objects
 leases.LEASE_SECONDS = 1.0

@@ -1,9 +1,6 @@
 """What every store promises: units whole or not at all, the same bytes for the same columns, no silent damage."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +12,7 @@ from softcache.cache.storage.open import open_objects
 from softcache.cache.units import check_unit, finished_units, open_store, publish_unit, read_marker
 from softcache.errors import CorruptionError, ManifestError
 from softcache.hashing.digests import digest_bytes
+from tests.support.programs import run_program
 
 STORES = ["zarr", "parquet"]
 # Not that of tests.support.caches, which imports torch: the processes that are killed here do without.
@@ -321,7 +319,6 @@ def test_a_marker_of_no_unit_is_refused(cache, name):
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, {root!r})
 import softcache.cache.units as units
 from softcache.cache.storage.open import open_objects
 from tests.contracts.test_stores import manifest_of, columns_of, digest_bytes
@@ -339,6 +336,7 @@ units.publish_unit(objects, units.open_store(manifest, objects), digest_bytes(ma
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", STORES)
 @pytest.mark.parametrize(
     ("point", "skip"), [("before_shards", 0), ("after_shard", 0), ("before_marker", 0), ("after_marker", 0)]
@@ -347,12 +345,8 @@ def test_a_kill_at_any_step_of_the_commit_leaves_a_whole_unit_or_none(tmp_path, 
     manifest, objects = manifest_of(store), open_objects(str(tmp_path), create=True)
     digest, opened = digest_bytes(manifest.to_bytes()), open_store(manifest, objects)
     opened.create()
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED.format(root=str(ROOT)), str(tmp_path), store, point, str(skip)],
-        env=os.environ,
-        check=False,
-    )
-    assert done.returncode == -signal.SIGKILL
+    done = run_program(KILLED, tmp_path, store, point, skip)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     marker = read_marker(objects, manifest, digest, 1)
     assert (marker is not None) == (point == "after_marker")
     unit = manifest.plan.unit(1)

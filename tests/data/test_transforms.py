@@ -10,7 +10,6 @@ import pickle
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +22,8 @@ from softcache.data.transforms import ViewParameters, Views, ViewSettings
 from softcache.data.transforms import ops as view_ops
 from softcache.data.transforms.parameters import RANGES
 from softcache.errors import SpecError
+from tests.support.caches import ROOT
+from tests.support.programs import run_program
 
 EVERYTHING = {
     "seed": 7, "size": 24, "crop": "resized", "flip": 0.5, "augment": "randaugment", "num_ops": 2,
@@ -419,24 +420,14 @@ print(digest.hexdigest())
 """
 
 
-def digest_in_a_fresh_process(**env):
-    root = Path(__file__).parent.parent.parent
-    done = subprocess.run(
-        [sys.executable, "-c", DIGEST_ALL],
-        env=os.environ | env,
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout
-
-
 @pytest.mark.slow
 def test_pixels_are_the_same_on_a_plain_cpu_with_another_hash_seed():
-    # ATen without its AVX2 kernels stands for a CPU of another make.
-    plain = digest_in_a_fresh_process(PYTHONHASHSEED="1", ATEN_CPU_CAPABILITY="default", OMP_NUM_THREADS="1")
-    assert plain == digest_in_a_fresh_process(PYTHONHASHSEED="2", OMP_NUM_THREADS="3")
+    # ATen without its AVX2 kernels stands for a CPU of another make; the second process has a random hash seed.
+    env = os.environ | {"PYTHONHASHSEED": "1", "ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", DIGEST_ALL]
+    plain = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    here = run_program("import torch; torch.set_num_threads(3)\n" + DIGEST_ALL)
+    assert plain == here.stdout, here.stderr
     assert len(plain.strip()) == 64
 
 

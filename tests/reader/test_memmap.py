@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -22,6 +20,7 @@ from softcache.reader.memmap import file as files
 from softcache.reader.memmap import folder as thaw_folder
 from softcache.stages.materialize import materialize as materialize_command
 from tests.support import caches, text_caches
+from tests.support.programs import run_program
 
 
 def make_cache(url, **tables):
@@ -205,8 +204,8 @@ open_cache(sys.argv[1], memmap=MemmapSettings(folder=sys.argv[2])).read([0])
 
 @pytest.mark.parametrize("where", ["writing", "before_rename"])
 def test_a_thaw_that_was_killed_is_not_used_and_leaves_nothing_behind(where, images, tmp_path):
-    done = subprocess.run([sys.executable, "-c", KILLED, images, str(tmp_path), where], check=False)
-    assert done.returncode == -signal.SIGKILL
+    done = run_program(KILLED, images, tmp_path, where)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     assert [name for name in thawed_files(tmp_path) if name.endswith(".tmp")], "killed while it wrote"
     assert not list(tmp_path.glob("*.thaw"))
     same(opened(images, tmp_path).read_stored([7, 3]), open_cache(images).read_stored([7, 3]))
@@ -258,7 +257,7 @@ def _read(url, folder, barrier, results):
 
 
 def test_processes_that_thaw_at_once_make_it_once_and_nobody_waits_for_its_users(images, tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
     barrier, results = context.Barrier(3), context.Queue()
     all_three = [context.Process(target=_read, args=(images, tmp_path, barrier, results)) for _ in range(3)]
     for process in all_three:

@@ -1,23 +1,15 @@
 """Kills and damage, the short versions; `make chaos` runs the long ones."""
 
-import subprocess
-import sys
-
 import pytest
 
 from tests.chaos.corruption import KINDS, damage, merged
-from tests.support.caches import ROOT
+from tests.support.programs import run_program
 
 
 def crash(*arguments):
     """Runs the driver in a process that has never used TensorStore; returns its table, by row and column."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.chaos.crash", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    code = "import runpy; runpy.run_module('tests.chaos.crash', run_name='__main__')"
+    done = run_program(code, *arguments)
     assert done.returncode == 0, done.stderr[-5000:]
     lines = [[cell.strip() for cell in line.strip("| \n").split("|")] for line in done.stdout.splitlines()]
     return {

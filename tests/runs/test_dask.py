@@ -10,7 +10,9 @@ import sys
 import threading
 import time
 from collections import Counter
+from multiprocessing import forkserver
 
+import dask
 import psutil
 import pytest
 
@@ -141,7 +143,11 @@ def test_lost_and_held_units_are_asked_for_again(monkeypatch):
 
 @pytest.fixture(scope="module")
 def client():
-    with open_client("auto", LocalWorkers(2, gpus=False, torch_threads=1), dashboard=":0") as client:
+    forkserver.ensure_running()  # with what the tests preload, not with what Dask would
+    with (
+        dask.config.set({"distributed.worker.multiprocessing-method": "forkserver"}),
+        open_client("auto", LocalWorkers(2, gpus=False, torch_threads=1), dashboard=":0") as client,
+    ):
         yield client
 
 

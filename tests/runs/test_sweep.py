@@ -4,12 +4,10 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 import tomllib
-from pathlib import Path
 
 import pytest
 
@@ -23,7 +21,8 @@ from softcache.runs.sweep.results import ranked_trials, repeat_best, write_best,
 from softcache.runs.sweep.study import RETRIES, SharedStudy
 from softcache.stages.cli import main
 from tests.support import text_caches
-from tests.support.caches import ROOT, digits_config, make_cache
+from tests.support.caches import digits_config, make_cache
+from tests.support.programs import Program
 
 SPACE = {
     "temperature": {"low": 1, "high": 8, "log": True},
@@ -348,14 +347,10 @@ def softcache(in_tmp, shared_cache, monkeypatch, capsys):
 
 def kill_when(condition, *arguments):
     """Starts the command as a process of its own and kills it once the condition holds."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "softcache", *arguments]
-    log = Path("stderr.txt")
-    with log.open("w") as stderr:  # no pipe: a worker that outlives the command for a while would hold it
-        process = subprocess.Popen(words, env=environment, stderr=stderr)
+    code = "from softcache.stages.cli import main; main()"
+    process = Program(code, *arguments, cwd=os.getcwd())
     while not condition():
-        assert process.poll() is None, log.read_text()
+        assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()

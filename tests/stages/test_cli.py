@@ -17,6 +17,7 @@ from softcache.stages.cli import main
 from softcache.stages.cli import softcache as group
 from softcache.stages.commands import COMMANDS
 from tests.support.caches import ROOT
+from tests.support.programs import run_program
 
 CONFIG = """
 name = "small"
@@ -95,7 +96,9 @@ def labelled(tmp_path_factory):
     """A folder in which `softcache teacher-logits` has run; it is copied, never changed."""
     folder = tmp_path_factory.mktemp("labelled")
     (folder / "small.toml").write_text(CONFIG)
-    result = shell("teacher-logits", "--config", "small.toml", cwd=folder)
+    code = "from softcache.stages.cli import main; main()"
+    done = run_program(code, "teacher-logits", "--config", "small.toml", cwd=folder)
+    result = Result(done.returncode, done.stdout, done.stderr)
     assert result.code == 0, result
     return folder, result
 

@@ -505,7 +505,7 @@ def test_two_ranks_take_the_steps_of_one(labelled, tmp_path):
     alone.train()
     settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
     args = (port, (folder, source, cache.url), str(tmp_path), settings)
-    torch.multiprocessing.spawn(_rank, args, nprocs=2)
+    torch.multiprocessing.start_processes(_rank, args, nprocs=2, start_method="forkserver")
     for rank in (0, 1):
         weights, losses, eval_loss = torch.load(tmp_path / f"rank-{rank}.pt")
         assert_same(weights, alone.model.state_dict(), **ROUNDING)

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -28,7 +27,8 @@ from softcache.models.image import build_model
 from softcache.reader.cache import Cache, open_cache
 from softcache.runs import open_data, open_teacher, train_student
 from softcache.student.checkpoint import RunDirectory
-from tests.support.caches import ROOT, digits_config, make_cache
+from tests.support.caches import digits_config, make_cache
+from tests.support.programs import Program
 
 LABELS = ["cache", "ground_truth", "online"]
 RESTLESS = "tests.support.fakes_students:restless"
@@ -222,7 +222,6 @@ LONG = {"train": {"epochs": 8, "checkpoint_steps": 1}}
 KILLED = """
 import sys, time
 from contextlib import contextmanager
-sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
@@ -247,13 +246,9 @@ fit(open_cache(sys.argv[1]), Path(sys.argv[2]), labels=sys.argv[3], tables=LONG)
 def test_killed_for_real_it_ends_with_the_same_weights(tmp_path, shared_cache, labels):
     url = shared_cache[2].url
     moments = random.Random(LABELS.index(labels))
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLED.format(root=str(ROOT)), url, str(tmp_path / "broken"), labels],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-    )
+    process = Program(KILLED, url, tmp_path / "broken", labels)
     for _ in range(moments.randint(7, 23)):
-        assert process.stdout.readline() == b"step\n"
+        assert process.stdout.readline() == "step\n"
     time.sleep(moments.random() * 0.02)
     process.send_signal(signal.SIGKILL)
     process.communicate()

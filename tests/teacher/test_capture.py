@@ -1,10 +1,7 @@
 """The writing half: what it writes, what it refuses, and what a kill leaves behind."""
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -18,7 +15,8 @@ from softcache.labels import sparsify
 from softcache.reader.cache import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher
 from softcache.teacher.capture.writer import PendingUnit
-from tests.support.caches import ROOT, digits_config, make_cache
+from tests.support.caches import digits_config, make_cache
+from tests.support.programs import Program
 
 
 def run(url, **tables):
@@ -233,7 +231,6 @@ def test_loader_processes_give_the_same_cache(tmp_path, shared_cache):
 
 CAPTURE = """
 import sys, time
-sys.path.insert(0, {root!r})
 from tests.support.caches import make_cache
 import softcache.cache.units as units
 units._failpoint = lambda name: time.sleep({pause})
@@ -242,10 +239,7 @@ make_cache(sys.argv[1])
 
 
 def start_capture(url, pause=0.0):
-    script = CAPTURE.format(root=str(ROOT), pause=pause)
-    return subprocess.Popen(
-        [sys.executable, "-c", script, str(url)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    return Program(CAPTURE.format(pause=pause), url)
 
 
 def wait_for(condition, process, seconds=60):

@@ -3,10 +3,7 @@
 import copy
 import http.server
 import json
-import os
 import re
-import subprocess
-import sys
 import threading
 import tracemalloc
 
@@ -37,6 +34,7 @@ from softcache.tools.import_logprobs import find_responses, import_labels
 from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.data.test_text_source import CHAT, save_tokenizer
 from tests.support.caches import ROOT
+from tests.support.programs import run_program
 from tests.support.text_caches import text_config
 
 DOCUMENTS = {"packing": "documents", "max_train_samples": 20, "max_eval_samples": 8}
@@ -715,11 +713,8 @@ import_command(sys.argv[1:])
 def test_killed_halfway_and_run_again(served, tmp_path, toml):
     path = served.write(served.answers(prompt_logprobs), folder=tmp_path)
     arguments = [str(path), "--config", str(toml), "--cache", str(tmp_path / "cache")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments], env=environment, capture_output=True, check=False
-    )
-    assert killed.returncode == 9, killed.stderr.decode()
+    killed = run_program(KILLED, *arguments)
+    assert killed.returncode == 9, killed.stderr
     assert sorted(open_cache(str(tmp_path / "cache")).markers) == [0, 1]
     result = CliRunner().invoke(import_command, arguments, catch_exceptions=False)
     assert "2 units made now, 2 found, 0 of 4 missing" in result.stdout
