@@ -24,17 +24,10 @@ from tests.support.object_server import environment_of, find_weed, object_server
 
 sys.dont_write_bytecode = False
 torch.set_num_threads(1)
-# Loader processes, those of a run of many and programs are forked from a server that has imported what they need: ten
-# seconds, of which torchmetrics, with all that it brings along, is half.
-PRELOAD = [
-    "softcache.reader.loader",
-    "softcache.data.sources",
-    "softcache.runs",
-    "sklearn.datasets",
-    "torchmetrics",
-]
-PRELOAD += ["softcache.labels.sparsify.kernels", "softcache.losses.cpu_kernel"]
-multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
+# Loader processes, those of a run of many and programs are forked from a server that has imported what they need: nine
+# seconds, of which torchmetrics, with all that it brings along, is half. The fast tests train nothing in another process.
+PRELOAD_FAST = ["softcache.reader.loader", "softcache.data.sources", "softcache.runs"]
+PRELOAD = [*PRELOAD_FAST, "sklearn.datasets", "torchmetrics", "softcache.labels.sparsify.kernels"]
 
 # What `--fast` leaves out, by measured time: commands, benchmarks, docs pages, processes that are killed, object
 # storage, whole trainings, and what imports torchvision, transformers or scikit-learn. What is left holds the formulas,
@@ -76,6 +69,11 @@ def pytest_addoption(parser):
     parser.addoption(
         "--fast", action="store_true", help="Leave out SLOW_PATHS and tests marked slow: make test-fast."
     )
+
+
+def pytest_configure(config):
+    preload = PRELOAD_FAST if config.getoption("--fast") else PRELOAD
+    multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
 
 
 def pytest_ignore_collect(collection_path, config):
