@@ -47,18 +47,18 @@ def test_a_student_of_another_source_is_exported_for_what_it_reads(trained, tmp_
     run = trained / "runs" / name
     report = open_report([run])
     figures = export_run(report, report.runs[0], tmp_path / "out", FEW)
-    told = figures["models"]
+    models = figures["models"]
     assert figures["quantization"] == kind
-    assert told["student.onnx"]["same_predictions"] == told["student.pt2"]["same_predictions"] == 1.0
-    assert told["student"]["accuracy"] == pytest.approx(metrics_of(run)["accuracy"])
-    assert told["student"]["eval_loss"] == pytest.approx(metrics_of(run)["eval_loss"], rel=1e-4)
+    assert models["student.onnx"]["same_predictions"] == models["student.pt2"]["same_predictions"] == 1.0
+    assert models["student"]["accuracy"] == pytest.approx(metrics_of(run)["accuracy"])
+    assert models["student"]["eval_loss"] == pytest.approx(metrics_of(run)["eval_loss"], rel=1e-4)
     # The teacher is scored and timed on its own images, and compared with the student sample by sample.
     assert figures["input"]["teacher_latency_shape"] == [1, 8, 8] != figures["input"]["latency_shape"]
     observed = observe(report, split="held-out")
     right = (observed.teacher.guess_P == observed.targets_P).mean()
-    assert told["teacher"]["accuracy"] == pytest.approx(right)
+    assert models["teacher"]["accuracy"] == pytest.approx(right)
     same = (observed.teacher.guess_P == observed.students[0].guess_P).mean()
-    assert told["teacher"]["same_predictions"] == pytest.approx(same)
+    assert models["teacher"]["same_predictions"] == pytest.approx(same)
 
 
 def test_a_file_of_any_length_is_padded_to_the_exported_input(trained, tmp_path):
@@ -83,8 +83,8 @@ def test_students_of_one_cache_are_reported_together_whatever_they_read(trained)
         "mlp?width=8 (cache, reads digits size 4 grey)",
     ]
     observed = observe(report, split="held-out")
-    for run, said in zip(report.runs, observed.students, strict=True):
-        assert (said.guess_P == observed.targets_P).mean() == pytest.approx(run.metrics["accuracy"])
+    for run, student in zip(report.runs, observed.students, strict=True):
+        assert (student.guess_P == observed.targets_P).mean() == pytest.approx(run.metrics["accuracy"])
     shown = [one for gallery in example_sets(report, observed, Names(report)) for one in gallery.examples]
     assert all(one.picture for one in shown)
 
@@ -135,16 +135,16 @@ def test_compare_students_and_sweep_take_them_as_any_other(in_tmp, trained, stud
     }
     (in_tmp / "other.toml").write_text(tomli_w.dumps(tables))
 
-    def told(command, *more):
+    def printed(command, *more):
         result = CliRunner().invoke(softcache, [command, "--config", "other.toml", "--json", *more])
         assert result.exit_code == 0, (result.output, result.exception)
         return json.loads(result.stdout)
 
-    compared = told("compare", "--seeds", "1")["students"]
+    compared = printed("compare", "--seeds", "1")["students"]
     assert set(compared) == {"hard labels", "cache, 1 view", "cache, 2 views", "online teacher"}
-    table = told("train-students")["students"]
+    table = printed("train-students")["students"]
     # The default of student.models is of images; a student of bytes without one has its own architecture alone.
     assert {row["model"] for row in table} == {student["model"]} | (set() if student is BYTES else {"linear"})
-    (trial,) = told("sweep", "--no-cost")["trials"]
+    (trial,) = printed("sweep", "--no-cost")["trials"]
     own = next(row for row in table if row["model"] == student["model"])
     assert (trial["state"], trial["value"]) == ("complete", own["cache"]["accuracy"])

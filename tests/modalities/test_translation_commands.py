@@ -27,8 +27,8 @@ def place(tmp_path_factory):
             )
             tables = config.model_dump(mode="json", exclude_unset=True) | {"cache": f"{name}/cache"}
             (folder / f"{name}.toml").write_text(tomli_w.dumps(tables))
-            told = invoke("teacher-logits", "--config", f"{name}.toml")
-            assert "units made now, 0 found" in told
+            output = invoke("teacher-logits", "--config", f"{name}.toml")
+            assert "units made now, 0 found" in output
     return folder
 
 
@@ -56,9 +56,9 @@ WORKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("command", "told"), WORKS.values(), ids=WORKS.keys())
-def test_a_command_works_on_pairs(run, command, told):
-    assert told in run(*command)
+@pytest.mark.parametrize(("command", "printed"), WORKS.values(), ids=WORKS.keys())
+def test_a_command_works_on_pairs(run, command, printed):
+    assert printed in run(*command)
 
 
 MADE = {
@@ -111,9 +111,9 @@ def finished(place):
         invoke("train-student", "--config", "one.toml", "--no-baseline", "--out", "run")
 
 
-@pytest.mark.parametrize(("command", "error", "told"), REFUSED.values(), ids=REFUSED.keys())
-def test_a_command_that_cannot_work_on_pairs_refuses_by_name(finished, run, command, error, told):
-    with pytest.raises(error, match=told):
+@pytest.mark.parametrize(("command", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_command_that_cannot_work_on_pairs_refuses_by_name(finished, run, command, error, message):
+    with pytest.raises(error, match=message):
         run(*command)
 
 
@@ -134,5 +134,5 @@ def test_a_report_shows_pairs_as_texts(finished, run, place, tmp_path):
 
 def test_convert_counts_rows_as_rows(run, tmp_path):
     rows = open_cache("one/cache").manifest.total_rows
-    told = run("convert", "one/cache", tmp_path / "made", "--store", "zarr")
-    assert f"{rows:,}/{rows:,} rows" in told
+    output = run("convert", "one/cache", tmp_path / "made", "--store", "zarr")
+    assert f"{rows:,}/{rows:,} rows" in output
