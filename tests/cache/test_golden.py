@@ -123,6 +123,7 @@ def test_a_frozen_manifest_is_written_again_byte_for_byte(store):
         assert marker.to_bytes() == (GOLDEN / store / "units" / f"{number:05d}.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_student_still_learns_from_a_frozen_cache(store, tmp_path):
     run = config(store)
     data, cache = open_data(run), open_cache(str(GOLDEN / store))

@@ -74,6 +74,7 @@ def test_a_config_with_a_space_is_written_and_read_alike():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -91,6 +92,7 @@ def test_what_the_cache_the_data_or_the_students_do_not_allow_costs_no_trial(sha
         checked_space(space(**given), data, cache)
 
 
+@pytest.mark.slow
 def test_drawn_labels_allow_only_the_losses_that_can_be_estimated(tmp_path):
     labels = {"policy": "sample", "num_samples": 6, "num_views": 1}
     config, data, cache = make_cache(tmp_path / "drawn", labels=labels)

@@ -85,7 +85,7 @@ def test_a_cache_survives_pickling(shared_cache):
     assert np.array_equal(copy.read([3, 4]).ids, shared_cache[2].read([3, 4]).ids)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_plain_dataloader_gives_batches_with_their_labels(shared_cache, workers):
     _, data, cache = shared_cache
     dataset = SoftLabelDataset(data.train.source, cache, view=1)

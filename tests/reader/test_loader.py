@@ -92,6 +92,7 @@ def test_a_state_saved_before_every_batch_gives_the_rest_in_a_fresh_loader(opene
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_so_it_does_with_loader_processes_which_count_what_was_consumed(opened, whole, workers):
     batches, states = whole
@@ -242,7 +243,7 @@ def test_a_transform_may_seed_the_process_wide_random_state(opened):
 # -- what must never pass ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_changed_pixels_are_caught_and_named(opened, workers):
     source = Renamed(opened[1], image=33)
     with (

@@ -91,7 +91,9 @@ def assert_right(batches, cache, data):
         assert torch.equal(batch.images, data.train.load(batch.samples, batch.view).images)
 
 
-@pytest.mark.parametrize(("workers", "context"), [(0, None), (2, "forkserver")])
+@pytest.mark.parametrize(
+    ("workers", "context"), [(0, None), pytest.param(2, "forkserver", marks=pytest.mark.slow)]
+)
 def test_a_plain_dataloader_in_block_order(shared_cache, workers, context):
     _, data, cache = shared_cache
     dataset = SoftLabelDataset(data.train.source, cache, view=1)
