@@ -7,7 +7,7 @@ from torch import nn
 
 from softcache.errors import ConfigError, LabelError, SpecError
 from softcache.models.image import Normalize, build_model
-from softcache.models.spec import parse_spec
+from softcache.models.spec import architecture_of, is_same_origin, parse_spec
 from softcache.models.weights import count_parameters, load_weights, select_device
 from softcache.teacher.base import TeacherSettings
 from softcache.teacher.image import ImageTeacher, load_image_teacher
@@ -135,3 +135,26 @@ def test_unknown_device():
 
 def test_parameters_are_counted_without_buffers():
     assert count_parameters(nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))) == 3 * 2 + 2 + 4
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("hf:models/qwen?dtype=bfloat16", "hf:/data/models/qwen", True),
+        ("hf:Qwen/Qwen3-8B", "hf:/data/Qwen3-8B?revision=main", True),
+        ("hf:models/qwen", "hf:models/llama", False),
+        ("timm:resnet18?pretrained=true", "timm:resnet18", True),
+        ("timm:resnet18", "timm:resnet34", False),
+        ("mlp?width=8", "mlp?width=9", False),
+        ("mlp", "cnn", False),
+    ],
+)
+def test_specs_of_one_model_differ_in_where_it_is_loaded_from(one, other, same):
+    assert is_same_origin(one, other) == is_same_origin(other, one) == same
+
+
+def test_an_architecture_is_the_function_without_its_weights():
+    model = torch.nn.Linear(2, 2)
+    assert architecture_of(model, "timm:vit?pretrained=true&img_size=32") == "timm:vit?img_size=32"
+    assert architecture_of(model, "mlp") == "mlp"
+    assert architecture_of(model, "my.models:make?width=3") == "my.models:make?width=3"

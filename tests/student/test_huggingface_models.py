@@ -1,6 +1,7 @@
 """Pretrained folders of three families as teacher and as student, and chats, from the config to the trained student."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,8 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from softcache.data.sources.text.source import load_tokenizer
+from softcache.errors import IdentityError
 from softcache.models.language import build_language_model
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
+from softcache.runs.cache import check_config_matches_cache
 from tests.support.text_caches import text_config
 
 FAMILIES = {
@@ -61,6 +64,28 @@ def test_a_pretrained_teacher_labels_and_a_pretrained_student_learns(tmp_path, t
         .__name__.lower()
         .startswith(student)
     )
+
+
+def test_a_capture_goes_on_with_the_same_teacher_from_another_path(tmp_path):
+    """Weights, configuration and dtype are its identity; where they were loaded from is not."""
+    tokenizer = load_tokenizer(text_config(tmp_path).source)
+    save_model(tmp_path / "one" / "teacher", FAMILIES["llama"], tokenizer)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+
+    def capture(folder):
+        teacher = {"model": f"hf:{tmp_path / folder / 'teacher'}"}
+        config = text_config(tmp_path, teacher=teacher)
+        data = open_data(config)
+        return config, capture_labels(config, data, open_teacher(config, data), str(tmp_path / "cache"))
+
+    _, (_, first) = capture("one")
+    config, (cache, again) = capture("two")
+    assert (first.units_found, again.units_done) == (0, 0)
+    check_config_matches_cache(config, cache)
+    path = tmp_path / "two" / "teacher" / "config.json"
+    path.write_text(path.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    with pytest.raises(IdentityError, match=r"identity\.teacher\.architecture: 'LlamaForCausalLM:"):
+        capture("two")
 
 
 @pytest.mark.parametrize(("asked", "least", "most"), [("", 0.9, 1.0), ("?dtype=bfloat16", 0.0, 0.3)])

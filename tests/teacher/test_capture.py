@@ -85,7 +85,7 @@ def test_batch_size_does_not_reach_the_contents_beyond_float_rounding(tmp_path, 
 @pytest.mark.parametrize(
     ("tables", "field"),
     [
-        ({"teacher": {"model": "tests.fakes:known_scaled"}}, "teacher.spec"),
+        ({"teacher": {"model": "tests.fakes:known_scaled"}}, "teacher.architecture"),
         ({"labels": {"k": 3}}, "labels.k"),
         ({"labels": {"num_views": 3}}, "views.num_views"),
         ({"views": {"padding": 2}}, "views.digest"),

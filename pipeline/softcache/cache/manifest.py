@@ -296,9 +296,16 @@ class Manifest(_Document):
 
 
 def diff_manifests(here: Manifest, there: Manifest) -> list[str]:
-    """Returns one line `field: here; there` for every field in which two caches cannot be one."""
+    """Returns one line `field: here; there` for every field in which two caches cannot be one.
+
+    The spec of a teacher only says where it was loaded from; its weights, architecture and dtype are its identity.
+    """
     compared = {"identity", "plan", "rows", "store", "kind", "num_classes"}
     one, other = (json.loads(manifest.model_dump_json(include=compared)) for manifest in (here, there))
+    teachers = [document["identity"]["teacher"] for document in (one, other)]
+    is_named = all("architecture" in teacher for teacher in teachers)  # caches of before have the spec alone
+    for teacher in teachers:
+        teacher.pop("spec" if is_named else "architecture", None)
     return list(_differ(one, other, ""))
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl
 
 from softcache.errors import SpecError
+from softcache.hashing.digests import digest_json
 
-__all__ = ["ModelSpec", "parse_spec"]
+__all__ = ["ModelSpec", "architecture_of", "is_same_origin", "parse_spec"]
 
 
 @dataclass(frozen=True)
@@ -52,3 +54,45 @@ def parse_spec(spec: str) -> ModelSpec:
             f"model spec {spec!r}: no model name; expected e.g. mlp, timm:resnet18, module:factory"
         )
     return ModelSpec(family, name, args)
+
+
+def is_same_origin(one: str, other: str) -> bool:
+    """Whether two specs may be of one model: they are equal, but for arguments of loading and for the folder above it.
+
+    What a model is, its weights say; this is for where only specs are known.
+    """
+    parts = []
+    for spec in (one, other):
+        args = {key: x for key, x in parse_spec(spec).args.items() if key not in LOADING_ARGUMENTS}
+        parts.append((spec.partition("?")[0].rstrip("/"), args))
+    (first, args), (second, other_args) = parts
+    is_path = all("/" in path or path.startswith(("hf:.", "hf:~")) for path in (first, second))
+    return args == other_args and (
+        first == second or (is_path and first.rpartition("/")[2] == second.rpartition("/")[2])
+    )
+
+
+LOADING_ARGUMENTS = frozenset({"pretrained", "weights", "checkpoint_path", "cache_dir", "revision", "dtype"})
+"""Arguments of a spec that say where weights come from, or in which dtype; their digest says which they are."""
+VOLATILE_CONFIG = re.compile(
+    r"_name_or_path|transformers_version|(torch_)?dtype|architectures|use_cache|_?attn_implementation.*|.*_token_id"
+)
+"""Keys of a transformers configuration that change no logit of a given text."""
+
+
+def architecture_of(model: Any, spec: str) -> str:
+    """Returns a name of the function that a model is, its weights aside.
+
+    Two teachers with equal names and equal weights give equal labels, from whichever path or hub name they were loaded.
+
+    Of a transformers model it is its class and a digest of its configuration, of others the spec without the arguments
+    that say where weights come from.
+    """
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "to_diff_dict"):
+        kept = {key: x for key, x in config.to_diff_dict().items() if not VOLATILE_CONFIG.fullmatch(key)}
+        return f"{type(model).__name__}:{digest_json(json.loads(json.dumps(kept, default=str)))[:16]}"
+    parsed = parse_spec(spec)
+    args = {key: value for key, value in sorted(parsed.args.items()) if key not in LOADING_ARGUMENTS}
+    name = parsed.name if parsed.family in ("builtin", "factory") else f"{parsed.family}:{parsed.name}"
+    return name + ("?" + "&".join(f"{key}={value}" for key, value in args.items()) if args else "")

@@ -13,6 +13,7 @@ from softcache.config.run import RunConfig
 from softcache.errors import ConfigError, IdentityError
 from softcache.hashing.digests import digest_json
 from softcache.modalities import Data
+from softcache.models.spec import is_same_origin
 from softcache.reader.alignment import check_alignment
 from softcache.reader.cache import Cache, open_cache
 from softcache.runs.teacher import open_teacher, teacher_is_missing, teacher_settings
@@ -67,8 +68,9 @@ def check_config_matches_cache(config: RunConfig, cache: Cache) -> None:
     fused = "fusion" in found  # [labels] and [teacher] then say how one of several teachers labels
     if fused:
         given = {key: value for key, value in given.items() if key.split(".")[1] in FUSED_CACHE_SETTINGS}
-    if config.teacher is not None and not (imported or fused):
-        given["teacher.model"], there["teacher.model"] = config.teacher.model, found["teacher"]["spec"]
+    named, spec = config.teacher, found["teacher"]["spec"]
+    if named is not None and not (imported or fused) and not is_same_origin(named.model, spec):
+        given["teacher.model"], there["teacher.model"] = named.model, spec
     if "store" in config.capture.model_fields_set:
         given["capture.store"], there["capture.store"] = config.capture.store, cache.manifest.store
     differing = [

@@ -20,6 +20,7 @@ from softcache.errors import ConfigError
 from softcache.hashing.digests import digest_weights
 from softcache.labels import SoftLabels, collect
 from softcache.labels.sparsify import LabelSettings, logit_faults
+from softcache.models.spec import architecture_of
 from softcache.models.weights import count_parameters
 from softcache.settings import Settings
 
@@ -43,6 +44,7 @@ class Teacher(ABC):
         num_classes: V.
         num_parameters: scalars in its parameters.
         weights_digest: sha256 over its state dict, independent of the file format.
+        architecture: names what the weights are put into, wherever they come from; see `architecture_of`.
     """
 
     def __init__(
@@ -51,12 +53,13 @@ class Teacher(ABC):
         self.spec, self.num_classes, self.device, self.dtype = spec, num_classes, device, dtype
         self.num_parameters = count_parameters(model)
         self.weights_digest = digest_weights(model.state_dict())
+        self.architecture = architecture_of(model, spec)
         self.model = model.to(device).eval().requires_grad_(False)
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """Returns the teacher's part of a cache's identity."""
-        facts = {"spec": self.spec, "weights_digest": self.weights_digest, "dtype": self.dtype}
-        return {"teacher": facts}
+        names = ("spec", "weights_digest", "architecture", "dtype")
+        return {"teacher": {name: getattr(self, name) for name in names}}
 
     def class_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Returns the names of the classes that it labels, of the source's."""

@@ -107,7 +107,8 @@ def check_teacher(cache: Cache, teacher: Teacher) -> None:
     differing = [
         f"{name} {str(value)[:40]} here, {str(there.get(name))[:40]} there"
         for name, value in teacher.identity()["teacher"].items()
-        if value != there.get(name)
+        # The spec is where it was loaded from; caches of before have it alone.
+        if value != there.get(name) and name != ("spec" if "architecture" in there else "architecture")
     ]
     if differing:
         raise IdentityError(
