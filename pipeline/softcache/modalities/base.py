@@ -183,6 +183,8 @@ class Modality(ABC):
         more_scores: further columns of that table.
         has_report: whether `softcache report` and `export` show its students.
         imports_responses: whether `softcache import` makes labels of a server's answers to its samples.
+        weight_decay_exempt: whether norms, biases and embeddings of its students have no weight decay where
+            train.weight_decay_exempt does not give it.
     """
 
     name: ClassVar[str] = ""
@@ -192,6 +194,7 @@ class Modality(ABC):
     more_scores: ClassVar[tuple[Score, ...]] = ()
     has_report: ClassVar[bool] = False
     imports_responses: ClassVar[bool] = False
+    weight_decay_exempt: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

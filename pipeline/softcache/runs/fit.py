@@ -11,7 +11,7 @@ from typing import Any
 from softcache.cache.storage.base import is_bucket
 from softcache.config.run import RunConfig
 from softcache.hashing.digests import digest_json
-from softcache.modalities import Data
+from softcache.modalities import Data, modality_of
 from softcache.runtime.distributed import join, on_cpu
 from softcache.runtime.logging import event, log_info, progress_bar
 from softcache.student import TrainBatches, train
@@ -33,13 +33,14 @@ def run_training(
     track_with: str | None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
+    settings = config.train.with_default_exemption(modality_of(config).weight_decay_exempt)
     otherwise = config.student.tokenizer or config.student.has_own_input
     described = {
         "model": model,
         **data.identity(),
         "student_data": data.student_data(config).identity() if otherwise else None,
         "context": config.student.context,
-        "train": config.train.identity(),
+        "train": settings.identity(),
         "order": {"block_samples": feed.order.block_samples, "window_blocks": feed.order.window_blocks},
         **identity,
     }
@@ -72,12 +73,13 @@ def run_training(
         metrics = train(
             task,
             feed,
-            settings=config.train,
+            settings=settings,
             out=folder,
             config=described,
             mirror=mirror,
             loss=None if config.train.labels == "ground_truth" else config.loss,
-            resolved=config.model_dump(mode="json") | {"student": _as_trained(config, model)},
+            resolved=config.model_dump(mode="json")
+            | {"train": settings.model_dump(mode="json"), "student": _as_trained(config, model)},
             track=track_with,
             on_step=advance,
             on_epoch=log_epoch,

@@ -38,7 +38,8 @@ class Registry(Generic[T]):
 
     Args:
         kind: what error messages call one of them, such as "loss" or "label policy".
-        package: the package whose modules register the built-in variants; imported at the first lookup.
+        package: the package whose modules register the built-in variants, or one module that does; imported at the first
+            lookup.
         group: the entry-point group of other packages' variants, such as `softcache.losses`.
         error: what is raised for an unknown name.
         recursive: whether the modules of the package's subpackages are imported, too.
@@ -150,7 +151,7 @@ class Registry(Generic[T]):
         package = importlib.import_module(self._package)
         find = pkgutil.walk_packages if self._is_recursive else pkgutil.iter_modules
         try:
-            for module in find(package.__path__, f"{self._package}."):
+            for module in find(getattr(package, "__path__", ()), f"{self._package}."):
                 importlib.import_module(module.name)
         except BaseException:  # the next lookup must not take the part that was imported for the whole
             self._is_loaded = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from softcache.reader.order import BlockShuffle
 from softcache.runtime.signals import pending_signal
 from softcache.student.checkpoint import RunDirectory
 from softcache.student.loss_schedule import LossScheduler
+from softcache.student.optimizers import build_optimizer
 from softcache.student.settings import TrainSettings
 from softcache.student.tasks import Task
 
@@ -55,7 +55,15 @@ class Trainer:
     ) -> None:
         self.accelerator, self.task, self.feed, self.settings = accelerator, task, feed, settings
         model = task.build()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+        optimizer = build_optimizer(
+            settings.optimizer,
+            model,
+            lr=settings.lr,
+            weight_decay=settings.weight_decay,
+            exempt=bool(settings.weight_decay_exempt),
+            arguments=settings.optimizer_args,
+        )
+        self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self._loss_sum, self._loss_rows = torch.zeros((), device=accelerator.device), 0
         self._steps = [feed.order.num_steps(epoch) for epoch in range(settings.epochs)]
@@ -76,9 +84,11 @@ class Trainer:
         self.model.train()
         for batch in self._loader:
             num_samples = self.feed.order.num_samples(self.feed.order.step - 1)
-            factor = self._schedule(self.step - 1)  # the loader has counted the batch
-            for group in self._optimizer.param_groups:
-                group["lr"] = self.settings.lr * factor
+            factor = self.settings.lr_factor(
+                self.step - 1, sum(self._steps)
+            )  # the loader has counted the batch
+            for group, lr in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
+                group["lr"] = lr * factor
             self._update(batch.to(self.accelerator.device))
             if self.adaptation is not None:
                 self.adaptation.update(factor)
@@ -97,14 +107,6 @@ class Trainer:
             return None
         signal_number = torch.tensor([float(asked or 0)], device=self.accelerator.device)
         return int(self.accelerator.gather(signal_number).max()) or None
-
-    def _schedule(self, step: int) -> float:
-        """Linear warm-up, then half a cosine down to zero; a factor of the learning rate in (0, 1]."""
-        total = sum(self._steps)
-        warmup = max(1, round(self.settings.warmup_share * total))
-        if step < warmup:
-            return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
     def _update(self, batch: Any) -> None:
         """One optimizer step on one batch, in `accumulation_steps` pieces of exact weight."""

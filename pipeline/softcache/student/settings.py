@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from softcache.data.pairing import PairingSettings
 from softcache.data.sources.base import SourceSettings, source_table
 from softcache.data.sources.images.encoded import student_source_class, student_source_classes
 from softcache.data.transforms.student import StudentViewSettings
 from softcache.settings import Settings
+from softcache.student.optimizers import OPTIMIZERS
 
-__all__ = ["StudentSettings", "TrainSettings"]
+__all__ = ["StudentSettings", "TrainSettings", "drop_later_defaults"]
+
+DEFAULT_DECAY_SHARE = 0.1
 
 
 StudentSource = Annotated[
@@ -61,6 +65,13 @@ class TrainSettings(Settings):
     `target_metric` ends the run when the accuracy (images) is at least, or the evaluation loss (text, nats) at most, this
     value. With many processes `batch_size` counts the samples of all of them, and a process that does not respond for
     `ddp_timeout_seconds` ends the run.
+
+    `optimizer` is a name of `softcache.student.optimizers` or `package.module:factory`; `optimizer_args` are its further
+    arguments. `weight_decay_exempt` takes norms, biases and embeddings out of the weight decay; None: of language models.
+
+    After a linear warm-up over `warmup_share` of the steps, `schedule` lowers the learning rate to `min_lr_share` of `lr`:
+    over all steps that are left (`cosine`, `linear`), or linearly over the last `decay_share` of all steps (0.1 where it is
+    None; `warmup_stable_decay`).
     """
 
     labels: Literal["cache", "ground_truth", "online"] = "cache"
@@ -68,8 +79,14 @@ class TrainSettings(Settings):
     batch_size: int = Field(128, ge=1)
     eval_batch_size: int = Field(1024, ge=1)
     lr: float = Field(2e-3, gt=0)
+    optimizer: str = "adamw"
+    optimizer_args: dict[str, Any] = Field(default_factory=dict)
     weight_decay: float = Field(1e-4, ge=0)
+    weight_decay_exempt: bool | None = None
+    schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
     warmup_share: float = Field(0.05, ge=0, le=1)
+    min_lr_share: float = Field(0.0, ge=0, le=1)
+    decay_share: float | None = Field(None, gt=0, le=1)
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu"] = "auto"
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -78,6 +95,61 @@ class TrainSettings(Settings):
     checkpoint_steps: int | None = Field(None, ge=1)
     target_metric: float | None = Field(None, ge=0)
     ddp_timeout_seconds: float = Field(600, ge=1)
+
+    @field_validator("optimizer")
+    @classmethod
+    def _check_optimizer(cls, name: str) -> str:
+        OPTIMIZERS.get(name)
+        return name
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> TrainSettings:
+        if self.decay_share is not None and self.schedule != "warmup_stable_decay":
+            raise ValueError(
+                f'decay_share: read by schedule = "warmup_stable_decay"; found schedule = "{self.schedule}", which has no '
+                "part without decay; drop it"
+            )
+        if self.min_lr_share and self.schedule == "constant":
+            raise ValueError(
+                'min_lr_share: schedule = "constant" stays at lr; drop it, or choose another schedule'
+            )
+        if self.schedule == "warmup_stable_decay" and self.warmup_share + self._decay_share > 1:
+            raise ValueError(
+                f"decay_share: warm-up and decay are {self.warmup_share:g} and {self._decay_share:g} of the steps; expected "
+                "at most 1 together; lower one"
+            )
+        if taken := sorted({"lr", "weight_decay", "params"} & set(self.optimizer_args)):
+            raise ValueError(
+                f"optimizer_args.{taken[0]}: not an argument here; set train.lr, train.weight_decay"
+            )
+        return self
+
+    @property
+    def _decay_share(self) -> float:
+        return DEFAULT_DECAY_SHARE if self.decay_share is None else self.decay_share
+
+    def lr_factor(self, step: int, num_steps: int) -> float:
+        """Returns what `lr` is multiplied by at a step of so many, counted from 0."""
+        warmup = max(1, round(self.warmup_share * num_steps))
+        if step < warmup:
+            return (step + 1) / warmup
+        share = (step - warmup) / max(1, num_steps - warmup)
+        if self.schedule == "constant":
+            return 1.0
+        if self.schedule == "cosine":
+            height = 0.5 * (1 + math.cos(math.pi * share))
+        elif self.schedule == "linear":
+            height = 1 - share
+        else:
+            decay = max(1, round(self._decay_share * num_steps))
+            height = min(1.0, (num_steps - step) / decay)
+        return self.min_lr_share + (1 - self.min_lr_share) * height
+
+    def with_default_exemption(self, exempt: bool) -> TrainSettings:
+        """Returns these settings with `weight_decay_exempt` as given where they leave it open."""
+        if self.weight_decay_exempt is not None:
+            return self
+        return self.model_copy(update={"weight_decay_exempt": exempt})
 
     @property
     def labels_id(self) -> str:
@@ -88,8 +160,29 @@ class TrainSettings(Settings):
         """Returns the settings that identify a run, by their names in the config.json of its folder.
 
         Those names are fixed: `target_metric` is `stop_at` there, and ground truth is "hard". `device`,
-        `eval_batch_size` and `ddp_timeout_seconds` may differ in a rerun: they do not change the result.
+        `eval_batch_size` and `ddp_timeout_seconds` may differ in a rerun: they do not change the result. Keys that a run may
+        be older than are there where they differ from what it did.
         """
-        train = self.model_dump(mode="json", exclude={"device", "eval_batch_size", "ddp_timeout_seconds"})
+        train = drop_later_defaults(
+            self.model_dump(mode="json", exclude={"device", "eval_batch_size", "ddp_timeout_seconds"})
+        )
         stop_at = train.pop("target_metric")
         return train | {"labels": self.labels_id, "stop_at": stop_at}
+
+
+LATER_DEFAULTS: dict[str, tuple[Any, ...]] = {
+    "optimizer": ("adamw",),
+    "optimizer_args": ({},),
+    "weight_decay_exempt": (None, False),
+    "schedule": ("cosine",),
+    "min_lr_share": (0.0,),
+    "decay_share": (None, DEFAULT_DECAY_SHARE),
+}
+"""Keys of [train] that folders of runs may be older than, and the values with which a run is what it was before."""
+
+
+def drop_later_defaults(train: dict[str, Any]) -> dict[str, Any]:
+    """Returns a dumped [train] without the keys of LATER_DEFAULTS that change nothing, as older runs and sweeps have it."""
+    exempt = train["weight_decay_exempt"] and train["weight_decay"] > 0
+    train = train | {"weight_decay_exempt": exempt or None}
+    return {key: value for key, value in train.items() if value not in LATER_DEFAULTS.get(key, ())}

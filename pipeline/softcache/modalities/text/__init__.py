@@ -30,6 +30,7 @@ class Text(Modality):
     unit = "; held-out loss in nats per token"
     has_report = True
     imports_responses = True
+    weight_decay_exempt = True
     generates = False
 
     def open(self, config: RunConfig) -> Data:

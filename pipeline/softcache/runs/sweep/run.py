@@ -34,6 +34,7 @@ from softcache.runs.sweep.trial import TrialContext, run_trial
 from softcache.runtime.distributed import num_ranks
 from softcache.runtime.logging import log_info
 from softcache.runtime.signals import Interrupted, handle_signals, raise_if_signalled
+from softcache.student.settings import drop_later_defaults
 
 __all__ = ["Sweep", "open_sweep", "run_sweep"]
 
@@ -93,6 +94,9 @@ def open_sweep(config: RunConfig, url: str, path: Path) -> Sweep:
 
 def _identity(bench: TrialContext, space: Space) -> dict[str, Any]:
     described = bench.config.model_dump(mode="json", exclude=NON_IDENTITY_SETTINGS)
+    train = bench.config.train.with_default_exemption(modality_of(bench.config).weight_decay_exempt)
+    described["train"]["weight_decay_exempt"] = train.weight_decay_exempt
+    described["train"] = drop_later_defaults(described["train"])
     described["loss"] = dict.fromkeys(IDENTITY_PARAMETERS) | described["loss"]
     described["sweep"]["space"] = {name: to_json(axis) for name, axis in space.items()}
     return described | {"cache": bench.cache.manifest_sha256, **bench.data.identity()}
