@@ -39,6 +39,7 @@ EXTRA_BY_PACKAGE = {
     "lightning": "lightning",
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
     "obstore": "cloud",
+    "peft": "lora",
     "tensorboard": "track",
 }
 """The extra that installs a package. "train" is part of "vision" and of "text"."""

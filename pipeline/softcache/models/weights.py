@@ -11,7 +11,15 @@ from softcache.errors import SpecError
 from softcache.models.spec import parse_spec
 from softcache.runtime.logging import log_info
 
-__all__ = ["count_parameters", "float32_weights", "load_weights", "select_device"]
+__all__ = [
+    "count_parameters",
+    "float32_weights",
+    "frozen_names",
+    "is_adapted",
+    "load_weights",
+    "select_device",
+    "trained_state",
+]
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -20,6 +28,8 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     `.safetensors` is read by safetensors, anything else by `torch.load(weights_only=True)`, which
     refuses to run code. A checkpoint whose state dict sits under `model`, `state_dict` or
     `model_state_dict` is unwrapped.
+
+    Of a model with adapters, the file holds what is trained.
 
     Raises:
         SpecError: the file is missing, unreadable, or does not fit (the names that differ are listed).
@@ -42,9 +52,11 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         problems = model.load_state_dict(state, strict=False)
     except Exception as error:
         raise SpecError(f"weights {path}: cannot be loaded: {type(error).__name__}: {error}") from error
-    if problems.missing_keys or problems.unexpected_keys:
+    frozen = frozen_names(model)
+    missing = [name for name in problems.missing_keys if name not in frozen]
+    if missing or problems.unexpected_keys:
         raise SpecError(
-            f"weights {path}: do not fit the model; missing {problems.missing_keys[:5]}, "
+            f"weights {path}: do not fit the model; missing {missing[:5]}, "
             f"unexpected {problems.unexpected_keys[:5]}; check teacher.model and its arguments"
         )
 
@@ -69,6 +81,27 @@ def float32_weights(model: nn.Module, spec: str) -> nn.Module:
         'of a weight are lost; drop dtype from the spec for float32 weights (train.precision = "bf16" computes in bfloat16)'
     )
     return model
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Returns whether a model, or one inside, has adapters of peft."""
+    return any(kind.__module__.startswith("peft.") for part in model.modules() for kind in type(part).__mro__)
+
+
+def frozen_names(model: nn.Module) -> set[str]:
+    """Returns the names of parameters that training leaves as they are: in a model with adapters, the frozen ones."""
+    if not is_adapted(model):
+        return set()
+    named = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in named if not parameter.requires_grad}
+
+
+def trained_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Returns a model's state dict without its frozen names."""
+    state: dict[str, torch.Tensor] = model.state_dict()
+    for name in frozen_names(model):
+        state.pop(name, None)
+    return state
 
 
 def count_parameters(model: nn.Module) -> int:

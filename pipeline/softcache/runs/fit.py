@@ -44,6 +44,8 @@ def run_training(
         "order": {"block_samples": feed.order.block_samples, "window_blocks": feed.order.window_blocks},
         **identity,
     }
+    if config.student.lora is not None:
+        described["lora"] = config.student.lora.model_dump(mode="json")
     if out is None:
         out = (
             config.root
@@ -95,7 +97,7 @@ def slugify(model: str) -> str:
 
 def _as_trained(config: RunConfig, model: str) -> dict[str, Any]:
     """Returns the student part of a resolved config: its architecture, and the inputs that differ from the teacher's."""
-    student, keys = config.student, {"context", "tokenizer"}
+    student, keys = config.student, {"context", "tokenizer", "lora"}
     if student.has_own_input:
         keys |= {"source", "views", "pairing"}
     student_settings = student.model_dump(mode="json", include=keys)

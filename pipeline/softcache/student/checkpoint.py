@@ -3,8 +3,10 @@
     OUT/config.json           what the run is; a directory that holds another run is refused
     OUT/resolved.json         every setting that it ran with, defaults included; to read, not compared
     OUT/checkpoint/           the last state that can be resumed exactly (accelerate's layout + progress.json)
-    OUT/best.safetensors      the weights of the best epoch so far
+    OUT/best.safetensors      the weights of the best epoch so far, by the task's metric
     OUT/model.safetensors     the weights at the end
+    OUT/hf/                   language models: the best epoch's model with its tokenizer, as transformers loads it
+    OUT/adapter/              language models with LoRA: the best epoch's adapter, as peft loads it
     OUT/metrics.json          one JSON object, written last: a run with it is finished
 
 A kill between any two steps leaves the old checkpoint or the new one, never half of one. Of many processes the first one
@@ -28,6 +30,7 @@ import xxhash
 from accelerate import Accelerator
 
 from softcache.errors import RunError, StorageError
+from softcache.models.weights import is_adapted, load_weights, trained_state
 from softcache.runtime.distributed import broadcast_from_rank0, is_rank_zero
 from softcache.student.bucket_sync import BucketSync
 
@@ -169,6 +172,16 @@ class RunDirectory:
         save_file({key: value.detach().cpu().clone().contiguous() for key, value in state.items()}, staged)
         staged.replace(self.path / f"{name}.safetensors")
 
+    def load_weights(self, state: Mapping[str, torch.Tensor], name: str) -> None:
+        """Overwrites the tensors of a state dict by those of NAME.safetensors."""
+        import torch
+        from safetensors.torch import load_file
+
+        stored = load_file(self.path / f"{name}.safetensors")
+        with torch.no_grad():
+            for key, value in state.items():
+                value.copy_(stored[key])
+
 
 def _checksums(folder: Path) -> dict[str, str]:
     """Returns the xxh3 of every file of a checkpoint; what accelerate cannot read it may pass over without a word."""
@@ -205,13 +218,19 @@ def _readable(folder: Path) -> Iterator[None]:
 
 
 def store_unwrapped(accelerator: Accelerator) -> None:
-    """Has the accelerator save and load models without what it wraps them in, which differs by number of processes."""
+    """Has the accelerator save and load models without what it wraps them in, which differs by number of processes.
+
+    Of a model with adapters, a checkpoint holds what is trained.
+    """
 
     def save(models: list[Any], weights: list[Any], place: str) -> None:
-        weights[:] = [accelerator.unwrap_model(model).state_dict() for model in models]
+        weights[:] = [trained_state(accelerator.unwrap_model(model)) for model in models]
 
     def load(models: list[Any], place: str) -> None:
         models[:] = [accelerator.unwrap_model(model) for model in models]
+        for model in [model for model in models if is_adapted(model)]:
+            load_weights(model, Path(place) / "model.safetensors")
+            models.remove(model)  # it is loaded; accelerate would miss the frozen weights
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

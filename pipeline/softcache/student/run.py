@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
 
 from softcache.errors import MissingExtraError, RunError
 from softcache.losses import LossSettings
-from softcache.models.weights import count_parameters
+from softcache.models.weights import count_parameters, is_adapted
 from softcache.runtime.distributed import broadcast_from_rank0, check_same, join, on_cpu, translate_errors
 from softcache.runtime.signals import Interrupted, defer_signals
 from softcache.student.bucket_sync import BucketSync
@@ -79,7 +80,10 @@ def train(
         metrics |= broadcast_from_rank0(loop.finish())
         loop.save_weights(directory, "model")
         if accelerator.is_main_process:
-            task.export(accelerator.unwrap_model(loop.model), directory.path)
+            model = accelerator.unwrap_model(loop.model)
+            if metrics["best_epoch"] != metrics["history"][-1]["epoch"]:
+                directory.load_weights(task.weights(model), "best")
+            task.export(model, directory.path)
             directory.write_metrics(metrics)
         if track:
             accelerator.end_training()
@@ -169,6 +173,7 @@ def _run(
     return {
         "labels": settings.labels_id,
         "num_parameters": count_parameters(loop.model),
+        **_trained_parameters(loop.model),
         **{name: value for name, value in history[-1].items() if name not in ("epoch", "train_loss")},
         f"best_{loop.task.metric}": best[loop.task.metric],
         "best_epoch": best["epoch"],
@@ -178,6 +183,13 @@ def _run(
         "seconds": round(spent + time.monotonic() - started, 3),
         "history": history,
     }
+
+
+def _trained_parameters(model: torch.nn.Module) -> dict[str, int]:
+    """Returns how many parameters are trained, of a model with adapters."""
+    if not is_adapted(model):
+        return {}
+    return {"num_trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
 def _is_better(task: Task, row: dict[str, Any], other: dict[str, Any]) -> bool:

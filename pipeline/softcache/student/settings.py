@@ -11,6 +11,7 @@ from softcache.data.pairing import PairingSettings
 from softcache.data.sources.base import SourceSettings, source_table
 from softcache.data.sources.images.encoded import student_source_class, student_source_classes
 from softcache.data.transforms.student import StudentViewSettings
+from softcache.models.language.lora import LoraSettings
 from softcache.settings import Settings
 from softcache.student.optimizers import OPTIMIZERS
 
@@ -29,7 +30,7 @@ class StudentSettings(Settings):
     """[student]: the architecture, and the ones that `softcache train-students` trains side by side.
 
     Text: `context` is what the student attends over, where that is less than source.seq_len; `tokenizer` is its own,
-    where it has another one than the teacher (with loss.name = "uld").
+    where it has another one than the teacher (with loss.name = "uld"); `lora` trains adapters of a pretrained one.
 
     Images: `source` is what it reads where that is not what the teacher saw, `views` how it reduces the teacher's views,
     `pairing` which of its samples are the teacher's (`softcache.data.pairing`).
@@ -38,6 +39,7 @@ class StudentSettings(Settings):
     model: str = "mlp"
     context: int | None = Field(None, ge=2)
     tokenizer: str | None = None
+    lora: LoraSettings | None = None
     models: tuple[str, ...] = Field(("linear", "mlp", "cnn"), strict=False)
     source: StudentSource | None = None
     views: StudentViewSettings | None = None

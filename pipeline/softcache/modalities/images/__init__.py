@@ -52,6 +52,11 @@ def check_no_text_tables(config: RunConfig) -> None:
         raise ValueError(
             f"loss.name: {config.loss.name} compares the vocabularies of language models; use forward_kl for images"
         )
+    if config.student.lora is not None:
+        raise ValueError(
+            f"student.lora: adapts language models; a student of source.modality = {config.source.modality!r} is trained "
+            "whole; drop the table"
+        )
     if config.train.target_metric is not None and config.train.target_metric > 1:
         raise ValueError(
             f"train.target_metric: an accuracy, less than or equal to 1; found {config.train.target_metric}"

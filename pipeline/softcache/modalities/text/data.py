@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from softcache.data.sources.text.settings import TextSettings
-from softcache.data.sources.text.tokenizer import digest_tokenizer, load_tokenizer
+from softcache.data.sources.text.tokenizer import digest_tokenizer, load_tokenizer, save_with_tokenizer
 from softcache.data.tokens import TokenData
 from softcache.errors import ConfigError, IdentityError
 from softcache.modalities.base import Data
 from softcache.models.language import build_language_model, tokenizer_of
-from softcache.models.weights import float32_weights, select_device
+from softcache.models.language.lora import trainable
+from softcache.models.weights import select_device
 from softcache.reader.cache import Cache
 from softcache.reader.paired import MatchedDocuments
 from softcache.student.tasks import TokenTask
@@ -142,12 +143,14 @@ class TextData(TokenSplits):
         context = min(config.student.context or self._settings.seq_len, self._settings.seq_len)
 
         def save_tokenizer(folder: Path) -> None:
-            load_tokenizer(self._settings).save_pretrained(folder)
+            save_with_tokenizer(folder, load_tokenizer(self._settings))
 
         return TokenTask(
-            lambda: float32_weights(
-                build_language_model(model, vocab_size=self.num_classes, context=context), model
-            ).train(),
+            lambda: trainable(
+                build_language_model(model, vocab_size=self.num_classes, context=context),
+                model,
+                config.student.lora,
+            ),
             self.evaluation,
             config.loss,
             context,

@@ -17,7 +17,8 @@ from softcache.data.tokens import TokenData
 from softcache.errors import IdentityError
 from softcache.modalities.text.data import TokenSplits
 from softcache.models.language import PairTokens, build_translation_model, tokenizer_of
-from softcache.models.weights import float32_weights, select_device
+from softcache.models.language.lora import trainable
+from softcache.models.weights import select_device
 from softcache.student.tasks import TranslationTask
 from softcache.teacher.base import Teacher, TeacherSettings
 from softcache.teacher.language import LanguageTeacher, load_language_teacher
@@ -81,10 +82,11 @@ class TranslationData(TokenSplits):
             return pair.language, pair.target
 
         return TranslationTask(
-            lambda: float32_weights(
+            lambda: trainable(
                 self._build("student.model", model, vocab_size=self.num_classes, context=self.max_tokens + 1),
                 model,
-            ).train(),
+                config.student.lora,
+            ),
             self.evaluation,
             config.loss,
             self.train.source.seq_len,

@@ -5,6 +5,7 @@
     backbone_head.py           the parts, and attention that isolates the documents of packed rows
     probes.py                  checks on a few tokens before labels are made; the maximum length
     encoder_decoder.py, encoder_decoder_parts.py   the same for encoder-decoder models and pairs of texts
+    adapters.py, lora.py       models with adapters of peft seen through; students with LoRA
     generate.py                beam search
 
 The logits of one batch are the largest tensor of a run (16 rows of 1024 positions over 152k classes: 10 GB in float32),

@@ -96,6 +96,8 @@ def _identity(bench: TrialContext, space: Space) -> dict[str, Any]:
     described = bench.config.model_dump(mode="json", exclude=NON_IDENTITY_SETTINGS)
     train = bench.config.train.with_default_exemption(modality_of(bench.config).weight_decay_exempt)
     described["train"]["weight_decay_exempt"] = train.weight_decay_exempt
+    if described["student"]["lora"] is None:
+        del described["student"]["lora"]
     described["train"] = drop_later_defaults(described["train"])
     described["loss"] = dict.fromkeys(IDENTITY_PARAMETERS) | described["loss"]
     described["sweep"]["space"] = {name: to_json(axis) for name, axis in space.items()}

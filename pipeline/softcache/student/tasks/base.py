@@ -76,11 +76,11 @@ class Task(Protocol):
         ...
 
     def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Returns what a weights file of the (unwrapped) model holds."""
+        """Returns what a weights file of the (unwrapped) model holds: tensors of the model, not copies."""
         ...
 
     def export(self, model: nn.Module, out: Path) -> None:
-        """Writes the finished (unwrapped) model in the form that its users load, where there is one."""
+        """Writes the (unwrapped) model of the best epoch in the form that its users load, if there is one; called last."""
         ...
 
     def serve(self, model: nn.Module) -> Serving:

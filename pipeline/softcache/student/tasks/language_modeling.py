@@ -14,6 +14,8 @@ from torch import nn
 
 from softcache.data.tokens import TokenBatch, TokenData
 from softcache.losses import LossMix, LossSettings
+from softcache.models.language.lora import merge_adapters, save_adapter
+from softcache.models.weights import trained_state
 from softcache.student.tasks.base import OnlineTeacher, shard_batches
 from softcache.student.tasks.inference import TokenServing
 from softcache.student.tasks.token_student import TokenStudent
@@ -88,11 +90,13 @@ class TokenTask:
 
     def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
         assert isinstance(model, TokenStudent)
-        return model.model.state_dict()
+        return trained_state(model.model)
 
     def export(self, model: nn.Module, out: Path) -> None:
-        """Writes OUT/hf, which `AutoModelForCausalLM.from_pretrained` loads, with the tokenizer."""
+        """Writes OUT/hf, which `AutoModelForCausalLM.from_pretrained` loads, with the tokenizer; with LoRA OUT/adapter."""
         assert isinstance(model, TokenStudent)
+        save_adapter(model.model, out / "adapter")
+        model.model = merge_adapters(model.model)
         save: Any = getattr(model.model, "save_pretrained", None)
         if save is not None:
             from transformers.utils import logging
@@ -104,4 +108,4 @@ class TokenTask:
     def serve(self, model: nn.Module) -> TokenServing:
         """Returns a student or teacher of this task as a function of tokens; the model is moved to the CPU."""
         bare = model.model if isinstance(model, TokenStudent) else model
-        return TokenServing(bare, context=self.context, cross_documents=self.cross_documents)
+        return TokenServing(merge_adapters(bare), context=self.context, cross_documents=self.cross_documents)

@@ -31,6 +31,7 @@ __all__ = [
     "digest_tokenizer",
     "is_bpe",
     "load_tokenizer",
+    "save_with_tokenizer",
     "special_tokens",
     "train_byte_level",
 ]
@@ -231,3 +232,18 @@ def train_byte_level(
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def save_with_tokenizer(folder: Path, tokenizer: Any) -> None:
+    """Writes a tokenizer next to a saved model, and into its generation config the special tokens that are missing there.
+
+    A model with fresh weights has no end-of-text token in its configuration, and would never stop.
+    """
+    tokenizer.save_pretrained(folder)
+    if not (Path(folder) / "generation_config.json").exists():
+        return
+    config = text_library("transformers").GenerationConfig.from_pretrained(folder)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(config, key) is None:
+            setattr(config, key, getattr(tokenizer, key))
+    config.save_pretrained(folder)
