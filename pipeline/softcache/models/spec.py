@@ -91,7 +91,7 @@ def architecture_of(model: Any, spec: str) -> str:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "to_diff_dict"):
         kept = {key: x for key, x in config.to_diff_dict().items() if not VOLATILE_CONFIG.fullmatch(key)}
-        return f"{type(model).__name__}:{digest_json(json.loads(json.dumps(kept, default=str)))[:16]}"
+        return f"{type(model).__name__}:{digest_json(json.loads(json.dumps(kept, default=str), parse_constant=str))[:16]}"
     parsed = parse_spec(spec)
     args = {key: value for key, value in sorted(parsed.args.items()) if key not in LOADING_ARGUMENTS}
     name = parsed.name if parsed.family in ("builtin", "factory") else f"{parsed.family}:{parsed.name}"

@@ -72,7 +72,10 @@ class LMHeadMixin:
 
     def logits(self, hidden_PD: torch.Tensor) -> torch.Tensor:
         """Returns float32 logits [P, V] of hidden states [P, D], scaled and capped as the model does."""
-        logits = linear_float32(hidden_PD, self.weight, self.bias)
+        return self.finish(linear_float32(hidden_PD, self.weight, self.bias))
+
+    def finish(self, logits: torch.Tensor) -> torch.Tensor:
+        """Returns the head's float32 output scaled and capped as the model does."""
         if self.logit_scale != 1.0:
             logits = logits * self.logit_scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
@@ -95,6 +98,7 @@ class CausalParts(LMHeadMixin):
         softcap: c in `c tanh(logits / c)` (Gemma), or None.
         length_threshold: documents longer than this run apart from others, because the model embeds positions otherwise as
             soon as one row of a batch is longer (LongRoPE); or None.
+        hidden_divisor: what the backbone's output is divided by before the head (Inkling).
     """
 
     backbone: nn.Module
@@ -104,6 +108,7 @@ class CausalParts(LMHeadMixin):
     logit_scale: float = 1.0
     softcap: float | None = None
     length_threshold: int | None = None
+    hidden_divisor: float = 1.0
 
     def hidden(
         self, tokens_BL: torch.Tensor, segments_BL: torch.Tensor | None, *, cross_documents: bool = False
@@ -149,6 +154,12 @@ class CausalParts(LMHeadMixin):
                 f"model {type(self.backbone).__name__}: expected hidden states of shape {expected} (rows, "
                 f"tokens, the head's input); found {found}; base_model must end where the head begins"
             )
+        if self.hidden_divisor != 1.0:
+            hidden = hidden / self.hidden_divisor
+        # Models that end in float32 (Mamba) round the state to the dtype of their head, as its product needs.
+        is_narrower = self.weight.dtype in (torch.bfloat16, torch.float16) and hidden.dtype == torch.float32
+        if is_narrower and not torch.is_autocast_enabled(hidden.device.type):
+            return hidden.to(self.weight.dtype)
         return hidden
 
     def _is_long(self, length: int) -> bool:

@@ -7,13 +7,15 @@
                                                                   plus vocab_size and context where its
                                                                   signature takes them
 
-`gradient_checkpointing=true` goes with each but the last. Code from a hub is never run: there is no
-`trust_remote_code`, and no attention kernel by repository name.
+`gradient_checkpointing=true` goes with each but the last; `load_in_4bit=true`, `load_in_8bit=true` and the other settings
+of transformers' BitsAndBytesConfig with `hf:`. A model of texts and images (Mistral 3) is run on texts alone. Code from a
+hub is never run: there is no `trust_remote_code`, and no attention kernel by repository name.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,6 +35,7 @@ from softcache.runtime.suggest import closest_matches
 
 __all__ = ["build_language_model", "tokenizer_of"]
 
+BITSANDBYTES = ("load_in_4bit", "load_in_8bit", "bnb_4bit_", "llm_int8_")
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
 
 
@@ -206,8 +209,14 @@ def pretrained(
             f"model {spec!r}: no *.safetensors in the folder; found {', '.join(pickled) or 'no weights'}; "
             "pickled weights can run code: load them where you trust them and save_pretrained(...) again"
         )
-    model, info = getattr(transformers_library(), auto).from_pretrained(
-        name, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **args
+    hub = {key: args[key] for key in ("revision", "subfolder") if key in args}
+    config = transformers_library().AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
+    model, info = _auto_class(config, auto).from_pretrained(
+        name,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        **_with_quantization(spec, args),
     )
     # transformers fills what a checkpoint lacks with random numbers, and only warns.
     absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
@@ -217,6 +226,30 @@ def pretrained(
             f"({', '.join(absent[:5])}); they would be random; expected a causal language model with its head"
         )
     return with_checkpointing(model, checkpointing)
+
+
+def _auto_class(config: Any, auto: str) -> Any:
+    """Returns transformers' class for a configuration: that of images and texts for models that have no other."""
+    library = transformers_library()
+    of_text, of_both = library.MODEL_FOR_CAUSAL_LM_MAPPING, library.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if auto == "AutoModelForCausalLM" and type(config) not in of_text and type(config) in of_both:
+        return library.AutoModelForImageTextToText
+    return getattr(library, auto)
+
+
+def _with_quantization(spec: str, args: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments with those of bitsandbytes as one `quantization_config`, which from_pretrained takes."""
+    ours = {key: value for key, value in args.items() if key.startswith(BITSANDBYTES)}
+    if not ours:
+        return args
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingExtraError(
+            f"model {spec!r}: {', '.join(ours)} needs the package bitsandbytes; pip install bitsandbytes"
+        )
+    quantization = transformers_library().BitsAndBytesConfig(**ours)
+    return {key: value for key, value in args.items() if key not in ours} | {
+        "quantization_config": quantization
+    }
 
 
 def _from_config_of(spec: str, parsed: ModelSpec, vocab_size: int, context: int) -> nn.Module:

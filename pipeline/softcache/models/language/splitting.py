@@ -19,6 +19,10 @@ from softcache.models.language.probes import isolates_documents
 
 __all__ = ["context_of", "head_of", "split"]
 
+SCALES = {"logit_scale": 1, "lm_head_multiplier": 1, "output_multiplier": 1, "logits_scaling": -1}
+"""What the head's output is multiplied by (1) or divided by (-1)."""
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
 
 def split(model: nn.Module) -> BackboneHead:
     """Returns the backbone and the head of a language model, causal or of encoder and decoder, without copying anything.
@@ -26,8 +30,8 @@ def split(model: nn.Module) -> BackboneHead:
     Call it where the model will run (its device, its dtype): two passes over 8 tokens show how documents
     in one row can be kept apart. A module of your own needs `base_model` (tokens -> hidden states after
     the final norm) and `get_output_embeddings()`; with `config.max_position_embeddings`,
-    `config.final_logit_softcapping` and `config.logit_scale` where it has them. A wrapper of peft and its LoRA layers are
-    seen through.
+    `config.final_logit_softcapping` and `config.logit_scale` where it has them (other names: `SCALES`, `SOFT_CAPS`). A
+    wrapper of peft and its LoRA layers are seen through.
 
     Raises:
         SpecError: there is no backbone, no head, or a head that is not a plain linear layer.
@@ -48,22 +52,48 @@ def split(model: nn.Module) -> BackboneHead:
         )
     if is_encoder_decoder(model):
         return split_pairs(model, head)
-    backbone = getattr(model, "base_model", None)
+    backbone = _backbone_of(model)
     if not isinstance(backbone, nn.Module) or backbone is model:
         raise SpecError(
             f"model {name}: no backbone: expected `base_model` to be the module under the head; found "
             f"{'the model itself' if backbone is model else type(backbone).__name__}"
         )
     config = _config_of(model)
-    scale = float(
-        getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0
-    ) / float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
     parts = CausalParts(
-        backbone, head, "rows", context_of(model), scale, softcap, length_threshold_of(config)
+        backbone,
+        head,
+        "rows",
+        context_of(model),
+        _scale_of(config),
+        _softcap_of(config),
+        length_threshold_of(config),
+        _number(config, "logits_mup_width_multiplier") or 1.0,
     )
     restarted = replace(parts, packing="positions")
     return restarted if isolates_documents(restarted) else parts
+
+
+def _backbone_of(model: Any) -> Any:
+    """Returns the module under the head; Llama 4's text model names another as its base than it has."""
+    backbone = getattr(model, "base_model", None)
+    return getattr(model, "model", backbone) if backbone is model else backbone
+
+
+def _number(config: Any, name: str) -> float | None:
+    """Returns a number of the configuration, None where it is absent, null, zero, or a word (MPT)."""
+    value = getattr(config, name, None)
+    return float(value) if isinstance(value, int | float) and value else None
+
+
+def _scale_of(config: Any) -> float:
+    scale = 1.0
+    for name, power in SCALES.items():
+        scale *= (_number(config, name) or 1.0) ** power
+    return scale
+
+
+def _softcap_of(config: Any) -> float | None:
+    return next(filter(None, (_number(config, name) for name in SOFT_CAPS)), None)
 
 
 def head_of(model: Any) -> Any:
