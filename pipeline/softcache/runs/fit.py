@@ -13,7 +13,7 @@ from softcache.config.run import RunConfig
 from softcache.hashing.digests import digest_json
 from softcache.modalities import Data, modality_of
 from softcache.runtime.distributed import join, on_cpu
-from softcache.runtime.logging import event, log_info, progress_bar
+from softcache.runtime.logging import event, log_format, log_info, progress_bar
 from softcache.student import TrainBatches, train
 from softcache.student.bucket_sync import BucketSync
 from softcache.student.tasks import Task
@@ -67,6 +67,11 @@ def run_training(
     name = {"run": f"train {model}", "labels": config.train.labels, "out": str(out)}
     event("run_started", **name, samples=len(feed.dataset), epochs=config.train.epochs)
 
+    def log_step(kind: str, row: dict[str, Any]) -> None:
+        event(kind, **name, **row)
+        if log_format() == "text":
+            log_info(f"{label}: {_format_row(kind, row)}")
+
     def log_epoch(row: dict[str, Any]) -> None:
         event("epoch", **name, **row)
         on_epoch(row)
@@ -84,10 +89,20 @@ def run_training(
             | {"train": settings.model_dump(mode="json"), "student": _as_trained(config, model)},
             track=track_with,
             on_step=advance,
+            on_log=log_step,
             on_epoch=log_epoch,
         )
     event("run_finished", **name, **{key: metrics[key] for key in metrics.keys() - {"history", *name}})
     return metrics | {"model": model, "out": str(out)}
+
+
+def _format_row(kind: str, row: dict[str, Any]) -> str:
+    """Returns one line of a step's or an evaluation's figures."""
+    figures = {key: value for key, value in row.items() if key not in ("epoch", "step")}
+    if kind == "step":
+        rate = f"{row['samples_per_second']:,.0f} samples/s, {row['rows_per_second']:,.0f} rows/s"
+        return f"step {row['step']:,}, loss {row['loss']:.4f}, lr {row['lr']:.3g}, {rate}"
+    return f"step {row['step']:,}, " + ", ".join(f"{key} {value:.4f}" for key, value in figures.items())
 
 
 def slugify(model: str) -> str:

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object, set_seed
 
 from softcache.losses import LossSettings
+from softcache.models.compile import compile_in_place, explain_compile_errors
 from softcache.reader.loader import SoftLabelLoader
 from softcache.reader.order import BlockShuffle
 from softcache.runtime.signals import pending_signal
@@ -55,6 +56,8 @@ class Trainer:
     ) -> None:
         self.accelerator, self.task, self.feed, self.settings = accelerator, task, feed, settings
         model = task.build()
+        if settings.compile:
+            compile_in_place(model, accelerator.device)
         optimizer = build_optimizer(
             settings.optimizer,
             model,
@@ -66,6 +69,7 @@ class Trainer:
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
         self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self._loss_sum, self._loss_rows = torch.zeros((), device=accelerator.device), 0
+        self._logged, self._factor = (torch.zeros_like(self._loss_sum), 0), 0.0
         self._steps = [feed.order.num_steps(epoch) for epoch in range(settings.epochs)]
         self.adaptation: LossScheduler | None = None
         if loss is not None and loss.adapts:
@@ -89,6 +93,7 @@ class Trainer:
             )  # the loader has counted the batch
             for group, lr in zip(self._optimizer.param_groups, self._base_lrs, strict=True):
                 group["lr"] = lr * factor
+            self._factor = factor
             self._update(batch.to(self.accelerator.device))
             if self.adaptation is not None:
                 self.adaptation.update(factor)
@@ -117,7 +122,8 @@ class Trainer:
         for number, piece in enumerate(pieces):
             last = number == len(pieces) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss = self.task.loss(self.model, piece, label_share=label_share, **self._mix())
+                with explain_compile_errors() if self.settings.compile else nullcontext():
+                    loss = self.task.loss(self.model, piece, label_share=label_share, **self._mix())
                 # Ranks average their gradients: the weight makes that the mean over the rows of the whole batch.
                 weight = piece.num_rows / total * self.accelerator.num_processes if local else 0.0
                 self.accelerator.backward(loss * weight)
@@ -168,6 +174,7 @@ class Trainer:
             ] * self.accelerator.num_processes
         loss_sum, self._loss_rows = meters[self.accelerator.process_index]
         self._loss_sum = torch.full_like(self._loss_sum, loss_sum)
+        self._logged = self._loss_sum.clone(), self._loss_rows
 
     def train_loss(self) -> float:
         """Returns the epoch's mean loss over all ranks, and starts the next epoch's."""
@@ -175,6 +182,18 @@ class Trainer:
         total = self.accelerator.reduce(torch.stack([self._loss_sum, rows]), reduction="sum")
         self.resume_loss_meter(None)
         return float(total[0] / total[1])
+
+    def log_row(self) -> dict[str, float]:
+        """Returns the mean loss since the last call or the epoch's start, over all ranks, its rows and the learning rate."""
+        loss_sum, rows = self._logged
+        since = torch.tensor(float(self._loss_rows - rows), device=self._loss_sum.device)
+        total = self.accelerator.reduce(torch.stack([self._loss_sum - loss_sum, since]), reduction="sum")
+        self._logged = self._loss_sum.clone(), self._loss_rows
+        return {
+            "loss": float(total[0] / total[1]),
+            "lr": self.settings.lr * self._factor,
+            "rows": float(total[1]),
+        }
 
     def finish(self) -> dict[str, float]:
         """Returns what the task scores once, of the weights that the run ends with."""

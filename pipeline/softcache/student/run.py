@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def train(
     loss: LossSettings | None = None,
     track: str | None = None,
     on_step: Callable[[int], None] = lambda samples: None,
+    on_log: Callable[[str, dict[str, Any]], None] = lambda name, row: None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
     """Trains to the end, or from the last checkpoint to the end; returns the run's metrics.
@@ -50,6 +52,8 @@ def train(
         resolved: every setting, written to OUT/resolved.json for who reads it later.
         mirror: where in a bucket `out` is sent to, after every checkpoint and at the end.
         loss: [loss], where its temperature and alpha may change over the run; `task.loss` is then given a step's `mix`.
+        on_log: called with "step" and its loss, learning rate and throughput every `log_every_steps`, and with "evaluation"
+            and its scores every `eval_every_steps`.
         track: an accelerate tracker's name, e.g. "tensorboard".
 
     Raises:
@@ -76,7 +80,7 @@ def train(
             "seconds": 0.0,
         }
         with defer_signals():
-            metrics = _run(loop, directory, progress, on_step, on_epoch)
+            metrics = _run(loop, directory, progress, on_step, on_log, on_epoch)
         metrics |= broadcast_from_rank0(loop.finish())
         loop.save_weights(directory, "model")
         if accelerator.is_main_process:
@@ -129,18 +133,28 @@ def _run(
     directory: RunDirectory,
     progress: dict[str, Any],
     on_step: Callable[[int], None],
+    on_log: Callable[[str, dict[str, Any]], None],
     on_epoch: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Runs the epochs that are left; `progress` is where the run stands and is saved with every checkpoint."""
     settings, order = loop.settings, loop.feed.order
     history, started, spent = progress["history"], time.monotonic(), progress["seconds"]
+    evaluations = progress.get("evaluations", [])
+    pace = _Pace()
 
     def save(loss: list[tuple[float, int]] | None) -> None:
         seconds = spent + time.monotonic() - started
         state = {**order.state_dict(), "history": history, "seconds": seconds, "loss": loss}
+        if evaluations:
+            state["evaluations"] = evaluations
         if loop.adaptation is not None:
             state["adaptation"] = loop.adaptation.state_dict()
         directory.save_checkpoint(loop.accelerator, state)
+
+    def log(name: str, row: dict[str, Any]) -> None:
+        values = {f"{name}/{key}": value for key, value in row.items() if key not in ("epoch", "step")}
+        loop.accelerator.log(values, step=row["step"])
+        on_log(name, row)
 
     order.load_state_dict(progress)
     loop.resume_loss_meter(progress.get("loss"))
@@ -150,6 +164,16 @@ def _run(
         epoch = order.epoch  # the loader goes on to the next at its end
         for samples in loop.epoch():
             on_step(samples)
+            pace.count(samples)
+            place = {"epoch": epoch, "step": loop.step}
+            if settings.log_every_steps and loop.step % settings.log_every_steps == 0:
+                log("step", place | pace.rates(loop.log_row()))
+            is_last = order.step == order.num_steps(epoch)
+            if settings.eval_every_steps and loop.step % settings.eval_every_steps == 0 and not is_last:
+                with pace.paused():
+                    evaluations.append(place | broadcast_from_rank0(loop.evaluate()))
+                    log("evaluation", evaluations[-1])
+                    loop.model.train()
             asked = loop.stop_requested()
             if asked or (settings.checkpoint_steps and loop.step % settings.checkpoint_steps == 0):
                 save(loop.loss_meters())
@@ -167,6 +191,7 @@ def _run(
             loop.save_weights(directory, "best")
         save(None)
         on_epoch(row)
+        pace.restart()
     best = history[0]
     for row in history[1:]:
         best = row if _is_better(loop.task, row, best) else best
@@ -182,7 +207,35 @@ def _run(
         "eval_samples": len(loop.task.evaluation),
         "seconds": round(spent + time.monotonic() - started, 3),
         "history": history,
+        **({"evaluations": evaluations} if evaluations else {}),
     }
+
+
+class _Pace:
+    """How many samples and rows a second were trained on since the last call of `rates`, or `restart`."""
+
+    def __init__(self) -> None:
+        self._samples, self._since = 0, time.monotonic()
+
+    def count(self, samples: int) -> None:
+        self._samples += samples
+
+    def restart(self) -> None:
+        self._samples, self._since = 0, time.monotonic()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time that the block takes."""
+        started = time.monotonic()
+        yield
+        self._since += time.monotonic() - started
+
+    def rates(self, row: dict[str, float]) -> dict[str, float]:
+        """Returns the row of a log with rates in place of its number of rows."""
+        seconds = max(time.monotonic() - self._since, 1e-9)
+        rates = {"samples_per_second": self._samples / seconds, "rows_per_second": row.pop("rows") / seconds}
+        self.restart()
+        return row | {key: round(rate, 3) for key, rate in rates.items()}
 
 
 def _trained_parameters(model: torch.nn.Module) -> dict[str, int]:

@@ -74,6 +74,11 @@ class TrainSettings(Settings):
     After a linear warm-up over `warmup_share` of the steps, `schedule` lowers the learning rate to `min_lr_share` of `lr`:
     over all steps that are left (`cosine`, `linear`), or linearly over the last `decay_share` of all steps (0.1 where it is
     None; `warmup_stable_decay`).
+
+    Every `log_every_steps` the loss since the last time, the learning rate and the throughput are logged. Every
+    `eval_every_steps` the student is evaluated within the epoch, too; the best epoch is chosen among epochs.
+
+    `compile` runs the student (of a language model what is below its head) through `torch.compile`.
     """
 
     labels: Literal["cache", "ground_truth", "online"] = "cache"
@@ -92,9 +97,12 @@ class TrainSettings(Settings):
     seed: int = Field(0, ge=0)
     device: Literal["auto", "cpu"] = "auto"
     precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = False
     accumulation_steps: int = Field(1, ge=1)
     clip_norm: float | None = Field(None, gt=0)
     checkpoint_steps: int | None = Field(None, ge=1)
+    log_every_steps: int | None = Field(100, ge=1)
+    eval_every_steps: int | None = Field(None, ge=1)
     target_metric: float | None = Field(None, ge=0)
     ddp_timeout_seconds: float = Field(600, ge=1)
 
@@ -161,16 +169,19 @@ class TrainSettings(Settings):
     def identity(self) -> dict[str, Any]:
         """Returns the settings that identify a run, by their names in the config.json of its folder.
 
-        Those names are fixed: `target_metric` is `stop_at` there, and ground truth is "hard". `device`,
-        `eval_batch_size` and `ddp_timeout_seconds` may differ in a rerun: they do not change the result. Keys that a run may
-        be older than are there where they differ from what it did.
+        Those names are fixed: `target_metric` is `stop_at` there, and ground truth is "hard". those of
+        NON_IDENTITY_SETTINGS may differ in a rerun: they do not change the result. Keys that a run may be older than are
+        there where they differ from what it did.
         """
-        train = drop_later_defaults(
-            self.model_dump(mode="json", exclude={"device", "eval_batch_size", "ddp_timeout_seconds"})
-        )
+        train = drop_later_defaults(self.model_dump(mode="json", exclude=NON_IDENTITY_SETTINGS))
         stop_at = train.pop("target_metric")
         return train | {"labels": self.labels_id, "stop_at": stop_at}
 
+
+NON_IDENTITY_SETTINGS = {
+    *("device", "eval_batch_size", "ddp_timeout_seconds", "log_every_steps", "eval_every_steps"),
+}
+"""Keys of [train] that do not change what a run ends with."""
 
 LATER_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "optimizer": ("adamw",),
@@ -179,6 +190,7 @@ LATER_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "schedule": ("cosine",),
     "min_lr_share": (0.0,),
     "decay_share": (None, DEFAULT_DECAY_SHARE),
+    "compile": (False,),
 }
 """Keys of [train] that folders of runs may be older than, and the values with which a run is what it was before."""
 

@@ -41,6 +41,8 @@ class BackboneHead(Protocol):
     def logit_scale(self) -> float: ...
     @property
     def softcap(self) -> float | None: ...
+    @property
+    def bodies(self) -> tuple[nn.Module, ...]: ...
 
     def logits(self, hidden_PD: torch.Tensor) -> torch.Tensor: ...
     def hidden(
@@ -109,6 +111,11 @@ class CausalParts(LMHeadMixin):
     softcap: float | None = None
     length_threshold: int | None = None
     hidden_divisor: float = 1.0
+
+    @property
+    def bodies(self) -> tuple[nn.Module, ...]:
+        """The modules that `hidden` runs."""
+        return (self.backbone,)
 
     def hidden(
         self, tokens_BL: torch.Tensor, segments_BL: torch.Tensor | None, *, cross_documents: bool = False

@@ -51,6 +51,11 @@ class PairParts(LMHeadMixin):
             return self.head.bias
         return added.view(-1) if self.head.bias is None else self.head.bias + added.view(-1)
 
+    @property
+    def bodies(self) -> tuple[nn.Module, ...]:
+        """The modules that `hidden` runs."""
+        return self.model.get_encoder(), self.model.get_decoder()
+
     def hidden(
         self, tokens_BL: torch.Tensor, segments_BL: torch.Tensor | None, *, cross_documents: bool = False
     ) -> torch.Tensor:

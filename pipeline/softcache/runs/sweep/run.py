@@ -34,6 +34,7 @@ from softcache.runs.sweep.trial import TrialContext, run_trial
 from softcache.runtime.distributed import num_ranks
 from softcache.runtime.logging import log_info
 from softcache.runtime.signals import Interrupted, handle_signals, raise_if_signalled
+from softcache.student.settings import NON_IDENTITY_SETTINGS as NON_IDENTITY_SETTINGS_OF_TRAIN
 from softcache.student.settings import drop_later_defaults
 
 __all__ = ["Sweep", "open_sweep", "run_sweep"]
@@ -42,7 +43,7 @@ WAIT_SECONDS = 0.5
 INTERRUPTED_EXIT_CODES = {128 + signal.SIGINT, 128 + signal.SIGTERM}
 NON_IDENTITY_SETTINGS: Any = {  # what may differ when a sweep goes on
     "sweep": {"trials"},
-    "train": {"device", "eval_batch_size", "ddp_timeout_seconds"},
+    "train": NON_IDENTITY_SETTINGS_OF_TRAIN,
     "capture": True,
     "cache": True,
 }

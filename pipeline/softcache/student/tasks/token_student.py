@@ -45,6 +45,11 @@ class TokenStudent(nn.Module):
         """Rows of the head."""
         return self._parts.vocab_size
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compiles what runs below the head; the fused loss has kernels of its own."""
+        for body in self._parts.bodies:
+            body.compile(*args, **kwargs)
+
     def forward(
         self,
         batch: TokenBatch,
