@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from typing import Any
 
@@ -17,9 +18,10 @@ from softcache.models.spec import is_same_origin
 from softcache.reader.alignment import check_alignment
 from softcache.reader.cache import Cache, open_cache
 from softcache.runs.teacher import open_teacher, teacher_is_missing, teacher_settings
-from softcache.runtime.logging import event, progress_bar
+from softcache.runtime.logging import event, log_info, progress_bar
 from softcache.teacher.base import Teacher
 from softcache.teacher.capture.estimate import Estimate, estimate_capture
+from softcache.teacher.capture.first_rows import score_first_rows
 from softcache.teacher.capture.plan import plan_manifest
 from softcache.teacher.capture.run import CaptureReport, UnitMetrics, capture, evaluate_teacher
 from softcache.tools.fuse import fuse_caches
@@ -120,6 +122,7 @@ def prepare_cache(config: RunConfig, data: Data, teacher: Teacher, url: str) -> 
     manifest, samples = plan_manifest(data.train, teacher, config.labels, config.capture)
 
     def report() -> Any:
+        log_first_rows(teacher, data, batch_size=config.capture.batch_size)
         if not config.capture.evaluate:
             return manifest.teacher
         with progress_bar("teacher: evaluate", len(data.evaluation)) as advance:
@@ -128,6 +131,31 @@ def prepare_cache(config: RunConfig, data: Data, teacher: Teacher, url: str) -> 
             )
 
     return objects, *create_cache(objects, manifest, samples, report=report)
+
+
+def log_first_rows(teacher: Teacher, data: Data, *, batch_size: int) -> None:
+    """Logs how well the teacher predicts the first rows, and calls out one that only guesses.
+
+    Raises:
+        LabelError: its logits are not those of its model's own forward pass.
+    """
+    found = score_first_rows(teacher, data.train, num_classes=data.num_classes, batch_size=batch_size)
+    if found is None:
+        return
+    score = teacher.describe_score(found.accuracy, found.perplexity)
+    event(
+        "teacher_scored",
+        rows=found.rows,
+        accuracy=found.accuracy,
+        loss=found.loss if math.isfinite(found.loss) else None,
+    )
+    log_info(f"teacher {teacher.spec}: {score} on the first {found.rows:,} rows")
+    if found.is_guessing:
+        log_info(
+            f"teacher {teacher.spec}: no better than a guess among {found.num_classes:,} classes; its labels teach "
+            "nothing: check its weights, the order of its classes, and what it reads (preprocessing; tokenizer, "
+            "source.bos, chat template)"
+        )
 
 
 def capture_labels(config: RunConfig, data: Data, teacher: Teacher, url: str) -> tuple[Cache, CaptureReport]:

@@ -44,8 +44,11 @@ class Teacher(ABC):
         num_classes: V.
         num_parameters: scalars in its parameters.
         weights_digest: sha256 over its state dict, independent of the file format.
+        has_row_scores: whether each row has one ground-truth class, by which `score` scores it.
         architecture: names what the weights are put into, wherever they come from; see `architecture_of`.
     """
+
+    has_row_scores = True
 
     def __init__(
         self, model: nn.Module, *, spec: str, num_classes: int, device: torch.device, dtype: Dtype
@@ -141,6 +144,17 @@ class Teacher(ABC):
             correct += int((logits_PV.argmax(-1) == wanted).sum())
             start += len(logits_PV)
         return loss, correct
+
+    def describe_score(self, accuracy: float, perplexity: float) -> str:
+        """Returns in words how well the teacher predicts rows."""
+        return f"{accuracy:.2%} right"
+
+    def check_forward(self, batch: Any) -> None:  # noqa: B027  # most have no other forward pass
+        """Checks on a batch that `chunks` gives what the model's own forward pass does, where that is another one.
+
+        Raises:
+            LabelError: it does not.
+        """
 
     def scores(
         self,

@@ -34,6 +34,7 @@ class DenseTeacher(Teacher):
         num_classes: V of the head; of a softmax with the background.
     """
 
+    has_row_scores = False
     distribution: Literal["bernoulli", "categorical"]
     grid: str
     num_cells: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,13 +10,14 @@ import torch
 from torch import nn
 
 from softcache.data.tokens import TokenBatch
-from softcache.errors import ConfigError
-from softcache.models.language import build_language_model, check_split, split
+from softcache.errors import ConfigError, LabelError
+from softcache.models.language import CausalParts, build_language_model, check_split, split
 from softcache.models.weights import load_weights
 from softcache.teacher.base import Dtype, Teacher, TeacherSettings
 
 __all__ = ["LanguageTeacher", "load_language_teacher"]
 
+MAX_CHECKED_TOKENS = 512
 CHUNK_ELEMENTS = 2**23  # of one chunk of a language model's logits: 32 MiB in float32
 
 
@@ -53,6 +55,55 @@ class LanguageTeacher(Teacher):
             with self.autocast():
                 logits_PV = self.parts.logits(hidden_PD[start : start + self._chunk_positions])
             yield logits_PV
+
+    def describe_score(self, accuracy: float, perplexity: float) -> str:
+        return f"perplexity {perplexity:.4g}, {accuracy:.1%} of tokens right"
+
+    @torch.inference_mode()
+    def check_forward(self, batch: TokenBatch) -> None:
+        """Compares a few documents with the model's own forward pass on each of them alone.
+
+        Raises:
+            LabelError: their mean negative log-likelihoods differ by more than rounding.
+        """
+        if not isinstance(self.parts, CausalParts) or self._cross_documents:
+            return
+        batch = batch.to(self.device)
+        logits_PV = torch.cat(list(self.chunks(batch)))
+        ours_P = nn.functional.cross_entropy(logits_PV, batch.targets, reduction="none")
+        row_L, column_L = batch.rows // batch.tokens.shape[1], batch.rows % batch.tokens.shape[1]
+        ours, plain, used = 0.0, 0.0, 0
+        for row, segment in _documents(batch):
+            inside_L = batch.segments[row] == segment
+            tokens_L = batch.tokens[row][inside_L]
+            chosen_P = (row_L == row) & inside_L[column_L]
+            if len(tokens_L) > MAX_CHECKED_TOKENS or not chosen_P.any():
+                continue
+            with self.autocast():
+                logits_LV = self.model(tokens_L[None], use_cache=False).logits[0].float()
+            # Positions in the document of its rows.
+            position_P = column_L[chosen_P] - int(inside_L.nonzero()[0])
+            targets_P = batch.targets[chosen_P]
+            plain += float(nn.functional.cross_entropy(logits_LV[position_P], targets_P, reduction="sum"))
+            ours, used = ours + float(ours_P[chosen_P].sum()), used + len(targets_P)
+            if used >= MAX_CHECKED_TOKENS:
+                break
+        rounded = self.dtype != "float32" or self.parts.weight.dtype in (torch.bfloat16, torch.float16)
+        allowed = (0.02 if rounded else 1e-3) * max(1.0, plain / max(1, used))
+        if math.isfinite(plain) and used and not abs(ours - plain) / used <= allowed:
+            raise LabelError(
+                f"teacher {self.spec}: its labels are not those of its own forward pass: {ours / used:.4f} nats of "
+                f"{used} rows of documents packed together, {plain / used:.4f} of each document alone; the model does not "
+                'keep documents apart, or does more than softcache knows; set source.packing = "documents", or use '
+                "another architecture"
+            )
+
+
+def _documents(batch: TokenBatch) -> Iterator[tuple[int, int]]:
+    """Yields (sample, segment) of the batch's documents, in order."""
+    for row in range(len(batch)):
+        for segment in batch.segments[row].unique_consecutive().tolist():
+            yield row, segment
 
 
 def load_language_teacher(

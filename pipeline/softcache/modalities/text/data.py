@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from softcache.data.sources.text.settings import TextSettings
-from softcache.data.sources.text.tokenizer import digest_tokenizer, load_tokenizer, save_with_tokenizer
+from softcache.data.sources.text.tokenizer import accept_tokenizer, load_tokenizer, save_with_tokenizer
 from softcache.data.tokens import TokenData
-from softcache.errors import ConfigError, IdentityError
+from softcache.errors import ConfigError
 from softcache.modalities.base import Data
 from softcache.models.language import build_language_model, tokenizer_of
 from softcache.models.language.lora import trainable
@@ -166,13 +166,5 @@ class TextData(TokenSplits):
             IdentityError: it is another one.
         """
         tokenizer = tokenizer_of(spec)
-        if tokenizer is None:
-            return
-        found, expected = digest_tokenizer(tokenizer), self.train.source.tokenizer_digest
-        if found != expected:
-            raise IdentityError(
-                f"{key} {spec}: its tokenizer (digest {found[:12]}…, {len(tokenizer)} tokens) is not source.tokenizer "
-                f"{self._settings.tokenizer!r} (digest {expected[:12]}…, {self.num_classes} tokens): a label of token i "
-                "would be read as another token; set source.tokenizer to the model's, or give a student of another "
-                'vocabulary student.tokenizer and loss.name = "uld"'
-            )
+        if tokenizer is not None:
+            accept_tokenizer(tokenizer, self.train.source, of=f"{key} {spec}")

@@ -34,6 +34,7 @@ from softcache.data.sources.text.tokenizer import (
     describe_tokenizer,
     digest_tokenizer,
     load_tokenizer,
+    tokenizer_parts,
 )
 from softcache.errors import SourceError
 from softcache.runtime.logging import log_info, progress_bar
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TokenSource", "digest_tokenizer", "load_tokenizer", "open_text"]
 
-TABLE_VERSION = 2
+TABLE_VERSION = 3
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 2**22
 
 
@@ -129,6 +130,7 @@ def _tokenize(
         described |= {
             "account": {**asdict(account), "fill": fill},
             "tokenizer_digest": digest_tokenizer(tokenizer),
+            "tokenizer_parts": tokenizer_parts(tokenizer),
             "vocab_size": len(tokenizer),
             "made_from": dict(made_from),
         }

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +87,7 @@ class TokenSource:
         name: of the dataset and split, for messages.
         digest: names keys, order, tokens, segments and masks.
         tokenizer_digest: of the tokenizer that made the tokens.
+        tokenizer_parts: its `tokenizer_parts`; None where a table has none.
         vocab_size: ids are below it.
         seq_len, packing: how samples were cut.
         prefix: ids that the tokenizer puts before each text, such as BOS.
@@ -103,6 +105,7 @@ class TokenSource:
             )
         self.digest: str = described["digest"]
         self.tokenizer_digest: str = described["tokenizer_digest"]
+        self.tokenizer_parts: dict[str, Any] | None = described.get("tokenizer_parts")
         self.vocab_size: int = described["vocab_size"]
         self.seq_len: int = described["made_from"]["seq_len"]
         self.packing: str = described["made_from"]["packing"]
@@ -143,6 +146,12 @@ class TokenSource:
     def num_rows(self) -> np.ndarray:
         """Returns the number of label rows [N] int64 of every sample; at least one each."""
         return np.concatenate([chunk.num_rows for chunk in self._open()[0]]).astype(np.int64)
+
+    def find_tokens(self, ids: Iterable[int]) -> list[int]:
+        """Returns those of the ids that occur in some sample, ascending; reads all tokens, about 1 GB/s."""
+        wanted = np.array(sorted(ids), np.int32)
+        found = [wanted[np.isin(wanted, chunk.tokens)] for chunk in self._open()[0]] if len(wanted) else []
+        return sorted(set(np.concatenate(found).tolist())) if found else []
 
     def sample(self, sample: int) -> TokenSample:
         """Returns one sample; tokens and mask are read-only views of the mapped file."""

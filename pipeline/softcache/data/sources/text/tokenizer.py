@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl
 
 from softcache.data.sources.text.build_cache import build_dir_path, build_folder
-from softcache.errors import MissingExtraError, SourceError, SpecError
+from softcache.errors import IdentityError, MissingExtraError, SourceError, SpecError
 from softcache.hashing.digests import digest_json
-from softcache.runtime.logging import progress_bar
+from softcache.runtime.logging import log_info, progress_bar
 from softcache.runtime.optional import auto_tokenizer, text_library
 
 if TYPE_CHECKING:
     from softcache.data.sources.text.documents import Documents
     from softcache.data.sources.text.settings import TextSettings
+    from softcache.data.sources.text.table import TokenSource
 
 __all__ = [
     "SpecialTokens",
+    "accept_tokenizer",
     "bpe_arguments",
     "describe_tokenizer",
     "digest_tokenizer",
@@ -33,6 +35,7 @@ __all__ = [
     "load_tokenizer",
     "save_with_tokenizer",
     "special_tokens",
+    "tokenizer_parts",
     "train_byte_level",
 ]
 
@@ -128,6 +131,62 @@ def special_tokens(tokenizer: Any, *, bos: Literal["auto"] | bool, of: str) -> S
     if tokenizer.eos_token_id is not None and suffix[-1:] != [tokenizer.eos_token_id]:
         suffix = [*suffix, tokenizer.eos_token_id]
     return SpecialTokens(tuple(prefix), tuple(suffix))
+
+
+def tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
+    """Returns what gives ids their meaning: the digest of what cuts a text into tokens, and the tokens added to it by id."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        added = {str(number): str(token) for number, token in tokenizer.added_tokens_decoder.items()}
+        vocabulary = {token: n for token, n in tokenizer.get_vocab().items() if str(n) not in added}
+        return {"core": digest_json(vocabulary), "added": added}
+    described = json.loads(backend.to_str())
+    for name in ("truncation", "padding", "post_processor", "decoder"):
+        described.pop(name, None)
+    added = {str(token["id"]): token["content"] for token in described.pop("added_tokens")}
+    return {"core": digest_json(described), "added": added}
+
+
+def accept_tokenizer(tokenizer: Any, source: TokenSource, *, of: str) -> None:
+    """Accepts a model's tokenizer if each id of the source's tokens means the same to both; what differs is logged.
+
+    Tokens that one of the two adds (a pad token, most often) are accepted where no text has them.
+
+    Args:
+        of: names the tokenizer, for messages.
+
+    Raises:
+        IdentityError: an id that occurs would be another token.
+    """
+    digest = digest_tokenizer(tokenizer)
+    if digest == source.tokenizer_digest:
+        return
+    ours, theirs = source.tokenizer_parts or {"core": None, "added": {}}, tokenizer_parts(tokenizer)
+    here, there = ({int(n): token for n, token in parts["added"].items()} for parts in (ours, theirs))
+    other = sorted(n for n in here.keys() & there.keys() if here[n] != there[n])
+    less = sorted(here.keys() - there.keys())
+    if ours["core"] == theirs["core"] and not other and not (used := source.find_tokens(less)):
+        more = {n: token for n, token in there.items() if n not in here}
+        listed = ", ".join(
+            f"{token} ({n})" for n, token in sorted({**more, **{n: here[n] for n in less}}.items())
+        )
+        log_info(
+            f"{of}: its tokenizer differs from that of source {source.name} in tokens that no text here has: "
+            f"{listed or 'their flags only'}"
+        )
+        return
+    if ours["core"] != theirs["core"]:
+        why = "it cuts texts otherwise"
+    elif other:
+        why = f"its token {other[0]} is {there[other[0]]!r}, here {here[other[0]]!r}"
+    else:
+        why = f"it lacks token {used[0]}, {here[used[0]]!r}, which texts here have"
+    raise IdentityError(
+        f"{of}: its tokenizer (digest {digest[:12]}…, {len(tokenizer)} tokens) is not the one of source {source.name} "
+        f"(digest {source.tokenizer_digest[:12]}…, {source.vocab_size} tokens): {why}, so a label of token i would be read "
+        "as another token; set source.tokenizer to the model's and make the cache with it, or give a student of another "
+        'vocabulary student.tokenizer and loss.name = "uld"'
+    )
 
 
 def describe_tokenizer(settings: TextSettings) -> dict[str, Any]:

@@ -98,6 +98,7 @@ class DistillTrainer(Trainer):
         check_loss(self._loss, cache)
         self._cache, self._dataset = cache, SoftLabelDataset(source, cache)
         data = as_teacher_saw(source, cache)
+        self._source: TokenSource = data.source  # type: ignore[assignment]
         self._cross_documents: bool = data.cross_documents  # type: ignore[attr-defined]
         self._context = context or data.source.seq_len
         for name, held_out in named_sources(eval_dataset):
@@ -130,7 +131,7 @@ class DistillTrainer(Trainer):
     def _student(self) -> TokenStudent:
         """The loss and the scores of `self.model`, which it does not own."""
         if self._bound is None or self._bound.model is not self.model:
-            check_tokenizer(self._cache, self.model, self._processing_class)
+            check_tokenizer(self._source, self.model, self._processing_class)
             self._bound = TokenStudent(
                 patched_forward(self.model),
                 self._loss,

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainingArguments
 
-from softcache.data.sources.text.source import digest_tokenizer
+from softcache.data.sources.text.table import TokenSource
+from softcache.data.sources.text.tokenizer import accept_tokenizer
 from softcache.errors import (
     ConfigError,
-    IdentityError,
     SpecError,
 )
 from softcache.models.language import tokenizer_of
@@ -91,8 +91,8 @@ def tokenizer_digest(cache: Cache) -> str:
     return str(cache.manifest.identity["tokenizer"]["digest"])
 
 
-def check_tokenizer(cache: Cache, model: Any, tokenizer: Any) -> None:
-    """Raises unless the student's tokenizer, where there is one to be found, made the tokens of the cache.
+def check_tokenizer(source: TokenSource, model: Any, tokenizer: Any) -> None:
+    """Raises unless the student's tokenizer, where there is one to be found, reads the tokens of the cache as they are.
 
     Raises:
         IdentityError: it is another one.
@@ -101,13 +101,8 @@ def check_tokenizer(cache: Cache, model: Any, tokenizer: Any) -> None:
     if tokenizer is None and path and "?" not in path and Path(path).is_dir():
         whose, tokenizer = f"model {path}", tokenizer_of(f"hf:{path}")
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
-    if tokenizer is None or digest_tokenizer(tokenizer) == tokenizer_digest(cache):
-        return
-    raise IdentityError(
-        f"{whose}: its tokenizer (digest {digest_tokenizer(tokenizer)[:12]}…, {len(tokenizer)} tokens) is not the one of "
-        f"cache {cache.url} (digest {tokenizer_digest(cache)[:12]}…, {cache.num_classes} tokens): a label of token i would "
-        "be read as another token; take a student of the teacher's tokenizer, or make a cache with the student's"
-    )
+    if tokenizer is not None:
+        accept_tokenizer(tokenizer, source, of=whose)
 
 
 def check_classes(cache: Cache, num_rows: int, name: str) -> None:

@@ -1,0 +1,67 @@
+"""Before the pass: how well the teacher predicts, a teacher that guesses, one that is not its model's own forward."""
+
+import math
+
+import pytest
+import torch
+
+from softcache.errors import LabelError
+from softcache.models.language import build_language_model
+from softcache.runs import capture_labels, open_data, open_teacher
+from softcache.teacher.capture.first_rows import FirstRows, score_first_rows
+from softcache.teacher.language import LanguageTeacher
+from tests.support.caches import digits_config
+from tests.support.text_caches import text_config
+
+
+@pytest.mark.parametrize(
+    ("rows", "loss", "accuracy", "classes", "guessing"),
+    [
+        (2048, math.log(1000), 0.001, 1000, True),
+        (2048, 9.0, 0.002, 1000, True),  # sure of the wrong ones
+        (2048, 0.3, 0.9, 1000, False),
+        (2048, 4.0, 0.25, 50_000, False),
+        (2048, math.log(50_000), 0.0, 50_000, True),
+        (2048, 12.0, 0.6, 1000, False),  # right, and far too sure
+    ],
+)
+def test_a_guess_is_known_by_accuracy_and_loss(rows, loss, accuracy, classes, guessing):
+    assert FirstRows(rows, loss, accuracy, classes).is_guessing == guessing
+
+
+def test_the_score_is_printed_once_when_a_cache_is_created(tmp_path, capfd):
+    config = digits_config()
+    data = open_data(config)
+    teacher = open_teacher(config, data)
+    for _ in range(2):
+        capture_labels(config, data, teacher, str(tmp_path / "cache"))
+    printed = capfd.readouterr().err
+    assert printed.count("on the first") == 1
+    found = score_first_rows(teacher, data.train, num_classes=10, batch_size=64)
+    assert f"teacher {teacher.spec}: {found.accuracy:.2%} right on the first {found.rows:,} rows" in printed
+
+
+def test_a_teacher_with_random_weights_is_called_out(tmp_path, capfd):
+    config = text_config(tmp_path)
+    data = open_data(config)
+    torch.manual_seed(0)
+    model = build_language_model(
+        "llama?width=16&depth=1&heads=2&tied=false", vocab_size=data.num_classes, context=64
+    )
+    teacher = LanguageTeacher(model, spec="x:y", device=torch.device("cpu"), dtype="float32")
+    capture_labels(config, data, teacher, str(tmp_path / "cache"))
+    printed = capfd.readouterr().err
+    assert "of tokens right on the first" in printed
+    assert f"no better than a guess among {data.num_classes:,} classes" in printed
+
+
+def test_labels_that_are_not_of_the_models_own_forward_are_refused(tmp_path):
+    config = text_config(tmp_path)
+    data = open_data(config)
+    teacher = open_teacher(config, data)
+    score_first_rows(teacher, data.train, num_classes=data.num_classes, batch_size=4)
+    teacher.parts.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: (args, {**kwargs, "position_ids": None}), with_kwargs=True
+    )  # packed documents see each other
+    with pytest.raises(LabelError, match=r"not those of its own forward pass: [\d.]+ nats of \d+ rows"):
+        score_first_rows(teacher, data.train, num_classes=data.num_classes, batch_size=4)
