@@ -1,12 +1,19 @@
 """Labels of small models of many architectures are the log-softmax of a plain forward of each document alone."""
 
+import re
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 
 from softcache.errors import MissingExtraError, SpecError
-from softcache.models.language import build_language_model, check_split, split
+from softcache.losses import LossSettings
+from softcache.models.language import build_language_model, check_loss, check_split, split
 from softcache.models.spec import architecture_of
+from softcache.student.tasks.token_student import TokenStudent
 from tests.support.architectures import ARCHITECTURES, SIZES, Architecture, compare, make_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -34,6 +41,24 @@ def test_labels_are_those_of_a_plain_forward(each, dtype):
         assert found.rounded < 0.03 + 2 * found.noise
 
 
+def test_the_page_has_a_row_of_each():
+    found = (Path(__file__).parents[2] / "docs/architectures.md").read_text()
+    for each in ARCHITECTURES:
+        variant = f" ({each.variant})" if each.variant else ""
+        assert f"| `{each.model_type}`{variant} | {each.features} |" in found
+
+
+def test_the_command_prints_chosen_rows():
+    from benchmarks.architectures import main
+
+    printed = CliRunner().invoke(main, ["granite", "xlm"], catch_exceptions=False).stdout
+    assert re.search(r"\| `granite` \| logits divided, multipliers \| positions \| \d\.\de-0[67] \|", printed)
+    assert re.search(
+        r"\| `xlm` \| encoder \| a later token changes the hidden states before it; the model", printed
+    )
+    assert CliRunner().invoke(main, ["granit"]).exit_code == 2
+
+
 def test_the_models_are_small_and_many():
     assert len({each.model_type for each in ARCHITECTURES if not each.refused}) >= 80
     assert len({each.name for each in ARCHITECTURES}) == len(ARCHITECTURES)
@@ -47,14 +72,14 @@ def test_the_models_are_small_and_many():
         ("recurrent_gemma", 1.0, 5.0),
         ("xlstm", 1.0, 5.0),
         ("nanochat", 1.0, 5.0),
-        ("falcon_h1", 0.5, None),
-        ("granitemoehybrid", 0.125, None),
+        ("falcon_h1", 0.3, None),
+        ("granitemoehybrid", 1 / 6, None),
         ("mpt", 1.0, None),
     ],
 )
 def test_a_scale_and_a_soft_cap_are_found_under_each_name(name, scale, softcap):
     parts = split(make_model(architecture(name)))
-    assert (parts.logit_scale, parts.softcap) == (scale, softcap)
+    assert (parts.logit_scale, parts.softcap) == (pytest.approx(scale), softcap)
 
 
 def test_a_word_in_place_of_a_scale_is_left_out():
@@ -156,3 +181,49 @@ def test_the_text_of_a_model_with_images_is_built(tmp_path):
     check_split(model, parts)
     assert type(model).__name__ == "Mistral3ForConditionalGeneration"
     assert (parts.vocab_size, parts.packing) == (101, "positions")
+
+
+# ---- losses that a model adds itself
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "match"),
+    [
+        (
+            "mixtral",
+            {"output_router_logits": True},
+            r"adds 0\.002\d* to .*the balance of its experts' load\).*=false",
+        ),
+        ("jetmoe", {"output_router_logits": True}, r"adds 0\.02\d* to .*the balance of its experts' load"),
+        (
+            "bamba",
+            {"z_loss_coefficient": 0.01},
+            r"z_loss_coefficient = 0\.01: a penalty .*z_loss_coefficient=0\.0",
+        ),
+    ],
+)
+def test_a_student_whose_forward_adds_a_loss_is_refused(name, setting, match):
+    each = architecture(name)
+    asked = make_model(replace(each, config=each.config | setting))
+    with pytest.raises(SpecError, match=match):
+        TokenStudent(asked, LossSettings(), context=8)
+    TokenStudent(make_model(each), LossSettings(), context=8)
+
+
+def test_a_loss_that_no_setting_names_is_refused():
+    model = make_model(architecture("llama"))
+    forward = model.forward
+
+    def with_more(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        return output if output.loss is None else replace(output, loss=output.loss + 0.5)
+
+    model.forward = with_more
+    with pytest.raises(SpecError, match=r"adds 0\.5 .* \(no setting that softcache knows\)"):
+        check_loss(model)
+
+
+def test_router_logits_that_add_nothing_are_taken():
+    """DeepSeek balances its experts without a loss."""
+    each = architecture("deepseek_v3")
+    check_loss(make_model(replace(each, config=each.config | {"output_router_logits": True})))

@@ -17,7 +17,7 @@ from softcache.models.language.backbone_head import BackboneHead, CausalParts
 from softcache.models.language.causal_lm import build_language_model, tokenizer_of
 from softcache.models.language.encoder_decoder import PairTokens, build_translation_model
 from softcache.models.language.encoder_decoder_parts import PairParts, split_source_target
-from softcache.models.language.probes import check_context, check_split
+from softcache.models.language.probes import check_context, check_loss, check_split
 from softcache.models.language.splitting import split
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "build_language_model",
     "build_translation_model",
     "check_context",
+    "check_loss",
     "check_split",
     "split",
     "split_source_target",

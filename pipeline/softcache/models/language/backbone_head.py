@@ -100,7 +100,7 @@ class CausalParts(LMHeadMixin):
         softcap: c in `c tanh(logits / c)` (Gemma), or None.
         length_threshold: documents longer than this run apart from others, because the model embeds positions otherwise as
             soon as one row of a batch is longer (LongRoPE); or None.
-        hidden_divisor: what the backbone's output is divided by before the head (Inkling).
+        hidden_divisor: what the backbone's output is divided by, in its own dtype, before the head (Inkling, MiniCPM3).
     """
 
     backbone: nn.Module

@@ -17,10 +17,18 @@ import torch
 from torch import nn
 
 from softcache.errors import SpecError
+from softcache.models.language.adapters import without_wrapper
 from softcache.models.language.backbone_head import BackboneHead, CausalParts, accepts_argument, tensor_in
-from softcache.models.language.encoder_decoder_parts import PairParts, split_source_target
+from softcache.models.language.encoder_decoder_parts import PairParts, is_encoder_decoder, split_source_target
 
-__all__ = ["check_context", "check_max_length", "check_pairs", "check_split", "isolates_documents"]
+__all__ = [
+    "check_context",
+    "check_loss",
+    "check_max_length",
+    "check_pairs",
+    "check_split",
+    "isolates_documents",
+]
 
 NUM_PROBE_TOKENS = 8
 LARGE_LOGIT = 64.0
@@ -158,6 +166,64 @@ def _why_not_causal(model: Any) -> str:
     if getattr(getattr(model, "config", None), "is_decoder", None) is False:
         return "; its configuration has is_decoder = false, as of an encoder, which sees the whole text"
     return ""
+
+
+ADDED_LOSSES = {
+    "output_router_logits": "the balance of its experts' load",
+    "z_loss_coefficient": "a penalty on large logits",
+}
+"""Settings of transformers' configurations that add to a model's loss, and what they add."""
+
+LOSS_ROUNDING = 2e-5
+
+
+def check_loss(model: nn.Module) -> None:
+    """Compares the loss of a transformers model with the cross-entropy of its logits, on a few tokens.
+
+    Raises:
+        SpecError: its forward adds a loss of its own, which training through hidden states would leave out.
+    """
+    model = without_wrapper(model)
+    if not any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__):
+        return
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    known = [key for key in ADDED_LOSSES if getattr(config, key, None)]
+    try:
+        added = _added_loss(model)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # a model that has no loss adds none, but for what its settings ask
+        added = float("nan") if known else 0.0
+    if abs(added) <= LOSS_ROUNDING:
+        return
+    what = "; ".join(f"{key} = {getattr(config, key)}: {ADDED_LOSSES[key]}" for key in known)
+    remedy = " and ".join(f"{key}={'false' if key.startswith('output') else 0.0}" for key in known)
+    raise SpecError(
+        f"student {type(model).__name__}: its forward adds {added:.3g} to the cross-entropy of its logits "
+        f"({what or 'no setting that softcache knows'}); its loss here is that of [loss] alone, which would leave that out; "
+        f"set {remedy or 'what adds it to zero'} in its configuration, or in the spec after '?'"
+    )
+
+
+def _added_loss(model: Any) -> float:
+    """Returns the model's loss minus the cross-entropy of its logits.
+
+    Labels are the next tokens; encoder-decoders, and transformers' decoders of some of them, do not shift them.
+    """
+    device = model.get_output_embeddings().weight.device
+    tokens_BL = (5 * torch.arange(2 * NUM_PROBE_TOKENS, device=device).view(2, -1) + 3) % 97
+    tokens_BL = tokens_BL % len(model.get_output_embeddings().weight)
+    with _evaluating(model):
+        output = model(input_ids=tokens_BL, labels=tokens_BL, use_cache=False)
+    if getattr(output, "loss", None) is None:
+        return 0.0
+    logits_BVL = output.logits.float().transpose(1, 2)
+    same = nn.functional.cross_entropy(logits_BVL, tokens_BL)
+    shifted = nn.functional.cross_entropy(logits_BVL[..., :-1], tokens_BL[:, 1:])
+    after_shift, unshifted = ((output.loss.float() - each).item() for each in (shifted, same))
+    is_unshifted = is_encoder_decoder(model) or abs(unshifted) <= LOSS_ROUNDING
+    return unshifted if is_unshifted else after_shift
 
 
 def isolates_documents(parts: CausalParts) -> bool:

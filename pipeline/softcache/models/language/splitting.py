@@ -5,6 +5,7 @@ Architectures name the same things differently: a scale, a soft cap and a limit 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -59,15 +60,16 @@ def split(model: nn.Module) -> BackboneHead:
             f"{'the model itself' if backbone is model else type(backbone).__name__}"
         )
     config = _config_of(model)
+    scale, divisor = _scaling_of(config)
     parts = CausalParts(
         backbone,
         head,
         "rows",
         context_of(model),
-        _scale_of(config),
-        _softcap_of(config),
-        length_threshold_of(config),
-        _number(config, "logits_mup_width_multiplier") or 1.0,
+        logit_scale=scale,
+        softcap=_softcap_of(config),
+        length_threshold=length_threshold_of(config),
+        hidden_divisor=divisor,
     )
     restarted = replace(parts, packing="positions")
     return restarted if isolates_documents(restarted) else parts
@@ -85,11 +87,14 @@ def _number(config: Any, name: str) -> float | None:
     return float(value) if isinstance(value, int | float) and value else None
 
 
-def _scale_of(config: Any) -> float:
-    scale = 1.0
-    for name, power in SCALES.items():
-        scale *= (_number(config, name) or 1.0) ** power
-    return scale
+def _scaling_of(config: Any) -> tuple[float, float]:
+    """Returns what the logits are multiplied by, and what the hidden state is divided by before the head (MiniCPM3)."""
+    before_head = ["logits_mup_width_multiplier"]
+    if _number(config, "dim_model_base"):
+        before_head.append("logits_scaling")
+    numbers = {name: _number(config, name) or 1.0 for name in (*SCALES, *before_head)}
+    divisor = math.prod(numbers[name] for name in before_head)
+    return math.prod(numbers[name] ** SCALES[name] for name in SCALES if name not in before_head), divisor
 
 
 def _softcap_of(config: Any) -> float | None:

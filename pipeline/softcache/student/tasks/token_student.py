@@ -13,7 +13,7 @@ from softcache.labels import SoftLabels
 from softcache.labels.sparsify import dense_labels_unsorted
 from softcache.losses import LossSettings, cross_entropy, distillation_loss, kl_terms, row_weights
 from softcache.losses.fused import fused_distillation_loss, token_scores
-from softcache.models.language import check_context, check_split, split
+from softcache.models.language import check_context, check_loss, check_split, split
 from softcache.student.tasks.base import OnlineTeacher
 
 __all__ = ["TokenStudent"]
@@ -38,6 +38,7 @@ class TokenStudent(nn.Module):
         self._loss, self._context, self._cross_documents = loss, context, cross_documents
         self._parts = split(model)
         check_split(model, self._parts)
+        check_loss(model)
         check_context(self._parts, context, "student")
 
     @property
