@@ -25,7 +25,7 @@ from softcache.losses import LossSettings
 from softcache.reader.cache import Cache
 from softcache.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
 from softcache.runtime.logging import log_info
-from softcache.stages.options import config_options, print_table
+from softcache.stages.options import config_file_options, print_table
 
 WAYS: dict[str, dict[str, Any]] = {
     "T = 4": {"temperature": 4.0},
@@ -49,7 +49,7 @@ HARD = "hard labels"
 
 
 @click.command()
-@config_options
+@config_file_options(default="configs/digits.toml")
 @click.option("--way", "ways", multiple=True, help="A row of the table; may be repeated. Default: all.")
 @click.option("--seeds", default="0,1,2,3,4", show_default=True, help="Seeds of the students.")
 @click.option("--train-samples", default=400, show_default=True, help="Images that students see.")

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 
 from softcache.cache.codecs import OpenSettings
-from softcache.config.load import load_config
 from softcache.config.run import RunConfig
 from softcache.labels import SoftLabels, truncate_labels
 from softcache.labels.sparsify import LabelSettings, dense, label_settings
@@ -52,11 +51,8 @@ NUM_ROWS, NUM_CLASSES, SCALE = 500, 1000, 3.0
 @click.option("--out", type=click.Path(path_type=Path), default="runs/fusion", show_default=True)
 @click.option("--weak", is_flag=True, help="With a weak teacher in the place of the third.")
 @click.option("--estimates", is_flag=True, help="Measure the estimates instead of students.")
-def main(
-    config_path: str, overrides: tuple[str, ...], seeds: int, out: Path, weak: bool, estimates: bool
-) -> None:
+def main(config: RunConfig, seeds: int, out: Path, weak: bool, estimates: bool) -> None:
     """Students of several teachers at once, against those of one, and of none."""
-    config = load_config(config_path, overrides)
     data = open_data(config)
     out.mkdir(parents=True, exist_ok=True)
     names, results = (ONE_WEAK, "weak") if weak else (ALIKE, "students")

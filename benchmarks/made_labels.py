@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from softcache.hashing.digests import digest_json
 from softcache.labels import SoftLabels
 from softcache.labels.sparsify import TopK
 from softcache.labels.tail import log_sum_exp
+from softcache.teacher.base import TeacherFacts
 from softcache.teacher.capture.plan import CaptureSettings, plan_manifest
 
 __all__ = ["MadeImages", "MadeSource", "made_tokens", "varied", "write_cache"]
@@ -131,21 +131,10 @@ def varied(base: SoftLabels, num_rows: int, seed: int | Sequence[int]) -> SoftLa
     )
 
 
-@dataclass(frozen=True)
-class _Nobody:
-    """The manifest's entry of a teacher that never ran."""
-
-    num_classes: int
-    spec: str = "made"
-    weights_digest: str = "0" * 64
-    dtype: str = "float32"
-    num_parameters: int = 0
-
-
 def write_cache(url: str, data: Any, base: SoftLabels, settings: CaptureSettings) -> str:
     """Writes a finished cache of `data` with labels varied from `base`; the same labels for every codec and store."""
     labels = TopK(k=base.k, temperatures=base.temperatures)
-    manifest, samples = plan_manifest(data, cast(Any, _Nobody(base.num_classes)), labels, settings)
+    manifest, samples = plan_manifest(data, TeacherFacts("made", base.num_classes), labels, settings)
     objects = open_objects(url, create=True)
     manifest, digest = create_cache(objects, manifest, samples)
     store, codec = open_store(manifest, objects), manifest.build_codec()

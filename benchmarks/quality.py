@@ -18,7 +18,6 @@ from typing import Any
 
 import click
 
-from softcache.config.load import load_config
 from softcache.config.run import RunConfig
 from softcache.labels.sparsify import LabelSettings, label_settings
 from softcache.modalities import Data
@@ -70,13 +69,10 @@ def bytes_per_row(cache: Cache) -> float:
 @click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of the students.")
 @click.option("--out", type=click.Path(path_type=Path), default="runs/quality", show_default=True)
 @click.option("--table", is_flag=True, help="Print the table of what is there, and run nothing.")
-def main(
-    config_path: str, overrides: tuple[str, ...], records: tuple[str, ...], seeds: str, out: Path, table: bool
-) -> None:
+def main(config: RunConfig, records: tuple[str, ...], seeds: str, out: Path, table: bool) -> None:
     """Train the same student from several records; print its score against bytes per row."""
     out.mkdir(parents=True, exist_ok=True)
     results = out / "results.jsonl"
-    config = load_config(config_path, overrides)
     if not table:
         _run(config, records, [int(x) for x in seeds.split(",")], out, results)
     _print(_read(results), records)

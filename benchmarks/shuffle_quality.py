@@ -23,7 +23,6 @@ import torch
 from accelerate import PartialState
 
 from benchmarks.harness import machine
-from softcache.config.load import load_config
 from softcache.config.run import RunConfig
 from softcache.data.images import ViewedSource
 from softcache.data.sources.images.base import InMemorySource
@@ -135,9 +134,8 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 @click.option("--block", default=32, show_default=True, type=click.IntRange(1), help="Samples of a block.")
 @click.option("--seeds", default=5, show_default=True, type=click.IntRange(1), help="Runs of each window.")
 @click.option("--json", "json_path", metavar="FILE", help="Also write the figures as JSON.")
-def main(config_path: str, overrides: tuple[str, ...], block: int, seeds: int, json_path: str | None) -> None:
+def main(config: RunConfig, block: int, seeds: int, json_path: str | None) -> None:
     """Train the same student on sorted data in orders of different windows."""
-    config = load_config(config_path, overrides)
     rows = measure(config, block, seeds)
     title = f"{config.source.name} sorted by class, {rows[0]['blocks']} blocks of {block}, {seeds} seeds"
     print_table(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -58,23 +57,44 @@ _COMPILES = "SOFTCACHE_COMPILES"
 
 
 def _compile_elsewhere(function: Callable[..., Any], signature: Any) -> None:
-    """Compiles and keeps a function in another process; if that cannot, this one does."""
-    program = "from softcache.runtime.jit import _compile_here; _compile_here()"
+    """Has another process compile and keep a function; if it cannot, this one will."""
+    program = "import sys; from softcache.runtime.jit import _compile_here; _compile_here(*sys.argv[1:])"
+    words = [function.__module__, function.__name__, *map(_in_words, signature)]
     here = {_COMPILES: "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    # TypeError: an interpreter that is embedded in another program has no executable.
-    with suppress(OSError, TypeError):
+    with suppress(
+        OSError, TypeError
+    ):  # TypeError: an interpreter that is part of another program has no executable
         subprocess.run(
-            [sys.executable, "-c", program],
+            [sys.executable, "-c", program, *words],
             env=os.environ | here,
-            input=pickle.dumps((function.__module__, function.__name__, signature)),
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             check=False,
         )
 
 
-def _compile_here() -> None:
-    module, name, signature = pickle.load(sys.stdin.buffer)
-    getattr(importlib.import_module(module), name).compile(signature)
+def _compile_here(module: str, name: str, *words: str) -> None:
+    getattr(importlib.import_module(module), name).compile(tuple(map(_of_words, words)))
+
+
+def _in_words(kind: Any) -> str:
+    """A number's type, or an array's: float32/2/C/True, with dimensions, layout, and whether it may be written to."""
+    from numba import types
+
+    if isinstance(kind, types.Array):
+        return f"{kind.dtype}/{kind.ndim}/{kind.layout}/{kind.mutable}"
+    return str(kind)
+
+
+def _of_words(text: str) -> Any:
+    from numba import types
+
+    name, *array = text.split("/")
+    kind: Any = types.boolean if name == "bool" else getattr(types, name)
+    if not array:
+        return kind
+    layout: Any = array[1]
+    return types.Array(kind, int(array[0]), layout, readonly=array[2] == "False")
 
 
 def njit_inline(function: Callable[..., Any], **options: Any) -> Any:

@@ -24,7 +24,7 @@ from softcache.models.spec import architecture_of
 from softcache.models.weights import count_parameters
 from softcache.settings import Settings
 
-__all__ = ["Dtype", "Teacher", "TeacherSettings"]
+__all__ = ["Dtype", "Teacher", "TeacherFacts", "TeacherSettings"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -36,33 +36,33 @@ class TeacherSettings(Settings):
     weights: str | None = None
 
 
-class Teacher(ABC):
-    """A module in evaluation mode with its device and autocast dtype.
+class TeacherFacts:
+    """What a cache's manifest says of the teacher of its labels; also of one that only its name is known of.
 
     Attributes:
         spec: the model spec it was built from.
         num_classes: V.
         num_parameters: scalars in its parameters.
         weights_digest: sha256 over its state dict, independent of the file format.
-        has_row_scores: whether each row has one ground-truth class, by which `score` scores it.
-        architecture: names what the weights are put into, wherever they come from; see `architecture_of`.
+        architecture: names what the weights are put into, wherever they come from; see `architecture_of`. None: unknown.
+        dtype: of its autocast.
     """
 
-    has_row_scores = True
+    spec: str
+    num_classes: int
+    num_parameters: int = 0
+    weights_digest: str = "unknown"
+    architecture: str | None = None
+    dtype: str = "unknown"
 
-    def __init__(
-        self, model: nn.Module, *, spec: str, num_classes: int, device: torch.device, dtype: Dtype
-    ) -> None:
-        self.spec, self.num_classes, self.device, self.dtype = spec, num_classes, device, dtype
-        self.num_parameters = count_parameters(model)
-        self.weights_digest = digest_weights(model.state_dict())
-        self.architecture = architecture_of(model, spec)
-        self.model = model.to(device).eval().requires_grad_(False)
+    def __init__(self, spec: str, num_classes: int) -> None:
+        self.spec, self.num_classes = spec, num_classes
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """Returns the teacher's part of a cache's identity."""
         names = ("spec", "weights_digest", "architecture", "dtype")
-        return {"teacher": {name: getattr(self, name) for name in names}}
+        facts = {name: getattr(self, name) for name in names}
+        return {"teacher": {name: fact for name, fact in facts.items() if fact is not None}}
 
     def class_names(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """Returns the names of the classes that it labels, of the source's."""
@@ -92,6 +92,26 @@ class Teacher(ABC):
             sampling=labels.sampling,
             **settings.parameters(),
         )
+
+
+class Teacher(TeacherFacts, ABC):
+    """A module in evaluation mode with its device and autocast dtype.
+
+    Attributes:
+        has_row_scores: whether each row has one ground-truth class, by which `score` scores it.
+    """
+
+    has_row_scores = True
+
+    def __init__(
+        self, model: nn.Module, *, spec: str, num_classes: int, device: torch.device, dtype: Dtype
+    ) -> None:
+        super().__init__(spec, num_classes)
+        self.device, self.dtype = device, dtype
+        self.num_parameters = count_parameters(model)
+        self.weights_digest = digest_weights(model.state_dict())
+        self.architecture = architecture_of(model, spec)
+        self.model = model.to(device).eval().requires_grad_(False)
 
     def autocast(self) -> AbstractContextManager:
         if self.dtype == "float32":
@@ -149,7 +169,7 @@ class Teacher(ABC):
         """Returns in words how well the teacher predicts rows."""
         return f"{accuracy:.2%} right"
 
-    def check_forward(self, batch: Any) -> None:  # noqa: B027  # most have no other forward pass
+    def check_forward(self, batch: Any) -> None:  # most have no other forward pass
         """Checks on a batch that `chunks` gives what the model's own forward pass does, where that is another one.
 
         Raises:

@@ -18,7 +18,7 @@ from softcache.errors import ConfigError, LabelError
 from softcache.hashing.digests import digest_bytes
 from softcache.labels.sparsify import LabelSettings
 from softcache.settings import Settings
-from softcache.teacher.base import Dtype, Teacher
+from softcache.teacher.base import Dtype, TeacherFacts
 
 __all__ = ["CaptureSettings", "default_plan", "plan_manifest"]
 
@@ -55,7 +55,7 @@ class CaptureSettings(Settings):
 
 
 def plan_manifest(
-    data: Data, teacher: Teacher, labels: LabelSettings, settings: CaptureSettings
+    data: Data, teacher: TeacherFacts, labels: LabelSettings, settings: CaptureSettings
 ) -> tuple[Manifest, bytes]:
     """Returns the manifest of a cache and the bytes of its sample table.
 

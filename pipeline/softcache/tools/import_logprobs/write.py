@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from softcache.data.tokens import TokenData
 from softcache.errors import LabelError, SourceError
 from softcache.labels.sparsify import TopK
 from softcache.reader.cache import Cache, open_cache
+from softcache.teacher.base import TeacherFacts
 from softcache.teacher.capture.plan import CaptureSettings, plan_manifest
 from softcache.teacher.capture.run import CaptureReport
 from softcache.tools.import_logprobs.index import Responses
@@ -109,17 +109,6 @@ def _unit_columns(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-@dataclass(frozen=True)
-class _Server:
-    """The manifest's facts about a teacher that is known by name only."""
-
-    spec: str
-    num_classes: int
-    num_parameters: int = 0
-    weights_digest: str = "unknown"
-    dtype: str = "unknown"
-
-
 def _manifest(
     responses: Responses, data: TokenData, *, k: int, settings: CaptureSettings, model_name: str | None
 ) -> tuple[Manifest, bytes]:
@@ -129,8 +118,8 @@ def _manifest(
         raise LabelError(
             "responses: none names its `model`; give --model-name, the teacher's name in the cache's identity"
         )
-    server = _Server(f"imported:{name}", data.source.vocab_size)
-    manifest, samples = plan_manifest(data, cast(Any, server), TopK(k=k, temperatures=(1.0,)), settings)
+    server = TeacherFacts(f"imported:{name}", data.source.vocab_size)
+    manifest, samples = plan_manifest(data, server, TopK(k=k, temperatures=(1.0,)), settings)
     codec = replace(manifest.soft_codec("import"), stats=False, max_temperature=1.0).to_dict()
     identity = manifest.identity | {
         "codec": codec,
