@@ -24,6 +24,7 @@ from softcache.runtime.signals import Interrupted, handle_signals
 from softcache.stages.cli import main
 from softcache.student.checkpoint import RunDirectory
 from softcache.student.loop import Trainer
+from tests.student.test_huggingface_models import FAMILIES, save_model
 from tests.student.test_run import RESTLESS, Killed, dies_at, distance, fit, watched
 from tests.support.caches import ROOT, make_cache
 from tests.support.process_groups import run_ranks
@@ -613,3 +614,52 @@ def test_one_ranks_error_is_the_one_message_under_torchrun(tmp_path, images, cou
     assert len(lines) == 1, run.stderr
     assert "the teacher saw content" in lines[0]
     assert "exitcode  : 1" in run.stderr
+
+
+def train_adapters(folder, out):
+    model = f"hf:{folder / 'pretrained'}"
+    train = {
+        "epochs": 2,
+        "batch_size": 5,
+        "eval_batch_size": 3,
+        "optimizer": "adafactor",
+        "schedule": "linear",
+        "log_every_steps": 2,
+        "eval_every_steps": 3,
+        "weight_decay": 0.1,
+    }
+    config = text_config(folder, **TEXT, train=train, student={"lora": {"rank": 4}})
+    with pytest.MonkeyPatch.context() as patch:
+        logged = []
+        patch.setattr("softcache.runs.fit.event", lambda name, **row: logged.append((name, row)))
+        metrics = train_student(
+            *(config, open_data(config)),
+            model=model,
+            labels="cache",
+            cache=open_cache(folder / "cache"),
+            out=out,
+        )
+    return metrics, [row for name, row in logged if name == "step"]
+
+
+def _trains_adapters(rank, folder, out):
+    if rank > 0:
+        may_write_nothing()
+    return train_adapters(folder, out)
+
+
+def test_adapters_and_reports_within_an_epoch_are_those_of_one_process(tmp_path, texts):
+    tokenizer = open_data(text_config(texts, **TEXT)).tokenizer
+    save_model(texts / "pretrained", FAMILIES["llama"], tokenizer)
+    ended = run_ranks(tmp_path / "ranks", 2, _trains_adapters, texts, tmp_path / "two")
+    assert [end.code for end in ended] == [0, 0], ended
+    one, steps = train_adapters(texts, tmp_path / "one")
+    assert_same_student(tmp_path / "two", tmp_path / "one")
+    two, steps_of_two = ended[0].value
+    assert two == ended[1].value[0]
+    assert one["evaluations"]
+    for found, expected in zip(two["evaluations"], one["evaluations"], strict=True):
+        assert found == pytest.approx(expected, rel=1e-5)
+    keys = ("epoch", "step", "loss", "lr")
+    for found, expected in zip(steps_of_two, steps, strict=True):
+        assert [found[k] for k in keys] == pytest.approx([expected[k] for k in keys], rel=1e-4)
