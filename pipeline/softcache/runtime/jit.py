@@ -11,11 +11,15 @@ import importlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 __all__ = ["compiled", "compiled_is_on", "njit_in_subprocess", "njit_inline"]
+
+
+_COMPILER = threading.RLock()
 
 
 def compiled_is_on() -> bool:
@@ -28,9 +32,18 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
     from numba import njit
 
     try:
-        return njit(cache=True, nogil=True, boundscheck=False, **options)(function)
+        dispatcher = njit(cache=True, nogil=True, boundscheck=False, **options)(function)
     except RuntimeError:
-        return njit(nogil=True, boundscheck=False, **options)(function)
+        dispatcher = njit(nogil=True, boundscheck=False, **options)(function)
+    here = dispatcher.compile
+
+    def compile(signature: Any) -> Any:
+        # numba loads what it has kept without a lock of its own: two threads at their first calls break its registries.
+        with _COMPILER:
+            return here(signature)
+
+    dispatcher.compile = compile
+    return dispatcher
 
 
 def njit_in_subprocess(function: Callable[..., Any], **options: Any) -> Any:
@@ -45,9 +58,10 @@ def njit_in_subprocess(function: Callable[..., Any], **options: Any) -> Any:
     def compile(signature: Any) -> Any:
         cache = dispatcher._cache  # it has no path where nothing can be kept
         keeps = _COMPILES not in os.environ and getattr(cache, "cache_path", None) is not None
-        if keeps and cache.load_overload(signature, dispatcher.targetctx) is None:
-            _compile_elsewhere(function, signature)
-        return here(signature)
+        with _COMPILER:
+            if keeps and cache.load_overload(signature, dispatcher.targetctx) is None:
+                _compile_elsewhere(function, signature)
+            return here(signature)
 
     dispatcher.compile = compile
     return dispatcher
