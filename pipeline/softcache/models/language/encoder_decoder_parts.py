@@ -34,7 +34,7 @@ class PairParts(LMHeadMixin):
         head: the plain linear layer to the vocabulary.
         context: always None; the sides are checked when a model is built.
         logit_scale: what the head's output is multiplied by.
-        softcap: None.
+        softcap: c in `c tanh(logits / c)` (T5Gemma), or None.
     """
 
     model: Any
@@ -113,7 +113,7 @@ def is_encoder_decoder(model: Any) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def split_pairs(model: Any, head: nn.Linear) -> PairParts:
+def split_pairs(model: Any, head: nn.Linear, softcap: float | None = None) -> PairParts:
     """Returns the parts of an encoder-decoder model whose head is known.
 
     Raises:
@@ -126,4 +126,4 @@ def split_pairs(model: Any, head: nn.Linear) -> PairParts:
                 "(AutoModelForSeq2SeqLM)"
             )
     scaled = getattr(model.config, "scale_decoder_outputs", False)
-    return PairParts(model, head, logit_scale=model.config.d_model**-0.5 if scaled else 1.0)
+    return PairParts(model, head, logit_scale=model.config.d_model**-0.5 if scaled else 1.0, softcap=softcap)

@@ -8,7 +8,7 @@ Shape legend: B rows, L tokens of a row, D width of the hidden state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -46,11 +46,17 @@ def check_split(model: nn.Module, parts: BackboneHead) -> None:
     name = type(model).__name__
     with _evaluating(model):
         if isinstance(parts, PairParts):
-            check_pairs(model, parts, _rounding)
+            check_pairs(model, parts)
             return
         assert isinstance(parts, CausalParts)
-        _check_logits(model, parts, name)
         tokens_BL, _ = _probe(parts)
+        kwargs: dict[str, Any] = {"use_cache": False} if accepts_argument(model, "use_cache") else {}
+        _check_logits(
+            model,
+            parts,
+            lambda: parts.hidden(tokens_BL, None).flatten(0, 1),
+            lambda: tensor_in(model(tokens_BL, **kwargs), "logits").flatten(0, 1),
+        )
         hidden_BLD = parts.hidden(tokens_BL, None)
         leak, leaked_share = _leak(parts, tokens_BL, hidden_BLD)
         difference, allowed = _difference_alone(parts)
@@ -81,37 +87,40 @@ def _leak(parts: CausalParts, tokens_BL: torch.Tensor, hidden_BLD: torch.Tensor)
     return leaks[0][0], leaks[1][1]
 
 
-def _check_logits(model: nn.Module, parts: CausalParts, name: str) -> None:
+def _check_logits(
+    model: nn.Module, parts: Any, hidden: Callable[[], torch.Tensor], logits: Callable[[], torch.Tensor]
+) -> None:
     """Compares the model's logits with those of its parts, as they are and with the head's output made large.
 
     Fresh weights give logits near zero, where a soft cap shows in no digit.
+
+    Args:
+        hidden: gives the hidden states [P, D] of the parts on a few tokens.
+        logits: gives the model's own logits [P, V] on the same ones.
     """
-    tokens_BL, _ = _probe(parts)
-    kwargs: dict[str, Any] = {"use_cache": False} if accepts_argument(model, "use_cache") else {}
+    name = type(model).__name__
     try:
-        hidden_BLD = parts.hidden(tokens_BL, None)
-        output = model(tokens_BL, **kwargs)
+        hidden_PD, expected = hidden(), logits()
     except (SpecError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         # A model's own code may raise anything; what the user needs is which model, and that it is not the data.
         raise SpecError(
-            f"model {name}: its forward fails on two rows of {tokens_BL.shape[1]} tokens: {type(error).__name__}: "
-            f"{' '.join(str(error).split())[:300]}; expected a causal language model that runs on token ids alone; "
+            f"model {name}: its forward fails on a few tokens: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}; expected a language model that runs on token ids alone; "
             "check its configuration"
         ) from error
-    expected = tensor_in(output, "logits")
-    raw = replace(parts, logit_scale=1.0, softcap=None).logits(hidden_BLD.flatten(0, 1))
-    raw = raw.view(*tokens_BL.shape, -1)
+    raw = replace(parts, logit_scale=1.0, softcap=None).logits(hidden_PD)
     if expected.shape != raw.shape:
         raise SpecError(
             f"model {name}: its logits have shape {tuple(expected.shape)}, those of its head "
             f"{tuple(raw.shape)}; the model does more than its head"
         )
     more = _layers_around_head(model, parts)
-    _check_equal_logits(expected, parts.finish(raw), hidden_BLD, name, more)
+    _check_equal_logits(expected, parts.finish(raw), hidden_PD, name, more)
     largest = raw.masked_fill(raw.isinf(), 0.0).abs().max().item()
-    if not isinstance(parts.head, nn.Module) or not 0 < largest < LARGE_LOGIT:
+    adds_bias = getattr(model, "final_logits_bias", None) is not None  # after the head
+    if not isinstance(parts.head, nn.Module) or adds_bias or not 0 < largest < LARGE_LOGIT:
         return
     factor, outputs = LARGE_LOGIT / largest, []
 
@@ -121,22 +130,22 @@ def _check_logits(model: nn.Module, parts: CausalParts, name: str) -> None:
 
     hook = parts.head.register_forward_hook(enlarge)
     try:
-        expected = tensor_in(model(tokens_BL, **kwargs), "logits")
+        expected = logits()
     finally:
         hook.remove()
     if outputs:  # else the model multiplies by the head's weight itself
-        _check_equal_logits(expected, parts.finish(raw * factor), hidden_BLD, name, more)
+        _check_equal_logits(expected, parts.finish(raw * factor), hidden_PD, name, more)
 
 
 def _check_equal_logits(
-    expected: torch.Tensor, found: torch.Tensor, hidden_BLD: torch.Tensor, name: str, more: str
+    expected: torch.Tensor, found: torch.Tensor, hidden_PD: torch.Tensor, name: str, more: str
 ) -> None:
     if torch.equal(expected == -torch.inf, found == -torch.inf):  # masked classes are legal
         expected, found = (x.masked_fill(found == -torch.inf, 0.0) for x in (expected, found))
     # The model's own logits carry the rounding of its dtype; ours are float32 after the product.
-    allowed = max(_rounding(expected), _rounding(hidden_BLD) if hidden_BLD.dtype != torch.float32 else 0)
+    allowed = max(_rounding(expected), _rounding(hidden_PD) if hidden_PD.dtype != torch.float32 else 0)
     # Mamba casts the rounded product to float32.
-    allowed = max(allowed, _eps(hidden_BLD) * expected.abs().max().item())
+    allowed = max(allowed, _eps(hidden_PD) * expected.abs().max().item())
     difference = (expected.float() - found).abs().max().item()
     if not difference <= allowed:
         raise SpecError(
@@ -147,7 +156,7 @@ def _check_equal_logits(
         )
 
 
-def _layers_around_head(model: nn.Module, parts: CausalParts) -> str:
+def _layers_around_head(model: nn.Module, parts: Any) -> str:
     """Returns the end of a message that names the module that the head is the last layer of; empty where it has none."""
     paths = [path for path, module in model.named_modules() if module is parts.head and "." in path]
     if not paths:
@@ -309,34 +318,22 @@ PAIR_LENGTHS = ((5, 2), (1, 6), (3, 3), (2, 4))
 """(source, target) tokens of the probe pairs."""
 
 
-def check_pairs(model: Any, parts: PairParts, rounding: Any) -> None:
-    """Raises SpecError where the parts are not the model; the model must be in evaluation mode, without gradients.
-
-    Args:
-        rounding: gives the difference to allow between two ways to the same values.
-    """
+def check_pairs(model: Any, parts: PairParts) -> None:
+    """Raises SpecError where the parts are not the model; the model must be in evaluation mode, without gradients."""
     name = type(model).__name__
     tokens_BL, segments_BL = _probe_pairs(parts)
     target = segments_BL == 1
-    hidden_BLD = parts.hidden(tokens_BL, segments_BL)
-    found = parts.logits(hidden_BLD[target])
-    source_BS, mask_BS, given_BT, starts_B = split_source_target(tokens_BL, segments_BL)
-    output = model(input_ids=source_BS, attention_mask=mask_BS, decoder_input_ids=given_BT, use_cache=False)
     lengths_B = target.sum(1)
+    source_BS, mask_BS, given_BT, starts_B = split_source_target(tokens_BL, segments_BL)
     steps_T = torch.arange(given_BT.shape[1], device=given_BT.device)
-    expected = tensor_in(output, "logits")[steps_T < lengths_B[:, None]]
-    if expected.shape != found.shape:
-        raise SpecError(
-            f"model {name}: its logits have shape {tuple(expected.shape)}, those of its head {tuple(found.shape)}"
-        )
-    allowed = max(rounding(expected), rounding(hidden_BLD) if hidden_BLD.dtype != torch.float32 else 0)
-    difference = (expected.float() - found).abs().max().item()
-    if not difference <= allowed:
-        raise SpecError(
-            f"model {name}: something happens between hidden state and logits that softcache does not know: its logits "
-            f"and those of its parts differ by {difference:.3g} (rounding allows {allowed:.1g}); labels would be wrong; "
-            "use another architecture"
-        )
+    given = {"input_ids": source_BS, "attention_mask": mask_BS, "decoder_input_ids": given_BT}
+    _check_logits(
+        model,
+        parts,
+        lambda: parts.hidden(tokens_BL, segments_BL)[target],
+        lambda: tensor_in(model(**given, use_cache=False), "logits")[steps_T < lengths_B[:, None]],
+    )
+    hidden_BLD = parts.hidden(tokens_BL, segments_BL)
     alone = 0.0
     for row, length in enumerate((starts_B + lengths_B).tolist()):
         one = parts.hidden(tokens_BL[row : row + 1, :length], segments_BL[row : row + 1, :length])[0]
@@ -344,7 +341,7 @@ def check_pairs(model: Any, parts: PairParts, rounding: Any) -> None:
     last = torch.arange(tokens_BL.shape[1], device=tokens_BL.device) == (starts_B + lengths_B - 1)[:, None]
     other_BL = torch.where(last, (tokens_BL + 1) % parts.vocab_size, tokens_BL)
     leak = (parts.hidden(other_BL, segments_BL) - hidden_BLD)[target & ~last].abs().max().item()
-    if not max(alone, leak) <= rounding(hidden_BLD):
+    if not max(alone, leak) <= _rounding(hidden_BLD):
         raise SpecError(
             f"model {name}: a later token changes the hidden states before it by {leak:.3g}, and a batch those of a pair "
             f"by {alone:.3g}; expected a causal decoder behind padding masks, deterministic in evaluation mode"

@@ -52,7 +52,8 @@ def split(model: nn.Module) -> BackboneHead:
             "torch.nn.Linear; keep the head out of quantization"
         )
     if is_encoder_decoder(model):
-        return split_pairs(model, head)
+        config: Any = model.config
+        return split_pairs(model, head, _softcap_of(getattr(config, "decoder", config)))
     backbone = _backbone_of(model)
     if not isinstance(backbone, nn.Module) or backbone is model:
         raise SpecError(
