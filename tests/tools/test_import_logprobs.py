@@ -31,6 +31,7 @@ from softcache.runs import capture_labels, open_data, open_teacher, train_studen
 from softcache.stages.import_labels import import_command
 from softcache.tools.convert import convert_cache
 from softcache.tools.import_logprobs import find_responses, import_labels
+from softcache.tools.import_logprobs.labels import _log_padding
 from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.data.test_text_source import CHAT, save_tokenizer
 from tests.support.caches import ROOT
@@ -264,6 +265,17 @@ def test_the_tail_is_at_least_what_was_given_and_not_kept(served, tmp_path):
     assert np.exp(labels.log_tail[0, 0]) == pytest.approx(5e-7, rel=1e-5)
 
 
+def test_what_the_padding_of_a_servers_head_has_is_counted_in_the_tail(served, tmp_path, capfd):
+    token, num_classes = served.tokens[0][1], served.source.vocab_size
+    _log_padding.cache_clear()
+    rows = list(served.rows[0])
+    rows[1] = {token: np.log(1 - 1e-9), num_classes: np.log(3e-7), num_classes + 50: np.log(2e-7)}
+    labels = self_import(served, tmp_path, rows, k=3).read([0])
+    assert labels.ids[0].tolist() == [token, num_classes, num_classes], "the unused slots hold V"
+    assert np.exp(labels.log_tail[0, 0]) == pytest.approx(5e-7, rel=1e-5)
+    assert capfd.readouterr().err.count("padding of the server's head") == 1
+
+
 def test_of_a_whole_distribution_nothing_is_guessed(served, tmp_path):
     num_classes = served.source.vocab_size
     rows = list(served.rows[0])
@@ -420,7 +432,8 @@ BAD_ANSWERS = [
     (set_row(3, {"x": -1}), LabelError, r"position 3: .* malformed: invalid literal"),
     (set_row(3, {"7": {"rank": 1}}), LabelError, r"position 3: .* malformed: 'logprob'"),
     (add_to_row(2, {"07": -3.0, "7": -3.0}), LabelError, r"position 2: .* malformed: a token comes twice"),
-    (add_to_row(2, {"300": -9.0}), LabelError, r"position 2, over token 3: token 300 is outside of the vocabulary of 300"),
+    (add_to_row(2, {"1400": -9.0}), LabelError, r"position 2, over token 3: token 1400 is outside of the vocabulary of 300"),
+    (add_to_row(2, {"300": -6.0}), LabelError, r"at and above the vocabulary of 300 have a probability of 0.0025; expected none"),
     (add_to_row(2, {"-1": -9.0}), LabelError, r"position 2, over token 3: token -1 is outside of the vocabulary"),
     (add_to_row(2, {str(10**30): -9.0}), LabelError, r"position 2, over token 3: holds something else"),
     (add_to_row(2, {"7": 0.002}), LabelError, r"position 2, over token 3: token 7 has log-probability 0.002"),

@@ -14,6 +14,7 @@ Shapes: R rows, E entries of all rows one after the other, K kept entries of a r
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from softcache.data.sources.text.source import TokenSource
 from softcache.data.tokens import TokenBatch
 from softcache.errors import AlignmentError, LabelError
 from softcache.labels import SoftLabels, concat
+from softcache.runtime.logging import log_info
 from softcache.tools.import_logprobs.formats import parse_logprobs
 from softcache.tools.import_logprobs.index import Responses
 from softcache.tools.import_logprobs.jsonl import Answer
@@ -33,6 +35,8 @@ __all__ = ["build_labels", "label_batch"]
 LOG_ZERO = -9999.0  # what vLLM and OpenAI write for -inf, which JSON has not
 ROUNDING = 1e-3  # of a log-probability above 0, and of a sum above 1: float16 near 1 has steps of 5e-4
 LEAST_TAIL = 2.0**-24
+# Heads are padded to a multiple of up to 512 rows (152,064 for 151,665 tokens); what they give there is next to nothing.
+MAX_PADDING, MAX_PADDING_MASS = 1024, 1e-3
 
 
 def build_labels(rows: list[dict[int, float]], targets_R: np.ndarray, codec: Codec) -> SoftLabels:
@@ -42,6 +46,9 @@ def build_labels(rows: list[dict[int, float]], targets_R: np.ndarray, codec: Cod
         LabelError: as `_entries`, or the actual token is not among those given.
     """
     row_of, ids, log_probs = _entries(rows, codec.num_classes)
+    is_padding = ids >= codec.num_classes
+    padding_R = np.bincount(row_of[is_padding], np.exp(log_probs[is_padding]), len(rows))
+    row_of, ids, log_probs = row_of[~is_padding], ids[~is_padding], log_probs[~is_padding]
     target_log_prob_R = np.full(len(rows), np.nan)
     is_target = ids == targets_R[row_of]
     target_log_prob_R[row_of[is_target]] = log_probs[is_target]
@@ -58,7 +65,9 @@ def build_labels(rows: list[dict[int, float]], targets_R: np.ndarray, codec: Cod
     ids_RK = np.full((len(rows), codec.k), codec.num_classes, np.int64)
     log_probs_RK = np.full((len(rows), codec.k), -np.inf)
     ids_RK[row_of[kept], rank[kept]], log_probs_RK[row_of[kept], rank[kept]] = ids[kept], log_probs[kept]
-    dropped_R = np.bincount(row_of[~kept], np.exp(log_probs[~kept]), len(rows))  # given, and not kept
+    dropped_R = padding_R + np.bincount(
+        row_of[~kept], np.exp(log_probs[~kept]), len(rows)
+    )  # given, and not kept
     left_R = np.maximum(1.0 - np.exp(log_probs_RK).sum(1), np.maximum(dropped_R, LEAST_TAIL))
     tail_R = np.where(counts_R == codec.num_classes, dropped_R, left_R)  # all are given: nothing is left
     with np.errstate(divide="ignore"):
@@ -71,6 +80,15 @@ def build_labels(rows: list[dict[int, float]], targets_R: np.ndarray, codec: Cod
         temperatures=codec.temperatures,
         target_log_prob=target_log_prob_R.astype(np.float32),
         max_temperature=codec.max_temperature,
+    )
+
+
+@cache
+def _log_padding(num_classes: int) -> None:
+    """Logs, once, that ids of a head's padding are counted in the tail."""
+    log_info(
+        f"responses: some hold tokens at and above {num_classes}, the tokenizer's vocabulary: padding of the server's head, "
+        "whose probability is counted in the tail"
     )
 
 
@@ -100,7 +118,7 @@ def _entries(rows: list[dict[int, float]], num_classes: int) -> _Entries:
                 except LabelError as found:
                     raise LabelError(str(found), position=number) from error
         raise LabelError(f"holds something else than ids and numbers: {error}", position=0) from error
-    outside = (ids < 0) | (ids >= num_classes)
+    outside = (ids < 0) | (ids >= num_classes + MAX_PADDING)
     for at in np.flatnonzero(outside)[:1]:
         raise LabelError(
             f"token {ids[at]} is outside of the vocabulary of {num_classes}; is source.tokenizer the server's?",
@@ -112,6 +130,15 @@ def _entries(rows: list[dict[int, float]], num_classes: int) -> _Entries:
             position=int(row_of[at]),
         )
     log_probs = np.where(log_probs <= LOG_ZERO, -np.inf, np.minimum(log_probs, 0.0))
+    if (is_padding := ids >= num_classes).any():
+        padding_R = np.bincount(row_of[is_padding], np.exp(log_probs[is_padding]), len(rows))
+        for row in np.flatnonzero(padding_R > MAX_PADDING_MASS)[:1]:
+            raise LabelError(
+                f"tokens at and above the vocabulary of {num_classes} have a probability of {padding_R[row]:.2g}; expected "
+                "none but rounding, of a head's padding; is source.tokenizer the server's?",
+                position=int(row),
+            )
+        _log_padding(num_classes)
     sum_R = np.bincount(row_of, np.exp(log_probs), len(rows))
     for row in np.flatnonzero(sum_R > 1 + ROUNDING)[:1]:
         raise LabelError(
