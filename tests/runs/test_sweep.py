@@ -20,6 +20,7 @@ from softcache.runs.sweep.plots import draw_importance, draw_surface
 from softcache.runs.sweep.results import ranked_trials, repeat_best, write_best, write_json
 from softcache.runs.sweep.study import RETRIES, SharedStudy
 from softcache.stages.cli import main
+from softcache.student.settings import LATER_DEFAULTS, NON_IDENTITY_SETTINGS
 from tests.support import text_caches
 from tests.support.caches import digits_config, make_cache
 from tests.support.programs import Program
@@ -200,6 +201,16 @@ def test_no_finished_trial_is_an_error_not_a_config(shared_cache, tmp_path):
     sweep = open_sweep(config_of(), shared_cache[2].url, tmp_path / "sweep")
     with pytest.raises(RunError, match=r"no trial is finished; run `softcache sweep` with more --trials"):
         write_best(sweep)
+
+
+def test_a_sweep_is_what_it_was_before_settings_that_it_does_not_use(shared_cache, tmp_path):
+    """Folders of sweeps that are older than these keys go on."""
+    open_sweep(config_of(), shared_cache[2].url, tmp_path / "sweep")
+    described = json.loads((tmp_path / "sweep" / "config.json").read_text())
+    assert not {*LATER_DEFAULTS, *NON_IDENTITY_SETTINGS} & set(described["train"])
+    assert "lora" not in described["student"]
+    with pytest.raises(RunError, match=r"train\.schedule"):
+        open_sweep(config_of(train={"schedule": "linear"}), shared_cache[2].url, tmp_path / "sweep")
 
 
 @pytest.mark.parametrize("name", ["config.json", "study.db"])

@@ -141,6 +141,11 @@ def test_what_cannot_be_adapted_is_refused(tmp_path):
         ValidationError, match=r"student\.lora: adapts language models; a student of .*'image'"
     ):
         digits_config(student={"lora": {}})
+    for key, value in {"context": 8, "tokenizer": "gpt2"}.items():
+        with pytest.raises(
+            ValidationError, match=rf"student\.{key}: of language models; a student of .*'image'"
+        ):
+            digits_config(student={key: value})
 
 
 @pytest.mark.parametrize("best", [0, 1])

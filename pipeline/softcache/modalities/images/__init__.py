@@ -52,6 +52,12 @@ def check_no_text_tables(config: RunConfig) -> None:
         raise ValueError(
             f"loss.name: {config.loss.name} compares the vocabularies of language models; use forward_kl for images"
         )
+    for key in ("tokenizer", "context"):
+        if getattr(config.student, key) is not None:
+            raise ValueError(
+                f"student.{key}: of language models; a student of source.modality = {config.source.modality!r} reads no "
+                "tokens; drop it"
+            )
     if config.student.lora is not None:
         raise ValueError(
             f"student.lora: adapts language models; a student of source.modality = {config.source.modality!r} is trained "
