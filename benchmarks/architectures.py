@@ -32,7 +32,7 @@ REFUSED = "| model type | features | message |\n|---|---|---|"
 def measured(architecture: Architecture, dtype: torch.dtype) -> Comparison | str:
     """Returns the comparison, or the message of a refusal."""
     try:
-        return compare(architecture, dtype)
+        return compare(architecture, dtype, with_rounded=True)
     except SpecError as error:
         return str(error)
 

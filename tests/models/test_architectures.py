@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from softcache.errors import MissingExtraError, SpecError
 from softcache.losses import LossSettings
 from softcache.models.language import build_language_model, check_loss, check_split, split
+from softcache.models.language.lora import LoraSettings, trainable
 from softcache.models.spec import architecture_of
 from softcache.student.tasks.token_student import TokenStudent
 from tests.support.architectures import ARCHITECTURES, SIZES, Architecture, compare, make_model
@@ -38,7 +39,6 @@ def test_labels_are_those_of_a_plain_forward(each, dtype):
     else:
         assert found.alone < 2e-5
         assert found.packed < 0.02 + 2 * found.noise
-        assert found.rounded < 0.03 + 2 * found.noise
 
 
 def test_the_page_has_a_row_of_each():
@@ -62,7 +62,7 @@ def test_the_command_prints_chosen_rows():
 def test_the_models_are_small_and_many():
     assert len({each.model_type for each in ARCHITECTURES if not each.refused}) >= 80
     assert len({each.name for each in ARCHITECTURES}) == len(ARCHITECTURES)
-    for name in ("llama", "mamba2", "gpt_oss", "inkling_text", "mistral3"):
+    for name in ("llama", "mamba2", "gpt_oss", "inkling_text", "mistral3", "deepseek_v4"):
         assert sum(x.numel() for x in make_model(architecture(name)).parameters()) < 1e6
 
 
@@ -178,6 +178,16 @@ def test_what_quantized_weights_need_is_named(key, tmp_path, monkeypatch):
         MissingExtraError, match=rf"{key} needs the package bitsandbytes; pip install bitsandbytes"
     ):
         build_language_model(f"hf:{tmp_path}?{key}=true", vocab_size=101, context=8)
+
+
+def test_quantized_weights_are_for_teachers():
+    model = make_model(architecture("llama"))
+    model.is_quantized = True
+    for lora in (None, LoraSettings()):
+        with pytest.raises(
+            SpecError, match=r"its weights are quantized.*leave load_in_4bit .* to the teacher"
+        ):
+            trainable(model, "hf:x?load_in_4bit=true", lora)
 
 
 def test_rows_of_llm_int8_depend_on_the_batch():

@@ -39,6 +39,8 @@ SIZES: dict[str, Any] = {
 }
 DOCUMENTS = ((3, 4, 9), (16,), (7, 2, 5), (1, 12))
 """Tokens of the documents of each row; shorter rows are padded."""
+ALONE = (1, 3, 4)
+"""The documents that are also labeled in a batch of their own: of 4, 16 and 7 tokens."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Architecture:
         model_type: its name in transformers.
         features: what it tries.
         config: what its configuration has besides `SIZES`.
-        variant: tells configurations of one model type apart.
+        variant: the name of a configuration, where a model type has several.
         refused: what the message must match, of a model whose labels would be wrong.
         refused_bfloat16: the same, where only bfloat16 is refused.
     """
@@ -191,7 +193,8 @@ ARCHITECTURES = (
       _moe(n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1, num_key_value_heads=4) | MLA | INDEXER),
     A("glm_moe_dsa", "latent attention, keys chosen by an indexer, mixture of experts",
       _moe(n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1, num_key_value_heads=4) | MLA | INDEXER),
-    A("deepseek_v4", "compressed keys, hyper-connections, mixture of experts"),
+    A("deepseek_v4", "compressed keys, hyper-connections, mixture of experts",
+      _moe(head_dim=8, n_routed_experts=4, n_shared_experts=1, q_lora_rank=16, qk_rope_head_dim=4, index_n_heads=2, index_head_dim=8)),
     A("kimi_linear", "delta attention, latent attention, mixture of experts",
       _moe(num_experts=4, n_group=1, topk_group=1, num_key_value_heads=4, head_dim=8, linear_head_dim=8, linear_num_heads=4) | MLA),
     A("hunyuan_v1_dense", "norms of queries and keys", {"head_dim": 8}),
@@ -327,7 +330,7 @@ class Comparison:
         packing: how the documents of a row run: by restarted "positions", or as "rows".
         packed: of packed and padded rows, the head's product of both in float32.
         alone: of batches of one document, which give half-precision kernels the shapes of the plain forward.
-        rounded: of packed rows, to the model's own logits, which half precision rounds.
+        rounded: of packed rows, to the model's own logits, which half precision rounds; where it is asked for.
         noise: how far the plain forward is from that of the same weights in float32: what half precision costs.
     """
 
@@ -338,7 +341,7 @@ class Comparison:
     noise: float = 0.0
 
 
-def compare(architecture: Architecture, dtype: torch.dtype) -> Comparison:
+def compare(architecture: Architecture, dtype: torch.dtype, *, with_rounded: bool = False) -> Comparison:
     """Returns how far the labels that softcache captures are from a plain forward; of float32, `packed` alone.
 
     Raises:
@@ -356,13 +359,15 @@ def compare(architecture: Architecture, dtype: torch.dtype) -> Comparison:
     exact = _exact_log_probs(architecture.name)
     if dtype == torch.float32:
         return Comparison(teacher.parts.packing, packed=largest(labels, exact))
-    alone = [_labels(teacher, pack([[document]])) for document in documents if len(document) > 1]
     plain = plain_log_probs(model, documents)
+    each = plain.split([len(document) - 1 for document in documents])
+    alone = [largest(_labels(teacher, pack([[documents[n]]])), each[n]) for n in ALONE]
+    rounded = largest(labels, plain_log_probs(model, documents, accumulator=False)) if with_rounded else 0.0
     return Comparison(
         teacher.parts.packing,
         packed=largest(labels, plain),
-        alone=largest(torch.cat(alone), plain),
-        rounded=largest(labels, plain_log_probs(model, documents, accumulator=False)),
+        alone=max(alone),
+        rounded=rounded,
         noise=largest(plain, exact),
     )
 

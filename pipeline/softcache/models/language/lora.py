@@ -89,7 +89,16 @@ def add_lora(model: Any, settings: LoraSettings, spec: str) -> nn.Module:
 
 
 def trainable(model: nn.Module, spec: str, lora: LoraSettings | None) -> nn.Module:
-    """Returns a student in training mode: with float32 weights, or with adapters of `lora`."""
+    """Returns a student in training mode: with float32 weights, or with adapters of `lora`.
+
+    Raises:
+        SpecError: its weights are quantized.
+    """
+    if getattr(model, "is_quantized", False):
+        raise SpecError(
+            f"student {spec}: its weights are quantized, which take no updates and cannot be merged with adapters; expected "
+            "weights of float32 or bfloat16; leave load_in_4bit and load_in_8bit to the teacher"
+        )
     return (float32_weights(model, spec) if lora is None else add_lora(model, lora, spec)).train()
 
 

@@ -1,7 +1,7 @@
 """What is tried on a model before labels are made with it: documents apart, logits equal, rows not too long.
 
 The probe is two rows of 8 tokens, two documents in each: run packed and one document at a time, and as whole rows,
-through the parts and through the model itself. Whoever splits a model pays for some eight such passes.
+through the parts and through the model itself. To split a model costs some ten such passes.
 
 Shape legend: B rows, L tokens of a row, D width of the hidden state.
 """
