@@ -30,6 +30,7 @@ REASONS = {
     "hours": "is a measurement whose smallest useful size takes too long, or too much memory, for a test",
     "page": "is run word for word by tests/docs/test_extend.py, in an empty folder",
     "machines": "needs several machines, or a cluster's own software",
+    "measured": "is a measurement whose parts have a test of their own",
     "shell": "is for another shell than bash",
     "yours": "needs what only the reader has, such as credentials",
 }
