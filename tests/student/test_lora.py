@@ -14,8 +14,10 @@ from softcache.data.sources.text.source import load_tokenizer
 from softcache.errors import SpecError
 from softcache.models.language import build_language_model
 from softcache.runs import open_data, train_student
+from softcache.runs.export import export_run
 from softcache.runs.report import open_report
 from softcache.student.tasks import TokenTask
+from tests.runs.test_export import FEW
 from tests.student.test_huggingface_models import FAMILIES, save_model
 from tests.student.test_run import Killed, assert_same_run, dies_at, watched
 from tests.support.caches import digits_config
@@ -94,6 +96,10 @@ def test_a_report_and_an_export_rebuild_the_adapted_student(tmp_path):
         expected = model.model(tokens).logits
         served = task.serve(model).module(tokens)
     torch.testing.assert_close(served, expected, atol=1e-4, rtol=1e-4)
+    figures = export_run(report, report.runs[0], tmp_path / "export", FEW)
+    assert figures["models"]["student.onnx"]["same_predictions"] == 1.0
+    size = (tmp_path / "run" / "hf" / "model.safetensors").stat().st_size
+    assert figures["models"]["student"]["bytes"] == size
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])

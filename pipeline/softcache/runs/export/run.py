@@ -234,7 +234,10 @@ def _metric(run: Run) -> str:
 
 def _sizes(report: Report, run: Run, folder: ExportFolder) -> dict[str, int]:
     sizes = {name: folder.files[name]["bytes"] for name in EXPORTED}
-    sizes["student"] = (run.path / "model.safetensors").stat().st_size
+    # Of a student with adapters, model.safetensors holds those alone; what is served is the merged model.
+    adapted = (run.path / "adapter").is_dir()
+    files = (run.path / "hf").glob("*.safetensors") if adapted else [run.path / "model.safetensors"]
+    sizes["student"] = sum(file.stat().st_size for file in files)
     if report.teacher is not None:
         settings = report.config.teacher
         weights = settings.weights if settings is not None else None
