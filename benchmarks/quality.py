@@ -74,11 +74,14 @@ def main(config: RunConfig, records: tuple[str, ...], seeds: str, out: Path, tab
     out.mkdir(parents=True, exist_ok=True)
     results = out / "results.jsonl"
     if not table:
-        _run(config, records, [int(x) for x in seeds.split(",")], out, results)
-    _print(_read(results), records)
+        run_records(config, records, [int(x) for x in seeds.split(",")], out, results)
+    print_results(results, records)
 
 
-def _run(config: RunConfig, records: tuple[str, ...], seeds: list[int], out: Path, results: Path) -> None:
+def run_records(
+    config: RunConfig, records: tuple[str, ...], seeds: list[int], out: Path, results: Path
+) -> None:
+    """Trains the config's student from each record under each seed, what is not in `results` yet, and adds it there."""
     data = open_data(config)
     make_teacher(config, data)
     sizes = [int(record.split(":")[1]) for record in records if record.startswith("top_k:")]
@@ -115,8 +118,9 @@ def _read(results: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
 
 
-def _print(rows: list[dict[str, Any]], records: tuple[str, ...]) -> None:
-    lines = []
+def print_results(results: Path, records: tuple[str, ...]) -> None:
+    """Prints a line per record: bytes, and mean and spread of the scores over the seeds."""
+    rows, lines = _read(results), []
     for record in records:
         runs = [row for row in rows if row["record"] == record]
         if not runs:

@@ -32,6 +32,7 @@ except ImportError as error:
         f"softcache.student.integrations.huggingface needs transformers ({error}); pip install 'softcache[text]'"
     ) from error
 
+from softcache.student.integrations.huggingface.dataset import SoftLabelCollator, to_hf_dataset
 from softcache.student.integrations.huggingface.trainer import DistillTrainer
 
-__all__ = ["DistillTrainer"]
+__all__ = ["DistillTrainer", "SoftLabelCollator", "to_hf_dataset"]

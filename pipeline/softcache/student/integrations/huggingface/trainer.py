@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,21 +15,18 @@ from transformers.trainer_utils import EvalLoopOutput
 from softcache.data.sources.text.source import TokenSource
 from softcache.data.tokens import TokenBatch, TokenData
 from softcache.errors import AlignmentError, ConfigError
-from softcache.losses import LossMix
 from softcache.reader.dataset import HardLabelDataset, SoftLabelDataset, as_teacher_saw
 from softcache.reader.sampler import BlockSampler
-from softcache.student.integrations.huggingface.forward import Call, patched_forward
-from softcache.student.integrations.huggingface.loss import check_loss, check_stall, loss_of, mix_at
+from softcache.student.integrations.huggingface.loss import check_loss, check_stall, loss_of
+from softcache.student.integrations.huggingface.mixin import DistillationMixin
 from softcache.student.integrations.huggingface.validate import (
-    check_classes,
-    check_tokenizer,
     named_sources,
     refuse_ignored,
     refuse_untested,
     tokenizer_digest,
 )
 from softcache.student.integrations.validate import check_cache
-from softcache.student.tasks import LossSettings, TokenStudent, shard_batches
+from softcache.student.tasks import LossSettings, shard_batches
 
 if TYPE_CHECKING:
     from softcache.reader.cache import Cache
@@ -38,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["DistillTrainer", "SetEpoch"]
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(DistillationMixin, Trainer):
     """A `transformers.Trainer` whose student learns from a softcache token cache.
 
     (1 - alpha) * CE(next token) + alpha * T^2 * soft loss, each a mean: CE over all rows, the soft loss (forward KL, unless
@@ -69,9 +65,6 @@ class DistillTrainer(Trainer):
         ConfigError: an argument that would be ignored, or that does not fit; what to use instead is named.
     """
 
-    # `compute_loss` divides by the rows of the whole accumulated batch; the Trainer must not divide again.
-    loss_is_scaled_for_ga = True
-
     def __init__(
         self,
         model: nn.Module | None = None,
@@ -98,13 +91,11 @@ class DistillTrainer(Trainer):
         check_loss(self._loss, cache)
         self._cache, self._dataset = cache, SoftLabelDataset(source, cache)
         data = as_teacher_saw(source, cache)
-        self._source: TokenSource = data.source  # type: ignore[assignment]
-        self._cross_documents: bool = data.cross_documents  # type: ignore[attr-defined]
+        self._source = data.source  # type: ignore[assignment]
+        self._cross_documents = data.cross_documents  # type: ignore[attr-defined]
         self._context = context or data.source.seq_len
         for name, held_out in named_sources(eval_dataset):
             self._eval_data(held_out, name)
-        self._bound: TokenStudent | None = None
-        self._mix: LossMix | None = None
         self._processing_class = processing_class
         super().__init__(
             model=model,
@@ -121,25 +112,6 @@ class DistillTrainer(Trainer):
         self._order = BlockSampler(cache, seed=seed)
         self.add_callback(SetEpoch(self._order))
         self._student()
-
-    # -- the student ---------------------------------------------------------------------------------------
-
-    def call_model_init(self, trial: Any = None) -> nn.Module:
-        """Returns a fresh model, checked like one that was passed."""
-        return patched_forward(super().call_model_init(trial))
-
-    def _student(self) -> TokenStudent:
-        """The loss and the scores of `self.model`, which it does not own."""
-        if self._bound is None or self._bound.model is not self.model:
-            check_tokenizer(self._source, self.model, self._processing_class)
-            self._bound = TokenStudent(
-                patched_forward(self.model),
-                self._loss,
-                context=self._context,
-                cross_documents=self._cross_documents,
-            )
-            check_classes(self._cache, self._bound.num_classes, type(self.model).__name__)
-        return self._bound
 
     # -- training ------------------------------------------------------------------------------------------
 
@@ -199,40 +171,6 @@ class DistillTrainer(Trainer):
             }
             for batch in batches
         ], rows
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
-    ) -> Any:
-        """Returns the batch's part of the accumulated batch's mean loss, a scalar.
-
-        Args:
-            model: `self.model`, or what the Trainer wrapped around it.
-            inputs: of `get_batch_samples`.
-            num_items_in_batch: rows of all batches of the step; None: this batch is the step.
-        """
-        student = self._student()
-        batch: TokenBatch = inputs["batch"].to(self.args.device)
-        # Without a number of rows this batch is all there is, whatever step it came from.
-        label_share = None if num_items_in_batch is None else inputs.get("label_share")
-        self._mix = mix_at(self._loss, self.state)
-        loss = model(
-            Call(partial(student, batch, batch.labels, self._mix.alpha, label_share, self._mix.temperature))
-        )
-        if num_items_in_batch is not None:
-            # Ranks average their gradients, and the logged losses: times their number, the mean is a sum.
-            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            loss = loss * (batch.num_rows * ranks / num_items_in_batch)
-        return (loss, {"loss": loss.detach()}) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Logs as the Trainer does; with temperature and alpha of the last step, where they change."""
-        if self._loss.adapts and self._mix is not None and "loss" in logs:
-            logs = logs | {"temperature": float(self._mix.temperature), "alpha": self._mix.alpha}
-        super().log(logs, *args, **kwargs)
 
     # -- evaluation ----------------------------------------------------------------------------------------
 

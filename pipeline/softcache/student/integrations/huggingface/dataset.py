@@ -1,0 +1,200 @@
+"""A cache and its source as a `datasets.Dataset`, and the collator that makes batches with labels of it.
+
+    dataset = to_hf_dataset(open_cache(URL), open_text(settings, split="train"))
+
+A row is a sample. What every trainer of transformers and TRL reads:
+
+    input_ids       its tokens
+    labels          the token itself where it is to be learned, -100 elsewhere: where a document begins, in prompts
+    seq_lengths     lengths of the documents in it, as TRL's packing has them
+
+and with a cache, of each label row, which predicts the token after its position:
+
+    soft_positions  position in the sample
+    soft_*          the arrays of `SoftLabels`: ids and log_probs [K] over the whole vocabulary at T = 1 (nats), log_tail,
+                    and what else the cache has
+
+Decoded, a label row takes 8 bytes per kept class on disk, several times what the cache takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from softcache.data.sources.text.source import TokenSource
+from softcache.data.tokens import TokenBatch, TokenData
+from softcache.errors import AlignmentError
+from softcache.hashing.digests import digest_json
+from softcache.labels import SoftLabels
+from softcache.labels.validate import ARRAYS
+from softcache.reader.cache import Cache
+from softcache.reader.dataset import SoftLabelDataset
+from softcache.runtime.optional import text_library
+from softcache.student.integrations.validate import check_cache
+
+__all__ = ["SOFT_COLUMNS", "SoftLabelCollator", "to_hf_dataset"]
+
+SOFT_COLUMNS = ("soft_positions", *(f"soft_{name}" for name in ARRAYS))
+BATCH_SAMPLES = 64
+IGNORED = -100
+
+
+def to_hf_dataset(
+    cache: Cache | None, source: TokenSource | TokenData, *, cache_dir: str | None = None
+) -> Any:
+    """Returns the samples of a source with their labels as a `datasets.Dataset`, memory-mapped, in NumPy format.
+
+    Samples keep their order, and are compared with what the teacher saw. The same cache and source are found again in
+    `cache_dir`.
+
+    Args:
+        cache: of that source, complete; None leaves out the soft columns, for a held-out source.
+        cache_dir: where the dataset lies; None is the datasets library's own folder.
+
+    Raises:
+        AlignmentError: the source is not what was labelled.
+        IncompleteCacheError: the cache is not finished.
+        ConfigError: the cache is not one of tokens.
+        MissingExtraError: datasets is not installed.
+    """
+    library = text_library("datasets")
+    tokens = library.Value("int32")
+    features = {name: library.Sequence(tokens) for name in ("input_ids", "labels", "seq_lengths")}
+    if cache is None:
+        data: Any = source if isinstance(source, TokenData) else TokenData(source)
+        made_from = ["tokens", data.source.digest]
+    else:
+        check_cache(cache, "tokens", 'to_hf_dataset is for language models ("tokens")')
+        data = SoftLabelDataset(source, cache)
+        shards = [shard.sha256 for marker in cache.markers.values() for shard in marker.shards]
+        made_from = ["labels", cache.manifest_sha256, *sorted(shards)]
+        features["soft_positions"] = library.Sequence(tokens)
+        for name, array in _arrays(cache.read([])).items():
+            value = library.Value("int32" if array.dtype.kind in "iu" else "float32")
+            row = value if array.ndim == 1 else library.Sequence(value, length=array.shape[1])
+            features[f"soft_{name}"] = library.Sequence(row)
+    made = library.Dataset.from_generator(
+        _rows,
+        features=library.Features(features),
+        cache_dir=cache_dir,
+        gen_kwargs={
+            "data": data,
+            "num_samples": len(source if isinstance(source, TokenSource) else source.source),
+        },
+        fingerprint=digest_json(made_from)[:32],
+    )
+    return made.with_format("numpy")
+
+
+def _rows(data: Any, num_samples: int) -> Iterator[dict[str, np.ndarray]]:
+    """The rows of the dataset, of `TokenData` without soft labels, of a `SoftLabelDataset` with them."""
+    for start in range(0, num_samples, BATCH_SAMPLES):
+        batch: TokenBatch = data.load(np.arange(start, min(start + BATCH_SAMPLES, num_samples)), 0)
+        labels_BL = np.full(batch.tokens.shape, IGNORED, np.int32)
+        labels_BL.reshape(-1)[batch.rows.numpy() + 1] = batch.targets.numpy()
+        labelled = None
+        if batch.labels is not None:
+            labelled = batch.rows if batch.labelled is None else batch.rows[batch.labelled]
+            counts = batch.row_counts if batch.label_counts is None else batch.label_counts
+            ends = np.cumsum(counts)
+            arrays = _arrays(batch.labels.to_numpy())
+        for number, length in enumerate(batch.lengths.tolist()):
+            row = {
+                "input_ids": batch.tokens[number, :length].numpy(),
+                "labels": labels_BL[number, :length],
+                "seq_lengths": np.unique(batch.segments[number, :length].numpy(), return_counts=True)[1],
+            }
+            if labelled is not None:
+                mine = slice(ends[number] - counts[number], ends[number])
+                row["soft_positions"] = labelled[mine].numpy() % batch.tokens.shape[1]
+                row |= {f"soft_{name}": array[mine] for name, array in arrays.items()}
+            yield row
+
+
+def _arrays(labels: SoftLabels) -> dict[str, np.ndarray]:
+    return {name: array for name in ARRAYS if (array := getattr(labels, name)) is not None}
+
+
+class SoftLabelCollator:
+    """Makes a batch of rows of `to_hf_dataset`; a row without soft columns, or None in them, has no soft labels.
+
+    Returns {"input_ids", "labels" [B, L], "attention_mask" [B, L], "batch": `TokenBatch` with labels}.
+
+    Args:
+        cache: that the dataset was made of.
+
+    Raises:
+        AlignmentError: a row was cut or changed since.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        self._pattern = cache.read([])
+
+    def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        lengths = np.array([len(example["input_ids"]) for example in examples])
+        shape = len(examples), int(lengths.max())
+        tokens_BL, segments_BL = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        labels_BL = np.full(shape, IGNORED, np.int64)
+        for row, (example, length) in enumerate(zip(examples, lengths.tolist(), strict=True)):
+            documents = np.asarray(example.get("seq_lengths", [length]), np.int64)
+            if documents.sum() != length or len(example["labels"]) != length:
+                raise AlignmentError(
+                    f"sample: {length} input_ids, {len(example['labels'])} labels, seq_lengths of {documents.sum()} in all; "
+                    "expected the same number; leave the columns of to_hf_dataset as they are, without max_length or packing"
+                )
+            tokens_BL[row, :length] = example["input_ids"]
+            segments_BL[row, :length] = np.arange(len(documents)).repeat(documents)
+            segments_BL[row, length:] = len(documents)
+            labels_BL[row, :length] = example["labels"]
+        is_row_BL = np.zeros(shape, bool)
+        is_row_BL[:, :-1] = (segments_BL[:, 1:] == segments_BL[:, :-1]) & (labels_BL[:, 1:] != IGNORED)
+        rows_P = np.flatnonzero(is_row_BL)
+        batch = TokenBatch(
+            tokens=torch.from_numpy(tokens_BL),
+            segments=torch.from_numpy(segments_BL),
+            rows=torch.from_numpy(rows_P),
+            targets=torch.from_numpy(labels_BL.reshape(-1)[rows_P + 1]),
+            lengths=lengths,
+            row_counts=is_row_BL.sum(1),
+            samples=np.arange(len(examples)),
+            view=0,
+            fingerprints=np.zeros(len(examples), np.uint64),
+        )
+        is_token_BL = np.arange(shape[1]) < lengths[:, None]
+        return {
+            "input_ids": batch.tokens,
+            "labels": torch.from_numpy(labels_BL),
+            "attention_mask": torch.from_numpy(is_token_BL.astype(np.int64)),
+            "batch": self._with_labels(batch, examples),
+        }
+
+    def _with_labels(self, batch: TokenBatch, examples: Sequence[dict[str, Any]]) -> TokenBatch:
+        labelled = [example for example in examples if example.get("soft_positions") is not None]
+        counts = np.array([len(_positions(example)) for example in examples])
+        rows_Q = batch.rows_at(np.concatenate([_positions(example) for example in examples]), counts)
+        if (rows_Q < 0).any():
+            raise AlignmentError(
+                "sample: a soft label at a position where nothing is learned; expected soft_positions and labels as "
+                "to_hf_dataset makes them; filter, select or shuffle its rows, and change none"
+            )
+        arrays = {}
+        for name, pattern in _arrays(self._pattern).items():
+            stacked = [
+                np.asarray(example[f"soft_{name}"], pattern.dtype).reshape(-1, *pattern.shape[1:])
+                for example in labelled
+            ]
+            arrays[name] = np.concatenate([pattern, *stacked])
+        labels = self._pattern.with_arrays(arrays).to_torch()
+        if len(rows_Q) == batch.num_rows:
+            return replace(batch, labels=labels)
+        return replace(batch, labels=labels, labelled=torch.from_numpy(rows_Q), label_counts=counts)
+
+
+def _positions(example: dict[str, Any]) -> np.ndarray:
+    found = example.get("soft_positions")
+    return np.asarray([] if found is None else found, np.int64)

@@ -1,0 +1,172 @@
+"""Distillation from a token cache inside TRL's SFTTrainer: its arguments, peft_config and callbacks, softcache's loss.
+
+    trainer = DistillSFTTrainer(model, SFTConfig(...), cache=open_cache(URL), source=open_text(settings, split="train"),
+                                temperature=1.0, alpha=0.9, processing_class=tokenizer)
+    trainer.train()
+
+Loss and gradient are those of `DistillTrainer`. Samples come from a `datasets.Dataset` (`to_hf_dataset`), so that any order
+is equally cheap and rows can be filtered, or mixed with ones that have no soft labels. `DistillTrainer` reads the cache
+itself, without a second copy of it on disk, and averages its held-out loss over rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from copy import copy
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from softcache.errors import ConfigError, MissingExtraError
+
+try:
+    from trl import SFTConfig, SFTTrainer
+except ImportError as error:
+    raise MissingExtraError(
+        f"softcache.student.integrations.trl needs trl ({error}); pip install trl"
+    ) from error
+
+from softcache.data.sources.text.source import TokenSource
+from softcache.data.tokens import TokenData
+from softcache.reader.dataset import as_teacher_saw
+from softcache.student.integrations.huggingface.dataset import SOFT_COLUMNS, SoftLabelCollator, to_hf_dataset
+from softcache.student.integrations.huggingface.loss import check_loss, check_stall, loss_of
+from softcache.student.integrations.huggingface.mixin import DistillationMixin
+from softcache.student.integrations.huggingface.validate import refuse_untested
+from softcache.student.integrations.validate import check_cache
+from softcache.student.tasks import LossSettings
+
+if TYPE_CHECKING:
+    from softcache.reader.cache import Cache
+
+__all__ = ["DistillSFTTrainer"]
+
+IGNORED_BY_LOSS = {
+    "data_collator": "batches are made by SoftLabelCollator",
+    "compute_loss_func": "the loss is `loss`, a LossSettings",
+    "compute_metrics": "nothing makes the logits that it takes; evaluate() gives eval_loss",
+    "preprocess_logits_for_metrics": "nothing makes the logits that it takes",
+    "formatting_func": "samples are those of `source`",
+}
+"""What SFTTrainer takes and this one would ignore."""
+
+
+class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
+    """A TRL `SFTTrainer` whose student learns from a softcache token cache.
+
+    (1 - alpha) * CE(next token) + alpha * T^2 * soft loss, as in `DistillTrainer`. Packing is the source's
+    (`source.packing = "best_fit"` is TRL's `bfd`, with attention inside a document), and so is what of a chat is learned.
+
+    Args:
+        model: a causal language model of the cache's tokenizer, or its name or folder; with `peft_config`, adapters of it.
+        args: an SFTConfig. packing, loss_type, label_smoothing_factor and use_liger_kernel are refused, and a max_length
+            below `source.seq_len`, which would cut what was labelled. Samples are not prepared again.
+        cache: of that source, complete.
+        source: the training split that was labelled.
+        train_dataset: rows of `to_hf_dataset(cache, source)`, chosen by the user; all of them by default.
+        eval_dataset: `to_hf_dataset(None, held_out_source)`, or a dict of them; eval_loss is the negative log-likelihood.
+        temperature, alpha, loss: as for `DistillTrainer`.
+        processing_class: the student's tokenizer.
+        trainer: what else SFTTrainer takes.
+
+    Raises:
+        AlignmentError, IdentityError, IncompleteCacheError, SpecError, ConfigError: as `DistillTrainer`.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: SFTConfig | None = None,
+        *,
+        cache: Cache,
+        source: TokenSource | TokenData,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        temperature: float | None = None,
+        alpha: float | None = None,
+        loss: LossSettings | None = None,
+        processing_class: Any = None,
+        **trainer: Any,
+    ) -> None:
+        self._loss = loss_of(loss, temperature, alpha)
+        check_cache(cache, "tokens", 'DistillSFTTrainer is for language models ("tokens")')
+        check_loss(self._loss, cache)
+        data: Any = as_teacher_saw(source, cache)
+        args = SFTConfig() if args is None else copy(args)
+        _refuse(args, trainer, data.source)
+        # SFTTrainer would write the dataset anew, cut to max_length, and nothing is to be cut.
+        args.dataset_kwargs = {"skip_prepare_dataset": True}
+        self._cache, self._source, self._cross_documents = cache, data.source, data.cross_documents
+        self._context, self._processing_class = data.source.seq_len, processing_class
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=to_hf_dataset(cache, source) if train_dataset is None else train_dataset,
+            eval_dataset=eval_dataset,
+            data_collator=SoftLabelCollator(cache),
+            processing_class=processing_class,
+            **trainer,
+        )
+        refuse_untested(self)
+        check_stall(self._loss, self.args, eval_dataset)
+        self.model_accepts_loss_kwargs = True  # the name of loss_is_scaled_for_ga in older versions
+        self._student()
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keeps the soft columns, which are no arguments of the model's forward."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns: Any = list(dict.fromkeys([*(self._signature_columns or []), *SOFT_COLUMNS]))
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """Returns the batches of one optimizer step with their `label_share`, and the rows in all of them."""
+        inputs, rows = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [(each["batch"].num_rows, each["batch"].num_labelled) for each in inputs]
+        of_step = torch.tensor(counts, dtype=torch.int64, device=device).reshape(-1, 2).sum(0)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            of_step = self.accelerator.reduce(of_step, reduction="sum")
+        num_rows, num_labelled = of_step.tolist()
+        share = num_labelled / num_rows if 0 < num_labelled < num_rows else None
+        return [each | {"label_share": share} for each in inputs], rows
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """Returns the batch's part of the step's mean loss; in evaluation its mean negative log-likelihood, in nats."""
+        if not self.model.training:
+            bare = replace(inputs["batch"], labels=None, labelled=None, label_counts=None)
+            inputs = inputs | {"batch": bare}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def _refuse(args: SFTConfig, trainer: dict[str, Any], source: TokenSource) -> None:
+    for name in [name for name in IGNORED_BY_LOSS if trainer.get(name) is not None]:
+        raise ConfigError(
+            f"DistillSFTTrainer: {name} would be ignored; {IGNORED_BY_LOSS[name]}; leave it out"
+        )
+    if args.packing:
+        raise ConfigError(
+            "DistillSFTTrainer: packing would part tokens from their labels; samples are packed by the source already: set "
+            'it to False, and source.packing = "best_fit" or "packed" where the cache is made'
+        )
+    if args.max_length is not None and args.max_length < source.seq_len:
+        raise ConfigError(
+            f"DistillSFTTrainer: max_length {args.max_length} would cut samples of up to {source.seq_len} tokens; set it to "
+            "None, or make the cache with a shorter source.seq_len"
+        )
+    ignored = {
+        "label_smoothing_factor": bool(args.label_smoothing_factor),
+        "loss_type": args.loss_type != "nll",
+        "use_liger_kernel": args.use_liger_kernel,
+    }
+    for name in [name for name, used in ignored.items() if used]:
+        raise ConfigError(
+            f"DistillSFTTrainer: {name} {getattr(args, name)!r} would be ignored, the loss is softcache's; leave it out"
+        )

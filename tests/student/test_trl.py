@@ -1,0 +1,244 @@
+"""A cache in TRL's SFTTrainer: its own loss on the exported tokens, softcache's on the labels."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from peft import LoraConfig
+from trl import SFTConfig, SFTTrainer
+
+from softcache.config.load import load_config
+from softcache.data.sources.text.source import load_tokenizer, open_text
+from softcache.data.tokens import TokenData
+from softcache.errors import AlignmentError, ConfigError
+from softcache.losses import cross_entropy
+from softcache.reader.dataset import HardLabelDataset, SoftLabelDataset
+from softcache.runs import capture_labels, open_data, open_teacher
+from softcache.student.integrations.huggingface import SoftLabelCollator, to_hf_dataset
+from softcache.student.integrations.trl import DistillSFTTrainer
+from tests.student.test_huggingface_trainer import (
+    EXACT,
+    ROUNDING,
+    assert_same,
+    dense_logits,
+    llama,
+    trained,
+    write_config,
+)
+
+
+def made(folder, *overrides):
+    path = write_config(folder)
+    if overrides:
+        path.write_text(path.read_text().replace("k = 5\n", ""))
+    config = load_config(path, overrides)
+    data = open_data(config)
+    cache, _ = capture_labels(config, data, open_teacher(config, data), str(folder / "cache"))
+    return folder, config.source, cache
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    """(folder, source settings, cache) of samples with several documents each."""
+    return made(tmp_path_factory.mktemp("trl"))
+
+
+@pytest.fixture(scope="module")
+def exported(labelled):
+    folder, source, cache = labelled
+    return to_hf_dataset(cache, open_text(source, split="train"), cache_dir=str(folder / "hf"))
+
+
+def arguments(out, **settings):
+    base = {
+        "use_cpu": True,
+        "bf16": False,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "per_device_train_batch_size": 4,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "report_to": "none",
+        "gradient_checkpointing": False,
+        "train_sampling_strategy": "sequential",
+    }
+    return SFTConfig(str(out), **base | settings)
+
+
+def trainer_of(labelled, out, exported, model=None, *, settings=None, **more):
+    _, source, cache = labelled
+    how = {"temperature": 2.0, "alpha": 0.7, "train_dataset": exported} | more
+    return DistillSFTTrainer(
+        llama() if model is None else model,
+        arguments(out, **settings or {}),
+        cache=cache,
+        source=open_text(source, split="train"),
+        processing_class=load_tokenizer(source),
+        **how,
+    )
+
+
+def run(trainer):
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}, losses
+
+
+# -- the dataset -------------------------------------------------------------------------------------------
+
+
+def test_the_dataset_collates_to_the_batches_of_the_reader(labelled, exported):
+    _, source, cache = labelled
+    expected = SoftLabelDataset(open_text(source, split="train"), cache)
+    assert len(exported) == len(expected)
+    for samples in ([0, 1, 2, 3], [7, 2]):
+        found = SoftLabelCollator(cache)([exported[i] for i in samples])["batch"]
+        batch = expected.load(np.array(samples), 0)
+        for name in ("tokens", "segments", "rows", "targets", "lengths", "row_counts"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(batch, name), err_msg=name)
+        for name in ("ids", "log_probs", "log_tail", "target_log_prob"):
+            np.testing.assert_array_equal(
+                getattr(found.labels, name), getattr(batch.labels, name), err_msg=name
+            )
+        assert found.labels.temperatures == batch.labels.temperatures
+
+
+def test_labels_are_ignored_where_a_document_begins(exported):
+    row = exported[0]
+    begins = np.cumsum([0, *row["seq_lengths"][:-1]])
+    assert len(begins) > 1
+    assert (row["labels"][begins] == -100).all()
+    others = np.setdiff1d(np.arange(len(row["labels"])), begins)
+    np.testing.assert_array_equal(row["labels"][others], row["input_ids"][others])
+
+
+@pytest.mark.parametrize("policy", ["labels.policy=sample", "labels.positions.policy=every"])
+def test_drawn_labels_and_positions_without_labels_are_exported(tmp_path, policy):
+    more = ["labels.num_samples=6"] if "sample" in policy else ["labels.positions.every=3", "labels.k=5"]
+    labelled = made(tmp_path, policy, *more)
+    _, source, cache = labelled
+    exported = to_hf_dataset(cache, open_text(source, split="train"), cache_dir=str(tmp_path / "hf"))
+    found, losses = run(trainer_of(labelled, tmp_path, exported, temperature=1.0))
+    sequential = {"train_sampling_strategy": "sequential", "max_steps": 2}
+    expected, expected_losses = trained(labelled, tmp_path, temperature=1.0, settings=sequential)
+    assert losses == pytest.approx(expected_losses, rel=1e-6)
+    assert_same(found, expected, **ROUNDING)
+
+
+def test_a_changed_source_is_another_dataset(labelled, exported, tmp_path):
+    folder, source, cache = labelled
+    again = to_hf_dataset(cache, open_text(source, split="train"), cache_dir=str(folder / "hf"))
+    assert again.cache_files == exported.cache_files
+    held_out = to_hf_dataset(None, open_text(source, split="eval"), cache_dir=str(folder / "hf"))
+    assert set(held_out.column_names) == {"input_ids", "labels", "seq_lengths"}
+    with pytest.raises(AlignmentError, match="labelled"):
+        to_hf_dataset(cache, open_text(source, split="eval"), cache_dir=str(tmp_path))
+
+
+def test_a_row_that_was_cut_is_refused(labelled, exported):
+    _, _, cache = labelled
+    row = exported[0]
+    cut = row | {"input_ids": row["input_ids"][:10], "labels": row["labels"][:10]}
+    with pytest.raises(AlignmentError, match="without max_length or packing"):
+        SoftLabelCollator(cache)([cut])
+    cut |= {"seq_lengths": np.array([10])}
+    with pytest.raises(AlignmentError, match="a soft label at a position where nothing is learned"):
+        SoftLabelCollator(cache)([cut])
+
+
+# -- SFTTrainer --------------------------------------------------------------------------------------------
+
+
+def test_sft_trainer_itself_learns_the_hard_labels_of_the_dataset(tmp_path):
+    """TRL's class, collator and loss, on one document a sample: the mean negative log-likelihood of the rows."""
+    labelled = made(tmp_path, "source.packing=documents", "labels.k=5")
+    _, source, cache = labelled
+    exported = to_hf_dataset(cache, open_text(source, split="train"), cache_dir=str(tmp_path / "hf"))
+    trainer = SFTTrainer(
+        llama(), arguments(tmp_path), train_dataset=exported, processing_class=load_tokenizer(source)
+    )
+    _, losses = run(trainer)
+    data = HardLabelDataset(TokenData(open_text(source, split="train")))
+    batch = data.load(np.arange(4), 0)
+    expected = cross_entropy(dense_logits(llama(), batch), batch.targets).mean()
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_it_takes_the_steps_of_distill_trainer(labelled, exported, tmp_path, pieces):
+    settings = {"per_device_train_batch_size": 4 // pieces, "gradient_accumulation_steps": pieces}
+    found, losses = run(trainer_of(labelled, tmp_path, exported, settings=settings))
+    sequential = {"train_sampling_strategy": "sequential", "max_steps": 2}
+    expected, expected_losses = trained(labelled, tmp_path, settings=sequential)
+    assert losses == pytest.approx(expected_losses, rel=1e-6)
+    assert_same(found, expected, **(EXACT if pieces == 1 else ROUNDING))
+    assert not torch.equal(found["lm_head.weight"], llama().state_dict()["lm_head.weight"])
+
+
+def test_rows_can_be_chosen_and_mixed_with_ones_without_soft_labels(labelled, exported, tmp_path):
+    """A row without soft labels adds (1 - alpha) of its cross-entropy; the soft part is a mean over the others."""
+    from datasets import concatenate_datasets
+
+    bare = exported.select([5]).remove_columns([c for c in exported.column_names if c.startswith("soft_")])
+    mixed = concatenate_datasets([exported.select([2, 0]), bare]).with_format("numpy")
+    settings = {"per_device_train_batch_size": 3, "max_steps": 1}
+    _, losses = run(trainer_of(labelled, tmp_path, mixed, settings=settings))
+    _, source, cache = labelled
+    dataset = SoftLabelDataset(open_text(source, split="train"), cache)
+    from softcache.losses import distillation_loss
+
+    whole, soft = dataset.load(np.array([2, 0, 5]), 0), dataset.load(np.array([2, 0]), 0)
+    hard = cross_entropy(dense_logits(llama(), whole), whole.targets).mean()
+    how = {"temperature": 2.0, "alpha": 1.0}
+    expected = 0.3 * hard + 0.7 * distillation_loss(dense_logits(llama(), soft), soft.labels, None, **how)
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_its_held_out_loss_is_the_negative_log_likelihood(labelled, exported, tmp_path):
+    _, source, _ = labelled
+    held_out = open_text(source, split="eval")
+    settings = {"per_device_eval_batch_size": len(held_out)}
+    trainer = trainer_of(
+        labelled,
+        tmp_path,
+        exported,
+        settings=settings,
+        eval_dataset=to_hf_dataset(None, held_out, cache_dir=str(tmp_path)),
+    )
+    batch = HardLabelDataset(TokenData(held_out)).load(np.arange(len(held_out)), 0)
+    expected = cross_entropy(dense_logits(llama(), batch), batch.targets).mean()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_adapters_of_its_peft_config_learn(labelled, exported, tmp_path):
+    adapters = LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
+    found, losses = run(trainer_of(labelled, tmp_path, exported, peft_config=adapters))
+    moved = [name for name, tensor in found.items() if "lora_B" in name and tensor.any()]
+    assert len(moved) == 4
+    assert losses[0] == pytest.approx(trained(labelled, tmp_path, settings={
+        "train_sampling_strategy": "sequential", "max_steps": 1})[1][0], rel=1e-5)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"packing": True}, "packing would part tokens from their labels"),
+        ({"max_length": 8}, "max_length 8 would cut samples of up to 32 tokens"),
+        ({"loss_type": "dft"}, "loss_type 'dft' would be ignored"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor 0.1 would be ignored"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(labelled, exported, tmp_path, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        trainer_of(labelled, tmp_path, exported, settings=settings)
+
+
+def test_a_collator_of_the_user_is_refused(labelled, exported, tmp_path):
+    with pytest.raises(ConfigError, match="data_collator would be ignored"):
+        trainer_of(labelled, tmp_path, exported, data_collator=list)
