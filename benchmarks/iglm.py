@@ -140,9 +140,7 @@ def tables_of(out: Path, epochs: int) -> dict[str, Any]:
 
 @click.command()
 @click.argument("wheel", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--record", "records", multiple=True, default=("hard", "dense", "top_k:8", "live"), show_default=True
-)
+@click.option("--record", "records", multiple=True, default=("hard", "dense", "live"), show_default=True)
 @click.option("--seeds", default="0,1,2", show_default=True, help="Seeds of the students.")
 @click.option("--train", "num_train", default=1000, show_default=True, help="Sequences to learn from.")
 @click.option("--held-out", "num_held_out", default=250, show_default=True, help="Sequences to be scored on.")

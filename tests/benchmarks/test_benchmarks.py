@@ -1,10 +1,13 @@
 """Benchmarks still run. Their figures are for people to read; sizes here are too small to mean anything."""
 
+import io
 import json
+import zipfile
 
+import torch
 from click.testing import CliRunner
 
-from benchmarks import epochs, fused, fusion, quality, shuffle_quality, teacher_memory
+from benchmarks import epochs, fused, fusion, iglm, quality, shuffle_quality, teacher_memory
 from tests.support.programs import fork_interpreters
 
 
@@ -60,6 +63,46 @@ def test_quality_benchmark_trains_from_every_record_once(tmp_path):
     assert sizes["top_k:2:ignore"] < sizes["top_k:4"]
     CliRunner().invoke(quality.main, how)
     assert len((tmp_path / "out/results.jsonl").read_text().splitlines()) == 14
+
+
+def write_wheel(path):
+    """A wheel with two checkpoints that write one sequence, of the pickled form and the tokens of iglm's."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    acids = "ACDEFGHIKLMNPQRSTVWY"
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *acids, *iglm.SPECIES, *iglm.CHAINS]
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("iglm/trained_models/vocab.txt", "\n".join(tokens))
+        for name in ("IgLM", "IgLM-S"):
+            config = GPT2Config(vocab_size=33, n_embd=16, n_layer=1, n_head=2, n_positions=192)
+            model, pickled = GPT2LMHeadModel(config), io.BytesIO()
+            # A position decides what comes next: A [MASK] C [SEP] A [CLS].
+            with torch.no_grad():
+                for weight in (block.c_proj.weight for h in model.transformer.h for block in (h.attn, h.mlp)):
+                    weight.zero_()
+                model.transformer.wte.weight.normal_()
+                following = torch.tensor([5, 5, 4, 6, 3, 5, *[2] * 186])
+                model.transformer.wpe.weight.copy_(50 * model.transformer.wte.weight[following])
+            torch.save(model.state_dict() | {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}, pickled)
+            wheel.writestr(f"iglm/trained_models/{name}/pytorch_model.bin", pickled.getvalue())
+            inside = config.to_dict() | {"eos_token_id": 50256, "bos_token_id": 50256}
+            wheel.writestr(f"iglm/trained_models/{name}/config.json", json.dumps(inside))
+
+
+def test_pretrained_pair_benchmark_runs(tmp_path):
+    write_wheel(tmp_path / "iglm.whl")
+    how = ["--train", "8", "--held-out", "4", "--epochs", "1", "--seeds", "0", "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(iglm.main, [str(tmp_path / "iglm.whl"), *how])
+    assert done.exit_code == 0, done.output
+    rows = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert [row["record"] for row in rows] == ["hard", "dense", "live"]
+    texts = [json.loads(line)["text"] for line in (tmp_path / "out/texts/train.jsonl").open()]
+    assert len(texts) == 8
+    for text in texts:
+        chain, species, *rest = text.split(" ")
+        assert chain in iglm.CHAINS
+        assert species in iglm.SPECIES
+        assert rest.index("[MASK]") < rest.index("[SEP]")
 
 
 def test_shuffle_quality_benchmark_runs(tmp_path):

@@ -210,3 +210,21 @@ def test_windows_bound_what_is_held(monkeypatch):
     monkeypatch.setattr("softcache.data.sources.text.packing.WINDOW_TOKENS", 10)
     samples, _ = cut([5, 7, 3], seq_len=8)
     assert [sample.lengths.tolist() for sample in samples] == [[5], [7], [3]]
+
+
+# -- what a tokenizer does not know ------------------------------------------------------------------------
+
+
+def test_unknown_tokens_are_counted_and_called_out(opened, tmp_path, capsys):
+    """A BERT tokenizer made of a list of tokens alone takes the bracketed ones, which are not registered as special, apart."""
+    from transformers import BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "A", "C", "[HEAVY]"]
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(words))
+    BertTokenizerFast(str(path), do_lower_case=False).save_pretrained(str(tmp_path / "t"))
+    source = opened(["[HEAVY] A C"], str(tmp_path / "t"))
+    assert tokens_of(source) == [[2, 1, 1, 1, 5, 6, 3]]
+    assert "3 of 7 tokens (42.9%) are [UNK], by which tokenizer" in capsys.readouterr().err
+    opened(["A C"], str(tmp_path / "t"))
+    assert "[UNK]" not in capsys.readouterr().err

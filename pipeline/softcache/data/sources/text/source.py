@@ -95,12 +95,14 @@ def _tokenize(
     """Builds the table."""
     tokenizer = load_tokenizer(settings)
     name, account = documents.name, Account()
-    encode = DocumentEncoder(tokenizer, settings, around)
+    encode, unknown = DocumentEncoder(tokenizer, settings, around), UnknownTokens(tokenizer)
 
     def encoded() -> Iterator[Encoded]:
         with progress_bar(f"tokenize {name}", len(documents), "documents") as advance:
             for batch in _batches(documents):
-                yield from encode(batch)
+                for document in encode(batch):
+                    unknown.add(document.tokens)
+                    yield document
                 advance(len(batch))
 
     samples = cut_documents(
@@ -140,6 +142,12 @@ def _tokenize(
         f"source {name}: {account}; {writer.num_tokens:,} tokens in {writer.num_samples:,} samples of at most "
         f"{settings.seq_len:,} ({settings.cut}, {fill:.1%} full)"
     )
+    if unknown.count:
+        log_info(
+            f"source {name}: {unknown.count:,} of {unknown.total:,} tokens ({unknown.count / unknown.total:.1%}) are "
+            f"{tokenizer.unk_token}, by which tokenizer {settings.tokenizer!r} replaces what it does not know; expected "
+            "few or none; compare tokenizer.tokenize(text) of a document with what the teacher was trained on"
+        )
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -153,6 +161,20 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, num_characters = [], 0
     if batch:
         yield batch
+
+
+class UnknownTokens:
+    """Counts the tokens that stand for what a tokenizer does not know; none of one that uses another token for it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        number, others = tokenizer.unk_token_id, (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self._id = None if number in others else number
+        self.count = self.total = 0
+
+    def add(self, tokens: np.ndarray) -> None:
+        self.total += len(tokens)
+        if self._id is not None:
+            self.count += int((tokens == self._id).sum())
 
 
 class DocumentEncoder:
