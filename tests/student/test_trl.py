@@ -242,3 +242,9 @@ def test_arguments_that_do_not_fit_are_refused(labelled, exported, tmp_path, set
 def test_a_collator_of_the_user_is_refused(labelled, exported, tmp_path):
     with pytest.raises(ConfigError, match="data_collator would be ignored"):
         trainer_of(labelled, tmp_path, exported, data_collator=list)
+
+
+def test_several_processes_are_refused(labelled, exported, tmp_path, monkeypatch):
+    monkeypatch.setattr(SFTConfig, "world_size", property(lambda self: 2))
+    with pytest.raises(ConfigError, match="2 processes, which was never tested here"):
+        trainer_of(labelled, tmp_path, exported)

@@ -124,11 +124,8 @@ class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
     ) -> tuple[list[Any], Any]:
         """Returns the batches of one optimizer step with their `label_share`, and the rows in all of them."""
         inputs, rows = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [(each["batch"].num_rows, each["batch"].num_labelled) for each in inputs]
-        of_step = torch.tensor(counts, dtype=torch.int64, device=device).reshape(-1, 2).sum(0)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            of_step = self.accelerator.reduce(of_step, reduction="sum")
-        num_rows, num_labelled = of_step.tolist()
+        num_rows = sum(each["batch"].num_rows for each in inputs)
+        num_labelled = sum(each["batch"].num_labelled for each in inputs)
         share = num_labelled / num_rows if 0 < num_labelled < num_rows else None
         return [each | {"label_share": share} for each in inputs], rows
 
@@ -150,6 +147,11 @@ def _refuse(args: SFTConfig, trainer: dict[str, Any], source: TokenSource) -> No
     for name in [name for name in IGNORED_BY_LOSS if trainer.get(name) is not None]:
         raise ConfigError(
             f"DistillSFTTrainer: {name} would be ignored; {IGNORED_BY_LOSS[name]}; leave it out"
+        )
+    if args.world_size > 1:
+        raise ConfigError(
+            f"DistillSFTTrainer: {args.world_size} processes, which was never tested here; expected one; use "
+            "DistillTrainer, which takes one process per device"
         )
     if args.packing:
         raise ConfigError(
