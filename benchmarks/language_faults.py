@@ -20,11 +20,11 @@ from softcache.labels.sparsify import top_k
 from softcache.runtime.linear import linear_float32
 
 
-def chats(mean: int, count: int, seed: int) -> list[Encoded]:
+def chats(mean: int, count: int, seed: int, *, whole: bool) -> list[Encoded]:
     """Returns chats of log-normal lengths, the first 30 percent of each its prompt."""
     lengths = np.random.default_rng(seed).lognormal(np.log(mean) - 0.5**2 / 2, 0.5, count).astype(int) + 8
     return [
-        Encoded(str(number), np.zeros(length, np.int32), np.arange(length) >= 0.3 * length)
+        Encoded(str(number), np.zeros(length, np.int32), np.arange(length) >= 0.3 * length, has_prompt=whole)
         for number, length in enumerate(lengths.tolist())
     ]
 
@@ -33,7 +33,7 @@ def without_prompt(mean: int, seq_len: int, packing: str) -> tuple[float, float]
     """Returns the share of label rows in segments that do not start with a prompt, and how full samples are."""
     bare = rows = tokens = samples = 0
     options = {"packing": packing, "seq_len": seq_len, "account": Account()}
-    for cut in cut_documents(chats(mean, 4000, 0), keep_prompts=packing == "best_fit", **options):
+    for cut in cut_documents(chats(mean, 4000, 0, whole=packing == "best_fit"), **options):
         samples, tokens = samples + 1, tokens + len(cut.sample.tokens)
         for segment in np.unique(cut.sample.segments):
             inside = cut.sample.segments == segment

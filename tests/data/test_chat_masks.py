@@ -11,6 +11,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from softcache.data.sources import source_settings
 from softcache.data.sources.text.chat_mask import assistant_passages
+from softcache.data.sources.text.documents import Document, InMemoryDocuments
 from softcache.data.sources.text.source import open_text
 from softcache.data.tokens import TokenData
 from softcache.errors import ConfigError, SourceError, SpecError
@@ -235,6 +236,52 @@ def test_of_a_prompt_and_its_completion_the_completion_is_learned(opened):
     assert learned(found) == "Yes.<|im_end|>", "the answer in the prompt is given"
     with pytest.raises(ValueError, match=r"source\.prompt_column and source\.completion_column: give both"):
         opened([], prompt_column="prompt")
+
+
+def test_a_prompt_that_is_rendered_otherwise_before_its_completion_is_refused(opened):
+    """Its own answers would be counted by characters that are not there."""
+    columns = {"prompt_column": "prompt", "completion_column": "completion"}
+    rows = [{"prompt": TWO[:3], "completion": TWO[3:]}]
+    marked = REASONING.replace("{% if loop.last %}", "{% generation %}{% if loop.last %}").replace(
+        "{% else %}{{ m.content }}", "{% endgeneration %}{% else %}{{ m.content }}"
+    )
+    assert learned(opened(rows, template=marked, **columns)).endswith("Yes.")
+    counted = "{{ messages | length }}" + marked
+    with pytest.raises(
+        SourceError, match="renders its 3 messages of prompt otherwise once the completion follows"
+    ):
+        opened(rows, template=counted, **columns)
+    assert learned(opened(rows, template=REASONING + PROMPT, **columns)).endswith("Yes.<|im_end|>")
+
+
+def chats_of_the_users(split):
+    return InMemoryDocuments("chats", [Document(f"{split}/{n}", messages=TWO) for n in range(2)])
+
+
+def test_chats_of_a_custom_source_keep_their_prompts(tmp_path, opened):
+    opened([{"messages": ONE}], messages_column="messages")  # saves the tokenizer
+    table = {"modality": "text", "name": f"{__name__}:chats_of_the_users", "data_dir": str(tmp_path / "data")}
+    table |= {"tokenizer": str(tmp_path / "tokenizer"), "seq_len": 200}
+    with pytest.raises(SourceError, match=r'source\.packing = "packed" would cut its answer from its prompt'):
+        open_text(source_settings(table), split="train")
+    template = tmp_path / "mine.jinja"
+    digests = []
+    for name in ("im_start", "start"):
+        template.write_text((CHATML + PROMPT).replace("im_start", name))
+        given = table | {"packing": "best_fit", "chat_template": str(template)}
+        digests.append(open_text(source_settings(given), split="train").digest)
+    assert len(set(digests)) == 2, "a table of another template was used"
+
+
+def test_what_of_a_document_is_given_is_part_of_its_digest():
+    one, other = (InMemoryDocuments("d", [Document("k", "1+1=2", num_given=n)]) for n in (2, 4))
+    assert one.digest != other.digest
+
+
+def test_keys_of_chats_are_refused_by_a_source_without_them():
+    table = {"modality": "text", "name": "stdlib", "tokenizer": "bpe", "tools": "tools.json"}
+    with pytest.raises(ValueError, match=r"source\.tools: for chats only, which this source does not have"):
+        source_settings(table)
 
 
 def test_a_template_of_the_users_is_used(opened, tmp_path):

@@ -150,17 +150,17 @@ def test_the_tokens_of_a_table_are_those_of_the_tokenizer(tmp_path):
 # -- best-fit packing ----------------------------------------------------------------------------------------
 
 
-def documents_of(lengths, num_prefix=0):
+def documents_of(lengths, has_prompt=False):
     flat = iter(range(1, 1 + sum(lengths)))
     for number, length in enumerate(lengths):
         tokens = np.array([next(flat) for _ in range(length)], np.int32)
-        yield Encoded(f"d{number}", tokens, np.ones(length, bool), num_prefix)
+        yield Encoded(f"d{number}", tokens, np.ones(length, bool), has_prompt=has_prompt)
 
 
-def cut(lengths, seq_len, **given):
+def cut(lengths, seq_len, *, packing="best_fit", has_prompt=False):
     account = Account()
-    options = {"packing": "best_fit", "keep_prompts": False} | given
-    return list(cut_documents(documents_of(lengths), seq_len=seq_len, account=account, **options)), account
+    documents = documents_of(lengths, has_prompt)
+    return list(cut_documents(documents, packing=packing, seq_len=seq_len, account=account)), account
 
 
 def test_best_fit_puts_whole_documents_where_the_least_room_is_left():
@@ -191,7 +191,7 @@ def test_best_fit_loses_nothing_and_is_fuller_than_first_fit(seed):
 
 
 def test_documents_with_prompts_are_truncated_from_the_right_and_counted():
-    samples, account = cut([5, 12, 3], seq_len=8, keep_prompts=True)
+    samples, account = cut([5, 12, 3], seq_len=8, has_prompt=True)
     assert [sample.lengths.tolist() for sample in samples] == [[5, 3], [8]]
     assert (account.documents, account.truncated, account.cut_tokens, account.dropped) == (3, 1, 4, 0)
     assert "3 documents, 1 truncated by 4 tokens in all" in str(account)
@@ -199,11 +199,15 @@ def test_documents_with_prompts_are_truncated_from_the_right_and_counted():
 
 def test_a_prompt_that_fills_a_sample_is_dropped_and_counted():
     learnt = np.arange(12) >= 9
-    document = Encoded("d", np.arange(12, dtype=np.int32), learnt)
+    document = Encoded("d", np.arange(12, dtype=np.int32), learnt, has_prompt=True)
     account = Account()
-    options = {"packing": "best_fit", "seq_len": 8, "keep_prompts": True, "account": account}
-    assert list(cut_documents([document], **options)) == []
+    assert list(cut_documents([document], packing="best_fit", seq_len=8, account=account)) == []
     assert (account.documents, account.dropped) == (0, 1)
+
+
+def test_a_document_with_a_prompt_is_not_packed_whatever_source_it_is_of():
+    with pytest.raises(SourceError, match=r'document .d0.: source\.packing = "packed" would cut its answer'):
+        cut([5, 3], seq_len=8, packing="packed", has_prompt=True)
 
 
 def test_windows_bound_what_is_held(monkeypatch):

@@ -143,6 +143,8 @@ def test_parameters_are_counted_without_buffers():
         ("hf:models/qwen?dtype=bfloat16", "hf:/data/models/qwen", True),
         ("hf:Qwen/Qwen3-8B", "hf:/data/Qwen3-8B?revision=main", True),
         ("hf:models/qwen", "hf:models/llama", False),
+        ("hf:one/model", "hf:other/model", False),
+        ("hf:/data/qwen", "hf:/data/llama", False),
         ("timm:resnet18?pretrained=true", "timm:resnet18", True),
         ("timm:resnet18", "timm:resnet34", False),
         ("mlp?width=8", "mlp?width=9", False),

@@ -1,6 +1,7 @@
 """Before the pass: how well the teacher predicts, a teacher that guesses, one that is not its model's own forward."""
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -65,3 +66,37 @@ def test_labels_that_are_not_of_the_models_own_forward_are_refused(tmp_path):
     )  # packed documents see each other
     with pytest.raises(LabelError, match=r"not those of its own forward pass: [\d.]+ nats of \d+ rows"):
         score_first_rows(teacher, data.train, num_classes=data.num_classes, batch_size=4)
+
+
+def test_the_check_holds_one_chunk_of_logits_at_a_time(tmp_path, monkeypatch):
+    config = text_config(tmp_path)
+    data = open_data(config)
+    teacher = open_teacher(config, data)
+    teacher._chunk_positions, held = 7, []
+    real = LanguageTeacher.chunks
+
+    def spy(self, batch):
+        for logits in real(self, batch):
+            held.append(weakref.ref(logits))
+            assert sum(one() is not None for one in held) <= 2
+            yield logits
+            del logits
+
+    monkeypatch.setattr(LanguageTeacher, "chunks", spy)
+    teacher.check_forward(data.train.load(range(4), fingerprints=False))
+    assert len(held) > 5
+
+
+def test_a_model_that_returns_its_logits_bare_is_checked(tmp_path):
+    """A factory's model need not be one of transformers."""
+    config = text_config(tmp_path)
+    data = open_data(config)
+    teacher = open_teacher(config, data)
+    inner = teacher.model
+
+    class Bare(torch.nn.Module):
+        def forward(self, tokens):
+            return inner(tokens).logits
+
+    teacher.model = Bare()
+    teacher.check_forward(data.train.load(range(4), fingerprints=False))

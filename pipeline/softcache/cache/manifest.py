@@ -298,7 +298,7 @@ class Manifest(_Document):
 def diff_manifests(here: Manifest, there: Manifest) -> list[str]:
     """Returns one line `field: here; there` for every field in which two caches cannot be one.
 
-    The spec of a teacher only says where it was loaded from; its weights, architecture and dtype are its identity.
+    The spec of a teacher is where it was loaded from; its weights, architecture and dtype are its identity.
     """
     compared = {"identity", "plan", "rows", "store", "kind", "num_classes"}
     one, other = (json.loads(manifest.model_dump_json(include=compared)) for manifest in (here, there))

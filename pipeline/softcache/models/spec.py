@@ -57,23 +57,22 @@ def parse_spec(spec: str) -> ModelSpec:
 
 
 def is_same_origin(one: str, other: str) -> bool:
-    """Whether two specs may be of one model: they are equal, but for arguments of loading and for the folder above it.
+    """Whether two specs may be of one model: they are equal, but for arguments of loading, or one is a folder of that name.
 
-    What a model is, its weights say; this is for where only specs are known.
+    This is for where only specs are known; what a model is, its weights decide.
     """
-    parts = []
-    for spec in (one, other):
-        args = {key: x for key, x in parse_spec(spec).args.items() if key not in LOADING_ARGUMENTS}
-        parts.append((spec.partition("?")[0].rstrip("/"), args))
-    (first, args), (second, other_args) = parts
-    is_path = all("/" in path or path.startswith(("hf:.", "hf:~")) for path in (first, second))
-    return args == other_args and (
-        first == second or (is_path and first.rpartition("/")[2] == second.rpartition("/")[2])
+    paths = [spec.partition("?")[0].rstrip("/") for spec in (one, other)]
+    first, second = (
+        {key: x for key, x in parse_spec(spec).args.items() if key not in LOADING_ARGUMENTS}
+        for spec in (one, other)
     )
+    is_local = any(path.partition(":")[2].startswith(("/", ".", "~")) for path in paths)
+    names = paths if not is_local else [re.split("[:/]", path)[-1] for path in paths]
+    return first == second and names[0] == names[1]
 
 
 LOADING_ARGUMENTS = frozenset({"pretrained", "weights", "checkpoint_path", "cache_dir", "revision", "dtype"})
-"""Arguments of a spec that say where weights come from, or in which dtype; their digest says which they are."""
+"""Arguments of a spec for where weights come from and their dtype; the digest of the weights covers both."""
 VOLATILE_CONFIG = re.compile(
     r"_name_or_path|transformers_version|(torch_)?dtype|architectures|use_cache|_?attn_implementation.*|.*_token_id"
 )

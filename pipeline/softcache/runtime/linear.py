@@ -1,7 +1,7 @@
 """A linear layer of half-precision inputs whose output keeps the float32 accumulator.
 
 A matrix product sums in float32 whatever its inputs are; PyTorch then rounds the sum to the inputs' dtype. In bfloat16 the
-logits 20.0 and 20.1 become one number, and labels made of them are off by hundredths of a nat. On CUDA the product is
+logits 20.0 and 20.05 become one number, and labels made of them are off by hundredths of a nat. On CUDA the product is
 asked for in float32 (`torch.mm(..., out_dtype=...)`); elsewhere the rounded inputs are multiplied in float32, which
 gives the same sums, block by block so that no float32 copy of a vocabulary's weights is held.
 

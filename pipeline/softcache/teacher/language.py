@@ -11,7 +11,7 @@ from torch import nn
 
 from softcache.data.tokens import TokenBatch
 from softcache.errors import ConfigError, LabelError
-from softcache.models.language import CausalParts, build_language_model, check_split, split
+from softcache.models.language import CausalParts, build_language_model, check_split, plain_logits, split
 from softcache.models.weights import load_weights
 from softcache.teacher.base import Dtype, Teacher, TeacherSettings
 
@@ -69,8 +69,7 @@ class LanguageTeacher(Teacher):
         if not isinstance(self.parts, CausalParts) or self._cross_documents:
             return
         batch = batch.to(self.device)
-        logits_PV = torch.cat(list(self.chunks(batch)))
-        ours_P = nn.functional.cross_entropy(logits_PV, batch.targets, reduction="none")
+        ours_P = self._row_losses(batch)
         row_L, column_L = batch.rows // batch.tokens.shape[1], batch.rows % batch.tokens.shape[1]
         ours, plain, used = 0.0, 0.0, 0
         for row, segment in _documents(batch):
@@ -80,7 +79,7 @@ class LanguageTeacher(Teacher):
             if len(tokens_L) > MAX_CHECKED_TOKENS or not chosen_P.any():
                 continue
             with self.autocast():
-                logits_LV = self.model(tokens_L[None], use_cache=False).logits[0].float()
+                logits_LV = plain_logits(self.model, tokens_L[None])[0].float()
             # Positions in the document of its rows.
             position_P = column_L[chosen_P] - int(inside_L.nonzero()[0])
             targets_P = batch.targets[chosen_P]
@@ -97,6 +96,15 @@ class LanguageTeacher(Teacher):
                 'keep documents apart, or does more than softcache knows; set source.packing = "documents", or use '
                 "another architecture"
             )
+
+    def _row_losses(self, batch: TokenBatch) -> torch.Tensor:
+        """Returns the negative log-likelihoods [P] of a batch's rows, with one chunk of logits at a time."""
+        losses, start = [], 0
+        for logits_PV in self.chunks(batch):
+            targets_P = batch.targets[start : start + len(logits_PV)]
+            losses.append(nn.functional.cross_entropy(logits_PV, targets_P, reduction="none"))
+            start += len(logits_PV)
+        return torch.cat(losses)
 
 
 def _documents(batch: TokenBatch) -> Iterator[tuple[int, int]]:

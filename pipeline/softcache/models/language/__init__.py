@@ -13,7 +13,7 @@ so no function here computes them all: `split` returns the backbone, run once pe
 positions at a time as the caller can afford.
 """
 
-from softcache.models.language.backbone_head import BackboneHead, CausalParts
+from softcache.models.language.backbone_head import BackboneHead, CausalParts, plain_logits
 from softcache.models.language.causal_lm import build_language_model, tokenizer_of
 from softcache.models.language.encoder_decoder import PairTokens, build_translation_model
 from softcache.models.language.encoder_decoder_parts import PairParts, split_source_target
@@ -30,6 +30,7 @@ __all__ = [
     "check_context",
     "check_loss",
     "check_split",
+    "plain_logits",
     "split",
     "split_source_target",
     "tokenizer_of",

@@ -23,7 +23,14 @@ from softcache.errors import SpecError
 from softcache.models.language.adapters import AdaptedHead
 from softcache.runtime.linear import linear_float32
 
-__all__ = ["BackboneHead", "CausalParts", "LMHeadMixin", "accepts_argument", "tensor_in"]
+__all__ = [
+    "BackboneHead",
+    "CausalParts",
+    "LMHeadMixin",
+    "accepts_argument",
+    "plain_logits",
+    "tensor_in",
+]
 
 
 class BackboneHead(Protocol):
@@ -224,6 +231,13 @@ def _positions(starts_BL: torch.Tensor) -> torch.Tensor:
 def tensor_in(output: Any, name: str) -> Any:
     """Returns what a model gave: the first of a tuple, the field of that name, or the tensor itself."""
     return output[0] if isinstance(output, tuple) else getattr(output, name, output)
+
+
+def plain_logits(model: nn.Module, tokens_BL: torch.Tensor) -> torch.Tensor:
+    """Returns the logits [B, L, V] that the model's own forward pass gives, in its own dtype."""
+    kwargs = {"use_cache": False} if accepts_argument(model, "use_cache") else {}
+    logits: torch.Tensor = tensor_in(model(tokens_BL, **kwargs), "logits")
+    return logits
 
 
 def accepts_argument(module: nn.Module, argument: str) -> bool:

@@ -18,7 +18,13 @@ from torch import nn
 
 from softcache.errors import SpecError
 from softcache.models.language.adapters import without_wrapper
-from softcache.models.language.backbone_head import BackboneHead, CausalParts, accepts_argument, tensor_in
+from softcache.models.language.backbone_head import (
+    BackboneHead,
+    CausalParts,
+    accepts_argument,
+    plain_logits,
+    tensor_in,
+)
 from softcache.models.language.encoder_decoder_parts import PairParts, is_encoder_decoder, split_source_target
 
 __all__ = [
@@ -50,12 +56,11 @@ def check_split(model: nn.Module, parts: BackboneHead) -> None:
             return
         assert isinstance(parts, CausalParts)
         tokens_BL, _ = _probe(parts)
-        kwargs: dict[str, Any] = {"use_cache": False} if accepts_argument(model, "use_cache") else {}
         _check_logits(
             model,
             parts,
             lambda: parts.hidden(tokens_BL, None).flatten(0, 1),
-            lambda: tensor_in(model(tokens_BL, **kwargs), "logits").flatten(0, 1),
+            lambda: plain_logits(model, tokens_BL).flatten(0, 1),
         )
         hidden_BLD = parts.hidden(tokens_BL, None)
         leak, leaked_share = _leak(parts, tokens_BL, hidden_BLD)

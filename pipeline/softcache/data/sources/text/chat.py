@@ -75,7 +75,7 @@ class ChatEncoder:
                 tokens, learnt = np.insert(tokens, 0, bos), np.insert(learnt, 0, False)
             elif self._bos is False and has_bos:
                 tokens, learnt = tokens[1:], learnt[1:]
-            yield Encoded(document.key, tokens, learnt)
+            yield Encoded(document.key, tokens, learnt, has_prompt=True)
 
     def _check(self) -> None:
         if not self._tokenizer.chat_template:
@@ -109,17 +109,21 @@ class ChatEncoder:
                 ) from error
             return (texts[0], passages[0]) if mask else texts[0]
 
-        if re.search(r"\{%-?\s*generation\s*-?%\}", template):
-            text, passages = render(messages, mask=True)
-        else:
-            text, passages = assistant_passages(
-                messages, render, special=_special_texts(self._tokenizer), key=document.key
+        given = document.num_given  # answers of the prompt itself are given, not learned
+        if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
+            special = _special_texts(self._tokenizer)
+            return assistant_passages(messages, render, special=special, key=document.key, num_given=given)
+        text, passages = render(messages, mask=True)
+        if not given:
+            return text, passages
+        prompt = render(messages[:given])
+        if not text.startswith(prompt):
+            raise SourceError(
+                f"document {document.key!r}: the chat template renders its {given} messages of prompt otherwise once the "
+                "completion follows, so where that starts is not clear; expected a template that renders turns one by one; "
+                "name another as source.chat_template"
             )
-        if document.num_given:
-            # The prompt's own answers are given, not learned.
-            start = len(render(messages[: document.num_given], prompt=True))
-            passages = [(max(first, start), last) for first, last in passages if last > start]
-        return text, passages
+        return text, [passage for passage in passages if passage[0] >= len(prompt)]
 
 
 def check_offsets(tokenizer: Any, name: str) -> None:

@@ -34,13 +34,19 @@ class Render(Protocol):
 
 
 def assistant_passages(
-    messages: Sequence[Mapping[str, Any]], render: Render, *, special: Sequence[str], key: str
+    messages: Sequence[Mapping[str, Any]],
+    render: Render,
+    *,
+    special: Sequence[str],
+    key: str,
+    num_given: int = 0,
 ) -> tuple[str, Passages]:
     """Returns a chat's text, and the characters [first, last) of it that the assistant writes.
 
     Args:
         special: the texts of the tokenizer's special tokens, longest first.
         key: of the document, for errors.
+        num_given: the first messages, which are a prompt; what the assistant writes in them is left out.
 
     Raises:
         SourceError: the template does not show which part that is.
@@ -48,7 +54,7 @@ def assistant_passages(
     text, passages = render(messages), list[tuple[int, int]]()
     pattern = "|".join(map(re.escape, special)) or r"(?!)"
     for number, message in enumerate(messages):
-        if message.get("role") != "assistant":
+        if message.get("role") != "assistant" or number < num_given:
             continue
         passage = _passage(messages, number, render, text, pattern)
         if passage is None or (passages and passage[0] < passages[-1][1]):

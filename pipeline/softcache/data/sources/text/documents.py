@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,7 +54,7 @@ class Documents(Protocol):
 
 
 class InMemoryDocuments:
-    """Documents of a list, in its order; the digest is of keys and texts.
+    """Documents of a list, in its order; the digest is of all that they hold.
 
     Raises (from the constructor):
         SourceError: two documents have the same key.
@@ -64,9 +64,7 @@ class InMemoryDocuments:
         self.name, self._documents = name, list(documents)
         if len({document.key for document in self._documents}) != len(self._documents):
             raise SourceError(f"source {name}: two documents have the same key; give each its own")
-        self.digest = digest_json(
-            [[found.key, found.text, list(found.messages)] for found in self._documents]
-        )
+        self.digest = digest_json([asdict(found) for found in self._documents])
 
     def __len__(self) -> int:
         return len(self._documents)

@@ -72,16 +72,10 @@ class HuggingFaceTexts(TextSettings):
             raise ValueError(
                 'source.packing: "packed" would cut answers from their prompts; use "best_fit", or "documents"'
             )
-        given = {
-            "chat_template": self.chat_template,
-            "template_args": self.template_args,
-            "tools": self.tools,
-        }
-        for name, value in {**given, "tools_column": self.tools_column}.items():
-            if value and not self.has_prompts:
-                raise ValueError(
-                    f"source.{name}: for chats only; give source.messages_column or source.prompt_column, or drop it"
-                )
+        if self.tools_column and not self.has_prompts:
+            raise ValueError(
+                "source.tools_column: for chats only; give source.messages_column or source.prompt_column, or drop it"
+            )
         return self
 
     def documents(self, split: Split) -> HfDocuments:

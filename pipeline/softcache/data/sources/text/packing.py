@@ -32,6 +32,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from softcache.errors import SourceError
+
 __all__ = [
     "PACKINGS",
     "Account",
@@ -42,7 +44,6 @@ __all__ = [
     "cut_documents",
     "one_sample_per_document",
     "packed",
-    "truncate",
 ]
 
 WINDOW_TOKENS = 2**22
@@ -86,12 +87,14 @@ class Encoded(NamedTuple):
         tokens: [L] int32.
         learnt: [L] bool.
         num_prefix: how many of the first tokens are the tokenizer's own, such as BOS; each piece starts with them.
+        has_prompt: whether it is a chat or a prompt with its answer, which must not continue in another sample.
     """
 
     key: str
     tokens: np.ndarray
     learnt: np.ndarray
     num_prefix: int = 0
+    has_prompt: bool = False
 
     def piece(self, start: int, room: int) -> Piece:
         """Returns at most `room` tokens: those from `start` on, after the prefix where it is not the start.
@@ -164,25 +167,37 @@ class Account:
 
 
 def cut_documents(
-    documents: Iterable[Encoded], *, packing: str, seq_len: int, keep_prompts: bool, account: Account
+    documents: Iterable[Encoded], *, packing: str, seq_len: int, account: Account
 ) -> Iterator[KeyedSample]:
     """Yields samples that have something to learn; what is skipped, truncated and left out is counted.
 
     Args:
         packing: a name of `PACKINGS`.
-        keep_prompts: documents never continue in another sample; they are truncated to `seq_len`.
+
+    Raises:
+        SourceError: a document with a prompt is to be "packed", which cuts answers from their prompts.
     """
 
     def learnable() -> Iterator[Encoded]:
         for document in documents:
-            if document.learnt[1:].any():
-                account.documents += 1
-                yield document
-            else:
+            if document.has_prompt and packing == "packed":
+                raise SourceError(
+                    f'document {document.key!r}: source.packing = "packed" would cut its answer from its prompt; set it to '
+                    '"best_fit", or "documents"'
+                )
+            whole = _truncated(document, seq_len) if document.has_prompt else document
+            if not document.learnt[1:].any():
                 account.skipped += 1
+            elif not whole.learnt[1:].any():
+                account.dropped += 1
+            else:
+                lost = len(document.tokens) - len(whole.tokens)
+                account.documents += 1
+                account.truncated += lost > 0
+                account.cut_tokens += lost
+                yield whole
 
-    whole = truncate(learnable(), seq_len, account) if keep_prompts else learnable()
-    for pieces in PACKINGS[packing](whole, seq_len):
+    for pieces in PACKINGS[packing](learnable(), seq_len):
         sample = _concat(pieces)
         if len(sample.rows):
             yield KeyedSample(
@@ -192,18 +207,8 @@ def cut_documents(
             account.left_out += 1
 
 
-def truncate(documents: Iterable[Encoded], seq_len: int, account: Account) -> Iterator[Encoded]:
-    """Yields documents of at most `seq_len` tokens, cut from the right; those without an answer then are dropped."""
-    for document in documents:
-        if (lost := len(document.tokens) - seq_len) > 0:
-            document = document._replace(tokens=document.tokens[:seq_len], learnt=document.learnt[:seq_len])
-            if not document.learnt[1:].any():
-                account.documents -= 1
-                account.dropped += 1
-                continue
-            account.truncated += 1
-            account.cut_tokens += lost
-        yield document
+def _truncated(document: Encoded, seq_len: int) -> Encoded:
+    return document._replace(tokens=document.tokens[:seq_len], learnt=document.learnt[:seq_len])
 
 
 def one_sample_per_document(documents: Iterable[Encoded], seq_len: int) -> Iterator[list[Piece]]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from softcache.data.sources.base import SOURCES, SourceSettings, Split
 from softcache.data.sources.images.custom import call_factory, check_members
@@ -48,6 +48,18 @@ class TextSettings(SourceSettings):
         return False
 
     @property
+    def may_have_chats(self) -> bool:
+        """Whether documents may be chats, for which there are keys of their own."""
+        return self.has_prompts
+
+    @model_validator(mode="after")
+    def _chat_keys_are_read(self) -> Self:
+        for name in () if self.may_have_chats else ("chat_template", "template_args", "tools"):
+            if getattr(self, name):
+                raise ValueError(f"source.{name}: for chats only, which this source does not have; drop it")
+        return self
+
+    @property
     def cut(self) -> Literal["packed", "documents", "best_fit"]:
         """How documents become samples, with its default."""
         return self.packing or ("best_fit" if self.has_prompts else "packed")
@@ -70,6 +82,10 @@ class TextSettings(SourceSettings):
 @SOURCES.register("text/custom")
 class CustomTexts(TextSettings):
     """A function of the user's: factory(split="train" | "eval") returns `Documents`."""
+
+    @property
+    def may_have_chats(self) -> bool:
+        return True
 
     def documents(self, split: Split) -> Documents:
         documents: Documents = call_factory(self.name, split)

@@ -73,7 +73,7 @@ def open_text(settings: TextSettings, *, split: Split) -> TokenSource:
         "suffix": tokenizer["suffix"],
         "bos": settings.bos,
         "chat": [tokenizer["chat_template"], settings.template_args, read_tools(settings)]
-        if settings.has_prompts
+        if settings.may_have_chats
         else None,
         "seq_len": settings.seq_len,
         "packing": settings.cut,
@@ -109,7 +109,6 @@ def _tokenize(
         encoded(),
         packing=settings.cut,
         seq_len=settings.seq_len,
-        keep_prompts=settings.has_prompts,
         account=account,
     )
     with build_folder(folder, lambda made: described_table(made) is not None) as staged:
@@ -205,4 +204,4 @@ class DocumentEncoder:
             # Without a text, there is nothing that leads to its end.
             has_end = bool(len(ids) and learnt[-1])
             learnt = np.concatenate([np.zeros(len(prefix), bool), learnt, np.full(len(suffix), has_end)])
-            yield Encoded(document.key, tokens, learnt, len(prefix))
+            yield Encoded(document.key, tokens, learnt, len(prefix), has_prompt=document.num_given > 0)

@@ -32,6 +32,7 @@ from softcache.errors import AlignmentError
 from softcache.hashing.digests import digest_json
 from softcache.labels import SoftLabels
 from softcache.labels.validate import ARRAYS
+from softcache.losses.target_class import IGNORED
 from softcache.reader.cache import Cache
 from softcache.reader.dataset import SoftLabelDataset
 from softcache.runtime.optional import text_library
@@ -41,7 +42,6 @@ __all__ = ["SOFT_COLUMNS", "SoftLabelCollator", "to_hf_dataset"]
 
 SOFT_COLUMNS = ("soft_positions", *(f"soft_{name}" for name in ARRAYS))
 BATCH_SAMPLES = 64
-IGNORED = -100
 
 
 def to_hf_dataset(
