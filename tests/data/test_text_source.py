@@ -27,6 +27,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from softcache.data.sources import open_source, source_settings
 from softcache.data.sources.text import chat as chats
+from softcache.data.sources.text import encode as encoding
 from softcache.data.sources.text import packing as token_samples
 from softcache.data.sources.text import source as text
 from softcache.data.sources.text import table as token_table
@@ -260,7 +261,7 @@ def test_batches_of_documents_do_not_change_a_table(opened, monkeypatch, tmp_pat
     texts = [*numbered((3, 20), (40, 43)), "", *numbered((50, 90), (100, 102))]
     one = opened(texts, seq_len=4)
     for name, value in (("BATCH_DOCUMENTS", 2), ("BATCH_CHARACTERS", 1)):
-        monkeypatch.setattr(text, name, value)
+        monkeypatch.setattr(encoding, name, value)
         assert opened(texts, seq_len=4, data_dir=str(tmp_path / name)).digest == one.digest
 
 
@@ -532,7 +533,7 @@ def test_a_limit_stops_tokenising(opened, monkeypatch, tmp_path):
     path = write_texts(tmp_path / "many.jsonl", [f"w{10 + n} w5" for n in range(60)])
     asked = []
     encode = text.DocumentEncoder.__call__
-    monkeypatch.setattr(text, "BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr(encoding, "BATCH_DOCUMENTS", 4)
     monkeypatch.setattr(
         text.DocumentEncoder, "__call__", lambda self, batch: asked.extend(batch) or encode(self, batch)
     )
@@ -628,7 +629,10 @@ def test_everything_is_written_under_data_dir_and_little_is_said(tmp_path, words
     ("given", "message"),
     [
         ({"path": "nowhere.jsonl"}, r"source.path 'nowhere.jsonl': no such file"),
-        ({"path": "{}/notes.md"}, r"a file must end in .parquet, .json, .jsonl, .txt; found '.md'"),
+        (
+            {"path": "{}/notes.md"},
+            r"a file must end in .parquet, .arrow, .json, .jsonl, .csv, .*\.zst behind; found '.md'",
+        ),
         ({"path": "some/corpus"}, r"source.path 'some/corpus', split 'train': cannot be loaded"),
         ({"path": "{}/broken.parquet"}, r"cannot be loaded: .*; check source.path"),
         ({"path": "{}/docs.jsonl", "text_column": "body"}, r"no column 'body'; it has text, id, number"),

@@ -94,6 +94,11 @@ class TextData(TokenSplits):
             raise ConfigError(
                 'student.tokenizer: missing; loss.name = "uld" is for a student with another tokenizer'
             )
+        if self._settings.has_tokens:
+            raise ConfigError(
+                f"student.tokenizer: {name!r} with documents that are token ids of {self._settings.tokenizer!r}, which "
+                'it cannot read; give texts as [source], or a student of this tokenizer with another loss.name than "uld"'
+            )
         source = self._settings.model_copy(update={"tokenizer": name})
         return TextData(config.model_copy(update={"source": source}))
 

@@ -11,6 +11,7 @@ An object is one PUT, so it is there whole or not at all. Reading asks for many 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
@@ -157,6 +158,19 @@ class CloudObjects:
             }
 
         return self._client.ask(None, "listed", entries)
+
+    def tags(self, path: str | None) -> dict[str, str]:
+        """Returns what distinguishes an object from one that replaces it: of one object, or of all of them, by path.
+
+        Raises:
+            CacheNotFoundError: there is no such object, or no such bucket.
+        """
+
+        def entries(client: Any, store: Any) -> dict[str, str]:
+            found = [client.head(store, path)] if path else itertools.chain(*client.list(store, None))
+            return {entry["path"]: json.dumps([entry["size"], _tag(entry)]) for entry in found}
+
+        return self._client.ask(path, "read" if path else "listed", entries)
 
     def orphaned_writes(self, *, remove: bool) -> dict[str, int]:
         return {}

@@ -21,13 +21,15 @@ __all__ = ["Document", "Documents", "InMemoryDocuments", "choose_documents"]
 
 @dataclass(frozen=True)
 class Document:
-    """A text under its stable key, or a chat; with `num_given`, a prompt and its answer.
+    """A text under its stable key, a chat, or token ids; with `num_given`, a prompt and its answer.
 
     Attributes:
         messages: of a chat, each with `role` and `content`; or ShareGPT's, with `from` and `value`.
         num_given: the characters of `text`, or the messages, that are the prompt: given, not learned. 0: of a text,
             everything is learned, of a chat, what the assistant writes.
         tools: JSON schemas that the chat template describes to the model; None: those of the settings.
+        tokens: [L] ids of a document that is tokenized already, of the tokenizer in the settings; None: it is not.
+        learnt: [L] bool, which of them are learned, the others are a prompt; None: all, and there is no prompt.
     """
 
     key: str
@@ -35,6 +37,13 @@ class Document:
     messages: Sequence[Any] = field(default_factory=tuple)
     num_given: int = 0
     tools: Sequence[Any] | None = None
+    tokens: np.ndarray | None = None
+    learnt: np.ndarray | None = None
+
+    @property
+    def size(self) -> int:
+        """How much there is of a document, in characters; a token counts as four."""
+        return len(self.text) if self.tokens is None else 4 * len(self.tokens)
 
 
 class Documents(Protocol):
@@ -64,13 +73,21 @@ class InMemoryDocuments:
         self.name, self._documents = name, list(documents)
         if len({document.key for document in self._documents}) != len(self._documents):
             raise SourceError(f"source {name}: two documents have the same key; give each its own")
-        self.digest = digest_json([asdict(found) for found in self._documents])
+        self.digest = digest_json([_described(found) for found in self._documents])
 
     def __len__(self) -> int:
         return len(self._documents)
 
     def __iter__(self) -> Iterator[Document]:
         return iter(self._documents)
+
+
+def _described(document: Document) -> dict[str, Any]:
+    described = asdict(document)
+    for name in ("tokens", "learnt"):
+        if (array := described.pop(name)) is not None:
+            described[name] = np.asarray(array).tolist()
+    return described
 
 
 def _key_numbers(key: str) -> tuple[int, int]:

@@ -1,12 +1,11 @@
-"""A Hugging Face dataset, or local files that its library reads.
+"""Tables of documents: a Hugging Face dataset, a folder of `save_to_disk`, or files that its library reads.
 
 Local files are hashed in full on every open (about 1 GB/s): size and time miss an edit in place. What the
-datasets library makes of them lies under `data_dir`, in datasets/DIGEST.
+datasets library makes of them lies under `data_dir`, in datasets/DIGEST; a folder of `save_to_disk` is read where it is.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,10 +14,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
+import pyarrow as pa
 from pydantic import Field, model_validator
 
 from softcache.data.sources.base import SOURCES, Split
 from softcache.data.sources.text.documents import Document, choose_documents
+from softcache.data.sources.text.files import CorpusFiles, find_files
 from softcache.data.sources.text.settings import TextSettings
 from softcache.errors import MissingExtraError, SourceError
 from softcache.hashing.digests import digest_json
@@ -29,12 +30,16 @@ __all__ = ["HfDocuments", "HuggingFaceTexts"]
 
 @SOURCES.register("text/hf")
 class HuggingFaceTexts(TextSettings):
-    """A dataset of the hub, or a local file or folder (parquet, json, jsonl, txt; of a txt file, each paragraph is a
-    document).
+    """A dataset of the hub, a folder of `save_to_disk`, or files: one, a glob or a folder, also in a bucket (`s3://`,
+    `gs://`), of parquet, arrow, json, jsonl, csv, tsv or txt (each paragraph of which is a document), also compressed
+    (gz, bz2, xz, zst).
 
     Chats are in `messages_column`, as messages of `role` and `content`, or of `from` and `value` (ShareGPT); the assistant's
     words are learned. `prompt_column` and `completion_column` hold texts, or messages; the completion is learned.
     `tools_column` holds the tools of each chat, as JSON schemas or their JSON text.
+
+    Documents that are tokenized already are in `input_ids_column`, with the ids of `tokenizer`. `labels_column` holds
+    for each id the same id, or -100 where it is not learned; `mask_column` 1 where it is learned, else 0.
 
     `eval_share` of the documents, chosen by a hash of their key, are held out where the dataset has no split of
     its own (`eval_split`). Documents come in the order of another hash of their key, or with
@@ -51,28 +56,53 @@ class HuggingFaceTexts(TextSettings):
     prompt_column: str | None = None
     completion_column: str | None = None
     tools_column: str | None = None
+    input_ids_column: str | None = None
+    labels_column: str | None = None
+    mask_column: str | None = None
     key_column: str | None = None
     eval_share: float = Field(0.1, gt=0, lt=1)
     shuffle_documents: bool = True
 
     @property
     def has_prompts(self) -> bool:
+        return any(
+            column is not None
+            for column in (self.messages_column, self.prompt_column, self.labels_column, self.mask_column)
+        )
+
+    @property
+    def may_have_chats(self) -> bool:
         return self.messages_column is not None or self.prompt_column is not None
+
+    @property
+    def has_tokens(self) -> bool:
+        return self.input_ids_column is not None
 
     @model_validator(mode="after")
     def _columns_fit(self) -> Self:
         if (self.prompt_column is None) != (self.completion_column is None):
             raise ValueError("source.prompt_column and source.completion_column: give both, or neither")
-        if self.messages_column is not None and self.prompt_column is not None:
+        given = {
+            name: getattr(self, name) is not None
+            for name in ("messages_column", "prompt_column", "input_ids_column")
+        }
+        if sum(given.values()) > 1:
+            listed = " and ".join(f"source.{name}" for name, is_given in given.items() if is_given)
             raise ValueError(
-                "source.messages_column and source.prompt_column: a document is a chat or a prompt with its completion; "
-                "give one of them"
+                f"{listed}: a document is a chat, a prompt with its completion, or token ids; give one of them"
             )
+        for name in ("labels_column", "mask_column"):
+            if getattr(self, name) is not None and self.input_ids_column is None:
+                raise ValueError(
+                    f"source.{name}: of token ids, which source.input_ids_column names; give it, too"
+                )
+        if self.labels_column is not None and self.mask_column is not None:
+            raise ValueError("source.labels_column and source.mask_column: give one of them")
         if self.has_prompts and self.packing == "packed":
             raise ValueError(
                 'source.packing: "packed" would cut answers from their prompts; use "best_fit", or "documents"'
             )
-        if self.tools_column and not self.has_prompts:
+        if self.tools_column and not self.may_have_chats:
             raise ValueError(
                 "source.tools_column: for chats only; give source.messages_column or source.prompt_column, or drop it"
             )
@@ -85,13 +115,22 @@ class HuggingFaceTexts(TextSettings):
 class HfDocuments:
     """Rows of a Hugging Face dataset under their `key_column`, or SPLIT/NUMBER."""
 
-    _KINDS: Mapping[str, str] = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text"}
+    _KINDS: Mapping[str, str] = {
+        ".parquet": "parquet",
+        ".arrow": "arrow",
+        ".json": "json",
+        ".jsonl": "json",
+        ".csv": "csv",
+        ".tsv": "csv",
+        ".txt": "text",
+    }
     _ROWS_READ = 256
 
     def __init__(self, settings: HuggingFaceTexts, split: Split) -> None:
         if settings.path is None:
             raise SourceError(
-                "source.path: missing; give a hub name, a folder, or a parquet, json, jsonl or txt file"
+                "source.path: missing; give a hub name, a folder, or a file of one of the kinds "
+                f"{', '.join(self._KINDS)}"
             )
         if settings.eval_split == settings.train_split:
             raise SourceError(
@@ -103,28 +142,29 @@ class HfDocuments:
         self._hf_split = settings.train_split
         if split == "eval" and settings.eval_split is not None:
             self._hf_split = settings.eval_split
-        self._columns = [settings.messages_column or settings.prompt_column or settings.text_column]
-        self._columns += filter(None, [settings.completion_column, settings.tools_column])
-        path = Path(settings.path).expanduser()
-        self._path = path.resolve() if path.exists() else None
-        kinds = ", ".join(self._KINDS)
-        if path.is_file() and path.suffix not in self._KINDS:
-            raise SourceError(
-                f"source.path {settings.path!r}: a file must end in {kinds}; found {path.suffix!r}"
-            )
-        if self._path is None and path.suffix in self._KINDS:
-            raise SourceError(f"source.path {settings.path!r}: no such file; check source.path")
+        of_one = (settings.messages_column, settings.prompt_column, settings.input_ids_column)
+        self._columns = [next(filter(None, of_one), settings.text_column)]
+        more = (
+            settings.completion_column,
+            settings.tools_column,
+            settings.labels_column,
+            settings.mask_column,
+        )
+        self._columns += filter(None, more)
+        self._files = find_files(settings.path, settings, kinds=self._KINDS)
 
     @cached_property
     def _contents(self) -> str:
         # The fingerprint that datasets gives a table of the hub follows its commit.
-        return self._table._fingerprint if self._path is None else _contents_digest(self._path)
+        return self._table._fingerprint if self._files is None else self._files.digest
 
     @cached_property
     def digest(self) -> str:
         settings = self._settings
         part = None if settings.eval_split is not None else [self._split, settings.eval_share]
-        columns = [self._columns, settings.has_prompts, settings.key_column]
+        columns: list[Any] = [self._columns, settings.has_prompts, settings.key_column]
+        if settings.has_tokens:
+            columns.append("labels" if settings.labels_column else "tokens")
         return digest_json(
             [self._contents, settings.subset, self._hf_split, part, columns, settings.shuffle_documents]
         )
@@ -134,7 +174,10 @@ class HfDocuments:
         settings = self._settings
         try:
             with _without_bars() as datasets:
-                table = datasets.load_dataset(**self._arguments(), split=self._hf_split)
+                if self._files is not None and _is_saved(self._files):
+                    table = self._saved(datasets)
+                else:
+                    table = datasets.load_dataset(**self._arguments(), split=self._hf_split)
         except (MissingExtraError, SourceError):
             raise
         except Exception as error:
@@ -151,22 +194,45 @@ class HfDocuments:
                 )
         return table.select_columns(list(dict.fromkeys(wanted)))
 
+    def _saved(self, datasets: Any) -> Any:
+        """Returns a split of a folder that `save_to_disk` wrote."""
+        assert self._files is not None
+        found = datasets.load_from_disk(str(self._files.root), keep_in_memory=False)
+        if self._settings.subset is not None:
+            raise SourceError(
+                f"source.subset: {self._settings.subset!r} of a folder that save_to_disk wrote, which has none; drop it"
+            )
+        if isinstance(found, datasets.DatasetDict):
+            return found[self._hf_split]
+        if self._settings.eval_split is not None:
+            raise SourceError(
+                f"source.eval_split: {self._hf_split!r}, and {self._settings.path!r} holds one table without splits; "
+                "drop it, and source.eval_share of the documents are held out"
+            )
+        return found
+
     def _arguments(self) -> dict[str, Any]:
         """What load_dataset is called with.
 
         The library knows local files by name and time, so its cache lies under the digest of their contents.
         """
-        subset, path = self._settings.subset, self._path
-        if path is None:
+        subset = self._settings.subset
+        if self._files is None:
             return {"path": self._settings.path, "name": subset}
         cache_dir = Path(self._settings.data_dir).expanduser() / "datasets" / self._contents[:16]
-        arguments: dict[str, Any] = {"path": str(path), "name": subset, "cache_dir": str(cache_dir.resolve())}
-        files = [path] if path.is_file() else _files_in(path)
-        if path.is_file():
-            arguments |= {"path": self._KINDS[path.suffix], "data_files": str(path)}
-        if {file.suffix for file in files} == {".txt"}:
+        files = self._files.unpacked(self._settings)
+        arguments: dict[str, Any] = {"path": str(files.root), "name": subset}
+        if not files.is_folder:
+            paths = [str(path) for path in files.paths]
+            kind = self._KINDS[files.paths[0].suffix]
+            # One file is given as one: the library's own name of its cache depends on it.
+            arguments |= {"path": kind, "data_files": paths[0] if len(paths) == 1 else paths}
+        suffixes = {path.suffix for path in files.paths}
+        if suffixes == {".txt"}:
             arguments["sample_by"] = "paragraph"
-        return arguments
+        elif suffixes <= {".csv", ".tsv"}:
+            arguments |= {"keep_default_na": False, "sep": "\t" if suffixes == {".tsv"} else ","}
+        return arguments | {"cache_dir": str(cache_dir.resolve())}
 
     @cached_property
     def _keys(self) -> Sequence[str] | None:
@@ -204,11 +270,43 @@ class HfDocuments:
         return len(self._numbers)
 
     def __iter__(self) -> Iterator[Document]:
+        table = self._table.with_format("arrow") if self._settings.has_tokens else self._table
         for start in range(0, len(self._numbers), self._ROWS_READ):
             numbers = self._numbers[start : start + self._ROWS_READ].tolist()
-            rows = self._table[numbers]
+            rows = table[numbers]
+            if self._settings.has_tokens:
+                yield from self._tokenized(rows, numbers)
+                continue
             for place, number in enumerate(numbers):
                 yield self._document(number, [rows[column][place] for column in self._columns])
+
+    def _tokenized(self, rows: pa.Table, numbers: list[int]) -> Iterator[Document]:
+        columns = [_lists(rows, column, of=self._settings.path) for column in self._columns]
+        for place, number in enumerate(numbers):
+            tokens, *more = (column[place] for column in columns)
+            learnt = self._learnt(number, tokens, more[0]) if more else None
+            yield Document(self._key(number), tokens=tokens, learnt=learnt)
+
+    def _learnt(self, number: int, tokens: np.ndarray, given: np.ndarray) -> np.ndarray:
+        """Returns which tokens are learned, by a row of labels or of a mask."""
+        where = f"source.path {self._settings.path!r}, row {number}, column {self._columns[1]!r}"
+        if len(given) != len(tokens):
+            raise SourceError(
+                f"{where}: {len(given)} values; expected {len(tokens)}, one for each of {self._columns[0]!r}; "
+                "name another column"
+            )
+        if self._settings.mask_column is not None:
+            if len(given) and not np.isin(given, (0, 1)).all():
+                raise SourceError(f"{where}: {given.max()} in a mask; expected 0 and 1; name another column")
+            return given.astype(bool)
+        learnt = given != -100
+        if wrong := np.flatnonzero(learnt & (given != tokens)).tolist():
+            place = wrong[0]
+            raise SourceError(
+                f"{where}: label {given[place]} of token {place}, whose id is {tokens[place]}; expected the same id, or "
+                "-100 where it is not learned; labels that are shifted by one have to be shifted back"
+            )
+        return learnt
 
     def _document(self, number: int, values: list[Any]) -> Document:
         settings, key = self._settings, self._key(number)
@@ -244,27 +342,32 @@ class HfDocuments:
         return value
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """The files that are not hidden, in order."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(
-        path for path in files if not any(p.startswith(".") for p in path.relative_to(folder).parts)
+def _is_saved(files: CorpusFiles) -> bool:
+    """Whether a folder is one that `save_to_disk` wrote."""
+    names = {files.name(path) for path in files.paths}
+    return files.is_folder and ("dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names)
+
+
+def _lists(rows: pa.Table, column: str, *, of: str | None) -> list[np.ndarray]:
+    """Returns a column of lists of whole numbers, each as an array; null is an empty one."""
+    found = rows.column(column)
+    value = getattr(found.type, "value_type", None)
+    is_whole = value is not None and any(
+        test(value) for test in (pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
     )
-
-
-def _contents_digest(path: Path) -> str:
-    """Returns the digest of a file's contents, or of all names and contents in a folder."""
-
-    def digest(file: Path) -> str:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-
-    try:
-        if path.is_file():
-            return digest_json([path.suffix, digest(path)])
-        return digest_json([[file.relative_to(path).as_posix(), digest(file)] for file in _files_in(path)])
-    except OSError as error:
-        raise SourceError(f"source.path {path}: cannot be read: {error}; check its permissions") from error
+    if not is_whole:
+        raise SourceError(
+            f"source.path {of!r}: column {column!r} is of {found.type}; expected lists of whole numbers; name another column"
+        )
+    lists = []
+    for row in found:
+        values = row.values if row.is_valid else pa.array([], pa.int32())
+        if values.null_count:
+            raise SourceError(
+                f"source.path {of!r}: column {column!r} has null inside of a list; expected whole numbers"
+            )
+        lists.append(values.to_numpy(zero_copy_only=False) if len(values) else np.zeros(0, np.int32))
+    return lists
 
 
 @contextmanager

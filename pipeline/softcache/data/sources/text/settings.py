@@ -27,6 +27,9 @@ class TextSettings(SourceSettings):
     `bos`: the beginning-of-sequence token of each document. "auto": what the tokenizer does by default, and in a chat
     what its template writes; true: there is one, added where it is missing and never twice; false: there is none.
 
+    Documents that are token ids already are read as they are: "auto" expects the tokenizer's prefix in front of each, true
+    adds it where it is missing, false removes a BOS that is there.
+
     `packing`: how documents become samples, see `softcache.data.sources.text.packing`; by default "packed" for texts and
     "best_fit" for what has a prompt, which is never cut from its answer.
     """
@@ -45,6 +48,11 @@ class TextSettings(SourceSettings):
     @property
     def has_prompts(self) -> bool:
         """Whether documents are prompts with answers (chats, too): they are kept whole, and only answers are learned."""
+        return False
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether documents are token ids already."""
         return False
 
     @property
@@ -82,6 +90,11 @@ class TextSettings(SourceSettings):
 @SOURCES.register("text/custom")
 class CustomTexts(TextSettings):
     """A function of the user's: factory(split="train" | "eval") returns `Documents`."""
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether documents are token ids already."""
+        return False
 
     @property
     def may_have_chats(self) -> bool:

@@ -1,7 +1,9 @@
 """Text for language models: tokenized once into a memory-mapped Arrow table, read by sample.
 
     stdlib.py, hugging_face.py   a split's documents, in order
+    files.py                     their files, copied and unpacked where they have to be
     tokenizer.py                 their tokenizer
+    encode.py                    documents as tokens
     chat.py                      chats as their template writes them, and which of their tokens are to be learned
     chat_mask.py                 which part of a chat the assistant writes, where a template does not mark it
     packing.py                   tokens cut into samples
@@ -16,17 +18,16 @@ with the end-of-text token, where there is one; a chat is what its template writ
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from softcache.data.sources.text.build_cache import build_dir_path, build_folder
-from softcache.data.sources.text.chat import ChatEncoder, check_offsets, mark_tokens, read_tools, tokenize
-from softcache.data.sources.text.documents import Document, Documents
+from softcache.data.sources.text.chat import read_tools
+from softcache.data.sources.text.documents import Documents
+from softcache.data.sources.text.encode import DocumentEncoder, UnknownTokens, batches
 from softcache.data.sources.text.packing import Account, Encoded, cut_documents
 from softcache.data.sources.text.table import TableWriter, TokenSource, described_table
 from softcache.data.sources.text.tokenizer import (
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 __all__ = ["TokenSource", "digest_tokenizer", "load_tokenizer", "open_text"]
 
 TABLE_VERSION = 3
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 2**22
 
 
 def open_text(settings: TextSettings, *, split: Split) -> TokenSource:
@@ -95,11 +95,11 @@ def _tokenize(
     """Builds the table."""
     tokenizer = load_tokenizer(settings)
     name, account = documents.name, Account()
-    encode, unknown = DocumentEncoder(tokenizer, settings, around), UnknownTokens(tokenizer)
+    encode, unknown = DocumentEncoder(tokenizer, settings, around, of=name), UnknownTokens(tokenizer)
 
     def encoded() -> Iterator[Encoded]:
         with progress_bar(f"tokenize {name}", len(documents), "documents") as advance:
-            for batch in _batches(documents):
+            for batch in batches(documents):
                 for document in encode(batch):
                     unknown.add(document.tokens)
                     yield document
@@ -147,61 +147,3 @@ def _tokenize(
             f"{tokenizer.unk_token}, by which tokenizer {settings.tokenizer!r} replaces what it does not know; expected "
             "few or none; compare tokenizer.tokenize(text) of a document with what the teacher was trained on"
         )
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    num_characters = 0
-    for document in documents:
-        batch.append(document)
-        num_characters += len(document.text)
-        if len(batch) == BATCH_DOCUMENTS or num_characters >= BATCH_CHARACTERS:
-            yield batch
-            batch, num_characters = [], 0
-    if batch:
-        yield batch
-
-
-class UnknownTokens:
-    """Counts the tokens that stand for what a tokenizer does not know; none of one that uses another token for it."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        number, others = tokenizer.unk_token_id, (tokenizer.bos_token_id, tokenizer.eos_token_id)
-        self._id = None if number in others else number
-        self.count = self.total = 0
-
-    def add(self, tokens: np.ndarray) -> None:
-        self.total += len(tokens)
-        if self._id is not None:
-            self.count += int((tokens == self._id).sum())
-
-
-class DocumentEncoder:
-    """Documents as tokens, texts and chats."""
-
-    def __init__(self, tokenizer: Any, settings: TextSettings, around: SpecialTokens) -> None:
-        self._tokenizer, self._around = tokenizer, around
-        self._name = settings.tokenizer
-        self._chat = ChatEncoder(tokenizer, settings)
-
-    def __call__(self, batch: Iterable[Document]) -> Iterator[Encoded]:
-        for is_chat, group in groupby(batch, lambda document: len(document.messages) > 0):
-            encode = self._chat if is_chat else self._texts
-            yield from encode(list(group))
-
-    def _texts(self, batch: Sequence[Document]) -> Iterator[Encoded]:
-        prefix, suffix = self._around
-        if given := any(document.num_given for document in batch):
-            check_offsets(self._tokenizer, self._name)
-        encoded = tokenize(self._tokenizer, [document.text for document in batch], with_offsets=given)
-        for number, document in enumerate(batch):
-            ids = encoded["input_ids"][number]
-            learnt = np.full(len(ids), not document.num_given)
-            if document.num_given:
-                passage = (document.num_given, len(document.text))
-                learnt = mark_tokens(encoded["offset_mapping"][number], [passage])
-            tokens = np.array([*prefix, *ids, *suffix], np.int32)
-            # Without a text, there is nothing that leads to its end.
-            has_end = bool(len(ids) and learnt[-1])
-            learnt = np.concatenate([np.zeros(len(prefix), bool), learnt, np.full(len(suffix), has_end)])
-            yield Encoded(document.key, tokens, learnt, len(prefix), has_prompt=document.num_given > 0)

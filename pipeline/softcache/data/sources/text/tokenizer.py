@@ -233,12 +233,17 @@ def bpe_arguments(spec: str) -> dict[str, int]:
 def _bpe_folder(settings: TextSettings) -> Path:
     """Returns the folder of a byte-level BPE of the train split, trained now if it was not before."""
     arguments = bpe_arguments(settings.tokenizer)
-    documents = settings.documents("train")
+    if settings.has_tokens:
+        raise SpecError(
+            f"source.tokenizer {settings.tokenizer!r}: it is trained on texts, and documents are token ids here; name the "
+            "tokenizer that made them"
+        )
     if settings.has_prompts:
         raise SpecError(
             f"source.tokenizer {settings.tokenizer!r}: it has no chat template, which chats need, and is "
             "trained on texts only; name a tokenizer that has one"
         )
+    documents = settings.documents("train")
     made_from = {"version": BPE_VERSION, "documents": documents.digest, **arguments}
     folder = build_dir_path(settings, "tokenizers", made_from)
 

@@ -1,0 +1,129 @@
+"""Documents as tokens: texts, chats, and ids that are there already."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from softcache.data.sources.text.chat import ChatEncoder, check_offsets, mark_tokens, tokenize
+from softcache.data.sources.text.documents import Document
+from softcache.data.sources.text.packing import Encoded
+from softcache.data.sources.text.tokenizer import SpecialTokens
+from softcache.errors import SourceError
+
+if TYPE_CHECKING:
+    from softcache.data.sources.text.settings import TextSettings
+
+__all__ = ["DocumentEncoder", "UnknownTokens", "batches"]
+
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 2**22
+
+
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Yields documents in lists of at most `BATCH_DOCUMENTS`, which end where they have `BATCH_CHARACTERS`."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += document.size
+        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+class UnknownTokens:
+    """Counts the tokens that stand for what a tokenizer does not know; none of one that uses another token for it."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        number, others = tokenizer.unk_token_id, (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self._id = None if number in others else number
+        self.count = self.total = 0
+
+    def add(self, tokens: np.ndarray) -> None:
+        self.total += len(tokens)
+        if self._id is not None:
+            self.count += int((tokens == self._id).sum())
+
+
+class DocumentEncoder:
+    """Encodes documents.
+
+    Args:
+        around: what the tokenizer puts around a text.
+        of: names the documents in errors.
+    """
+
+    def __init__(self, tokenizer: Any, settings: TextSettings, around: SpecialTokens, *, of: str) -> None:
+        self._tokenizer, self._around, self._of = tokenizer, around, of
+        self._settings, self._vocab_size = settings, len(tokenizer)
+        self._chat = ChatEncoder(tokenizer, settings)
+
+    def __call__(self, batch: Iterable[Document]) -> Iterator[Encoded]:
+        for encode, group in groupby(batch, self._encoder):
+            yield from encode(list(group))
+
+    def _encoder(self, document: Document) -> Any:
+        if document.tokens is not None:
+            return self._ids
+        return self._chat if len(document.messages) else self._texts
+
+    def _texts(self, batch: Sequence[Document]) -> Iterator[Encoded]:
+        prefix, suffix = self._around
+        if given := any(document.num_given for document in batch):
+            check_offsets(self._tokenizer, self._settings.tokenizer)
+        encoded = tokenize(self._tokenizer, [document.text for document in batch], with_offsets=given)
+        for number, document in enumerate(batch):
+            ids = encoded["input_ids"][number]
+            learnt = np.full(len(ids), not document.num_given)
+            if document.num_given:
+                passage = (document.num_given, len(document.text))
+                learnt = mark_tokens(encoded["offset_mapping"][number], [passage])
+            tokens = np.array([*prefix, *ids, *suffix], np.int32)
+            # Without a text, there is nothing that leads to its end.
+            has_end = bool(len(ids) and learnt[-1])
+            learnt = np.concatenate([np.zeros(len(prefix), bool), learnt, np.full(len(suffix), has_end)])
+            yield Encoded(document.key, tokens, learnt, len(prefix), has_prompt=document.num_given > 0)
+
+    def _ids(self, batch: Sequence[Document]) -> Iterator[Encoded]:
+        """Yields documents of ids as they are, but for what `source.bos` asks for."""
+        prefix = np.array(self._around.prefix, np.int32)
+        for document in batch:
+            assert document.tokens is not None
+            tokens = self._checked(document, document.tokens).astype(np.int32)
+            learnt = np.ones(len(tokens), bool)
+            if document.learnt is not None:
+                learnt = np.array(document.learnt, bool)
+            has_prefix = len(prefix) > 0 and np.array_equal(tokens[: len(prefix)], prefix)
+            if len(tokens) and len(prefix) and not has_prefix:
+                self._check_start(document, int(tokens[0]))
+                tokens = np.concatenate([prefix, tokens])
+                learnt = np.concatenate([np.zeros(len(prefix), bool), learnt])
+                has_prefix = True
+            elif self._settings.bos is False and tokens[:1].tolist() == [self._tokenizer.bos_token_id]:
+                tokens, learnt = tokens[1:], learnt[1:]
+            num_prefix = len(prefix) if has_prefix else 0
+            yield Encoded(document.key, tokens, learnt, num_prefix, has_prompt=document.learnt is not None)
+
+    def _checked(self, document: Document, ids: np.ndarray) -> np.ndarray:
+        if len(ids) and not (ids.min() >= 0 and ids.max() < self._vocab_size):
+            wrong = int(np.flatnonzero((ids < 0) | (ids >= self._vocab_size))[0])
+            raise SourceError(
+                f"source {self._of}, document {document.key!r}: token {wrong} has the id {ids[wrong]}; expected 0 to "
+                f"{self._vocab_size - 1:,}, the ids of source.tokenizer {self._settings.tokenizer!r}; name the tokenizer "
+                "that made the ids (of a file without a header, check source.dtype, too)"
+            )
+        return ids
+
+    def _check_start(self, document: Document, first: int) -> None:
+        if self._settings.bos == "auto":
+            token = self._tokenizer.convert_ids_to_tokens(self._around.prefix[0])
+            raise SourceError(
+                f"source {self._of}, document {document.key!r}: starts with id {first}; expected "
+                f"{list(self._around.prefix)} ({token}), which tokenizer {self._settings.tokenizer!r} puts in front of each "
+                "text; set source.bos = true to add it where it is missing, or false to label documents without it"
+            )

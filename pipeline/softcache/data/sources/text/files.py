@@ -1,0 +1,263 @@
+"""Files of a text source: one, a glob or a folder, also in a bucket; copied and unpacked where they have to be.
+
+    corpus/part-000.jsonl.gz            a file
+    corpus/part-*.parquet               a glob
+    corpus                              a folder
+    s3://bucket/corpus/part-*.csv.zst   each of them in a bucket (s3, gs, az)
+
+What is copied or unpacked lies under `data_dir`, in files/DIGEST, and is read as any local file is. A bucket is asked for
+its listing on every open; an object with another tag is copied again. Copying and unpacking hold 16 MB at a time.
+"""
+
+from __future__ import annotations
+
+import bz2
+import glob
+import gzip
+import hashlib
+import lzma
+import os
+import shutil
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from softcache.data.sources.text.build_cache import build_dir_path, build_folder
+from softcache.errors import SourceError
+from softcache.hashing.digests import digest_json
+from softcache.runtime.logging import progress_bar
+
+if TYPE_CHECKING:
+    from softcache.data.sources.text.settings import TextSettings
+
+__all__ = ["COMPRESSED", "CorpusFiles", "find_files", "suffix_of"]
+
+COPIED_BYTES = 1 << 24
+FILES_VERSION = 1
+
+
+COMPRESSED: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": partial(pa.input_stream, compression="zstd", buffer_size=COPIED_BYTES),
+}
+"""What opens a compressed file, by its last suffix."""
+
+
+def suffix_of(name: str) -> str:
+    """Returns the suffix that names what a file holds, before that of its compression.
+
+    >>> suffix_of("part.00.jsonl.gz"), suffix_of("part.csv")
+    ('.jsonl', '.csv')
+    """
+    path = Path(name)
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
+@dataclass(frozen=True)
+class CorpusFiles:
+    """Local files in order, with the folder that they were found in.
+
+    Attributes:
+        given: as the settings name them.
+        root: names of files are relative to it.
+        paths: of the files, as they were found; not unpacked.
+        is_folder: whether `given` is a folder, whose names of files may have a meaning.
+    """
+
+    given: str
+    root: Path
+    paths: Sequence[Path]
+    is_folder: bool
+
+    def name(self, path: Path) -> str:
+        """Returns the name of a file in keys and digests, which does not depend on where the files are."""
+        return path.relative_to(self.root).as_posix()
+
+    @cached_property
+    def digest(self) -> str:
+        """Names the contents: of one file, its suffix; of several, their names.
+
+        Raises:
+            SourceError: a file cannot be read.
+        """
+        try:
+            if len(self.paths) == 1 and not self.is_folder:
+                (path,) = self.paths
+                return digest_json(["".join(_suffixes(path)), _sha256(path)])
+            return digest_json([[self.name(path), _sha256(path)] for path in self.paths])
+        except OSError as error:
+            raise SourceError(
+                f"source.path {self.given!r}: cannot be read: {error}; check its permissions"
+            ) from error
+
+    def unpacked(self, settings: TextSettings) -> CorpusFiles:
+        """Returns the files with each compressed one unpacked, now if it was not before; the digest stays its own.
+
+        Raises:
+            SourceError: a compressed file is truncated or damaged.
+            StorageError: `data_dir` cannot be written.
+        """
+        if not any(path.suffix in COMPRESSED for path in self.paths):
+            return self
+        folder = build_dir_path(settings, "files", {"version": FILES_VERSION, "contents": self.digest})
+        if not folder.is_dir():
+            with (
+                build_folder(folder, Path.is_dir) as staged,
+                progress_bar(f"unpack {self.given}", len(self.paths), "files") as advance,
+            ):
+                for path in self.paths:
+                    target = _plain(staged / self.name(path))
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    if path.suffix in COMPRESSED:
+                        _unpack(path, target)
+                    else:
+                        target.symlink_to(path)
+                    advance(1)
+        paths = [_plain(folder / self.name(path)) for path in self.paths]
+        return CorpusFiles(self.given, folder, paths, self.is_folder)
+
+
+def find_files(given: str, settings: TextSettings, *, kinds: Collection[str]) -> CorpusFiles | None:
+    """Returns the files of a `path`; None where there is nothing of that name here, as of a name on the hub.
+
+    Args:
+        given: a file, a glob, a folder, or each of them as the URL of a bucket.
+        kinds: the suffixes that files may have, before that of a compression; of a folder, others are left out where
+            it has any of them.
+
+    Raises:
+        SourceError: a file that cannot be of these kinds, or a name of one that is not there.
+        StorageError, CacheNotFoundError: the bucket refuses, or `data_dir` cannot be written.
+    """
+    from softcache.cache.storage.base import is_bucket
+
+    if is_bucket(given):
+        return _copied(given, settings, kinds)
+    path = Path(given).expanduser()
+    if any(sign in given for sign in "*?[") and not path.exists():
+        found = sorted(Path(os.path.abspath(name)) for name in glob.glob(str(path), recursive=True))
+        return _of_kinds(given, [path for path in found if path.is_file()], kinds)
+    if path.is_dir():
+        root = path.resolve()
+        return CorpusFiles(given, root, _files_in(root), is_folder=True)
+    if path.is_file():
+        return _of_kinds(given, [Path(os.path.abspath(path))], kinds)
+    if suffix_of(path.name) in kinds:
+        raise SourceError(f"source.path {given!r}: no such file; check source.path")
+    return None
+
+
+def _of_kinds(given: str, paths: Sequence[Path], kinds: Collection[str]) -> CorpusFiles:
+    expected = f"{', '.join(kinds)}, alone or with {', '.join(COMPRESSED)} behind"
+    if not paths:
+        raise SourceError(
+            f"source.path {given!r}: no file has such a name; expected one ending in {expected}"
+        )
+    for path in paths:
+        if suffix_of(path.name) not in kinds:
+            raise SourceError(
+                f"source.path {given!r}: a file must end in {expected}; found {suffix_of(path.name)!r}"
+                + ("" if len(paths) == 1 else f" of {path.name}")
+            )
+    if len({suffix_of(path.name) for path in paths}) > 1:
+        found = sorted({suffix_of(path.name) for path in paths})
+        raise SourceError(
+            f"source.path {given!r}: files of different kinds, {', '.join(found)}; expected one kind; give a narrower glob"
+        )
+    root = paths[0].parent
+    while not all(path.is_relative_to(root) for path in paths):
+        root = root.parent
+    return CorpusFiles(given, root, paths, is_folder=False)
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """The files that are not hidden, in order."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(
+        path for path in files if not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    )
+
+
+def _suffixes(path: Path) -> list[str]:
+    return [suffix_of(path.name), path.suffix] if path.suffix in COMPRESSED else [path.suffix]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _plain(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix in COMPRESSED else path
+
+
+def _unpack(path: Path, target: Path) -> None:
+    try:
+        with target.open("xb") as writer, COMPRESSED[path.suffix](path) as stream:
+            shutil.copyfileobj(stream, writer, COPIED_BYTES)
+    except FileExistsError as error:
+        raise SourceError(
+            f"source.path: {path} unpacks to {target.name}, which is also another file's name; remove one of them"
+        ) from error
+    except (EOFError, lzma.LZMAError, OSError) as error:  # a damaged file is each of them, by its kind
+        if getattr(error, "errno", None):
+            raise  # the file system's, about the target
+        raise SourceError(
+            f"source.path: {path} cannot be unpacked: {error}; expected a whole {path.suffix} file; fetch it again, or "
+            f"test it with its own tool"
+        ) from error
+
+
+# -- buckets -----------------------------------------------------------------------------------------------
+
+
+def _copied(url: str, settings: TextSettings, kinds: Collection[str]) -> CorpusFiles:
+    """Returns local copies of the objects of a URL: of one, of a glob, or of all below a prefix."""
+    from softcache.cache.storage.cloud.store import CloudObjects
+
+    scheme, _, rest = url.partition("://")
+    bucket, _, pattern = rest.partition("/")
+    is_glob = any(sign in pattern for sign in "*?[")
+    is_file = not is_glob and suffix_of(pattern) in kinds
+    fixed = pattern.split("/")
+    if is_glob or is_file:
+        places = [number for number, part in enumerate(fixed) if any(sign in part for sign in "*?[")]
+        fixed = fixed[: (places or [len(fixed) - 1])[0]]
+    objects = CloudObjects("/".join([f"{scheme}://{bucket}", *filter(None, fixed)]))
+    pattern = "/".join(pattern.split("/")[len(fixed) :])
+    tags = objects.tags(pattern if is_file else None)
+    if is_glob:
+        tags = {path: tag for path, tag in tags.items() if _matches(path, pattern)}
+    elif not is_file:
+        tags = {
+            path: tag for path, tag in tags.items() if not any(p.startswith(".") for p in path.split("/"))
+        }
+    if not tags:
+        raise SourceError(f"source.path {url!r}: no object has such a name; check the bucket and source.path")
+    folder = build_dir_path(settings, "files", {"version": FILES_VERSION, "url": objects.url, "tags": tags})
+    if not folder.is_dir():
+        with (
+            build_folder(folder, Path.is_dir) as staged,
+            progress_bar(f"copy {url}", len(tags), "files") as advance,
+        ):
+            for path in sorted(tags):
+                (staged / path).parent.mkdir(parents=True, exist_ok=True)
+                with (staged / path).open("wb") as writer, objects.open(path) as reader:
+                    while block := reader.read(COPIED_BYTES):
+                        writer.write(block)
+                advance(1)
+    if is_glob or is_file:
+        return _of_kinds(url, [folder / path for path in sorted(tags)], kinds)
+    return CorpusFiles(url, folder, _files_in(folder), is_folder=True)
+
+
+def _matches(path: str, pattern: str) -> bool:
+    parts, patterns = path.split("/"), pattern.split("/")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))

@@ -1,0 +1,304 @@
+"""Corpora of every form give the tokens that the same documents give as a jsonl file; what is wrong with one is named."""
+
+import bz2
+import gzip
+import json
+import lzma
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from softcache.data.sources import open_source, source_settings
+from softcache.errors import SourceError, SpecError
+
+TEXTS = ["w10 w11 w12", "w20 w21", "w30 w31 w32 w33"]
+TOKENS = [[10, 11, 12, 0], [20, 21, 0], [30, 31, 32, 33, 0]]  # a text ends with <eos>, 0
+CSV = "text,other\n" + "".join(f'"{text}",1\n' for text in TEXTS)
+JSONL = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS)
+COMPRESS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda data: pa.compress(data, "zstd", asbytes=True),
+}
+
+
+def save_tokenizer(folder, *, bos=False):
+    """A word-level tokenizer: w7 has the id 7, <eos> 0; with `bos`, <bos> is 1 and in front of each text."""
+    words = ["<eos>", "<bos>", "w2", *(f"w{number}" for number in range(3, 50))]
+    tokenizer = Tokenizer(
+        models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="w3")
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<eos>", "<bos>"])
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", 1)]
+        )
+    more = {"bos_token": "<bos>"} if bos else {}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", **more).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    return save_tokenizer(tmp_path_factory.mktemp("words") / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def bos_words(tmp_path_factory):
+    return save_tokenizer(tmp_path_factory.mktemp("bos") / "tokenizer", bos=True)
+
+
+@pytest.fixture
+def table_of(tmp_path, words):
+    """The settings of a source whose samples are its documents in order, all of them of the train split."""
+
+    def table(**given):
+        return {
+            "modality": "text",
+            "name": "hf",
+            "tokenizer": words,
+            "seq_len": 8,
+            "packing": "documents",
+            "shuffle_documents": False,
+            "eval_share": 1e-9,
+            "data_dir": str(tmp_path / "data"),
+        } | given
+
+    return table
+
+
+@pytest.fixture
+def opened(table_of):
+    return lambda split="train", **given: open_source(table_of(**given), split=split)
+
+
+def tokens_of(source):
+    return [source.sample(number).tokens.tolist() for number in range(len(source))]
+
+
+def write(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return str(path)
+
+
+# -- tables of texts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_compressed_files_are_read_as_what_they_hold(suffix, opened, tmp_path):
+    for name, data in (("docs.jsonl", JSONL), ("docs.csv", CSV)):
+        path = write(tmp_path / f"{name}.{suffix}", COMPRESS[suffix](data.encode()))
+        assert tokens_of(opened(path=path)) == TOKENS
+    assert {entry.name for entry in tmp_path.iterdir()} == {
+        f"docs.jsonl.{suffix}",
+        f"docs.csv.{suffix}",
+        "data",
+    }
+    write(tmp_path / f"docs.jsonl.{suffix}", COMPRESS[suffix](JSONL.encode())[:-9])
+    with pytest.raises(
+        SourceError, match=rf"docs.jsonl.{suffix} cannot be unpacked: .*; expected a whole .{suffix} file"
+    ):
+        opened(path=str(tmp_path / f"docs.jsonl.{suffix}"))
+
+
+def test_csv_tsv_and_arrow(opened, tmp_path):
+    assert tokens_of(opened(path=write(tmp_path / "a.csv", CSV + '"NA w5",2\n'))) == [*TOKENS, [3, 5, 0]]
+    assert tokens_of(opened(path=write(tmp_path / "a.tsv", CSV.replace(",", "\t")))) == TOKENS
+    with (
+        pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file,
+        pa.ipc.new_file(file, pa.schema({"text": "string"})) as writer,
+    ):
+        writer.write(pa.record_batch({"text": TEXTS}))
+    assert tokens_of(opened(path=str(tmp_path / "a.arrow"))) == TOKENS
+
+
+def test_globs_and_folders_of_compressed_files(opened, tmp_path):
+    lines = JSONL.splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        write(tmp_path / f"parts/part-{number}.jsonl.gz", gzip.compress(line.encode()))
+    assert tokens_of(opened(path=str(tmp_path / "parts/part-*.jsonl.gz"))) == TOKENS
+    assert tokens_of(opened(path=str(tmp_path / "parts"))) == TOKENS
+    assert tokens_of(opened(path=str(tmp_path / "**/part-[12].jsonl.gz"))) == TOKENS[1:]
+    with pytest.raises(
+        SourceError, match=r"part-9.\*': no file has such a name; expected one ending in .parquet"
+    ):
+        opened(path=str(tmp_path / "parts/part-9.*"))
+    write(tmp_path / "parts/part-3.csv", CSV)
+    with pytest.raises(SourceError, match=r"files of different kinds, .csv, .jsonl; expected one kind"):
+        opened(path=str(tmp_path / "parts/part-*"))
+
+
+def test_folders_of_save_to_disk(opened, tmp_path):
+    table = datasets.Dataset.from_dict({"text": TEXTS})
+    table.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"train": table, "validation": table.select([1])}).save_to_disk(tmp_path / "two")
+    assert tokens_of(opened(path=str(tmp_path / "one"))) == TOKENS
+    given = {"path": str(tmp_path / "two"), "eval_split": "validation"}
+    assert tokens_of(opened(**given)) == TOKENS
+    assert tokens_of(opened("eval", **given)) == TOKENS[1:2]
+    with pytest.raises(
+        SourceError, match=r"eval_split: 'validation', and .*one' holds one table without splits"
+    ):
+        opened("eval", path=str(tmp_path / "one"), eval_split="validation")
+    with pytest.raises(SourceError, match=r"split 'test': cannot be loaded: KeyError"):
+        opened(path=str(tmp_path / "two"), train_split="test")
+
+
+def test_files_in_a_bucket(bucket, opened, tmp_path):
+    from softcache.cache.storage.cloud.store import CloudObjects
+
+    objects = CloudObjects(bucket)
+    for number, line in enumerate(JSONL.splitlines(keepends=True)):
+        objects.put(f"corpus/part-{number}.jsonl.gz", gzip.compress(line.encode()))
+    assert tokens_of(opened(path=f"{bucket}/corpus/part-*.jsonl.gz")) == TOKENS
+    assert tokens_of(opened(path=f"{bucket}/corpus")) == TOKENS
+    assert tokens_of(opened(path=f"{bucket}/corpus/part-1.jsonl.gz")) == TOKENS[1:2]
+    objects.put("corpus/part-1.jsonl.gz", gzip.compress(b'{"text": "w40"}\n'))
+    assert tokens_of(opened(path=f"{bucket}/corpus/part-1.jsonl.gz")) == [[40, 0]], "the old copy was taken"
+    with pytest.raises(SourceError, match=r"corpus/part-9\*': no object has such a name"):
+        opened(path=f"{bucket}/corpus/part-9*")
+
+
+# -- token ids -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["parquet", "jsonl", "save_to_disk"])
+def test_token_ids_are_taken_as_they_are(kind, opened, tmp_path):
+    rows = {"input_ids": [*TOKENS, []]}
+    path = tmp_path / f"ids.{kind}"
+    if kind == "parquet":
+        pq.write_table(pa.table({"input_ids": pa.array(rows["input_ids"], pa.list_(pa.uint16()))}), path)
+    elif kind == "jsonl":
+        write(path, "".join(json.dumps({"input_ids": row}) + "\n" for row in rows["input_ids"]))
+    else:
+        datasets.Dataset.from_dict(rows).save_to_disk(path)
+    source = opened(path=str(path), input_ids_column="input_ids")
+    text = opened(path=write(tmp_path / "docs.jsonl", JSONL))
+    assert tokens_of(source) == TOKENS
+    assert (source.digest, source.tokenizer_digest) == (text.digest, text.tokenizer_digest)
+    assert source.account["skipped"] == 1
+    long = opened(path=str(path), input_ids_column="input_ids", seq_len=3)
+    assert tokens_of(long) == [[10, 11, 12], [20, 21, 0], [30, 31, 32], [33, 0]]  # [0] alone has no row
+
+
+def test_labels_and_masks_say_what_is_learned(opened, tmp_path):
+    ids = [[10, 11, 12, 13, 0], [20, 21, 0]]
+    rows = [
+        {"ids": ids[0], "labels": [-100, -100, 12, 13, 0], "mask": [0, 0, 1, 1, 1], "text": "x"},
+        {"ids": ids[1], "labels": [-100, 21, -100], "mask": [0, 1, 0], "text": "x"},
+    ]
+    path = write(tmp_path / "ids.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    by_labels = opened(path=path, input_ids_column="ids", labels_column="labels", seq_len=4, packing=None)
+    by_mask = opened(path=path, input_ids_column="ids", mask_column="mask", seq_len=4, packing=None)
+    assert by_labels.digest == by_mask.digest
+    assert by_labels.packing == "best_fit"
+    assert tokens_of(by_labels) == [[10, 11, 12, 13], [20, 21, 0]]  # what has a prompt never continues
+    assert [by_labels.sample(number).rows.tolist() for number in range(2)] == [[1, 2], [0]]
+    assert by_labels.account["truncated"] == 1
+
+    rows[1]["labels"] = [21, 0, -100]
+    rows[0]["mask"] = [0, 1, 1]
+    write(tmp_path / "ids.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(
+        SourceError, match=r"row 1, column 'labels': label 21 of token 0, whose id is 20; expected the same"
+    ):
+        opened(path=path, input_ids_column="ids", labels_column="labels")
+    with pytest.raises(
+        SourceError, match=r"row 0, column 'mask': 3 values; expected 5, one for each of 'ids'"
+    ):
+        opened(path=path, input_ids_column="ids", mask_column="mask")
+    with pytest.raises(
+        SourceError, match=r"row 1, column 'ids': 21 in a mask|row 0, column 'ids': 13 in a mask"
+    ):
+        opened(path=path, input_ids_column="ids", mask_column="ids")
+    with pytest.raises(SourceError, match=r"column 'text' is of string; expected lists of whole numbers"):
+        opened(path=path, input_ids_column="text")
+
+
+@pytest.mark.parametrize("wrong", [50, -1])
+def test_ids_outside_of_the_vocabulary_are_named(wrong, opened, tmp_path):
+    path = write(
+        tmp_path / "ids.jsonl", json.dumps({"ids": [1, 2]}) + "\n" + json.dumps({"ids": [3, wrong]}) + "\n"
+    )
+    with pytest.raises(
+        SourceError,
+        match=rf"ids.jsonl/train, document 'train/1': token 1 has the id {wrong}; expected 0 to 49, the ids",
+    ):
+        opened(path=path, input_ids_column="ids")
+
+
+def test_bos_of_token_ids(opened, tmp_path, bos_words):
+    rows = [[1, 10, 11, 12, 0], [20, 21, 0]]
+    path = write(tmp_path / "ids.jsonl", "".join(json.dumps({"ids": row}) + "\n" for row in rows))
+    given = {"path": path, "input_ids_column": "ids", "tokenizer": bos_words, "seq_len": 4}
+    with pytest.raises(
+        SourceError,
+        match=r"document 'train/1': starts with id 20; expected \[1\] \(<bos>\).*source.bos = true",
+    ):
+        opened(**given)
+    source = opened(bos=True, **given)
+    assert tokens_of(source) == [[1, 10, 11, 12], [1, 20, 21, 0]]  # <bos> <eos> alone has no row
+    assert source.prefix == [1]
+    assert tokens_of(opened(bos=False, **given)) == [[10, 11, 12, 0], [20, 21, 0]]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"input_ids_column": "ids", "messages_column": "m"},
+            r"messages_column and source.input_ids_column: a document is",
+        ),
+        ({"labels_column": "l"}, r"source.labels_column: of token ids, which source.input_ids_column names"),
+        (
+            {"input_ids_column": "i", "labels_column": "l", "mask_column": "m"},
+            r"labels_column and source.mask_column: give one",
+        ),
+        ({"input_ids_column": "i", "chat_template": "t"}, r"source.chat_template: for chats only"),
+        (
+            {"input_ids_column": "i", "mask_column": "m", "packing": "packed"},
+            r"would cut answers from their prompts",
+        ),
+    ],
+)
+def test_settings_that_disagree_are_refused(given, message, table_of):
+    with pytest.raises(ValidationError, match=message):
+        source_settings(table_of(path="x.jsonl") | {"packing": None} | given)
+
+
+def test_a_bpe_cannot_be_trained_on_token_ids(opened, tmp_path):
+    path = write(tmp_path / "ids.jsonl", json.dumps({"ids": [1, 2]}) + "\n")
+    with pytest.raises(
+        SpecError, match=r"trained on texts, and documents are token ids here; name the tokenizer"
+    ):
+        opened(path=path, input_ids_column="ids", tokenizer="bpe?vocab_size=300")
+
+
+def test_custom_documents_of_token_ids(table_of, monkeypatch):
+    from softcache.data.sources.text.documents import Document, InMemoryDocuments
+
+    found = [Document(f"d{n}", tokens=np.array(ids, np.uint16)) for n, ids in enumerate(TOKENS)]
+    monkeypatch.setattr(
+        "json.made_here", lambda split: InMemoryDocuments(f"made/{split}", found), raising=False
+    )
+    table = {
+        key: value
+        for key, value in table_of(name="json:made_here").items()
+        if key not in ("eval_share", "shuffle_documents")
+    }
+    assert tokens_of(open_source(table, split="train")) == TOKENS
