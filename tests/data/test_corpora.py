@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import struct
 
 import datasets
 import numpy as np
@@ -302,3 +303,193 @@ def test_custom_documents_of_token_ids(table_of, monkeypatch):
         if key not in ("eval_share", "shuffle_documents")
     }
     assert tokens_of(open_source(table, split="train")) == TOKENS
+
+
+# -- files of ids --------------------------------------------------------------------------------------------
+
+
+def write_megatron(prefix, documents, *, code=8, dtype="<u2", **wrong):
+    """PREFIX.bin and PREFIX.idx by hand: documents are lists of sequences of ids; `wrong` replaces a field."""
+    sequences = [ids for document in documents for ids in document]
+    lengths = [len(ids) for ids in sequences]
+    item = np.dtype(dtype).itemsize
+    fields = {
+        "magic": b"MMIDIDX\x00\x00",
+        "version": struct.pack("<Q", 1),
+        "code": bytes([code]),
+        "counts": struct.pack("<QQ", len(sequences), len(documents) + 1),
+        "lengths": np.array(lengths, "<i4").tobytes(),
+        "offsets": (np.cumsum([0, *lengths[:-1]]) * item).astype("<i8").tobytes(),
+        "bounds": np.cumsum([0, *map(len, documents)]).astype("<i8").tobytes(),
+        "tail": b"",
+    } | {name: value for name, value in wrong.items() if name != "bin"}
+    write(prefix.with_name(prefix.name + ".idx"), b"".join(fields.values()))
+    write(
+        prefix.with_name(prefix.name + ".bin"),
+        wrong.get("bin", np.concatenate(sequences).astype(dtype).tobytes()),
+    )
+    return str(prefix)
+
+
+DOCUMENTS = [[[10, 11], [12, 0]], [[20, 21, 0]], [[30, 31, 32, 33, 0]]]  # the first one in two sequences
+
+
+@pytest.fixture
+def opened_ids(table_of):
+    def open_(path, name="megatron", split="train", **given):
+        return open_source(table_of(name=name, path=str(path), **given), split=split)
+
+    return open_
+
+
+@pytest.mark.parametrize(("code", "dtype"), [(8, "<u2"), (4, "<i4"), (5, "<i8")])
+def test_megatron_files(code, dtype, opened_ids, tmp_path):
+    prefix = write_megatron(tmp_path / "corpus_text_document", DOCUMENTS, code=code, dtype=dtype)
+    source = opened_ids(prefix)
+    assert tokens_of(source) == TOKENS
+    assert source.keys() == [f"corpus_text_document/{number}@0" for number in range(3)]
+    write_megatron(tmp_path / "other", DOCUMENTS[1:2])
+    assert (
+        tokens_of(opened_ids(f"{prefix}.bin", eval_path=str(tmp_path / "other"), split="eval")) == TOKENS[1:2]
+    )
+    assert tokens_of(opened_ids(tmp_path / "*")) == [*TOKENS, TOKENS[1]]
+    (tmp_path / "other.bin").unlink()
+    with pytest.raises(
+        SourceError, match=r"\*': other.bin is missing next to the other of the pair .idx and .bin; copy both"
+    ):
+        opened_ids(tmp_path / "*")
+    with pytest.raises(SourceError, match=r"nowhere.idx': no such file"):
+        opened_ids(tmp_path / "nowhere")
+
+
+LENGTHS = np.array([2, 2, 3, 5], "<i4")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            {"magic": b"TNTIDX\x00\x00\x00"},
+            r"x.idx: expected an index of Megatron-LM's mmap form .*; found the older TNTIDX",
+        ),
+        (
+            {"magic": b"PAR1PAR1\x00"},
+            r"x.idx: expected an index that starts with MMIDIDX; found b'PAR1PAR1.x00'",
+        ),
+        ({"version": struct.pack("<Q", 2)}, r"x.idx: expected version 1; found version 2"),
+        ({"code": 6}, r"x.idx: expected a dtype code of whole numbers .*; found 6"),
+        ({"bounds": b""}, r"x.idx: expected 114 bytes for 4 sequences and 4 bounds; found 82"),
+        (
+            {"counts": struct.pack("<QQ", 2**40, 4)},
+            r"x.idx: expected 13,[\d,]+ bytes for 1,099,511,627,776 sequences",
+        ),
+        ({"tail": b"\x00" * 4}, r"x.idx: expected an index of text; found one with a mode for each sequence"),
+        (
+            {"offsets": np.array([0, 4, 9, 14], "<i8").tobytes()},
+            r"expected sequence 2 at byte 8, where .*; found 9",
+        ),
+        ({"lengths": (-LENGTHS).tobytes()}, r"x.idx: expected lengths of 0 and more; found -5"),
+        (
+            {"bounds": np.array([0, 3, 2, 4], "<i8").tobytes()},
+            r"expected bounds of documents from 0 to 4, ascending; found",
+        ),
+        (
+            {"bin": b"\x00" * 22},
+            r"x.bin: expected 24 bytes, 12 ids of uint16 as x.idx has it; found 22; copy the pair",
+        ),
+        ({"code": 4}, r"x.idx: expected sequence 1 at byte 8, where the one before it ends; found 4"),
+    ],
+)
+def test_a_corrupt_megatron_index_is_named(wrong, message, opened_ids, tmp_path):
+    write_megatron(tmp_path / "x", DOCUMENTS, **wrong)
+    with pytest.raises(SourceError, match=message):
+        opened_ids(tmp_path / "x")
+
+
+def test_a_truncated_megatron_header_is_named(opened_ids, tmp_path):
+    write_megatron(tmp_path / "x", DOCUMENTS)
+    write(tmp_path / "x.idx", (tmp_path / "x.idx").read_bytes()[:20])
+    with pytest.raises(SourceError, match=r"x.idx: expected a header of 34 bytes; found 20 bytes in all"):
+        opened_ids(tmp_path / "x")
+
+
+def write_llm_c(path, ids, *, magic=20240520, version=1, dtype="<u2", num_ids=None):
+    head = np.zeros(256, "<i4")
+    head[:3] = magic, version, len(ids) if num_ids is None else num_ids
+    return write(path, head.tobytes() + np.array(ids, dtype).tobytes())
+
+
+def test_streams_of_nanogpt(opened_ids, tmp_path):
+    ids = np.concatenate(TOKENS)
+    path = write(tmp_path / "train.bin", ids.astype("<u2").tobytes())
+    source = opened_ids(path, "token_stream")
+    assert tokens_of(source) == TOKENS
+    assert source.keys() == [f"train.bin/{number}@0" for number in range(3)]
+    # What follows the last separator is a document, too.
+    open_end = write(tmp_path / "open.bin", ids[:-1].astype("<u4").tobytes())
+    assert tokens_of(opened_ids(open_end, "token_stream", dtype="uint32")) == [*TOKENS[:2], [30, 31, 32, 33]]
+    assert tokens_of(opened_ids(path, "token_stream", separator_id=21)) == [
+        [10, 11, 12, 0, 20, 21],
+        [0, 30, 31, 32, 33, 0],
+    ]
+    whole = opened_ids(path, "token_stream", document_separator="none", seq_len=32)
+    assert tokens_of(whole) == [ids.tolist()]
+    packed = write(tmp_path / "train.bin.gz", gzip.compress(ids.astype("<u2").tobytes()))
+    assert tokens_of(opened_ids(packed, "token_stream")) == TOKENS
+
+
+@pytest.mark.parametrize(("magic", "version", "dtype"), [(20240520, 1, "<u2"), (20240801, 7, "<u4")])
+def test_streams_of_llm_c(magic, version, dtype, opened_ids, tmp_path):
+    ids = [0, 10, 11, 12, 0, 20, 21]
+    path = write_llm_c(tmp_path / "train_0.bin", ids, magic=magic, version=version, dtype=dtype)
+    assert tokens_of(opened_ids(path, "token_stream")) == [[0, 10, 11, 12], [0, 20, 21]]
+    write_llm_c(tmp_path / "train_1.bin", ids, magic=magic, version=version, dtype=dtype, num_ids=9)
+    with pytest.raises(SourceError, match=r"train_1.bin: expected 9 ids, as its header has it; found 7"):
+        opened_ids(tmp_path / "train_*.bin", "token_stream")
+
+
+@pytest.mark.parametrize(
+    ("data", "given", "message"),
+    [
+        (b"\x01" * 7, {}, r"x.bin: expected whole ids of uint16; found 7 bytes, which 2 does not divide"),
+        (b"", {}, r"x.bin: expected token ids; found none"),
+        (
+            np.array([9, 8, 7, 0], "<u4").tobytes(),
+            {},
+            r"found that every second one is 0, .*set source.dtype = .uint32.",
+        ),
+        (
+            np.array([9, 8, 7, 0], "<u2").tobytes(),
+            {"dtype": "uint32"},
+            r"expected documents that end with id 0; found none",
+        ),
+        (
+            np.array([9, 8, 7, 0], "<u2").tobytes(),
+            {"dtype": "uint32", "document_separator": "none"},
+            r"document 'x.bin/0': token 0 has the id 524297; expected 0 to 49.*check source.dtype",
+        ),
+        (
+            np.array([9, 8, 0, 50], "<u2").tobytes(),
+            {},
+            r"document 'x.bin/1': token 0 has the id 50; expected 0 to 49",
+        ),
+        (
+            np.array([9, 8], "<u2").tobytes(),
+            {},
+            r"expected documents that end with id 0; found none in 2 ids; name the",
+        ),
+    ],
+)
+def test_a_stream_that_is_something_else_is_named(data, given, message, opened_ids, tmp_path):
+    write(tmp_path / "x.bin", data)
+    with pytest.raises(SourceError, match=message):
+        opened_ids(tmp_path / "x.bin", "token_stream", **given)
+
+
+def test_long_runs_of_ids_are_several_documents(opened_ids, tmp_path, monkeypatch):
+    monkeypatch.setattr("softcache.data.sources.text.token_files.MAX_DOCUMENT_TOKENS", 4)
+    ids = [*range(3, 13), 0, 20, 0]
+    path = write(tmp_path / "x.bin", np.array(ids, "<u2").tobytes())
+    source = opened_ids(path, "token_stream")
+    assert tokens_of(source) == [[3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 0], [20, 0]]
+    assert source.keys() == [f"x.bin/{number}@0" for number in range(4)]
