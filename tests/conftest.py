@@ -24,10 +24,10 @@ from tests.support.object_server import environment_of, find_weed, object_server
 
 sys.dont_write_bytecode = False
 torch.set_num_threads(1)
-# Loader processes, those of a run of many and programs are forked from a server that has imported what they need: nine
-# seconds, of which torchmetrics, with all that it brings along, is half. The fast tests train nothing in another process.
+# Loader processes, those of a run of many and programs are forked from a server that has imported what they need: six
+# seconds, a third of it torch._dynamo, which torch's optimizers import. The fast tests train nothing in another process.
 PRELOAD_FAST = ["softcache.reader.loader", "softcache.data.sources", "softcache.runs"]
-PRELOAD = [*PRELOAD_FAST, "sklearn.datasets", "torchmetrics", "softcache.labels.sparsify.kernels"]
+PRELOAD = [*PRELOAD_FAST, "sklearn.datasets", "torch._dynamo", "softcache.labels.sparsify.kernels"]
 
 # What `--fast` leaves out, by measured time: commands, benchmarks, docs pages, processes that are killed, object
 # storage, whole trainings, and what imports torchvision, transformers or scikit-learn. What is left holds the formulas,

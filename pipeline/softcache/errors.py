@@ -28,9 +28,8 @@ __all__ = [
 ]
 
 EXTRA_BY_PACKAGE = {
-    **dict.fromkeys(
-        ("accelerate", "matplotlib", "safetensors", "torch", "torchmetrics", "torchvision"), "train"
-    ),
+    **dict.fromkeys(("accelerate", "matplotlib", "safetensors", "torch", "torchvision"), "train"),
+    **dict.fromkeys(("faster_coco_eval", "torchmetrics"), "detection"),
     **dict.fromkeys(("PIL", "sklearn", "timm"), "vision"),
     **dict.fromkeys(("datasets", "tokenizers", "transformers"), "text"),
     **dict.fromkeys(("bokeh", "dask", "distributed"), "dask"),

@@ -34,9 +34,10 @@ def mean_average_precision(
     Returns:
         "map" (mean over IoU 0.5 to 0.95), "map50", and "eval_loss": the detector's own loss, mean over batches.
     """
+    metric = new_metric().to(device)  # first: it names the extra that is missing
     from torchmetrics import MeanMetric
 
-    metric, mean_loss = new_metric().to(device), MeanMetric().to(device)
+    mean_loss = MeanMetric().to(device)
     for samples in batches:
         mean_loss.update(score_batch(model, data, samples, normalize, metric, device))
         progress(len(samples))

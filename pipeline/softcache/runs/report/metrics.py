@@ -70,15 +70,9 @@ def reliability(confidence_P: np.ndarray, correct_P: np.ndarray, *, bins: int = 
 
 
 def calibration_error(confidence_P: np.ndarray, correct_P: np.ndarray, *, bins: int = BINS) -> float:
-    """Returns the expected calibration error, by torchmetrics: mean over rows of |accuracy - confidence| of their bin."""
-    import torch
-    from torchmetrics.functional.classification import binary_calibration_error
-
-    # Of the guess alone, being right is a binary outcome whose probability is the confidence.
-    confidence = torch.from_numpy(np.clip(confidence_P, 0.0, 1.0).astype(np.float32))
-    return float(
-        binary_calibration_error(confidence, torch.from_numpy(correct_P.astype(np.int64)), n_bins=bins)
-    )
+    """Returns the expected calibration error (arXiv 1706.04599, eq. 3) over equal intervals of confidence."""
+    found = reliability(confidence_P, correct_P, bins=bins)
+    return sum(one.rows * abs(one.accuracy - one.confidence) for one in found) / len(confidence_P)
 
 
 def deciles(confidence_P: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from softcache.data.batch import Dataset
 from softcache.losses import LossMix
 from softcache.student.tasks.inference import Serving
 
-__all__ = ["OnlineTeacher", "Task", "shard_batches"]
+__all__ = ["OnlineTeacher", "RowMeans", "Task", "shard_batches"]
 
 
 class OnlineTeacher(Protocol):
@@ -94,3 +94,25 @@ def shard_batches(num_samples: int, batch_size: int, accelerator: Accelerator) -
     step = accelerator.num_processes * batch_size
     starts = range(accelerator.process_index * batch_size, num_samples, step)
     return [range(start, min(start + batch_size, num_samples)) for start in starts]
+
+
+class RowMeans:
+    """Means over the rows of all batches of all ranks, summed in float64."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.total_S: torch.Tensor | None = None  # a sum of each kind, then the rows
+
+    def update(self, *values_P: torch.Tensor) -> None:
+        """Adds a batch's rows: of each kind a value per row."""
+        rows = torch.tensor(len(values_P[0]), dtype=torch.float64, device=values_P[0].device)
+        sums_S = torch.stack([*(values.sum(dtype=torch.float64) for values in values_P), rows])
+        self.total_S = sums_S if self.total_S is None else self.total_S + sums_S
+
+    def compute(self, kinds: int) -> list[float]:
+        """Returns the mean of each of `kinds` kinds; every rank calls it, also one that has no rows; NaN of no rows."""
+        total_S = self.total_S
+        if total_S is None:
+            total_S = torch.zeros(kinds + 1, dtype=torch.float64, device=self.accelerator.device)
+        total_S = self.accelerator.reduce(total_S, reduction="sum")
+        return (total_S[:-1] / total_S[-1]).tolist()

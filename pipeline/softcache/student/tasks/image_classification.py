@@ -15,7 +15,7 @@ from softcache.data.images import ImageBatch
 from softcache.errors import SpecError
 from softcache.labels.sparsify import dense
 from softcache.losses import LossMix, LossSettings, cross_entropy, distillation_loss, row_weights
-from softcache.student.tasks.base import OnlineTeacher, shard_batches
+from softcache.student.tasks.base import OnlineTeacher, RowMeans, shard_batches
 from softcache.student.tasks.inference import ByteServing, ImageServing
 
 __all__ = ["ByteTask", "ImageTask"]
@@ -95,21 +95,16 @@ class ImageTask:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
-        # Imported here: torchmetrics takes seconds, and a capture or a loader process does without it.
-        from torchmetrics import MeanMetric
-        from torchmetrics.classification import MulticlassAccuracy
-
         device = accelerator.device
         # Not through DistributedDataParallel, whose ranks would have to call it equally often.
         model = accelerator.unwrap_model(model)
-        accuracy = MulticlassAccuracy(self.num_classes, average="micro").to(device)
-        mean_loss = MeanMetric().to(device)
+        means = RowMeans(accelerator)
         for samples in shard_batches(len(self.evaluation), batch_size, accelerator):
             batch = self.evaluation.load(samples, 0, fingerprints=False).to(device)
             logits_PV = self.logits(model, batch.images).float()
-            accuracy.update(logits_PV, batch.targets)
-            mean_loss.update(cross_entropy(logits_PV, batch.targets))
-        return {"accuracy": float(accuracy.compute()), "eval_loss": float(mean_loss.compute())}
+            means.update(logits_PV.argmax(-1) == batch.targets, cross_entropy(logits_PV, batch.targets))
+        accuracy, loss = means.compute(2)
+        return {"accuracy": accuracy, "eval_loss": loss}
 
     def finish(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
         """Nothing: all that is scored is scored every epoch."""

@@ -16,7 +16,7 @@ from softcache.data.tokens import TokenBatch, TokenData
 from softcache.losses import LossMix, LossSettings
 from softcache.models.language.lora import merge_adapters, save_adapter
 from softcache.models.weights import trained_state
-from softcache.student.tasks.base import OnlineTeacher, shard_batches
+from softcache.student.tasks.base import OnlineTeacher, RowMeans, shard_batches
 from softcache.student.tasks.inference import TokenServing
 from softcache.student.tasks.token_student import TokenStudent
 
@@ -70,19 +70,16 @@ class TokenTask:
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, accelerator: Accelerator, batch_size: int) -> dict[str, float]:
-        from torchmetrics import MeanMetric
-
         student = accelerator.unwrap_model(model)
         assert isinstance(student, TokenStudent)
-        accuracy, mean_loss = MeanMetric().to(accelerator.device), MeanMetric().to(accelerator.device)
+        means = RowMeans(accelerator)
         for samples in shard_batches(len(self.evaluation), batch_size, accelerator):
             batch = self.evaluation.load(samples, 0, fingerprints=False).to(accelerator.device)
             with accelerator.autocast():
                 loss_P, correct_P = student.scores(batch)
-            mean_loss.update(loss_P.double())
-            accuracy.update(correct_P.double())
-        loss = float(mean_loss.compute())
-        return {"eval_loss": loss, "perplexity": math.exp(loss), "accuracy": float(accuracy.compute())}
+            means.update(loss_P, correct_P)
+        loss, accuracy = means.compute(2)
+        return {"eval_loss": loss, "perplexity": math.exp(loss), "accuracy": accuracy}
 
     def finish(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
         """Nothing: all that is scored is scored every epoch."""

@@ -26,7 +26,7 @@ from softcache.student.integrations.huggingface.validate import (
     tokenizer_digest,
 )
 from softcache.student.integrations.validate import check_cache
-from softcache.student.tasks import LossSettings, shard_batches
+from softcache.student.tasks import LossSettings, RowMeans, shard_batches
 
 if TYPE_CHECKING:
     from softcache.reader.cache import Cache
@@ -232,21 +232,18 @@ class DistillTrainer(DistillationMixin, Trainer):
         if callable(getattr(optimizer, "eval", None)):  # schedule-free ones
             optimizer.eval()
         self.callback_handler.eval_dataloader = dataloader
-        total = torch.zeros(3, dtype=torch.float64)  # nats, right guesses, rows
+        means = RowMeans(self.accelerator)
         for loaded in dataloader:
             batch = loaded.to(device)
             with self.accelerator.autocast():
                 nats_P, correct_P = student.scores(batch)
-            total += torch.tensor([float(nats_P.double().sum()), int(correct_P.sum()), len(nats_P)])
+            means.update(nats_P, correct_P)
             self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
-        if args.world_size > 1:
-            total = self.accelerator.reduce(total.to(device), reduction="sum").cpu()
-        nats, correct, rows = total.tolist()
-        loss = nats / rows
+        loss, accuracy = means.compute(2)
         metrics = {
             f"{metric_key_prefix}_loss": loss,
             f"{metric_key_prefix}_perplexity": math.exp(min(loss, 700.0)),
-            f"{metric_key_prefix}_accuracy": correct / rows,
+            f"{metric_key_prefix}_accuracy": accuracy,
         }
         num_samples = len(dataloader.dataset)  # type: ignore[arg-type]
         nothing: Any = None  # in place of predictions
