@@ -175,6 +175,48 @@ def test_files_in_a_bucket(bucket, opened, tmp_path):
         opened(path=f"{bucket}/corpus/part-9*")
 
 
+# -- streams -------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_is_bounded_and_kept(opened, tmp_path, monkeypatch):
+    lines = [json.dumps({"text": f"w{10 + n} w5 w6", "other": n}) + "\n" for n in range(30)]
+    for number in range(3):
+        write(tmp_path / f"parts/train-{number}.jsonl", "".join(lines[10 * number : 10 * number + 10]))
+    monkeypatch.setattr("softcache.data.sources.text.streaming.BATCH_DOCUMENTS", 4)
+    path = {"path": str(tmp_path / "parts"), "streaming": True}
+    expected = [[10 + n, 5, 6, 0] for n in range(30)]
+    by_documents = opened(**path, max_documents=13)
+    assert tokens_of(by_documents) == expected[:13]
+    assert tokens_of(opened(**path, max_documents=100)) == expected
+    # 7 documents have 21 tokens of text; the one that reaches the bound is the last.
+    assert (
+        tokens_of(opened(**path, max_tokens=20)) == tokens_of(opened(**path, max_tokens=21)) == expected[:7]
+    )
+    assert tokens_of(opened(**path, max_tokens=22)) == expected[:8]
+    assert tokens_of(opened(**path, max_tokens=22, max_documents=3)) == expected[:3]
+    monkeypatch.setattr("datasets.load_dataset", None)
+    assert opened(**path, max_documents=13, seq_len=4).digest == by_documents.digest, "it was streamed again"
+    assert not list((tmp_path / "data/datasets").rglob("*.arrow")), "all of it was made a table"
+
+
+def test_a_stream_of_the_hub(opened, monkeypatch):
+    asked = []
+
+    def load_dataset(**arguments):
+        asked.append(arguments)
+        return datasets.Dataset.from_dict({"text": TEXTS, "id": ["a", "b", "c"]}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    given = {"path": "some/corpus", "subset": "en", "revision": "v2", "streaming": True, "max_documents": 2}
+    source = opened(**given, key_column="id")
+    assert (tokens_of(source), source.keys()) == (TOKENS[:2], ["a@0", "b@0"])
+    assert asked == [
+        {"path": "some/corpus", "name": "en", "revision": "v2", "split": "train", "streaming": True}
+    ]
+    with pytest.raises(SourceError, match=r"no column 'body'; it has text, id"):
+        opened(**given, text_column="body")
+
+
 # -- token ids -----------------------------------------------------------------------------------------------
 
 

@@ -21,6 +21,7 @@ from softcache.data.sources.base import SOURCES, Split
 from softcache.data.sources.text.documents import Document, choose_documents
 from softcache.data.sources.text.files import CorpusFiles, find_files
 from softcache.data.sources.text.settings import TextSettings
+from softcache.data.sources.text.streaming import stream_documents
 from softcache.errors import MissingExtraError, SourceError
 from softcache.hashing.digests import digest_json
 from softcache.runtime.optional import text_library
@@ -41,6 +42,9 @@ class HuggingFaceTexts(TextSettings):
     Documents that are tokenized already are in `input_ids_column`, with the ids of `tokenizer`. `labels_column` holds
     for each id the same id, or -100 where it is not learned; `mask_column` 1 where it is learned, else 0.
 
+    `streaming = true` reads a dataset that is too large for this machine: its first `max_documents`, or those until
+    `max_tokens` are reached, become a local table (streaming.py). `revision` is a commit, branch or tag of the hub.
+
     `eval_share` of the documents, chosen by a hash of their key, are held out where the dataset has no split of
     its own (`eval_split`). Documents come in the order of another hash of their key, or with
     `shuffle_documents = false` in that of the dataset.
@@ -60,6 +64,10 @@ class HuggingFaceTexts(TextSettings):
     labels_column: str | None = None
     mask_column: str | None = None
     key_column: str | None = None
+    revision: str | None = None
+    streaming: bool = False
+    max_documents: int | None = Field(None, ge=1)
+    max_tokens: int | None = Field(None, ge=1)
     eval_share: float = Field(0.1, gt=0, lt=1)
     shuffle_documents: bool = True
 
@@ -98,6 +106,19 @@ class HuggingFaceTexts(TextSettings):
                 )
         if self.labels_column is not None and self.mask_column is not None:
             raise ValueError("source.labels_column and source.mask_column: give one of them")
+        bounds = ("max_documents", "max_tokens")
+        if self.streaming and all(getattr(self, name) is None for name in bounds):
+            raise ValueError(
+                "source.streaming: without a bound; give source.max_documents or source.max_tokens"
+            )
+        for name in bounds if not self.streaming else ():
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"source.{name}: bounds what is streamed; set source.streaming = true, or bound the samples by "
+                    "source.max_train_samples"
+                )
+        if self.max_tokens and self.messages_column:
+            raise ValueError("source.max_tokens: of texts and token ids; bound chats by source.max_documents")
         if self.has_prompts and self.packing == "packed":
             raise ValueError(
                 'source.packing: "packed" would cut answers from their prompts; use "best_fit", or "documents"'
@@ -152,10 +173,17 @@ class HfDocuments:
         )
         self._columns += filter(None, more)
         self._files = find_files(settings.path, settings, kinds=self._KINDS)
+        if settings.revision is not None and self._files is not None:
+            raise SourceError(
+                f"source.revision: {settings.revision!r} of local files, which have none; drop it, or give a hub name as "
+                "source.path"
+            )
 
     @cached_property
     def _contents(self) -> str:
         # The fingerprint that datasets gives a table of the hub follows its commit.
+        if self._settings.streaming:
+            return self._streamed[1]
         return self._table._fingerprint if self._files is None else self._files.digest
 
     @cached_property
@@ -174,7 +202,9 @@ class HfDocuments:
         settings = self._settings
         try:
             with _without_bars() as datasets:
-                if self._files is not None and _is_saved(self._files):
+                if self._settings.streaming:
+                    table = self._streamed[0]
+                elif self._files is not None and _is_saved(self._files):
                     table = self._saved(datasets)
                 else:
                     table = datasets.load_dataset(**self._arguments(), split=self._hf_split)
@@ -186,13 +216,34 @@ class HfDocuments:
                 f"source.path {settings.path!r}, split {self._hf_split!r}: cannot be loaded: "
                 f"{type(error).__name__}: {error}; check source.path, source.subset and the names of the splits"
             ) from error
-        wanted = [*self._columns, *filter(None, [settings.key_column])]
-        for name in wanted:
+        for name in self._wanted:
             if name not in table.column_names:
                 raise SourceError(
                     f"source.path {settings.path!r}: no column {name!r}; it has {', '.join(table.column_names)}"
                 )
-        return table.select_columns(list(dict.fromkeys(wanted)))
+        return table.select_columns(self._wanted)
+
+    @property
+    def _wanted(self) -> list[str]:
+        return list(dict.fromkeys([*self._columns, *filter(None, [self._settings.key_column])]))
+
+    @cached_property
+    def _streamed(self) -> tuple[Any, str]:
+        """The table of a stream, and its digest."""
+        if self._files is not None and _is_saved(self._files):
+            raise SourceError(
+                f"source.streaming: {self._settings.path!r} is a folder of save_to_disk, which is memory-mapped; drop it"
+            )
+        contents = None if self._files is None else self._files.digest
+        with _without_bars() as datasets:
+            return stream_documents(
+                self._settings,
+                self._arguments(),
+                datasets=datasets,
+                split=self._hf_split,
+                columns=self._wanted,
+                contents=contents,
+            )
 
     def _saved(self, datasets: Any) -> Any:
         """Returns a split of a folder that `save_to_disk` wrote."""
@@ -218,8 +269,9 @@ class HfDocuments:
         """
         subset = self._settings.subset
         if self._files is None:
-            return {"path": self._settings.path, "name": subset}
-        cache_dir = Path(self._settings.data_dir).expanduser() / "datasets" / self._contents[:16]
+            revision = {} if self._settings.revision is None else {"revision": self._settings.revision}
+            return {"path": self._settings.path, "name": subset, **revision}
+        cache_dir = Path(self._settings.data_dir).expanduser() / "datasets" / self._files.digest[:16]
         files = self._files.unpacked(self._settings)
         arguments: dict[str, Any] = {"path": str(files.root), "name": subset}
         if not files.is_folder:
