@@ -24,6 +24,7 @@ from softcache.labels import STATS
 __all__ = ["ParquetStore"]
 
 OPEN_FILES = 16
+SAMPLE = Column("sample", "int64")
 
 
 class ParquetStore:
@@ -152,21 +153,29 @@ class ParquetStore:
             CorruptionError: the file is missing, damaged, or of another shape.
         """
         names = list(self._columns if columns is None else columns)
+        order = ["position"] if self._manifest.rows and "position" not in names else []
         first_row, last_row = rows or (start - unit.start, stop - unit.start)
         group, last_group = first_row // self._chunk_rows, -(-last_row // self._chunk_rows)
         try:
             with self._lock:
                 table = self._open(unit).read_row_groups(
-                    list(range(group, last_group)), ["view", "sample", *names], use_threads=False
+                    list(range(group, last_group)), ["view", "sample", *order, *names], use_threads=False
                 )
             table = table.slice(first_row - group * self._chunk_rows, last_row - first_row)
-            samples, firsts = np.unique(table["sample"].to_numpy(), return_index=True)
+            samples = self._values(table["sample"], SAMPLE, len(table))
+            firsts = np.flatnonzero(np.diff(samples, prepend=start - 1))
             if len(table) != last_row - first_row or not (
-                np.array_equal(samples, np.arange(start, stop))
+                np.array_equal(samples[firsts], np.arange(start, stop))
                 and (table["view"].to_numpy() == unit.view).all()
             ):
-                raise ValueError("its rows are of other samples")
+                raise ValueError(_misplaced(samples, start, stop))
+            if self._manifest.rows:
+                position = self._values(table["position"], self._columns["position"], len(table))
+                _check_ascending(position, samples)
             out = {name: self._values(table[name], self._columns[name], len(table)) for name in names}
+            for name in names:
+                if self._columns[name].per_sample:
+                    out[name] = _once(name, out[name], samples, firsts)
         except StorageError:  # not of the bytes: the storage does not answer
             raise
         except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, CacheNotFoundError) as error:
@@ -175,9 +184,7 @@ class ParquetStore:
                 f"{unit.stop - 1}), {next(iter(self.shard_paths(unit)))}: cannot be decoded: {error}; delete the unit's "
                 "marker and rerun `softcache teacher-logits`, or restore the file"
             ) from error
-        return {
-            name: values[firsts] if self._columns[name].per_sample else values for name, values in out.items()
-        }
+        return out
 
     def _open(self, unit: Unit) -> pq.ParquetFile:
         (path,) = self.shard_paths(unit)
@@ -206,6 +213,39 @@ class ParquetStore:
         for _ in column.shape:
             array = array.flatten()
         return array.to_numpy(zero_copy_only=False).reshape(rows, *column.shape)
+
+
+def _misplaced(samples: np.ndarray, start: int, stop: int) -> str:
+    """Returns what is wrong with the rows of samples that are not `start` to `stop` in this order."""
+    back = np.flatnonzero(np.diff(samples) < 0)
+    if len(back):
+        row = int(back[0])
+        return (
+            f"its rows are not in the order of their samples (sample {samples[row + 1]} comes after {samples[row]}); "
+            "write them sorted by sample, then position"
+        )
+    return f"its rows are of other samples than {start} to {stop - 1}, or of another view"
+
+
+def _check_ascending(position_P: np.ndarray, samples_P: np.ndarray) -> None:
+    """Raises ValueError where the rows of a sample are not in the order of their positions."""
+    wrong = np.flatnonzero((position_P[1:] <= position_P[:-1]) & (samples_P[1:] == samples_P[:-1]))
+    if len(wrong):
+        row = int(wrong[0])
+        raise ValueError(
+            f"the rows of sample {samples_P[row]} are not in the order of their positions ({position_P[row + 1]} comes "
+            f"after {position_P[row]}); write them sorted by sample, then position"
+        )
+
+
+def _once(name: str, values_P: np.ndarray, samples_P: np.ndarray, firsts_S: np.ndarray) -> np.ndarray:
+    """Returns a value per sample of those that its rows repeat; raises ValueError where rows of a sample differ."""
+    wrong = np.flatnonzero((values_P[1:] != values_P[:-1]) & (samples_P[1:] == samples_P[:-1]))
+    if len(wrong):
+        raise ValueError(
+            f"column {name}: the rows of sample {samples_P[wrong[0]]} differ; expected one value"
+        )
+    return values_P[firsts_S]
 
 
 def _records(values: np.ndarray) -> pa.Array:
