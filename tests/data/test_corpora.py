@@ -5,6 +5,8 @@ import gzip
 import json
 import lzma
 import struct
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 
 import datasets
 import numpy as np
@@ -16,7 +18,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from softcache.data.sources import open_source, source_settings
-from softcache.errors import SourceError, SpecError
+from softcache.data.sources.text.encode import DocumentEncoder
+from softcache.data.sources.text.packing import Encoded
+from softcache.data.sources.text.shards import Shards
+from softcache.data.sources.text.table import TableWriter
+from softcache.errors import LostProcessError, SourceError, SpecError
 
 TEXTS = ["w10 w11 w12", "w20 w21", "w30 w31 w32 w33"]
 TOKENS = [[10, 11, 12, 0], [20, 21, 0], [30, 31, 32, 33, 0]]  # a text ends with <eos>, 0
@@ -535,3 +541,89 @@ def test_long_runs_of_ids_are_several_documents(opened_ids, tmp_path, monkeypatc
     source = opened_ids(path, "token_stream")
     assert tokens_of(source) == [[3, 4, 5, 6], [7, 8, 9, 10], [11, 12, 0], [20, 0]]
     assert source.keys() == [f"x.bin/{number}@0" for number in range(4)]
+
+
+# -- shards and processes ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(monkeypatch, table_of, tmp_path):
+    """A corpus of several shards, and how many documents were encoded."""
+    monkeypatch.setattr("softcache.data.sources.text.shards.SHARD_DOCUMENTS", 10)
+    lines = [json.dumps({"text": f"w{10 + n} w5 w6 w{3 + n}"}) + "\n" for n in range(35)]
+    path = write(tmp_path / "many.jsonl", "".join(lines))
+    encoded = []
+    encode = DocumentEncoder._texts
+    monkeypatch.setattr(
+        DocumentEncoder, "_texts", lambda self, batch: encoded.extend(batch) or encode(self, batch)
+    )
+    return table_of(path=path, packing="packed", seq_len=16), encoded
+
+
+def test_finished_shards_are_used_after_a_stop_and_damaged_ones_are_not(many, monkeypatch, tmp_path):
+    table, encoded = many
+    whole = open_source(table | {"data_dir": str(tmp_path / "whole")}, split="train")
+    assert not (tmp_path / "whole/shards").exists(), "shards of a whole table are kept"
+    encoded.clear()
+    add, left = TableWriter.add, [11]  # samples: 33 of the 44 are in the third shard
+
+    def add_or_stop(self, cut):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        add(self, cut)
+
+    monkeypatch.setattr(TableWriter, "add", add_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        open_source(table, split="train")
+    monkeypatch.setattr(TableWriter, "add", add)
+    (folder,) = (tmp_path / "data/shards").iterdir()
+    first, *_, last = sorted(folder.iterdir())
+    assert len(encoded) == 40 - 5, "the last shard has 5 documents"
+    encoded.clear()
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 1
+    last.write_bytes(data)
+    (folder / ".000009.half").write_bytes(b"half")
+    again = open_source(table, split="train")
+    assert again.digest == whole.digest
+    assert len(encoded) == 15, "the damaged shard and the last one"
+    assert first.parent == folder
+    assert not (tmp_path / "data/shards").exists()
+
+
+def test_processes_make_the_same_table(many, tmp_path):
+    table, encoded = many
+    one = open_source(table | {"data_dir": str(tmp_path / "one")}, split="train")
+    encoded.clear()
+    two = open_source(table | {"tokenize_workers": 1}, split="train")
+    assert not encoded, "this process encoded"
+    assert two.digest == one.digest
+    for name in ("samples.arrow", "table.json"):
+        assert (two._folder / name).read_bytes() == (one._folder / name).read_bytes()
+    assert not (tmp_path / "data/shards").exists()
+
+
+def test_a_process_that_is_killed_is_named_and_shards_stay(many, monkeypatch):
+    class Broken:
+        _processes = None
+
+        def submit(self, make, folder, number, *given):
+            done = Future()
+            if number:
+                done.set_exception(BrokenProcessPool("killed"))
+            else:
+                made = [Encoded(f"d{n}", np.arange(8, dtype=np.int32), np.ones(8, bool)) for n in range(10)]
+                done.set_result(Shards(folder).write(number, made))
+            return done
+
+        def shutdown(self, **how):
+            pass
+
+    monkeypatch.setattr(
+        "softcache.data.sources.text.shards.ProcessPoolExecutor", lambda *given, **more: Broken()
+    )
+    with pytest.raises(
+        LostProcessError, match=r"source.tokenize_workers: a process ended without an answer .*; 1 shards of"
+    ):
+        open_source(many[0] | {"tokenize_workers": 1}, split="train")

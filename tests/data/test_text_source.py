@@ -532,10 +532,10 @@ def test_the_order_is_mixed_by_key_and_the_maxima_take_the_first(opened, tmp_pat
 def test_a_limit_stops_tokenising(opened, monkeypatch, tmp_path):
     path = write_texts(tmp_path / "many.jsonl", [f"w{10 + n} w5" for n in range(60)])
     asked = []
-    encode = text.DocumentEncoder.__call__
+    encode = encoding.DocumentEncoder.__call__
     monkeypatch.setattr(encoding, "BATCH_DOCUMENTS", 4)
     monkeypatch.setattr(
-        text.DocumentEncoder, "__call__", lambda self, batch: asked.extend(batch) or encode(self, batch)
+        encoding.DocumentEncoder, "__call__", lambda self, batch: asked.extend(batch) or encode(self, batch)
     )
     assert len(opened(path=path, packing="documents", max_train_samples=6)) == 6
     assert len(asked) == 8

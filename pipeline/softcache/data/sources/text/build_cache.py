@@ -2,12 +2,15 @@
 
 What is made lies under `data_dir`:
 
-    tokens/DIGEST       samples.arrow and table.json (token_table.py)
-    tokenizers/DIGEST   a Hugging Face tokenizer, and bpe.json (tokenizers.py)
-    datasets/DIGEST     what the datasets library makes of local files (documents.py)
+    tokens/DIGEST       samples.arrow and table.json (table.py)
+    tokenizers/DIGEST   a Hugging Face tokenizer, and bpe.json (tokenizer.py)
+    datasets/DIGEST     what the datasets library makes of local files (hugging_face.py)
+    files/DIGEST        copies of objects in a bucket, and unpacked files (files.py)
+    streams/DIGEST      the start of a dataset (streaming.py)
+    shards/DIGEST       tokens of documents, while a table is made (shards.py)
 
-The first two are built under a hidden name next to their place and renamed in one step: processes may build the
-same folder at once, and one that is killed leaves nothing that another takes for whole.
+All but the library's own and the shards are built under a hidden name next to their place and renamed in one step:
+processes may build the same folder at once, and one that is killed leaves nothing that another takes for whole.
 """
 
 from __future__ import annotations

@@ -30,6 +30,8 @@ class TextSettings(SourceSettings):
     Documents that are token ids already are read as they are: "auto" expects the tokenizer's prefix in front of each, true
     adds it where it is missing, false removes a BOS that is there.
 
+    `tokenize_workers` processes tokenize, or with 0 this one; tokens do not depend on their number.
+
     `packing`: how documents become samples, see `softcache.data.sources.text.packing`; by default "packed" for texts and
     "best_fit" for what has a prompt, which is never cut from its answer.
     """
@@ -44,6 +46,7 @@ class TextSettings(SourceSettings):
     tools: str | None = None
     cross_documents: bool = False
     data_dir: str = "runs/data"
+    tokenize_workers: int = Field(0, ge=0)
 
     @property
     def has_prompts(self) -> bool:

@@ -3,7 +3,7 @@
     stdlib.py, hugging_face.py   a split's documents, in order
     files.py                     their files, copied and unpacked where they have to be
     tokenizer.py                 their tokenizer
-    encode.py                    documents as tokens
+    encode.py, shards.py         documents as tokens, by several processes and in shards that a kill leaves
     chat.py                      chats as their template writes them, and which of their tokens are to be learned
     chat_mask.py                 which part of a chat the assistant writes, where a template does not mark it
     packing.py                   tokens cut into samples
@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 from softcache.data.sources.text.build_cache import build_dir_path, build_folder
 from softcache.data.sources.text.chat import read_tools
 from softcache.data.sources.text.documents import Documents
-from softcache.data.sources.text.encode import DocumentEncoder, UnknownTokens, batches
+from softcache.data.sources.text.encode import UnknownTokens
 from softcache.data.sources.text.packing import Account, Encoded, cut_documents
+from softcache.data.sources.text.shards import ShardedEncoder
 from softcache.data.sources.text.table import TableWriter, TokenSource, described_table
 from softcache.data.sources.text.tokenizer import (
     SpecialTokens,
@@ -95,15 +96,14 @@ def _tokenize(
     """Builds the table."""
     tokenizer = load_tokenizer(settings)
     name, account = documents.name, Account()
-    encode, unknown = DocumentEncoder(tokenizer, settings, around, of=name), UnknownTokens(tokenizer)
+    depends_on = {key: made_from[key] for key in ("tokenizer", "prefix", "suffix", "bos", "chat")}
+    encoder, unknown = ShardedEncoder(tokenizer, settings, around, depends_on), UnknownTokens(tokenizer)
 
     def encoded() -> Iterator[Encoded]:
         with progress_bar(f"tokenize {name}", len(documents), "documents") as advance:
-            for batch in batches(documents):
-                for document in encode(batch):
-                    unknown.add(document.tokens)
-                    yield document
-                advance(len(batch))
+            for document in encoder.encode(documents, advance):
+                unknown.add(document.tokens)
+                yield document
 
     samples = cut_documents(
         encoded(),
@@ -111,7 +111,10 @@ def _tokenize(
         seq_len=settings.seq_len,
         account=account,
     )
-    with build_folder(folder, lambda made: described_table(made) is not None) as staged:
+    with (
+        encoder.processes(),
+        build_folder(folder, lambda made: described_table(made) is not None) as staged,
+    ):
         writer = TableWriter(staged / "samples.arrow")
         for sample in islice(samples, made_from["max_samples"]):
             writer.add(sample)
@@ -137,6 +140,7 @@ def _tokenize(
         }
         # Last: a folder without it is not a table.
         (staged / "table.json").write_text(json.dumps(described, indent=2) + "\n")
+    encoder.remove_shards()
     log_info(
         f"source {name}: {account}; {writer.num_tokens:,} tokens in {writer.num_samples:,} samples of at most "
         f"{settings.seq_len:,} ({settings.cut}, {fill:.1%} full)"
