@@ -627,3 +627,83 @@ def test_a_process_that_is_killed_is_named_and_shards_stay(many, monkeypatch):
         LostProcessError, match=r"source.tokenize_workers: a process ended without an answer .*; 1 shards of"
     ):
         open_source(many[0] | {"tokenize_workers": 1}, split="train")
+
+
+# -- mixtures ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def mixed(table_of, tmp_path):
+    """A mixture of 40 documents of 4 tokens and 10 of 8."""
+    texts = [json.dumps({"text": f"w{10 + n % 30} w5 w6"}) + "\n" for n in range(40)]
+    write(tmp_path / "short.jsonl", "".join(texts))
+    write_megatron(tmp_path / "long", [[[20 + n, 3, 4, 5, 6, 7, 8, 0]] for n in range(10)])
+
+    def table(*weights, **given):
+        held_out = {"eval_share": 1e-9, "shuffle_documents": False}
+        sources = [
+            {"name": "hf", "path": str(tmp_path / "short.jsonl"), "label": "web", **held_out},
+            {"name": "megatron", "path": str(tmp_path / "long"), **held_out},
+        ]
+        sources = [source | {"weight": weight} for source, weight in zip(sources, weights, strict=True)]
+        shared = {key: value for key, value in table_of().items() if key not in held_out}
+        return shared | {"name": "mixture", "sources": sources, "seq_len": 12} | given
+
+    return table
+
+
+def test_a_mixture_has_the_share_of_tokens_that_its_weights_give(mixed, capfd):
+    source = open_source(mixed(3, 1), split="train")
+    web, books = source.account["sources"]
+    assert (web["label"], web["documents"], web["tokens"]) == ("web", 40, 160)
+    assert (books["label"], books["documents"], books["tokens"]) == ("1", 7, 56)
+    keys = source.keys()
+    assert (
+        keys[:7]
+        == ["web/train/0@0", "1/long/0@0", *(f"web/train/{n}@0" for n in range(1, 6)), "web/train/6@0"][:7]
+    )
+    # Any start of the order has the shares, to within a document.
+    counts = np.cumsum([(4, 0) if key.startswith("web") else (0, 8) for key in keys], axis=0)
+    assert (np.abs(counts[:, 0] - 3 * counts[:, 1]) <= 3 * 8).all()
+    said = capfd.readouterr().err
+    assert "source mixture/train, web: 40 documents, 160 tokens (74.1%)" in said
+    assert "source mixture/train, 1: 7 documents, 56 tokens (25.9%)" in said
+    assert open_source(mixed(1, 1), split="train").account["sources"][1]["documents"] == 10
+    every = open_source(mixed(3, 1, on_end="continue"), split="train")
+    assert [part["documents"] for part in every.account["sources"]] == [40, 10]
+    assert tokens_of(every)[:40] == tokens_of(source)[:40]
+    first = open_source(mixed(3, 1, max_train_samples=5), split="train")
+    assert tokens_of(first) == tokens_of(source)[:5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seq_len": 8}, r"source.sources\[0\].seq_len: one for all sources; set source.seq_len"),
+        ({"weight": 0}, r"source.sources\[0\].weight: 0; expected a number above 0"),
+        ({"name": "hff"}, r"source.sources\[0\]: source 'hff': unknown; did you mean"),
+        ({"text_colum": "x"}, r"source.sources\[0\] \(hf\): text_colum: Extra inputs"),
+        ({"label": "1"}, r"labels \['1', '1'\]; expected a label of its own for each"),
+    ],
+)
+def test_a_mixture_refuses_what_is_no_source(change, message, mixed):
+    table = mixed(1, 1)
+    table["sources"][0] |= change
+    with pytest.raises(ValidationError, match=message):
+        source_settings(table)
+
+
+def test_a_mixture_without_documents_of_a_source_is_named(mixed):
+    with pytest.raises(
+        SourceError, match=r"source.sources, web: .*short.jsonl/eval: no documents in this split; raise"
+    ):
+        open_source(mixed(1, 1), split="eval")
+
+
+def test_a_bpe_is_trained_on_a_mixture_of_texts(mixed, tmp_path):
+    table = mixed(1, 1, tokenizer="bpe?vocab_size=262")
+    table["sources"][1] = table["sources"][0] | {"label": "again", "weight": 2}
+    source = open_source(table, split="train")
+    assert source.vocab_size <= 262
+    keys = source.keys()
+    assert {key.split("/")[0] for key in keys} == {"web", "again"}

@@ -22,6 +22,7 @@ from softcache.data.sources.text.documents import Document, choose_documents
 from softcache.data.sources.text.files import CorpusFiles, find_files
 from softcache.data.sources.text.settings import TextSettings
 from softcache.data.sources.text.streaming import stream_documents
+from softcache.data.sources.text.tokenizer import is_bpe
 from softcache.errors import MissingExtraError, SourceError
 from softcache.hashing.digests import digest_json
 from softcache.runtime.optional import text_library
@@ -119,6 +120,11 @@ class HuggingFaceTexts(TextSettings):
                 )
         if self.max_tokens and self.messages_column:
             raise ValueError("source.max_tokens: of texts and token ids; bound chats by source.max_documents")
+        if self.max_tokens and is_bpe(self.tokenizer):
+            raise ValueError(
+                f"source.max_tokens: counted by source.tokenizer, and {self.tokenizer!r} is trained on what is streamed; "
+                "give source.max_documents"
+            )
         if self.has_prompts and self.packing == "packed":
             raise ValueError(
                 'source.packing: "packed" would cut answers from their prompts; use "best_fit", or "documents"'

@@ -222,11 +222,14 @@ class ShardedEncoder:
         for shards in self._used:
             shards.remove()
 
-    def encode(self, documents: Documents, advance: Callable[[int], None]) -> Iterator[Encoded]:
+    def encode(
+        self, documents: Documents, *, advance: Callable[[int], None], num_streams: int = 1
+    ) -> Iterator[Encoded]:
         """Yields documents as tokens; finished shards of a run that was stopped are used.
 
         Args:
             advance: is called with how many documents were encoded.
+            num_streams: how many are encoded by turns; they share the shards that wait in memory.
 
         Raises:
             SourceError: a document cannot be encoded.
@@ -237,8 +240,11 @@ class ShardedEncoder:
         self._used.append(shards)
         if found := len(shards):
             log_info(f"source {documents.name}: {found} shards of tokens are there already")
-        encode = self._here if self._pool is None else self._by_others
-        yield from encode(documents, shards, advance)
+        if self._pool is None:
+            yield from self._here(documents, shards, advance)
+        else:
+            window = max(2, (self._settings.tokenize_workers + 2) // num_streams)
+            yield from self._by_others(documents, shards, advance, window)
 
     def _here(
         self, documents: Documents, shards: Shards, advance: Callable[[int], None]
@@ -259,14 +265,14 @@ class ShardedEncoder:
                 shards.write(number, made)
 
     def _by_others(
-        self, documents: Documents, shards: Shards, advance: Callable[[int], None]
+        self, documents: Documents, shards: Shards, advance: Callable[[int], None], window: int
     ) -> Iterator[Encoded]:
         assert self._pool is not None
         waiting: deque[_Waiting] = deque()
         numbered = enumerate(shards_of(documents))
         is_at_end = False
         while waiting or not is_at_end:
-            while not is_at_end and len(waiting) < self._settings.tokenize_workers + 2:
+            while not is_at_end and len(waiting) < window:
                 number, (shard, _) = next(numbered, (0, ([], False)))
                 is_at_end = not shard
                 if shard:

@@ -3,6 +3,7 @@
     stdlib.py, hugging_face.py   a split's documents, in order
     files.py                     their files, copied and unpacked where they have to be
     tokenizer.py                 their tokenizer
+    mixture.py, interleave.py    documents of several sources, by weights of tokens
     encode.py, shards.py         documents as tokens, by several processes and in shards that a kill leaves
     chat.py                      chats as their template writes them, and which of their tokens are to be learned
     chat_mask.py                 which part of a chat the assistant writes, where a template does not mark it
@@ -20,6 +21,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ from softcache.data.sources.text.build_cache import build_dir_path, build_folder
 from softcache.data.sources.text.chat import read_tools
 from softcache.data.sources.text.documents import Documents
 from softcache.data.sources.text.encode import UnknownTokens
+from softcache.data.sources.text.interleave import MixtureDocuments
 from softcache.data.sources.text.packing import Account, Encoded, cut_documents
 from softcache.data.sources.text.shards import ShardedEncoder
 from softcache.data.sources.text.table import TableWriter, TokenSource, described_table
@@ -99,9 +102,14 @@ def _tokenize(
     depends_on = {key: made_from[key] for key in ("tokenizer", "prefix", "suffix", "bos", "chat")}
     encoder, unknown = ShardedEncoder(tokenizer, settings, around, depends_on), UnknownTokens(tokenizer)
 
+    mixture = documents if isinstance(documents, MixtureDocuments) else None
+
     def encoded() -> Iterator[Encoded]:
         with progress_bar(f"tokenize {name}", len(documents), "documents") as advance:
-            for document in encoder.encode(documents, advance):
+            encode = partial(
+                encoder.encode, advance=advance, num_streams=len(mixture.parts) if mixture else 1
+            )
+            for document in mixture.encoded(encode) if mixture else encode(documents):
                 unknown.add(document.tokens)
                 yield document
 
@@ -130,9 +138,10 @@ def _tokenize(
                 f"source {name}: token {writer.largest} in the table; expected all below the vocabulary's "
                 f"{len(tokenizer)}; the tokenizer {settings.tokenizer!r} has holes in its ids: use another"
             )
+        mixed = {"sources": [asdict(part) for part in mixture.account]} if mixture else {}
         fill = writer.num_tokens / (writer.num_samples * settings.seq_len)
         described |= {
-            "account": {**asdict(account), "fill": fill},
+            "account": {**asdict(account), "fill": fill, **mixed},
             "tokenizer_digest": digest_tokenizer(tokenizer),
             "tokenizer_parts": tokenizer_parts(tokenizer),
             "vocab_size": len(tokenizer),
@@ -145,6 +154,11 @@ def _tokenize(
         f"source {name}: {account}; {writer.num_tokens:,} tokens in {writer.num_samples:,} samples of at most "
         f"{settings.seq_len:,} ({settings.cut}, {fill:.1%} full)"
     )
+    for part in mixed.get("sources", ()):
+        share = part["tokens"] / max(sum(each["tokens"] for each in mixed["sources"]), 1)
+        log_info(
+            f"source {name}, {part['label']}: {part['documents']:,} documents, {part['tokens']:,} tokens ({share:.1%})"
+        )
     if unknown.count:
         log_info(
             f"source {name}: {unknown.count:,} of {unknown.total:,} tokens ({unknown.count / unknown.total:.1%}) are "
