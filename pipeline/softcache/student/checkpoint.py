@@ -2,7 +2,8 @@
 
     OUT/config.json           what the run is; a directory that holds another run is refused
     OUT/resolved.json         every setting that it ran with, defaults included; to read, not compared
-    OUT/checkpoint/           the last state that can be resumed exactly (accelerate's layout + progress.json)
+    OUT/checkpoint/           the last state that can be resumed exactly (accelerate's layout + progress.json; of a student
+                              that is cut over processes with shards/, of torch.distributed.checkpoint)
     OUT/best.safetensors      the weights of the best epoch so far, by the task's metric
     OUT/model.safetensors     the weights at the end
     OUT/hf/                   language models: the best epoch's model with its tokenizer, as transformers loads it
@@ -28,10 +29,11 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 from softcache.errors import RunError, StorageError
 from softcache.models.weights import is_adapted, load_weights, trained_state
-from softcache.runtime.distributed import broadcast_from_rank0, is_rank_zero
+from softcache.runtime.distributed import broadcast_from_rank0, is_rank_zero, num_ranks, rank
 from softcache.student.bucket_sync import BucketSync
 
 if TYPE_CHECKING:
@@ -102,8 +104,17 @@ class RunDirectory:
         if self._mirror is not None:
             self._mirror.finish()
 
-    def save_checkpoint(self, accelerator: Accelerator, progress: dict[str, Any]) -> None:
-        """Saves model, optimizer and random states of all ranks, and where the run stands."""
+    def save_checkpoint(
+        self,
+        accelerator: Accelerator,
+        progress: dict[str, Any],
+        more: Callable[[Path], None] = lambda folder: None,
+    ) -> None:
+        """Saves model, optimizer and random states of all ranks, and where the run stands.
+
+        Args:
+            more: writes what accelerate does not into the checkpoint's folder; all ranks call it.
+        """
         staged, final, old = (self.path / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
         self._settle(accelerator)
         if accelerator.is_main_process and staged.exists():
@@ -112,9 +123,11 @@ class RunDirectory:
         # Tied weights are stored once, and loaded as they are tied; accelerate would tell the user each time.
         logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
         accelerator.save_state(str(staged), safe_serialization=True)
+        more(staged)
         accelerator.wait_for_everyone()
+        checksums = _shared_checksums(staged)
         if accelerator.is_main_process:
-            (staged / "progress.json").write_text(json.dumps(progress | {CHECKSUMS: _checksums(staged)}))
+            (staged / "progress.json").write_text(json.dumps(progress | {CHECKSUMS: checksums}))
             if old.exists():
                 shutil.rmtree(old)
             if final.exists():
@@ -134,11 +147,15 @@ class RunDirectory:
         accelerator.wait_for_everyone()
 
     def load_checkpoint(
-        self, accelerator: Accelerator, before: Callable[[dict[str, Any]], None] = lambda progress: None
+        self,
+        accelerator: Accelerator,
+        before: Callable[[dict[str, Any]], None] = lambda progress: None,
+        more: Callable[[Path], None] = lambda folder: None,
     ) -> dict[str, Any] | None:
         """Restores the last checkpoint; returns its progress, or None if there is none.
 
         Args:
+            more: reads what `more` of `save_checkpoint` wrote.
             before: called with the progress before random states are restored; a process that the checkpoint has none
                 of keeps the one that it leaves.
 
@@ -149,9 +166,7 @@ class RunDirectory:
         final = self.path / "checkpoint"
         self._settle(accelerator)
         file = final / "progress.json"
-        progress = broadcast_from_rank0(
-            _checked_progress(final) if is_rank_zero() and file.exists() else None
-        )
+        progress = broadcast_from_rank0(_read_progress(final) if is_rank_zero() and file.exists() else None)
         if progress is None:
             return None
         if not file.exists():
@@ -159,8 +174,15 @@ class RunDirectory:
                 f"run {self.path}: process 0 has a checkpoint here, this one sees none; put --out on storage that all "
                 "processes share"
             )
+        with _readable(final):
+            # Files are compared with their checksums; checkpoints of older versions have none.
+            if (expected := progress.pop(CHECKSUMS, None)) is not None and expected != _shared_checksums(
+                final
+            ):
+                raise RunError(f"run {final}: a file differs from what was saved; {_WHAT_NEXT}")
         before(progress)
         with _readable(final):
+            more(final)
             accelerator.load_state(str(final))
         return progress
 
@@ -183,25 +205,26 @@ class RunDirectory:
                 value.copy_(stored[key])
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    """Returns the xxh3 of every file of a checkpoint; what accelerate cannot read it may pass over without a word."""
+def _shared_checksums(folder: Path) -> dict[str, str]:
+    """Returns the xxh3 of every file of a checkpoint, each rank having read some of them.
+
+    What accelerate cannot read it may pass over without a word.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "progress.json")
     found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != "progress.json":
-            digest = xxhash.xxh3_128()
-            with path.open("rb") as file:
-                while data := file.read(1 << 24):
-                    digest.update(data)
-            found[path.relative_to(folder).as_posix()] = digest.hexdigest()
-    return found
+    for path in paths[rank() :: num_ranks()]:
+        digest = xxhash.xxh3_128()
+        with path.open("rb") as file:
+            while data := file.read(1 << 24):
+                digest.update(data)
+        found[path.relative_to(folder).as_posix()] = digest.hexdigest()
+    return dict(sorted(item for part in gather_object([found]) for item in part.items()))
 
 
-def _checked_progress(folder: Path) -> dict[str, Any]:
-    """Returns where a checkpoint's run stands, its files compared with their checksums; older versions have none."""
+def _read_progress(folder: Path) -> dict[str, Any]:
+    """Returns where a checkpoint's run stands, and the checksums of its files."""
     with _readable(folder):
         progress: dict[str, Any] = json.loads((folder / "progress.json").read_text())
-        if (expected := progress.pop(CHECKSUMS, None)) is not None and expected != _checksums(folder):
-            raise RunError(f"run {folder}: a file differs from what was saved; {_WHAT_NEXT}")
     return progress
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,7 +57,8 @@ class Trainer:
         loss: LossSettings | None = None,
     ) -> None:
         self.accelerator, self.task, self.feed, self.settings = accelerator, task, feed, settings
-        model = task.build()
+        self.is_sharded = settings.parallel == "fsdp"
+        model = self._sharding.build_sharded(task, settings, accelerator) if self.is_sharded else task.build()
         if settings.compile:
             compile_in_place(model, accelerator.device)
         optimizer = build_optimizer(
@@ -67,7 +70,10 @@ class Trainer:
             arguments=settings.optimizer_args,
         )
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
-        self.model, self._optimizer = accelerator.prepare(model, optimizer)
+        self.model: Any = model
+        self._optimizer: Any = optimizer
+        if not self.is_sharded:
+            self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self._loss_sum, self._loss_rows = torch.zeros((), device=accelerator.device), 0
         self._logged, self._factor = (torch.zeros_like(self._loss_sum), 0), 0.0
         self._steps = [feed.order.num_steps(epoch) for epoch in range(settings.epochs)]
@@ -77,6 +83,11 @@ class Trainer:
         self._loader = SoftLabelLoader(
             feed.dataset, feed.order, workers=feed.workers, pin_memory=accelerator.device.type == "cuda"
         )
+
+    @property
+    def _sharding(self) -> Any:
+        """The module of sharding, which takes a second to import."""
+        return importlib.import_module("softcache.student.sharding")
 
     @property
     def step(self) -> int:
@@ -119,21 +130,34 @@ class Trainer:
         local, total = order.share(order.step - 1)
         label_share = order.label_share(order.step - 1)
         pieces = batch.split(self.settings.accumulation_steps)
-        for number, piece in enumerate(pieces):
-            last = number == len(pieces) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.model):
+        num_passes = self._num_passes(len(pieces))
+        for number in range(num_passes):
+            counts, piece = local and number < len(pieces), pieces[min(number, len(pieces) - 1)]
+            # Cut over processes, gradients are summed after every piece: whole ones would have to be kept until the last.
+            syncs = self.is_sharded or number == num_passes - 1
+            with nullcontext() if syncs else self.accelerator.no_sync(self.model):
                 with explain_compile_errors() if self.settings.compile else nullcontext():
                     loss = self.task.loss(self.model, piece, label_share=label_share, **self._mix())
                 # Ranks average their gradients: the weight makes that the mean over the rows of the whole batch.
-                weight = piece.num_rows / total * self.accelerator.num_processes if local else 0.0
+                weight = piece.num_rows / total * self.accelerator.num_processes if counts else 0.0
                 self.accelerator.backward(loss * weight)
-            if local:
+            if counts:
                 self._loss_sum += loss.detach() * piece.num_rows
                 self._loss_rows += piece.num_rows
         if self.settings.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+
+    def _num_passes(self, num_pieces: int) -> int:
+        """Returns how many passes this step has: its pieces, or where processes gather weights the most of any."""
+        if not self.is_sharded:
+            return num_pieces
+        least, rest = divmod(
+            self.feed.order.num_samples(self.feed.order.step - 1), self.accelerator.num_processes
+        )
+        sizes, pieces = {max(1, least), least + (rest > 0)}, self.settings.accumulation_steps
+        return max(-(-size // -(-size // pieces)) for size in sizes)
 
     def _mix(self) -> dict[str, Any]:
         """This step's temperature and alpha, for a task's loss; nothing where they never change."""
@@ -146,8 +170,36 @@ class Trainer:
         return {} if self.adaptation is None else self.adaptation.last
 
     def save_weights(self, directory: RunDirectory, name: str) -> None:
-        if self.accelerator.is_main_process:
-            directory.save_weights(self.task.weights(self.accelerator.unwrap_model(self.model)), name)
+        """Writes the weights as the first process; all of them call this."""
+        first = self.accelerator.is_main_process
+        if not first and not self.is_sharded:
+            return
+        weights = self.task.weights(self.accelerator.unwrap_model(self.model))
+        if self.is_sharded:
+            weights = self._sharding.gather_state(weights, keep=first)
+        if first:
+            directory.save_weights(weights, name)
+
+    def model_with(self, directory: RunDirectory, name: str) -> torch.nn.Module:
+        """Returns the student with the saved weights of that name, whole; the first process calls this, last of all."""
+        if self.is_sharded:
+            model = self.task.build().to("cpu")
+        elif name == "model":
+            return self.accelerator.unwrap_model(self.model)  # type: ignore[no-any-return]
+        else:
+            model = self.accelerator.unwrap_model(self.model)
+        directory.load_weights(self.task.weights(model), name)
+        return model
+
+    def save_shards(self, folder: Path) -> None:
+        """Writes what accelerate does not: the shares of a student that is cut."""
+        if self.is_sharded:
+            self._sharding.save_shards(self.model, self._optimizer, folder)
+
+    def load_shards(self, folder: Path) -> None:
+        """Reads what `save_shards` wrote."""
+        if self.is_sharded:
+            self._sharding.load_shards(self.model, self._optimizer, folder)
 
     def seed_process(self, *, epoch: int, step: int) -> None:
         """Gives every rank but the first random numbers of its own from here on; the first goes on with the run's."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,28 +70,54 @@ def train(
         if (finished := directory.metrics) is not None:
             return finished
         accelerator = _accelerator(settings, track, out)
-        set_seed(settings.seed)
-        loop = Trainer(accelerator, task, feed, settings, loss)
-        loop.seed_process(epoch=0, step=0)
-        progress = directory.load_checkpoint(accelerator, loop.resume_random_state) or {
-            "epoch": 0,
-            "step": 0,
-            "history": [],
-            "seconds": 0.0,
-        }
-        with defer_signals():
-            metrics = _run(loop, directory, progress, on_step, on_log, on_epoch)
-        metrics |= broadcast_from_rank0(loop.finish())
-        loop.save_weights(directory, "model")
-        if accelerator.is_main_process:
-            model = accelerator.unwrap_model(loop.model)
-            if metrics["best_epoch"] != metrics["history"][-1]["epoch"]:
-                directory.load_weights(task.weights(model), "best")
-            task.export(model, directory.path)
-            directory.write_metrics(metrics)
+        with _group(accelerator, settings):
+            metrics = _trained(
+                *(accelerator, task, feed, settings, loss, directory),
+                *(on_step, on_log, on_epoch),
+            )
         if track:
             accelerator.end_training()
-        return broadcast_from_rank0(metrics)
+        return metrics
+
+
+def _trained(
+    accelerator: Accelerator,
+    task: Task,
+    feed: TrainBatches,
+    settings: TrainSettings,
+    loss: LossSettings | None,
+    directory: RunDirectory,
+    on_step: Callable[[int], None],
+    on_log: Callable[[str, dict[str, Any]], None],
+    on_epoch: Callable[[dict[str, Any]], None],
+) -> dict[str, Any]:
+    """Trains from the last checkpoint to the end, writes what a finished run leaves; returns its metrics."""
+    set_seed(settings.seed)
+    loop = Trainer(accelerator, task, feed, settings, loss)
+    loop.seed_process(epoch=0, step=0)
+    progress = directory.load_checkpoint(accelerator, loop.resume_random_state, loop.load_shards) or {
+        "epoch": 0,
+        "step": 0,
+        "history": [],
+        "seconds": 0.0,
+    }
+    with defer_signals():
+        metrics = _run(loop, directory, progress, on_step, on_log, on_epoch)
+    metrics |= broadcast_from_rank0(loop.finish())
+    loop.save_weights(directory, "model")
+    if accelerator.is_main_process:
+        is_last = metrics["best_epoch"] == metrics["history"][-1]["epoch"]
+        task.export(loop.model_with(directory, "model" if is_last else "best"), directory.path)
+        directory.write_metrics(metrics)
+    return broadcast_from_rank0(metrics)  # type: ignore[no-any-return]
+
+
+def _group(accelerator: Accelerator, settings: TrainSettings) -> AbstractContextManager[None]:
+    if settings.parallel == "ddp":
+        return nullcontext()
+    from softcache.student.sharding import one_process_group  # takes a second to import
+
+    return one_process_group(accelerator)
 
 
 def _accelerator(settings: TrainSettings, track: str | None, out: str | Path) -> Accelerator:
@@ -99,7 +125,8 @@ def _accelerator(settings: TrainSettings, track: str | None, out: str | Path) ->
     AcceleratorState._reset_state()
     accelerator = Accelerator(
         cpu=on_cpu(settings.device),
-        mixed_precision=settings.precision,
+        # A student that is cut has its precision in what is gathered, not by autocast.
+        mixed_precision=settings.precision if settings.parallel == "ddp" else "no",
         # `accelerate launch` has a setting of its own, which would divide the loss; a step is ours to split.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         log_with=track,
@@ -107,8 +134,8 @@ def _accelerator(settings: TrainSettings, track: str | None, out: str | Path) ->
     )
     if accelerator.distributed_type not in _DATA_PARALLEL:
         raise RunError(
-            f"accelerate's configuration asks for {accelerator.distributed_type.value}; each process holds the whole "
-            "student here: choose multi-GPU or multi-CPU in `accelerate config`, or use torchrun"
+            f"accelerate's configuration asks for {accelerator.distributed_type.value}; the student's run cuts it itself, "
+            'by train.parallel = "fsdp": choose multi-GPU or multi-CPU in `accelerate config`, or use torchrun'
         )
     store_unwrapped(accelerator)
     if track:
@@ -149,7 +176,7 @@ def _run(
             state["evaluations"] = evaluations
         if loop.adaptation is not None:
             state["adaptation"] = loop.adaptation.state_dict()
-        directory.save_checkpoint(loop.accelerator, state)
+        directory.save_checkpoint(loop.accelerator, state, loop.save_shards)
 
     def log(name: str, row: dict[str, Any]) -> None:
         values = {f"{name}/{key}": value for key, value in row.items() if key not in ("epoch", "step")}

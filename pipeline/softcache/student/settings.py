@@ -15,7 +15,7 @@ from softcache.models.language.lora import LoraSettings
 from softcache.settings import Settings
 from softcache.student.optimizers import OPTIMIZERS
 
-__all__ = ["StudentSettings", "TrainSettings", "drop_later_defaults"]
+__all__ = ["FsdpSettings", "StudentSettings", "TrainSettings", "drop_later_defaults"]
 
 DEFAULT_DECAY_SHARE = 0.1
 
@@ -61,6 +61,21 @@ class StudentSettings(Settings):
         return self
 
 
+class FsdpSettings(Settings):
+    """[train.fsdp]: how a student is cut over processes; nothing here changes what it ends with.
+
+    `blocks` are the classes of modules whose weights are gathered at once, one block at a time; empty: those that
+    transformers names. With `reshard_after_forward` a block's weights are given up after its forward pass and gathered again
+    for the backward pass. `cpu_offload` keeps weights, gradients and the optimizer's state in the memory of the CPU.
+    Each process builds the whole student before it is cut, at most `build_at_once` processes of a machine at a time.
+    """
+
+    blocks: tuple[str, ...] = Field((), strict=False)
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+    build_at_once: int | None = Field(None, ge=1)
+
+
 class TrainSettings(Settings):
     """[train]: the training loop. `labels` is what the student is trained on: a cache, ground truth, or an online teacher.
 
@@ -79,6 +94,10 @@ class TrainSettings(Settings):
     `eval_every_steps` the student is evaluated within the epoch, too; the best epoch is chosen among epochs.
 
     `compile` runs the student (of a language model what is below its head) through `torch.compile`.
+
+    `parallel` is what several processes do: each holds the whole student (`ddp`), or a share of a language model (`fsdp`,
+    with [train.fsdp]; `softcache.student.sharding`). There `precision = "bf16"` gathers weights in bfloat16, computes with
+    those and sums gradients in float32.
     """
 
     labels: Literal["cache", "ground_truth", "online"] = "cache"
@@ -105,12 +124,33 @@ class TrainSettings(Settings):
     eval_every_steps: int | None = Field(None, ge=1)
     target_metric: float | None = Field(None, ge=0)
     ddp_timeout_seconds: float = Field(600, ge=1)
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    fsdp: FsdpSettings | None = None
 
     @field_validator("optimizer")
     @classmethod
     def _check_optimizer(cls, name: str) -> str:
         OPTIMIZERS.get(name)
         return name
+
+    @model_validator(mode="after")
+    def _check_parallel(self) -> TrainSettings:
+        if self.parallel == "ddp":
+            if self.fsdp is not None:
+                raise ValueError('fsdp: read by parallel = "fsdp"; found parallel = "ddp"; drop one of them')
+            return self
+        refused = {
+            'precision = "fp16"': (self.precision == "fp16", 'use precision = "bf16"'),
+            "compile": (self.compile, "it was never tried on a student that is cut; drop it"),
+            'optimizer = "adamw_8bit"': (
+                self.optimizer == "adamw_8bit",
+                'its 8-bit blocks do not go through weights that are cut; use "adamw", whose states are cut, too',
+            ),
+        }
+        for name, (found, advice) in refused.items():
+            if found:
+                raise ValueError(f'{name}: does not go with parallel = "fsdp"; {advice}')
+        return self
 
     @model_validator(mode="after")
     def _check_schedule(self) -> TrainSettings:
@@ -179,7 +219,7 @@ class TrainSettings(Settings):
 
 
 NON_IDENTITY_SETTINGS = {
-    *("device", "eval_batch_size", "ddp_timeout_seconds", "log_every_steps", "eval_every_steps"),
+    *("device", "eval_batch_size", "ddp_timeout_seconds", "log_every_steps", "eval_every_steps", "fsdp"),
 }
 """Keys of [train] that do not change what a run ends with."""
 
@@ -191,6 +231,8 @@ LATER_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "min_lr_share": (0.0,),
     "decay_share": (None, DEFAULT_DECAY_SHARE),
     "compile": (False,),
+    "parallel": ("ddp",),
+    "fsdp": (None,),
 }
 """Keys of [train] that folders of runs may be older than, and the values with which a run is what it was before."""
 

@@ -18,7 +18,7 @@ from softcache.data.batch import Dataset
 from softcache.losses import LossMix
 from softcache.student.tasks.inference import Serving
 
-__all__ = ["OnlineTeacher", "RowMeans", "Task", "shard_batches"]
+__all__ = ["OnlineTeacher", "RowMeans", "Task", "even_batches", "is_sharded", "shard_batches"]
 
 
 class OnlineTeacher(Protocol):
@@ -116,3 +116,14 @@ class RowMeans:
             total_S = torch.zeros(kinds + 1, dtype=torch.float64, device=self.accelerator.device)
         total_S = self.accelerator.reduce(total_S, reduction="sum")
         return (total_S[:-1] / total_S[-1]).tolist()
+
+
+def even_batches(batches: list[range], accelerator: Accelerator) -> list[range]:
+    """Returns this rank's batches and as many more, which do not count, as the rank with the most batches has."""
+    counts = accelerator.gather(torch.tensor([len(batches)], device=accelerator.device))
+    return batches + [range(1)] * (int(counts.max()) - len(batches))
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Returns whether processes gather a model's weights from each other, by FSDP2; without importing that."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(model).__mro__)

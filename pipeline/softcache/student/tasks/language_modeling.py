@@ -16,7 +16,7 @@ from softcache.data.tokens import TokenBatch, TokenData
 from softcache.losses import LossMix, LossSettings
 from softcache.models.language.lora import merge_adapters, save_adapter
 from softcache.models.weights import trained_state
-from softcache.student.tasks.base import OnlineTeacher, RowMeans, shard_batches
+from softcache.student.tasks.base import OnlineTeacher, RowMeans, even_batches, is_sharded, shard_batches
 from softcache.student.tasks.inference import TokenServing
 from softcache.student.tasks.token_student import TokenStudent
 
@@ -45,6 +45,8 @@ class TokenTask:
 
     metric = "eval_loss"
     larger_is_better = False
+    sharded_methods = ("scores",)
+    """What is called of a student that is cut over processes, besides its forward pass."""
 
     def build(self) -> nn.Module:
         return TokenStudent(
@@ -73,11 +75,14 @@ class TokenTask:
         student = accelerator.unwrap_model(model)
         assert isinstance(student, TokenStudent)
         means = RowMeans(accelerator)
-        for samples in shard_batches(len(self.evaluation), batch_size, accelerator):
+        shares = shard_batches(len(self.evaluation), batch_size, accelerator)
+        batches = even_batches(shares, accelerator) if is_sharded(student) else shares
+        for number, samples in enumerate(batches):
             batch = self.evaluation.load(samples, 0, fingerprints=False).to(accelerator.device)
             with accelerator.autocast():
                 loss_P, correct_P = student.scores(batch)
-            means.update(loss_P, correct_P)
+            if number < len(shares):
+                means.update(loss_P, correct_P)
         loss, accuracy = means.compute(2)
         return {"eval_loss": loss, "perplexity": math.exp(loss), "accuracy": accuracy}
 
