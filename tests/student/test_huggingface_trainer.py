@@ -2,15 +2,17 @@
 
 import copy
 import inspect
-import os
 import runpy
-import socket
 import sys
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
@@ -32,6 +34,10 @@ from softcache.reader.cache import open_cache
 from softcache.reader.dataset import HardLabelDataset, SoftLabelDataset
 from softcache.runs import capture_labels, open_data, open_teacher
 from softcache.student.integrations.huggingface import DistillTrainer
+from softcache.student.integrations.huggingface.trainer import RankBatches
+from softcache.student.integrations.huggingface.validate import refuse_parallel
+from softcache.student.tasks import LossSettings, TokenStudent
+from tests.support.process_groups import run_ranks
 
 ROOT = Path(__file__).parent.parent.parent
 VOCAB, SEQ_LEN = 300, 32
@@ -471,48 +477,177 @@ def test_an_evaluation_source_of_another_tokenizer_is_refused(labelled, tmp_path
 # -- several processes, and the example --------------------------------------------------------------------
 
 
-def _rank(rank, port, labelled, out, settings):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def _counted(trainer):
+    """A list of the samples that count in each step of a trainer, filled while it trains."""
+    steps, get = [], trainer.get_batch_samples
+
+    def spy(*args):
+        inputs, rows = get(*args)
+        steps.append([s for x in inputs if x["num_rows"] for s in x["batch"].samples.tolist()])
+        return inputs, rows
+
+    trainer.get_batch_samples = spy
+    return steps
+
+
+def _whole(trainer):
+    """The weights of a trainer's model, gathered where processes have a share each."""
+    state = trainer.model.state_dict()
+    return {
+        name: (value.full_tensor() if hasattr(value, "full_tensor") else value).clone()
+        for name, value in state.items()
+    }
+
+
+EPOCHS = {"max_steps": -1, "num_train_epochs": 2, "optim": "adamw_torch", "learning_rate": 0.01}
+EPOCHS |= {"max_grad_norm": 1.0, "eval_strategy": "epoch"}
+CUT = {
+    "max_steps": 4,
+    "optim": "adamw_torch",
+    "learning_rate": 0.01,
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+}
+
+
+def _rank(rank, labelled, out):
+    """Trains by DDP and by FSDP2; returns weights, losses, held-out losses and the samples of each step."""
     folder, source, url = labelled
-    cache = open_cache(url)
     held_out = open_text(source, split="eval")
-    trainer = trainer_of((folder, source, cache), out, settings=settings, eval_dataset=held_out)
-    trainer.train()
-    assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    found = (trainer.model.state_dict(), losses, trainer.evaluate()["eval_loss"])
-    torch.save(found, f"{out}/rank-{rank}.pt")
+
+    def run(settings, resume=None):
+        settings = settings | {"ddp_backend": "gloo"}
+        trainer = trainer_of((folder, source, open_cache(url)), out, settings=settings, eval_dataset=held_out)
+        steps = _counted(trainer)
+        if trainer.is_fsdp_enabled and resume is None:
+            with pytest.raises(ConfigError, match=r"evaluate: .* expected a model that is cut; train first"):
+                trainer.evaluate()
+        trainer.train(resume_from_checkpoint=resume)
+        log = trainer.state.log_history
+        kind = type(trainer.model_wrapped).__name__
+        return _whole(trainer), log, steps, kind
+
+    found = {"ddp": run(EPOCHS | {"per_device_train_batch_size": 23})}
     # In mid-epoch, accelerate alone would give several ranks the order of the first epoch again.
-    settings |= {"max_steps": 8, "save_strategy": "steps", "save_steps": 7}
-    whole = trainer_of((folder, source, cache), out, settings=settings)
-    whole.train()
-    resumed = trainer_of((folder, source, cache), out, settings=settings)
-    resumed.train(resume_from_checkpoint=f"{out}/checkpoint-7")
-    assert_same(resumed.model.state_dict(), whole.model.state_dict(), **EXACT)
+    late = {"max_steps": 8, "save_strategy": "steps", "save_steps": 7, "per_device_train_batch_size": 4}
+    found["late"], found["resumed"] = run(late), run(late, f"{out}/checkpoint-7")
+    _gpus_that_are_cpus()
+    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    settings |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": "FULL_STATE_DICT"}}
+    settings |= {"save_strategy": "steps", "save_steps": 2} | CUT
+    found["fsdp"] = run(settings)
+    found["fsdp-resumed"] = run(settings, f"{out}/checkpoint-2")
     torch.distributed.destroy_process_group()
+    return found
 
 
-@pytest.mark.slow
-def test_two_ranks_take_the_steps_of_one(labelled, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder, source, cache = labelled
+def _gpus_that_are_cpus():
+    """accelerate cuts a model for several GPUs alone: from here on it takes several CPUs for those."""
+    join = PartialState.__init__
+
+    def joined(state, *args, **kwargs):
+        join(state, *args, **kwargs)
+        if state._shared_state.get("distributed_type") == DistributedType.MULTI_CPU:
+            state.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = joined
+
+
+def test_two_ranks_take_the_steps_of_one_by_ddp_and_fsdp_and_see_each_sample_once(labelled, tmp_path):
+    """47 samples, the last batch of one: a rank without a sample takes part without weight."""
+    _, source, cache = labelled
+    num_samples = len(open_text(source, split="train"))
+    assert num_samples == 47
+    ended = run_ranks(tmp_path / "ranks", 2, _rank, (tmp_path, source, cache.url), str(tmp_path))
+    assert [end.code for end in ended] == [0, 0], ended
     held_out = open_text(source, split="eval")
-    alone = trainer_of(labelled, tmp_path, settings={"per_device_train_batch_size": 8}, eval_dataset=held_out)
-    alone.train()
-    settings = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
-    args = (port, (folder, source, cache.url), str(tmp_path), settings)
-    torch.multiprocessing.start_processes(_rank, args, nprocs=2, start_method="forkserver")
-    for rank in (0, 1):
-        weights, losses, eval_loss = torch.load(tmp_path / f"rank-{rank}.pt")
-        assert_same(weights, alone.model.state_dict(), **ROUNDING)
-        assert losses == pytest.approx(
-            [row["loss"] for row in alone.state.log_history if "loss" in row], rel=1e-5
-        )
-        assert eval_loss == pytest.approx(alone.evaluate()["eval_loss"], rel=1e-6)
+    sizes = {"ddp": EPOCHS | {"per_device_train_batch_size": 46}, "fsdp": CUT}
+    sizes["fsdp"] = sizes["fsdp"] | {"per_device_train_batch_size": 8}
+    for name, settings in sizes.items():
+        alone = trainer_of(labelled, tmp_path / "one", settings=settings, eval_dataset=held_out)
+        expected_steps = _counted(alone)
+        alone.train()
+        for end in ended:
+            weights, log, _, _ = end.value[name]
+            assert_same(weights, alone.model.state_dict(), **ROUNDING)
+            for key in ("loss", "eval_loss"):
+                expected = [row[key] for row in alone.state.log_history if key in row]
+                assert [row[key] for row in log if key in row] == pytest.approx(expected, rel=1e-5)
+        both = [sorted(chain(*parts)) for parts in zip(*(end.value[name][2] for end in ended), strict=True)]
+        assert both == [sorted(step) for step in expected_steps], "the batches of one process, cut in two"
+    steps = [[*chain(*parts)] for parts in zip(*(end.value["ddp"][2] for end in ended), strict=True)]
+    assert [len(step) for step in steps] == [46, 1, 46, 1]
+    for epoch in (steps[:2], steps[2:]):
+        assert sorted(chain(*epoch)) == list(range(num_samples)), "each sample once an epoch"
+    first = ended[0].value
+    assert (first["ddp"][3], first["fsdp"][3]) == ("DistributedDataParallel", "FSDPLlamaForCausalLM")
+    for whole, resumed in (("late", "resumed"), ("fsdp", "fsdp-resumed")):
+        assert_same(first[resumed][0], first[whole][0], **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"n_gpu": 2},
+            "DataParallel does not go with a cache's labels here; start the script with `torchrun",
+        ),
+        ({"fsdp_version": 1}, r"FSDP version 1 .* set fsdp_config = \{\"version\": 2\}"),
+        (
+            {"cpu_ram_efficient_loading": True},
+            "cpu_ram_efficient_loading leaves the weights .* set it to false",
+        ),
+        ({"parallelism_config": object()}, "parallelism_config .* cut rows or the head"),
+        ({"dispatch_batches": True}, "dispatch_batches .* its own part of the cache"),
+    ],
+)
+def test_ways_to_cut_that_the_loss_does_not_go_through_are_refused(more, message):
+    """By what a Trainer knows of them: most of them need several devices to be set up."""
+    plugin = SimpleNamespace(**{"fsdp_version": 2, "cpu_ram_efficient_loading": False} | more)
+    args = {"n_gpu": 1, "parallelism_config": None} | more
+    args["accelerator_config"] = SimpleNamespace(dispatch_batches=more.get("dispatch_batches"))
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(**args), is_fsdp_enabled=True, accelerator=SimpleNamespace(state=state)
+    )
+    with pytest.raises(ConfigError, match=message):
+        refuse_parallel(trainer)
+
+
+@pytest.mark.parametrize("num_samples", [1, 7, 8, 47])
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_batches_of_ranks_have_each_sample_once_and_are_equally_many(num_samples, num_ranks):
+    order = torch.utils.data.SequentialSampler(range(num_samples))
+    for drop_last in (False, True):
+        parts = [
+            list(RankBatches(order, 6, rank=rank, num_ranks=num_ranks, drop_last=drop_last))
+            for rank in range(num_ranks)
+        ]
+        size = num_samples // 6 if drop_last else -(-num_samples // 6)
+        assert {len(part) for part in parts} == {size}
+        assert len(RankBatches(order, 6, rank=0, num_ranks=num_ranks, drop_last=drop_last)) == size
+        seen = [
+            sample for step in zip(*parts, strict=True) for part in step for sample in part if sample >= 0
+        ]
+        assert seen == list(range(num_samples // 6 * 6 if drop_last else num_samples))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_batch_without_padding_has_the_same_loss_and_gradient(labelled, attention):
+    _, source, cache = labelled
+    data = SoftLabelDataset(open_text(source, split="train"), open_cache(cache.url))
+    batch = data.collate([data[number] for number in (3, 11, 20, 46)])
+    assert batch.lengths.min() < batch.tokens.shape[1], "some are padded"
+    found = []
+    for padding_free in (False, True):
+        model = llama(attn_implementation=attention)
+        settings = LossSettings(temperature=2.0, alpha=0.7)
+        student = TokenStudent(model, settings, context=SEQ_LEN, padding_free=padding_free)
+        loss = student(batch, batch.labels, 0.7)
+        loss.backward()
+        found.append((loss.detach(), {name: p.grad for name, p in model.named_parameters()}))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=0)
+    assert_same(found[1][1], found[0][1], rtol=1e-4, atol=1e-6)
 
 
 def test_the_example_runs(labelled, tmp_path, monkeypatch, capsys):

@@ -161,9 +161,9 @@ def _draws(images, out):
     """Trains a student with dropout and running statistics; returns its next random number, and the statistics."""
     statistics, weights = [], RunDirectory.load_checkpoint
 
-    def keep(directory, accelerator, before):
+    def keep(directory, accelerator, *hooks):
         statistics.append(accelerator._models[0])
-        return weights(directory, accelerator, before)
+        return weights(directory, accelerator, *hooks)
 
     RunDirectory.load_checkpoint = keep
     _, metrics = train_images(images, out, model=RESTLESS, tables=HALVES)

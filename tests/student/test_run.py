@@ -369,8 +369,8 @@ def test_runs_of_two_precisions_in_one_process(tmp_path, shared_cache):
 def test_best_holds_the_epoch_that_the_metrics_call_best(tmp_path, shared_cache, monkeypatch, lr, why):
     save, states = RunDirectory.save_checkpoint, []
 
-    def keep(self, accelerator, progress):
-        save(self, accelerator, progress)
+    def keep(self, *of_checkpoint):
+        save(self, *of_checkpoint)
         states.append(load_file(self.path / "checkpoint" / "model.safetensors"))
 
     monkeypatch.setattr(RunDirectory, "save_checkpoint", keep)

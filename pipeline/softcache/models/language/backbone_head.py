@@ -124,6 +124,12 @@ class CausalParts(LMHeadMixin):
         """The modules that `hidden` runs."""
         return (self.backbone,)
 
+    @property
+    def has_varlen_attention(self) -> bool:
+        """Whether attention has a kernel for documents of different lengths in one row."""
+        name = getattr(getattr(self.backbone, "config", None), "_attn_implementation", None)
+        return "flash" in (name or "")
+
     def hidden(
         self, tokens_BL: torch.Tensor, segments_BL: torch.Tensor | None, *, cross_documents: bool = False
     ) -> torch.Tensor:
@@ -148,7 +154,7 @@ class CausalParts(LMHeadMixin):
         if self.packing == "rows" or self._has_both_lengths(segments_BL):
             return self._hidden_by_rows(tokens_BL, _starts(segments_BL))
         positions_BL = _positions(_starts(segments_BL))
-        if "flash" in (getattr(getattr(self.backbone, "config", None), "_attn_implementation", None) or ""):
+        if self.has_varlen_attention:
             # transformers' varlen path knows documents in a batch of one row only, else they leak.
             flat_PD = self._run(tokens_BL.reshape(1, -1), positions_BL.reshape(1, -1))
             return flat_PD.view(*tokens_BL.shape, -1)

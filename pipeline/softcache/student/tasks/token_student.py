@@ -14,6 +14,7 @@ from softcache.labels.sparsify import dense_labels_unsorted
 from softcache.losses import LossSettings, cross_entropy, distillation_loss, kl_terms, row_weights
 from softcache.losses.fused import fused_distillation_loss, token_scores
 from softcache.models.language import check_context, check_loss, check_split, split
+from softcache.models.language.backbone_head import CausalParts
 from softcache.student.tasks.base import OnlineTeacher
 
 __all__ = ["TokenStudent"]
@@ -28,10 +29,22 @@ class TokenStudent(nn.Module):
     Args:
         context: tokens that the student attends over; longer samples are cut into windows of so many, each of which
             starts anew. No label is lost: row t needs the tokens up to t, and its target is known.
+        padding_free: runs the samples of a batch as one row without padding, whose positions start anew at each document;
+            None: where attention has a kernel for that (flash_attention_*). The loss is the same.
+
+    Raises:
+        SpecError: the model cannot be cut into backbone and head, or `padding_free` is true and it does not keep documents
+            apart by their positions.
     """
 
     def __init__(
-        self, model: nn.Module, loss: LossSettings, *, context: int, cross_documents: bool = False
+        self,
+        model: nn.Module,
+        loss: LossSettings,
+        *,
+        context: int,
+        cross_documents: bool = False,
+        padding_free: bool | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -40,6 +53,16 @@ class TokenStudent(nn.Module):
         check_split(model, self._parts)
         check_loss(model)
         check_context(self._parts, context, "student")
+        parts = self._parts
+        can = isinstance(parts, CausalParts) and parts.packing == "positions"
+        if padding_free and not can:
+            raise SpecError(
+                f"student {type(model).__name__}: padding_free: expected a model that keeps documents apart by positions "
+                "that start anew; found one that does not; leave it out"
+            )
+        if padding_free is None:
+            padding_free = isinstance(parts, CausalParts) and can and parts.has_varlen_attention
+        self._padding_free = padding_free
 
     @property
     def num_classes(self) -> int:
@@ -287,6 +310,8 @@ class TokenStudent(nn.Module):
         """Returns the hidden states [P, D] of the rows."""
         tokens_BL, segments_BL, rows = batch.tokens, batch.segments, batch.rows
         length = tokens_BL.shape[1]
+        if self._padding_free and length <= self._context:
+            return self._hidden_without_padding(batch)
         if length > self._context:
             # Padded to whole windows, a window is a row of the reshaped batch.
             added = -length % self._context
@@ -295,3 +320,15 @@ class TokenStudent(nn.Module):
             segments_BL = nn.functional.pad(segments_BL, (0, added), mode="replicate").view(-1, self._context)
         hidden_BLD = self._parts.hidden(tokens_BL, segments_BL, cross_documents=self._cross_documents)
         return hidden_BLD.flatten(0, 1)[rows]
+
+    def _hidden_without_padding(self, batch: TokenBatch) -> torch.Tensor:
+        """Returns the hidden states [P, D] of the rows, of all samples' tokens as one row of documents."""
+        tokens_BL, device = batch.tokens, batch.tokens.device
+        lengths_B = torch.from_numpy(batch.lengths).to(device)
+        kept_BL = torch.arange(tokens_BL.shape[1], device=device) < lengths_B[:, None]
+        first_B1 = torch.arange(len(tokens_BL), device=device)[:, None] * tokens_BL.shape[1]
+        # Numbers of documents that no two samples share; whole samples where attention crosses documents.
+        segments_BL = first_B1 + (0 if self._cross_documents else batch.segments)
+        segments_1N = segments_BL.expand_as(tokens_BL)[kept_BL][None]
+        place_P = (kept_BL.flatten().cumsum(0) - 1)[batch.rows]
+        return self._parts.hidden(tokens_BL[kept_BL][None], segments_1N)[0, place_P]

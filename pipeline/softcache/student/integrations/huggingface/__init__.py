@@ -19,8 +19,8 @@ the backbone would go around, and mixed precision. `trainer.model` stays the use
 resumes, counts or inspects it works as ever. (A wrapper module in its place would have to be taken off again in
 each of those.) Handed anything else, `forward` does what it did.
 
-One device, or one process per device (torchrun, accelerate launch). DataParallel, FSDP, DeepSpeed and other ways to
-cut a model to pieces are refused: nothing here was tested with them.
+One device, or one process per device (torchrun, accelerate launch), by DDP, FSDP2 or DeepSpeed (accelerate's own plugins).
+Every sample comes once an epoch over all ranks. DataParallel, FSDP1 and ways to cut rows or the head are refused.
 """
 
 from softcache.errors import MissingExtraError

@@ -15,6 +15,7 @@ from softcache.reader.cache import Cache
 from softcache.student.integrations.huggingface.forward import Call, patched_forward
 from softcache.student.integrations.huggingface.loss import mix_at
 from softcache.student.integrations.huggingface.validate import check_classes, check_tokenizer
+from softcache.student.integrations.huggingface.zero import register_head, whole_weights, zero_stage
 from softcache.student.tasks import LossSettings, TokenStudent
 
 __all__ = ["DistillationMixin"]
@@ -40,6 +41,7 @@ class DistillationMixin:
     _context: int
     _cross_documents: bool
     _processing_class: Any
+    _padding_free: bool | None = None
     _bound: TokenStudent | None = None
     _mix: LossMix | None = None
 
@@ -51,14 +53,23 @@ class DistillationMixin:
         """The loss and the scores of `self.model`, which it does not own."""
         if self._bound is None or self._bound.model is not self.model:
             check_tokenizer(self._source, self.model, self._processing_class)
-            self._bound = TokenStudent(
-                patched_forward(self.model),
-                self._loss,
-                context=self._context,
-                cross_documents=self._cross_documents,
-            )
-            check_classes(self._cache, self._bound.num_classes, type(self.model).__name__)
+            with whole_weights(self):
+                self._bound = TokenStudent(
+                    patched_forward(self.model),
+                    self._loss,
+                    context=self._context,
+                    cross_documents=self._cross_documents,
+                    padding_free=self._padding_free,
+                )
+                check_classes(self._cache, self._bound.num_classes, type(self.model).__name__)
+            if self._is_cut:
+                self._bound.check_sharded()
         return self._bound
+
+    @property
+    def _is_cut(self) -> bool:
+        """Whether processes gather weights from each other: FSDP, or ZeRO-3 of DeepSpeed."""
+        return bool(getattr(self, "is_fsdp_enabled", False)) or zero_stage(self) == 3
 
     def compute_loss(
         self,
@@ -75,6 +86,7 @@ class DistillationMixin:
             num_items_in_batch: rows of all batches of the step; None: this batch is the step.
         """
         student = self._student()
+        register_head(self, student)
         batch: TokenBatch = inputs["batch"].to(self.args.device)
         # Without a number of rows this batch is all there is, whatever step it came from.
         label_share = None if num_items_in_batch is None else inputs.get("label_share")
@@ -84,7 +96,7 @@ class DistillationMixin:
         if num_items_in_batch is not None:
             # Ranks average their gradients, and the logged losses: times their number, the mean is a sum.
             ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            loss = loss * (batch.num_rows * ranks / num_items_in_batch)
+            loss = loss * (inputs.get("num_rows", batch.num_rows) * ranks / num_items_in_batch)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import nn
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import DataLoader, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -17,16 +21,17 @@ from softcache.data.tokens import TokenBatch, TokenData
 from softcache.errors import AlignmentError, ConfigError
 from softcache.reader.dataset import HardLabelDataset, SoftLabelDataset, as_teacher_saw
 from softcache.reader.sampler import BlockSampler
+from softcache.student.integrations.huggingface.forward import Call
 from softcache.student.integrations.huggingface.loss import check_loss, check_stall, loss_of
 from softcache.student.integrations.huggingface.mixin import DistillationMixin
 from softcache.student.integrations.huggingface.validate import (
     named_sources,
     refuse_ignored,
-    refuse_untested,
+    refuse_parallel,
     tokenizer_digest,
 )
 from softcache.student.integrations.validate import check_cache
-from softcache.student.tasks import LossSettings, RowMeans, shard_batches
+from softcache.student.tasks import LossSettings, RowMeans, TokenStudent, even_batches, shard_batches
 
 if TYPE_CHECKING:
     from softcache.reader.cache import Cache
@@ -55,6 +60,7 @@ class DistillTrainer(DistillationMixin, Trainer):
         processing_class: the student's tokenizer; compared with the cache's, and saved with the model. Without it, one
             that lies next to a model loaded from a local folder is compared.
         context: tokens that the student attends over, if fewer than the source's `seq_len`.
+        padding_free: runs a batch as one row without padding; None: with flash_attention_*. The loss is the same.
         trainer: what else Trainer takes: model_init, callbacks, optimizers, optimizer_cls_and_kwargs.
 
     Raises:
@@ -64,6 +70,8 @@ class DistillTrainer(DistillationMixin, Trainer):
         SpecError: the student has no backbone and linear head, too few classes, or too short a context.
         ConfigError: an argument that would be ignored, or that does not fit; what to use instead is named.
     """
+
+    _num_eval_batches = 0
 
     def __init__(
         self,
@@ -78,9 +86,11 @@ class DistillTrainer(DistillationMixin, Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         context: int | None = None,
+        padding_free: bool | None = None,
         **trainer: Any,
     ) -> None:
         refuse_ignored(args, trainer)
+        self._padding_free = padding_free
         self._loss = loss_of(loss, temperature, alpha)
         check_cache(
             cache,
@@ -105,7 +115,7 @@ class DistillTrainer(DistillationMixin, Trainer):
             processing_class=processing_class,
             **trainer,
         )
-        refuse_untested(self)
+        refuse_parallel(self)
         check_stall(self._loss, self.args, eval_dataset)
         self.model_accepts_loss_kwargs = True  # the name of loss_is_scaled_for_ga in older versions
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -116,20 +126,31 @@ class DistillTrainer(DistillationMixin, Trainer):
     # -- training ------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """Returns this rank's share of the batches, each a `TokenBatch` with labels."""
-        args = self.args
-        loader: DataLoader = DataLoader(
-            self._dataset,  # type: ignore[arg-type]
-            batch_size=self._train_batch_size,
-            sampler=SequentialSampler(self._dataset)
-            if args.train_sampling_strategy == "sequential"
-            else self._order,
+        """Returns this rank's share of the batches, each a `TokenBatch` with labels; see `RankBatches`."""
+        args, accelerator = self.args, self.accelerator
+        order = (
+            SequentialSampler(self._dataset) if args.train_sampling_strategy == "sequential" else self._order
+        )
+        ranks = accelerator.num_processes
+        of_all = args.accelerator_config.split_batches  # type: ignore[union-attr]
+        batches = RankBatches(
+            order,
+            self._train_batch_size * (1 if of_all else ranks),
+            rank=accelerator.process_index,
+            num_ranks=ranks,
             drop_last=args.dataloader_drop_last,
+        )
+        loader: DataLoader = DataLoader(
+            _RankSamples(self._dataset),  # type: ignore[arg-type]
+            batch_sampler=batches,
             collate_fn=SoftLabelDataset.collate,
             persistent_workers=args.dataloader_persistent_workers,
             **self._loading(),
         )
-        return self.accelerator.prepare(loader)
+        # What accelerate knows of a loader, without its way of cutting it: it repeats samples to fill the last batch.
+        shard = prepare_data_loader(loader, num_processes=1, process_index=0)
+        accelerator._dataloaders.append(shard)
+        return shard
 
     def _loading(self) -> dict[str, Any]:
         args = self.args
@@ -151,13 +172,14 @@ class DistillTrainer(DistillationMixin, Trainer):
     ) -> tuple[list[Any], torch.Tensor | None]:
         """Returns the batches of one optimizer step, and the rows in all of them, over all ranks.
 
-        A batch is {"batch": TokenBatch, "label_share": of the step's rows, "input_ids": [B, L], "attention_mask": [B, L]};
-        by the last two the Trainer counts tokens and operations.
+        A batch is {"batch": TokenBatch, "num_rows": that count, "label_share": of the step's rows, "input_ids": [B, L],
+        "attention_mask": [B, L]}; by the last two the Trainer counts tokens and operations.
         """
         batches: list[TokenBatch] = [
             batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)
         ]
-        counts = [(batch.num_rows, batch.num_labelled) for batch in batches]
+        # Below 0: the sample of another rank, in place of none.
+        counts = [(b.num_rows, b.num_labelled) if b.samples[0] >= 0 else (0, 0) for b in batches]
         rows, labelled = torch.tensor(counts, dtype=torch.int64, device=device).reshape(-1, 2).sum(0)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             rows, labelled = self.accelerator.reduce(torch.stack([rows, labelled]), reduction="sum")
@@ -165,11 +187,12 @@ class DistillTrainer(DistillationMixin, Trainer):
         return [
             {
                 "batch": batch,
+                "num_rows": num_rows,
                 "label_share": label_share,
                 "input_ids": batch.tokens,
                 "attention_mask": is_token(batch),
             }
-            for batch in batches
+            for batch, (num_rows, _) in zip(batches, counts, strict=True)
         ], rows
 
     # -- evaluation ----------------------------------------------------------------------------------------
@@ -185,9 +208,11 @@ class DistillTrainer(DistillationMixin, Trainer):
             given = given[eval_dataset] if isinstance(eval_dataset, str) else eval_dataset
         data = self._eval_data(given, "eval_dataset")
         shares = shard_batches(len(data), self.args.eval_batch_size, self.accelerator)
+        self._num_eval_batches = len(shares)  # what follows those is for the other processes
+        batches = even_batches(shares, self.accelerator) if self._is_cut else shares
         return DataLoader(
             HardLabelDataset(data),  # type: ignore[arg-type]
-            batch_sampler=[[(sample, 0) for sample in share] for share in shares],  # type: ignore[arg-type]
+            batch_sampler=[[(sample, 0) for sample in share] for share in batches],  # type: ignore[arg-type]
             collate_fn=HardLabelDataset.collate,
             **self._loading(),
         )
@@ -233,10 +258,12 @@ class DistillTrainer(DistillationMixin, Trainer):
             optimizer.eval()
         self.callback_handler.eval_dataloader = dataloader
         means = RowMeans(self.accelerator)
-        for loaded in dataloader:
+        for number, loaded in enumerate(dataloader):
             batch = loaded.to(device)
             with self.accelerator.autocast():
-                nats_P, correct_P = student.scores(batch)
+                nats_P, correct_P = self._scores(student, batch)
+            if number >= self._num_eval_batches:
+                continue  # for the other processes, which gather weights from this one
             means.update(nats_P, correct_P)
             self.control = self.callback_handler.on_prediction_step(args, self.state, self.control)
         loss, accuracy = means.compute(2)
@@ -248,6 +275,18 @@ class DistillTrainer(DistillationMixin, Trainer):
         num_samples = len(dataloader.dataset)  # type: ignore[arg-type]
         nothing: Any = None  # in place of predictions
         return EvalLoopOutput(nothing, label_ids=None, metrics=metrics, num_samples=num_samples)
+
+    def _scores(self, student: TokenStudent, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `TokenStudent.scores`; where processes gather weights, within the forward pass of what they wrapped."""
+        if not self._is_cut:
+            return student.scores(batch)
+        if not self.accelerator._models:
+            raise ConfigError(
+                "DistillTrainer.evaluate: accelerate cuts a model together with its optimizer, in train(); expected a model "
+                "that is cut; train first, or evaluate in one process per device without FSDP or DeepSpeed"
+            )
+        found: tuple[torch.Tensor, torch.Tensor] = self.model_wrapped(Call(partial(student.scores, batch)))
+        return found
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses: predictions are [samples, positions, V] logits, which nothing here makes.
@@ -265,6 +304,57 @@ def is_token(batch: TokenBatch) -> torch.Tensor:
     """[B, L] bool, False where a sample is padded."""
     lengths_B = torch.from_numpy(batch.lengths).to(batch.tokens.device)
     return torch.arange(batch.tokens.shape[1], device=batch.tokens.device) < lengths_B[:, None]
+
+
+class RankBatches(Sampler[list[int]]):
+    """A rank's part of each batch of an order: every sample once over all ranks, and as many batches for each of them.
+
+    A rank without a sample in the last batch has the first of that batch, written as its complement (below 0), which does
+    not count.
+
+    Args:
+        order: sample numbers, the same on all ranks.
+        batch_size: of all ranks.
+        drop_last: leaves out a batch of fewer.
+    """
+
+    def __init__(
+        self, order: Sampler[int], batch_size: int, *, rank: int, num_ranks: int, drop_last: bool = False
+    ) -> None:
+        self.sampler, self.batch_size, self.drop_last = order, batch_size, drop_last
+        self._rank, self._num_ranks = rank, num_ranks
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        num_samples = len(self.sampler)  # type: ignore[arg-type]
+        return num_samples // self.batch_size if self.drop_last else -(-num_samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = iter(self.sampler)
+        while batch := list(islice(order, self.batch_size)):
+            if len(batch) < self.batch_size and self.drop_last:
+                return
+            first, last = (len(batch) * rank // self._num_ranks for rank in (self._rank, self._rank + 1))
+            yield batch[first:last] or [~batch[0]]
+
+
+class _RankSamples:
+    """A dataset that also takes the complement of a sample number, and gives its batch the same number."""
+
+    def __init__(self, dataset: SoftLabelDataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitems__(self, indices: list[int]) -> TokenBatch:
+        if indices[0] >= 0:
+            return self._dataset.__getitems__(indices)  # type: ignore[no-any-return]
+        batch = self._dataset.__getitems__([~indices[0]])
+        return replace(batch, samples=~batch.samples)  # type: ignore[no-any-return]
 
 
 class SetEpoch(TrainerCallback):

@@ -81,6 +81,42 @@ def refuse_untested(trainer: Trainer) -> None:
         )
 
 
+def refuse_parallel(trainer: Trainer) -> None:
+    """Raises ConfigError for ways to cut a model or its batches that the loss does not go through."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    settings: Any = trainer.args.accelerator_config
+    ways = {
+        "DataParallel": (
+            trainer.args.n_gpu > 1,
+            "start the script with `torchrun --nproc-per-node=N`, or set CUDA_VISIBLE_DEVICES to one device",
+        ),
+        "FSDP version 1": (
+            trainer.is_fsdp_enabled and getattr(plugin, "fsdp_version", 2) == 1,
+            'it flattens the head, which the loss reads; set fsdp_config = {"version": 2}',
+        ),
+        "parallelism_config": (
+            getattr(trainer.args, "parallelism_config", None) is not None,
+            "tensor, context and sequence parallelism cut rows or the head between processes; use FSDP2 or DeepSpeed",
+        ),
+        "distributed_config": (
+            bool(getattr(trainer, "is_distributed_loading_by_transformers", False)),
+            "the loss reads the whole head, which a model that transformers cut at loading does not have; use FSDP2",
+        ),
+        "dispatch_batches": (
+            bool(settings.dispatch_batches),
+            "every process reads its own part of the cache; leave it out",
+        ),
+    }
+    for name, (used, advice) in ways.items():
+        if used:
+            raise ConfigError(f"DistillTrainer: {name} does not go with a cache's labels here; {advice}")
+    if trainer.is_fsdp_enabled and getattr(plugin, "cpu_ram_efficient_loading", False):
+        raise ConfigError(
+            "DistillTrainer: fsdp_config.cpu_ram_efficient_loading leaves the weights of all processes but the first empty, "
+            "on which the model cannot be checked; set it to false"
+        )
+
+
 def named_sources(eval_dataset: Any) -> list[tuple[str, Any]]:
     if isinstance(eval_dataset, dict):
         return [(f"eval_dataset[{name!r}]", source) for name, source in eval_dataset.items()]
