@@ -1,6 +1,6 @@
 # softcache: run the teacher once, train any number of students from its cache.
-# Variables: CONFIG (a TOML file), CACHE (a path or URL), STUDENT (a model spec), SET ("a.b=v c.d=w"); of sweep: TRIALS,
-# WORKERS, SEEDS (numbers).
+# Variables: CONFIG (a TOML file), CACHE (a path or URL), STUDENT (a model spec), SET ("a.b=v c.d=w"); of train-student:
+# BASELINE (0: no training on hard labels); of sweep: TRIALS, WORKERS, SEEDS (numbers).
 
 PYTHON ?= python3
 CONFIG ?= configs/digits.toml
@@ -30,9 +30,9 @@ $(STAMP): pyproject.toml constraints.txt
 teacher-logits: setup  ## run the teacher once over CONFIG's data and fill CACHE
 	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)'
 
-train-student: setup  ## train STUDENT from CACHE; makes the cache first if there is none
+train-student: setup  ## train STUDENT from CACHE, made first if there is none, and on hard labels (BASELINE=0: not)
 	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)' --reuse
-	$(RUN) train-student $(ARGS) --cache '$(CACHE)' $(PICK)
+	$(RUN) train-student $(ARGS) --cache '$(CACHE)' $(PICK) $(if $(filter 0 no,$(BASELINE)),,--baseline)
 
 train-students: setup  ## train several architectures from CACHE, one table
 	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)' --reuse

@@ -44,7 +44,7 @@ __all__ = ["train_student_command"]
     type=PATH,
     help="The run's directory, or its URL in a bucket [default: one under runs/NAME/students].",
 )
-@click.option("--baseline/--no-baseline", default=True, help="Also train it on hard labels.")
+@click.option("--baseline/--no-baseline", default=False, help="Also train it on hard labels, for comparison.")
 @click.option("--allow-partial", is_flag=True, help="Train on the finished units if some are missing.")
 def train_student_command(
     config: RunConfig,

@@ -71,7 +71,9 @@ def test_variables_reach_the_command_quoted(make):
     for command in (first, second):
         assert "--set 'train.epochs=2' --set 'train.lr=1e-3'" in command
         assert "--cache 'a b'" in command
-    assert second.endswith(f"--student '{student}'")
+    assert second.endswith(f"--student '{student}' --baseline")
+    plain = commands(make("-n", "train-student", f"STUDENT={student}", "BASELINE=0"))[1].rstrip()
+    assert plain.endswith(f"--student '{student}'")
     assert "--student" not in first
 
 

@@ -231,7 +231,7 @@ def test_train_teacher_without_its_table(run):
 
 
 def test_train_student_prints_the_student_the_baseline_and_the_teacher(run, cache, no_teacher):
-    result = run("train-student", "--config", "small.toml")
+    result = run("train-student", "--config", "small.toml", "--baseline")
     assert result.code == 0, result
     for column in ("student", "parameters", "of teacher", "from cache", "hard labels", "teacher", "seconds"):
         assert column in result.out
