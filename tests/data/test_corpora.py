@@ -4,7 +4,9 @@ import bz2
 import gzip
 import json
 import lzma
+import re
 import struct
+import tomllib
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 
@@ -23,6 +25,7 @@ from softcache.data.sources.text.packing import Encoded
 from softcache.data.sources.text.shards import Shards
 from softcache.data.sources.text.table import TableWriter
 from softcache.errors import LostProcessError, SourceError, SpecError
+from tests.support.caches import ROOT
 
 TEXTS = ["w10 w11 w12", "w20 w21", "w30 w31 w32 w33"]
 TOKENS = [[10, 11, 12, 0], [20, 21, 0], [30, 31, 32, 33, 0]]  # a text ends with <eos>, 0
@@ -319,6 +322,16 @@ def test_bos_of_token_ids(opened, tmp_path, bos_words):
             r"labels_column and source.mask_column: give one",
         ),
         ({"input_ids_column": "i", "chat_template": "t"}, r"source.chat_template: for chats only"),
+        ({"streaming": True}, r"source.streaming: without a bound; give source.max_documents or"),
+        ({"max_tokens": 9}, r"source.max_tokens: bounds what is streamed; set source.streaming = true"),
+        (
+            {"streaming": True, "max_tokens": 9, "messages_column": "m"},
+            r"source.max_tokens: of texts and token ids; bound chats by",
+        ),
+        (
+            {"streaming": True, "max_tokens": 9, "tokenizer": "bpe"},
+            r"source.max_tokens: counted by source.tokenizer, and",
+        ),
         (
             {"input_ids_column": "i", "mask_column": "m", "packing": "packed"},
             r"would cut answers from their prompts",
@@ -707,3 +720,13 @@ def test_a_bpe_is_trained_on_a_mixture_of_texts(mixed, tmp_path):
     assert source.vocab_size <= 262
     keys = source.keys()
     assert {key.split("/")[0] for key in keys} == {"web", "again"}
+
+
+def test_the_tables_of_the_page_are_settings_of_sources():
+    tables = re.findall(r"```toml\n(.*?)```", (ROOT / "docs/how-to/corpora.md").read_text(), re.S)
+    assert {source_settings(tomllib.loads(table)["source"]).name for table in tables} == {
+        "hf",
+        "megatron",
+        "mixture",
+        "token_stream",
+    }
