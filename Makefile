@@ -8,13 +8,14 @@ NAME   := $(basename $(notdir $(CONFIG)))
 CACHE  ?= runs/$(NAME)/cache
 VENV   := .venv
 STAMP  := $(VENV)/.installed
+VLLM   := .venv-vllm
 RUN    := $(VENV)/bin/softcache
 ARGS   := --config $(CONFIG) $(foreach pair,$(SET),--set '$(pair)')
 PICK   := $(if $(STUDENT),--student '$(STUDENT)')
 SWEEP  := $(strip $(if $(TRIALS),--trials '$(TRIALS)') $(if $(WORKERS),--workers '$(WORKERS)') $(if $(SEEDS),--seeds '$(SEEDS)'))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-logits train-student train-students sweep distill compare report train-teacher inspect verify fidelity materialize gc test test-fast docs package chaos check format clean bench
+.PHONY: help setup teacher-logits train-student train-students sweep distill compare report train-teacher inspect verify fidelity materialize gc test test-fast docs package chaos check format test-vllm clean bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +82,15 @@ test: setup  ## run the tests
 test-fast: setup  ## run the tests of the edit loop, a minute: all but SLOW_PATHS of tests/conftest.py
 	$(VENV)/bin/python -m pytest --fast
 
+test-vllm: $(VLLM)/.installed  ## run the tests of teachers in vLLM, in an environment of its own (3 GB)
+	$(VLLM)/bin/python -m pytest -n 0 -m vllm tests/teacher/test_vllm.py
+$(VLLM)/.installed: constraints-vllm.txt
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --requirement constraints-vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
 docs: setup  ## build the documentation's site in site/ (mkdocs serve shows it, with its search)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
@@ -105,5 +115,5 @@ format: setup  ## format the code
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove what the other targets made: .venv, runs, tool caches
-	rm -rf $(VENV) .venv-bare dist build site runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis softcache.egg-info
+	rm -rf $(VENV) $(VLLM) .venv-bare dist build site runs .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis softcache.egg-info
 	find pipeline stages tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

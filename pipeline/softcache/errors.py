@@ -11,6 +11,7 @@ __all__ = [
     "CacheNotFoundError",
     "ConfigError",
     "CorruptionError",
+    "EngineError",
     "IdentityError",
     "IncompleteCacheError",
     "LabelError",
@@ -124,6 +125,10 @@ class StorageError(SoftcacheError, OSError):
 
 class LostProcessError(SoftcacheError, ConnectionError):
     """Another process of a run is gone, or does not answer."""
+
+
+class EngineError(SoftcacheError, RuntimeError):
+    """A serving engine that runs a teacher cannot start, has failed, or is out of memory."""
 
 
 class RunError(SoftcacheError, ValueError):

@@ -56,7 +56,14 @@ class RunConfig(Settings):
 
     @model_validator(mode="after")
     def _check_modality(self) -> Self:
-        modality_of(self).check(self)
+        modality = modality_of(self)
+        modality.check(self)
+        engine = "transformers" if self.teacher is None else self.teacher.engine.name
+        if engine != "transformers" and not modality.runs_engines:
+            raise ValueError(
+                f"teacher.engine: {engine!r} runs causal language models; found source.modality = "
+                f"{self.source.modality!r}; drop it"
+            )
         return self
 
     @model_validator(mode="after")

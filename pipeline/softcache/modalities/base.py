@@ -185,6 +185,7 @@ class Modality(ABC):
         imports_responses: whether `softcache import` makes labels of a server's answers to its samples.
         weight_decay_exempt: whether norms, biases and embeddings of its students have no weight decay where
             train.weight_decay_exempt does not give it.
+        runs_engines: whether a serving engine can run its teachers (`teacher.engine`).
     """
 
     name: ClassVar[str] = ""
@@ -195,6 +196,7 @@ class Modality(ABC):
     has_report: ClassVar[bool] = False
     imports_responses: ClassVar[bool] = False
     weight_decay_exempt: ClassVar[bool] = False
+    runs_engines: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

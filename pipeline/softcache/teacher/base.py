@@ -23,6 +23,7 @@ from softcache.labels.sparsify import LabelSettings, logit_faults
 from softcache.models.spec import architecture_of
 from softcache.models.weights import count_parameters
 from softcache.settings import Settings
+from softcache.teacher.engines.base import AnyEngineSettings, TransformersSettings
 
 __all__ = ["Dtype", "Teacher", "TeacherFacts", "TeacherSettings"]
 
@@ -30,10 +31,11 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class TeacherSettings(Settings):
-    """[teacher]: what labels the data."""
+    """[teacher]: what labels the data, and the engine that runs a language model."""
 
     model: str
     weights: str | None = None
+    engine: AnyEngineSettings = TransformersSettings()
 
 
 class TeacherFacts:

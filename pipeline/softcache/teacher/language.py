@@ -45,31 +45,39 @@ class LanguageTeacher(Teacher):
 
     @torch.inference_mode()
     def chunks(self, batch: TokenBatch) -> Iterator[torch.Tensor]:
+        hidden_PD = self._hidden_rows(batch)
+        for start in range(0, max(1, len(hidden_PD)), self._chunk_positions):
+            with self.autocast():
+                logits_PV = self.parts.logits(
+                    hidden_PD[start : start + self._chunk_positions].to(self.device)
+                )
+            yield logits_PV
+
+    def _hidden_rows(self, batch: TokenBatch) -> torch.Tensor:
+        """Returns the hidden states [P, D] of a batch's rows."""
         batch = batch.to(self.device)
         with self.autocast():
             hidden_BLD = self.parts.hidden(
                 batch.tokens, batch.segments, cross_documents=self._cross_documents
             )
-        hidden_PD = hidden_BLD.flatten(0, 1)[batch.rows]
-        for start in range(0, max(1, len(hidden_PD)), self._chunk_positions):
-            with self.autocast():
-                logits_PV = self.parts.logits(hidden_PD[start : start + self._chunk_positions])
-            yield logits_PV
+        return hidden_BLD.flatten(0, 1)[batch.rows]
 
     def describe_score(self, accuracy: float, perplexity: float) -> str:
         return f"perplexity {perplexity:.4g}, {accuracy:.1%} of tokens right"
 
-    @torch.inference_mode()
     def check_forward(self, batch: TokenBatch) -> None:
         """Compares a few documents with the model's own forward pass on each of them alone.
 
         Raises:
             LabelError: their mean negative log-likelihoods differ by more than rounding.
         """
-        if not isinstance(self.parts, CausalParts) or self._cross_documents:
-            return
-        batch = batch.to(self.device)
-        ours_P = self._row_losses(batch)
+        if isinstance(self.parts, CausalParts) and not self._cross_documents:
+            self._compare_with(self.model, batch.to(self.device))
+
+    @torch.inference_mode()
+    def _compare_with(self, model: nn.Module, batch: TokenBatch) -> None:
+        """Compares a few documents with a model's own forward pass on the batch's device; see `check_forward`."""
+        ours_P = self._row_losses(batch).to(batch.tokens.device)
         row_L, column_L = batch.rows // batch.tokens.shape[1], batch.rows % batch.tokens.shape[1]
         ours, plain, used = 0.0, 0.0, 0
         for row, segment in _documents(batch):
@@ -79,7 +87,7 @@ class LanguageTeacher(Teacher):
             if len(tokens_L) > MAX_CHECKED_TOKENS or not chosen_P.any():
                 continue
             with self.autocast():
-                logits_LV = plain_logits(self.model, tokens_L[None])[0].float()
+                logits_LV = plain_logits(model, tokens_L[None])[0].float()
             # Positions in the document of its rows.
             position_P = column_L[chosen_P] - int(inside_L.nonzero()[0])
             targets_P = batch.targets[chosen_P]
@@ -101,7 +109,7 @@ class LanguageTeacher(Teacher):
         """Returns the negative log-likelihoods [P] of a batch's rows, with one chunk of logits at a time."""
         losses, start = [], 0
         for logits_PV in self.chunks(batch):
-            targets_P = batch.targets[start : start + len(logits_PV)]
+            targets_P = batch.targets[start : start + len(logits_PV)].to(logits_PV.device)
             losses.append(nn.functional.cross_entropy(logits_PV, targets_P, reduction="none"))
             start += len(logits_PV)
         return torch.cat(losses)

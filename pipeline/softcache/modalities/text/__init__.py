@@ -31,6 +31,7 @@ class Text(Modality):
     has_report = True
     imports_responses = True
     weight_decay_exempt = True
+    runs_engines = True
     generates = False
 
     def open(self, config: RunConfig) -> Data:

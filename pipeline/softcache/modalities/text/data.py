@@ -21,6 +21,7 @@ from softcache.reader.cache import Cache
 from softcache.reader.paired import MatchedDocuments
 from softcache.student.tasks import TokenTask
 from softcache.teacher.base import Teacher, TeacherSettings
+from softcache.teacher.engine_language import load_engine_teacher
 from softcache.teacher.language import LanguageTeacher, load_language_teacher
 
 if TYPE_CHECKING:
@@ -117,7 +118,8 @@ class TextData(TokenSplits):
     def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:
         """Returns the teacher with its weights, on the device and dtype of [capture]."""
         self._check_tokenizer("teacher.model", settings.model)
-        return load_language_teacher(
+        load = load_language_teacher if settings.engine.name == "transformers" else load_engine_teacher
+        return load(
             settings,
             vocab_size=self.num_classes,
             seq_len=self._settings.seq_len,

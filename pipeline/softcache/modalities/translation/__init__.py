@@ -20,6 +20,7 @@ class Translation(Text):
     name = "translation"
     generates = True
     imports_responses = False
+    runs_engines = False
 
     def open(self, config: RunConfig) -> Data:
         from softcache.modalities.translation.data import TranslationData

@@ -33,7 +33,7 @@ from softcache.models.spec import ModelSpec, parse_spec
 from softcache.runtime.optional import auto_tokenizer
 from softcache.runtime.suggest import closest_matches
 
-__all__ = ["build_language_model", "tokenizer_of"]
+__all__ = ["auto_class", "build_language_model", "safe_arguments", "tokenizer_of"]
 
 BITSANDBYTES = ("load_in_4bit", "load_in_8bit", "bnb_4bit_", "llm_int8_")
 ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
@@ -170,7 +170,7 @@ def with_checkpointing(model: Any, enabled: bool) -> nn.Module:
     return model
 
 
-def _safe_args(spec: str, parsed: ModelSpec) -> tuple[str, dict[str, Any], bool]:
+def safe_arguments(spec: str, parsed: ModelSpec) -> tuple[str, dict[str, Any], bool]:
     """Returns (name or path, arguments, gradient checkpointing); refuses what would run foreign code."""
     args = dict(parsed.args)
     for banned in (
@@ -201,7 +201,7 @@ def _safe_args(spec: str, parsed: ModelSpec) -> tuple[str, dict[str, Any], bool]
 def pretrained(
     spec: str, parsed: ModelSpec, vocab_size: int, context: int, *, auto: str = "AutoModelForCausalLM"
 ) -> nn.Module:
-    name, args, checkpointing = _safe_args(spec, parsed)
+    name, args, checkpointing = safe_arguments(spec, parsed)
     path = Path(name)
     if path.is_dir() and not any(path.glob("*.safetensors")):
         pickled = sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
@@ -211,7 +211,7 @@ def pretrained(
         )
     hub = {key: args[key] for key in ("revision", "subfolder") if key in args}
     config = transformers_library().AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
-    model, info = _auto_class(config, auto).from_pretrained(
+    model, info = auto_class(config, auto).from_pretrained(
         name,
         trust_remote_code=False,
         use_safetensors=True,
@@ -228,7 +228,7 @@ def pretrained(
     return with_checkpointing(model, checkpointing)
 
 
-def _auto_class(config: Any, auto: str) -> Any:
+def auto_class(config: Any, auto: str = "AutoModelForCausalLM") -> Any:
     """Returns transformers' class for a configuration: that of images and texts for models that have no other."""
     library = transformers_library()
     of_text, of_both = library.MODEL_FOR_CAUSAL_LM_MAPPING, library.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -253,7 +253,7 @@ def _with_quantization(spec: str, args: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_config_of(spec: str, parsed: ModelSpec, vocab_size: int, context: int) -> nn.Module:
-    name, args, checkpointing = _safe_args(spec, parsed)
+    name, args, checkpointing = safe_arguments(spec, parsed)
     build = {key: args.pop(key) for key in ("dtype", "attn_implementation") if key in args}
     config, unknown = transformers_library().AutoConfig.from_pretrained(
         name, trust_remote_code=False, return_unused_kwargs=True, **{"vocab_size": vocab_size} | args
