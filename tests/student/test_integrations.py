@@ -5,12 +5,15 @@ import os
 import runpy
 import sys
 
+import numpy as np
 import pytest
+import timm.data
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import Callback
 from timm.data import create_loader
 from torch import nn
+from torchvision.transforms import v2
 
 from softcache import MemmapSettings, open_cache
 from softcache.config.load import load_config
@@ -277,6 +280,45 @@ def test_targets_that_mixup_made_are_refused(shared_cache):
     loss_fn = TimmLoss(TimmDataset(shared_cache[1].train.source, shared_cache[2]))
     with pytest.raises(LabelError, match=r"shape \(8, 10\); expected float32 \[batch, \d+\].*mixup"):
         loss_fn(torch.randn(8, 10), torch.rand(8, 10))
+
+
+def mixers(width):
+    """Mixers of images and targets that take rows of numbers as if they were one-hot."""
+    return [
+        v2.MixUp(alpha=1.0),
+        v2.CutMix(alpha=1.0),
+        timm.data.Mixup(num_classes=width, label_smoothing=0.0, multi_label=True),
+        timm.data.Mixup(num_classes=width, mixup_alpha=0.0, cutmix_alpha=1.0, label_smoothing=0.1, multi_label=True),
+        timm.data.Mixup(num_classes=width, mode="elem", label_smoothing=0.0, multi_label=True),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_rows_that_a_mixer_averaged_are_refused(shared_cache, number):
+    """Averages of class numbers are class numbers, and the loss of them is finite."""
+    dataset = TimmDataset(shared_cache[1].train.source, shared_cache[2])
+    loss_fn, mix = TimmLoss(dataset), mixers(dataset.rows.width)[number]
+    images, targets = (
+        torch.stack(list(values)) for values in zip(*dataset.__getitems__(range(8)), strict=True)
+    )
+    np.random.seed(number)  # noqa: NPY002  # timm draws from it
+    torch.manual_seed(number)
+    mixed, rows = mix(images.float(), targets.clone())
+    assert rows.shape == targets.shape
+    assert not torch.equal(mixed, images.float())
+    with pytest.raises(LabelError, match=r"of 8 rows are not those of the labelled dataset.*MixUp"):
+        loss_fn(torch.randn(8, 10), rows)
+    assert torch.isfinite(loss_fn(torch.randn(8, 10), targets.flip(0)))
+
+
+def test_a_row_of_which_one_bit_is_off_is_refused(shared_cache):
+    dataset = TimmDataset(shared_cache[1].train.source, shared_cache[2])
+    (_, row) = dataset[0]
+    for place in range(len(row)):
+        wrong = row.clone()
+        wrong.view(torch.int32)[place] ^= 1
+        with pytest.raises(LabelError, match="1 of 1 rows are not those"):
+            dataset.rows.unpack(wrong[None])
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,10 @@ class RunConfig(Settings):
                 f"teacher.engine: {engine!r} runs causal language models; found source.modality = "
                 f"{self.source.modality!r}; drop it"
             )
+        if self.teacher is not None and self.teacher.class_map is not None and not modality.reads_class_map:
+            raise ValueError(
+                f"teacher.class_map: of image classifiers; source.modality = {modality.name!r} has none; drop it"
+            )
         return self
 
     @model_validator(mode="after")

@@ -222,6 +222,9 @@ class Modality(ABC):
         """Returns what the name of a cache's row in a table has for so many views."""
         return ""
 
+    reads_class_map = False
+    """Whether its teachers may have other outputs than the source has classes: `teacher.class_map`."""
+
     def check(self, config: RunConfig) -> None:  # noqa: B027  # not every modality has something to check
         """Checks the tables of a config against each other.
 

@@ -38,12 +38,12 @@ def _unknown(spec: str, name: str, known: Iterable[str]) -> SpecError:
     return SpecError(f"model {spec!r}: unknown name {name!r}; nearest: {', '.join(near)}")
 
 
-def build_model(spec: str, *, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+def build_model(spec: str, *, num_classes: int | None, input_shape: tuple[int, ...]) -> nn.Module:
     """Returns a freshly initialised module for inputs of `input_shape`.
 
     Args:
         spec: see the module docstring.
-        num_classes: V, the width of the logits.
+        num_classes: V, the width of the logits; None: what the model has by itself, or by its spec's arguments.
         input_shape: (channels, height, width) of one normalised image; (bytes,) of the longest encoded file.
 
     Raises:
@@ -65,7 +65,7 @@ def build_model(spec: str, *, num_classes: int, input_shape: tuple[int, ...]) ->
     except Exception as error:
         # A third-party constructor may raise anything; the user needs to know which spec it was.
         raise SpecError(
-            f"model {spec!r}: cannot be built for {num_classes} classes and {_described(input_shape)}: "
+            f"model {spec!r}: cannot be built for {num_classes or 'its own'} classes and {_described(input_shape)}: "
             f"{type(error).__name__}: {error}; check the arguments after '?'"
         ) from error
 
@@ -74,15 +74,19 @@ def _described(input_shape: tuple[int, ...]) -> str:
     return f"files of {input_shape[0]} bytes" if len(input_shape) == 1 else f"images of {input_shape}"
 
 
-def _timm(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+def _timm(spec: str, parsed: ModelSpec, num_classes: int | None, input_shape: tuple[int, ...]) -> nn.Module:
     import timm
 
     base = parsed.name.partition(".")[0]
     if not timm.is_model(base):
         raise _unknown(spec, parsed.name, timm.list_models())
     return timm.create_model(
-        parsed.name, **{"num_classes": num_classes, "in_chans": input_shape[0]} | parsed.args
+        parsed.name, **_classes(num_classes) | {"in_chans": input_shape[0]} | parsed.args
     )
+
+
+def _classes(num_classes: int | None) -> dict[str, int]:
+    return {} if num_classes is None else {"num_classes": num_classes}
 
 
 class _GrayToRgb(nn.Module):
@@ -90,12 +94,14 @@ class _GrayToRgb(nn.Module):
         return images_BCHW.expand(-1, 3, -1, -1)
 
 
-def _torchvision(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+def _torchvision(
+    spec: str, parsed: ModelSpec, num_classes: int | None, input_shape: tuple[int, ...]
+) -> nn.Module:
     from torchvision import models
 
     if parsed.name not in models.list_models(module=models):
         raise _unknown(spec, parsed.name, models.list_models(module=models))
-    model = models.get_model(parsed.name, **{"num_classes": num_classes} | parsed.args)
+    model = models.get_model(parsed.name, **_classes(num_classes) | parsed.args)
     # torchvision's classifiers have three input channels; a grey image is shown to each of them.
     return nn.Sequential(_GrayToRgb(), model) if input_shape[0] == 1 else model
 
@@ -107,7 +113,9 @@ def _near_family(name: str) -> str:
     return f"; did you mean {near[0]}:{rest}?" if near else ""
 
 
-def _factory(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+def _factory(
+    spec: str, parsed: ModelSpec, num_classes: int | None, input_shape: tuple[int, ...]
+) -> nn.Module:
     module_name, _, attribute = parsed.name.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
@@ -116,7 +124,7 @@ def _factory(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[
             f"model {spec!r}: {error}; expected a built-in name ({', '.join(BUILTIN)}), timm:NAME, "
             f"torchvision:NAME, or an importable module:factory{_near_family(parsed.name)}"
         ) from error
-    offered = {"num_classes": num_classes, "input_shape": input_shape}
+    offered: dict[str, Any] = _classes(num_classes) | {"input_shape": input_shape}
     parameters = inspect.signature(factory).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     offered = {name: value for name, value in offered.items() if takes_any or name in parameters}
@@ -166,11 +174,18 @@ BUILTIN: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def _builtin(spec: str, parsed: ModelSpec, num_classes: int, input_shape: tuple[int, ...]) -> nn.Module:
+def _builtin(
+    spec: str, parsed: ModelSpec, num_classes: int | None, input_shape: tuple[int, ...]
+) -> nn.Module:
     if parsed.name not in BUILTIN:
         raise SpecError(
             f"model {spec!r}: unknown name {parsed.name!r}; built in: {', '.join(BUILTIN)}; "
             "others are written timm:NAME, torchvision:NAME or module:factory"
+        )
+    if num_classes is None:
+        raise SpecError(
+            f"model {spec!r}: has as many outputs as it is asked for; teacher.class_map is for models that have their "
+            "own; drop teacher.class_map"
         )
     if (parsed.name == "bytes") != (len(input_shape) == 1):
         raise SpecError(

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import nn
 
 from softcache.cache.codecs import CODECS, Codec, CodecSettings
@@ -35,6 +36,7 @@ class TeacherSettings(Settings):
 
     model: str
     weights: str | None = None
+    class_map: str | None = Field(None, min_length=1)
     engine: AnyEngineSettings = TransformersSettings()
 
 

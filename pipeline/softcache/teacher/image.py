@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,11 +11,13 @@ from torch import nn
 
 from softcache.data.images import ImageBatch
 from softcache.errors import ConfigError, LabelError
+from softcache.hashing.digests import digest_json
 from softcache.models.image import Normalize, build_model
-from softcache.models.spec import parse_spec
+from softcache.models.spec import ModelSpec, parse_spec
 from softcache.models.weights import load_weights
 from softcache.runtime.linear import linear_float32
 from softcache.teacher.base import Dtype, Teacher, TeacherSettings
+from softcache.teacher.class_map import output_names, read_class_map
 
 __all__ = ["ImageTeacher", "load_image_teacher"]
 
@@ -23,11 +25,32 @@ __all__ = ["ImageTeacher", "load_image_teacher"]
 class ImageTeacher(Teacher):
     """A classifier of images, with its normalisation."""
 
-    def __init__(self, model: nn.Module, *, normalize: Normalize, **common: Any) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        normalize: Normalize,
+        class_map: tuple[int, ...] | None = None,
+        num_outputs: int | None = None,
+        **common: Any,
+    ) -> None:
+        """
+        Args:
+            class_map: the output of each class; None: they are the same.
+            num_outputs: of the model; None: as many as classes.
+        """
         super().__init__(model, **common)
         self._normalize = normalize.to(self.device)
+        self._class_map, self._num_outputs = class_map, num_outputs or self.num_classes
+        self._outputs_V = None if class_map is None else torch.tensor(class_map, device=self.device)
         if self.dtype != "float32":
-            _keep_accumulator(self.model, self.num_classes)
+            _keep_accumulator(self.model, self._num_outputs)
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        found = super().identity()
+        if self._class_map is not None:
+            found["teacher"]["class_map"] = digest_json(list(self._class_map))
+        return found
 
     @torch.inference_mode()
     def chunks(self, batch: ImageBatch) -> Iterator[torch.Tensor]:
@@ -43,14 +66,14 @@ class ImageTeacher(Teacher):
         images = images_BCHW.to(self.device, non_blocking=True)
         with self.autocast():
             logits = self.model(self._normalize(images))
-        expected = (len(images), self.num_classes)
+        expected = (len(images), self._num_outputs)
         if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
             found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
             raise LabelError(
                 f"teacher {self.spec}: expected logits of shape {expected} (batch, classes); found {found}; "
-                "the teacher's head must have one output per class of the source"
+                "the teacher's head must have one output per class of the source, or teacher.class_map choose among them"
             )
-        return logits.float()
+        return logits.float() if self._outputs_V is None else logits[:, self._outputs_V].float()
 
 
 def _keep_accumulator(model: nn.Module, num_classes: int) -> None:
@@ -71,13 +94,15 @@ def load_image_teacher(
     num_classes: int,
     input_shape: tuple[int, int, int],
     normalize: Normalize,
+    class_names: Sequence[str] = (),
     device: torch.device,
     dtype: Dtype,
 ) -> ImageTeacher:
     """Returns the teacher of a config, its weights loaded.
 
     Raises:
-        ConfigError: no weights are named, for a model that would otherwise be random.
+        ConfigError: no weights are named, for a model that would otherwise be random; its pretrained head has other classes;
+            `teacher.class_map` does not fit.
         SpecError: the model or its weights cannot be loaded.
     """
     parsed = parse_spec(settings.model)
@@ -87,9 +112,71 @@ def load_image_teacher(
             f"teacher.weights: missing, and {settings.model} would be random; give a weights file "
             "(safetensors or a state dict), or a pretrained model such as timm:NAME?pretrained=true"
         )
-    model = build_model(settings.model, num_classes=num_classes, input_shape=input_shape)
+    if settings.class_map is None and settings.weights is None and parsed.family == "timm":
+        _check_pretrained_head(parsed, num_classes)
+    build = partial(
+        build_model,
+        settings.model,
+        num_classes=None if settings.class_map else num_classes,
+        input_shape=input_shape,
+    )
+    model = build()
     if settings.weights is not None:
         load_weights(model, settings.weights)
+    else:
+        _check_repeatable(model, build(), settings.model)
+    num_outputs, class_map = num_classes, None
+    if settings.class_map is not None:
+        with torch.inference_mode():
+            num_outputs = model.eval()(torch.zeros(1, *input_shape)).shape[-1]
+        class_map = read_class_map(
+            settings.class_map,
+            class_names,
+            num_outputs=num_outputs,
+            names=output_names(model, parsed),
+            spec=settings.model,
+        )
     return ImageTeacher(
-        model, spec=settings.model, num_classes=num_classes, normalize=normalize, device=device, dtype=dtype
+        model,
+        spec=settings.model,
+        num_classes=num_classes,
+        normalize=normalize,
+        device=device,
+        dtype=dtype,
+        class_map=class_map,
+        num_outputs=num_outputs,
     )
+
+
+def _check_pretrained_head(parsed: ModelSpec, num_classes: int) -> None:
+    """Checks that timm loads a pretrained head for so many classes; for another number it makes a random one, silently.
+
+    Raises:
+        ConfigError: it would.
+    """
+    import timm
+
+    config = timm.get_pretrained_cfg(parsed.name, allow_unregistered=True)
+    overlay = parsed.args.get("pretrained_cfg_overlay") or {}
+    found = overlay.get("num_classes", config.num_classes if config else None)
+    if found is not None and found != num_classes:
+        raise ConfigError(
+            f"teacher.model: the pretrained head of timm:{parsed.name} has {found:,} classes, the source has "
+            f"{num_classes:,}: timm would make a random head for them; set teacher.class_map (which outputs are its "
+            "classes), or teacher.weights to a file with a head of that size"
+        )
+
+
+def _check_repeatable(model: nn.Module, again: nn.Module, spec: str) -> None:
+    """Checks that a teacher without a weights file has the same weights each time it is built.
+
+    Raises:
+        ConfigError: some are random.
+    """
+    one, other = model.state_dict(), again.state_dict()
+    random = [name for name, value in one.items() if not torch.equal(value, other[name])]
+    if random:
+        raise ConfigError(
+            f"teacher.model: {spec} has other weights each time it is built ({len(random)} of {len(one)} tensors, such as "
+            f"{random[0]}): they are random, not pretrained; set teacher.weights to a file, or mend the factory"
+        )

@@ -67,6 +67,7 @@ class ImageData(ImageSplits):
             num_classes=self.num_classes,
             input_shape=self.input_shape,
             normalize=self.normalize(),
+            class_names=self.train.source.class_names,
             device=select_device(config.capture.device),
             dtype=config.capture.dtype,
         )

@@ -2,11 +2,13 @@
 
 A row is the ground truth and then the record's columns, one after the other:
 
-    target | ids K | log_probs K | log_tail G | target_log_prob 1 | stats S | counts K | log_threshold 1
+    target | ids K | log_probs K | log_tail G | target_log_prob 1 | stats S | counts K | log_threshold 1 | checksum 1
 
-the last four only where the record has them. So a label goes wherever a tensor goes: through any collate, pinned memory,
-`.to(device)`, slices and concatenation. float32 holds every one of them: ids and counts are whole numbers below 2^24
-(checked), log-probabilities are float16 or float32 in the cache.
+the four before the checksum only where the record has them. So a label goes wherever a tensor goes: through any collate,
+pinned memory, `.to(device)`, slices and concatenation. float32 holds every one of them: ids and counts are whole numbers
+below 2^24 (checked), log-probabilities are float16 or float32 in the cache. The checksum is of the bits of the other
+numbers: an average of two rows, as mixup and cutmix make, has the average of two checksums, and not the checksum of the
+averages.
 """
 
 from __future__ import annotations
@@ -24,6 +26,13 @@ __all__ = ["LabelRows"]
 COLUMNS = ("ids", "log_probs", "log_tail", "target_log_prob", "stats", "counts", "log_threshold")
 INTEGER_COLUMNS = {"ids", "counts"}
 MAX_EXACT_FLOAT32_INT = 2**24
+CHECKSUM_SEED = 0x50F7CAC4E
+
+
+MIXERS = (
+    "mixing (timm's Mixup and FastCollateMixup, v2.MixUp, v2.CutMix) and label smoothing do not go with stored labels: "
+    "switch them off (timm's train.py: --mixup 0 --cutmix 0 --smoothing 0)"
+)
 
 
 @dataclass(frozen=True)
@@ -61,13 +70,14 @@ class LabelRows:
 
     @property
     def width(self) -> int:
-        """The numbers of a row, the ground truth included."""
-        return 1 + sum(width or 1 for width in self.widths.values())
+        """The numbers of a row, the ground truth and the checksum included."""
+        return 2 + sum(width or 1 for width in self.widths.values())
 
     def pack(self, labels: SoftLabels, targets_P: torch.Tensor) -> torch.Tensor:
         """Returns [P, width] float32."""
         columns = [targets_P, *(getattr(labels, name) for name in self.widths)]
-        return torch.cat([torch.as_tensor(c).float().reshape(len(targets_P), -1) for c in columns], dim=1)
+        rows = torch.cat([torch.as_tensor(c).float().reshape(len(targets_P), -1) for c in columns], dim=1)
+        return torch.cat([rows, _checksums(rows)[:, None]], dim=1)
 
     def unpack(self, rows: torch.Tensor) -> tuple[SoftLabels, torch.Tensor]:
         """Returns the record, and the ground truth [P] int64, of [P, width] rows.
@@ -78,11 +88,26 @@ class LabelRows:
         if rows.ndim != 2 or rows.shape[1] != self.width or rows.dtype != torch.float32:
             raise LabelError(
                 f"targets: {rows.dtype} of shape {tuple(rows.shape)}; expected float32 [batch, {self.width}], the rows of "
-                "the labelled dataset; mixup, cutmix and label smoothing make others: switch them off"
+                f"the labelled dataset; {MIXERS}"
             )
-        target, *columns = rows.split([1, *(width or 1 for width in self.widths.values())], dim=1)
+        wrong = torch.count_nonzero(_checksums(rows[:, :-1]) != rows[:, -1])
+        if wrong:
+            raise LabelError(
+                f"targets: {int(wrong)} of {len(rows)} rows are not those of the labelled dataset but were computed from "
+                f"them, and an average of class numbers is no class; {MIXERS}"
+            )
+        target, *columns = rows[:, :-1].split([1, *(width or 1 for width in self.widths.values())], dim=1)
         values = {}
         for (name, width), column in zip(self.widths.items(), columns, strict=True):
             column = column[:, 0] if width is None else column
             values[name] = column.long() if name in INTEGER_COLUMNS else column
         return SoftLabels(**values, **self.fixed), target[:, 0].long()
+
+
+def _checksums(rows_PW: torch.Tensor) -> torch.Tensor:
+    """Returns whole numbers [P] float32 below 2^24, a hash of the bits of float32 rows; alike by chance once in 2^24."""
+    generator = torch.Generator().manual_seed(CHECKSUM_SEED)
+    factors_W = torch.randint(-(2**63), 2**63 - 1, (rows_PW.shape[1],), generator=generator) | 1
+    bits_PW = rows_PW.contiguous().view(torch.int32).long()
+    hashed_P = (bits_PW * factors_W.to(rows_PW.device)).sum(1)  # modulo 2^64
+    return ((hashed_P >> 40) & (MAX_EXACT_FLOAT32_INT - 1)).float()

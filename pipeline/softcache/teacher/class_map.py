@@ -1,0 +1,100 @@
+"""The outputs of a classifier that stand for the classes of a source: a teacher of 1,000 classes labels 10 of them.
+
+`teacher.class_map` is a JSON file, or "auto":
+
+    {"tench": 0, "English springer": 217, …}    by the source's class names
+    [0, 217, …]                                 in the order of the source's classes
+    auto                                        by the names that the teacher's weights come with: ImageNet's synsets
+                                                (n01440764) of timm's models, the categories of torchvision's weights
+
+The labels are the softmax over the chosen outputs: what the teacher believes, given that it is one of the source's classes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from softcache.errors import ConfigError
+from softcache.models.spec import ModelSpec
+from softcache.runtime.suggest import closest_matches
+
+__all__ = ["output_names", "read_class_map"]
+
+
+def output_names(model: nn.Module, parsed: ModelSpec) -> list[str]:
+    """Returns the names of a model's outputs that its weights come with; empty where they are not known."""
+    if parsed.family == "timm":
+        from timm.data import ImageNetInfo, infer_imagenet_subset
+
+        names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+        subset = None if names else infer_imagenet_subset(model)
+        return list(names or (ImageNetInfo(subset).label_names() if subset else []))
+    if parsed.family == "torchvision" and "weights" in parsed.args:
+        from torchvision import models
+
+        weights: Any = models.get_model_weights(parsed.name)[str(parsed.args["weights"]).rpartition(".")[2]]
+        return list(weights.meta.get("categories", []))
+    return []
+
+
+def read_class_map(
+    setting: str, class_names: Sequence[str], *, num_outputs: int, names: Sequence[str], spec: str
+) -> tuple[int, ...]:
+    """Returns the number of the output of each class of a source.
+
+    Args:
+        setting: `teacher.class_map`.
+        class_names: [V] of the source.
+        num_outputs: of the teacher.
+        names: of its outputs, where they are known.
+
+    Raises:
+        ConfigError: a class has no output, several have one, or an output is none of the teacher's.
+    """
+    what = f"teacher.class_map: {setting}"
+    if setting == "auto":
+        if len(names) != num_outputs:
+            raise ConfigError(
+                f"{what}: {spec} comes without the names of its {num_outputs:,} outputs; name a JSON file with the "
+                "output of each class"
+            )
+        found: Any = {name: names.index(name) for name in class_names if name in names}
+    else:
+        try:
+            found = json.loads(Path(setting).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f'{what}: {error}; expected a JSON file, or "auto"') from error
+    if isinstance(found, list) and len(found) == len(class_names):
+        found = dict(zip(class_names, found, strict=True))
+    if not isinstance(found, dict):
+        length = f" of {len(found)}" if isinstance(found, list) else ""
+        raise ConfigError(
+            f"{what}: expected an object of class names, or a list of {len(class_names)} numbers, one for each class; found "
+            f"a {type(found).__name__}{length}"
+        )
+    for absent in (name for name in class_names if name not in found):
+        near = closest_matches(absent, list(names if setting == "auto" else found), most=3)
+        raise ConfigError(
+            f"{what}: class {absent!r} of the source has no output"
+            + (f"; nearest: {', '.join(near)}" if near else "")
+            + "; give each class the number of its output in a JSON file"
+        )
+    for extra in (name for name in found if name not in class_names):
+        raise ConfigError(f"{what}: {extra!r} is no class of the source; drop it, or correct its name")
+    outputs = [found[name] for name in class_names]
+    for name, output in zip(class_names, outputs, strict=True):
+        if type(output) is not int or not 0 <= output < num_outputs:
+            raise ConfigError(
+                f"{what}: class {name!r} has output {output!r}; {spec} has outputs 0 to {num_outputs - 1}"
+            )
+        if outputs.count(output) > 1:
+            raise ConfigError(
+                f"{what}: output {output} stands for several classes ({name!r} is one); expected one for each, because the "
+                "mass of an output cannot be shared between classes"
+            )
+    return tuple(outputs)
