@@ -7,7 +7,7 @@ datasets library makes of them lies under `data_dir`, in datasets/DIGEST; a fold
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
+import xxhash
 from pydantic import Field, model_validator
 
 from softcache.data.sources.base import SOURCES, Split
@@ -151,7 +152,7 @@ class HfDocuments:
         ".tsv": "csv",
         ".txt": "text",
     }
-    _ROWS_READ = 256
+    _ROWS_READ, _KEYS_READ = 256, 4096
 
     def __init__(self, settings: HuggingFaceTexts, split: Split) -> None:
         if settings.path is None:
@@ -288,37 +289,45 @@ class HfDocuments:
         suffixes = {path.suffix for path in files.paths}
         if suffixes == {".txt"}:
             arguments["sample_by"] = "paragraph"
-        elif suffixes <= {".csv", ".tsv"}:
-            arguments |= {"keep_default_na": False, "sep": "\t" if suffixes == {".tsv"} else ","}
+        elif (separated := suffixes & self._KINDS.keys()) in ({".csv"}, {".tsv"}):
+            arguments |= {"keep_default_na": False, "sep": "\t" if separated == {".tsv"} else ","}
         return arguments | {"cache_dir": str(cache_dir.resolve())}
 
-    @cached_property
-    def _keys(self) -> Sequence[str] | None:
-        """The keys of all rows where a column has them; a row's number is one anyway."""
-        column = self._settings.key_column
-        if column is None:
-            return None
-        keys = list(self._table[column][:])
-        seen: set[str] = set()
-        for number, key in enumerate(keys):
-            trouble = None if isinstance(key, str | int) else "is neither text nor a whole number"
-            if str(key) in seen:
-                trouble = "comes twice"
-            if trouble:
-                raise SourceError(
-                    f"source.path {self._settings.path!r}, row {number}: key {key!r} in column {column!r} {trouble}; "
-                    "keys name samples and must differ; name another source.key_column, or none to number the rows"
-                )
-            seen.add(str(key))
-        return [str(key) for key in keys]
+    def _keys(self) -> Iterator[str]:
+        """Yields the key of each row; those of a column are read in pieces, and checked.
 
-    def _key(self, number: int) -> str:
-        return f"{self._hf_split}/{number}" if self._keys is None else self._keys[number]
+        Raises:
+            SourceError: a key is of another type, or comes twice.
+        """
+        column, num_rows = self._settings.key_column, len(self._table)
+        if column is None:
+            yield from (f"{self._hf_split}/{number}" for number in range(num_rows))
+            return
+        hashes = np.empty(num_rows, np.uint64)
+        for start in range(0, num_rows, self._KEYS_READ):
+            for number, key in enumerate(self._table[start : start + self._KEYS_READ][column], start):
+                if not isinstance(key, str | int):
+                    raise self._key_error(number, key, "is neither text nor a whole number")
+                hashes[number] = xxhash.xxh3_64_intdigest(str(key).encode())
+                yield str(key)
+        order = np.argsort(hashes, kind="stable")
+        for place in np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]]).tolist():
+            first, second = order[place : place + 2].tolist()
+            key = self._table[second][column]
+            if str(self._table[first][column]) == str(key):
+                raise self._key_error(second, key, "comes twice")
+
+    def _key_error(self, number: int, key: Any, trouble: str) -> SourceError:
+        column = self._settings.key_column
+        return SourceError(
+            f"source.path {self._settings.path!r}, row {number}: key {key!r} in column {column!r} {trouble}; "
+            "keys name samples and must differ; name another source.key_column, or none to number the rows"
+        )
 
     @cached_property
     def _numbers(self) -> np.ndarray:
         return choose_documents(
-            map(self._key, range(len(self._table))),
+            self._keys(),
             self._split,
             eval_share=self._settings.eval_share if self._settings.eval_split is None else None,
             shuffle=self._settings.shuffle_documents,
@@ -328,22 +337,30 @@ class HfDocuments:
         return len(self._numbers)
 
     def __iter__(self) -> Iterator[Document]:
+        column = self._settings.key_column
         table = self._table.with_format("arrow") if self._settings.has_tokens else self._table
         for start in range(0, len(self._numbers), self._ROWS_READ):
             numbers = self._numbers[start : start + self._ROWS_READ].tolist()
             rows = table[numbers]
+            if column is None:
+                keys = [f"{self._hf_split}/{number}" for number in numbers]
+            else:
+                keys = [
+                    str(key)
+                    for key in (rows[column].to_pylist() if self._settings.has_tokens else rows[column])
+                ]
             if self._settings.has_tokens:
-                yield from self._tokenized(rows, numbers)
+                yield from self._tokenized(rows, numbers, keys)
                 continue
             for place, number in enumerate(numbers):
-                yield self._document(number, [rows[column][place] for column in self._columns])
+                yield self._document(number, keys[place], [rows[name][place] for name in self._columns])
 
-    def _tokenized(self, rows: pa.Table, numbers: list[int]) -> Iterator[Document]:
+    def _tokenized(self, rows: pa.Table, numbers: list[int], keys: list[str]) -> Iterator[Document]:
         columns = [_lists(rows, column, of=self._settings.path) for column in self._columns]
         for place, number in enumerate(numbers):
             tokens, *more = (column[place] for column in columns)
             learnt = self._learnt(number, tokens, more[0]) if more else None
-            yield Document(self._key(number), tokens=tokens, learnt=learnt)
+            yield Document(keys[place], tokens=tokens, learnt=learnt)
 
     def _learnt(self, number: int, tokens: np.ndarray, given: np.ndarray) -> np.ndarray:
         """Returns which tokens are learned, by a row of labels or of a mask."""
@@ -366,8 +383,8 @@ class HfDocuments:
             )
         return learnt
 
-    def _document(self, number: int, values: list[Any]) -> Document:
-        settings, key = self._settings, self._key(number)
+    def _document(self, number: int, key: str, values: list[Any]) -> Document:
+        settings = self._settings
         if settings.messages_column:
             return Document(
                 key, messages=self._checked(number, 0, values[0], list), tools=self._tools(number, values)
