@@ -182,6 +182,12 @@ def test_files_in_a_bucket(bucket, opened, tmp_path):
     assert tokens_of(opened(path=f"{bucket}/corpus/part-1.jsonl.gz")) == [[40, 0]], "the old copy was taken"
     with pytest.raises(SourceError, match=r"corpus/part-9\*': no object has such a name"):
         opened(path=f"{bucket}/corpus/part-9*")
+    with pytest.raises(SourceError, match=r"corpus/part-9.jsonl': no such object; check the bucket"):
+        opened(path=f"{bucket}/corpus/part-9.jsonl")
+    write_megatron(tmp_path / "corpus", DOCUMENTS)
+    for kind in ("bin", "idx"):
+        objects.put(f"ids/corpus.{kind}", (tmp_path / f"corpus.{kind}").read_bytes())
+    assert tokens_of(opened(name="megatron", path=f"{bucket}/ids/corpus")) == TOKENS
 
 
 # -- streams -------------------------------------------------------------------------------------------------

@@ -6,7 +6,8 @@
     s3://bucket/corpus/part-*.csv.zst   each of them in a bucket (s3, gs, az)
 
 What is copied or unpacked lies under `data_dir`, in files/DIGEST, and is read as any local file is. A bucket is asked for
-its listing on every open; an object with another tag is copied again. Copying and unpacking hold 16 MB at a time.
+its listing on every open; an object with another tag is copied again. Eight files are copied or unpacked at once, each with
+a buffer of 16 MB.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import lzma
 import os
 import shutil
 from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
@@ -28,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from softcache.data.sources.text.build_cache import build_dir_path, build_folder
-from softcache.errors import SourceError
+from softcache.errors import CacheNotFoundError, SourceError
 from softcache.hashing.digests import digest_json
 from softcache.runtime.logging import progress_bar
 
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COMPRESSED", "CorpusFiles", "find_files", "suffix_of"]
 
-COPIED_BYTES = 1 << 24
+COPIED_BYTES, NUM_THREADS = 1 << 24, 8
 FILES_VERSION = 1
 
 
@@ -112,14 +114,16 @@ class CorpusFiles:
                 build_folder(folder, Path.is_dir) as staged,
                 progress_bar(f"unpack {self.given}", len(self.paths), "files") as advance,
             ):
-                for path in self.paths:
+
+                def make(path: Path) -> None:
                     target = _plain(staged / self.name(path))
                     target.parent.mkdir(parents=True, exist_ok=True)
                     if path.suffix in COMPRESSED:
                         _unpack(path, target)
                     else:
                         target.symlink_to(path)
-                    advance(1)
+
+                _for_each(make, self.paths, advance)
         paths = [_plain(folder / self.name(path)) for path in self.paths]
         return CorpusFiles(self.given, folder, paths, self.is_folder)
 
@@ -198,6 +202,17 @@ def _plain(path: Path) -> Path:
     return path.with_suffix("") if path.suffix in COMPRESSED else path
 
 
+def _for_each(make: Callable[[Any], None], items: Sequence[Any], advance: Callable[[int], None]) -> None:
+    """Calls a function with each item, a few at once; the first error ends it."""
+    with ThreadPoolExecutor(NUM_THREADS, "softcache-files") as threads:
+        try:
+            for _ in threads.map(make, items):
+                advance(1)
+        except BaseException:
+            threads.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def _unpack(path: Path, target: Path) -> None:
     try:
         with target.open("xb") as writer, COMPRESSED[path.suffix](path) as stream:
@@ -232,7 +247,12 @@ def _copied(url: str, settings: TextSettings, kinds: Collection[str]) -> CorpusF
         fixed = fixed[: (places or [len(fixed) - 1])[0]]
     objects = CloudObjects("/".join([f"{scheme}://{bucket}", *filter(None, fixed)]))
     pattern = "/".join(pattern.split("/")[len(fixed) :])
-    tags = objects.tags(pattern if is_file else None)
+    try:
+        tags = objects.tags(pattern if is_file else None)
+    except CacheNotFoundError as error:
+        raise SourceError(
+            f"source.path {url!r}: no such object; check the bucket and source.path ({error})"
+        ) from error
     if is_glob:
         tags = {path: tag for path, tag in tags.items() if _matches(path, pattern)}
     elif not is_file:
@@ -247,12 +267,14 @@ def _copied(url: str, settings: TextSettings, kinds: Collection[str]) -> CorpusF
             build_folder(folder, Path.is_dir) as staged,
             progress_bar(f"copy {url}", len(tags), "files") as advance,
         ):
-            for path in sorted(tags):
+
+            def copy(path: str) -> None:
                 (staged / path).parent.mkdir(parents=True, exist_ok=True)
                 with (staged / path).open("wb") as writer, objects.open(path) as reader:
                     while block := reader.read(COPIED_BYTES):
                         writer.write(block)
-                advance(1)
+
+            _for_each(copy, sorted(tags), advance)
     if is_glob or is_file:
         return _of_kinds(url, [folder / path for path in sorted(tags)], kinds)
     return CorpusFiles(url, folder, _files_in(folder), is_folder=True)
