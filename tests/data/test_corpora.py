@@ -513,6 +513,11 @@ def test_streams_of_llm_c(magic, version, dtype, opened_ids, tmp_path):
     write_llm_c(tmp_path / "train_1.bin", ids, magic=magic, version=version, dtype=dtype, num_ids=9)
     with pytest.raises(SourceError, match=r"train_1.bin: expected 9 ids, as its header has it; found 7"):
         opened_ids(tmp_path / "train_*.bin", "token_stream")
+    write_llm_c(tmp_path / "train_1.bin", ids, magic=20240522)  # its multiple-choice questions
+    with pytest.raises(
+        SourceError, match=r"train_1.bin: expected ids, or a header with .*; found a header with 20240522"
+    ):
+        opened_ids(tmp_path / "train_*.bin", "token_stream")
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ class MappedIds:
     def document(self, number: int) -> np.ndarray:
         """Returns the ids of one document."""
         last = number + 1 == len(self.starts)
-        return self.ids[self.starts[number] : self.ends[-1] if last else self.starts[number + 1]]
+        return np.asarray(self.ids[self.starts[number] : self.ends[-1] if last else self.starts[number + 1]])
 
 
 class MappedDocuments:

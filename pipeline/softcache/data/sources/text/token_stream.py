@@ -86,6 +86,11 @@ def _ids(file: Path, dtype: str) -> tuple[np.ndarray, bool]:
     head = np.fromfile(file, "<i4", min(HEADER_INTS, size // 4))
     has_header = len(head) == HEADER_INTS and int(head[0]) in HEADERS
     start = 0
+    if not has_header and len(head) == HEADER_INTS and head[:4].any() and not head[4:].any():
+        raise SourceError(
+            f"source.path: {file}: expected ids, or a header with one of the magic numbers {', '.join(map(str, HEADERS))}; "
+            f"found a header with {head[0]}; give files of training tokens"
+        )
     if has_header:
         version, dtype = HEADERS[int(head[0])]
         start = 4 * HEADER_INTS
