@@ -74,7 +74,7 @@ def is_same_origin(one: str, other: str) -> bool:
 LOADING_ARGUMENTS = frozenset({"pretrained", "weights", "checkpoint_path", "cache_dir", "revision", "dtype"})
 """Arguments of a spec for where weights come from and their dtype; the digest of the weights covers both."""
 VOLATILE_CONFIG = re.compile(
-    r"_name_or_path|transformers_version|(torch_)?dtype|architectures|use_cache|_?attn_implementation.*|.*_token_id"
+    r"_name_or_path|transformers_version|(torch_)?dtype|architectures|use_cache|_?attn_implementation.*|.*_token_id|distributed_config"
 )
 """Keys of a transformers configuration that change no logit of a given text."""
 

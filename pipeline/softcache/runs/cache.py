@@ -159,7 +159,21 @@ def log_first_rows(teacher: Teacher, data: Data, *, batch_size: int) -> None:
 
 
 def capture_labels(config: RunConfig, data: Data, teacher: Teacher, url: str) -> tuple[Cache, CaptureReport]:
-    """Runs the teacher over what is not labelled yet; returns the complete cache and what was done."""
+    """Runs the teacher over what is not labelled yet; returns the complete cache and what was done.
+
+    Of a teacher that is cut over processes, the first one does that, and the others run their share of the model.
+    """
+    group = getattr(teacher, "group", None)
+    if group is None:
+        return _capture_labels(config, data, teacher, url)
+    if not group.is_first:
+        teacher.follow()  # type: ignore[attr-defined]
+        return open_cache(url), CaptureReport()
+    with group.lead():
+        return _capture_labels(config, data, teacher, url)
+
+
+def _capture_labels(config: RunConfig, data: Data, teacher: Teacher, url: str) -> tuple[Cache, CaptureReport]:
     objects, manifest, digest = prepare_cache(config, data, teacher, url)
     total = manifest.total_rows
     event("run_started", run="teacher-logits", cache=url, rows=total, units=manifest.plan.num_units)

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from softcache.cache.codecs import CODECS, Codec, CodecSettings
@@ -21,6 +21,7 @@ from softcache.errors import ConfigError
 from softcache.hashing.digests import digest_weights
 from softcache.labels import SoftLabels, collect
 from softcache.labels.sparsify import LabelSettings, logit_faults
+from softcache.models.language.placement import WholeState, is_placed
 from softcache.models.spec import architecture_of
 from softcache.models.weights import count_parameters
 from softcache.settings import Settings
@@ -38,6 +39,17 @@ class TeacherSettings(Settings):
     weights: str | None = None
     class_map: str | None = Field(None, min_length=1)
     engine: AnyEngineSettings = TransformersSettings()
+
+    @model_validator(mode="after")
+    def _check_placement(self) -> TeacherSettings:
+        if getattr(self.engine, "placement", None) is None:
+            return self
+        if not self.model.startswith("hf:") or self.weights is not None:
+            raise ValueError(
+                "engine.device_map, engine.tp_plan: expected a model that transformers loads (hf:NAME_OR_PATH, no weights "
+                f"file); found {self.model!r}{' with weights' if self.weights else ''}; save_pretrained it, or drop them"
+            )
+        return self
 
 
 class TeacherFacts:
@@ -113,9 +125,9 @@ class Teacher(TeacherFacts, ABC):
         super().__init__(spec, num_classes)
         self.device, self.dtype = device, dtype
         self.num_parameters = count_parameters(model)
-        self.weights_digest = digest_weights(model.state_dict())
+        self.weights_digest = digest_weights(WholeState(model))
         self.architecture = architecture_of(model, spec)
-        self.model = model.to(device).eval().requires_grad_(False)
+        self.model = (model if is_placed(model) else model.to(device)).eval().requires_grad_(False)
 
     def autocast(self) -> AbstractContextManager:
         if self.dtype == "float32":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +13,12 @@ from torch import nn
 from softcache.data.tokens import TokenBatch
 from softcache.errors import ConfigError, LabelError
 from softcache.models.language import CausalParts, build_language_model, check_split, plain_logits, split
+from softcache.models.language.placement import is_placed
+from softcache.models.spec import parse_spec
 from softcache.models.weights import load_weights
+from softcache.runtime.distributed import num_ranks
 from softcache.teacher.base import Dtype, Teacher, TeacherSettings
+from softcache.teacher.group import HIDDEN, PLAIN, TeacherGroup, join_teacher_group
 
 __all__ = ["LanguageTeacher", "load_language_teacher"]
 
@@ -35,10 +40,14 @@ class LanguageTeacher(Teacher):
         *,
         chunk_positions: int | None = None,
         cross_documents: bool = False,
+        group: TeacherGroup | None = None,
         **common: Any,
     ) -> None:
-        self.parts = split(model.to(common["device"]).eval())
+        self.parts = split((model if is_placed(model) else model.to(common["device"])).eval())
         check_split(model, self.parts)
+        self.group = group
+        if is_placed(model):
+            common["device"] = self.parts.weight.device  # where logits are made
         super().__init__(model, num_classes=self.parts.vocab_size, **common)
         self._chunk_positions = chunk_positions or max(1, CHUNK_ELEMENTS // self.num_classes)
         self._cross_documents = cross_documents
@@ -56,11 +65,31 @@ class LanguageTeacher(Teacher):
     def _hidden_rows(self, batch: TokenBatch) -> torch.Tensor:
         """Returns the hidden states [P, D] of a batch's rows."""
         batch = batch.to(self.device)
+        if self.group is not None:
+            self.group.share(HIDDEN, batch.tokens, batch.segments)
+        return self._hidden(batch.tokens, batch.segments).flatten(0, 1)[batch.rows]
+
+    def _hidden(self, tokens_BL: torch.Tensor, segments_BL: torch.Tensor | None) -> torch.Tensor:
         with self.autocast():
-            hidden_BLD = self.parts.hidden(
-                batch.tokens, batch.segments, cross_documents=self._cross_documents
-            )
-        return hidden_BLD.flatten(0, 1)[batch.rows]
+            return self.parts.hidden(tokens_BL, segments_BL, cross_documents=self._cross_documents)
+
+    @torch.inference_mode()
+    def follow(self) -> None:
+        """Runs this process's share of the passes of the first one, until that has ended.
+
+        Raises:
+            LostProcessError: the first process has failed or is gone.
+        """
+        assert self.group is not None
+        for what, tokens_BL, segments_BL in self.group.passes():
+            if what == HIDDEN:
+                self._hidden(tokens_BL, segments_BL)
+            else:
+                self._plain_logits(self.model, tokens_BL)
+
+    def _plain_logits(self, model: nn.Module, tokens_BL: torch.Tensor) -> torch.Tensor:
+        with self.autocast():
+            return plain_logits(model, tokens_BL)
 
     def describe_score(self, accuracy: float, perplexity: float) -> str:
         return f"perplexity {perplexity:.4g}, {accuracy:.1%} of tokens right"
@@ -86,8 +115,9 @@ class LanguageTeacher(Teacher):
             chosen_P = (row_L == row) & inside_L[column_L]
             if len(tokens_L) > MAX_CHECKED_TOKENS or not chosen_P.any():
                 continue
-            with self.autocast():
-                logits_LV = plain_logits(model, tokens_L[None])[0].float()
+            if self.group is not None:
+                self.group.share(PLAIN, tokens_L[None], None)
+            logits_LV = self._plain_logits(model, tokens_L[None])[0].float().to(tokens_L.device)
             # Positions in the document of its rows.
             position_P = column_L[chosen_P] - int(inside_L.nonzero()[0])
             targets_P = batch.targets[chosen_P]
@@ -145,14 +175,37 @@ def load_language_teacher(
             f"teacher.weights: missing, and {settings.model} would be random; give a weights file "
             "(safetensors or a state dict), or a pretrained model: hf:NAME_OR_PATH"
         )
-    model = build(settings.model, vocab_size=vocab_size, context=seq_len)
+    group, more = None, {}
+    if (placement := getattr(settings.engine, "placement", None)) is not None:
+        if build is not build_language_model:
+            raise ConfigError(
+                'teacher.engine.device_map, teacher.engine.tp_plan: are of a causal language model (source.modality = "text"); drop them'
+            )
+        more = {"placement": placement}
+        if placement.tp_plan is not None:
+            described = settings.model_dump(mode="json") | {"vocab_size": vocab_size, "seq_len": seq_len}
+            described |= {"dtype": dtype, "cross_documents": cross_documents, "files": _files(settings.model)}
+            group, device = join_teacher_group(described, device)
+        elif num_ranks() > 1:
+            raise ConfigError(
+                f"teacher.engine.device_map: spreads the teacher over the devices of one process; found {num_ranks()} processes of "
+                'one launch; start it without torchrun, or use teacher.engine.tp_plan = "auto"'
+            )
+    model = build(settings.model, vocab_size=vocab_size, context=seq_len, **more)
     if settings.weights is not None:
         load_weights(model, settings.weights)
     return LanguageTeacher(
         model,
+        group=group,
         spec=settings.model,
         chunk_positions=chunk_positions,
         cross_documents=cross_documents,
         device=device,
         dtype=dtype,
     )
+
+
+def _files(spec: str) -> dict[str, int]:
+    """Returns name and size of each file of weights of a local folder; nothing of a hub's model."""
+    folder = Path(parse_spec(spec).name.partition(":")[2]).expanduser()
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*.safetensors"))}

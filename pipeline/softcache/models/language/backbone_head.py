@@ -21,6 +21,7 @@ from torch import nn
 
 from softcache.errors import SpecError
 from softcache.models.language.adapters import AdaptedHead
+from softcache.models.language.placement import input_device
 from softcache.runtime.linear import linear_float32
 
 __all__ = [
@@ -166,7 +167,14 @@ class CausalParts(LMHeadMixin):
             kwargs["use_cache"] = False  # with a cache, transformers ignores restarted positions
         if positions_BL is not None:
             kwargs["position_ids"] = positions_BL
-        hidden = tensor_in(self.backbone(tokens_BL, **kwargs), "last_hidden_state")
+        first = input_device(self.backbone)  # of a model on several devices; None on one
+        if first is not None:
+            kwargs = {k: v.to(first) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+        hidden = tensor_in(
+            self.backbone(tokens_BL if first is None else tokens_BL.to(first), **kwargs), "last_hidden_state"
+        )
+        if first is not None and isinstance(hidden, torch.Tensor):
+            hidden = hidden.to(tokens_BL.device)
         expected = (*tokens_BL.shape, self.weight.shape[1])
         if not isinstance(hidden, torch.Tensor) or tuple(hidden.shape) != expected:
             found = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__

@@ -19,6 +19,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import nn
 
 from softcache.errors import MissingExtraError, SpecError
 from softcache.models.language.encoder_decoder_parts import is_encoder_decoder
+from softcache.models.language.placement import Placement
 from softcache.models.language.probes import check_max_length
 from softcache.models.language.splitting import context_of, head_of
 from softcache.models.spec import ModelSpec, parse_spec
@@ -49,7 +51,9 @@ def transformers_library() -> Any:
     return transformers
 
 
-def build_language_model(spec: str, *, vocab_size: int, context: int) -> nn.Module:
+def build_language_model(
+    spec: str, *, vocab_size: int, context: int, placement: Placement | None = None
+) -> nn.Module:
     """Returns a causal language model in evaluation mode for `hf:`, else freshly initialised.
 
     Args:
@@ -57,6 +61,7 @@ def build_language_model(spec: str, *, vocab_size: int, context: int) -> nn.Modu
             fresh weights are float32.
         vocab_size: V. `hf:` and factories may have more rows (padded vocabularies), never fewer.
         context: L, the longest row that the model must take.
+        placement: of an `hf:` model on more than one device.
 
     Raises:
         SpecError: unknown name (the nearest ones are listed), arguments that the model refuses, a
@@ -67,11 +72,12 @@ def build_language_model(spec: str, *, vocab_size: int, context: int) -> nn.Modu
     parsed = parse_spec(spec)
     scheme, _, name = parsed.name.partition(":")
     build: Callable[..., nn.Module] = from_factory
+    from_checkpoint: Callable[..., nn.Module] = partial(pretrained, placement=placement)
     if parsed.family == "builtin":
         build = _builtin
     elif scheme in ("hf", "hf-config"):
         parsed = replace(parsed, family=scheme, name=name)
-        build = {"hf": pretrained, "hf-config": _from_config_of}[scheme]
+        build = {"hf": from_checkpoint, "hf-config": _from_config_of}[scheme]
     try:
         model = build(spec, parsed, vocab_size, context)
     except (SpecError, MissingExtraError):
@@ -199,7 +205,13 @@ def safe_arguments(spec: str, parsed: ModelSpec) -> tuple[str, dict[str, Any], b
 
 
 def pretrained(
-    spec: str, parsed: ModelSpec, vocab_size: int, context: int, *, auto: str = "AutoModelForCausalLM"
+    spec: str,
+    parsed: ModelSpec,
+    vocab_size: int,
+    context: int,
+    *,
+    auto: str = "AutoModelForCausalLM",
+    placement: Placement | None = None,
 ) -> nn.Module:
     name, args, checkpointing = safe_arguments(spec, parsed)
     path = Path(name)
@@ -217,6 +229,7 @@ def pretrained(
         use_safetensors=True,
         output_loading_info=True,
         **_with_quantization(spec, args),
+        **({} if placement is None else placement.arguments(config, spec)),
     )
     # transformers fills what a checkpoint lacks with random numbers, and only warns.
     absent = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))

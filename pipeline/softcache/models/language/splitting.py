@@ -16,6 +16,7 @@ from softcache.errors import SpecError
 from softcache.models.language.adapters import AdaptedHead, adapted_head, without_wrapper
 from softcache.models.language.backbone_head import BackboneHead, CausalParts
 from softcache.models.language.encoder_decoder_parts import is_encoder_decoder, split_pairs
+from softcache.models.language.placement import whole_head
 from softcache.models.language.probes import isolates_documents
 
 __all__ = ["context_of", "head_of", "split"]
@@ -46,6 +47,7 @@ def split(model: nn.Module) -> BackboneHead:
             "none; take a causal language model (AutoModelForCausalLM), or add the method to your own"
         )
     is_plain = isinstance(head, nn.Linear) and type(head).forward is nn.Linear.forward
+    head = whole_head(head) if is_plain else head
     if not is_plain and not isinstance(head, AdaptedHead):
         raise SpecError(
             f"model {name}: its head is a {type(head).__module__}.{type(head).__name__}; expected a plain "

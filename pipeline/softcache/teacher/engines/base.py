@@ -6,9 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BeforeValidator, SerializeAsAny
+from pydantic import BeforeValidator, SerializeAsAny, model_validator
 
 from softcache.errors import ConfigError
+from softcache.models.language.placement import Placement
 from softcache.runtime.registry import Registry, variant
 from softcache.settings import Settings
 
@@ -84,9 +85,33 @@ ENGINES: Registry[type[EngineSettings]] = Registry(
 
 @ENGINES.register("transformers")
 class TransformersSettings(EngineSettings):
-    """No engine: the model is a module of this process."""
+    """No engine: the model is a module of this process, or of each process of a launch.
+
+    A model `hf:` larger than one device: `device_map` ("auto", "balanced", "sequential", or a device for each part) spreads
+    it over the devices of this process, the CPU ("cpu") and a disk ("disk", in `offload_folder`), each used up to
+    `max_memory` ({"0" = "20GiB", "cpu" = "60GiB"}); `tp_plan = "auto"` cuts its layers over the processes of a torchrun.
+    """
 
     name: Literal["transformers"] = "transformers"
+    device_map: str | dict[str, int | str] | None = None
+    max_memory: dict[str, str] | None = None
+    offload_folder: str | None = None
+    tp_plan: Literal["auto"] | None = None
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where the model lies; None: on one device."""
+        if self.device_map is None and self.tp_plan is None:
+            return None
+        return Placement(self.device_map, self.max_memory, self.offload_folder, self.tp_plan)
+
+    @model_validator(mode="after")
+    def _check_placement(self) -> TransformersSettings:
+        if self.device_map is None and (self.max_memory is not None or self.offload_folder is not None):
+            raise ValueError("max_memory, offload_folder: are read with device_map; set it, or drop them")
+        if self.device_map is not None and self.tp_plan is not None:
+            raise ValueError("device_map and tp_plan: expected one of them; drop the other")
+        return self
 
 
 def _table(value: Any) -> Any:
