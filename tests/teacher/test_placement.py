@@ -106,20 +106,22 @@ def test_two_processes_with_a_part_of_each_layer_give_the_labels_of_one(folder, 
 
 
 @pytest.mark.parametrize(
-    ("teacher", "message"),
+    ("engine", "teacher", "message"),
     [
-        ({"max_memory": {"cpu": "1GiB"}}, "are read with device_map"),
-        ({"device_map": "auto", "tp_plan": "auto"}, "expected one of them"),
+        ({"max_memory": {"cpu": "1GiB"}}, {}, "are read with device_map"),
+        ({"device_map": "auto", "tp_plan": "auto"}, {}, "expected one of them"),
         (
-            {"model": "llama", "device_map": "auto"},
+            {"device_map": "auto"},
+            {"model": "llama"},
             "expected a model that transformers loads .* found 'llama'",
         ),
-        ({"tp_plan": "auto", "weights": "w.pt"}, "found 'hf:name' with weights"),
+        ({"tp_plan": "auto"}, {"weights": "w.pt"}, "found 'hf:name' with weights"),
+        ({"name": "vllm", "tp_plan": "auto"}, {}, "tp_plan"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused(teacher, message):
+def test_settings_that_do_not_fit_are_refused(engine, teacher, message):
     with pytest.raises(ValidationError, match=message):
-        TeacherSettings.model_validate({"model": "hf:name"} | teacher)
+        TeacherSettings.model_validate({"model": "hf:name", "engine": engine} | teacher)
 
 
 def test_a_plan_that_is_not_there_and_a_launch_that_does_not_fit_are_refused(folder, monkeypatch):

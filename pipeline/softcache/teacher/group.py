@@ -40,8 +40,8 @@ def join_teacher_group(described: dict[str, Any], device: torch.device) -> tuple
     """
     if num_ranks() == 1:
         raise ConfigError(
-            'teacher.engine.tp_plan: cuts the teacher over the processes of a launch; found one process; start it by "torchrun '
-            '--nproc-per-node N -m softcache ...", or use teacher.engine.device_map, which needs one process'
+            "teacher.engine.tp_plan: cuts the teacher over the processes of a launch; found one process; start it by "
+            '"torchrun --nproc-per-node N -m softcache ...", or use teacher.engine.device_map, which needs one process'
         )
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -92,8 +92,8 @@ class TeacherGroup:
         """
         if not self.is_led:
             raise ConfigError(
-                "teacher.engine.tp_plan: a teacher that is cut over processes labels a cache (softcache teacher-logits); found "
-                "another use of it; train from that cache, or use teacher.engine.device_map"
+                "teacher.engine.tp_plan: a teacher that is cut over processes labels a cache (softcache teacher-logits); "
+                "found another use of it; train from that cache, or use teacher.engine.device_map"
             )
         self._send([what, *tokens_BL.shape, int(segments_BL is not None)])
         for tensor in (tokens_BL, segments_BL):

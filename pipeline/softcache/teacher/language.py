@@ -34,6 +34,8 @@ class LanguageTeacher(Teacher):
     At the default chunk that is 200 MB, whatever B, L and V.
     """
 
+    group: TeacherGroup | None = None
+
     def __init__(
         self,
         model: nn.Module,
@@ -179,7 +181,8 @@ def load_language_teacher(
     if (placement := getattr(settings.engine, "placement", None)) is not None:
         if build is not build_language_model:
             raise ConfigError(
-                'teacher.engine.device_map, teacher.engine.tp_plan: are of a causal language model (source.modality = "text"); drop them'
+                "teacher.engine.device_map, teacher.engine.tp_plan: are of a causal language model (source.modality = "
+                '"text"); drop them'
             )
         more = {"placement": placement}
         if placement.tp_plan is not None:
@@ -188,8 +191,8 @@ def load_language_teacher(
             group, device = join_teacher_group(described, device)
         elif num_ranks() > 1:
             raise ConfigError(
-                f"teacher.engine.device_map: spreads the teacher over the devices of one process; found {num_ranks()} processes of "
-                'one launch; start it without torchrun, or use teacher.engine.tp_plan = "auto"'
+                f"teacher.engine.device_map: spreads the teacher over the devices of one process; found {num_ranks()} "
+                'processes of one launch; start it without torchrun, or use teacher.engine.tp_plan = "auto"'
             )
     model = build(settings.model, vocab_size=vocab_size, context=seq_len, **more)
     if settings.weights is not None:

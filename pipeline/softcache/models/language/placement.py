@@ -92,10 +92,10 @@ def input_device(module: Any) -> Any:
 
 def whole_head(head: Any) -> Any:
     """Returns a linear head with its whole weight, on the device that it runs on; one that is whole as it is."""
-    weight = getattr(head, "weight", None)
-    if weight is None or not (weight.is_meta or _is_cut(weight)):
+    weight, hook = getattr(head, "weight", None), getattr(head, "_hf_hook", None)
+    if weight is None or not (_is_cut(weight) or (weight.is_meta and hook is not None)):
         return head
-    state, device = WholeState(head), getattr(getattr(head, "_hf_hook", None), "execution_device", None)
+    state, device = WholeState(head), getattr(hook, "execution_device", None)
     whole = nn.Linear(head.in_features, head.out_features, bias="bias" in state, device="meta")
     for name in state:
         value = state[name].to(device if device is not None else state[name].device)
