@@ -20,11 +20,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from softcache.data.sources import open_source, source_settings
+from softcache.data.sources.text import shards as shards_module
 from softcache.data.sources.text.encode import DocumentEncoder
 from softcache.data.sources.text.packing import Encoded
 from softcache.data.sources.text.shards import Shards
 from softcache.data.sources.text.table import TableWriter
-from softcache.errors import LostProcessError, SourceError, SpecError
+from softcache.errors import LostProcessError, SourceError, SpecError, StorageError
 from tests.support.caches import ROOT
 
 TEXTS = ["w10 w11 w12", "w20 w21", "w30 w31 w32 w33"]
@@ -162,9 +163,11 @@ def test_folders_of_save_to_disk(opened, tmp_path):
     assert tokens_of(opened(**given)) == TOKENS
     assert tokens_of(opened("eval", **given)) == TOKENS[1:2]
     with pytest.raises(
-        SourceError, match=r"eval_split: 'validation', and .*one' holds one table without splits"
+        SourceError, match=r"eval_split: 'validation', and .*one' is one table without splits"
     ):
         opened("eval", path=str(tmp_path / "one"), eval_split="validation")
+    with pytest.raises(SourceError, match=r"train_split: 'b', and .*one' is one table without splits"):
+        opened(path=str(tmp_path / "one"), train_split="b")
     with pytest.raises(SourceError, match=r"split 'test': cannot be loaded: KeyError"):
         opened(path=str(tmp_path / "two"), train_split="test")
 
@@ -741,3 +744,34 @@ def test_the_tables_of_the_page_are_settings_of_sources():
         "mixture",
         "token_stream",
     }
+
+
+def test_shards_whose_folder_a_faster_process_removed_are_written_again(tmp_path, monkeypatch):
+    shards, checksum = Shards(tmp_path / "shards/x"), []
+    encoded = [Encoded("d", np.arange(5, dtype=np.int32), np.ones(5, bool), num_prefix=1, has_prompt=True)]
+
+    def remove_once(path):
+        if not checksum:
+            shards.remove()
+        checksum.append(path)
+        return original(path)
+
+    original = shards_module._checksum
+    monkeypatch.setattr(shards_module, "_checksum", remove_once)
+    shards.write(3, encoded)
+    (found,) = shards.read(3)
+    assert (found.key, found.num_prefix, found.has_prompt, found.tokens.tolist()) == (
+        "d",
+        1,
+        True,
+        [0, 1, 2, 3, 4],
+    )
+    shards.remove()
+    assert shards.read(3) is None
+    monkeypatch.setattr(
+        "pathlib.Path.mkdir", lambda *given, **more: (_ for _ in ()).throw(PermissionError("no"))
+    )
+    with pytest.raises(
+        StorageError, match=r"source.data_dir: cannot write .*shards/x: no; set it to a folder"
+    ):
+        shards.write(3, encoded)

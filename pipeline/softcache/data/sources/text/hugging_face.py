@@ -262,9 +262,10 @@ class HfDocuments:
             )
         if isinstance(found, datasets.DatasetDict):
             return found[self._hf_split]
-        if self._settings.eval_split is not None:
+        if self._settings.eval_split is not None or self._settings.train_split != "train":
+            key = "train_split" if self._settings.eval_split is None else "eval_split"
             raise SourceError(
-                f"source.eval_split: {self._hf_split!r}, and {self._settings.path!r} holds one table without splits; "
+                f"source.{key}: {getattr(self._settings, key)!r}, and {self._settings.path!r} is one table without splits; "
                 "drop it, and source.eval_share of the documents are held out"
             )
         return found

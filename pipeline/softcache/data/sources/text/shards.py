@@ -106,19 +106,27 @@ class Shards:
         Raises:
             StorageError: the folder cannot be written.
         """
-        staged = self.folder / f".{number:06d}.{uuid.uuid4().hex[:8]}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-                writer.write_batch(_batch(encoded))
-            path = staged.rename(self.folder / f"{number:06d}-{_checksum(staged)}.arrow")
+            try:
+                path = self._write(number, encoded)
+            except FileNotFoundError:  # another process was faster with the table, and removed the folder
+                path = self._write(number, encoded)
         except OSError as error:
-            staged.unlink(missing_ok=True)
             raise StorageError(
                 f"source.data_dir: cannot write {self.folder}: {error}; set it to a folder that can be written, with room"
             ) from error
         self._paths[number] = path
         return path
+
+    def _write(self, number: int, encoded: Sequence[Encoded]) -> Path:
+        staged = self.folder / f".{number:06d}.{uuid.uuid4().hex[:8]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
+                writer.write_batch(_batch(encoded))
+            return staged.rename(self.folder / f"{number:06d}-{_checksum(staged)}.arrow")
+        finally:
+            staged.unlink(missing_ok=True)
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
