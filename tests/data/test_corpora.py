@@ -692,9 +692,9 @@ def test_a_mixture_has_the_share_of_tokens_that_its_weights_give(mixed, capfd):
     # Any start of the order has the shares, to within a document.
     counts = np.cumsum([(4, 0) if key.startswith("web") else (0, 8) for key in keys], axis=0)
     assert (np.abs(counts[:, 0] - 3 * counts[:, 1]) <= 3 * 8).all()
-    said = capfd.readouterr().err
-    assert "source mixture/train, web: 40 documents, 160 tokens (74.1%)" in said
-    assert "source mixture/train, 1: 7 documents, 56 tokens (25.9%)" in said
+    printed = capfd.readouterr().err
+    assert "source mixture/train, web: 40 documents, 160 tokens (74.1%)" in printed
+    assert "source mixture/train, 1: 7 documents, 56 tokens (25.9%)" in printed
     assert open_source(mixed(1, 1), split="train").account["sources"][1]["documents"] == 10
     every = open_source(mixed(3, 1, on_end="continue"), split="train")
     assert [part["documents"] for part in every.account["sources"]] == [40, 10]

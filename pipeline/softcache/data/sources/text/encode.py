@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DocumentEncoder", "UnknownTokens", "batches"]
 
-BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 2**22
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 2**20
+"""What the tokenizer gets at once: what it returns takes some 150 bytes a token until it is an array."""
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -62,6 +63,10 @@ class DocumentEncoder:
         self._tokenizer, self._around, self._of = tokenizer, around, of
         self._settings, self._vocab_size = settings, len(tokenizer)
         self._chat = ChatEncoder(tokenizer, settings)
+
+    def all(self, documents: Iterable[Document]) -> list[Encoded]:
+        """Returns documents as tokens, encoded batch by batch."""
+        return [encoded for batch in batches(documents) for encoded in self(batch)]
 
     def __call__(self, batch: Iterable[Document]) -> Iterator[Encoded]:
         for encode, group in groupby(batch, self._encoder):

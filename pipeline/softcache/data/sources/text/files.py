@@ -37,7 +37,7 @@ from softcache.runtime.logging import progress_bar
 if TYPE_CHECKING:
     from softcache.data.sources.text.settings import TextSettings
 
-__all__ = ["COMPRESSED", "CorpusFiles", "find_files", "suffix_of"]
+__all__ = ["COMPRESSED", "CorpusFiles", "file_digest", "find_files", "suffix_of"]
 
 COPIED_BYTES, NUM_THREADS = 1 << 24, 8
 FILES_VERSION = 1
@@ -92,8 +92,8 @@ class CorpusFiles:
         try:
             if len(self.paths) == 1 and not self.is_folder:
                 (path,) = self.paths
-                return digest_json(["".join(_suffixes(path)), _sha256(path)])
-            return digest_json([[self.name(path), _sha256(path)] for path in self.paths])
+                return digest_json(["".join(_suffixes(path)), file_digest(path)])
+            return digest_json([[self.name(path), file_digest(path)] for path in self.paths])
         except OSError as error:
             raise SourceError(
                 f"source.path {self.given!r}: cannot be read: {error}; check its permissions"
@@ -193,7 +193,8 @@ def _suffixes(path: Path) -> list[str]:
     return [suffix_of(path.name), path.suffix] if path.suffix in COMPRESSED else [path.suffix]
 
 
-def _sha256(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """Returns the sha256 of a file in hex; reads it in pieces."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -295,7 +295,7 @@ class ShardedEncoder:
                 shards.add(first.number, first.made.result())
             encoded = shards.read(first.number)
             if encoded is None:
-                encoded = list(DocumentEncoder(*self._how, of=documents.name)(first.documents))
+                encoded = DocumentEncoder(*self._how, of=documents.name).all(first.documents)
                 shards.write(first.number, encoded)
             yield from encoded
             advance(len(first.documents))
@@ -327,6 +327,6 @@ def _end_with(parent: int) -> None:
 
 def _make(folder: Path, number: int, documents: list[Document], of: str) -> Path:
     try:
-        return Shards(folder).write(number, list(DocumentEncoder(*_how, of=of)(documents)))
+        return Shards(folder).write(number, DocumentEncoder(*_how, of=of).all(documents))
     except SoftcacheError as error:
         raise type(error)(str(error)) from None  # the cause may not be picklable

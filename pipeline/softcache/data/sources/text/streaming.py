@@ -9,7 +9,6 @@ a batch of documents is written before the next one is asked for.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -20,6 +19,7 @@ import pyarrow as pa
 
 from softcache.data.sources.text.build_cache import build_dir_path, build_folder
 from softcache.data.sources.text.chat import tokenize
+from softcache.data.sources.text.files import file_digest
 from softcache.data.sources.text.tokenizer import digest_tokenizer, load_tokenizer
 from softcache.errors import SourceError
 from softcache.runtime.logging import progress_bar
@@ -70,7 +70,7 @@ def stream_documents(
             described = {
                 "num_documents": num_documents,
                 "num_bytes": (staged / "documents.arrow").stat().st_size,
-                "digest": _sha256(staged / "documents.arrow"),
+                "digest": file_digest(staged / "documents.arrow"),
                 "made_from": made_from,
             }
             (staged / "stream.json").write_text(json.dumps(described, indent=2) + "\n")
@@ -155,8 +155,3 @@ def _cast(table: pa.Table, schema: pa.Schema, number: int, settings: HuggingFace
         raise SourceError(
             f"source.path {settings.path!r}, documents from {number:,} on: {error}; expected the type of those before"
         ) from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

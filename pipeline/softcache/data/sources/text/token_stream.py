@@ -17,7 +17,7 @@ from pydantic import Field
 
 from softcache.data.sources.base import SOURCES
 from softcache.data.sources.text.token_files import MappedIds, TokenFileSettings, token_files
-from softcache.data.sources.text.tokenizer import is_bpe, load_tokenizer
+from softcache.data.sources.text.tokenizer import load_tokenizer
 from softcache.errors import SourceError, SpecError
 
 __all__ = ["TokenStreamTexts"]
@@ -59,11 +59,6 @@ class TokenStreamTexts(TokenFileSettings):
 
     def _vocabulary(self) -> tuple[int, int | None]:
         """The number of ids, and the separator."""
-        if is_bpe(self.tokenizer):
-            raise SpecError(
-                f"source.tokenizer {self.tokenizer!r}: it is trained on texts, and documents are token ids here; name the "
-                "tokenizer that made them"
-            )
         tokenizer = load_tokenizer(self)
         separator = tokenizer.eos_token_id if self.separator_id is None else self.separator_id
         if self.document_separator == "none":
