@@ -1,13 +1,16 @@
 """Labels from a server's answers: the same as captured ones in every shape, and nothing that is not the source's."""
 
 import copy
+import gzip
 import http.server
 import json
+import lzma
 import re
 import threading
 import tracemalloc
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from click.testing import CliRunner
@@ -40,6 +43,11 @@ from tests.support.text_caches import text_config
 
 DOCUMENTS = {"packing": "documents", "max_train_samples": 20, "max_eval_samples": 8}
 TOP = 8
+PACK = {
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda content: pa.compress(content, "zstd", asbytes=True),
+}
 
 
 class Served:
@@ -108,6 +116,33 @@ def plain(key, tokens, rows):
     ]}  # fmt: skip
 
 
+def flat(key, tokens, rows):
+    """vLLM's FlatLogprobs, as `dataclasses.asdict` gives them."""
+    ends = np.cumsum([len(row or ()) for row in rows]).tolist()
+    pairs = [pair for row in rows if row for pair in row.items()]
+    logprobs = {
+        "start_indices": [0, *ends[:-1]],
+        "end_indices": ends,
+        "token_ids": [i for i, _ in pairs],
+        "logprobs": [v for _, v in pairs],
+        "ranks": [None] * len(pairs),
+    }
+    return {"key": key, "model": "known", "prompt_token_ids": tokens, "prompt_logprobs": logprobs}
+
+
+def sglang(key, tokens, rows):
+    """SGLang's /generate."""
+    meta = {
+        "id": "1",
+        "prompt_tokens": len(tokens),
+        "input_token_logprobs": [
+            [row and row[token], token, None] for token, row in zip(tokens, rows, strict=True)
+        ],
+        "input_top_logprobs": [row and [[v, i, None] for i, v in [*row.items()][1:]] for row in rows],
+    }
+    return {"key": key, "model": "known", "response": {"text": "?", "meta_info": meta}}
+
+
 def echo(key, tokens, rows):
     """OpenAI's completions with echo, and one token that was generated."""
     name = "token_id:{}".format
@@ -141,6 +176,30 @@ def chat(key, tokens, rows):
         "prompt_logprobs": None,
     }
     return {"custom_id": key, "response": {"status_code": 200, "body": body}, "error": None}
+
+
+def llama_cpp(key, tokens, rows):
+    """llama.cpp's /completion, behind the ids that the client sent."""
+    start = tokens.index(2) + 1
+    entries = [
+        {"id": token, "token": "?", "logprob": row[token],
+         "top_logprobs": [{"id": i, "token": "?", "logprob": v} for i, v in row.items()]}
+        for token, row in zip(tokens[start:], rows[start:], strict=True)
+    ]  # fmt: skip
+    body = {"model": "known", "content": "?", "completion_probabilities": entries}
+    return {"key": key, "prompt_token_ids": tokens[:start], "response": body}
+
+
+def tgi(key, tokens, rows):
+    """TGI's /generate, with details of the prompt and of what was generated."""
+    start = tokens.index(2) + 1
+    entries = [
+        {"id": token, "text": "?", "logprob": row and row[token]}
+        for token, row in zip(tokens, rows, strict=True)
+    ]
+    top = [[{"id": i, "text": "?", "logprob": v} for i, v in row.items()] for row in rows[start:]]
+    details = {"prefill": entries[:start], "tokens": entries[start:], "top_tokens": top}
+    return {"key": key, "model": "known", "response": {"generated_text": "?", "details": details}}
 
 
 @pytest.fixture(autouse=True)
@@ -194,7 +253,7 @@ def assert_like(imported, captured):
 # -- the same labels -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [prompt_logprobs, plain, echo])
+@pytest.mark.parametrize("shape", [prompt_logprobs, plain, flat, sglang, echo])
 def test_an_imported_cache_is_like_a_captured_one(served, tmp_path, shape):
     path = served.write(served.answers(shape), folder=tmp_path)
     cache, report = served.load(tmp_path / "cache", path)
@@ -209,8 +268,9 @@ def test_an_imported_cache_is_like_a_captured_one(served, tmp_path, shape):
         assert identity[part] == served.captured.manifest.identity[part]
 
 
-def test_of_a_chat_the_generated_passage_is_enough(served_chats, tmp_path):
-    path = served_chats.write(served_chats.answers(chat), folder=tmp_path)
+@pytest.mark.parametrize("shape", [chat, llama_cpp, tgi])
+def test_of_a_chat_the_generated_passage_is_enough(served_chats, tmp_path, shape):
+    path = served_chats.write(served_chats.answers(shape), folder=tmp_path)
     cache, _ = served_chats.load(tmp_path / "cache", path)
     assert_like(cache, served_chats.captured)
     assert len(cache.read([0])) == 4, "three words and the end of text"
@@ -219,6 +279,36 @@ def test_of_a_chat_the_generated_passage_is_enough(served_chats, tmp_path):
 def test_of_a_prompt_only_the_learnt_rows_are_kept(served_chats, tmp_path):
     path = served_chats.write(served_chats.answers(prompt_logprobs), folder=tmp_path)
     assert_like(served_chats.load(tmp_path / "cache", path)[0], served_chats.captured)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".xz"])
+def test_compressed_files(served, tmp_path, suffix):
+    content = served.write(served.answers(plain), folder=tmp_path).read_bytes()
+    path = tmp_path / f"packed.jsonl{suffix}"
+    path.write_bytes(PACK[suffix](content))
+    assert_like(served.load(tmp_path / "cache", path)[0], served.captured)
+    path.write_bytes(PACK[suffix](content)[:-40])
+    with pytest.raises(
+        SourceError, match=rf"packed.jsonl{suffix}: cannot be unpacked: .*; compress it again"
+    ):
+        served.load(tmp_path / "other", path)
+
+
+def test_llama_cpp_without_the_prompts_ids_and_tgi_of_a_prompt(served, served_chats, tmp_path):
+    answers = served_chats.answers(llama_cpp)
+    del answers[0]["prompt_token_ids"]
+    with pytest.raises(LabelError, match="write the prompt's ids into the line, as prompt_token_ids"):
+        served_chats.load(tmp_path / "a", served_chats.write(answers, folder=tmp_path))
+    answers = served.answers(sglang)
+    tokens, rows = served.tokens[0], served.rows[0]
+    prefill = [{"id": token, "logprob": row and row[token]} for token, row in zip(tokens, rows, strict=True)]
+    answers[0] = {
+        "key": served.keys[0],
+        "model": "known",
+        "response": {"details": {"prefill": prefill, "tokens": []}},
+    }
+    with pytest.raises(LabelError, match="TGI gives of a prompt the actual token's alone, not the likeliest"):
+        served.load(tmp_path / "b", served.write(answers, folder=tmp_path))
 
 
 def test_files_and_lines_come_in_any_order(served, tmp_path):
@@ -443,7 +533,7 @@ BAD_ANSWERS = [
     (add_to_row(2, {"7": -0.1, "8": -0.1}), LabelError, r"position 2, over token 3: the probabilities sum to 1\.[89]"),
     (drop("prompt_token_ids"), LabelError, r"no prompt_token_ids with the log-prob.*\"return_token_ids\": true"),
     (drop("prompt_logprobs"), LabelError, "no log-probabilities: expected prompt_logprobs with prompt_token_ids"),
-    (put(prompt_logprobs={}), LabelError, "prompt_logprobs is of type dict; expected list"),
+    (put(prompt_logprobs={}), LabelError, "prompt_logprobs.start_indices is of type NoneType; expected list"),
 ]  # fmt: skip
 
 

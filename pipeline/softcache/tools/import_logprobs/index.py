@@ -1,17 +1,22 @@
 """The first pass: where the answer for each sample lies. Lines are read and parsed one by one, and none is kept.
 
 What is remembered of a sample is 20 bytes: its file, the offset of its line, and the line's number for messages. The
-second pass reads the line again (`Responses.answer`).
+second pass reads the line again (`Responses.answer`). Compressed files are unpacked into a temporary folder.
 """
 
 from __future__ import annotations
 
+import lzma
+import shutil
+import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from softcache.data.sources.text.files import COMPRESSED
 from softcache.data.sources.text.source import TokenSource
 from softcache.errors import IdentityError, LabelError, SourceError
 from softcache.tools.import_logprobs.jsonl import Answer, LineLocation, parse_line
@@ -27,6 +32,7 @@ class Responses:
 
     Attributes:
         paths: the files.
+        plain: the same, or where they are unpacked.
         model: that the answers name, or None.
         num_failed: lines whose request had failed.
         first_failed: the first of these, in words.
@@ -41,6 +47,8 @@ class Responses:
     files_N: np.ndarray
     offsets_N: np.ndarray
     lines_N: np.ndarray
+    plain: tuple[Path, ...]
+    _unpacked: tempfile.TemporaryDirectory[str]
 
     @property
     def found(self) -> np.ndarray:
@@ -55,7 +63,7 @@ class Responses:
         """
         place = LineLocation(self.paths[self.files_N[sample]], int(self.lines_N[sample]), key)
         try:
-            with place.path.open("rb") as file:
+            with self.plain[self.files_N[sample]].open("rb") as file:
                 file.seek(self.offsets_N[sample])
                 answer = parse_line(file.readline(MAX_LINE_BYTES), place)
         except OSError as error:
@@ -88,8 +96,14 @@ def find_responses(
     offsets_N, lines_N = np.zeros(len(source), np.int64), np.zeros(len(source), np.int64)
     model, model_at, num_failed, first_failed = None, "", 0, ""
     files = tuple(Path(path) for path in paths)
+    unpacked = tempfile.TemporaryDirectory(prefix="softcache-responses-")
+    plain = tuple(
+        Path(unpacked.name) / str(number) if path.suffix in COMPRESSED else path
+        for number, path in enumerate(files)
+    )
     for file, path in enumerate(files):
-        for place, offset, line in _lines(path):
+        _unpack(path, plain[file])
+        for place, offset, line in _lines(path, plain[file]):
             progress(len(line))
             answer = parse_line(line, place)
             place = replace(place, key=answer.key)
@@ -113,13 +127,28 @@ def find_responses(
                     "them apart, or give --model-name if it is one model under two names"
                 )
             files_N[number], offsets_N[number], lines_N[number] = file, offset, place.line
-    return Responses(files, model, num_failed, first_failed, files_N, offsets_N, lines_N)
+    return Responses(files, model, num_failed, first_failed, files_N, offsets_N, lines_N, plain, unpacked)
 
 
-def _lines(path: Path) -> Iterator[tuple[LineLocation, int, bytes]]:
+def _unpack(path: Path, plain: Path) -> None:
+    """Writes what a compressed file holds to another place.
+
+    Raises:
+        SourceError: it is missing, damaged or cut off.
+    """
+    if plain == path:
+        return
+    try:
+        with COMPRESSED[path.suffix](path) as packed, plain.open("wb") as file:
+            shutil.copyfileobj(packed, file, 1 << 24)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise SourceError(f"responses {path}: cannot be unpacked: {error}; compress it again") from error
+
+
+def _lines(path: Path, plain: Path) -> Iterator[tuple[LineLocation, int, bytes]]:
     """Yields the lines that are not blank, with where they begin."""
     try:
-        with path.open("rb") as file:
+        with plain.open("rb") as file:
             offset, number = 0, 0
             while line := file.readline(MAX_LINE_BYTES):
                 number += 1

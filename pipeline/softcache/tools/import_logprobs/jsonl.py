@@ -46,7 +46,7 @@ class Answer:
     failed: str
     holders: tuple[Mapping[str, Any], ...]
 
-    def field(self, name: str, kind: type) -> Any:
+    def field(self, name: str, kind: type | tuple[type, ...]) -> Any:
         """Returns a field, or None if it is null or missing everywhere."""
         for holder in self.holders:
             value = holder.get(name)
@@ -55,15 +55,16 @@ class Answer:
         return None
 
 
-def expect(place: LineLocation, name: str, value: Any, kind: type) -> Any:
+def expect(place: LineLocation, name: str, value: Any, kind: type | tuple[type, ...]) -> Any:
     """Returns the value.
 
     Raises:
         LabelError: it is of another type.
     """
     if not isinstance(value, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
         raise LabelError(
-            f"{place}: {name} is of type {type(value).__name__}; expected {kind.__name__}; see "
+            f"{place}: {name} is of type {type(value).__name__}; expected {' or '.join(one.__name__ for one in kinds)}; see "
             "docs/how-to/import-logprobs.md"
         )
     return value
@@ -95,7 +96,7 @@ def parse_line(line: bytes, place: LineLocation) -> Answer:
     if failed or body is None:
         return Answer(place, key, None, failed or "no body", ())
     expect(place, "response.body", body, dict)
-    model = body.get("model")
+    model = body.get("model", content.get("model"))
     holders = [body] if body is content else [body, content]
     if body.get("choices") is not None:
         choices = expect(place, "choices", body["choices"], list)
