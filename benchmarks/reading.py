@@ -35,7 +35,7 @@ from benchmarks.raw_files import drop_from_memory, write_raw
 from benchmarks.reading_contenders import Contender, Made, cache_reader, loaders, map_reader, peer_loaders
 from benchmarks.synthetic_logits import image_logits, text_logits
 from softcache.cache.codecs import CODECS
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.runtime.logging import log_info
 from softcache.teacher.capture.plan import CaptureSettings
 

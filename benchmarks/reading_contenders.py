@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader
 
 from benchmarks.peer_files import DistillKitFiles, FkdFiles, MegatronFiles, TinyVitFiles
 from benchmarks.raw_files import RawDataset, RawRecords
-from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache, CachedBatch, open_cache
+from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache, CachedBatch
 from softcache.reader.dataset import SoftLabelDataset
 from softcache.reader.loader import SoftLabelLoader
 from softcache.reader.memmap import MemmapSettings
+from softcache.reader.open import open_cache
 from softcache.reader.order import BlockShuffle
 
 __all__ = ["Contender", "Labels", "Made", "cache_reader", "loaders", "map_reader", "peer_loaders"]

@@ -35,8 +35,9 @@ from benchmarks.harness import Figure, compare, draw, save, show
 from benchmarks.made_labels import MadeImages, made_tokens, write_cache
 from benchmarks.peer_files import TinyVitFiles, parse_keys, write_tinyvit
 from benchmarks.synthetic_logits import image_logits
-from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache, open_cache
+from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache
 from softcache.reader.memmap import MemmapSettings
+from softcache.reader.open import open_cache
 from softcache.reader.order import BlockShuffle
 from softcache.runtime.logging import log_info
 from softcache.teacher.capture.plan import CaptureSettings

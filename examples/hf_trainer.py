@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, TrainingArguments
 
 from softcache.config.load import load_config
 from softcache.data.sources.text.source import load_tokenizer, open_text
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.student.integrations.huggingface import DistillTrainer
 
 url, config, out = sys.argv[1:]

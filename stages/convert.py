@@ -5,7 +5,7 @@ softcache convert runs/digits/cache runs/digits/cache-parquet --store parquet
 
 import click
 
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.runtime.logging import progress_bar
 from softcache.tools.convert import convert_cache
 

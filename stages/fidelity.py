@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from softcache.modalities import percent
-from softcache.reader.cache import Cache, open_cache
+from softcache.reader.cache import Cache
+from softcache.reader.open import open_cache
 from softcache.runtime.logging import progress_bar
 
 from .options import CACHE, PATH, config_options, json_option, parse_temperatures, print_json, print_table

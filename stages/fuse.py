@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.runtime.logging import progress_bar
 from softcache.tools.fuse import RULES, FusionSettings, fuse_caches
 

@@ -12,7 +12,8 @@ import numpy as np
 
 from softcache.labels import STATS, BernoulliLabels, DetectionLabels, SoftLabels
 from softcache.modalities import percent
-from softcache.reader.cache import Cache, open_cache
+from softcache.reader.cache import Cache
+from softcache.reader.open import open_cache
 
 from .options import CACHE, json_option, print_json, print_table
 

@@ -13,8 +13,8 @@ import click
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from softcache.errors import IncompleteCacheError, StorageError
-from softcache.reader.cache import open_cache
 from softcache.reader.memmap import MemmapFolder, MemmapSettings
+from softcache.reader.open import open_cache
 from softcache.runtime.logging import progress_bar
 
 from .options import CACHE, PATH, json_option, print_json, print_table

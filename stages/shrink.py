@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from softcache.cache.codecs import COARSEST, FINEST
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.runtime.logging import progress_bar
 
 from .options import CACHE, PATH, cache_report, json_option, parse_temperatures, print_json

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import click
 
 from softcache.errors import ConfigError
-from softcache.reader.cache import Cache, open_cache
+from softcache.reader.cache import Cache
+from softcache.reader.open import open_cache
 from softcache.runtime.logging import log_info
 
 from .options import (

@@ -10,7 +10,8 @@ from typing import Any
 import click
 
 from softcache.errors import missing_extra
-from softcache.reader.cache import Cache, open_cache
+from softcache.reader.cache import Cache
+from softcache.reader.open import open_cache
 from softcache.runtime.logging import progress_bar
 from softcache.tools.verify.checksums import verify_units
 

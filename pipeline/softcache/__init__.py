@@ -23,10 +23,11 @@ __all__ = [
 if TYPE_CHECKING:
     from softcache import losses
     from softcache.labels import SoftLabels, sparsify
-    from softcache.reader.cache import Cache, open_cache
+    from softcache.reader.cache import Cache
     from softcache.reader.dataset import SoftLabelDataset
     from softcache.reader.loader import SoftLabelLoader
     from softcache.reader.memmap import MemmapSettings
+    from softcache.reader.open import open_cache
     from softcache.reader.sampler import BlockSampler
     from softcache.student.integrations.huggingface import DistillTrainer
 
@@ -39,7 +40,7 @@ _HOMES = {
     "SoftLabelLoader": "softcache.reader.loader",
     "SoftLabels": "softcache.labels",
     "losses": "softcache.losses",
-    "open_cache": "softcache.reader.cache",
+    "open_cache": "softcache.reader.open",
     "sparsify": "softcache.labels.sparsify",
 }
 

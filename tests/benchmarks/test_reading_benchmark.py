@@ -18,7 +18,7 @@ from benchmarks.peer_layouts import pack_bits
 from benchmarks.raw_files import drop_from_memory, resident_share
 from benchmarks.synthetic_logits import text_logits
 from softcache.labels.tail import log_sum_exp
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.teacher.capture.plan import CaptureSettings
 
 PACKED = 1 / 256 + 1 / 256  # half a step of its own, and float16 of what it is compared with

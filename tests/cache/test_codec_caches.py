@@ -10,7 +10,7 @@ import zarr
 from click.testing import CliRunner
 
 from softcache.errors import CorruptionError, IdentityError
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.stages.inspect import inspect_command
 from softcache.tools.convert import convert_cache
 from softcache.tools.verify.teacher import verify_units

@@ -8,7 +8,7 @@ import pytest
 
 from softcache.cache.codecs import CODECS, codec_from_dict
 from softcache.errors import ManifestError
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.tools.verify.checksums import verify_units
 from tests.support.caches import ROOT, digits_config, make_cache
 from tests.support.extend_page import write_example
@@ -41,7 +41,7 @@ def test_a_custom_codec_by_its_path(tmp_path, monkeypatch, store):
     labels, expected = cache.read(range(50), 1), plain.read(range(50), 1)
     assert np.array_equal(labels.ids, expected.ids)
     assert np.abs(labels.log_probs - expected.log_probs).max() <= 0.0101
-    code = f"from softcache.reader.cache import open_cache; open_cache({str(tmp_path / 'cache')!r})"
+    code = f"from softcache.reader.open import open_cache; open_cache({str(tmp_path / 'cache')!r})"
     for first, returncode in (("", 1), ("import my_codecs; ", 0)):
         path = {"PYTHONPATH": str(tmp_path)}
         done = subprocess.run(

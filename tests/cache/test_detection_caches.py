@@ -26,8 +26,8 @@ from softcache.errors import (
     SpecError,
 )
 from softcache.labels import BernoulliLabels, SoftLabels
-from softcache.reader.cache import open_cache
 from softcache.reader.dataset import SoftLabelDataset
+from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from softcache.runs.report.load import open_report
 from softcache.runs.sweep.space import default_space

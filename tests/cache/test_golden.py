@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from softcache.cache.manifest import diff_manifests
-from softcache.reader.cache import open_cache
 from softcache.reader.dataset import SoftLabelDataset, cached_views
+from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from softcache.teacher.capture.plan import plan_manifest
 from softcache.tools.verify.teacher import verify_against_teacher, verify_units

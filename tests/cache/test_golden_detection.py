@@ -5,7 +5,7 @@ import pytest
 
 from softcache.cache.manifest import diff_manifests
 from softcache.labels import BernoulliLabels
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.runs import open_data, open_teacher, train_student
 from softcache.teacher.capture.plan import plan_manifest
 from softcache.tools.verify.teacher import verify_units

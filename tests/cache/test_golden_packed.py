@@ -15,7 +15,7 @@ from softcache.cache.codecs import PackedCodec
 from softcache.cache.manifest import diff_manifests
 from softcache.labels import SoftLabels
 from softcache.labels.sparsify import hybrid, sample, top_k, top_p
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from softcache.teacher.capture.plan import plan_manifest
 from softcache.tools.verify.teacher import verify_units

@@ -13,7 +13,7 @@ import pytest
 from softcache.cache.storage.cloud import lease as leases
 from softcache.cache.storage.open import open_objects
 from softcache.errors import StorageError
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from softcache.tools.verify.teacher import verify_units
 from tests.support.caches import digits_config, make_cache

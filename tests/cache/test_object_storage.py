@@ -28,8 +28,8 @@ from softcache.errors import (
 )
 from softcache.hashing.digests import digest_bytes
 from softcache.labels import ARRAYS
-from softcache.reader.cache import open_cache
 from softcache.reader.memmap import MemmapSettings
+from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher
 from softcache.stages.cli import main
 from softcache.tools.convert import convert_cache

@@ -10,7 +10,7 @@ import xarray as xr
 import zarr
 
 from softcache.labels import STATS
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from tests.support.caches import make_cache
 
 NAMES = ("ids", "log_probs", "log_tail", "target_log_prob", "stats")

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from softcache.errors import CorruptionError
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.tools.verify.teacher import verify_units
 from tests.chaos.forge import Files, make_small, signed, write_files
 

@@ -35,8 +35,8 @@ from softcache.errors import (
 )
 from softcache.models.image import build_model
 from softcache.models.weights import load_weights
-from softcache.reader.cache import open_cache
 from softcache.reader.dataset import cached_views
+from softcache.reader.open import open_cache
 from softcache.runs import train_student
 from softcache.stages.cli import main, softcache
 from softcache.tools.verify.teacher import verify_units

@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 
 from softcache.errors import SoftcacheError
-from softcache.reader.cache import Cache, open_cache
+from softcache.reader.cache import Cache
 from softcache.reader.dataset import SoftLabelDataset
 from softcache.reader.memmap import MemmapSettings
+from softcache.reader.open import open_cache
 from softcache.tools.verify.teacher import verify_units
 from tests.chaos.forge import MANIFEST, SAMPLES, Files, make_small, read_files, write_files
 

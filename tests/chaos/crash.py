@@ -27,7 +27,7 @@ from pathlib import Path
 
 import numpy as np
 
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from tests.chaos.forge import Files, read_files
 from tests.chaos.processes import REFUSED, Child, full_disk, kill_at_step
 from tests.chaos.scenarios import Scenario, make_scenarios

@@ -18,9 +18,9 @@ from softcache.cache.storage.open import open_objects
 from softcache.errors import SoftcacheError
 from softcache.hashing.digests import digest_bytes
 from softcache.losses import forward_kl
-from softcache.reader.cache import open_cache
 from softcache.reader.dataset import SoftLabelDataset
 from softcache.reader.memmap import MemmapSettings
+from softcache.reader.open import open_cache
 from softcache.runs import cache_is_ready
 from softcache.stages.inspect import _identity, _labels, _storage
 from softcache.tools.garbage import collect_garbage

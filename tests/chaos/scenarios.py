@@ -15,8 +15,8 @@ import numpy as np
 import softcache.cache.units
 import softcache.teacher.capture.run
 from softcache.cache.storage.open import open_objects
-from softcache.reader.cache import open_cache
 from softcache.reader.memmap import MemmapSettings
+from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher
 from softcache.tools.convert import convert_cache
 from softcache.tools.fuse import FusionSettings, fuse_caches

@@ -10,7 +10,7 @@ import zarr
 
 from softcache.errors import CorruptionError, ManifestError
 from softcache.labels import concat
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.tools.convert import convert_cache
 from tests.support.text_caches import make_text_cache
 

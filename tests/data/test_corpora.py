@@ -742,6 +742,7 @@ def test_the_tables_of_the_page_are_settings_of_sources():
         "hf",
         "megatron",
         "mixture",
+        "parts",
         "token_stream",
     }
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from softcache.config.load import load_config
 from softcache.errors import AlignmentError, SourceError
 from softcache.models.image import build_model
-from softcache.reader.cache import open_cache
 from softcache.reader.dataset import SoftLabelDataset
+from softcache.reader.open import open_cache
 from softcache.runs import cache_is_ready, capture_labels, open_data, open_teacher, train_student
 from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.support.caches import ROOT

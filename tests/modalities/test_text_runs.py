@@ -27,8 +27,8 @@ from softcache.errors import (
 )
 from softcache.losses import distillation_loss
 from softcache.losses.fused import fused_distillation_loss
-from softcache.reader.cache import open_cache
 from softcache.reader.dataset import SoftLabelDataset
+from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, make_teacher, open_data, open_teacher, train_student
 from softcache.student import StudentSettings
 from tests.support.caches import ROOT, digits_config

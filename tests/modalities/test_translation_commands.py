@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from softcache.errors import ConfigError, IdentityError, SpecError
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.runs.report import build_sections, open_report
 from softcache.stages.cli import softcache
 from tests.support.translations import translation_config, write_pairs

@@ -8,7 +8,7 @@ import sys
 import pytest
 import tomli_w
 
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from softcache.stages.cli import main
 from softcache.teacher import generate as writing

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from softcache.cache import units
 from softcache.data.sources.images.base import InMemorySource
 from softcache.errors import IdentityError, SoftcacheError, StorageError
-from softcache.reader.cache import open_cache
 from softcache.reader.dataset import SoftLabelDataset
+from softcache.reader.open import open_cache
 from softcache.reader.order import BlockShuffle
 from softcache.runs import cache_is_ready, capture_labels, open_data, open_teacher, train_student
 from softcache.stages.verify import verify

@@ -14,10 +14,10 @@ from click.testing import CliRunner
 
 from softcache.errors import CorruptionError, StorageError
 from softcache.labels import ARRAYS
-from softcache.reader.cache import open_cache
 from softcache.reader.memmap import MemmapFolder, MemmapSettings
 from softcache.reader.memmap import file as files
 from softcache.reader.memmap import folder as thaw_folder
+from softcache.reader.open import open_cache
 from softcache.stages.materialize import materialize as materialize_command
 from tests.support import caches, text_caches
 from tests.support.programs import run_program
@@ -192,7 +192,7 @@ def test_damage_in_the_cache_itself_is_found_before_it_is_thawed(tmp_path):
 
 KILLED = """
 import os, signal, sys
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.reader.memmap import MemmapSettings, file as files
 def stop(name):
     if name == sys.argv[3]:

@@ -19,7 +19,7 @@ import pytest
 from benchmarks import scheduling
 from softcache.cache.storage.open import open_objects
 from softcache.errors import ConfigError, IdentityError, RunError, UnitsFailedError
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, prepare_cache
 from softcache.runs.dask import capture_on_dask
 from softcache.runs.dask.cluster import LocalWorkers, open_client

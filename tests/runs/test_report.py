@@ -11,7 +11,7 @@ import torch
 
 from softcache.errors import IdentityError, MissingExtraError, RunError
 from softcache.labels.sparsify import Dense, TopK
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from softcache.runs.report import build_sections, open_report, open_run
 from softcache.runs.report.examples import Names, example_sets

@@ -13,7 +13,7 @@ from softcache.errors import ConfigError, RunError, SpecError
 from softcache.labels.sparsify import top_k
 from softcache.losses import LossSettings, distillation_loss, row_weights, scheduled
 from softcache.models.image import build_model
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.runs import open_data, open_teacher, train_student
 from softcache.student.loop import Trainer
 from softcache.student.tasks import TokenStudent

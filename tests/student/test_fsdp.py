@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from softcache.errors import ConfigError, SpecError
 from softcache.models.language import build_language_model
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.runs import open_data, train_student
 from softcache.student import TrainSettings
 from softcache.student.sharding import find_blocks

@@ -30,8 +30,8 @@ from softcache.errors import (
 )
 from softcache.losses import cross_entropy, distillation_loss
 from softcache.models.language import build_language_model, split
-from softcache.reader.cache import open_cache
 from softcache.reader.dataset import HardLabelDataset, SoftLabelDataset
+from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher
 from softcache.student.integrations.huggingface import DistillTrainer
 from softcache.student.integrations.huggingface.trainer import RankBatches

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from softcache.errors import LostProcessError, RunError
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.runs import open_data, train_student
 from softcache.runtime import distributed
 from softcache.runtime.distributed import check_same, claim_error_report, on_cpu, translate_errors

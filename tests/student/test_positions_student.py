@@ -11,8 +11,9 @@ from softcache.data.sources.text.source import load_tokenizer
 from softcache.data.tokens import TokenBatch
 from softcache.errors import AlignmentError
 from softcache.losses import cross_entropy, distillation_loss
-from softcache.reader.cache import Cache, open_cache
+from softcache.reader.cache import Cache
 from softcache.reader.dataset import SoftLabelDataset
+from softcache.reader.open import open_cache
 from softcache.reader.order import BlockShuffle
 from softcache.runs import open_data, open_teacher, train_student
 from softcache.tools.verify.teacher import verify_against_teacher, verify_units

@@ -24,7 +24,8 @@ from softcache.errors import (
     SpecError,
 )
 from softcache.models.image import build_model
-from softcache.reader.cache import Cache, open_cache
+from softcache.reader.cache import Cache
+from softcache.reader.open import open_cache
 from softcache.runs import open_data, open_teacher, train_student
 from softcache.student.checkpoint import RunDirectory
 from tests.support.caches import digits_config, make_cache

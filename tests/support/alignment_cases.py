@@ -19,7 +19,7 @@ from PIL import Image
 
 from softcache.data.sources.images.image_folder import ImageFolderSource
 from softcache.data.transforms import Views
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.tools.convert import convert_cache
 from tests.data.test_text_source import CHAT, save_tokenizer
 from tests.support.alignment import Found, World

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.tools.shrink import ShrinkSettings, shrink_cache
 from tests.support.alignment import Found, Tables, World, Worlds, attempt, attempt_elsewhere
 from tests.support.caches import ROOT

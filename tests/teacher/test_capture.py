@@ -12,7 +12,7 @@ import torch
 from softcache.cache import units
 from softcache.errors import IdentityError, LabelError, StorageError
 from softcache.labels import sparsify
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher
 from softcache.teacher.capture.writer import PendingUnit
 from tests.support.caches import digits_config, make_cache

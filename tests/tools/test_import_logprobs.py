@@ -29,7 +29,7 @@ from softcache.errors import (
     TemperatureError,
 )
 from softcache.labels import concat
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from softcache.stages.import_labels import import_command
 from softcache.tools.convert import convert_cache

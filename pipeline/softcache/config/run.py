@@ -10,6 +10,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 from softcache.config.sweep import SweepSettings
 from softcache.data.sources.base import SourceSettings, built_in_sources, source_table
 from softcache.data.transforms import ViewSettings
+from softcache.errors import ConfigError
 from softcache.labels.sparsify import AnyLabelSettings, TopK
 from softcache.losses import LOSSES, AnyLoss
 from softcache.losses.detection import CellLossSettings
@@ -34,11 +35,12 @@ class RunConfig(Settings):
     """A whole run: what is labelled, by whom, how it is kept, and what is trained on it.
 
     `name` names the folder under `runs/` (default: the file's stem); `cache` is where the cache is, if not in that
-    folder; `train_teacher` configures `softcache train-teacher`, for users without a teacher.
+    folder; for students it may be a list or a pattern of several, which are read as one; `train_teacher` configures
+    `softcache train-teacher`, for users without a teacher.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    cache: str | None = Field(None, min_length=1)
+    cache: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | None = None
     source: Annotated[SerializeAsAny[SourceSettings], source_table(_source_class, built_in_sources)]
     views: ViewSettings = ViewSettings()
     teacher: TeacherSettings | None = None
@@ -99,4 +101,13 @@ class RunConfig(Settings):
 
     @property
     def cache_url(self) -> str:
+        """Where the cache is.
+
+        Raises:
+            ConfigError: there are several places, and one is expected.
+        """
+        if isinstance(self.cache, list):
+            raise ConfigError(
+                f"cache: a list of {len(self.cache)} places, which students read as one; expected one here: give --cache"
+            )
         return self.cache or str(self.root / "cache")

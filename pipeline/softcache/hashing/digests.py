@@ -26,7 +26,15 @@ import xxhash
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["digest_bytes", "digest_json", "digest_source", "digest_weights", "fingerprint", "fingerprints"]
+__all__ = [
+    "digest_bytes",
+    "digest_json",
+    "digest_of_parts",
+    "digest_source",
+    "digest_weights",
+    "fingerprint",
+    "fingerprints",
+]
 
 
 def digest_bytes(data: bytes | memoryview) -> str:
@@ -37,6 +45,11 @@ def digest_bytes(data: bytes | memoryview) -> str:
 def digest_json(value: Any) -> str:
     """Returns the sha256 of a JSON value, written with sorted keys and no spaces."""
     return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
+
+
+def digest_of_parts(digests: Sequence[str]) -> str:
+    """Returns the digest of a source that has the sources of these digests as its parts, in this order."""
+    return digest_json(list(digests))
 
 
 def _framed(parts: Iterable[bytes | memoryview]) -> str:

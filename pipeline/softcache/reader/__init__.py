@@ -7,9 +7,10 @@ from softcache.runtime.exports import lazy_exports
 __all__ = ["BlockSampler", "Cache", "SoftLabelDataset", "SoftLabelLoader", "open_cache"]
 
 if TYPE_CHECKING:
-    from softcache.reader.cache import Cache, open_cache
+    from softcache.reader.cache import Cache
     from softcache.reader.dataset import SoftLabelDataset
     from softcache.reader.loader import SoftLabelLoader
+    from softcache.reader.open import open_cache
     from softcache.reader.sampler import BlockSampler
 
 __getattr__ = lazy_exports(  # reading a cache imports no torch
@@ -19,6 +20,6 @@ __getattr__ = lazy_exports(  # reading a cache imports no torch
         "Cache": "softcache.reader.cache",
         "SoftLabelDataset": "softcache.reader.dataset",
         "SoftLabelLoader": "softcache.reader.loader",
-        "open_cache": "softcache.reader.cache",
+        "open_cache": "softcache.reader.open",
     },
 )

@@ -29,38 +29,16 @@ from softcache.reader.memmap import MemmapFile, MemmapFolder, MemmapPlan, Memmap
 from softcache.reader.units import CacheReaderBase, Chunk
 from softcache.runtime.logging import log_info
 
-__all__ = ["DEFAULT_WINDOW_BLOCKS", "Cache", "CachedBatch", "open_cache"]
+__all__ = ["DEFAULT_WINDOW_BLOCKS", "Cache", "CachedBatch", "ranges"]
 
 DEFAULT_WINDOW_BLOCKS = 16
 """Chunks that are mixed with each other, and kept decoded for it, where a view is read by chunks."""
 
 
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Returns start, start + 1, … for each start, `counts` of them, one after the other."""
     ends = np.cumsum(counts)
     return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
-
-
-def open_cache(
-    url: str,
-    *,
-    window_blocks: int = DEFAULT_WINDOW_BLOCKS,
-    verify: bool = True,
-    memmap: MemmapSettings | None = None,
-) -> Cache:
-    """Returns the cache at a path or URL, its manifest validated.
-
-    Args:
-        window_blocks: decoded blocks that are kept; the shuffle's window should fit.
-        verify: compare each unit with its marker's sha256 before its first row is trusted.
-        memmap: decode a view into a local memory map when it is first read, if the cache fits and the view is finished,
-            or use the existing one; None reads the cache's own chunks.
-
-    Raises:
-        CacheNotFoundError: there is no manifest there.
-        ManifestError: the manifest is malformed or of another format version.
-    """
-    return Cache(url, window_blocks=window_blocks, verify=verify, memmap=memmap)
 
 
 class CachedBatch(NamedTuple):
@@ -152,7 +130,7 @@ class Cache(CacheReaderBase):
             block = int(blocks[number])
             chosen = np.flatnonzero(inverse == number)
             first = index.starts(samples[chosen], block * size)
-            source, target = _ranges(first, counts[chosen]), _ranges(offsets[chosen], counts[chosen])
+            source, target = ranges(first, counts[chosen]), ranges(offsets[chosen], counts[chosen])
             decoded = self._blocks.get((view, block))
             rows[target] = decoded.rows[source]
             fingerprints[chosen] = decoded.fingerprints[samples[chosen] - block * size]

@@ -6,8 +6,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache, open_cache
+from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache
 from softcache.reader.memmap import MemmapSettings
+from softcache.reader.open import open_cache
 from softcache.settings import Settings
 
 __all__ = ["ReaderSettings"]
@@ -35,6 +36,7 @@ class ReaderSettings(Settings):
     fingerprint_first: int = Field(1024, ge=0)
     verify: bool = True
     num_views: int | None = Field(None, ge=1)
+    several_teachers: bool = False
 
     @property
     def fingerprint_checks(self) -> dict[str, Any]:
@@ -44,9 +46,17 @@ class ReaderSettings(Settings):
             "fingerprint_first": self.fingerprint_first,
         }
 
-    def open_cache(self, url: str) -> Cache:
-        """Returns the cache at a path or URL, to be read as these settings say; raises as
-        `softcache.reader.cache.open_cache`."""
+    def open_cache(self, url: str | list[str]) -> Cache:
+        """Returns the cache at a path or URL, or those at several places as one, to be read as these settings say.
+
+        Raises as `softcache.reader.open.open_cache`.
+        """
         memmap = MemmapSettings(self.memmap_limit_bytes, self.memmap_dir) if self.memmap == "auto" else None
         window = self.window_blocks or DEFAULT_WINDOW_BLOCKS
-        return open_cache(url, window_blocks=window, verify=self.verify, memmap=memmap)
+        return open_cache(
+            url,
+            window_blocks=window,
+            verify=self.verify,
+            memmap=memmap,
+            several_teachers=self.several_teachers,
+        )

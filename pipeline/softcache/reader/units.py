@@ -71,6 +71,10 @@ class CacheReaderBase:
         return self.manifest.plan.num_views
 
     @property
+    def num_units(self) -> int:
+        return self.manifest.plan.num_units
+
+    @property
     def num_classes(self) -> int:
         return self.manifest.num_classes
 

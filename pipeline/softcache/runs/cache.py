@@ -16,7 +16,8 @@ from softcache.hashing.digests import digest_json
 from softcache.modalities import Data
 from softcache.models.spec import is_same_origin
 from softcache.reader.alignment import check_alignment
-from softcache.reader.cache import Cache, open_cache
+from softcache.reader.cache import Cache
+from softcache.reader.open import open_cache
 from softcache.runs.teacher import open_teacher, teacher_is_missing, teacher_settings
 from softcache.runtime.logging import event, log_info, progress_bar
 from softcache.teacher.base import Teacher
@@ -101,7 +102,7 @@ def open_labels(config: RunConfig, url: str | None = None) -> Cache:
         CacheNotFoundError, LabelError, AlignmentError, IncompleteCacheError: as `open_cache` and `fuse_caches`.
     """
     if config.fusion is None:
-        return config.reader.open_cache(url or config.cache_url)
+        return config.reader.open_cache(url or config.cache or config.cache_url)
     fusion, caches = config.fusion, [open_cache(part) for part in config.fusion.caches]
     how = [fusion.rule, fusion.k, fusion.values, *(cache.manifest_sha256 for cache in caches)]
     url = url or str(config.root / f"fused-{fusion.rule}-{digest_json(how)[:8]}")

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from softcache.cache.create import create_cache
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import check_unit, claimed_units, finished_units, open_store, publish_unit
-from softcache.reader.cache import Cache, open_cache
+from softcache.reader.cache import Cache
+from softcache.reader.open import open_cache
 
 __all__ = ["convert_cache"]
 

@@ -36,7 +36,8 @@ from softcache.cache.units import check_unit, claimed_units, finished_units, ope
 from softcache.errors import LabelError, SpecError, TemperatureError
 from softcache.labels import ARRAYS, SoftLabels, concat
 from softcache.labels.sparsify import POLICIES, LabelSettings
-from softcache.reader.cache import Cache, open_cache
+from softcache.reader.cache import Cache
+from softcache.reader.open import open_cache
 from softcache.settings import Settings
 
 __all__ = ["ShrinkSettings", "can_lower_k", "shrink_cache", "shrink_manifest"]

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from softcache.errors import CacheNotFoundError, IdentityError
-from softcache.reader.cache import Cache, open_cache
+from softcache.reader.cache import Cache
+from softcache.reader.open import open_cache
 
 if TYPE_CHECKING:
     from softcache.runs.report.load import Run

@@ -23,7 +23,8 @@ from softcache.cache.units import claimed_units, finished_units, open_store, pub
 from softcache.errors import AlignmentError
 from softcache.hashing.digests import digest_json
 from softcache.labels import SoftLabels, concat
-from softcache.reader.cache import Cache, CachedBatch, open_cache
+from softcache.reader.cache import Cache, CachedBatch
+from softcache.reader.open import open_cache
 from softcache.tools.fuse.compatibility import check_agreement, check_same_rows
 from softcache.tools.fuse.labels import fused_labels
 from softcache.tools.fuse.settings import FusionSettings

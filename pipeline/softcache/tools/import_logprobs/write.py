@@ -22,7 +22,8 @@ from softcache.data.sources.text.source import TokenSource
 from softcache.data.tokens import TokenData
 from softcache.errors import LabelError, SourceError
 from softcache.labels.sparsify import TopK
-from softcache.reader.cache import Cache, open_cache
+from softcache.reader.cache import Cache
+from softcache.reader.open import open_cache
 from softcache.teacher.base import TeacherFacts
 from softcache.teacher.capture.plan import CaptureSettings, plan_manifest
 from softcache.teacher.capture.run import CaptureReport

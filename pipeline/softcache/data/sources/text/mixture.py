@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from softcache.data.sources.base import SOURCES, Split, source_class
+from softcache.data.sources.base import SOURCES, Split
 from softcache.data.sources.text.interleave import LabeledDocuments, MixtureDocuments, OnEnd
+from softcache.data.sources.text.nested import nested_source
 from softcache.data.sources.text.settings import TextSettings
-from softcache.errors import SoftcacheError, SourceError
+from softcache.errors import SourceError
 
 __all__ = ["MixtureTexts"]
 
 OWN_KEYS = {"weight", "label"}
-INHERITED = ("modality", "tokenizer", "seq_len", "packing", "bos", "data_dir")
-OF_THE_MIXTURE = set(TextSettings.model_fields) - {"name"}
 
 
 @SOURCES.register("text/mixture")
@@ -58,26 +57,7 @@ class MixtureTexts(TextSettings):
         """
         self._weight(number)
         table = {key: value for key, value in self.sources[number].items() if key not in OWN_KEYS}
-        if given := sorted(OF_THE_MIXTURE & table.keys()):
-            raise ValueError(
-                f"source.sources[{number}].{given[0]}: one for all sources; set source.{given[0]}"
-            )
-        if not isinstance(name := table.get("name"), str):
-            raise ValueError(f"source.sources[{number}].name: missing; expected the name of a text source")
-        try:
-            part = source_class("text", name).model_validate(
-                {**{key: getattr(self, key) for key in INHERITED}, **table}
-            )
-        except ValidationError as error:
-            listed = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise ValueError(f"source.sources[{number}] ({name}): {listed}") from error
-        except SoftcacheError as error:
-            raise ValueError(f"source.sources[{number}]: {error}") from error
-        if not isinstance(part, TextSettings):
-            raise ValueError(
-                f"source.sources[{number}].name: {name!r} is no source of text; name one that is"
-            )
-        return part
+        return nested_source(self, table, f"source.sources[{number}]")
 
     @property
     def _parts(self) -> list[TextSettings]:
