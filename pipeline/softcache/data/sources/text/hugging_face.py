@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import pyarrow as pa
 import xxhash
 from pydantic import Field, model_validator
 
@@ -23,6 +22,7 @@ from softcache.data.sources.text.documents import Document, choose_documents
 from softcache.data.sources.text.files import CorpusFiles, find_files
 from softcache.data.sources.text.settings import TextSettings
 from softcache.data.sources.text.streaming import stream_documents
+from softcache.data.sources.text.token_rows import read_tokens
 from softcache.data.sources.text.tokenizer import is_bpe
 from softcache.errors import MissingExtraError, SourceError
 from softcache.hashing.digests import digest_json
@@ -351,38 +351,13 @@ class HfDocuments:
                     for key in (rows[column].to_pylist() if self._settings.has_tokens else rows[column])
                 ]
             if self._settings.has_tokens:
-                yield from self._tokenized(rows, numbers, keys)
+                is_mask = self._settings.mask_column is not None
+                found = read_tokens(rows, self._columns, numbers, is_mask=is_mask, path=self._settings.path)
+                for key, (tokens, learnt) in zip(keys, found, strict=True):
+                    yield Document(key, tokens=tokens, learnt=learnt)
                 continue
             for place, number in enumerate(numbers):
                 yield self._document(number, keys[place], [rows[name][place] for name in self._columns])
-
-    def _tokenized(self, rows: pa.Table, numbers: list[int], keys: list[str]) -> Iterator[Document]:
-        columns = [_lists(rows, column, of=self._settings.path) for column in self._columns]
-        for place, number in enumerate(numbers):
-            tokens, *more = (column[place] for column in columns)
-            learnt = self._learnt(number, tokens, more[0]) if more else None
-            yield Document(keys[place], tokens=tokens, learnt=learnt)
-
-    def _learnt(self, number: int, tokens: np.ndarray, given: np.ndarray) -> np.ndarray:
-        """Returns which tokens are learned, by a row of labels or of a mask."""
-        where = f"source.path {self._settings.path!r}, row {number}, column {self._columns[1]!r}"
-        if len(given) != len(tokens):
-            raise SourceError(
-                f"{where}: {len(given)} values; expected {len(tokens)}, one for each of {self._columns[0]!r}; "
-                "name another column"
-            )
-        if self._settings.mask_column is not None:
-            if len(given) and not np.isin(given, (0, 1)).all():
-                raise SourceError(f"{where}: {given.max()} in a mask; expected 0 and 1; name another column")
-            return given.astype(bool)
-        learnt = given != -100
-        if wrong := np.flatnonzero(learnt & (given != tokens)).tolist():
-            place = wrong[0]
-            raise SourceError(
-                f"{where}: label {given[place]} of token {place}, whose id is {tokens[place]}; expected the same id, or "
-                "-100 where it is not learned; labels that are shifted by one have to be shifted back"
-            )
-        return learnt
 
     def _document(self, number: int, key: str, values: list[Any]) -> Document:
         settings = self._settings
@@ -422,28 +397,6 @@ def _is_saved(files: CorpusFiles) -> bool:
     """Whether a folder is one that `save_to_disk` wrote."""
     names = {files.name(path) for path in files.paths}
     return files.is_folder and ("dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names)
-
-
-def _lists(rows: pa.Table, column: str, *, of: str | None) -> list[np.ndarray]:
-    """Returns a column of lists of whole numbers, each as an array; null is an empty one."""
-    found = rows.column(column)
-    value = getattr(found.type, "value_type", None)
-    is_whole = value is not None and any(
-        test(value) for test in (pa.types.is_integer, pa.types.is_boolean, pa.types.is_null)
-    )
-    if not is_whole:
-        raise SourceError(
-            f"source.path {of!r}: column {column!r} is of {found.type}; expected lists of whole numbers; name another column"
-        )
-    lists = []
-    for row in found:
-        values = row.values if row.is_valid else pa.array([], pa.int32())
-        if values.null_count:
-            raise SourceError(
-                f"source.path {of!r}: column {column!r} has null inside of a list; expected whole numbers"
-            )
-        lists.append(values.to_numpy(zero_copy_only=False) if len(values) else np.zeros(0, np.int32))
-    return lists
 
 
 @contextmanager
