@@ -268,4 +268,9 @@ def load_shards(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-    return {"model": trained_state(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    # Tied weights are stored once, under their first name.
+    again = (
+        dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    )
+    weights = {name: value for name, value in trained_state(model).items() if name not in again}
+    return {"model": weights, "optimizer": get_optimizer_state_dict(model, optimizer)}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from softcache.errors import ConfigError, LostProcessError, RunError
-from softcache.runtime.distributed import num_ranks, rank
+from softcache.runtime.distributed import num_ranks, rank, translate_errors
 
 __all__ = ["TeacherGroup", "join_teacher_group"]
 
@@ -75,14 +75,20 @@ class TeacherGroup:
 
     @contextmanager
     def lead(self) -> Iterator[None]:
-        """Has the others run what `share` is given, until the block ends; they end as it does."""
+        """Has the others run what `share` is given, until the block ends; they end as it does.
+
+        Raises:
+            LostProcessError: one of them is gone.
+        """
         self.is_led, how = True, FAIL
         try:
-            yield
+            with translate_errors():
+                yield
             how = STOP
         finally:
             self.is_led = False
-            self._send([how, 0, 0, 0])
+            with suppress(*(() if how == STOP else (RuntimeError,))):  # they may be gone
+                self._send([how, 0, 0, 0])
 
     def share(self, what: int, tokens_BL: torch.Tensor, segments_BL: torch.Tensor | None) -> None:
         """Has the others run a pass that this process runs next.
