@@ -56,6 +56,7 @@ COMMANDS = {
     "materialize": ("materialize:materialize", "Decode a cache into local memory maps."),
     "gc": ("gc:gc", "List or delete files left by crashed runs."),
     "doctor": ("doctor:doctor", "Diagnose the installation, this machine and stores."),
+    "query": ("query:query_command", "Ask a server for the log-probabilities of a text."),
     "import": ("import_labels:import_command", "Make a cache from a server's log-probabilities."),
     "completion": ("completion:completion", "Print the completion script of bash, zsh or fish."),
 }

@@ -3,7 +3,7 @@
     python -m tests.support.fake_vllm PORT
 
 POST /v1/completions takes token ids and gives `prompt_logprobs`, the N likeliest of 300 tokens and the actual one at each
-place, with `prompt_token_ids`; GET /health answers when it is up.
+place, with `prompt_token_ids`; GET /health answers when it is up, GET /v1/models names its model.
 """
 
 import json
@@ -15,6 +15,7 @@ from itertools import pairwise
 from math import log
 
 NUM_TOKENS = 300
+MODEL = "Qwen/Qwen3-8B"
 
 
 @cache
@@ -53,7 +54,7 @@ class Handler(BaseHTTPRequestHandler):
     """One request."""
 
     def do_GET(self) -> None:
-        self._send({})
+        self._send({"data": [{"id": MODEL}]} if self.path == "/v1/models" else {})
 
     def do_POST(self) -> None:
         self._send(answer(json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
