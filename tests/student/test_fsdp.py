@@ -4,16 +4,17 @@ import json
 
 import pytest
 import torch
+from accelerate import Accelerator
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from softcache.errors import ConfigError, SpecError
+from softcache.errors import ConfigError, RunError, SpecError
 from softcache.models.language import build_language_model
 from softcache.reader.open import open_cache
 from softcache.runs import open_data, train_student
 from softcache.student import TrainSettings
-from softcache.student.sharding import find_blocks
+from softcache.student.sharding import build_sharded, find_blocks
 from softcache.student.tasks.token_student import TokenStudent
 from tests.student.test_huggingface_models import FAMILIES, save_model
 from tests.student.test_many_processes import TEXT, assert_same_student, may_write_nothing
@@ -23,7 +24,7 @@ from tests.support.process_groups import run_ranks
 from tests.support.text_caches import make_text_cache, text_config
 
 TIED = "llama?width=16&depth=2&heads=2&gradient_checkpointing=true"
-TRAIN = {"epochs": 2, "batch_size": 5, "eval_batch_size": 3, "clip_norm": 1.0, "checkpoint_steps": 2}
+TRAIN = {"epochs": 2, "batch_size": 9, "eval_batch_size": 3, "clip_norm": 1.0, "checkpoint_steps": 2}
 BROKEN = {"parallel": "fsdp", "fsdp": {"reshard_after_forward": False}}
 
 
@@ -59,15 +60,32 @@ def lora_of(folder, name="pretrained"):
     return {"model": f"hf:{folder / name}", "lora": {"rank": 4}}
 
 
+class Stopped(Exception):
+    pass
+
+
+class Unbuilt:
+    """A task whose student is never built."""
+
+    sharded_methods = ()
+
+    def build(self):
+        raise Stopped
+
+
 def _trains(rank, folder, out):
     if rank > 0:
         may_write_nothing()
-    # Of five samples one rank has two and one has three: two and three pieces.
+    # Of nine samples one rank has four and one has five: two and three pieces.
     found = {"whole": train(folder, out / "whole", parallel="fsdp", accumulation_steps=3)}
     found["lora"] = train(
         folder, out / "lora", parallel="fsdp", fsdp={"build_at_once": 1}, epochs=1, **lora_of(folder)
     )
-    found["broken"] = train(folder, out / "broken", dies=5, **BROKEN)
+    found["broken"] = train(folder, out / "broken", dies=4, **BROKEN)
+    other = {"reshard_after_forward": rank == 0}
+    differs = pytest.raises(RunError, match=r"\[train\.fsdp\] differs .* reshard_after_forward: True; False")
+    with differs if rank else pytest.raises(Stopped):
+        build_sharded(Unbuilt(), TrainSettings(parallel="fsdp", fsdp=other), Accelerator(cpu=True))
     with pytest.raises(ConfigError, match=r'"adafactor": cannot step on weights that are cut'):
         train(folder, out / "adafactor", parallel="fsdp", optimizer="adafactor")
     return found
@@ -77,11 +95,11 @@ def test_two_processes_with_a_share_each_train_the_student_that_one_trains(tmp_p
     """To rounding: float32 sums in another order, 2e-5 of a weight at most, as with DDP."""
     two, one = tmp_path / "two", tmp_path / "one"
     assert train(texts, two / "broken", dies=4, **BROKEN) is None  # one process begins
-    ended = run_ranks(tmp_path / "ranks", 2, _trains, texts, two)  # two go on from step 2 to 6
+    ended = run_ranks(tmp_path / "ranks", 2, _trains, texts, two)  # two go on from step 2 to 4
     assert [end.code for end in ended] == [0, 0], ended
     assert ended[0].value == ended[1].value
     assert ended[0].value["broken"] is None
-    assert json.loads((two / "broken/checkpoint/progress.json").read_text())["step"] == 6
+    assert json.loads((two / "broken/checkpoint/progress.json").read_text())["step"] == 4
     shards = {path.name for path in (two / "broken/checkpoint/shards").iterdir()}
     assert shards == {".metadata", "__0_0.distcp", "__1_0.distcp"}, "each process wrote its share"
     train(texts, two / "broken", **BROKEN)  # one ends it

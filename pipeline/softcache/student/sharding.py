@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from softcache.errors import ConfigError
 from softcache.models.weights import trained_state
+from softcache.runtime.distributed import check_same
 from softcache.student.optimizers import build_optimizer
 from softcache.student.settings import FsdpSettings, TrainSettings
 from softcache.student.tasks import Task
@@ -73,6 +74,7 @@ def build_sharded(task: Task, settings: TrainSettings, accelerator: Accelerator)
 
     Raises:
         ConfigError: the task has no student that can be cut, or [train.fsdp] names blocks that it lacks.
+        RunError: the first process has another [train.fsdp].
     """
     methods = getattr(task, "sharded_methods", None)
     if methods is None:
@@ -83,6 +85,7 @@ def build_sharded(task: Task, settings: TrainSettings, accelerator: Accelerator)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     check_sharded_optimizer(settings, mesh)
     how = settings.fsdp or FsdpSettings()
+    check_same("[train.fsdp]", how.model_dump())  # which no identity of a run covers
     turn, num_turns = _turns(accelerator, how.build_at_once)
     model: nn.Module | None = None
     for now in range(num_turns):
