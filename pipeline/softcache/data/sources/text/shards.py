@@ -223,6 +223,8 @@ class ShardedEncoder:
             self._pool.shutdown(wait=False, cancel_futures=True)
             for process in running:  # what they are at is of no use any more
                 process.kill()
+            for process in running:
+                process.join()
             self._pool = None
 
     def remove_shards(self) -> None:

@@ -34,7 +34,7 @@ SCHEMA = pa.schema(
         ("num_rows", pa.int32()),
     ]
 )
-CHUNK_TOKENS = 2**24  # of a record batch: about 80 MB
+CHUNK_TOKENS = 2**22  # of a record batch: about 20 MB; the samples that wait for it take some 60
 
 
 class _Chunk(NamedTuple):
