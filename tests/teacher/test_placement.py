@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from softcache.errors import ConfigError, RunError, SpecError
 from softcache.models.language import build_language_model
 from softcache.models.language.placement import Placement, WholeState
-from softcache.reader.cache import open_cache
+from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher
 from softcache.teacher import TeacherSettings
 from softcache.teacher.group import join_teacher_group
