@@ -99,6 +99,10 @@ def test_pixels_never_change_between_versions():
     key = "digits/0017"
     found = {
         "plain": views(size=24).apply(image, key=key, view=0),
+        "as torchvision": views(size=24, geometry="torchvision").apply(image, key=key, view=0),
+        "bicubic": views(**EVERYTHING | {"interpolation": "bicubic"}).apply(
+            photo(3, 40, 30), key=key, view=2
+        ),
         "padded": views(crop="padded", padding=2, flip=0.5).apply(image, key=key, view=1),
         "everything": views(**EVERYTHING).apply(image, key=key, view=1),
         "rgb": views(**EVERYTHING).apply(photo(3, 40, 30), key=key, view=2),
@@ -106,6 +110,8 @@ def test_pixels_never_change_between_versions():
     }
     assert {name: pixel_hash(out) for name, out in found.items()} == {
         "plain": "95c6a3f42f23b9ad",
+        "as torchvision": "55dddcf5c02203c6",
+        "bicubic": "be0e4b3a83910a6a",
         "padded": "7c2a39bb6e6b530a",
         "everything": "e80a9739056a4be0",
         "rgb": "b188e67b19b2f2d6",
@@ -412,8 +418,8 @@ for image in (photo(3, 199, 301), photo(1, 407, 399), photo(3, 33, 47), photo(1,
     for name, (low, high, wide, signed) in RANGES.items():
         for strength in (low, high, wide, -high if signed else high):
             digest.update(view_ops.OPS[name](image, strength).contiguous().numpy().tobytes())
-    for size in (24, 224, None):
-        made = views(**EVERYTHING | {"size": size})
+    for size, interpolation in ((24, "bilinear"), (224, "bicubic"), ((40, 24), "bicubic"), (None, "bilinear")):
+        made = views(**EVERYTHING | {"size": size, "interpolation": interpolation})
         for view in range(6):
             digest.update(made.apply(image, key="a", view=view).numpy().tobytes())
 print(digest.hexdigest())
@@ -557,7 +563,7 @@ def test_a_missing_transform_is_named(spec, message):
         ({"magnitude": 31}, "magnitude"),
         ({"color_jitter": [0.1, 0.1, 0.1]}, "color_jitter must be"),
         ({"color_jitter": [0.1, 0.1, 0.1, 0.6]}, "color_jitter must be"),
-        ({"mean": [0.5, 0.5]}, "mean and std"),
+        ({"mean": [0.5, 0.5], "std": [0.5] * 3}, "mean and std"),
         ({"mean": [], "std": []}, "mean and std"),
         ({"std": [0.0]}, "mean and std"),
         ({"seed": -1}, "seed"),

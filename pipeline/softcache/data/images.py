@@ -137,7 +137,7 @@ class ViewedSource(Dataset):
 
     def identity(self, num_views: int) -> dict[str, dict[str, Any]]:
         """Returns the views' part of a cache's identity."""
-        settings = self.views.settings.model_dump(mode="json")
+        settings = self.views.settings.identity()
         return {"views": {"digest": self.views.digest, "num_views": num_views, "settings": settings}}
 
     def load(

@@ -32,7 +32,7 @@ class Views:
 
     def __init__(self, settings: ViewSettings) -> None:
         self.settings = settings
-        self.digest = digest_json({"stream": STREAM_VERSION, **settings.model_dump(mode="json")})
+        self.digest = digest_json({"stream": STREAM_VERSION, **settings.identity()})
         self._factory = import_factory(settings.transform) if settings.transform else None
 
     def __reduce__(self) -> tuple[type[Views], tuple[ViewSettings]]:
@@ -89,7 +89,7 @@ class Views:
 
     def _parameters(self, u: list[float], height: int, width: int) -> ViewParameters:
         settings = self.settings
-        side = (settings.size or height, settings.size or width)
+        side = settings.sides(height, width)
         return ViewParameters(
             crop=crop_of(settings, u, (height, width), side),
             flip=u[0] < settings.flip,
@@ -129,7 +129,7 @@ class Views:
             if does.crop is not None:
                 top, left, rows, columns = does.crop
                 margin = settings.padding if settings.crop == "padded" else 0
-                side = (settings.size or height, settings.size or width)
+                side = settings.sides(height, width)
                 boxes_M4 = view_boxes.transform_boxes(boxes_M4, top - margin, left - margin)
                 boxes_M4, size = view_boxes.scaled(boxes_M4, (rows, columns), side), side
             if does.flip:
@@ -142,16 +142,13 @@ class Views:
         self, boxes_M4: np.ndarray, before: tuple[int, int]
     ) -> tuple[np.ndarray, tuple[int, int]]:
         """`_plain` for boxes; returns them and the new (height, width)."""
-        size = self.settings.size
-        if size is None:
+        settings = self.settings
+        if settings.size is None:
             return boxes_M4, before
-        side, shorter = max(size, round(size / self.settings.eval_share)), min(before)
-        after = (side * before[0] // shorter, side * before[1] // shorter)
+        after, size = settings.scaled(*before), settings.sides(*before)
+        top, left = (settings.center(longer - side) for longer, side in zip(after, size, strict=True))
         boxes_M4 = view_boxes.scaled(boxes_M4, before, after)
-        return view_boxes.transform_boxes(boxes_M4, (after[0] - size) // 2, (after[1] - size) // 2), (
-            size,
-            size,
-        )
+        return view_boxes.transform_boxes(boxes_M4, top, left), size
 
     def _raw(self, key: str, view: int) -> np.ndarray:
         philox = np.random.Philox(
@@ -197,12 +194,14 @@ class Views:
         return out_BCHW
 
     def _plain(self, image: torch.Tensor) -> torch.Tensor:
-        size = self.settings.size
-        if size is None:
+        settings = self.settings
+        if settings.size is None:
             return image
-        image = view_ops.resize_shorter(image, max(size, round(size / self.settings.eval_share)))
-        top, left = (image.shape[1] - size) // 2, (image.shape[2] - size) // 2
-        return image[:, top : top + size, left : left + size].contiguous()
+        before = (image.shape[1], image.shape[2])
+        after, (height, width) = settings.scaled(*before), settings.sides(*before)
+        image = view_ops.resize(image, *after, mode=settings.interpolation)
+        top, left = settings.center(after[0] - height), settings.center(after[1] - width)
+        return image[:, top : top + height, left : left + width].contiguous()
 
     def _draw(self, image: torch.Tensor, parameters: ViewParameters) -> torch.Tensor:
         image = self._place(image, parameters.crop)
@@ -223,7 +222,7 @@ class Views:
     def _place(self, image: torch.Tensor, crop: tuple[int, int, int, int] | None) -> torch.Tensor:
         """Crops and scales."""
         settings = self.settings
-        side = (settings.size or image.shape[1], settings.size or image.shape[2])
+        side = settings.sides(image.shape[1], image.shape[2])
         if settings.crop != "resized":
             image = self._plain(image)
         if crop is None:
@@ -231,10 +230,18 @@ class Views:
         if settings.crop == "padded":
             image = torch.nn.functional.pad(image, [settings.padding] * 4)
         top, left, height, width = crop
-        return view_ops.resize(image[:, top : top + height, left : left + width], *side)
+        cropped = image[:, top : top + height, left : left + width]
+        return view_ops.resize(cropped, *side, mode=settings.interpolation)
 
     def _own(self, image: torch.Tensor, key: str, view: int) -> torch.Tensor:
         """The user's transform, made anew for each view so that it carries nothing over from the last one."""
         assert self._factory is not None
         with seeded(int(self._raw(key, view)[0])):
-            return self._factory()(image.clone())  # it may write in place
+            made = self._factory()(image.clone())  # it may write in place
+        if not isinstance(made, torch.Tensor) or made.ndim != 3:
+            shape = f" of shape {tuple(made.shape)}" if isinstance(made, torch.Tensor) else ""
+            raise SpecError(
+                f"views.transform {self.settings.transform!r}: expected a tensor [C, H, W]; found "
+                f"{type(made).__name__}{shape} for sample {key!r}; end it with v2.PILToTensor() or v2.ToImage()"
+            )
+        return made

@@ -32,13 +32,13 @@ __all__ = [
 ]
 
 
-def resize(image_CHW: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Returns the image scaled by antialiased bilinear weights (fixed-point, so equal on every CPU)."""
+def resize(image_CHW: torch.Tensor, height: int, width: int, *, mode: str = "bilinear") -> torch.Tensor:
+    """Returns the image scaled by antialiased bilinear or bicubic weights (fixed-point, so equal on every CPU)."""
     if image_CHW.shape[1:] == (height, width):
         return image_CHW
     # torchvision's resize goes through floats where there is no AVX2; this is its other, integer route.
     return torch.nn.functional.interpolate(
-        image_CHW.contiguous().unsqueeze(0), size=(height, width), mode="bilinear", antialias=True
+        image_CHW.contiguous().unsqueeze(0), size=(height, width), mode=mode, antialias=True
     ).squeeze(0)
 
 

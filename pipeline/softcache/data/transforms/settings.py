@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -14,20 +15,28 @@ Floats = Annotated[
     tuple[float, ...], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 ]
 Share = Annotated[float, Field(ge=0, le=1)]
+Side = Annotated[int, Field(ge=1, le=16384)]
+Size = Annotated[
+    Side | tuple[Side, Side],
+    BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value),
+]
 
 
 class ViewSettings(Settings):
     """[views]: what a view may do to an image.
 
-    `size` is the side of the square that the model sees (None keeps the image's own size). The plain view
-    scales the shorter side to `size / eval_share` and takes the centre. `crop` is "none" (the plain view),
+    `size` is the side of the square that the model sees, or (height, width) (None keeps the image's own size). The plain
+    view scales the image by `interpolation` so that it covers `size / eval_share`, and takes the centre; `geometry` is how
+    both are rounded, "torchvision" as torchvision and timm do. `crop` is "none" (the plain view),
     "resized" (a random rectangle of the image, scaled to `size`) or "padded" (the plain view, moved by up to
     `padding` pixels with zeros behind it). `flip` and `erase` are probabilities. `transform` names the user's own
     function instead: `module:factory`, where factory() returns a callable of uint8 [C, H, W].
     """
 
     seed: int = Field(0, ge=0, lt=2**64)
-    size: int | None = Field(None, ge=1, le=16384)
+    size: Size | None = None
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    geometry: Literal["floor", "torchvision"] = "floor"
     eval_share: float = Field(0.875, gt=0, le=1)
     crop: Literal["none", "resized", "padded"] = "none"
     scale: Floats = (0.08, 1.0)
@@ -55,8 +64,14 @@ class ViewSettings(Settings):
             raise ValueError("scale and erase_scale are shares of the image's area, at most 1")
         if len(self.color_jitter) != 4 or min(self.color_jitter) < 0 or self.color_jitter[3] > 0.5:
             raise ValueError("color_jitter must be brightness, contrast, saturation >= 0 and hue in [0, 0.5]")
-        if not self.std or len(self.mean) != len(self.std) or min(self.std) <= 0:
+        channels = {len(self.mean), len(self.std)}
+        if 0 in channels or len(channels - {1}) > 1 or min(self.std) <= 0:
             raise ValueError("mean and std need one number each per channel (or one for all), std above 0")
+        if min(self.mean) < 0 or max(*self.mean, *self.std) > 1:
+            raise ValueError(
+                f"mean {list(self.mean)} and std {list(self.std)} are of pixels scaled to 0..1; expected none above "
+                "1; divide those of the scale 0..255 by 255"
+            )
         if self.crop == "padded" and self.padding == 0:
             raise ValueError('crop = "padded" needs padding of at least 1')
         drawn = self.crop != "none" or self.augment != "none" or any(self.color_jitter)
@@ -65,3 +80,42 @@ class ViewSettings(Settings):
                 "transform takes the place of crop, flip, augment, color_jitter and erase; set one or the other"
             )
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """Returns what identities have of the table: keys that came later are left out where they do nothing."""
+        found = self.model_dump(mode="json")
+        if self.interpolation == "bilinear":
+            del found["interpolation"]
+        if self.size is None or self.geometry == "floor":
+            del found["geometry"]
+        return found
+
+    def sides(self, height: int, width: int) -> tuple[int, int]:
+        """Returns height and width of a view of an image."""
+        if self.size is None:
+            return height, width
+        return self.size if isinstance(self.size, tuple) else (self.size, self.size)
+
+    def scaled(self, height: int, width: int) -> tuple[int, int]:
+        """Returns the height and width that the plain view scales an image to before it takes the centre.
+
+        With `geometry = "torchvision"` as torchvision's `Resize` of the shorter side for squares, and as timm's
+        `ResizeKeepRatio` for others.
+        """
+        if self.size is None:
+            return height, width
+        rows, columns = self.sides(height, width)
+        if self.geometry == "floor" and rows == columns:
+            side, shorter = max(rows, round(rows / self.eval_share)), min(height, width)
+            return side * height // shorter, side * width // shorter
+        # timm rounds down; a share such as 224 / 232 is not to lose a pixel by its last bit.
+        around = [max(side, math.floor(side / self.eval_share + 1e-9)) for side in (rows, columns)]
+        if around[0] == around[1]:
+            shorter = min(height, width)
+            return around[0] * height // shorter, around[0] * width // shorter
+        ratio = min(height / around[0], width / around[1])
+        return max(rows, round(height / ratio)), max(columns, round(width / ratio))
+
+    def center(self, excess: int) -> int:
+        """Returns where the centre begins in a side that is longer by `excess`."""
+        return excess // 2 if self.geometry == "floor" else round(excess / 2)

@@ -8,6 +8,7 @@ from softcache.data.batch import Dataset
 from softcache.data.images import ViewedSource
 from softcache.modalities.images.splits import ImageSplits
 from softcache.modalities.images.student import StudentImages
+from softcache.modalities.images.views import check_channels, check_replays, views_of
 from softcache.models.image import build_model
 from softcache.models.weights import float32_weights, select_device
 from softcache.reader.cache import Cache
@@ -28,9 +29,13 @@ class ImageData(ImageSplits):
     evaluation: ViewedSource
 
     def __init__(self, config: RunConfig) -> None:
-        super().__init__(config.views)
-        self.train = ViewedSource(config.source.open("train"), self.views)
-        self.evaluation = ViewedSource(config.source.open("eval"), self.views)
+        train, evaluation = config.source.open("train"), config.source.open("eval")
+        channels = len(train.image(0))
+        super().__init__(views_of(config, channels))
+        check_channels(self.views.settings, channels)
+        check_replays(self.views, train)
+        self.train = ViewedSource(train, self.views)
+        self.evaluation = ViewedSource(evaluation, self.views)
         self._of_students: dict[str, StudentImages] = {}
 
     def student_data(self, config: RunConfig) -> ImageData | StudentImages:

@@ -20,7 +20,6 @@ from softcache.data.pairing import pair_sources
 from softcache.data.sources.base import Split
 from softcache.data.sources.images.encoded import BytesSettings
 from softcache.data.sources.images.image_folder import ImageFolderSource
-from softcache.data.transforms import Views
 from softcache.data.transforms.student import StudentViews, StudentViewSettings
 from softcache.modalities.base import Data
 from softcache.models.image import Normalize, build_model
@@ -63,7 +62,7 @@ class StudentImages:
             self._identity: dict[str, Any] = {}
             self._normalization = None
         else:
-            how, seen = config.student.views or StudentViewSettings(), Views(config.views)
+            how, seen = config.student.views or StudentViewSettings(), teacher.views
             views = StudentViews(seen, how)
             self.train = ViewedSource(settings.open("train"), views)  # type: ignore[arg-type]
             self.evaluation = ViewedSource(settings.open("eval"), views)  # type: ignore[arg-type]

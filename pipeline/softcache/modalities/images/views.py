@@ -1,0 +1,96 @@
+"""The [views] of a run on images: what the config gives, and else what the pretrained teacher was trained to see."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from softcache.data.transforms import Views, ViewSettings
+from softcache.errors import ConfigError, SpecError
+from softcache.models.preprocessing import pretrained_views
+from softcache.models.spec import parse_spec
+from softcache.runtime.logging import log_info
+
+if TYPE_CHECKING:
+    from softcache.config.run import RunConfig
+
+__all__ = ["check_channels", "check_replays", "views_of"]
+
+TRIED = 4
+"""Samples on which a custom transform is tried twice."""
+
+
+def views_of(config: RunConfig, channels: int) -> ViewSettings:
+    """Returns the views of a config, with the teacher's own preprocessing where the config leaves it open.
+
+    A teacher that softcache trains from scratch ([train_teacher]) has none. Every difference is logged.
+
+    Args:
+        channels: of the source's images.
+    """
+    settings, teacher = config.views, config.teacher
+    if teacher is None or config.train_teacher is not None:
+        return settings
+    found = pretrained_views(parse_spec(teacher.model))
+    if channels == 1:  # pretrained weights for grey images are sums over the channels
+        found |= {key: (float(np.mean(found[key])),) for key in ("mean", "std") if key in found}
+    if "interpolation" in found and found["interpolation"] not in ("bilinear", "bicubic"):
+        log_info(
+            f"views.interpolation: {teacher.model} was trained with {found.pop('interpolation')!r}, which views do not "
+            f"have; {settings.interpolation} is used"
+        )
+    given = settings.model_fields_set
+    for key in sorted(given & found.keys()):
+        if getattr(settings, key) != found[key]:
+            log_info(
+                f"views.{key}: {_shown(getattr(settings, key))} in the config, and {teacher.model} was trained with "
+                f"{_shown(found[key])}; drop the key to let it see that"
+            )
+    filled = {key: value for key, value in found.items() if key not in given}
+    if filled:
+        log_info(
+            f"views: as {teacher.model} was trained: {', '.join(f'{k} {_shown(v)}' for k, v in sorted(filled.items()))}"
+        )
+    return ViewSettings.model_validate(settings.model_dump(exclude_unset=True) | filled)
+
+
+def _shown(value: Any) -> str:
+    return (
+        str(list(value))
+        if isinstance(value, tuple)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def check_channels(settings: ViewSettings, channels: int) -> None:
+    """Raises ConfigError where mean and std are of another number of channels than the images have."""
+    for name in ("mean", "std"):
+        if (found := len(getattr(settings, name))) not in (1, channels):
+            raise ConfigError(
+                f"views.{name}: {found} numbers for images of {channels} channel{'s' * (channels > 1)}; expected 1 or "
+                f"{channels}"
+            )
+
+
+def check_replays(views: Views, source: Any) -> None:
+    """Tries a custom transform twice on a few samples.
+
+    Raises:
+        SpecError: it does not give the same pixels for the same seeds of the global generators, so that no student could
+            see what the teacher saw.
+    """
+    if views.settings.transform is None:
+        return
+    for sample in range(min(TRIED, len(source))):
+        image, key = source.image(sample), source.key(sample)
+        first, second = (views.apply(image, key=key, view=1) for _ in range(2))
+        if first.shape != second.shape or not torch.equal(first, second):
+            raise SpecError(
+                f"views.transform {views.settings.transform!r}: two calls give other pixels of sample {key!r}, so a student "
+                "could not see what the teacher saw; draw from the global generators of random, numpy or torch, which are "
+                "seeded for each view, and not from one of its own"
+            )

@@ -1,0 +1,65 @@
+"""What images a pretrained classifier was trained to see: the keys of [views] that its weights come with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from softcache.models.spec import ModelSpec
+
+__all__ = ["pretrained_views"]
+
+
+def pretrained_views(parsed: ModelSpec) -> dict[str, Any]:
+    """Returns what the keys of [views] are for a timm or torchvision model's weights; empty where it is not known.
+
+    Of timm they are those of `timm.data.resolve_model_data_config`, of torchvision those of the weights' transforms.
+    """
+    if parsed.family == "timm":
+        return _of_timm(parsed)
+    if parsed.family == "torchvision" and isinstance(parsed.args.get("weights"), str):
+        return _of_torchvision(parsed)
+    return {}
+
+
+def _of_timm(parsed: ModelSpec) -> dict[str, Any]:
+    import timm
+    from timm.data import resolve_data_config
+
+    config = timm.get_pretrained_cfg(parsed.name, allow_unregistered=True)
+    if config is None or not config.has_weights:
+        return {}
+    overlay = parsed.args.get("pretrained_cfg_overlay") or {}
+    found = resolve_data_config(pretrained_cfg=config.to_dict() | overlay)
+    size = parsed.args.get("img_size") or found["input_size"][1:]
+    views = {
+        "size": _side(size),
+        "geometry": "torchvision",
+        "eval_share": found["crop_pct"],
+        "mean": tuple(found["mean"]),
+        "std": tuple(found["std"]),
+    }
+    # "random" stands for either in training; timm's evaluation then takes the one that torchvision has by default.
+    interpolation = "bilinear" if found["interpolation"] == "random" else found["interpolation"]
+    return views | {"interpolation": interpolation} if found["crop_mode"] == "center" else views
+
+
+def _of_torchvision(parsed: ModelSpec) -> dict[str, Any]:
+    from torchvision import models
+
+    weights = models.get_model_weights(parsed.name)[parsed.args["weights"].rpartition(".")[2]]
+    transforms: Any = weights.transforms()
+    size, resized = _side(transforms.crop_size), _side(transforms.resize_size)
+    return {
+        "size": size,
+        "geometry": "torchvision",
+        "interpolation": transforms.interpolation.value,
+        "eval_share": size / resized if isinstance(size, int) and isinstance(resized, int) else 1.0,
+        "mean": tuple(transforms.mean),
+        "std": tuple(transforms.std),
+    }
+
+
+def _side(size: Any) -> int | tuple[int, int]:
+    """Returns one number for a square."""
+    sides = [size] if isinstance(size, int) else list(size)
+    return sides[0] if len(set(sides)) == 1 else (sides[0], sides[1])

@@ -1,0 +1,130 @@
+"""What a pretrained teacher was trained to see is the default of [views]; what cannot be right is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+
+from softcache.config.run import RunConfig
+from softcache.data.transforms import ViewSettings
+from softcache.errors import ConfigError, SpecError
+from softcache.reader import SoftLabelDataset, open_cache
+from softcache.runs import capture_labels, open_data, open_teacher
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Photos of two classes, and a timm checkpoint with a head for them."""
+    folder = tmp_path_factory.mktemp("photos")
+    draw = np.random.default_rng(0)
+    for split in ("train", "eval"):
+        for number in range(8):
+            path = folder / split / f"class{number % 2}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = draw.integers(0, 256, (40 + number, 61, 3), np.uint8)
+            Image.fromarray(pixels).save(path)
+    torch.manual_seed(0)
+    save_file(
+        timm.create_model("test_efficientnet", num_classes=2).state_dict(), folder / "model.safetensors"
+    )
+    return folder
+
+
+def config_of(folder, views=None, **tables):
+    return RunConfig.model_validate(
+        {
+            "name": "photos",
+            "source": {"name": "imagefolder", "root": str(folder)},
+            "views": views or {},
+            "teacher": {"model": "timm:test_efficientnet", "weights": str(folder / "model.safetensors")},
+            "labels": {"k": 2},
+            "capture": {"batch_size": 4, "device": "cpu"},
+            **tables,
+        }
+    )
+
+
+def test_the_teachers_preprocessing_is_the_default_and_is_logged(folder, tmp_path, caplog):
+    caplog.set_level("INFO", logger="softcache")
+    config = config_of(folder)
+    data = open_data(config)
+    settings = data.views.settings
+    assert (settings.size, settings.interpolation, settings.eval_share) == (160, "bicubic", 0.95)
+    assert settings.geometry == "torchvision"
+    assert settings.mean == (0.485, 0.456, 0.406)
+    assert (
+        "views: as timm:test_efficientnet was trained: eval_share 0.95, geometry torchvision" in caplog.text
+    )
+    cache, _ = capture_labels(config, data, open_teacher(config, data), str(tmp_path / "cache"))
+    model = timm.create_model("test_efficientnet", num_classes=2)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    pipeline = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    with Image.open(folder / "train/class0/0.png") as image, torch.no_grad():
+        expected = model.eval()(pipeline(image)[None]).log_softmax(-1)[0]
+    labels = cache.read([0])
+    found = torch.zeros(2).scatter(
+        0, torch.from_numpy(labels.ids[0]).long(), torch.from_numpy(labels.log_probs[0]).float()
+    )
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+    SoftLabelDataset(data.train.source, open_cache(tmp_path / "cache"))[0]
+    assert (
+        json.loads((tmp_path / "cache/manifest.json").read_text())["identity"]["views"]["settings"]["size"]
+        == 160
+    )
+
+
+def test_what_the_config_gives_stays_and_differences_are_logged(folder, caplog):
+    caplog.set_level("INFO", logger="softcache")
+    settings = open_data(config_of(folder, {"size": 32, "mean": [0.1, 0.2, 0.3]})).views.settings
+    assert (settings.size, settings.mean, settings.std) == (32, (0.1, 0.2, 0.3), (0.229, 0.224, 0.225))
+    assert "views.size: 32 in the config, and timm:test_efficientnet was trained with 160" in caplog.text
+    assert "views.mean: [0.1, 0.2, 0.3] in the config" in caplog.text
+
+
+def test_a_teacher_that_is_trained_here_has_no_preprocessing_of_its_own(folder):
+    assert open_data(
+        config_of(folder, {"size": 32}, train_teacher={"epochs": 1})
+    ).views.settings == ViewSettings(size=32)
+
+
+@pytest.mark.parametrize("views", [{"mean": [123.675, 116.28, 103.53]}, {"std": [58.4]}, {"mean": [-0.1]}])
+def test_the_scale_of_255_is_refused(views):
+    with pytest.raises(
+        ValidationError, match=r"pixels scaled to 0..1; .*divide those of the scale 0..255 by 255"
+    ):
+        ViewSettings.model_validate(views)
+
+
+def test_means_of_another_number_of_channels_are_refused(folder):
+    with pytest.raises(ConfigError, match=r"views.mean: 2 numbers for images of 3 channels; expected 1 or 3"):
+        open_data(config_of(folder, {"mean": [0.5, 0.5], "std": [0.5, 0.5]}))
+
+
+GENERATOR = np.random.default_rng()
+
+
+def own_generator():
+    return lambda image: image + int(GENERATOR.integers(1, 255))
+
+
+def global_generator():
+    return lambda image: image + int(torch.randint(1, 255, ()))
+
+
+def pil():
+    return lambda image: Image.fromarray(image.permute(1, 2, 0).numpy())
+
+
+def test_a_transform_that_no_student_could_repeat_is_refused_before_the_pass(folder):
+    for name, message in {
+        "own_generator": "two calls give other pixels",
+        "pil": "expected a tensor .*found Image",
+    }.items():
+        with pytest.raises(SpecError, match=message):
+            open_data(config_of(folder, {"size": 32, "transform": f"{__name__}:{name}"}))
+    open_data(config_of(folder, {"size": 32, "transform": f"{__name__}:global_generator"}))
