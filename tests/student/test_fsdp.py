@@ -142,6 +142,14 @@ def test_one_process_computes_what_it_computes_uncut_and_in_bfloat16_nearly_so(t
     }
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_one_gpu_computes_what_it_computes_uncut(tmp_path, texts):
+    for name, settings in {"plain": {}, "cut": {"parallel": "fsdp"}}.items():
+        train(texts, tmp_path / name, epochs=1, device="auto", **settings)
+    assert distance(tmp_path / "plain", tmp_path / "cut") < 2e-5
+
+
 def test_blocks_are_those_that_transformers_names_or_the_longest_list():
     model = build_language_model("llama?width=16&depth=3&heads=2", vocab_size=50, context=8)
     assert find_blocks(model) == list(model.model.layers)
@@ -190,4 +198,4 @@ def test_what_identifies_a_run_has_the_way_of_cutting_but_not_its_details():
     assert "parallel" not in plain
     cut = TrainSettings(parallel="fsdp").identity()
     assert cut == plain | {"parallel": "fsdp"}
-    assert TrainSettings.model_validate({"parallel": "fsdp", "fsdp": {"cpu_offload": True}}).identity() == cut
+    assert TrainSettings.model_validate({"parallel": "fsdp", "fsdp": {"build_at_once": 1}}).identity() == cut

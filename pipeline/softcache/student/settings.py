@@ -66,13 +66,12 @@ class FsdpSettings(Settings):
 
     `blocks` are the classes of modules whose weights are gathered at once, one block at a time; empty: those that
     transformers names. With `reshard_after_forward` a block's weights are given up after its forward pass and gathered again
-    for the backward pass. `cpu_offload` keeps weights, gradients and the optimizer's state in the memory of the CPU.
+    for the backward pass.
     Each process builds the whole student before it is cut, at most `build_at_once` processes of a machine at a time.
     """
 
     blocks: tuple[str, ...] = Field((), strict=False)
     reshard_after_forward: bool = True
-    cpu_offload: bool = False
     build_at_once: int | None = Field(None, ge=1)
 
 

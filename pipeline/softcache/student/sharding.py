@@ -23,10 +23,8 @@ from accelerate import Accelerator
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
-    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -113,21 +111,17 @@ def _shard(
         check()
     # Weights and what the optimizer holds stay in their dtype; gathered copies are in half precision, sums are not.
     half = torch.bfloat16 if settings.precision == "bf16" else None
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        "offload_policy": CPUOffloadPolicy() if how.cpu_offload else OffloadPolicy(),
-    }
     policy = {"param_dtype": half, "reduce_dtype": torch.float32}
     for block in find_blocks(model, how.blocks):
         fully_shard(
             block,
             mp_policy=MixedPrecisionPolicy(**policy),  # type: ignore[arg-type]
             reshard_after_forward=how.reshard_after_forward,
-            **options,
+            mesh=mesh,
         )
     # Embeddings, last norm and head: the loss in the forward pass needs them last, and the backward pass first.
     whole = MixedPrecisionPolicy(**policy, cast_forward_inputs=False)  # type: ignore[arg-type]
-    fully_shard(model, mp_policy=whole, reshard_after_forward=False, **options)
+    fully_shard(model, mp_policy=whole, reshard_after_forward=False, mesh=mesh)
     for method in methods:
         register_fsdp_forward_method(model, method)
     assert isinstance(model, FSDPModule)
@@ -243,8 +237,6 @@ def gather_state(state: Mapping[str, torch.Tensor], *, keep: bool) -> dict[str, 
     """
     gathered: dict[str, torch.Tensor] = {}
     for name, value in state.items():
-        if isinstance(value, DTensor) and value.device.type != value.device_mesh.device_type:
-            value = value.to(value.device_mesh.device_type)  # offloaded: gathered where the group talks
         tensor = _whole(value.detach())
         if keep:
             gathered[name] = tensor.cpu()

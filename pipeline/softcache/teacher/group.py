@@ -62,7 +62,7 @@ def join_teacher_group(described: dict[str, Any], device: torch.device) -> tuple
 
 
 class TeacherGroup:
-    """What the processes of a teacher that is cut say to each other.
+    """The exchange between the processes of a teacher that is cut.
 
     Attributes:
         is_first: whether this is the process that labels.

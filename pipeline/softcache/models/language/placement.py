@@ -30,7 +30,7 @@ class Placement:
         device_map: "auto", "balanced", "sequential", or a device for each part of the model: a number, "cpu" or "disk".
         max_memory: of each device, "0" and so on or "cpu", the most that it may hold, as in "20GiB".
         offload_folder: where weights lie that are on the disk.
-        tp_plan: "auto" cuts the layers over the processes of a launch, as the model's own plan says.
+        tp_plan: "auto" cuts the layers over the processes of a launch, by the model's plan.
     """
 
     device_map: str | dict[str, int | str] | None = None
