@@ -112,8 +112,7 @@ def test_coco_folder_keeps_crowds_empty_images_and_ids_with_gaps(tmp_path):
 @pytest.mark.parametrize(
     ("annotations", "match"),
     [
-        ([note([1, 2, 0, 4])], "annotation 1: bbox .* has no area inside of its 20x10"),
-        ([note([25, 2, 3, 4])], "annotation 1: bbox .* has no area inside"),
+        ([note([1, 2, 3, 4], iscrowd="2")], "annotation 1: iscrowd '2' is neither 0 nor 1"),
         ([note([1, 2, 3])], "not COCO's instances format .*four finite numbers"),
         ([note([1, 2, 3, 4], image=8)], "annotation 1: image_id 8 is not in the file"),
         ([note([1, 2, 3, 4], category=5)], "annotation 1: category_id 5 is not in the file"),
@@ -140,3 +139,70 @@ def test_coco_images_that_are_not_what_was_annotated_are_named(tmp_path):
             coco(coco_folder(tmp_path, annotations=[], images=images))
     with pytest.raises(SourceError, match="cannot be read"):
         coco(tmp_path / "nowhere")
+
+
+def test_boxes_without_area_are_dropped_and_counted(tmp_path, caplog):
+    """COCO's train2017 has two of height 0."""
+    caplog.set_level("INFO", logger="softcache")
+    boxes = [[1, 2, 3, 0], [1, 2, 3, 4], [25, 2, 3, 4], [1, 2, -3, 4]]
+    source = coco(coco_folder(tmp_path, annotations=[note(box) for box in boxes]))
+    assert source.truth(1).boxes.tolist() == [[1, 2, 4, 6]]
+    assert "coco/train: 3 of 4 annotations have no area inside of their image and are dropped" in caplog.text
+    assert "annotation 1, bbox [1.0, 2.0, 3.0, 0.0] of a 20x10 image" in caplog.text
+
+
+def test_cocos_own_folders_are_read_as_they_are(tmp_path):
+    annotations = [note([1, 2, 3, 4]), note([1, 2, 3, 4], image=3, category=4)]
+    expected = coco(coco_folder(tmp_path, annotations=annotations), "eval")
+    (tmp_path / "annotations").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.json").rename(tmp_path / f"annotations/instances_{split}2017.json")
+    (tmp_path / "images").rename(tmp_path / "train2017")
+    with pytest.raises(SourceError, match=r"val2017: 2 of 2 images of instances_val2017.json are missing"):
+        coco(tmp_path, "eval")
+    (tmp_path / "train2017").rename(tmp_path / "val2017")
+    found = coco(tmp_path, "eval")
+    assert (found.digest, found.class_names) == (expected.digest, expected.class_names)
+    (tmp_path / "annotations/instances_val2014.json").write_text("{}")
+    with pytest.raises(
+        SourceError, match=r"instances_val2014.json, instances_val2017.json; expected one for eval"
+    ):
+        coco(tmp_path, "eval")
+
+
+def test_textual_ids_and_flags_and_missing_sizes_are_those_of_numbers(tmp_path):
+    annotations = [note([1, 2, 3, 4], iscrowd=0), note([4, 2, 30, 4], image=3, category=4, iscrowd=1)]
+    (tmp_path / "numbers").mkdir()
+    (tmp_path / "texts").mkdir()
+    expected = coco(coco_folder(tmp_path / "numbers", annotations=annotations))
+    found = coco(
+        coco_folder(
+            tmp_path / "texts",
+            annotations=[
+                {
+                    **one,
+                    "image_id": str(one["image_id"]),
+                    "category_id": str(one["category_id"]),
+                    "iscrowd": str(one["iscrowd"]),
+                }
+                for one in annotations
+            ],
+            images=[
+                {"id": "7", "file_name": "b.png"},
+                {"id": "3", "file_name": "a.png", "width": None, "height": None},
+            ],
+            categories=[{"id": "90", "name": "dog"}, {"id": "4", "name": "cat"}],
+        )
+    )
+    assert found.digest == expected.digest
+    assert found.class_names == ("cat", "dog")
+    assert found.truth(0).crowd.tolist() == [True]
+    assert found.image(0).shape == (3, 10, 20)
+    (tmp_path / "words").mkdir()
+    words = coco_folder(
+        tmp_path / "words",
+        annotations=[note([1, 2, 3, 4], image="scene/1", category="dog")],
+        images=[{"id": "scene/1", "file_name": "b.png", "width": 20, "height": 10}],
+        categories=[{"id": "dog", "name": "dog"}, {"id": "ant", "name": "ant"}],
+    )
+    assert coco(words).class_names == ("ant", "dog")

@@ -1,13 +1,17 @@
-"""A folder in COCO's format: root/train.json and root/eval.json (or val.json), their images in root/images.
+"""A folder in COCO's format, as COCO is distributed or with shorter names:
+
+    root/annotations/instances_train2017.json and instances_val2017.json, images in root/train2017 and root/val2017
+    root/train.json and root/eval.json (or val.json), images in root/images
 
     {"images": [{"id", "file_name", "width", "height"}], "categories": [{"id", "name"}],
      "annotations": [{"image_id", "category_id", "bbox": [left, top, width, height], "iscrowd"}]}
 
-COCO's annotation files hold more; what is not named above is not read. A category's id may be any number,
-with gaps: class c is the c-th smallest id of train.json, counted from 0, and both files must have the same
-categories. An image with no annotation is a sample with no box. `iscrowd = 1` marks a group: kept, but
-nothing to learn (`Truth.crowd`). A box that reaches out of its image is cut at the edge; one that lies
-outside, or has no area, is an error that names it. Keys are the images' file names.
+COCO's annotation files hold more; what is not named above is not read. Ids may be numbers or texts, those of categories
+with gaps: class c is the c-th smallest id of the training file, counted from 0, and both files must have the same
+categories. An image without width and height has those of its file; one with no annotation is a sample with no box.
+`iscrowd = 1` marks a group: kept, but nothing to learn (`Truth.crowd`). A box that reaches out of its image is cut at the
+edge; one that lies outside, or has no area, as two of COCO's train2017 have, is dropped and counted. Keys are the images'
+file names.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from softcache.data.sources.images.base import Split
 from softcache.data.sources.images.image_folder import ImageFolderSource
 from softcache.errors import SourceError
 from softcache.hashing.digests import digest_source
+from softcache.runtime.logging import log_info
 
 __all__ = ["Coco", "CocoSource"]
 
@@ -72,7 +77,7 @@ class CocoSource(ImageFolderSource):
 
 @SOURCES.register("detection/coco")
 class Coco(DetectionSettings):
-    """`root` has `train.json`, `eval.json` and the folder `images`."""
+    """`root` has COCO's own folders, or `train.json`, `eval.json` and the folder `images`."""
 
     name: str = "coco"
     root: str | None = None
@@ -89,41 +94,68 @@ def _open(settings: Coco, split: Split) -> CocoSource:
     """
     if settings.root is None:
         raise SourceError(
-            "source.root: missing; a coco folder has train.json, eval.json (or val.json) and images/"
+            "source.root: missing; a coco folder has annotations/instances_train*.json and train*/, or train.json, "
+            "eval.json (or val.json) and images/"
         )
     root = Path(settings.root).expanduser()
-    train = _Annotations(root / "train.json")
-    names = ("eval.json", "val.json")
-    found = next((root / name for name in names if (root / name).is_file()), root / names[0])
-    here = train if split == "train" else _Annotations(found)
+    train = _Annotations(*_place(root, "train"))
+    here = train if split == "train" else _Annotations(*_place(root, split))
     if here.categories != train.categories:
         raise SourceError(
             f"source {here.path}: categories differ from those of {train.path}; give both the same ids and names"
         )
     files, sizes, truths = here.samples(settings.max_samples(split))
-    missing = [file for file in files if not (root / "images" / file).is_file()]
-    if missing:
-        raise SourceError(
-            f"source {root / 'images'}: {len(missing)} of {len(files)} images of {here.path.name} are missing, the first is "
-            f"{missing[0]!r}; put them there"
+    if here.dropped:
+        log_info(
+            f"source coco/{split}: {len(here.dropped):,} of {here.num_annotations:,} annotations have no area inside of "
+            f"their image and are dropped, such as {here.dropped[0]}"
         )
     return CocoSource(
-        f"coco/{split}", root / "images", files, sizes, truths, [name for _, name in train.categories]
+        f"coco/{split}", here.images, files, sizes, truths, [name for _, name in train.categories]
     )
 
 
-class _Annotations:
-    """One file of annotations, checked."""
+def _place(root: Path, split: Split) -> tuple[Path, Path]:
+    """Returns where a split's annotations and images are.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Raises:
+        SourceError: there are several such files.
+    """
+    names = ("train",) if split == "train" else ("eval", "val")
+    for name in names:
+        if (root / f"{name}.json").is_file():
+            return root / f"{name}.json", root / "images"
+    found = [path for name in names for path in sorted(root.glob(f"annotations/instances_{name}*.json"))]
+    if len(found) > 1:
+        raise SourceError(
+            f"source {root / 'annotations'}: {', '.join(path.name for path in found)}; expected one for {split}; move the "
+            "others away"
+        )
+    if found:
+        return found[0], root / found[0].stem.removeprefix("instances_")
+    return root / f"{names[0]}.json", root / "images"
+
+
+class _Annotations:
+    """One file of annotations, checked.
+
+    Attributes:
+        path, images: the file, and the folder of its images.
+        dropped: annotations without area, described.
+    """
+
+    def __init__(self, path: Path, images: Path) -> None:
+        self.path, self.images = path, images
+        self.dropped: list[str] = []
         try:
             tables = json.loads(path.read_bytes())
             self._images = [
-                (int(i["id"]), str(i["file_name"]), int(i["width"]), int(i["height"]))
-                for i in tables["images"]
+                (_id(entry["id"]), str(entry["file_name"]), _size(entry)) for entry in tables["images"]
             ]
-            self.categories = sorted((int(c["id"]), str(c["name"])) for c in tables["categories"])
+            self.categories = sorted(
+                ((_id(entry["id"]), str(entry["name"])) for entry in tables["categories"]),
+                key=lambda category: (isinstance(category[0], str), category),
+            )
             self._boxes = [self._entry(entry) for entry in tables["annotations"]]
         except OSError as error:
             raise SourceError(
@@ -134,33 +166,28 @@ class _Annotations:
                 f"annotations {path}: not COCO's instances format ({type(error).__name__}: {error}); expected images (id, "
                 "file_name, width, height), categories (id, name), annotations (image_id, category_id, bbox of 4 numbers)"
             ) from error
+        self.num_annotations = len(self._boxes)
         self._check_unique("image id", [number for number, *_ in self._images])
-        self._check_unique("file_name", [file for _, file, *_ in self._images])
+        self._check_unique("file_name", [file for _, file, _ in self._images])
         self._check_unique("category id", [number for number, _ in self.categories])
         if not self._images or not self.categories:
             raise SourceError(
                 f"annotations {path}: no images or no categories; expected at least one of each"
             )
-        unsafe = [
-            file for _, file, *_ in self._images if Path(file).is_absolute() or ".." in Path(file).parts
-        ]
+        unsafe = [file for _, file, _ in self._images if Path(file).is_absolute() or ".." in Path(file).parts]
         if unsafe:
             raise SourceError(
                 f"annotations {path}: file_name {unsafe[0]!r} leaves the images' folder; use names within it"
             )
 
     @staticmethod
-    def _entry(entry: dict[str, Any]) -> tuple[Any, int, int, list[float], bool]:
+    def _entry(entry: dict[str, Any]) -> tuple[Any, int | str, int | str, list[float], bool]:
         box = [float(value) for value in entry["bbox"]]
         if len(box) != 4 or not np.isfinite(box).all():
             raise ValueError(f"annotation {entry.get('id')}: bbox {entry['bbox']} is not four finite numbers")
-        return (
-            entry.get("id"),
-            int(entry["image_id"]),
-            int(entry["category_id"]),
-            box,
-            bool(entry.get("iscrowd", 0)),
-        )
+        if (crowd := str(int(entry.get("iscrowd") or 0))) not in ("0", "1"):
+            raise ValueError(f"annotation {entry.get('id')}: iscrowd {entry['iscrowd']!r} is neither 0 nor 1")
+        return entry.get("id"), _id(entry["image_id"]), _id(entry["category_id"]), box, crowd == "1"
 
     def _check_unique(self, what: str, values: list[Any]) -> None:
         twice = [value for value, count in Counter(values).most_common(1) if count > 1]
@@ -169,30 +196,66 @@ class _Annotations:
 
     def samples(self, limit: int | None) -> tuple[list[str], list[tuple[int, int]], list[BoxAnnotations]]:
         """Returns files, sizes (width, height) and truths, in order of the file names."""
+        images = sorted(self._images, key=lambda entry: entry[1])[:limit]
+        missing = [file for _, file, _ in images if not (self.images / file).is_file()]
+        if missing:
+            raise SourceError(
+                f"source {self.images}: {len(missing)} of {len(images)} images of {self.path.name} are missing, the first "
+                f"is {missing[0]!r}; put them there"
+            )
         class_of = {number: place for place, (number, _) in enumerate(self.categories)}
-        size_of = {number: (width, height) for number, _, width, height in self._images}
-        kept: dict[int, list[tuple[list[float], int, bool]]] = {number: [] for number in size_of}
+        known = {number for number, *_ in self._images}
+        size_of = {number: size or _size_of_file(self.images / file) for number, file, size in images}
+        kept: dict[int | str, list[tuple[list[float], int, bool]]] = {number: [] for number in size_of}
         for name, image, category, box, crowd in self._boxes:
-            if image not in size_of or category not in class_of:
-                what = f"image_id {image}" if image not in size_of else f"category_id {category}"
+            if image not in known or category not in class_of:
+                what = f"image_id {image}" if image not in known else f"category_id {category}"
                 raise SourceError(
                     f"annotations {self.path}: annotation {name}: {what} is not in the file; add it, or drop the annotation"
                 )
-            cut = self._cut(name, box, *size_of[image])
+            if image not in size_of:
+                continue
+            width, height = size_of[image]
+            left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
+            cut = [max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))]
+            if box[2] <= 0 or box[3] <= 0 or cut[0] >= cut[2] or cut[1] >= cut[3]:
+                self.dropped.append(f"annotation {name}, bbox {box} of a {width}x{height} image")
+                continue
             kept[image].append((cut, class_of[category], crowd))
-        images = sorted(self._images, key=lambda entry: entry[1])[:limit]
         truths = [
             BoxAnnotations.of(*([list(part) for part in zip(*kept[number], strict=True)] or [[], [], []]))
             for number, *_ in images
         ]
-        return [file for _, file, *_ in images], [size_of[number] for number, *_ in images], truths
+        return [file for _, file, _ in images], [size_of[number] for number, *_ in images], truths
 
-    def _cut(self, name: Any, box: list[float], width: int, height: int) -> list[float]:
-        left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
-        inside = [max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))]
-        if box[2] <= 0 or box[3] <= 0 or inside[0] >= inside[2] or inside[1] >= inside[3]:
-            raise SourceError(
-                f"annotations {self.path}: annotation {name}: bbox {box} (left, top, width, height) has no area inside "
-                f"of its {width}x{height} image; correct it, or drop the annotation"
-            )
-        return inside
+
+def _id(value: Any) -> int | str:
+    """Returns a number or a text as the same id, however it is written: 7 and "7" are one."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise ValueError(f"id {value!r} is neither a number nor a text")
+    text = str(value)
+    return int(text) if text.isdecimal() and text == str(int(text)) else text
+
+
+def _size(entry: dict[str, Any]) -> tuple[int, int] | None:
+    """Returns width and height of an image's entry, None where it has neither."""
+    if entry.get("width") is None and entry.get("height") is None:
+        return None
+    return int(entry["width"]), int(entry["height"])
+
+
+def _size_of_file(path: Path) -> tuple[int, int]:
+    """Returns width and height of an image from its header.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, Image.DecompressionBombError) as error:
+        raise SourceError(
+            f"image {path}: cannot be read: {error}; replace it, or drop its annotations"
+        ) from error
