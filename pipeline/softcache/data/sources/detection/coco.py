@@ -37,7 +37,9 @@ __all__ = ["Coco", "CocoSource"]
 
 
 class CocoSource(ImageFolderSource):
-    """Images of a COCO folder, decoded to RGB when asked for, with their boxes."""
+    """Images of a COCO folder, decoded to RGB when asked for, with their boxes, which are of the pixels as stored."""
+
+    upright = False
 
     def __init__(
         self,

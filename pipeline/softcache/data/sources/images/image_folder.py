@@ -1,6 +1,7 @@
 """Folders of image files, one folder per class: root/train/CLASS/* and root/eval/CLASS/* (or val/CLASS/*).
 
-Files are decoded when asked for. The digest covers their names, classes and sizes: contents are checked sample by
+Files are decoded when asked for: turned as their EXIF orientation says, what is transparent on white, grey of 16 bits
+scaled to 8. The digest covers their names, classes and sizes: contents are checked sample by
 sample later.
 """
 
@@ -17,6 +18,7 @@ import xxhash
 
 from softcache.data.sources.base import SOURCES
 from softcache.data.sources.images.base import ImageSourceSettings, IndexedSource, Source, Split
+from softcache.data.sources.images.decode import to_rgb
 from softcache.errors import SourceError
 from softcache.hashing.digests import digest_source
 
@@ -26,7 +28,13 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", 
 
 
 class ImageFolderSource(IndexedSource):
-    """Image files in class folders, decoded to RGB when asked for; keys are paths relative to `root`."""
+    """Image files in class folders, decoded to RGB when asked for; keys are paths relative to `root`.
+
+    Attributes:
+        upright: whether files are turned as their EXIF orientation says.
+    """
+
+    upright = True
 
     def __init__(
         self, name: str, root: Path, files: Sequence[tuple[str, int]], class_names: Sequence[str]
@@ -51,7 +59,7 @@ class ImageFolderSource(IndexedSource):
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
                 image = Image.open(path)
             with image:
-                pixels = np.array(image.convert("RGB"))
+                pixels = to_rgb(image, upright=self.upright)
         except Exception as error:  # decoders meet broken bytes with errors of every kind
             raise SourceError(
                 f"image {path}: cannot be decoded: {error}; repair it, or take it out of the folder"
