@@ -83,7 +83,7 @@ test-fast: setup  ## run the tests of the edit loop, a minute: all but SLOW_PATH
 	$(VENV)/bin/python -m pytest --fast
 
 test-vllm: $(VLLM)/.installed  ## run the tests of teachers in vLLM, in an environment of its own (3 GB)
-	$(VLLM)/bin/python -m pytest -n 0 -m vllm tests/teacher/test_vllm.py
+	$(VLLM)/bin/python -m pytest -n 2 -m vllm tests/teacher/test_vllm.py
 $(VLLM)/.installed: constraints-vllm.txt
 	rm -rf $(VLLM)
 	$(PYTHON) -m venv $(VLLM)
