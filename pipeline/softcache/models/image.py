@@ -2,7 +2,8 @@
 
     linear | mlp[?width=…&depth=…] | cnn[?width=…&stages=…]   built in, for any image size
     bytes[?width=…&depth=…&heads=…&stride=…]                  built in, for encoded files (`byte_model`)
-    timm:NAME[?arg=…]                                         timm.create_model
+    timm:NAME[?arg=…]                                         timm.create_model; also timm:hf-hub:OWNER/NAME and
+                                                              timm:local-dir:FOLDER, with their weights
     torchvision:NAME[?arg=…]                                  torchvision.models.get_model
     package.module:factory[?arg=…]                            your own; called with the arguments you
                                                               give, plus num_classes and input_shape
@@ -27,6 +28,7 @@ from torch.nn.parameter import UninitializedParameter
 from softcache.errors import SpecError
 from softcache.models.byte_classifier import ByteClassifier
 from softcache.models.spec import ModelSpec, parse_spec
+from softcache.models.timm_config import has_source
 from softcache.runtime.suggest import closest_matches
 
 __all__ = ["Normalize", "build_model"]
@@ -77,12 +79,12 @@ def _described(input_shape: tuple[int, ...]) -> str:
 def _timm(spec: str, parsed: ModelSpec, num_classes: int | None, input_shape: tuple[int, ...]) -> nn.Module:
     import timm
 
-    base = parsed.name.partition(".")[0]
-    if not timm.is_model(base):
+    arguments: dict[str, Any] = _classes(num_classes) | {"in_chans": input_shape[0]} | parsed.args
+    if has_source(parsed.name):
+        return timm.create_model(parsed.name, **({"pretrained": True} | arguments))
+    if not timm.is_model(parsed.name.partition(".")[0]):
         raise _unknown(spec, parsed.name, timm.list_models())
-    return timm.create_model(
-        parsed.name, **_classes(num_classes) | {"in_chans": input_shape[0]} | parsed.args
-    )
+    return timm.create_model(parsed.name, **arguments)
 
 
 def _classes(num_classes: int | None) -> dict[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from softcache.models.spec import ModelSpec
+from softcache.models.timm_config import timm_config
 
 __all__ = ["pretrained_views"]
 
@@ -22,14 +23,12 @@ def pretrained_views(parsed: ModelSpec) -> dict[str, Any]:
 
 
 def _of_timm(parsed: ModelSpec) -> dict[str, Any]:
-    import timm
     from timm.data import resolve_data_config
 
-    config = timm.get_pretrained_cfg(parsed.name, allow_unregistered=True)
-    if config is None or not config.has_weights:
+    config = timm_config(parsed)
+    if config is None:
         return {}
-    overlay = parsed.args.get("pretrained_cfg_overlay") or {}
-    found = resolve_data_config(pretrained_cfg=config.to_dict() | overlay)
+    found = resolve_data_config(pretrained_cfg=config)
     size = parsed.args.get("img_size") or found["input_size"][1:]
     views = {
         "size": _side(size),

@@ -94,4 +94,6 @@ def architecture_of(model: Any, spec: str) -> str:
     parsed = parse_spec(spec)
     args = {key: value for key, value in sorted(parsed.args.items()) if key not in LOADING_ARGUMENTS}
     name = parsed.name if parsed.family in ("builtin", "factory") else f"{parsed.family}:{parsed.name}"
+    if parsed.family == "timm" and ":" in parsed.name:  # a folder or a repository
+        name = f"timm:{model.pretrained_cfg['architecture']}"
     return name + ("?" + "&".join(f"{key}={value}" for key, value in args.items()) if args else "")

@@ -14,6 +14,7 @@ from softcache.errors import ConfigError, LabelError
 from softcache.hashing.digests import digest_json
 from softcache.models.image import Normalize, build_model
 from softcache.models.spec import ModelSpec, parse_spec
+from softcache.models.timm_config import has_source, timm_config
 from softcache.models.weights import load_weights
 from softcache.runtime.linear import linear_float32
 from softcache.teacher.base import Dtype, Teacher, TeacherSettings
@@ -107,6 +108,7 @@ def load_image_teacher(
     """
     parsed = parse_spec(settings.model)
     pretrained = parsed.args.get("pretrained") or parsed.args.get("weights") or parsed.family == "factory"
+    pretrained = pretrained or (parsed.family == "timm" and has_source(parsed.name))
     if settings.weights is None and not pretrained:
         raise ConfigError(
             f"teacher.weights: missing, and {settings.model} would be random; give a weights file "
@@ -154,11 +156,7 @@ def _check_pretrained_head(parsed: ModelSpec, num_classes: int) -> None:
     Raises:
         ConfigError: it would.
     """
-    import timm
-
-    config = timm.get_pretrained_cfg(parsed.name, allow_unregistered=True)
-    overlay = parsed.args.get("pretrained_cfg_overlay") or {}
-    found = overlay.get("num_classes", config.num_classes if config else None)
+    found = (timm_config(parsed) or {}).get("num_classes")
     if found is not None and found != num_classes:
         raise ConfigError(
             f"teacher.model: the pretrained head of timm:{parsed.name} has {found:,} classes, the source has "
