@@ -9,13 +9,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from softcache.errors import ConfigError, RunError, SpecError
+from softcache.errors import ConfigError, RunError
 from softcache.models.language import build_language_model
 from softcache.reader.open import open_cache
 from softcache.runs import open_data, train_student
 from softcache.student import TrainSettings
 from softcache.student.sharding import build_sharded, find_blocks
-from softcache.student.tasks.token_student import TokenStudent
 from tests.student.test_huggingface_models import FAMILIES, save_model
 from tests.student.test_many_processes import TEXT, assert_same_student, may_write_nothing
 from tests.student.test_run import Killed, dies_at, distance, watched
@@ -82,6 +81,10 @@ def _trains(rank, folder, out):
         folder, out / "lora", parallel="fsdp", fsdp={"build_at_once": 1}, epochs=1, **lora_of(folder)
     )
     found["broken"] = train(folder, out / "broken", dies=4, **BROKEN)
+    with pytest.MonkeyPatch.context() as patch:
+        # Documents as rows of their own, in passes of a number that differs between the processes.
+        patch.setattr("softcache.models.language.splitting.isolates_documents", lambda parts: False)
+        found["rows"] = train(folder, out / "rows", parallel="fsdp", epochs=1)
     other = {"reshard_after_forward": rank == 0}
     differs = pytest.raises(RunError, match=r"\[train\.fsdp\] differs .* reshard_after_forward: True; False")
     with differs if rank else pytest.raises(Stopped):
@@ -105,8 +108,9 @@ def test_two_processes_with_a_share_each_train_the_student_that_one_trains(tmp_p
     train(texts, two / "broken", **BROKEN)  # one ends it
 
     train(texts, one / "whole")
+    train(texts, one / "rows", epochs=1)
     train(texts, one / "lora", epochs=1, **lora_of(texts))
-    for name, of in (("whole", "whole"), ("broken", "whole"), ("lora", "lora")):
+    for name, of in (("whole", "whole"), ("broken", "whole"), ("lora", "lora"), ("rows", "rows")):
         assert_same_student(two / name, one / of)
         ours, theirs = (load_file(folder / "hf/model.safetensors") for folder in (two / name, one / of))
         assert ours.keys() == theirs.keys()
@@ -185,12 +189,6 @@ def test_students_that_cannot_be_cut_are_refused(tmp_path):
     config = digits_config(train={"parallel": "fsdp", "labels": "ground_truth"})
     with pytest.raises(ConfigError, match=r"ImageTask trains no student that can be cut"):
         train_student(config, open_data(config), model="mlp", labels="ground_truth", out=tmp_path)
-    model = build_language_model("llama?width=16&depth=1&heads=2", vocab_size=50, context=8)
-    student = TokenStudent(model, text_config(tmp_path).loss, context=8)
-    student.check_sharded()
-    object.__setattr__(student._parts, "packing", "rows")
-    with pytest.raises(SpecError, match=r"keeps the documents of a row apart by passes of their own"):
-        student.check_sharded()
 
 
 def test_what_identifies_a_run_has_the_way_of_cutting_but_not_its_details():

@@ -30,6 +30,7 @@ __all__ = [
     "is_rank_zero",
     "join",
     "leave",
+    "max_over_ranks",
     "num_ranks",
     "on_cpu",
     "rank",
@@ -162,6 +163,16 @@ def broadcast_from_rank0(value: Any) -> Any:
     from accelerate.utils import broadcast_object_list
 
     return broadcast_object_list([value])[0]
+
+
+def max_over_ranks(number: int, *, device: Any) -> int:
+    """Returns the largest of a number over all processes of a group, each of which calls this with its own."""
+    import torch
+    import torch.distributed as dist
+
+    largest = torch.tensor(number, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def check_same(what: str, value: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from softcache.errors import ConfigError
 from softcache.models.weights import trained_state
-from softcache.runtime.distributed import check_same
+from softcache.runtime.distributed import check_same, max_over_ranks
 from softcache.student.optimizers import build_optimizer
 from softcache.student.settings import FsdpSettings, TrainSettings
 from softcache.student.tasks import Task
@@ -88,7 +89,10 @@ def build_sharded(task: Task, settings: TrainSettings, accelerator: Accelerator)
     model: nn.Module | None = None
     for now in range(num_turns):
         if now == turn:
-            model = _shard(task.build(), settings, how, mesh, methods)
+            model = task.build()
+            if (even := getattr(model, "run_even_passes", None)) is not None:
+                even(partial(max_over_ranks, device=accelerator.device))
+            model = _shard(model, settings, how, mesh, methods)
         accelerator.wait_for_everyone()
     assert model is not None
     return model
@@ -106,9 +110,6 @@ def _turns(accelerator: Accelerator, at_once: int | None) -> tuple[int, int]:
 def _shard(
     model: nn.Module, settings: TrainSettings, how: FsdpSettings, mesh: DeviceMesh, methods: tuple[str, ...]
 ) -> nn.Module:
-    check: Any = getattr(model, "check_sharded", None)
-    if check is not None:
-        check()
     # Weights and what the optimizer holds stay in their dtype; gathered copies are in half precision, sums are not.
     half = torch.bfloat16 if settings.precision == "bf16" else None
     policy = {"param_dtype": half, "reduce_dtype": torch.float32}

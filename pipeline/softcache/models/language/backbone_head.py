@@ -13,8 +13,9 @@ S documents.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -109,6 +110,8 @@ class CausalParts(LMHeadMixin):
         length_threshold: documents longer than this run apart from others, because the model embeds positions otherwise as
             soon as one row of a batch is longer (LongRoPE); or None.
         hidden_divisor: what the backbone's output is divided by, in its own dtype, before the head (Inkling, MiniCPM3).
+        agree: returns the largest of a number over all processes, where those gather weights from each other and so run
+            equally many passes; None: each runs its own.
     """
 
     backbone: nn.Module
@@ -119,6 +122,7 @@ class CausalParts(LMHeadMixin):
     softcap: float | None = None
     length_threshold: int | None = None
     hidden_divisor: float = 1.0
+    agree: Callable[[int], int] | None = None
 
     @property
     def bodies(self) -> tuple[nn.Module, ...]:
@@ -152,9 +156,24 @@ class CausalParts(LMHeadMixin):
                     f"found {tokens_BL.shape[1]} tokens; set source.cross_documents = false, or source.seq_len to that"
                 )
             return self._run(tokens_BL, None)
-        if self.packing == "rows" or self._has_both_lengths(segments_BL):
-            return self._hidden_by_rows(tokens_BL, _starts(segments_BL))
-        positions_BL = _positions(_starts(segments_BL))
+        starts_BL = _starts(segments_BL)
+        by_rows = self.packing == "rows" or self._has_both_lengths(segments_BL)
+        documents = _Documents.of(starts_BL) if by_rows else None
+        passes = [] if documents is None else self._passes(documents, tokens_BL)
+        spare, count = 0, max(1, len(passes))
+        if self.agree is not None and (self.packing == "rows" or self.length_threshold is not None):
+            spare = self.agree(count) - count
+        if documents is not None and passes:
+            hidden_BLD = self._hidden_by_rows(tokens_BL, documents, passes)
+        else:
+            hidden_BLD = self._hidden_at_once(tokens_BL, None if by_rows else _positions(starts_BL))
+        for _ in range(spare):  # for the other processes, which gather weights from this one
+            hidden_BLD = hidden_BLD + 0 * self._run(tokens_BL[:1, :1], None).sum()
+        return hidden_BLD
+
+    def _hidden_at_once(self, tokens_BL: torch.Tensor, positions_BL: torch.Tensor | None) -> torch.Tensor:
+        if positions_BL is None:
+            return self._run(tokens_BL, None)
         if self.has_varlen_attention:
             # transformers' varlen path knows documents in a batch of one row only, else they leak.
             flat_PD = self._run(tokens_BL.reshape(1, -1), positions_BL.reshape(1, -1))
@@ -204,31 +223,52 @@ class CausalParts(LMHeadMixin):
     def _num_long(self, lengths_S: torch.Tensor) -> int:
         return 0 if self.length_threshold is None else int((lengths_S > self.length_threshold).sum())
 
-    def _hidden_by_rows(self, tokens_BL: torch.Tensor, starts_BL: torch.Tensor) -> torch.Tensor:
-        """Each document as a row of its own, longest first, at most B x L tokens per pass.
+    def _passes(self, documents: _Documents, tokens_BL: torch.Tensor) -> list[slice]:
+        """Which documents run together, longest first, at most B x L tokens per pass; empty: the batch is one pass."""
+        starts_S, lengths_S = documents
+        if len(starts_S) == len(tokens_BL):  # rows of one document each, of one length
+            return []
+        passes, first = [], 0
+        while first < len(starts_S):
+            longest = int(lengths_S[first])
+            rows = slice(first, min(len(starts_S), first + max(1, tokens_BL.numel() // longest)))
+            if self._is_long(longest):  # the shorter ones start another pass
+                rows = slice(first, min(rows.stop, self._num_long(lengths_S)))
+            passes.append(rows)
+            first = rows.stop
+        return passes
+
+    def _hidden_by_rows(
+        self, tokens_BL: torch.Tensor, documents: _Documents, passes: list[slice]
+    ) -> torch.Tensor:
+        """Each document as a row of its own.
 
         Behind a document's end lie the tokens of the next one: later ones, which it cannot see.
         """
-        starts_S = starts_BL.flatten().nonzero().squeeze(1)
-        if len(starts_S) == len(tokens_BL):  # rows of one document each, of one length
-            return self._run(tokens_BL, None)
-        lengths_S = torch.diff(starts_S, append=starts_S.new_tensor([tokens_BL.numel()]))
-        lengths_S, by_length_S = lengths_S.sort(descending=True)
-        starts_S = starts_S[by_length_S]
-        hidden, where, first = [], [], 0
-        while first < len(starts_S):
-            longest = int(lengths_S[first])
-            rows = slice(first, first + max(1, tokens_BL.numel() // longest))
-            if self._is_long(longest):  # the shorter ones start another pass
-                rows = slice(first, min(rows.stop, self._num_long(lengths_S)))
+        (starts_S, lengths_S), hidden, where = documents, [], []
+        for rows in passes:
+            longest = int(lengths_S[rows.start])
             offsets_L = torch.arange(longest, device=tokens_BL.device)
             index_SL = starts_S[rows, None] + offsets_L
             kept_SL = offsets_L < lengths_S[rows, None]
             tokens_SL = tokens_BL.flatten()[index_SL.clamp(max=tokens_BL.numel() - 1)]
             hidden.append(self._run(tokens_SL, None)[kept_SL])
             where.append(index_SL[kept_SL])
-            first = rows.stop
         return torch.cat(hidden)[torch.cat(where).argsort()].view(*tokens_BL.shape, -1)
+
+
+class _Documents(NamedTuple):
+    """Where the documents of a flattened batch begin, and how long they are, longest first: [S] each."""
+
+    starts_S: torch.Tensor
+    lengths_S: torch.Tensor
+
+    @classmethod
+    def of(cls, starts_BL: torch.Tensor) -> _Documents:
+        starts_S = starts_BL.flatten().nonzero().squeeze(1)
+        lengths_S = torch.diff(starts_S, append=starts_S.new_tensor([starts_BL.numel()]))
+        lengths_S, by_length_S = lengths_S.sort(descending=True)
+        return cls(starts_S[by_length_S], lengths_S)
 
 
 def _starts(segments_BL: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -74,25 +76,14 @@ class TokenStudent(nn.Module):
         head: Any = getattr(self._parts.head, "_layer", self._parts.head)  # type: ignore[attr-defined]
         return list(head.parameters())
 
-    def check_sharded(self) -> None:
-        """Raises unless every process runs equally many passes of a batch, which gathering weights needs.
+    def run_even_passes(self, agree: Callable[[int], int]) -> None:
+        """Has each process run as many passes of a batch as the one with the most, as gathering weights needs.
 
-        Raises:
-            SpecError: it keeps documents apart as rows, in passes of a number that depends on the batch.
+        Args:
+            agree: returns the largest of a number over all processes.
         """
-        packing = getattr(self._parts, "packing", "positions")
-        limit = getattr(self._parts, "length_threshold", None)
-        if packing == "rows" and not self._cross_documents:
-            found = "keeps the documents of a row apart by passes of their own"
-        elif limit is not None and self._context > limit:
-            found = f"runs documents above {limit} tokens in passes of their own"
-        else:
-            return
-        raise SpecError(
-            f"student {type(self.model).__name__}: {found}, in a number that differs between processes; expected one pass "
-            'of a batch for train.parallel = "fsdp"; use another architecture, source.cross_documents = true, or '
-            'train.parallel = "ddp"'
-        )
+        if isinstance(self._parts, CausalParts):
+            self._parts = replace(self._parts, agree=agree)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles what runs below the head; the fused loss has kernels of its own."""

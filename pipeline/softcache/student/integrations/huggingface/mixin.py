@@ -12,6 +12,7 @@ from softcache.data.sources.text.source import TokenSource
 from softcache.data.tokens import TokenBatch
 from softcache.losses import LossMix
 from softcache.reader.cache import Cache
+from softcache.runtime.distributed import max_over_ranks
 from softcache.student.integrations.huggingface.forward import Call, patched_forward
 from softcache.student.integrations.huggingface.loss import mix_at
 from softcache.student.integrations.huggingface.validate import check_classes, check_tokenizer
@@ -63,7 +64,7 @@ class DistillationMixin:
                 )
                 check_classes(self._cache, self._bound.num_classes, type(self.model).__name__)
             if self._is_cut:
-                self._bound.check_sharded()
+                self._bound.run_even_passes(partial(max_over_ranks, device=self.args.device))
         return self._bound
 
     @property
