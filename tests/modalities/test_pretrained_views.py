@@ -105,6 +105,16 @@ def test_means_of_another_number_of_channels_are_refused(folder):
         open_data(config_of(folder, {"mean": [0.5, 0.5], "std": [0.5, 0.5]}))
 
 
+@pytest.mark.parametrize(
+    ("views", "num_views", "is_logged"),
+    [({"flip": 0.5}, 1, True), ({"flip": 0.5}, 2, False), ({}, 1, False), ({"crop": "resized"}, 1, True)],
+)
+def test_augmentation_that_no_view_has_is_logged(folder, caplog, views, num_views, is_logged):
+    caplog.set_level("INFO", logger="softcache")
+    open_data(config_of(folder, {"size": 32} | views, labels={"k": 2, "num_views": num_views}))
+    assert ("labels.num_views is 1: only the plain view is labeled" in caplog.text) is is_logged
+
+
 GENERATOR = np.random.default_rng()
 
 

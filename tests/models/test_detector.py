@@ -112,3 +112,12 @@ def test_another_grid_is_refused():
 def test_a_spec_that_is_no_detector_is_refused(spec, match):
     with pytest.raises(SpecError, match=match):
         build(spec)
+
+
+def test_a_head_of_another_number_of_classes_is_refused():
+    with pytest.raises(SpecError, match=r"num_classes = 91 in its spec, and the source has 7 classes; drop"):
+        build_detector("torchvision:fcos_resnet50_fpn?num_classes=91", num_classes=7, input_shape=(3, 64, 64))
+    with pytest.raises(
+        SpecError, match=r"num_classes = 7 in its spec, and the source has 7 classes and a background"
+    ):
+        build_detector("torchvision:ssd300_vgg16?num_classes=7", num_classes=7, input_shape=(3, 64, 64))

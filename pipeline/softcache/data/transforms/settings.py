@@ -81,6 +81,12 @@ class ViewSettings(Settings):
             )
         return self
 
+    @property
+    def augments(self) -> bool:
+        """Whether a view above 0 is another one than the plain view."""
+        drawn = self.crop != "none" or self.augment != "none" or any(self.color_jitter)
+        return drawn or self.flip > 0 or self.erase > 0 or self.transform is not None
+
     def identity(self) -> dict[str, Any]:
         """Returns what identities have of the table: keys that came later are left out where they do nothing."""
         found = self.model_dump(mode="json")

@@ -12,6 +12,7 @@ from softcache.modalities.images.views import check_channels, check_replays, vie
 from softcache.models.image import build_model
 from softcache.models.weights import float32_weights, select_device
 from softcache.reader.cache import Cache
+from softcache.runtime.logging import log_info
 from softcache.student.tasks import ImageTask
 from softcache.teacher.base import Teacher, TeacherSettings
 from softcache.teacher.image import ImageTeacher, load_image_teacher
@@ -33,6 +34,11 @@ class ImageData(ImageSplits):
         channels = len(train.image(0))
         super().__init__(views_of(config, channels))
         check_channels(self.views.settings, channels)
+        if self.views.settings.augments and config.labels.num_views == 1:
+            log_info(
+                "views: the table augments images, but labels.num_views is 1: only the plain view is labeled, and a "
+                "student of the cache sees no augmentation; set labels.num_views to how many views each image is to have"
+            )
         check_replays(self.views, train)
         self.train = ViewedSource(train, self.views)
         self.evaluation = ViewedSource(evaluation, self.views)

@@ -94,6 +94,11 @@ def _named(name: str, args: dict[str, Any], num_classes: int, input_shape: tuple
     # The images come normalised by [views]; weights come from a file (teacher.weights), never from the net.
     fixed = {"weights": None, "weights_backbone": None, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
     extra = 1 if name.startswith("ssd") else 0
+    if (asked := args.get("num_classes", num_classes + extra)) != num_classes + extra:
+        raise SpecError(
+            f"model 'torchvision:{name}': num_classes = {asked} in its spec, and the source has {num_classes} classes"
+            f"{' and a background' * extra}; drop the argument, for the head has one output for each class of the source"
+        )
     net = models.get_model(name, **fixed | {"num_classes": num_classes + extra} | args)
     return Detector(net, num_classes=num_classes, grey=input_shape[0] == 1)
 
