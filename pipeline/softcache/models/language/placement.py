@@ -86,7 +86,12 @@ def _is_cut(tensor: torch.Tensor) -> bool:
 
 def input_device(module: Any) -> Any:
     """Returns the device that accelerate's hooks run a model's embeddings on; None without such hooks."""
-    embeddings = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
+    if not any(hasattr(part, "_hf_hook") for part in module.modules()):
+        return None
+    try:
+        embeddings = module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # a module of the user's own, or a wrapper of transformers
+        return None
     return getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
 
 
