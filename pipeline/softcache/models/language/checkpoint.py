@@ -100,11 +100,6 @@ class Checkpoint:
         weight = self._read_parameter(module.weight)
         return weight, None if module.bias is None else self._read_parameter(module.bias)
 
-    def load_head(self) -> CausalParts:
-        """Returns the parts with the head's weights; the backbone has none."""
-        weight, bias = self.head()
-        return self.with_head(weight, bias)
-
     def with_head(self, weight: torch.Tensor, bias: torch.Tensor | None) -> CausalParts:
         """Returns the parts with these weights of the head; the backbone has none."""
         head = nn.Linear(weight.shape[1], len(weight), bias is not None, device="meta")
