@@ -17,6 +17,7 @@ from softcache.models.language import (
     split,
     tokenizer_of,
 )
+from softcache.models.language.causal_lm import exact_attention
 
 VOCAB, CONTEXT = 61, 16
 BUILTIN = [
@@ -261,6 +262,26 @@ def test_both_attentions_keep_documents_apart(family, attention, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("capped", [50.0, None])
+def test_a_cap_on_attention_scores_is_never_left_out(tmp_path, capped):
+    """scaled_dot_product_attention has none; transformers before 5.23 left it out there."""
+    config = transformers.Gemma2Config(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, attn_logit_softcapping=capped,
+    )  # fmt: skip
+    transformers.Gemma2ForCausalLM._from_config(config, attn_implementation="eager").save_pretrained(tmp_path)
+    exact = exact_attention(f"hf:{tmp_path}", config, {})
+    assert exact == ({} if capped is None else {"attn_implementation": "eager"})
+    if capped is not None:
+        with pytest.raises(
+            SpecError, match="'sdpa' leaves out the cap on attention scores that gemma2 was trained"
+        ):
+            build(f"hf:{tmp_path}?attn_implementation=sdpa")
+        parts = split(build(f"hf:{tmp_path}"))
+        assert parts.backbone.config._attn_implementation == "eager"
+    assert exact_attention("", config, {"attn_implementation": "flash_attention_2"}) == {}
+
+
 def test_documents_cross_only_on_request(loaded):
     parts = split(loaded[1])
     whole = parts.hidden(tokens(), None)

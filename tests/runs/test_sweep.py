@@ -327,7 +327,7 @@ num_views = 2
 [student]
 model = "mlp?width=8"
 [train]
-epochs = 100
+epochs = 40
 batch_size = 50
 device = "cpu"
 [sweep]
@@ -377,7 +377,7 @@ def test_a_sweep_that_is_killed_goes_on_and_its_best_trial_is_trained_as_it_says
     assert "resumes trial 0, whose process died" in output.err
     trials = {row["number"]: row for row in json.loads((out / "sweep.json").read_text())["trials"]}
     assert [trials[number]["state"] for number in range(3)] == ["fail", "complete", "complete"]
-    assert (trials[1]["place"], trials[1]["epochs"]) == ("trials/0000", 100)
+    assert (trials[1]["place"], trials[1]["epochs"]) == ("trials/0000", 40)
     assert "softcache train-student --config runs/small/sweep/best.toml" in output.out
     best = max(row["value"] for row in trials.values() if row["value"] is not None)
     again = softcache("train-student", "--config", out / "best.toml", "--no-baseline")
