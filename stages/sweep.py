@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from softcache.cache.storage.base import is_bucket
-from softcache.errors import RunError
+from softcache.errors import ConfigError, RunError
 from softcache.modalities import modality_of
+from softcache.reader.parts import CacheParts
 
 from .options import (
     PATH,
@@ -93,7 +94,13 @@ def sweep_command(
     if is_bucket(out or ""):
         raise RunError(f"sweep {out}: a sweep needs a folder with locks; give --out a local one")
     path = Path(out or config.root / "sweep")
-    labels = open_labels(config, url).url  # with [fusion], of the fused cache
+    cache = open_labels(config, url)
+    if isinstance(cache, CacheParts):
+        raise ConfigError(
+            f"cache {cache.url}: a sweep reads one cache, and these are several that are read as one; give --cache that of "
+            "a part, with source.part"
+        )
+    labels = cache.url  # with [fusion], of the fused cache
     sweep = run_sweep(config, labels, path, trials=trials or config.sweep.trials, workers=workers)
     if not as_json:
         _print_trials(sweep)

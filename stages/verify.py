@@ -48,9 +48,9 @@ def verify(
       softcache verify runs/digits/cache --config configs/digits.toml
     """
     cache = open_cache(url)
-    with progress_bar("verify", cache.manifest.plan.num_units, "units") as advance:
+    with progress_bar("verify", cache.num_units, "units") as advance:
         faults = list(verify_units(cache, advance))
-    checked, num_rows = f"{cache.manifest.plan.num_units} units", 0
+    checked, num_rows = f"{cache.num_units} units", 0
     if config_path and not faults:
         num_rows = min(rows, len(cache) * cache.num_views)
         faults = _teacher_faults(cache, config_path, overrides, num_rows, threshold, seed)
@@ -58,7 +58,7 @@ def verify(
     for fault in faults:
         click.echo(f"FAULT {fault}", err=True)
     if as_json:
-        units = cache.manifest.plan.num_units
+        units = cache.num_units
         print_json({"cache": url, "units": units, "teacher_rows": num_rows, "faults": faults})
     else:
         click.echo(f"cache {url}: {checked}; {len(faults)} faults")

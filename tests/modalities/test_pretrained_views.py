@@ -138,3 +138,32 @@ def test_a_transform_that_no_student_could_repeat_is_refused_before_the_pass(fol
         with pytest.raises(SpecError, match=message):
             open_data(config_of(folder, {"size": 32, "transform": f"{__name__}:{name}"}))
     open_data(config_of(folder, {"size": 32, "transform": f"{__name__}:global_generator"}))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        "torchvision:resnet18?weights=NOPE",
+        "torchvision:nope?weights=DEFAULT",
+        "torchvision:raft_large?weights=DEFAULT",
+        "timm:resnet18.nope",
+        "timm:resnet18?img_size=a",
+        "timm:resnet18?pretrained_cfg_overlay=x",
+    ],
+)
+def test_weights_that_are_not_there_are_named(folder, model):
+    with pytest.raises(SpecError, match=r"what its weights were trained to see is not known"):
+        open_data(config_of(folder, teacher={"model": model}))
+
+
+def turned():
+    return lambda image: image[:, :20, :20]
+
+
+def test_a_transform_of_another_size_than_the_plain_view_is_logged(folder, caplog):
+    caplog.set_level("INFO", logger="softcache")
+    open_data(config_of(folder, {"transform": f"{__name__}:turned"}))
+    assert "returns images of (3, 20, 20), and the plain view is of (3, 160, 160)" in caplog.text
+    caplog.clear()
+    open_data(config_of(folder, {"transform": f"{__name__}:turned", "size": 20}))
+    assert "returns images" not in caplog.text

@@ -19,6 +19,8 @@ from softcache.reader.memmap import MemmapSettings
 from softcache.reader.order import BlockShuffle
 from softcache.reader.parts import CacheParts, expand_parts
 from softcache.runs import capture_labels, open_data, open_labels, open_teacher, train_student
+from softcache.runs.report import open_report
+from softcache.tools.verify.checksums import verify_units
 from tests.data.test_corpora import save_tokenizer
 from tests.support.caches import make_cache
 from tests.support.tables import merged
@@ -264,3 +266,19 @@ def test_parts_of_other_tokenizers_are_refused(folder, tmp_path):
 def test_a_teacher_writes_one_cache(folder):
     with pytest.raises(ConfigError, match="cache: a list of 3 places, which students read as one"):
         _ = config_of(folder).cache_url
+    with pytest.raises(
+        ConfigError, match=r"cache: runs/part-\*, a pattern of places, which students read as one"
+    ):
+        _ = config_of(folder).model_copy(update={"cache": "runs/part-*"}).cache_url
+
+
+@pytest.mark.parametrize("places", ["list", "pattern"])
+def test_verify_and_report_take_parts(folder, tmp_path, monkeypatch, places):
+    assert list(verify_units(open_cache(str(folder / "part-*")))) == []
+    monkeypatch.chdir(tmp_path)
+    config = config_of(folder)
+    if places == "pattern":
+        config = config.model_copy(update={"cache": str(folder / "part-*")})
+    data, cache = open_data(config), open_labels(config)
+    train_student(config, data, model=config.student.model, labels="cache", cache=cache, out=tmp_path / "run")
+    assert open_report([tmp_path / "run"]).caches[0].url == cache.url

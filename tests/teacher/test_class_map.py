@@ -12,6 +12,7 @@ from softcache.config.load import load_config
 from softcache.errors import ConfigError, SpecError
 from softcache.models.image import Normalize
 from softcache.teacher.base import TeacherSettings
+from softcache.teacher.class_map import read_class_map
 from softcache.teacher.image import load_image_teacher
 
 SHAPE = (3, 32, 32)
@@ -132,3 +133,27 @@ def test_other_modalities_have_no_class_map(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"teacher.class_map: of image classifiers"):
         load_config(tmp_path / "run.toml")
+
+
+def test_classes_of_one_name_are_told_apart_by_a_list_alone(tmp_path):
+    path = tmp_path / "map.json"
+    path.write_text("[5, 6, 7]")
+    teacher = load(["crane", "crane", "dog"], model=f"{__name__}:pixels", class_map=str(path))
+    images = torch.randint(0, 256, (2, *SHAPE), dtype=torch.uint8)
+    expected = ((images.float() / 255 - 0.5) / 0.5).flatten(1)[:, 5:8]
+    torch.testing.assert_close(teacher.logits(images), expected)
+    path.write_text('{"crane": 5, "dog": 6}')
+    with pytest.raises(
+        ConfigError, match=r"'crane' is the name of several classes.*give a list of 3 numbers"
+    ):
+        load(["crane", "crane", "dog"], model=f"{__name__}:pixels", class_map=str(path))
+    path.write_text('{"crane": 5, "dog": 6, "crane": 7}')
+    with pytest.raises(ConfigError, match=r"'crane' comes twice"):
+        load(["crane", "dog"], model=f"{__name__}:pixels", class_map=str(path))
+
+
+def test_a_name_of_two_outputs_is_not_guessed():
+    how = {"num_outputs": 3, "names": ["crane", "dog", "crane"], "spec": "model"}
+    assert read_class_map("auto", ["dog"], **how) == (1,)
+    with pytest.raises(ConfigError, match=r"'crane' is the name of several outputs of model"):
+        read_class_map("auto", ["dog", "crane"], **how)

@@ -16,6 +16,7 @@ from softcache.losses import LOSSES, AnyLoss
 from softcache.losses.detection import CellLossSettings
 from softcache.modalities.base import MODALITIES, modality_of
 from softcache.models.language.generate import GenerateSettings
+from softcache.reader.parts import is_pattern
 from softcache.reader.settings import ReaderSettings
 from softcache.settings import Settings
 from softcache.student import StudentSettings, TrainSettings
@@ -106,8 +107,17 @@ class RunConfig(Settings):
         Raises:
             ConfigError: there are several places, and one is expected.
         """
-        if isinstance(self.cache, list):
-            raise ConfigError(
-                f"cache: a list of {len(self.cache)} places, which students read as one; expected one here: give --cache"
+        found = self.cache_places
+        if isinstance(found, list) or is_pattern(found):
+            what = (
+                f"a list of {len(found)} places"
+                if isinstance(found, list)
+                else f"{found}, a pattern of places"
             )
+            raise ConfigError(f"cache: {what}, which students read as one; expected one here: give --cache")
+        return found
+
+    @property
+    def cache_places(self) -> str | list[str]:
+        """Where students read: one place, or several or a pattern of them, which are read as one."""
         return self.cache or str(self.root / "cache")

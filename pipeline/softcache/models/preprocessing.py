@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from softcache.errors import SpecError
 from softcache.models.spec import ModelSpec
 from softcache.models.timm_config import timm_config
 
@@ -14,11 +15,20 @@ def pretrained_views(parsed: ModelSpec) -> dict[str, Any]:
     """Returns what the keys of [views] are for a timm or torchvision model's weights; empty where it is not known.
 
     Of timm they are those of `timm.data.resolve_model_data_config`, of torchvision those of the weights' transforms.
+
+    Raises:
+        SpecError: there are no such weights, or they are of no classifier.
     """
-    if parsed.family == "timm":
-        return _of_timm(parsed)
-    if parsed.family == "torchvision" and isinstance(parsed.args.get("weights"), str):
-        return _of_torchvision(parsed)
+    try:
+        if parsed.family == "timm":
+            return _of_timm(parsed)
+        if parsed.family == "torchvision" and isinstance(parsed.args.get("weights"), str):
+            return _of_torchvision(parsed)
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise SpecError(
+            f"model {parsed.family}:{parsed.name}: what its weights were trained to see is not known: "
+            f"{type(error).__name__}: {error}; name a classifier and weights that it has, and check the arguments after '?'"
+        ) from error
     return {}
 
 
@@ -60,5 +70,5 @@ def _of_torchvision(parsed: ModelSpec) -> dict[str, Any]:
 
 def _side(size: Any) -> int | tuple[int, int]:
     """Returns one number for a square."""
-    sides = [size] if isinstance(size, int) else list(size)
+    sides = [size] if isinstance(size, int) else [int(side) for side in size]
     return sides[0] if len(set(sides)) == 1 else (sides[0], sides[1])

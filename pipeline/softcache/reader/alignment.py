@@ -32,7 +32,8 @@ def check_alignment(cache: Cache, data: Dataset) -> None:
         if identity[part]["digest"] != here["digest"]:
             raise AlignmentError(
                 f"{where}: {_PARTS[part][0]} ({_part_difference(identity[part], here, _PARTS[part][1])}); restore the "
-                f"[{_PARTS[part][1]}] table of the config that made it, or rebuild the cache"
+                f"[{_PARTS[part][1]}] table{' and the [teacher]' * (part == 'views')} of the config that made it, or "
+                "rebuild the cache"
             )
     if identity["source"]["digest"] != data.source.digest:
         raise AlignmentError(

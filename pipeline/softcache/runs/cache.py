@@ -102,7 +102,7 @@ def open_labels(config: RunConfig, url: str | None = None) -> Cache:
         CacheNotFoundError, LabelError, AlignmentError, IncompleteCacheError: as `open_cache` and `fuse_caches`.
     """
     if config.fusion is None:
-        return config.reader.open_cache(url or config.cache or config.cache_url)
+        return config.reader.open_cache(url or config.cache_places)
     fusion, caches = config.fusion, [open_cache(part) for part in config.fusion.caches]
     how = [fusion.rule, fusion.k, fusion.values, *(cache.manifest_sha256 for cache in caches)]
     url = url or str(config.root / f"fused-{fusion.rule}-{digest_json(how)[:8]}")

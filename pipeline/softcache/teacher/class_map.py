@@ -63,19 +63,28 @@ def read_class_map(
                 f"{what}: {spec} comes without the names of its {num_outputs:,} outputs; name a JSON file with the "
                 "output of each class"
             )
+        for name in (name for name in class_names if list(names).count(name) > 1):
+            raise ConfigError(
+                f"{what}: {name!r} is the name of several outputs of {spec}; name a JSON file with the output of each class"
+            )
         found: Any = {name: names.index(name) for name in class_names if name in names}
     else:
         try:
-            found = json.loads(Path(setting).read_text())
+            found = json.loads(Path(setting).read_text(), object_pairs_hook=_once_each)
         except (OSError, ValueError) as error:
             raise ConfigError(f'{what}: {error}; expected a JSON file, or "auto"') from error
     if isinstance(found, list) and len(found) == len(class_names):
-        found = dict(zip(class_names, found, strict=True))
+        return _checked(found, class_names, num_outputs, what, spec)
     if not isinstance(found, dict):
         length = f" of {len(found)}" if isinstance(found, list) else ""
         raise ConfigError(
             f"{what}: expected an object of class names, or a list of {len(class_names)} numbers, one for each class; found "
             f"a {type(found).__name__}{length}"
+        )
+    for name in (name for name in class_names if list(class_names).count(name) > 1):
+        raise ConfigError(
+            f"{what}: {name!r} is the name of several classes of the source; give a list of {len(class_names)} numbers, in "
+            "the order of its classes"
         )
     for absent in (name for name in class_names if name not in found):
         near = closest_matches(absent, list(names if setting == "auto" else found), most=3)
@@ -86,7 +95,22 @@ def read_class_map(
         )
     for extra in (name for name in found if name not in class_names):
         raise ConfigError(f"{what}: {extra!r} is no class of the source; drop it, or correct its name")
-    outputs = [found[name] for name in class_names]
+    return _checked([found[name] for name in class_names], class_names, num_outputs, what, spec)
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns a JSON object; raises ValueError where it has a key twice, of which json takes the last."""
+    found = dict(pairs)
+    for key, _ in pairs if len(found) < len(pairs) else ():
+        if [name for name, _ in pairs].count(key) > 1:
+            raise ValueError(f"{key!r} comes twice")
+    return found
+
+
+def _checked(
+    outputs: list[Any], class_names: Sequence[str], num_outputs: int, what: str, spec: str
+) -> tuple[int, ...]:
+    """Returns the outputs of the classes; raises ConfigError where one is none of the teacher's, or of several."""
     for name, output in zip(class_names, outputs, strict=True):
         if type(output) is not int or not 0 <= output < num_outputs:
             raise ConfigError(

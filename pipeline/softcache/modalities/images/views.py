@@ -87,6 +87,14 @@ def check_replays(views: Views, source: Any) -> None:
         return
     for sample in range(min(TRIED, len(source))):
         image, key = source.image(sample), source.key(sample)
+        if sample == 0 and (shape := views.apply(image, key=key, view=0).shape) != (
+            found := views.apply(image, key=key, view=1).shape
+        ):
+            log_info(
+                f"views.transform {views.settings.transform!r}: returns images of {tuple(found)}, and the plain view is of "
+                f"{tuple(shape)} (views.size: {views.settings.size}): teacher and student see both; set views.size to the "
+                "size that the transform returns"
+            )
         first, second = (views.apply(image, key=key, view=1) for _ in range(2))
         if first.shape != second.shape or not torch.equal(first, second):
             raise SpecError(

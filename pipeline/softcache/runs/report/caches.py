@@ -34,8 +34,8 @@ def find_caches(runs: Sequence[Run], urls: Sequence[str], missing: dict[str, str
     wanted = {run.identity["cache"]: run for run in runs if "cache" in run.identity}
     found = _opened(runs, urls)
     if not found:
-        places = list(urls) or [(next(iter(wanted.values()), runs[0])).config.cache_url]
-        missing["cache"] = f"there is no cache at {places[0]}; give --cache where it is"
+        place = urls[0] if urls else next(iter(wanted.values()), runs[0]).config.cache_places
+        missing["cache"] = f"there is no cache at {place}; give --cache where it is"
         return []
     if not wanted:
         _check_source(runs[0], found[0])
@@ -61,11 +61,13 @@ def describe_policy(cache: Cache) -> str:
 
 
 def _opened(runs: Sequence[Run], urls: Sequence[str]) -> list[Cache]:
-    tried = list(urls)
+    tried: list[str | tuple[str, ...]] = list(urls)
     if not tried:
         for config in {run.config.root: run.config for run in runs}.values():
             smaller = sorted(config.root.glob("sweep*/caches/*"))
-            tried += [config.cache_url, *map(str, sorted(config.root.glob("fused-*"))), *map(str, smaller)]
+            places = config.cache_places
+            tried.append(tuple(places) if isinstance(places, list) else places)
+            tried += [*map(str, sorted(config.root.glob("fused-*"))), *map(str, smaller)]
     found: list[Cache] = []
     for place in dict.fromkeys(tried):
         try:

@@ -6,12 +6,17 @@ from collections.abc import Callable, Iterator
 
 from softcache.errors import SoftcacheError
 from softcache.reader.cache import Cache
+from softcache.reader.parts import CacheParts
 
 __all__ = ["verify_units"]
 
 
 def verify_units(cache: Cache, progress: Callable[[int], None] = lambda units: None) -> Iterator[str]:
     """Yields one line per fault: missing units, bad markers, bad checksums, rows that cannot be decoded."""
+    if isinstance(cache, CacheParts):
+        for part in cache.parts:
+            yield from verify_units(part, progress)
+        return
     for check in (cache.samples_table, cache.check_metadata):
         try:
             check()
