@@ -12,11 +12,13 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from softcache.config.run import RunConfig
+from softcache.data.tokens import TokenData
 from softcache.errors import AlignmentError, CacheNotFoundError, ConfigError, IdentityError, SourceError
 from softcache.reader import BlockSampler, SoftLabelDataset, open_cache
 from softcache.reader.loader import SoftLabelLoader
 from softcache.reader.memmap import MemmapSettings
 from softcache.reader.order import BlockShuffle
+from softcache.reader.paired.documents import MatchedDocuments
 from softcache.reader.parts import CacheParts, expand_parts
 from softcache.runs import capture_labels, open_data, open_labels, open_teacher, train_student
 from softcache.runs.report import open_report
@@ -282,3 +284,13 @@ def test_verify_and_report_take_parts(folder, tmp_path, monkeypatch, places):
     data, cache = open_data(config), open_labels(config)
     train_student(config, data, model=config.student.model, labels="cache", cache=cache, out=tmp_path / "run")
     assert open_report([tmp_path / "run"]).caches[0].url == cache.url
+
+
+def test_documents_of_one_key_in_two_parts_are_not_joined_with_another_tokenizers(folder, whole, tmp_path):
+    each = {"name": "hf", "path": str(folder / "texts-{part}.jsonl"), "eval_share": 0.3}
+    source = {"each": each, "packing": "documents", "data_dir": str(tmp_path)}
+    data = TokenData(config_of(folder, source=source).source.open("train"))
+    with pytest.raises(
+        SourceError, match=r"[23] documents have the key 'train/\d+@0', and they are joined by key"
+    ):
+        MatchedDocuments(data, data, whole)

@@ -8,6 +8,7 @@ than seq_len its first part is used.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -41,6 +42,13 @@ class MatchedDocuments(MatchedSamples):
                 )
         self._student = student
         keys, theirs = teacher.source.keys(), {key: n for n, key in enumerate(student.source.keys())}
+        for data, found in ((teacher, keys), (student, student.source.keys())):
+            for key, count in Counter(found).most_common(1):
+                if count > 1:
+                    raise SourceError(
+                        f"source {data.source.name}: {count} documents have the key {key!r}, and they are joined by key; "
+                        "give each its own (key_column; of a corpus in parts also over all parts) and make the cache so"
+                    )
         self.samples = np.array([n for n, key in enumerate(keys) if key.endswith("@0")], np.int64)
         self._student_of = np.full(len(keys), -1, np.int64)
         for sample in self.samples:
