@@ -118,7 +118,7 @@ class Case:
 
     @property
     def unit_memory(self) -> float:
-        """Bytes of labels on a worker: one that is labelled, two that wait, one that is published."""
+        """Bytes of labels on a worker: one that is labeled, two that wait, one that is published."""
         return 4 * self.unit_rows * self.row_memory
 
 

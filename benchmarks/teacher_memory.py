@@ -4,7 +4,7 @@
 
 A one-layer model of width 64 labels one document of L tokens; each case runs in a process of its own, and the figure is
 how far the process's resident size rises (VmHWM, reset through /proc/self/clear_refs; Linux only) over what it holds with
-the model built and a short document labelled. Logits of a whole document would be 4 L V bytes; the head works on chunks of
+the model built and a short document labeled. Logits of a whole document would be 4 L V bytes; the head works on chunks of
 about 2^23 logits instead, and the rest grows by the backbone's activations and the records alone.
 """
 

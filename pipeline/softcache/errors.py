@@ -116,7 +116,7 @@ class CorruptionError(SoftcacheError, ValueError):
 
 
 class AlignmentError(SoftcacheError, ValueError):
-    """What the student sees is not what the teacher labelled."""
+    """What the student sees is not what the teacher labeled."""
 
 
 class StorageError(SoftcacheError, OSError):

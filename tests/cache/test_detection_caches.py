@@ -210,7 +210,7 @@ def test_a_box_that_changed_is_refused_though_the_pixels_are_the_same(zarr):
     new = SceneSource(old.name, images, truths, old.keys(), old.class_names)
     assert torch.equal(new.image(4), old.image(4))
     with pytest.raises(
-        AlignmentError, match=r"the boxes of source scenes-digits/train changed since it was labelled"
+        AlignmentError, match=r"the boxes of source scenes-digits/train changed since it was labeled"
     ):
         SoftLabelDataset(new, cache)
     same = SceneSource(old.name, images, [old.truth(n) for n in range(len(old))], old.keys(), old.class_names)

@@ -90,7 +90,7 @@ def test_what_later_versions_of_zarr_add_is_no_fault(tmp_path):
     assert list(verify_units(open_cache(tmp_path / "cache"))) == []
 
 
-def test_labelling_the_same_data_today_gives_the_same_rows(store, tmp_path, expected):
+def test_labeling_the_same_data_today_gives_the_same_rows(store, tmp_path, expected):
     run = config(store)
     data = open_data(run)
     fresh, _ = capture_labels(run, data, open_teacher(run, data), str(tmp_path / "cache"))

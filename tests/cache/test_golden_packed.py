@@ -108,7 +108,7 @@ def test_packing_the_same_labels_today_gives_the_same_bytes(store, expected):
         np.testing.assert_array_equal(codec.encode(labels)["record"], expected["record"][view])
 
 
-def test_labelling_the_same_data_today_gives_the_same_rows(store, tmp_path, expected):
+def test_labeling_the_same_data_today_gives_the_same_rows(store, tmp_path, expected):
     run = packed_config(store)
     data = open_data(run)
     fresh, _ = capture_labels(run, data, open_teacher(run, data), str(tmp_path / "cache"))

@@ -96,7 +96,7 @@ def test_xarray_softens_to_a_grid_temperature_like_softcache(zarr_cache):
     np.testing.assert_allclose(1 - probs.sum("rank"), np.exp(softened.log_tail), rtol=1e-5, atol=1e-7)
 
 
-def test_what_is_not_labelled_yet_shows_as_no_class_and_nan(zarr_cache, tmp_path):
+def test_what_is_not_labeled_yet_shows_as_no_class_and_nan(zarr_cache, tmp_path):
     url = tmp_path / "cache"
     shutil.copytree(zarr_cache.url, url)
     for shard in zarr_cache.markers[1].shards:

@@ -81,7 +81,7 @@ def config_of(root, weights, workers=0):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(folder, weights, cache's path): labelled once, copied by the tests that change something."""
+    """(folder, weights, cache's path): labeled once, copied by the tests that change something."""
     base = tmp_path_factory.mktemp("imagefolder")
     write_folder(base / "images")
     torch.manual_seed(0)
@@ -208,7 +208,7 @@ def test_a_renamed_file_is_named(moved):
     folder, config, cache = moved
     (folder / "train/dog/3.png").rename(folder / "train/dog/3b.png")
     with pytest.raises(
-        AlignmentError, match=r"was 'train/dog/3\.png' when labelled and is 'train/dog/3b\.png' now"
+        AlignmentError, match=r"was 'train/dog/3\.png' when labeled and is 'train/dog/3b\.png' now"
     ):
         use(config, cache)
 
@@ -226,7 +226,7 @@ def test_two_files_that_changed_names_are_noticed(moved):
 def test_a_file_in_another_class_is_named(moved):
     folder, config, cache = moved
     (folder / "train/cat/5.png").rename(folder / "train/newt/9.png")
-    with pytest.raises(AlignmentError, match=r"sample 5 was 'train/cat/5\.png' when labelled"):
+    with pytest.raises(AlignmentError, match=r"sample 5 was 'train/cat/5\.png' when labeled"):
         use(config, cache)
 
 

@@ -69,7 +69,7 @@ def test_the_digest_is_of_the_pairs_however_they_were_found(tmp_path):
     assert pair(theirs, source(["a.jpg"], [0]), suffix="ignore", subset=True).digest != by_rule.digest
 
 
-def test_labelled_samples_without_a_partner_are_counted_and_need_leave():
+def test_labeled_samples_without_a_partner_are_counted_and_need_leave():
     theirs, ours = source(KEYS, TARGETS), source(KEYS[5:], TARGETS[5:])
     with pytest.raises(
         AlignmentError,
@@ -80,7 +80,7 @@ def test_labelled_samples_without_a_partner_are_counted_and_need_leave():
 
 
 @pytest.mark.parametrize("subset", [False, True])
-def test_samples_that_were_not_labelled_are_refused(subset):
+def test_samples_that_were_not_labeled_are_refused(subset):
     with pytest.raises(
         AlignmentError, match=r"2 samples of student.source made have no partner .*'new', 'x'"
     ):

@@ -271,7 +271,7 @@ def test_cross_entropy_promotes_half_precision():
     ("student", "message"),
     [
         (torch.zeros(3, 8), "expected 9 classes as in the labels; found 8; build the student with 9 outputs"),
-        (torch.zeros(2, 9), r"expected \[3, 9\], a row per labelled position; found \[2, 9\]"),
+        (torch.zeros(2, 9), r"expected \[3, 9\], a row per labeled position; found \[2, 9\]"),
         (torch.zeros(9), r"expected \[3, 9\]"),
     ],
 )
@@ -390,7 +390,7 @@ def test_gradient_of_uld_is_that_of_the_reported_value(num_student_classes):
 def test_uld_promotes_half_precision_and_checks_positions():
     labels = top_k(make_logits(3, 9, 55).float(), k=4)
     assert uld(make_logits(3, 20, 56).half(), labels, temperature=2.0).dtype == torch.float32
-    with pytest.raises(LabelError, match="a row per labelled position"):
+    with pytest.raises(LabelError, match="a row per labeled position"):
         uld(make_logits(2, 9, 57), labels, temperature=2.0)
 
 

@@ -75,7 +75,7 @@ def folder_config(base, **student):
 
 
 @pytest.fixture
-def labelled(folders, tmp_path):
+def labeled(folders, tmp_path):
     """(folder, config, data, cache) of a teacher of PNG files and a student of the JPEG files' bytes."""
     shutil.copytree(folders, tmp_path / "data")
     config = folder_config(tmp_path / "data")
@@ -92,8 +92,8 @@ def batches_of(feed):
 # -- labels ------------------------------------------------------------------------------------------------
 
 
-def test_every_sample_of_another_source_has_the_label_of_its_own_key(labelled):
-    base, config, data, cache = labelled
+def test_every_sample_of_another_source_has_the_label_of_its_own_key(labeled):
+    base, config, data, cache = labeled
     student = data.student_data(config)
     seen = set()
     for indices in np.array_split(np.random.default_rng(0).permutation(60), 4):
@@ -113,7 +113,7 @@ def test_every_sample_of_another_source_has_the_label_of_its_own_key(labelled):
     assert len(seen) == 60
 
 
-def test_a_reduced_view_is_of_the_very_crop_that_was_labelled(shared_cache):
+def test_a_reduced_view_is_of_the_very_crop_that_was_labeled(shared_cache):
     config, data, cache = digits_config(student=SMALL), open_data(digits_config()), shared_cache[2]
     assert data.replays_teacher_views(config)
     dataset, chosen = data.train_dataset(config, cache)
@@ -163,8 +163,8 @@ def test_who_cannot_replay_has_the_plain_view_and_its_label_unless_told_otherwis
     assert {batch.view for batch in batches_of(hard_label_batches(config, data))} == {0}
 
 
-def test_a_live_teacher_sees_its_own_images_of_the_students_samples(labelled):
-    _, config, data, cache = labelled
+def test_a_live_teacher_sees_its_own_images_of_the_students_samples(labeled):
+    _, config, data, cache = labeled
     online = config.model_copy(update={"train": config.train.model_copy(update={"labels": "online"})})
     batch = batches_of(hard_label_batches(online, data))[0]
     teacher_of = data.student_data(config).pairing.teacher_of
@@ -205,15 +205,15 @@ def files_of(base, folder, *, same_size):
 
 
 @pytest.mark.parametrize("same_size", [False, True])
-def test_two_swapped_files_of_the_teacher_are_refused(labelled, same_size):
-    base, config, _, cache = labelled
+def test_two_swapped_files_of_the_teacher_are_refused(labeled, same_size):
+    base, config, _, cache = labeled
     swap(*files_of(base, "images", same_size=same_size))
-    with pytest.raises(AlignmentError, match=r"changed since it was labelled|the teacher saw content"):
+    with pytest.raises(AlignmentError, match=r"changed since it was labeled|the teacher saw content"):
         batches_of(cached_batches(config, open_data(config), cache, 1, False))
 
 
-def test_two_swapped_files_of_the_student_are_refused_by_its_run(labelled, tmp_path):
-    base, config, data, cache = labelled
+def test_two_swapped_files_of_the_student_are_refused_by_its_run(labeled, tmp_path):
+    base, config, data, cache = labeled
     how = {"model": config.student.model, "labels": "cache", "cache": cache, "out": tmp_path / "run"}
     train_student(config, data, **how)
     swap(*files_of(base, "files", same_size=True))
@@ -221,8 +221,8 @@ def test_two_swapped_files_of_the_student_are_refused_by_its_run(labelled, tmp_p
         train_student(config, open_data(config), **how)
 
 
-def test_swapped_files_of_a_student_of_images_are_refused_too(labelled, tmp_path):
-    base, _, _, cache = labelled
+def test_swapped_files_of_a_student_of_images_are_refused_too(labeled, tmp_path):
+    base, _, _, cache = labeled
     other = {"source": {"name": "imagefolder", "root": str(base / "files")}, "views": {"size": 4}}
     config = folder_config(base, **other, model="linear")
     how = {"model": "linear", "labels": "cache", "cache": cache, "out": tmp_path / "run"}
@@ -232,8 +232,8 @@ def test_swapped_files_of_a_student_of_images_are_refused_too(labelled, tmp_path
         train_student(config, open_data(config), **how)
 
 
-def test_a_copy_with_two_files_of_one_size_swapped_replays_nothing_and_is_another_run(labelled, tmp_path):
-    base, _, _, cache = labelled
+def test_a_copy_with_two_files_of_one_size_swapped_replays_nothing_and_is_another_run(labeled, tmp_path):
+    base, _, _, cache = labeled
     shutil.copytree(base / "images", base / "copy")
     copy = {"source": {"name": "imagefolder", "root": str(base / "copy")}, "pairing": {}}
     config = folder_config(base, **copy, model="linear")
@@ -246,8 +246,8 @@ def test_a_copy_with_two_files_of_one_size_swapped_replays_nothing_and_is_anothe
         train_student(config, open_data(config), **how)
 
 
-def test_a_file_that_changes_under_a_run_is_named(labelled):
-    base, config, data, cache = labelled
+def test_a_file_that_changes_under_a_run_is_named(labeled):
+    base, config, data, cache = labeled
     feed = cached_batches(config, data, cache, 1, False)
     first, other = files_of(base, "files", same_size=False)
     swap(first, other)
@@ -255,8 +255,8 @@ def test_a_file_that_changes_under_a_run_is_named(labelled):
         batches_of(feed)
 
 
-def test_keys_that_do_not_meet_are_refused_before_anything_is_trained(labelled, tmp_path):
-    base, _, _, cache = labelled
+def test_keys_that_do_not_meet_are_refused_before_anything_is_trained(labeled, tmp_path):
+    base, _, _, cache = labeled
     config = folder_config(base, pairing={})
     with pytest.raises(AlignmentError, match=r"60 samples of student.source .* 'train/0/000.jpg'"):
         train_student(
@@ -268,8 +268,8 @@ def test_keys_that_do_not_meet_are_refused_before_anything_is_trained(labelled, 
 # -- identity, subsets, resume -------------------------------------------------------------------------------
 
 
-def test_another_pairing_is_another_run(labelled, tmp_path):
-    base, config, data, cache = labelled
+def test_another_pairing_is_another_run(labeled, tmp_path):
+    base, config, data, cache = labeled
     keys, targets = data.train.source.keys(), data.train.source.targets()
     partner = {key: key.replace(".png", ".jpg") for key in keys}
     one, other = np.flatnonzero(targets == targets[0])[:2]
@@ -289,8 +289,8 @@ def test_another_pairing_is_another_run(labelled, tmp_path):
         train_student(write(), open_data(config), **how)
 
 
-def test_a_subset_is_said_and_trains_on_what_is_there(labelled, capsys):
-    base, _, _, cache = labelled
+def test_a_subset_is_said_and_trains_on_what_is_there(labeled, capsys):
+    base, _, _, cache = labeled
     for file in sorted((base / "files" / "train").rglob("*.jpg"))[::3]:
         file.unlink()
     with pytest.raises(AlignmentError, match=r"20 samples of source .* have no partner"):

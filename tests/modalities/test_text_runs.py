@@ -43,7 +43,7 @@ def made(tmp_path_factory):
 
 
 def distributions(model, source, sample):
-    """Log-probabilities of every labelled position, document by document, token by token: slow and obvious."""
+    """Log-probabilities of every labeled position, document by document, token by token: slow and obvious."""
     tokens, segments, learnt = source.sample(sample)
     rows = []
     for number in range(segments[-1] + 1):
@@ -204,7 +204,7 @@ def test_one_changed_document_is_refused_and_the_sample_named(made, tmp_path):
     load_tokenizer(text_config(folder).source).save_pretrained(tmp_path / "tokenizer")
     config = text_config(tmp_path, source={"tokenizer": str(tmp_path / "tokenizer")})
     with pytest.raises(
-        AlignmentError, match=r"sample \d+ was '.*' when labelled|sample '.*' had|'.*' changed"
+        AlignmentError, match=r"sample \d+ was '.*' when labeled|sample '.*' had|'.*' changed"
     ):
         SoftLabelDataset(open_data(config).train, cache)
 

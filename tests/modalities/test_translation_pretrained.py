@@ -121,7 +121,7 @@ def config_of(folder, checkpoint, **tables):
 
 
 @pytest.fixture(scope="module", params=SAVE.values(), ids=SAVE.keys())
-def labelled(request, tmp_path_factory):
+def labeled(request, tmp_path_factory):
     """(folder, checkpoint, config, data, teacher, cache)"""
     folder = tmp_path_factory.mktemp("pretrained")
     checkpoint = request.param(folder / "checkpoint")
@@ -138,9 +138,9 @@ def labelled(request, tmp_path_factory):
     )
 
 
-def test_labels_are_what_transformers_itself_says_of_a_pair(labelled):
+def test_labels_are_what_transformers_itself_says_of_a_pair(labeled):
     """Tokens, their ends and the decoder's start as the checkpoint was trained with; no row of a padded head is kept out."""
-    _, checkpoint, _, data, teacher, cache = labelled
+    _, checkpoint, _, data, teacher, cache = labeled
     assert list(verify_units(cache)) == []
     assert not list(
         verify_against_teacher(cache, data.train, teacher, num_rows=30, threshold_nats=1e-4, seed=0)
@@ -157,8 +157,8 @@ def test_labels_are_what_transformers_itself_says_of_a_pair(labelled):
         np.testing.assert_allclose(labels.log_probs, best.values.numpy(), atol=5e-3, rtol=5e-3)
 
 
-def test_a_pretrained_student_learns_from_the_cache_and_is_scored(labelled, tmp_path):
-    _, checkpoint, config, data, _, cache = labelled
+def test_a_pretrained_student_learns_from_the_cache_and_is_scored(labeled, tmp_path):
+    _, checkpoint, config, data, _, cache = labeled
     spec = f"hf:{checkpoint}"
     metrics = train_student(config, data, model=spec, labels="cache", cache=cache, out=tmp_path / "run")
     assert {"chrf_de", "bleu_de"} <= metrics.keys()
@@ -170,8 +170,8 @@ def test_a_pretrained_student_learns_from_the_cache_and_is_scored(labelled, tmp_
     assert moved
 
 
-def test_what_a_pretrained_teacher_wrote_is_read_with_its_tokenizer(labelled):
-    folder, _, config, data, teacher, _ = labelled
+def test_what_a_pretrained_teacher_wrote_is_read_with_its_tokenizer(labeled):
+    folder, _, config, data, teacher, _ = labeled
     generate_source(LocalObjects(folder / "generated", create=True), data, teacher, config.generate)
     source = {"modality": "translation", "name": "generated", "path": str(folder / "generated")}
     source |= {"data_dir": str(folder / "data"), "max_tokens": 400}

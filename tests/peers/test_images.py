@@ -351,7 +351,7 @@ def test_a_recorded_flip_is_a_flip_of_the_students_image(tmp_path):
 
 
 @pytest.mark.parametrize("store", ["zarr", "parquet"])
-def test_the_last_incomplete_batch_is_labelled_and_learned_from(tmp_path, store):
+def test_the_last_incomplete_batch_is_labeled_and_learned_from(tmp_path, store):
     """A writer or loader with drop_last leaves out what does not fill its last batch; whittle keeps every 10th batch."""
     _, data, cache = make_cache(
         tmp_path / "cache",

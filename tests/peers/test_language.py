@@ -88,7 +88,7 @@ def test_the_gradient_is_the_derivative_of_the_reported_loss(temperature):
 
 
 # easydistill divides by the mask twice; DistillKit's top-k without a tail goes negative.
-def test_the_loss_is_the_plain_mean_over_labelled_rows_and_never_negative(made):
+def test_the_loss_is_the_plain_mean_over_labeled_rows_and_never_negative(made):
     config, data, cache, _ = made
     task = data.task(config, "llama?width=16&depth=1&heads=2")
     torch.manual_seed(0)

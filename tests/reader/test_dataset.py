@@ -126,14 +126,14 @@ def test_a_reordered_source_is_refused_and_the_sample_named(shared_cache):
     source = Renamed(data.train.source, digest="other", order=order)
     with pytest.raises(
         AlignmentError,
-        match=rf"sample 10 was '{data.train.source.key(10)}' when labelled and is '{data.train.source.key(20)}'",
+        match=rf"sample 10 was '{data.train.source.key(10)}' when labeled and is '{data.train.source.key(20)}'",
     ):
         SoftLabelDataset(source, cache)
 
 
 def test_a_shorter_source_is_refused(shared_cache):
     _, data, cache = shared_cache
-    with pytest.raises(AlignmentError, match="300 samples were labelled, the source has 299"):
+    with pytest.raises(AlignmentError, match="300 samples were labeled, the source has 299"):
         SoftLabelDataset(Renamed(data.train.source, digest="other", order=np.arange(299)), cache)
 
 

@@ -176,7 +176,7 @@ def test_a_student_of_the_parts_is_the_student_of_one_cache(folder, whole, tmp_p
 
 def test_the_parts_of_another_order_are_not_the_source(folder):
     places = [str(folder / f"part-{part}") for part in (1, 0, 2)]
-    with pytest.raises(AlignmentError, match=r"sample 0 was '1-\d+.*' when labelled and is '0-"):
+    with pytest.raises(AlignmentError, match=r"sample 0 was '1-\d+.*' when labeled and is '0-"):
         SoftLabelDataset(config_of(folder).source.open("train"), open_cache(places))
 
 

@@ -92,9 +92,9 @@ def run(place, monkeypatch, capsys):
 
 
 @pytest.fixture(scope="session")
-def labelled(tmp_path_factory):
+def labeled(tmp_path_factory):
     """A folder in which `softcache teacher-logits` has run; it is copied, never changed."""
-    folder = tmp_path_factory.mktemp("labelled")
+    folder = tmp_path_factory.mktemp("labeled")
     (folder / "small.toml").write_text(CONFIG)
     code = "from softcache.stages.cli import main; main()"
     done = run_program(code, "teacher-logits", "--config", "small.toml", cwd=folder)
@@ -104,9 +104,9 @@ def labelled(tmp_path_factory):
 
 
 @pytest.fixture
-def cache(place, labelled):
+def cache(place, labeled):
     """The finished cache, where the config expects it."""
-    shutil.copytree(labelled[0] / "runs", place / "runs")
+    shutil.copytree(labeled[0] / "runs", place / "runs")
     return place / "runs/small/cache"
 
 
@@ -156,8 +156,8 @@ def flip(cache):
 # -- teacher-logits ----------------------------------------------------------------------------------------
 
 
-def test_teacher_logits_says_what_it_made(labelled):
-    folder, result = labelled
+def test_teacher_logits_says_what_it_made(labeled):
+    folder, result = labeled
     assert "cache runs/small/cache: 300 samples x 2 views, 600 rows, K=4 of 10 classes" in result.out
     assert "10 units made now, 0 found" in result.out
     assert "teacher: label: 600/600 rows" in result.err
@@ -333,7 +333,7 @@ def test_students_need_a_cache(run, command):
         ("labels.k=3", ("labels.k: 3 in the config, 4 in the cache",)),
         ("teacher.model=linear", ("teacher.model: 'linear' in the config", "parametric")),
         ("views.padding=2", ("its views were made by another transform",)),
-        ("source.max_train_samples=200", ("300 samples were labelled, the source has 200",)),
+        ("source.max_train_samples=200", ("300 samples were labeled, the source has 200",)),
     ],
 )
 def test_a_cache_of_something_else_is_refused(run, cache, change, parts):

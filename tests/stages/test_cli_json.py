@@ -9,7 +9,7 @@ import pytest
 from softcache.stages.cli import softcache as group
 from softcache.stages.commands import COMMANDS
 from softcache.stages.options import print_table
-from tests.stages.test_cli import cache, labelled, place, run  # noqa: F401
+from tests.stages.test_cli import cache, labeled, place, run  # noqa: F401
 
 CONFIG = ("--config", "small.toml")
 CACHE = "runs/small/cache"

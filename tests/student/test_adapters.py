@@ -6,9 +6,9 @@ import torch
 
 from softcache.errors import SpecError
 from softcache.models.language import check_split, split
-from tests.student.test_huggingface_trainer import VOCAB, labelled, llama, trainer_of
+from tests.student.test_huggingface_trainer import VOCAB, labeled, llama, trainer_of
 
-__all__ = ["labelled"]  # a fixture
+__all__ = ["labeled"]  # a fixture
 
 TARGETS = {
     "attention": {"target_modules": ["q_proj", "v_proj"]},
@@ -57,10 +57,10 @@ def test_what_does_more_than_add_to_the_heads_weight_is_refused():
 
 
 @pytest.mark.parametrize("how", TARGETS.values(), ids=TARGETS)
-def test_a_trainer_takes_a_peft_model_and_trains_its_adapters_alone(labelled, tmp_path, how):
+def test_a_trainer_takes_a_peft_model_and_trains_its_adapters_alone(labeled, tmp_path, how):
     model = adapted(**how)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trainer = trainer_of(labelled, tmp_path, model)
+    trainer = trainer_of(labeled, tmp_path, model)
     trainer.train()
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -72,16 +72,16 @@ def test_a_trainer_takes_a_peft_model_and_trains_its_adapters_alone(labelled, tm
         torch.testing.assert_close(again(tokens).logits, model.eval()(tokens).logits)
 
 
-def test_a_trainer_takes_a_head_that_is_narrower_than_the_teachers_padded_one(labelled, tmp_path):
+def test_a_trainer_takes_a_head_that_is_narrower_than_the_teachers_padded_one(labeled, tmp_path):
     """Of one family of tokenizers, heads of 151,936 and 152,064 rows."""
-    _, _, cache = labelled
+    _, _, cache = labeled
     identity = cache.manifest.identity["tokenizer"]
     assert identity["vocab_size"] == VOCAB
     wider = cache.num_classes + 20
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(cache), "num_classes", property(lambda self: wider))
-        trainer_of(labelled, tmp_path, llama(vocab=VOCAB))
+        trainer_of(labeled, tmp_path, llama(vocab=VOCAB))
     with pytest.raises(
         SpecError, match=rf"its head has {VOCAB - 1} rows; the tokenizer of cache .* has {VOCAB} tokens"
     ):
-        trainer_of(labelled, tmp_path, llama(vocab=VOCAB - 1))
+        trainer_of(labeled, tmp_path, llama(vocab=VOCAB - 1))

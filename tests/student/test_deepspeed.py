@@ -15,7 +15,7 @@ from tests.student.test_huggingface_trainer import (  # noqa: F401 (a fixture)
     ROUNDING,
     SEQ_LEN,
     assert_same,
-    labelled,
+    labeled,
     llama,
     trainer_of,
 )
@@ -67,9 +67,9 @@ def test_only_partitioned_weights_are_gathered_for_the_checks(deepspeed):
     assert deepspeed["gathered"][0][0] is weight
 
 
-def _trains(rank, labelled, out, stage):  # noqa: F811
+def _trains(rank, labeled, out, stage):  # noqa: F811
     os.environ["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu")
-    folder, source, url = labelled
+    folder, source, url = labeled
     config = {
         **dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto"),
         "gradient_clipping": "auto",
@@ -92,13 +92,13 @@ def _trains(rank, labelled, out, stage):  # noqa: F811
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("stage", [2, 3])
-def test_two_processes_take_the_steps_of_one(labelled, tmp_path, stage):  # noqa: F811
+def test_two_processes_take_the_steps_of_one(labeled, tmp_path, stage):  # noqa: F811
     """DeepSpeed compiles an operator of its own the first time, which takes minutes."""
     pytest.importorskip("deepspeed")
-    folder, source, cache = labelled
+    folder, source, cache = labeled
     held_out = open_text(source, split="eval")
     settings = STEPS | {"per_device_train_batch_size": 8}
-    alone = trainer_of(labelled, tmp_path / "one", settings=settings, eval_dataset=held_out)
+    alone = trainer_of(labeled, tmp_path / "one", settings=settings, eval_dataset=held_out)
     alone.train()
     ended = run_ranks(
         *(tmp_path / "ranks", 2, _trains, (folder, source, cache.url), str(tmp_path), stage), seconds=900.0

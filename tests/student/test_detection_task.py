@@ -62,7 +62,7 @@ def record(answer, cells):
     return DetectionLabels(coins, cell.int(), columns)
 
 
-def test_the_soft_loss_reaches_the_labelled_cells_alone(parts):
+def test_the_soft_loss_reaches_the_labeled_cells_alone(parts):
     task, student, batch, answer = parts
     outputs, _ = student(task.normalize(batch.images))
     for leaf in (outputs.class_logits, outputs.boxes, outputs.centerness):
@@ -92,7 +92,7 @@ def test_a_student_that_is_the_teacher_has_no_class_and_box_loss(parts):
 
 def test_alpha_mixes_the_modules_own_loss_with_the_soft_one(parts):
     task, student, batch, answer = parts
-    labelled = batch.__class__(
+    labeled = batch.__class__(
         **{name: getattr(batch, name) for name in ("images", "boxes", "classes", "samples", "view")},
         fingerprints=batch.fingerprints,
         rows_per_sample=2,
@@ -105,7 +105,7 @@ def test_alpha_mixes_the_modules_own_loss_with_the_soft_one(parts):
             task.build_model, task.evaluation, task.normalize, settings, CellLossSettings()
         )
         with torch.no_grad():
-            return float(mixing.loss(student, labelled))
+            return float(mixing.loss(student, labeled))
 
     assert loss(0.25) == pytest.approx(0.75 * loss(0.0) + 0.25 * loss(1.0), rel=1e-5)
     assert loss(0.0) != pytest.approx(loss(1.0))

@@ -18,7 +18,7 @@ from tests.student.test_huggingface_trainer import (
     VOCAB,
     assert_same,
     dense_logits,
-    labelled,  # noqa: F401
+    labeled,  # noqa: F401
     llama,
     trainer_of,
 )
@@ -49,15 +49,15 @@ MIXES = {  # of six steps, worked out by hand where they move
 
 
 @pytest.mark.parametrize("name", WHOLE_LOSSES)
-def test_a_whole_loss_takes_the_steps_of_a_loop_written_by_hand(labelled, tmp_path, name):  # noqa: F811
+def test_a_whole_loss_takes_the_steps_of_a_loop_written_by_hand(labeled, tmp_path, name):  # noqa: F811
     """Six steps of two accumulated batches each, against dense logits of all eight samples at once."""
     settings = LossSettings(**WHOLE_LOSSES[name])
     sequential = {"train_sampling_strategy": "sequential", "gradient_accumulation_steps": 2, "max_steps": 6}
     more = {"temperature": None, "alpha": None, "loss": settings}
-    trainer = trainer_of(labelled, tmp_path, settings=sequential, **more)
+    trainer = trainer_of(labeled, tmp_path, settings=sequential, **more)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
-    _, source, cache = labelled
+    _, source, cache = labeled
     dataset = SoftLabelDataset(open_text(source, split="train"), cache)
     model, expected = llama().train(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -89,7 +89,7 @@ def test_a_whole_loss_takes_the_steps_of_a_loop_written_by_hand(labelled, tmp_pa
         assert "temperature" not in rows[0]
 
 
-def test_a_schedule_that_waits_for_held_out_losses_goes_on_when_resumed(labelled, tmp_path):  # noqa: F811
+def test_a_schedule_that_waits_for_held_out_losses_goes_on_when_resumed(labeled, tmp_path):  # noqa: F811
     """No epoch improves by 100 nats: from the second on, each halves the temperature, down to 1.5."""
     schedule = {"kind": "stall", "end": 1.5, "patience": 1, "min_delta": 100.0}
     settings = {
@@ -101,16 +101,16 @@ def test_a_schedule_that_waits_for_held_out_losses_goes_on_when_resumed(labelled
     settings |= {"logging_strategy": "epoch", "save_strategy": "epoch"}
     more = {
         "settings": settings,
-        "eval_dataset": open_text(labelled[1], split="eval"),
+        "eval_dataset": open_text(labeled[1], split="eval"),
         "loss": LossSettings(temperature=8.0, temperature_schedule=schedule),
         "temperature": None,
         "alpha": None,
     }
-    whole = trainer_of(labelled, tmp_path, **more)
+    whole = trainer_of(labeled, tmp_path, **more)
     whole.train()
     temperatures = [row["temperature"] for row in whole.state.log_history if "loss" in row]
     assert temperatures == [8.0, 8.0, 4.0, 2.0, 1.5]
-    resumed = trainer_of(labelled, tmp_path, **more)
+    resumed = trainer_of(labeled, tmp_path, **more)
     steps = whole.state.max_steps // 5
     resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{3 * steps}"))
     assert_same(resumed.model.state_dict(), whole.model.state_dict(), **EXACT)
@@ -133,14 +133,14 @@ def test_a_schedule_that_waits_for_held_out_losses_goes_on_when_resumed(labelled
         ),
     ],
 )
-def test_what_the_trainer_cannot_do_of_a_loss_is_refused_by_name(labelled, tmp_path, loss, more, match):  # noqa: F811
+def test_what_the_trainer_cannot_do_of_a_loss_is_refused_by_name(labeled, tmp_path, loss, more, match):  # noqa: F811
     given = {"temperature": None, "alpha": None, "loss": LossSettings(**loss)} | more
     with pytest.raises(ConfigError, match=match):
-        trainer_of(labelled, tmp_path, **given)
+        trainer_of(labeled, tmp_path, **given)
 
 
-def test_a_loss_that_drawn_classes_cannot_serve_is_refused(labelled, tmp_path):  # noqa: F811
-    folder, source, _ = labelled
+def test_a_loss_that_drawn_classes_cannot_serve_is_refused(labeled, tmp_path):  # noqa: F811
+    folder, source, _ = labeled
     sampled = (folder / "run.toml").read_text().replace("k = 5", 'policy = "sample"\nnum_samples = 5')
     (tmp_path / "run.toml").write_text(sampled)
     config = load_config(tmp_path / "run.toml")

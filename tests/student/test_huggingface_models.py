@@ -117,7 +117,7 @@ TEMPLATE = (
 )
 
 
-def test_of_a_chat_only_the_assistants_words_are_labelled_and_learnt(tmp_path):
+def test_of_a_chat_only_the_assistants_words_are_labeled_and_learnt(tmp_path):
     tokenizer = load_tokenizer(text_config(tmp_path).source)
     tokenizer.chat_template = TEMPLATE
     spec = save_model(tmp_path / "teacher", FAMILIES["llama"], tokenizer)

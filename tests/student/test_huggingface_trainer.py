@@ -77,7 +77,7 @@ evaluate = false
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
+def labeled(tmp_path_factory):
     """(folder, source settings, cache), made once and never changed."""
     folder = tmp_path_factory.mktemp("trainer")
     config = load_config(write_config(folder))
@@ -110,8 +110,8 @@ def arguments(out, **settings):
     return TrainingArguments(str(out), **base | settings)
 
 
-def trainer_of(labelled, out, model=None, *, temperature=2.0, alpha=0.7, settings=None, **more):
-    _, source, cache = labelled
+def trainer_of(labeled, out, model=None, *, temperature=2.0, alpha=0.7, settings=None, **more):
+    _, source, cache = labeled
     return DistillTrainer(
         llama() if model is None else model,
         arguments(out, **settings or {}),
@@ -153,10 +153,10 @@ def dense_logits(model, batch):
 
 
 @pytest.mark.parametrize(("temperature", "alpha"), [(1.0, 0.9), (3.0, 1.0), (2.0, 0.0)])
-def test_it_takes_the_steps_of_a_loop_written_by_hand(labelled, tmp_path, temperature, alpha):
+def test_it_takes_the_steps_of_a_loop_written_by_hand(labeled, tmp_path, temperature, alpha):
     sequential = {"train_sampling_strategy": "sequential"}
-    found, losses = trained(labelled, tmp_path, temperature=temperature, alpha=alpha, settings=sequential)
-    _, source, cache = labelled
+    found, losses = trained(labeled, tmp_path, temperature=temperature, alpha=alpha, settings=sequential)
+    _, source, cache = labeled
     dataset = SoftLabelDataset(open_text(source, split="train"), cache)
     model, expected = llama().train(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -174,33 +174,33 @@ def test_it_takes_the_steps_of_a_loop_written_by_hand(labelled, tmp_path, temper
     assert not torch.equal(found["lm_head.weight"], llama().state_dict()["lm_head.weight"])
 
 
-def test_accumulated_steps_are_one_step_of_the_whole_batch(labelled, tmp_path):
+def test_accumulated_steps_are_one_step_of_the_whole_batch(labeled, tmp_path):
     """A peer divides the loss by the mask twice, and indexes its labels by optimizer step."""
-    whole, losses = trained(labelled, tmp_path, settings={"per_device_train_batch_size": 12})
+    whole, losses = trained(labeled, tmp_path, settings={"per_device_train_batch_size": 12})
     for pieces in (3, 4):
         settings = {"per_device_train_batch_size": 12 // pieces, "gradient_accumulation_steps": pieces}
-        found, found_losses = trained(labelled, tmp_path, settings=settings)
+        found, found_losses = trained(labeled, tmp_path, settings=settings)
         assert found_losses == pytest.approx(losses, rel=1e-5)
         assert_same(found, whole, **ROUNDING)
 
 
-def test_a_short_last_batch_counts_by_its_rows(labelled, tmp_path):
+def test_a_short_last_batch_counts_by_its_rows(labeled, tmp_path):
     """An epoch's last step may have fewer batches than it accumulates, the last of them smaller."""
-    _, source, _ = labelled
+    _, source, _ = labeled
     size = len(open_text(source, split="train"))
     assert size % 3
     assert -(-size // 3) % 5
     epoch = {"max_steps": -1, "num_train_epochs": 1}
     pieces = epoch | {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 5}
-    found, losses = trained(labelled, tmp_path, settings=pieces)
+    found, losses = trained(labeled, tmp_path, settings=pieces)
     whole = epoch | {"per_device_train_batch_size": 15}
-    expected, expected_losses = trained(labelled, tmp_path, settings=whole)
+    expected, expected_losses = trained(labeled, tmp_path, settings=whole)
     assert losses == pytest.approx(expected_losses, rel=1e-5)
     assert_same(found, expected, **ROUNDING)
 
 
 @pytest.mark.parametrize("family", ["opt", "gemma2"])
-def test_other_families_learn_too(labelled, tmp_path, family):
+def test_other_families_learn_too(labeled, tmp_path, family):
     """OPT has to run one document per row; Gemma caps its logits."""
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": VOCAB}
     more = {
@@ -210,7 +210,7 @@ def test_other_families_learn_too(labelled, tmp_path, family):
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **sizes, **more[family], max_position_embeddings=64)
     _, losses = trained(
-        labelled, tmp_path, AutoModelForCausalLM.from_config(config), settings={"max_steps": 6}
+        labeled, tmp_path, AutoModelForCausalLM.from_config(config), settings={"max_steps": 6}
     )
     assert losses[-1] < losses[0]
 
@@ -218,36 +218,36 @@ def test_other_families_learn_too(labelled, tmp_path, family):
 # -- the Trainer's settings --------------------------------------------------------------------------------
 
 
-def test_no_setting_drops_the_labels_or_changes_the_steps(labelled, tmp_path):
+def test_no_setting_drops_the_labels_or_changes_the_steps(labeled, tmp_path):
     """A peer loses its cached columns to remove_unused_columns, which is on by default."""
-    expected, losses = trained(labelled, tmp_path, settings={"remove_unused_columns": True})
+    expected, losses = trained(labeled, tmp_path, settings={"remove_unused_columns": True})
     for settings in (
         {"remove_unused_columns": False},
         {"activation_checkpointing": True},
         {"dataloader_num_workers": 1},
     ):
-        found, found_losses = trained(labelled, tmp_path, settings=settings)
+        found, found_losses = trained(labeled, tmp_path, settings=settings)
         assert found_losses == losses, settings
         assert_same(found, expected, **EXACT)
 
 
-def test_bf16_runs_the_loss_in_the_models_autocast(labelled, tmp_path):
+def test_bf16_runs_the_loss_in_the_models_autocast(labeled, tmp_path):
     seen = []
 
     class Spy(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             seen.append({parameter.dtype for parameter in model.parameters()})
 
-    _, expected = trained(labelled, tmp_path)
-    _, losses = trained(labelled, tmp_path, settings={"bf16": True}, callbacks=[Spy()])
+    _, expected = trained(labeled, tmp_path)
+    _, losses = trained(labeled, tmp_path, settings={"bf16": True}, callbacks=[Spy()])
     assert losses != expected
     assert losses == pytest.approx(expected, rel=3e-2)
     assert seen == [{torch.float32}] * 3
-    _, losses = trained(labelled, tmp_path, llama().bfloat16())
+    _, losses = trained(labeled, tmp_path, llama().bfloat16())
     assert losses == pytest.approx(expected, rel=3e-2)
 
 
-def test_a_resumed_run_ends_with_the_same_weights(labelled, tmp_path):
+def test_a_resumed_run_ends_with_the_same_weights(labeled, tmp_path):
     """From the middle of the second epoch, between two accumulated steps, with dropout."""
     settings = {
         "optim": "adamw_torch",
@@ -260,17 +260,17 @@ def test_a_resumed_run_ends_with_the_same_weights(labelled, tmp_path):
         "eval_steps": 2,
     }
     model = llama(attention_dropout=0.2)
-    more = {"settings": settings, "eval_dataset": open_text(labelled[1], split="eval")}
-    expected, _ = trained(labelled, tmp_path, copy.deepcopy(model), **more)
-    trainer = trainer_of(labelled, tmp_path, copy.deepcopy(model), **more)
+    more = {"settings": settings, "eval_dataset": open_text(labeled[1], split="eval")}
+    expected, _ = trained(labeled, tmp_path, copy.deepcopy(model), **more)
+    trainer = trainer_of(labeled, tmp_path, copy.deepcopy(model), **more)
     steps = -(-len(trainer.get_train_dataloader()) // 2)
     assert steps < 8 < 2 * steps
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert_same(trainer.model.state_dict(), expected, **EXACT)
 
 
-def test_what_is_saved_is_the_model_itself(labelled, tmp_path):
-    trainer = trainer_of(labelled, tmp_path, processing_class=load_tokenizer(labelled[1]))
+def test_what_is_saved_is_the_model_itself(labeled, tmp_path):
+    trainer = trainer_of(labeled, tmp_path, processing_class=load_tokenizer(labeled[1]))
     trainer.train()
     trainer.save_model()
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -279,11 +279,11 @@ def test_what_is_saved_is_the_model_itself(labelled, tmp_path):
     assert (tmp_path / "tokenizer.json").exists()
 
 
-def test_the_model_is_still_an_ordinary_model(labelled, tmp_path):
+def test_the_model_is_still_an_ordinary_model(labeled, tmp_path):
     model, ids = llama(), torch.arange(8)[None]
     before = model(ids, labels=ids).loss
-    first = trainer_of(labelled, tmp_path, model)
-    second = trainer_of(labelled, tmp_path, model, temperature=5.0)
+    first = trainer_of(labeled, tmp_path, model)
+    second = trainer_of(labeled, tmp_path, model, temperature=5.0)
     assert torch.equal(model(input_ids=ids, labels=ids).loss, before)
     assert model.generate(ids, max_new_tokens=2, do_sample=False).shape == (1, 10)
     double = copy.deepcopy(model)
@@ -295,19 +295,19 @@ def test_the_model_is_still_an_ordinary_model(labelled, tmp_path):
     )  # and each trainer on its own loss
 
 
-def test_a_model_that_accelerate_has_hooked_learns_too(labelled, tmp_path):
+def test_a_model_that_accelerate_has_hooked_learns_too(labeled, tmp_path):
     """A model loaded with a device_map has a forward that is no method of its class."""
-    expected, _ = trained(labelled, tmp_path)
+    expected, _ = trained(labeled, tmp_path)
     model = llama()
     add_hook_to_module(model, ModelHook())
-    found, _ = trained(labelled, tmp_path, model)
+    found, _ = trained(labeled, tmp_path, model)
     assert_same(found, expected, **EXACT)
     parameters = list(inspect.signature(model.forward).parameters)
     assert parameters == list(inspect.signature(llama().forward).parameters)
 
 
-def test_every_epoch_sees_every_sample_in_another_order(labelled, tmp_path):
-    trainer = trainer_of(labelled, tmp_path)
+def test_every_epoch_sees_every_sample_in_another_order(labeled, tmp_path):
+    trainer = trainer_of(labeled, tmp_path)
     loader, orders = trainer.get_train_dataloader(), []
     for epoch in (0, 1):
         loader.set_epoch(epoch)
@@ -316,20 +316,20 @@ def test_every_epoch_sees_every_sample_in_another_order(labelled, tmp_path):
     assert sorted(orders[0]) == sorted(orders[1]) == list(range(len(trainer.train_dataset)))
 
 
-def test_tokens_are_counted_without_the_padding(labelled, tmp_path):
+def test_tokens_are_counted_without_the_padding(labeled, tmp_path):
     trainer = trainer_of(
-        labelled, tmp_path, settings={"include_num_input_tokens_seen": "non_padding", "max_steps": 12}
+        labeled, tmp_path, settings={"include_num_input_tokens_seen": "non_padding", "max_steps": 12}
     )
     trainer.train()
-    source = open_text(labelled[1], split="train")
+    source = open_text(labeled[1], split="train")
     assert len(trainer.get_train_dataloader()) == 12  # one epoch
     assert trainer.state.num_input_tokens_seen == source.num_tokens
     assert trainer.state.total_flos > 0
 
 
-def test_a_model_can_be_made_by_the_trainer(labelled, tmp_path):
-    expected, _ = trained(labelled, tmp_path)
-    _, source, cache = labelled
+def test_a_model_can_be_made_by_the_trainer(labeled, tmp_path):
+    expected, _ = trained(labeled, tmp_path)
+    _, source, cache = labeled
     trainer = DistillTrainer(
         model_init=lambda: llama(),
         args=arguments(tmp_path),
@@ -346,28 +346,28 @@ def test_a_model_can_be_made_by_the_trainer(labelled, tmp_path):
 # -- evaluation --------------------------------------------------------------------------------------------
 
 
-def test_evaluation_is_the_mean_over_all_rows_of_the_split(labelled, tmp_path):
-    held_out = open_text(labelled[1], split="eval")
+def test_evaluation_is_the_mean_over_all_rows_of_the_split(labeled, tmp_path):
+    held_out = open_text(labeled[1], split="eval")
     everything = HardLabelDataset(TokenData(held_out))
     batch = everything.__getitems__([(sample, 0) for sample in range(len(held_out))])
     with torch.no_grad():
         expected = float(cross_entropy(dense_logits(llama().eval(), batch), batch.targets).mean())
     for settings in ({}, {"per_device_eval_batch_size": 2}, {"dataloader_num_workers": 1}):
-        trainer = trainer_of(labelled, tmp_path, eval_dataset=held_out, settings=settings)
+        trainer = trainer_of(labeled, tmp_path, eval_dataset=held_out, settings=settings)
         assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, rel=1e-5)
-    named = trainer_of(labelled, tmp_path, eval_dataset={"one": held_out}).evaluate()
+    named = trainer_of(labeled, tmp_path, eval_dataset={"one": held_out}).evaluate()
     assert named["eval_one_loss"] == pytest.approx(expected, rel=1e-5)
     assert named["eval_one_perplexity"] == pytest.approx(2.718281828**expected, rel=1e-4)
     assert 0 <= named["eval_one_accuracy"] <= 1
-    half = trainer_of(labelled, tmp_path, settings={"bf16_full_eval": True})
+    half = trainer_of(labeled, tmp_path, settings={"bf16_full_eval": True})
     assert half.evaluate(held_out)["eval_loss"] == pytest.approx(expected, rel=2e-2)
 
 
-def test_evaluation_between_steps_changes_no_step(labelled, tmp_path):
-    model, held_out = llama(attention_dropout=0.2), open_text(labelled[1], split="eval")
-    expected, _ = trained(labelled, tmp_path, copy.deepcopy(model))
+def test_evaluation_between_steps_changes_no_step(labeled, tmp_path):
+    model, held_out = llama(attention_dropout=0.2), open_text(labeled[1], split="eval")
+    expected, _ = trained(labeled, tmp_path, copy.deepcopy(model))
     settings = {"eval_strategy": "steps", "eval_steps": 1}
-    trainer = trainer_of(labelled, tmp_path, copy.deepcopy(model), settings=settings, eval_dataset=held_out)
+    trainer = trainer_of(labeled, tmp_path, copy.deepcopy(model), settings=settings, eval_dataset=held_out)
     trainer.train()
     assert_same(trainer.model.state_dict(), expected, **EXACT)
     evaluated = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
@@ -375,18 +375,18 @@ def test_evaluation_between_steps_changes_no_step(labelled, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(evaluated[-1], abs=1e-6)
 
 
-def test_prediction_is_refused(labelled, tmp_path):
+def test_prediction_is_refused(labeled, tmp_path):
     with pytest.raises(ConfigError, match=r"predict: it would keep the logits .* use evaluate\(\)"):
-        trainer_of(labelled, tmp_path).predict(None)
+        trainer_of(labeled, tmp_path).predict(None)
 
 
 # -- what does not fit -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_changed_sample_stops_the_training(labelled, tmp_path, workers):
-    _, source, cache = labelled
-    trainer = trainer_of(labelled, tmp_path, settings={"dataloader_num_workers": workers, "max_steps": 40})
+def test_a_changed_sample_stops_the_training(labeled, tmp_path, workers):
+    _, source, cache = labeled
+    trainer = trainer_of(labeled, tmp_path, settings={"dataloader_num_workers": workers, "max_steps": 40})
     changed = open_text(source, split="train").sample(3).tokens.tobytes()
     table = next(
         path for path in Path(source.data_dir).glob("tokens/*/samples.arrow") if changed in path.read_bytes()
@@ -404,10 +404,10 @@ def test_a_changed_sample_stops_the_training(labelled, tmp_path, workers):
     SoftLabelDataset(open_text(source, split="train"), cache)[3]
 
 
-def test_another_source_or_an_unfinished_cache_is_refused(labelled, tmp_path, shared_cache):
-    _, source, cache = labelled
+def test_another_source_or_an_unfinished_cache_is_refused(labeled, tmp_path, shared_cache):
+    _, source, cache = labeled
     other = open_text(source, split="eval")
-    with pytest.raises(AlignmentError, match="samples were labelled, the source has"):
+    with pytest.raises(AlignmentError, match="samples were labeled, the source has"):
         DistillTrainer(llama(), arguments(tmp_path), cache=cache, source=other)
     _, data, images = shared_cache
     with pytest.raises(ConfigError, match="labels of kind 'image'; DistillTrainer is for language models"):
@@ -418,34 +418,34 @@ def test_another_source_or_an_unfinished_cache_is_refused(labelled, tmp_path, sh
         DistillTrainer(llama(), arguments(tmp_path), cache=half, source=open_text(source, split="train"))
 
 
-def test_a_student_of_another_tokenizer_is_refused(labelled, tmp_path):
-    _, source, _ = labelled
+def test_a_student_of_another_tokenizer_is_refused(labeled, tmp_path):
+    _, source, _ = labeled
     other = load_tokenizer(source.model_copy(update={"tokenizer": "bpe?vocab_size=290"}))
     with pytest.raises(
         IdentityError, match=r"processing_class: its tokenizer .* 290 tokens.* would be read as another"
     ):
-        trainer_of(labelled, tmp_path, processing_class=other)
+        trainer_of(labeled, tmp_path, processing_class=other)
     llama().save_pretrained(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    trainer_of(labelled, tmp_path, model)  # no tokenizer there: nothing to compare
+    trainer_of(labeled, tmp_path, model)  # no tokenizer there: nothing to compare
     other.save_pretrained(tmp_path / "model")
     with pytest.raises(IdentityError, match=r"model .*/model: its tokenizer"):
-        trainer_of(labelled, tmp_path, model)
+        trainer_of(labeled, tmp_path, model)
     load_tokenizer(source).save_pretrained(tmp_path / "model")
-    trainer_of(labelled, tmp_path, model)
+    trainer_of(labeled, tmp_path, model)
 
 
-def test_a_student_without_a_head_or_with_too_small_a_one_is_refused(labelled, tmp_path):
+def test_a_student_without_a_head_or_with_too_small_a_one_is_refused(labeled, tmp_path):
     with pytest.raises(SpecError, match="no head: expected get_output_embeddings"):
-        trainer_of(labelled, tmp_path, nn.Linear(2, 2))
+        trainer_of(labeled, tmp_path, nn.Linear(2, 2))
     with pytest.raises(
         SpecError, match=r"head has 290 rows; .* has 300 tokens; resize_token_embeddings\(300\)"
     ):
-        trainer_of(labelled, tmp_path, llama(290))
-    trained(labelled, tmp_path, llama(320), settings={"max_steps": 1})  # a padded vocabulary is fine
+        trainer_of(labeled, tmp_path, llama(290))
+    trained(labeled, tmp_path, llama(320), settings={"max_steps": 1})  # a padded vocabulary is fine
     with pytest.raises(SpecError, match="takes rows of at most 16 tokens; found rows of 32"):
-        trainer_of(labelled, tmp_path, llama(max_position_embeddings=16))
-    trained(labelled, tmp_path, llama(max_position_embeddings=16), context=16, settings={"max_steps": 1})
+        trainer_of(labeled, tmp_path, llama(max_position_embeddings=16))
+    trained(labeled, tmp_path, llama(max_position_embeddings=16), context=16, settings={"max_steps": 1})
 
 
 @pytest.mark.parametrize(
@@ -463,15 +463,15 @@ def test_a_student_without_a_head_or_with_too_small_a_one_is_refused(labelled, t
         ({"alpha": 2.0}, "alpha: input should be less than or equal to 1"),
     ],
 )
-def test_what_would_be_ignored_is_refused(labelled, tmp_path, more, match):
+def test_what_would_be_ignored_is_refused(labeled, tmp_path, more, match):
     with pytest.raises(ConfigError, match=match):
-        trainer_of(labelled, tmp_path, **more)
+        trainer_of(labeled, tmp_path, **more)
 
 
-def test_an_evaluation_source_of_another_tokenizer_is_refused(labelled, tmp_path):
-    other = open_text(labelled[1].model_copy(update={"tokenizer": "bpe?vocab_size=290"}), split="eval")
+def test_an_evaluation_source_of_another_tokenizer_is_refused(labeled, tmp_path):
+    other = open_text(labeled[1].model_copy(update={"tokenizer": "bpe?vocab_size=290"}), split="eval")
     with pytest.raises(AlignmentError, match=r"eval_dataset: source .* tokens of another tokenizer"):
-        trainer_of(labelled, tmp_path, eval_dataset=other)
+        trainer_of(labeled, tmp_path, eval_dataset=other)
 
 
 # -- several processes, and the example --------------------------------------------------------------------
@@ -510,9 +510,9 @@ CUT = {
 }
 
 
-def _rank(rank, labelled, out):
+def _rank(rank, labeled, out):
     """Trains by DDP and by FSDP2; returns weights, losses, held-out losses and the samples of each step."""
-    folder, source, url = labelled
+    folder, source, url = labeled
     held_out = open_text(source, split="eval")
 
     def run(settings, resume=None):
@@ -553,9 +553,9 @@ def _gpus_that_are_cpus():
     PartialState.__init__ = joined
 
 
-def test_two_ranks_take_the_steps_of_one_by_ddp_and_fsdp_and_see_each_sample_once(labelled, tmp_path):
+def test_two_ranks_take_the_steps_of_one_by_ddp_and_fsdp_and_see_each_sample_once(labeled, tmp_path):
     """47 samples, the last batch of one: a rank without a sample takes part without weight."""
-    _, source, cache = labelled
+    _, source, cache = labeled
     num_samples = len(open_text(source, split="train"))
     assert num_samples == 47
     ended = run_ranks(tmp_path / "ranks", 2, _rank, (tmp_path, source, cache.url), str(tmp_path))
@@ -564,7 +564,7 @@ def test_two_ranks_take_the_steps_of_one_by_ddp_and_fsdp_and_see_each_sample_onc
     sizes = {"ddp": EPOCHS | {"per_device_train_batch_size": 46}, "fsdp": CUT}
     sizes["fsdp"] = sizes["fsdp"] | {"per_device_train_batch_size": 8}
     for name, settings in sizes.items():
-        alone = trainer_of(labelled, tmp_path / "one", settings=settings, eval_dataset=held_out)
+        alone = trainer_of(labeled, tmp_path / "one", settings=settings, eval_dataset=held_out)
         expected_steps = _counted(alone)
         alone.train()
         for end in ended:
@@ -633,8 +633,8 @@ def test_batches_of_ranks_have_each_sample_once_and_are_equally_many(num_samples
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_batch_without_padding_has_the_same_loss_and_gradient(labelled, attention):
-    _, source, cache = labelled
+def test_a_batch_without_padding_has_the_same_loss_and_gradient(labeled, attention):
+    _, source, cache = labeled
     data = SoftLabelDataset(open_text(source, split="train"), open_cache(cache.url))
     batch = data.collate([data[number] for number in (3, 11, 20, 46)])
     assert batch.lengths.min() < batch.tokens.shape[1], "some are padded"
@@ -650,8 +650,8 @@ def test_a_batch_without_padding_has_the_same_loss_and_gradient(labelled, attent
     assert_same(found[1][1], found[0][1], rtol=1e-4, atol=1e-6)
 
 
-def test_the_example_runs(labelled, tmp_path, monkeypatch, capsys):
-    folder, _, cache = labelled
+def test_the_example_runs(labeled, tmp_path, monkeypatch, capsys):
+    folder, _, cache = labeled
     monkeypatch.setattr(
         sys, "argv", ["hf_trainer.py", cache.url, str(folder / "run.toml"), str(tmp_path / "out")]
     )

@@ -51,7 +51,7 @@ device = "cpu"
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
+def labeled(tmp_path_factory):
     """The folder of a run.toml and a cache of all digits, by a teacher that knows them."""
     folder = tmp_path_factory.mktemp("adapters")
     (folder / "adapters.toml").write_text(CONFIG)
@@ -79,9 +79,9 @@ def run_example(name, monkeypatch, capsys, *args):
 
 
 @pytest.mark.parametrize("name", ["torch_loop.py", "lightning_module.py", "timm_train.py"])
-def test_an_example_learns(name, labelled, in_tmp, monkeypatch, capsys):
+def test_an_example_learns(name, labeled, in_tmp, monkeypatch, capsys):
     out = [in_tmp / "out"] if name == "lightning_module.py" else []
-    accuracy = run_example(name, monkeypatch, capsys, labelled / "cache", labelled / "adapters.toml", *out)
+    accuracy = run_example(name, monkeypatch, capsys, labeled / "cache", labeled / "adapters.toml", *out)
     assert accuracy > 0.9, "ten classes: a student that learnt nothing has 0.1"
 
 
@@ -306,7 +306,7 @@ def test_rows_that_a_mixer_averaged_are_refused(shared_cache, number):
     mixed, rows = mix(images.float(), targets.clone())
     assert rows.shape == targets.shape
     assert not torch.equal(mixed, images.float())
-    with pytest.raises(LabelError, match=r"of 8 rows are not those of the labelled dataset.*MixUp"):
+    with pytest.raises(LabelError, match=r"of 8 rows are not those of the labeled dataset.*MixUp"):
         loss_fn(torch.randn(8, 10), rows)
     assert torch.isfinite(loss_fn(torch.randn(8, 10), targets.flip(0)))
 
@@ -348,7 +348,7 @@ def test_rows_hold_every_kind_of_record(policy, tmp_path):
 
 
 class Darker:
-    """A source whose pixels changed after it was labelled; its digest does not show it."""
+    """A source whose pixels changed after it was labeled; its digest does not show it."""
 
     def __init__(self, source):
         self._source = source

@@ -47,9 +47,9 @@ def made(request):
 
 
 def pairs_of(batch):
-    """(sample, position, target's log-probability) of every labelled row."""
+    """(sample, position, target's log-probability) of every labeled row."""
     sample_P = np.repeat(batch.samples, batch.row_counts)
-    rows = np.arange(batch.num_rows) if batch.labelled is None else batch.labelled.numpy()
+    rows = np.arange(batch.num_rows) if batch.labeled is None else batch.labeled.numpy()
     cached = batch.labels.target_log_prob.tolist()
     return list(zip(sample_P[rows].tolist(), batch.positions[rows].tolist(), cached, strict=True))
 
@@ -79,7 +79,7 @@ def test_a_row_never_gets_another_positions_label(made, policy):
             assert cached == pytest.approx(true[sample, position], abs=1e-4)
     for batch in batches:
         sample_P = np.repeat(np.arange(len(batch)), batch.row_counts)
-        counted = np.bincount(sample_P[batch.labelled.numpy()], minlength=len(batch))
+        counted = np.bincount(sample_P[batch.labeled.numpy()], minlength=len(batch))
         assert batch.label_counts.tolist() == counted.tolist()
 
 
@@ -144,7 +144,7 @@ def test_a_row_missing_from_a_cache_of_all_positions_is_refused(packed, monkeypa
 
 
 def test_a_changed_text_is_told_by_its_contents(documents, tmp_path):
-    """The table counts the labelled rows of a sample, and not what a source would count."""
+    """The table counts the labeled rows of a sample, and not what a source would count."""
     texts = [json.loads(line) for line in (documents.folder / "texts.jsonl").read_text().splitlines()]
     for document in texts:
         words = document["text"].split()
@@ -155,7 +155,7 @@ def test_a_changed_text_is_told_by_its_contents(documents, tmp_path):
     source = {"packing": "documents", "tokenizer": str(tmp_path / "tokenizer")}
     data = open_data(text_config(tmp_path, source=source))
     assert data.train.source.keys() == documents.data.train.source.keys()
-    with pytest.raises(AlignmentError, match=r"the contents of sample '.*' changed since it was labelled"):
+    with pytest.raises(AlignmentError, match=r"the contents of sample '.*' changed since it was labeled"):
         SoftLabelDataset(data.train, documents.cache("every"))
 
 
@@ -163,11 +163,11 @@ def test_a_changed_text_is_told_by_its_contents(documents, tmp_path):
 
 
 def dense_loss(student, batch, *, temperature, alpha):
-    """(1 - alpha) * mean CE over all rows + alpha * mean T^2 KL over labelled rows, from the whole batch's logits."""
+    """(1 - alpha) * mean CE over all rows + alpha * mean T^2 KL over labeled rows, from the whole batch's logits."""
     logits_PV = student._parts.logits(student._hidden(batch)).double()
     labels = batch.labels.to_torch()
     hard = cross_entropy(logits_PV, batch.targets).mean()
-    soft = distillation_loss(logits_PV[batch.labelled], labels, None, temperature=temperature, alpha=1.0)
+    soft = distillation_loss(logits_PV[batch.labeled], labels, None, temperature=temperature, alpha=1.0)
     return (1 - alpha) * hard + alpha * soft
 
 
@@ -183,7 +183,7 @@ def test_the_loss_is_that_of_a_dense_reference(made, policy, temperature, alpha)
     torch.manual_seed(0)
     student = task.build()
     batch = SoftLabelDataset(made.data.train, made.cache(policy)).__getitems__([4, 0, 7, 2, 1])
-    assert batch.num_labelled < batch.num_rows
+    assert batch.num_labeled < batch.num_rows
     found = task.loss(student, batch)
     expected = dense_loss(student, batch, temperature=temperature, alpha=alpha)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -194,14 +194,14 @@ def test_the_loss_is_that_of_a_dense_reference(made, policy, temperature, alpha)
 
 @pytest.mark.parametrize("alpha", [0.6, 1.0])
 def test_the_pieces_of_a_step_sum_to_the_steps_loss(packed, alpha):
-    """Pieces have other shares of labels than the whole: one of them is labelled all over."""
+    """Pieces have other shares of labels than the whole: one of them is labeled all over."""
     task = packed.data.task(packed.config("every", loss={"alpha": alpha}), STUDENT)
     torch.manual_seed(0)
     student = task.build()
     some, whole = (SoftLabelDataset(packed.data.train, packed.cache(p)) for p in ("every", "all"))
     parts = [some.__getitems__([5, 0]), whole.__getitems__([3]), some.__getitems__([8, 1, 2])]
     step = TokenBatch.merge(parts)
-    share = step.num_labelled / step.num_rows
+    share = step.num_labeled / step.num_rows
     expected = task.loss(student, step)
     pieces = [
         task.loss(student, piece, label_share=share) * piece.num_rows / step.num_rows for piece in parts
@@ -211,11 +211,11 @@ def test_the_pieces_of_a_step_sum_to_the_steps_loss(packed, alpha):
 
 
 def test_every_rank_knows_the_share_of_labels_of_the_step():
-    rows, labelled = np.arange(10) + 3, np.arange(10) // 2 + 1
+    rows, labeled = np.arange(10) + 3, np.arange(10) // 2 + 1
     how = {"batch_size": 4, "view_of": lambda epoch: 0, "block_samples": 2, "window_blocks": 3, "seed": 1}
     orders = [
         BlockShuffle(
-            lambda view: np.arange(10), rank=rank, num_ranks=3, rows_of=rows, labelled_of=labelled, **how
+            lambda view: np.arange(10), rank=rank, num_ranks=3, rows_of=rows, labeled_of=labeled, **how
         )
         for rank in range(3)
     ]
@@ -223,7 +223,7 @@ def test_every_rank_knows_the_share_of_labels_of_the_step():
         batch = orders[0].order(0)[4 * step : 4 * step + 4]
         for order in orders:
             order.step = step
-            assert order.label_share() == labelled[batch].sum() / rows[batch].sum()
+            assert order.label_share() == labeled[batch].sum() / rows[batch].sum()
     assert BlockShuffle(lambda view: np.arange(10), rows_of=rows, **how).label_share() is None
 
 
@@ -280,7 +280,7 @@ def test_hard_labels_and_the_live_teacher_do_as_before(packed, tmp_path):
 
 
 def test_alpha_zero_learns_what_hard_labels_teach(packed, tmp_path):
-    """Cross-entropy is over all rows, labelled or not."""
+    """Cross-entropy is over all rows, labeled or not."""
     config = packed.config("entropy", train={"epochs": 1}, loss={"alpha": 0.0})
     how = {"model": STUDENT, "cache": packed.cache("entropy")}
     for labels in ("cache", "ground_truth"):
@@ -304,11 +304,11 @@ def test_row_r_of_a_document_still_meets_row_r_of_the_students_tokens(
     for samples in (chosen[:7], chosen[::-1][:5]):
         requests = [(int(sample), 0) for sample in samples]
         batch, full = dataset.__getitems__(requests), whole.__getitems__(requests)
-        assert full.labelled is None
+        assert full.labeled is None
         assert torch.equal(batch.rows, full.rows)
-        assert batch.label_counts.tolist() == dataset.labelled_of[samples].tolist()
+        assert batch.label_counts.tolist() == dataset.labeled_of[samples].tolist()
         assert batch.row_counts.tolist() == dataset.rows_of[samples].tolist()
-        cached, true = batch.labels.target_log_prob, full.labels.target_log_prob[batch.labelled]
+        cached, true = batch.labels.target_log_prob, full.labels.target_log_prob[batch.labeled]
         torch.testing.assert_close(cached, true, rtol=0, atol=1e-4)
         kept = np.concatenate(
             [
@@ -316,7 +316,7 @@ def test_row_r_of_a_document_still_meets_row_r_of_the_students_tokens(
                 for sample, count in zip(samples, batch.row_counts, strict=True)
             ]
         )
-        assert batch.num_labelled == kept.sum()
+        assert batch.num_labeled == kept.sum()
         assert kept.all() != is_shorter
     how = {"model": STUDENT, "labels": "cache", "cache": cache}
     metrics = train_student(config, documents.data, out=tmp_path / "one", **how)
@@ -334,10 +334,10 @@ def test_a_batch_whose_labels_all_lie_beyond_the_students_rows_has_cross_entropy
         bare = replace(
             batch,
             labels=batch.labels.take(slice(0, 0)),
-            labelled=batch.labelled[:0],
+            labeled=batch.labeled[:0],
             label_counts=np.zeros(2, np.int64),
         )
-        hard = task.loss(student, replace(batch, labels=None, labelled=None, label_counts=None))
+        hard = task.loss(student, replace(batch, labels=None, labeled=None, label_counts=None))
         for share in (None, 0.0, 0.3):
             loss = task.loss(student, bare, label_share=share)
             assert loss.item() == pytest.approx((1 - alpha) * hard.item(), rel=1e-5)

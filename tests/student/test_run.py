@@ -485,7 +485,7 @@ def test_a_cache_of_other_labels_than_the_config_says(tmp_path, shared_cache):
 
 
 def test_a_cache_of_other_samples(tmp_path, shared_cache):
-    with pytest.raises(AlignmentError, match="300 samples were labelled, the source has 200"):
+    with pytest.raises(AlignmentError, match="300 samples were labeled, the source has 200"):
         fit(shared_cache[2], tmp_path, tables={"source": {"max_train_samples": 200}})
 
 

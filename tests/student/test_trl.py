@@ -40,14 +40,14 @@ def made(folder, *overrides):
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory):
+def labeled(tmp_path_factory):
     """(folder, source settings, cache) of samples with several documents each."""
     return made(tmp_path_factory.mktemp("trl"))
 
 
 @pytest.fixture(scope="module")
-def exported(labelled):
-    folder, source, cache = labelled
+def exported(labeled):
+    folder, source, cache = labeled
     return to_hf_dataset(cache, open_text(source, split="train"), cache_dir=str(folder / "hf"))
 
 
@@ -71,8 +71,8 @@ def arguments(out, **settings):
     return SFTConfig(str(out), **base | settings)
 
 
-def trainer_of(labelled, out, exported, model=None, *, settings=None, **more):
-    _, source, cache = labelled
+def trainer_of(labeled, out, exported, model=None, *, settings=None, **more):
+    _, source, cache = labeled
     how = {"temperature": 2.0, "alpha": 0.7, "train_dataset": exported} | more
     return DistillSFTTrainer(
         llama() if model is None else model,
@@ -93,8 +93,8 @@ def run(trainer):
 # -- the dataset -------------------------------------------------------------------------------------------
 
 
-def test_the_dataset_collates_to_the_batches_of_the_reader(labelled, exported):
-    _, source, cache = labelled
+def test_the_dataset_collates_to_the_batches_of_the_reader(labeled, exported):
+    _, source, cache = labeled
     expected = SoftLabelDataset(open_text(source, split="train"), cache)
     assert len(exported) == len(expected)
     for samples in ([0, 1, 2, 3], [7, 2]):
@@ -121,28 +121,28 @@ def test_labels_are_ignored_where_a_document_begins(exported):
 @pytest.mark.parametrize("policy", ["labels.policy=sample", "labels.positions.policy=every"])
 def test_drawn_labels_and_positions_without_labels_are_exported(tmp_path, policy):
     more = ["labels.num_samples=6"] if "sample" in policy else ["labels.positions.every=3", "labels.k=5"]
-    labelled = made(tmp_path, policy, *more)
-    _, source, cache = labelled
+    labeled = made(tmp_path, policy, *more)
+    _, source, cache = labeled
     exported = to_hf_dataset(cache, open_text(source, split="train"), cache_dir=str(tmp_path / "hf"))
-    found, losses = run(trainer_of(labelled, tmp_path, exported, temperature=1.0))
+    found, losses = run(trainer_of(labeled, tmp_path, exported, temperature=1.0))
     sequential = {"train_sampling_strategy": "sequential", "max_steps": 2}
-    expected, expected_losses = trained(labelled, tmp_path, temperature=1.0, settings=sequential)
+    expected, expected_losses = trained(labeled, tmp_path, temperature=1.0, settings=sequential)
     assert losses == pytest.approx(expected_losses, rel=1e-6)
     assert_same(found, expected, **ROUNDING)
 
 
-def test_a_changed_source_is_another_dataset(labelled, exported, tmp_path):
-    folder, source, cache = labelled
+def test_a_changed_source_is_another_dataset(labeled, exported, tmp_path):
+    folder, source, cache = labeled
     again = to_hf_dataset(cache, open_text(source, split="train"), cache_dir=str(folder / "hf"))
     assert again.cache_files == exported.cache_files
     held_out = to_hf_dataset(None, open_text(source, split="eval"), cache_dir=str(folder / "hf"))
     assert set(held_out.column_names) == {"input_ids", "labels", "seq_lengths"}
-    with pytest.raises(AlignmentError, match="labelled"):
+    with pytest.raises(AlignmentError, match="labeled"):
         to_hf_dataset(cache, open_text(source, split="eval"), cache_dir=str(tmp_path))
 
 
-def test_a_row_that_was_cut_is_refused(labelled, exported):
-    _, _, cache = labelled
+def test_a_row_that_was_cut_is_refused(labeled, exported):
+    _, _, cache = labeled
     row = exported[0]
     cut = row | {"input_ids": row["input_ids"][:10], "labels": row["labels"][:10]}
     with pytest.raises(AlignmentError, match="without max_length or packing"):
@@ -157,8 +157,8 @@ def test_a_row_that_was_cut_is_refused(labelled, exported):
 
 def test_sft_trainer_itself_learns_the_hard_labels_of_the_dataset(tmp_path):
     """TRL's class, collator and loss, on one document a sample: the mean negative log-likelihood of the rows."""
-    labelled = made(tmp_path, "source.packing=documents", "labels.k=5")
-    _, source, cache = labelled
+    labeled = made(tmp_path, "source.packing=documents", "labels.k=5")
+    _, source, cache = labeled
     exported = to_hf_dataset(cache, open_text(source, split="train"), cache_dir=str(tmp_path / "hf"))
     trainer = SFTTrainer(
         llama(), arguments(tmp_path), train_dataset=exported, processing_class=load_tokenizer(source)
@@ -171,25 +171,25 @@ def test_sft_trainer_itself_learns_the_hard_labels_of_the_dataset(tmp_path):
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_it_takes_the_steps_of_distill_trainer(labelled, exported, tmp_path, pieces):
+def test_it_takes_the_steps_of_distill_trainer(labeled, exported, tmp_path, pieces):
     settings = {"per_device_train_batch_size": 4 // pieces, "gradient_accumulation_steps": pieces}
-    found, losses = run(trainer_of(labelled, tmp_path, exported, settings=settings))
+    found, losses = run(trainer_of(labeled, tmp_path, exported, settings=settings))
     sequential = {"train_sampling_strategy": "sequential", "max_steps": 2}
-    expected, expected_losses = trained(labelled, tmp_path, settings=sequential)
+    expected, expected_losses = trained(labeled, tmp_path, settings=sequential)
     assert losses == pytest.approx(expected_losses, rel=1e-6)
     assert_same(found, expected, **(EXACT if pieces == 1 else ROUNDING))
     assert not torch.equal(found["lm_head.weight"], llama().state_dict()["lm_head.weight"])
 
 
-def test_rows_can_be_chosen_and_mixed_with_ones_without_soft_labels(labelled, exported, tmp_path):
+def test_rows_can_be_chosen_and_mixed_with_ones_without_soft_labels(labeled, exported, tmp_path):
     """A row without soft labels adds (1 - alpha) of its cross-entropy; the soft part is a mean over the others."""
     from datasets import concatenate_datasets
 
     bare = exported.select([5]).remove_columns([c for c in exported.column_names if c.startswith("soft_")])
     mixed = concatenate_datasets([exported.select([2, 0]), bare]).with_format("numpy")
     settings = {"per_device_train_batch_size": 3, "max_steps": 1}
-    _, losses = run(trainer_of(labelled, tmp_path, mixed, settings=settings))
-    _, source, cache = labelled
+    _, losses = run(trainer_of(labeled, tmp_path, mixed, settings=settings))
+    _, source, cache = labeled
     dataset = SoftLabelDataset(open_text(source, split="train"), cache)
     from softcache.losses import distillation_loss
 
@@ -200,12 +200,12 @@ def test_rows_can_be_chosen_and_mixed_with_ones_without_soft_labels(labelled, ex
     assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_its_held_out_loss_is_the_negative_log_likelihood(labelled, exported, tmp_path):
-    _, source, _ = labelled
+def test_its_held_out_loss_is_the_negative_log_likelihood(labeled, exported, tmp_path):
+    _, source, _ = labeled
     held_out = open_text(source, split="eval")
     settings = {"per_device_eval_batch_size": len(held_out)}
     trainer = trainer_of(
-        labelled,
+        labeled,
         tmp_path,
         exported,
         settings=settings,
@@ -216,12 +216,12 @@ def test_its_held_out_loss_is_the_negative_log_likelihood(labelled, exported, tm
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_adapters_of_its_peft_config_learn(labelled, exported, tmp_path):
+def test_adapters_of_its_peft_config_learn(labeled, exported, tmp_path):
     adapters = LoraConfig(target_modules=["q_proj", "v_proj"], r=2)
-    found, losses = run(trainer_of(labelled, tmp_path, exported, peft_config=adapters))
+    found, losses = run(trainer_of(labeled, tmp_path, exported, peft_config=adapters))
     moved = [name for name, tensor in found.items() if "lora_B" in name and tensor.any()]
     assert len(moved) == 4
-    assert losses[0] == pytest.approx(trained(labelled, tmp_path, settings={
+    assert losses[0] == pytest.approx(trained(labeled, tmp_path, settings={
         "train_sampling_strategy": "sequential", "max_steps": 1})[1][0], rel=1e-5)  # fmt: skip
 
 
@@ -234,17 +234,17 @@ def test_adapters_of_its_peft_config_learn(labelled, exported, tmp_path):
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor 0.1 would be ignored"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(labelled, exported, tmp_path, settings, message):
+def test_arguments_that_do_not_fit_are_refused(labeled, exported, tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
-        trainer_of(labelled, tmp_path, exported, settings=settings)
+        trainer_of(labeled, tmp_path, exported, settings=settings)
 
 
-def test_a_collator_of_the_user_is_refused(labelled, exported, tmp_path):
+def test_a_collator_of_the_user_is_refused(labeled, exported, tmp_path):
     with pytest.raises(ConfigError, match="data_collator would be ignored"):
-        trainer_of(labelled, tmp_path, exported, data_collator=list)
+        trainer_of(labeled, tmp_path, exported, data_collator=list)
 
 
-def test_several_processes_are_refused(labelled, exported, tmp_path, monkeypatch):
+def test_several_processes_are_refused(labeled, exported, tmp_path, monkeypatch):
     monkeypatch.setattr(SFTConfig, "world_size", property(lambda self: 2))
     with pytest.raises(ConfigError, match="2 processes, which was never tested here"):
-        trainer_of(labelled, tmp_path, exported)
+        trainer_of(labeled, tmp_path, exported)

@@ -57,12 +57,12 @@ def refused(kind: str, name: str, named: str, *, under_way: bool = False) -> Cal
 # -- images in memory --------------------------------------------------------------------------------------
 
 
-@refused("images", "dataset reversed", "sample 0 was 's000' when labelled and is 's047' now")
+@refused("images", "dataset reversed", "sample 0 was 's000' when labeled and is 's047' now")
 def _(world: World) -> None:
     world.samples = world.samples.taken(list(range(48))[::-1])
 
 
-@refused("images", "two samples swapped", "sample 3 was 's003' when labelled and is 's017' now")
+@refused("images", "two samples swapped", "sample 3 was 's003' when labeled and is 's017' now")
 def _(world: World) -> None:
     order = list(range(48))
     order[3], order[17] = 17, 3
@@ -90,19 +90,19 @@ def _(world: World) -> None:
     _pixels(world)[40, 0, 4, 4] ^= 1
 
 
-@refused("images", "one sample's key renamed", "sample 9 was 's009' when labelled and is 'renamed' now")
+@refused("images", "one sample's key renamed", "sample 9 was 's009' when labeled and is 'renamed' now")
 def _(world: World) -> None:
     world.samples.keys[9] = "renamed"
 
 
-@refused("images", "one sample added", "48 samples were labelled, the source has 49 \\('new' is new\\)")
+@refused("images", "one sample added", "48 samples were labeled, the source has 49 \\('new' is new\\)")
 def _(world: World) -> None:
     more = world.samples.taken([*range(48), 0])
     more.keys[48] = "new"
     world.samples = more
 
 
-@refused("images", "one sample removed", "48 samples were labelled, the source has 47 \\('s009' is gone\\)")
+@refused("images", "one sample removed", "48 samples were labeled, the source has 47 \\('s009' is gone\\)")
 def _(world: World) -> None:
     world.samples = world.samples.taken([n for n in range(48) if n != 9])
 
@@ -113,14 +113,14 @@ def _(world: World) -> None:
 
 
 @refused(
-    "images", "one sample's class changed", "sample 's004' had ground truth 4 when labelled and has 5 now"
+    "images", "one sample's class changed", "sample 's004' had ground truth 4 when labeled and has 5 now"
 )
 def _(world: World) -> None:
     world.samples.targets[4] = 5
 
 
 @refused(
-    "images", "classes numbered otherwise", "sample 's000' had ground truth 0 when labelled and has 9 now"
+    "images", "classes numbered otherwise", "sample 's000' had ground truth 0 when labeled and has 9 now"
 )
 def _(world: World) -> None:
     world.samples = world.samples._replace(targets=[9 - target for target in world.samples.targets])
@@ -157,7 +157,7 @@ def _(world: World) -> None:
     }
 
 
-@refused("images", "more views than were labelled", r"reader\.num_views: 3, but cache cache holds 2")
+@refused("images", "more views than were labeled", r"reader\.num_views: 3, but cache cache holds 2")
 def _(world: World) -> None:
     world.set("reader", num_views=3)
 
@@ -249,7 +249,7 @@ def _(world: World) -> None:
 @refused(
     "files",
     "one file compressed anew, same pixels",
-    "another one than was labelled, though .*files that were written",
+    "another one than was labeled, though .*files that were written",
 )
 def _(world: World) -> None:
     path = world.folder / "images" / FILE
@@ -259,13 +259,13 @@ def _(world: World) -> None:
 @refused(
     "files",
     "one file renamed",
-    f"was '{FILE}' when labelled and is 'train/class3/zz.bmp'|was .* when labelled",
+    f"was '{FILE}' when labeled and is 'train/class3/zz.bmp'|was .* when labeled",
 )
 def _(world: World) -> None:
     _moved(world, "train/class3/zz.bmp")
 
 
-@refused("files", "one file moved to another class", "sample .* was .* when labelled and is .* now")
+@refused("files", "one file moved to another class", "sample .* was .* when labeled and is .* now")
 def _(world: World) -> None:
     _moved(world, "train/class5/013.bmp")
 
@@ -288,7 +288,7 @@ def _(world: World) -> None:
 
 # -- text --------------------------------------------------------------------------------------------------
 
-NAMED = r"sample \d+ was 'doc\d+@\d+' when labelled|sample 'doc\d+@\d+' had rows|of sample 'doc\d+@\d+' changed|\('doc\d+@\d+' is (gone|new)"
+NAMED = r"sample \d+ was 'doc\d+@\d+' when labeled|sample 'doc\d+@\d+' had rows|of sample 'doc\d+@\d+' changed|\('doc\d+@\d+' is (gone|new)"
 
 
 def _documents(change: Callable[[list[dict]], list[dict] | None]) -> Callable[[World], None]:
@@ -458,7 +458,7 @@ HARMLESS = [
     Harmless("two loader processes", _set("reader", workers=2)),
     Harmless("read by chunks, not materialized", _set("reader", memmap="never")),
     Harmless("shuffled by windows of two chunks", _set("reader", window_blocks=2), same_batches=False),
-    Harmless("labelled in other batches, units and chunks", _recapture, same_batches=False),
+    Harmless("labeled in other batches, units and chunks", _recapture, same_batches=False),
     Harmless("contents checked on a tenth of the samples", _set("reader", fingerprint_fraction=0.1)),
     Harmless("another student", _set("student", model="mlp?width=4"), kinds=("images",)),
     Harmless("lines of the text's file in another order", _reverse_lines, kinds=("text",)),

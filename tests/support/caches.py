@@ -1,4 +1,4 @@
-"""Small real caches of the embedded digits, labelled by a teacher whose answers are known."""
+"""Small real caches of the embedded digits, labeled by a teacher whose answers are known."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Small real caches of tokens: a few texts that the tests write, labelled by a tiny language model of a fixed seed."""
+"""Small real caches of tokens: a few texts that the tests write, labeled by a tiny language model of a fixed seed."""
 
 import json
 import random

@@ -176,7 +176,7 @@ def test_a_dead_writer_stops_the_run_with_its_error(tmp_path, monkeypatch):
 
 
 def test_at_most_so_many_units_wait_for_the_writer(tmp_path, monkeypatch):
-    """The writer is held up until the teacher cannot go on; then only the queue, its unit and one more were labelled."""
+    """The writer is held up until the teacher cannot go on; then only the queue, its unit and one more were labeled."""
     released, batches = threading.Event(), []
     real_publish, real_add = units.publish_unit, PendingUnit.add
 

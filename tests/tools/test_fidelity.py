@@ -211,7 +211,7 @@ def test_another_teacher_and_other_data_are_refused(images, tmp_path):
     with pytest.raises(IdentityError, match=r"made by another teacher than the config's.*weights_digest"):
         rerun_teacher(cache, data, other, num_rows=10, seed=0)
     changed = open_data(digits_config(source={"max_train_samples": 200}))
-    with pytest.raises(AlignmentError, match="300 samples were labelled, the source has 200"):
+    with pytest.raises(AlignmentError, match="300 samples were labeled, the source has 200"):
         rerun_teacher(cache, changed.train, teacher, num_rows=10, seed=0)
     with pytest.raises(TemperatureError, match="temperature"):
         measure_cache(cache, rerun_teacher(cache, data, teacher, num_rows=10, seed=0), temperatures=[0.5])

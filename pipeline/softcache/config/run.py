@@ -33,7 +33,7 @@ def _source_class(modality: str, name: str) -> type[SourceSettings]:
 
 
 class RunConfig(Settings):
-    """A whole run: what is labelled, by whom, how it is kept, and what is trained on it.
+    """A whole run: what is labeled, by whom, how it is kept, and what is trained on it.
 
     `name` names the folder under `runs/` (default: the file's stem); `cache` is where the cache is, if not in that
     folder; for students it may be a list or a pattern of several, which are read as one; `train_teacher` configures

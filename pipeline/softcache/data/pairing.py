@@ -4,9 +4,9 @@
     replace = [["train/", ""], [".png", ""]]   # texts of the student's key, replaced in this order: the teacher's key
     suffix = "ignore"                          # or: both keys without their file extension are the same
     file = "pairs.parquet"                     # or: a table of teacher_key, student_key (Parquet, or CSV with a header)
-    subset = true                              # the student has fewer samples than were labelled
+    subset = true                              # the student has fewer samples than were labeled
 
-By default both sources have the same keys. A pairing is whole: each labelled sample has one partner (unless `subset`), each
+By default both sources have the same keys. A pairing is whole: each labeled sample has one partner (unless `subset`), each
 sample of the student has one too, and both are of one class. Its digest is of the pairs themselves, so it is part of a
 run's identity however they were found.
 """
@@ -67,7 +67,7 @@ class Pairing:
 
     @property
     def num_missing(self) -> int:
-        """Labelled samples without a partner."""
+        """Labeled samples without a partner."""
         return len(self.student_of) - len(self.samples)
 
 

@@ -45,7 +45,7 @@ class TokenBatch:
         row_counts: [B] int64 (NumPy), the rows of each sample.
         view: always 0; text has one view.
         labels: the record of the rows that have a label, where there is one.
-        labelled: [Q] int64, which of the P rows they are, ascending; None: all of them.
+        labeled: [Q] int64, which of the P rows they are, ascending; None: all of them.
         label_counts: [B] int64 (NumPy), how many each sample has; None: `row_counts`.
     """
 
@@ -60,7 +60,7 @@ class TokenBatch:
     fingerprints: np.ndarray
     unit: int | None = None
     labels: SoftLabels | None = None
-    labelled: torch.Tensor | None = None
+    labeled: torch.Tensor | None = None
     label_counts: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -71,9 +71,9 @@ class TokenBatch:
         return len(self.rows)
 
     @property
-    def num_labelled(self) -> int:
+    def num_labeled(self) -> int:
         """Q, of a batch with labels."""
-        return self.num_rows if self.labelled is None else len(self.labelled)
+        return self.num_rows if self.labeled is None else len(self.labeled)
 
     @property
     def positions(self) -> np.ndarray:
@@ -88,7 +88,7 @@ class TokenBatch:
     def _slice(self, start: int, stop: int) -> TokenBatch:
         samples = slice(start, stop)
         rows = _span(self.row_counts, start, stop)
-        labelled = rows if self.label_counts is None else _span(self.label_counts, start, stop)
+        labeled = rows if self.label_counts is None else _span(self.label_counts, start, stop)
         return replace(
             self,
             tokens=self.tokens[samples],
@@ -99,8 +99,8 @@ class TokenBatch:
             row_counts=self.row_counts[samples],
             samples=self.samples[samples],
             fingerprints=self.fingerprints[samples],
-            labels=self.labels and self.labels.take(labelled),
-            labelled=None if self.labelled is None else self.labelled[labelled] - rows.start,
+            labels=self.labels and self.labels.take(labeled),
+            labeled=None if self.labeled is None else self.labeled[labeled] - rows.start,
             label_counts=None if self.label_counts is None else self.label_counts[samples],
         )
 
@@ -112,7 +112,7 @@ class TokenBatch:
             rows=self.rows.pin_memory(),
             targets=self.targets.pin_memory(),
             labels=self.labels and self.labels.pin_memory(),
-            labelled=None if self.labelled is None else self.labelled.pin_memory(),
+            labeled=None if self.labeled is None else self.labeled.pin_memory(),
         )
 
     def to(self, device: torch.device) -> TokenBatch:
@@ -123,7 +123,7 @@ class TokenBatch:
             rows=self.rows.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
             labels=self.labels and self.labels.to_torch(device, non_blocking=True),
-            labelled=None if self.labelled is None else self.labelled.to(device, non_blocking=True),
+            labeled=None if self.labeled is None else self.labeled.to(device, non_blocking=True),
         )
 
     def select(self, chosen: np.ndarray) -> TokenBatch:
@@ -142,7 +142,7 @@ class TokenBatch:
             targets=self.targets[index],
             row_counts=np.bincount(sample_P[chosen], minlength=len(self)),
             labels=None,
-            labelled=None,
+            labeled=None,
             label_counts=None,
         )
 
@@ -179,7 +179,7 @@ class TokenBatch:
             rows.append(batch.rows + batch.rows // batch.tokens.shape[1] * added + before * length)
             before += len(batch)
         labels = [batch.labels for batch in batches if batch.labels is not None]
-        labelled, label_counts = _merged_labelled(batches)
+        labeled, label_counts = _merged_labeled(batches)
         return replace(
             batches[0],
             tokens=torch.cat(tokens),
@@ -191,7 +191,7 @@ class TokenBatch:
             samples=np.concatenate([batch.samples for batch in batches]),
             fingerprints=np.concatenate([batch.fingerprints for batch in batches]),
             labels=concat(labels) if labels else None,
-            labelled=labelled,
+            labeled=labeled,
             label_counts=label_counts,
         )
 
@@ -281,9 +281,9 @@ class TokenData(Dataset):
             segments_BL[row, :length] = sample.segments
             segments_BL[row, length:] = sample.segments[-1] + 1
             learnt_BL[row, :length] = sample.learnt
-        labelled_BL = np.zeros(shape, bool)
-        labelled_BL[:, :-1] = (segments_BL[:, 1:] == segments_BL[:, :-1]) & learnt_BL[:, 1:]
-        rows_P = np.flatnonzero(labelled_BL)
+        labeled_BL = np.zeros(shape, bool)
+        labeled_BL[:, :-1] = (segments_BL[:, 1:] == segments_BL[:, :-1]) & learnt_BL[:, 1:]
+        rows_P = np.flatnonzero(labeled_BL)
         prints = np.zeros(len(loaded), np.uint64)
         for row in np.flatnonzero(np.broadcast_to(fingerprints, len(loaded))).tolist():
             prints[row] = fingerprint(self.source.key(int(numbers[row])), view, loaded[row].content)
@@ -293,28 +293,28 @@ class TokenData(Dataset):
             rows=torch.from_numpy(rows_P),
             targets=torch.from_numpy(tokens_BL.reshape(-1)[rows_P + 1]),
             lengths=lengths,
-            row_counts=labelled_BL.sum(1),
+            row_counts=labeled_BL.sum(1),
             samples=numbers,
             view=view,
             fingerprints=prints,
         )
 
 
-def _merged_labelled(batches: Sequence[TokenBatch]) -> tuple[torch.Tensor | None, np.ndarray | None]:
-    """`labelled` and `label_counts` of the batches together."""
+def _merged_labeled(batches: Sequence[TokenBatch]) -> tuple[torch.Tensor | None, np.ndarray | None]:
+    """`labeled` and `label_counts` of the batches together."""
     import torch
 
-    if all(batch.labelled is None for batch in batches):
+    if all(batch.labeled is None for batch in batches):
         return None, None
-    labelled, counts, before = [], [], 0
+    labeled, counts, before = [], [], 0
     for batch in batches:
-        here = batch.labelled
+        here = batch.labeled
         if here is None:
             here = torch.arange(batch.num_rows, device=batch.rows.device)
-        labelled.append(here + before)
+        labeled.append(here + before)
         counts.append(batch.row_counts if batch.label_counts is None else batch.label_counts)
         before += batch.num_rows
-    return torch.cat(labelled), np.concatenate(counts)
+    return torch.cat(labeled), np.concatenate(counts)
 
 
 def _span(counts: np.ndarray, start: int, stop: int) -> slice:

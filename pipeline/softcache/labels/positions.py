@@ -84,7 +84,7 @@ class PositionSettings(Settings):
         return self.policy in ("every", "random")
 
     def counts(self, num_rows: np.ndarray) -> np.ndarray:
-        """Returns how many [N] int64 of a sample's `num_rows` [N] rows are labelled; at least one of one or more.
+        """Returns how many [N] int64 of a sample's `num_rows` [N] rows are labeled; at least one of one or more.
 
         >>> PositionSettings(policy="every", every=4).counts(np.array([1, 4, 5, 30])).tolist()
         [1, 1, 2, 8]
@@ -115,7 +115,7 @@ class PositionSettings(Settings):
 def chosen_rows(
     settings: PositionSettings, keys: Sequence[str], row_counts: np.ndarray, positions: np.ndarray
 ) -> np.ndarray:
-    """Returns which rows are labelled, ascending int64, where that is known before the teacher runs.
+    """Returns which rows are labeled, ascending int64, where that is known before the teacher runs.
 
     Args:
         settings: of a policy that is `is_static`.

@@ -90,7 +90,7 @@ def check_student(student_logits: Tensor, labels: SoftLabels) -> None:
         )
     if student_logits.ndim != 2 or student_logits.shape[0] != len(labels):
         raise LabelError(
-            f"student logits: expected [{len(labels)}, {labels.num_classes}], a row per labelled position; "
+            f"student logits: expected [{len(labels)}, {labels.num_classes}], a row per labeled position; "
             f"found {list(student_logits.shape)}; flatten batch and positions as the labels are"
         )
 

@@ -37,7 +37,7 @@ def check_alignment(cache: Cache, data: Dataset) -> None:
             )
     if identity["source"]["digest"] != data.source.digest:
         raise AlignmentError(
-            f"{where}: {_source_difference(cache, data)}; train on the dataset that was labelled, or rebuild the cache"
+            f"{where}: {_source_difference(cache, data)}; train on the dataset that was labeled, or rebuild the cache"
         )
 
 
@@ -69,28 +69,28 @@ def _source_difference(cache: Cache, data: Dataset) -> str:
     lost, new = sorted(set(table.keys) - set(keys)), sorted(set(keys) - set(table.keys))
     changes = [f"{key!r} is gone" for key in lost[:1]] + [f"{key!r} is new" for key in new[:1]]
     if len(table.keys) != len(source):
-        return f"{len(table.keys)} samples were labelled, the source has {len(source)} ({', '.join(changes)})"
+        return f"{len(table.keys)} samples were labeled, the source has {len(source)} ({', '.join(changes)})"
     for sample, (there, here) in enumerate(zip(table.keys, keys, strict=True)):
         if there != here:
             why = ", ".join(changes) or "the order changed"
-            return f"sample {sample} was {there!r} when labelled and is {here!r} now ({why})"
+            return f"sample {sample} was {there!r} when labeled and is {here!r} now ({why})"
     for column, now in ({} if cache.skips_positions else data.sample_columns()).items():
         then, fact = getattr(table, column), {"num_rows": "rows", "targets": "ground truth"}[column]
         for sample in np.flatnonzero(then != now)[:1]:
-            return (
-                f"sample {keys[sample]!r} had {fact} {then[sample]} when labelled and has {now[sample]} now"
-            )
+            return f"sample {keys[sample]!r} had {fact} {then[sample]} when labeled and has {now[sample]} now"
     for samples in np.array_split(cache.samples_in(0), max(1, len(source) // 256)):
         stored = cache.read_rows(samples, 0)[1]
         changed = np.flatnonzero(data.load(samples, 0).fingerprints != stored)
         if len(changed):
-            return f"the contents of sample {keys[samples[changed[0]]]!r} changed since it was labelled"
+            return f"the contents of sample {keys[samples[changed[0]]]!r} changed since it was labeled"
     if cache.missing_units:
-        return f"the contents of source {source.name} changed since it was labelled (in samples not finished yet)"
+        return (
+            f"the contents of source {source.name} changed since it was labeled (in samples not finished yet)"
+        )
     if data.uncompared:
-        return f"the {data.uncompared} of source {source.name} changed since it was labelled; keys and pixels are the same"
+        return f"the {data.uncompared} of source {source.name} changed since it was labeled; keys and pixels are the same"
     return (
-        f"source {source.name} is another one than was labelled, though keys, ground truth and contents of its samples are "
+        f"source {source.name} is another one than was labeled, though keys, ground truth and contents of its samples are "
         "the same (files that were written anew with other sizes, or what else its digest covers)"
     )
 
@@ -99,7 +99,7 @@ def attach_labels(batch: Any, stored: CachedBatch, cache: Cache, data: Dataset) 
     """Returns the batch with its labels, each at the row of its own position.
 
     Raises:
-        AlignmentError: the samples do not have the rows that were labelled; the first sample at fault is named.
+        AlignmentError: the samples do not have the rows that were labeled; the first sample at fault is named.
     """
     if batch.num_rows != len(stored.labels) and not cache.skips_positions:
         raise AlignmentError(
@@ -120,5 +120,5 @@ def attach_labels(batch: Any, stored: CachedBatch, cache: Cache, data: Dataset) 
             "changed since the cache was made; restore it, or rebuild the cache"
         )
     if len(rows_Q) < batch.num_rows:
-        batch = replace(batch, labelled=torch.from_numpy(rows_Q), label_counts=stored.counts)
+        batch = replace(batch, labeled=torch.from_numpy(rows_Q), label_counts=stored.counts)
     return replace(batch, labels=labels)

@@ -118,11 +118,11 @@ class MatchedSamples(ABC):
 
     Attributes:
         rows_of: [N] int64, the rows that each labeled sample has on both sides; None: as many as it has labels.
-        labelled_of: [N] int64, how many of them have a label; None: all.
+        labeled_of: [N] int64, how many of them have a label; None: all.
     """
 
     rows_of: np.ndarray | None = None
-    labelled_of: np.ndarray | None = None
+    labeled_of: np.ndarray | None = None
 
     @abstractmethod
     def __len__(self) -> int:
@@ -207,11 +207,11 @@ class SoftLabelDataset(BatchedDataset):
         cache: where the labels are.
         view: of an index that names none.
         rows_of: [N] int64, the rows of each sample, where they are not the source's; else None.
-        labelled_of: [N] int64, the rows of each sample that have a label; None: all of them.
+        labeled_of: [N] int64, the rows of each sample that have a label; None: all of them.
         unlabeled_dataset: the half of the work that needs no cache.
 
     Raises (from the constructor and on every fetch):
-        AlignmentError: the source or the transform is not what was labelled; the sample is named.
+        AlignmentError: the source or the transform is not what was labeled; the sample is named.
     """
 
     def __init__(
@@ -228,7 +228,7 @@ class SoftLabelDataset(BatchedDataset):
         check_alignment(cache, self._data)
         self.cache, self.view = cache, view
         self.rows_of: np.ndarray | None = None
-        self.labelled_of = cache.rows.counts(np.arange(len(cache))) if cache.skips_positions else None
+        self.labeled_of = cache.rows.counts(np.arange(len(cache))) if cache.skips_positions else None
         self.unlabeled_dataset = FingerprintedSamples(
             self._data, fingerprint_fraction=fingerprint_fraction, fingerprint_first=fingerprint_first
         )
@@ -242,7 +242,7 @@ class SoftLabelDataset(BatchedDataset):
         dataset = copy(self)
         dataset.unlabeled_dataset = copy(self.unlabeled_dataset)
         dataset.unlabeled_dataset.student = student
-        dataset.rows_of, dataset.labelled_of = student.rows_of, student.labelled_of
+        dataset.rows_of, dataset.labeled_of = student.rows_of, student.labeled_of
         return dataset
 
     def __len__(self) -> int:
@@ -261,7 +261,7 @@ class SoftLabelDataset(BatchedDataset):
         """Returns an unlabeled batch with its labels, its contents compared with what the teacher saw.
 
         Raises:
-            AlignmentError: a sample's content or rows are not what was labelled; the sample is named.
+            AlignmentError: a sample's content or rows are not what was labeled; the sample is named.
         """
         student = self.unlabeled_dataset.student
         if student is None:

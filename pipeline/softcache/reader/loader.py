@@ -77,7 +77,7 @@ class SoftLabelLoader:
     ) -> None:
         self._dataset, self._order = dataset, order
         self._workers, self._pin_memory, self._ahead = workers, pin_memory, ahead
-        self._unlabelled: DataLoader | None = None
+        self._unlabeled: DataLoader | None = None
 
     @property
     def epoch(self) -> int:
@@ -103,12 +103,12 @@ class SoftLabelLoader:
     def __iter__(self) -> Iterator[Any]:
         order = self._order
         place = order.epoch, order.step
-        if self._unlabelled is None:
-            self._unlabelled = self._open()
+        if self._unlabeled is None:
+            self._unlabeled = self._open()
         cache = self._dataset.cache
         labels = None if cache is None else self._labels(cache)
         try:
-            for batch in self._unlabelled:
+            for batch in self._unlabeled:
                 if labels is not None:
                     batch = self._dataset.join(batch, next(labels))
                 if (order.epoch, order.step) != place:
@@ -168,7 +168,7 @@ class SoftLabelLoader:
 
     def close(self) -> None:
         """Ends the loader processes, and what the cache decodes ahead; iterating again starts them anew."""
-        self._unlabelled = None
+        self._unlabeled = None
         if self._dataset.cache is not None:
             self._dataset.cache.prefetch([])
 

@@ -125,7 +125,7 @@ class BlockShuffle:
         seed: of the order.
         rank: this process; of `num_ranks`.
         rows_of: [N] rows of every sample; None where each has one.
-        labelled_of: [N] how many of them have a label; None: all.
+        labeled_of: [N] how many of them have a label; None: all.
 
     Attributes:
         epoch: the current epoch.
@@ -144,13 +144,13 @@ class BlockShuffle:
         rank: int = 0,
         num_ranks: int = 1,
         rows_of: np.ndarray | None = None,
-        labelled_of: np.ndarray | None = None,
+        labeled_of: np.ndarray | None = None,
     ) -> None:
         self._samples_of, self._view_of = samples_of, view_of
         self._batch_size = batch_size
         self.block_samples, self.window_blocks = block_samples, window_blocks
         self._seed, self._rank, self._num_ranks = seed, rank, num_ranks
-        self._rows_of, self._labelled_of = rows_of, labelled_of
+        self._rows_of, self._labeled_of = rows_of, labeled_of
         self._last_order: tuple[int, _EpochOrder] | None = None
         self.epoch, self.step = 0, 0
 
@@ -211,11 +211,11 @@ class BlockShuffle:
 
     def label_share(self, step: int | None = None) -> float | None:
         """Returns which share of a step's rows, over all ranks, has a label; None: each has one."""
-        if self._labelled_of is None:
+        if self._labeled_of is None:
             return None
         samples = self._samples_at(self.step if step is None else step)
         num_rows = len(samples) if self._rows_of is None else self._rows_of[samples].sum()
-        return float(self._labelled_of[samples].sum() / num_rows)
+        return float(self._labeled_of[samples].sum() / num_rows)
 
     def _samples_at(self, step: int) -> np.ndarray:
         """A step's samples, of all ranks."""

@@ -63,7 +63,7 @@ def cached_batches(
         lambda epoch: epoch % num_views,
         cache.manifest.plan.chunk_samples,
         data.rows_of if dataset.rows_of is None else dataset.rows_of,
-        dataset.labelled_of,
+        dataset.labeled_of,
         window_blocks=config.reader.window_blocks
         or (None if cache.fits_in_memmap else DEFAULT_WINDOW_BLOCKS),
     )
@@ -105,7 +105,7 @@ def _order(
     view_of: Callable[[int], int],
     chunk_samples: int,
     rows_of: np.ndarray | None,
-    labelled_of: np.ndarray | None = None,
+    labeled_of: np.ndarray | None = None,
     *,
     window_blocks: int | None,
 ) -> BlockShuffle:
@@ -120,5 +120,5 @@ def _order(
         rank=state.process_index,
         num_ranks=state.num_processes,
         rows_of=rows_of,
-        labelled_of=labelled_of,
+        labeled_of=labeled_of,
     )

@@ -160,7 +160,7 @@ def log_first_rows(teacher: Teacher, data: Data, *, batch_size: int) -> None:
 
 
 def capture_labels(config: RunConfig, data: Data, teacher: Teacher, url: str) -> tuple[Cache, CaptureReport]:
-    """Runs the teacher over what is not labelled yet; returns the complete cache and what was done.
+    """Runs the teacher over what is not labeled yet; returns the complete cache and what was done.
 
     Of a teacher that is cut over processes, the first one does that, and the others run their share of the model.
     """

@@ -66,7 +66,7 @@ class DetectionData(ImageSplits):
         return self
 
     def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, None]:
-        """Returns the student's dataset of labelled samples, and which of them it has (None: all).
+        """Returns the student's dataset of labeled samples, and which of them it has (None: all).
 
         Raises:
             IdentityError: the student's cells are not those of the labels.
@@ -112,7 +112,7 @@ class DetectionData(ImageSplits):
         if teacher is not None:
             assert isinstance(teacher, DenseTeacher)
             check_same_grid(model, self.grid(model).digest, teacher.grid)
-            label = partial(_labelled, teacher, config.labels)
+            label = partial(_labeled, teacher, config.labels)
         return DetectionTask(
             lambda: float32_weights(
                 build_detector(model, num_classes=self.num_classes, input_shape=self.input_shape), model
@@ -125,5 +125,5 @@ class DetectionData(ImageSplits):
         )
 
 
-def _labelled(teacher: DenseTeacher, settings: LabelSettings, batch: DetectionBatch) -> DetectionLabels:
+def _labeled(teacher: DenseTeacher, settings: LabelSettings, batch: DetectionBatch) -> DetectionLabels:
     return teacher.label(batch, settings)[0].to_torch(batch.images.device)

@@ -59,7 +59,7 @@ class ImageData(ImageSplits):
         return student is self or (isinstance(student, StudentImages) and student.replays)
 
     def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, Any]:
-        """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
+        """Returns the student's dataset of labeled samples, and which of them it has (None: all)."""
         student = self.student_data(config)
         labeled, chosen = super().train_dataset(config, cache)
         return student.train_dataset(labeled) if isinstance(student, StudentImages) else (labeled, chosen)

@@ -1,6 +1,6 @@
 """What a student of images reads where that is not what the teacher saw: a reduced view, other images, or their bytes.
 
-A student that reads the very images that were labelled replays the teacher's views, reduced, and view v has the label of
+A student that reads the very images that were labeled replays the teacher's views, reduced, and view v has the label of
 view v. Any other sees its plain view only, with the teacher's answer about the plain view; with `reader.num_views` it has
 the answers about so many views in turn, whose mean it then learns.
 """
@@ -36,7 +36,7 @@ __all__ = ["StudentImages"]
 
 
 class StudentImages:
-    """The training and evaluation splits of a student's own source, paired with what was labelled.
+    """The training and evaluation splits of a student's own source, paired with what was labeled.
 
     Attributes:
         train: numbered as in the student's source.
@@ -110,7 +110,7 @@ class StudentImages:
         }
 
     def train_dataset(self, labeled: SoftLabelDataset) -> tuple[Any, Any]:
-        """Returns the dataset of labelled samples, and which of the cache's it has (None: all)."""
+        """Returns the dataset of labeled samples, and which of the cache's it has (None: all)."""
         matched = labeled.for_student(MatchedImages(self.train, self.pairing, replays=self.replays))
         return matched, self.pairing.samples if self.pairing.num_missing else None
 

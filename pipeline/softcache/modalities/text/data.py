@@ -108,7 +108,7 @@ class TextData(TokenSplits):
         return load_tokenizer(self._settings)
 
     def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, np.ndarray | None]:
-        """Returns the student's dataset of labelled samples, and which of them it has (None: all)."""
+        """Returns the student's dataset of labeled samples, and which of them it has (None: all)."""
         labeled, chosen = super().train_dataset(config, cache)
         if not config.loss.compares_ranks:
             return labeled, chosen

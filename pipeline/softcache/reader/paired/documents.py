@@ -54,7 +54,7 @@ class MatchedDocuments(MatchedSamples):
         for sample in self.samples:
             if keys[sample] not in theirs:
                 raise AlignmentError(
-                    f"cache {cache.url}: document {keys[sample]!r} was labelled, and the student's source "
+                    f"cache {cache.url}: document {keys[sample]!r} was labeled, and the student's source "
                     f"{student.source.name} has no such sample; both must come from the same dataset"
                 )
             self._student_of[sample] = theirs[keys[sample]]
@@ -62,7 +62,7 @@ class MatchedDocuments(MatchedSamples):
             teacher.source.num_rows(), student.source.num_rows()[self._student_of]
         )
         if cache.skips_positions:
-            self.labelled_of = self._count_labels(teacher, cache)
+            self.labeled_of = self._count_labels(teacher, cache)
 
     def _count_labels(self, teacher: TokenData, cache: Cache) -> np.ndarray:
         """Returns how many labels of each finished sample are for rows of both sides; reads all positions once."""
@@ -89,8 +89,8 @@ class MatchedDocuments(MatchedSamples):
         assert labeled.labels is not None
         counts = self.rows_of[labeled.samples]
         rows_Q, label_counts = np.arange(labeled.num_rows), labeled.row_counts
-        if labeled.labelled is not None and labeled.label_counts is not None:
-            rows_Q, label_counts = labeled.labelled.numpy(), labeled.label_counts
+        if labeled.labeled is not None and labeled.label_counts is not None:
+            rows_Q, label_counts = labeled.labeled.numpy(), labeled.label_counts
         sample_Q, place_Q = _places(rows_Q, labeled.row_counts, label_counts)
         kept = np.flatnonzero(place_Q < counts[sample_Q])
         joined = replace(batch, labels=labeled.labels.take(kept))
@@ -99,7 +99,7 @@ class MatchedDocuments(MatchedSamples):
         starts_B = np.cumsum(counts) - counts
         return replace(
             joined,
-            labelled=torch.from_numpy((starts_B[sample_Q] + place_Q)[kept]),
+            labeled=torch.from_numpy((starts_B[sample_Q] + place_Q)[kept]),
             label_counts=np.bincount(sample_Q[kept], minlength=len(counts)),
         )
 
@@ -107,7 +107,7 @@ class MatchedDocuments(MatchedSamples):
 def _places(
     rows_Q: np.ndarray, row_counts: np.ndarray, label_counts: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns of each labelled row its sample in the batch, and its number among that sample's rows."""
+    """Returns of each labeled row its sample in the batch, and its number among that sample's rows."""
     sample_Q = np.repeat(np.arange(len(row_counts)), label_counts)
     return sample_Q, rows_Q - (np.cumsum(row_counts) - row_counts)[sample_Q]
 

@@ -40,7 +40,7 @@ def capture_on_dask(
     torch_threads: int | None = None,
     dashboard: str = ":8787",
 ) -> CaptureReport:
-    """Runs the teacher on a cluster over what is not labelled yet; returns what was done.
+    """Runs the teacher on a cluster over what is not labeled yet; returns what was done.
 
     Args:
         where: "auto", or the address of a scheduler.

@@ -2,7 +2,7 @@
 
 A worker needs the object store and the job, which holds the resolved config: data, weights and `module:factory` are found
 by the config's paths, from the worker's own folder. The teacher is loaded once per process. A worker may run two
-units at a time: they take turns at the teacher, so that one is labelled while the other is published.
+units at a time: they take turns at the teacher, so that one is labeled while the other is published.
 
 Nothing is raised across the network: an error is returned as text, so that the driver needs none of the classes that
 a user's teacher may raise.

@@ -115,7 +115,7 @@ class SoftLabelDataModule(lightning.LightningDataModule):
     """A cache and its source as Lightning's training batches; a held-out source as its validation batches.
 
     Args:
-        source: the training split that was labelled.
+        source: the training split that was labeled.
         cache: of it, complete.
         evaluation: a held-out split, shown plainly (view 0); None: no validation.
         batch_size: samples of a batch; the last of an epoch may be smaller.
@@ -125,7 +125,7 @@ class SoftLabelDataModule(lightning.LightningDataModule):
         workers: processes that load pixels.
 
     Raises:
-        AlignmentError: the source is not what was labelled; while training, a sample's pixels.
+        AlignmentError: the source is not what was labeled; while training, a sample's pixels.
         ConfigError: the cache is not one of images, has fewer views, or Lightning runs several processes.
         IncompleteCacheError: the cache is not finished.
     """

@@ -106,7 +106,7 @@ class TimmImages(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
             name, size = type(step).__name__, getattr(step, "size", None)
             if name not in IDENTITY_TRANSFORMS:
                 raise ConfigError(
-                    f"{type(self).__name__}: timm's {name} would change the pixels that the teacher labelled; expected no "
+                    f"{type(self).__name__}: timm's {name} would change the pixels that the teacher labeled; expected no "
                     "augmentation and no second normalisation; call create_loader with no_aug=True (in train.py --no-aug) "
                     "and use_prefetcher=True"
                 )
@@ -122,12 +122,12 @@ class TimmImages(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
 
 
 class TimmDataset(TimmImages):
-    """The split that was labelled, each target a row that `TimmLoss` reads: (uint8 [C, H, W], float32 [width]).
+    """The split that was labeled, each target a row that `TimmLoss` reads: (uint8 [C, H, W], float32 [width]).
 
     Each image is compared with the fingerprint of what the teacher saw, as everywhere.
 
     Args:
-        source: the training split that was labelled.
+        source: the training split that was labeled.
         cache: of it, complete.
         views: where they are a transform of your own.
 
@@ -135,7 +135,7 @@ class TimmDataset(TimmImages):
         rows: what the numbers of a target are.
 
     Raises (from the constructor and on every fetch):
-        AlignmentError: the source or an image is not what was labelled; the sample is named.
+        AlignmentError: the source or an image is not what was labeled; the sample is named.
         ConfigError: the cache is not one of images, or timm would change the pixels.
         IncompleteCacheError: the cache is not finished.
     """

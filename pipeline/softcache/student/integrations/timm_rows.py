@@ -88,12 +88,12 @@ class LabelRows:
         if rows.ndim != 2 or rows.shape[1] != self.width or rows.dtype != torch.float32:
             raise LabelError(
                 f"targets: {rows.dtype} of shape {tuple(rows.shape)}; expected float32 [batch, {self.width}], the rows of "
-                f"the labelled dataset; {MIXERS}"
+                f"the labeled dataset; {MIXERS}"
             )
         wrong = torch.count_nonzero(_checksums(rows[:, :-1]) != rows[:, -1])
         if wrong:
             raise LabelError(
-                f"targets: {int(wrong)} of {len(rows)} rows are not those of the labelled dataset but were computed from "
+                f"targets: {int(wrong)} of {len(rows)} rows are not those of the labeled dataset but were computed from "
                 f"them, and an average of class numbers is no class; {MIXERS}"
             )
         target, *columns = rows[:, :-1].split([1, *(width or 1 for width in self.widths.values())], dim=1)

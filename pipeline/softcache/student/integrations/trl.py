@@ -62,9 +62,9 @@ class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
     Args:
         model: a causal language model of the cache's tokenizer, or its name or folder; with `peft_config`, adapters of it.
         args: an SFTConfig. packing, loss_type, label_smoothing_factor and use_liger_kernel are refused, and a max_length
-            below `source.seq_len`, which would cut what was labelled. Samples are not prepared again.
+            below `source.seq_len`, which would cut what was labeled. Samples are not prepared again.
         cache: of that source, complete.
-        source: the training split that was labelled.
+        source: the training split that was labeled.
         train_dataset: rows of `to_hf_dataset(cache, source)`, chosen by the user; all of them by default.
         eval_dataset: `to_hf_dataset(None, held_out_source)`, or a dict of them; eval_loss is the negative log-likelihood.
         temperature, alpha, loss: as for `DistillTrainer`.
@@ -125,8 +125,8 @@ class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
         """Returns the batches of one optimizer step with their `label_share`, and the rows in all of them."""
         inputs, rows = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_rows = sum(each["batch"].num_rows for each in inputs)
-        num_labelled = sum(each["batch"].num_labelled for each in inputs)
-        share = num_labelled / num_rows if 0 < num_labelled < num_rows else None
+        num_labeled = sum(each["batch"].num_labeled for each in inputs)
+        share = num_labeled / num_rows if 0 < num_labeled < num_rows else None
         return [each | {"label_share": share} for each in inputs], rows
 
     def compute_loss(
@@ -138,7 +138,7 @@ class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
     ) -> Any:
         """Returns the batch's part of the step's mean loss; in evaluation its mean negative log-likelihood, in nats."""
         if not self.model.training:
-            bare = replace(inputs["batch"], labels=None, labelled=None, label_counts=None)
+            bare = replace(inputs["batch"], labels=None, labeled=None, label_counts=None)
             inputs = inputs | {"batch": bare}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 

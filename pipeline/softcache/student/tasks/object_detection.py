@@ -3,12 +3,12 @@
     loss = (1 - alpha) * hard + alpha * soft
     soft = (class_weight * T^2 * sum L_class(p) + box_weight * sum s_p L_box(p) + centerness_weight * sum s_p BCE(p)) / S
 
-over the labelled cells p of the batch; s_p is the teacher's highest class probability (without the background)
+over the labeled cells p of the batch; s_p is the teacher's highest class probability (without the background)
 at the cell, and S the sum of s_p, at least 1: as the module's own losses are divided by the number of cells
 that answer for a box, the soft one is by how many the teacher sees. Boxes and centerness are distilled where
 the head is of the same form, at T = 1.
 
-Shape suffixes: `B` images, `P` labelled cells, `V` classes of the head.
+Shape suffixes: `B` images, `P` labeled cells, `V` classes of the head.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class DetectionTask:
     def soft(
         self, model: nn.Module, outputs: CellOutputs, labels: DetectionLabels, temperature: Any
     ) -> torch.Tensor:
-        """Returns the soft loss of a batch's labelled cells, a scalar; see the module docstring.
+        """Returns the soft loss of a batch's labeled cells, a scalar; see the module docstring.
 
         Raises:
             LabelError: the labels are not of these images' number, or their columns are none that this head has.

@@ -108,28 +108,28 @@ class TokenStudent(nn.Module):
         T = self._loss.temperature if temperature is None else temperature
         if teacher is not None:
             return self._online_loss(batch, teacher, alpha, T)
-        if labels is None or (batch.labelled is None and label_share is None):
+        if labels is None or (batch.labeled is None and label_share is None):
             return self._mixed(self._hidden(batch), labels, batch.targets, alpha, T)
-        return self._sparse_loss(batch, labels, alpha, label_share or batch.num_labelled / batch.num_rows, T)
+        return self._sparse_loss(batch, labels, alpha, label_share or batch.num_labeled / batch.num_rows, T)
 
     def _sparse_loss(
         self, batch: TokenBatch, labels: SoftLabels, alpha: float, label_share: float, T: Any
     ) -> torch.Tensor:
         """Mean over all rows of (1 - alpha) * CE + (alpha / label_share) * soft part, which unlabeled_dataset rows lack.
 
-        Labelled and unlabeled_dataset rows go through the head apart, so that each goes once.
+        Labeled and unlabeled_dataset rows go through the head apart, so that each goes once.
         """
         hidden_PD, targets_P = self._hidden(batch), batch.targets
         soft = alpha / label_share if label_share else alpha  # without any label, the soft part is 0 anyway
         weight = 1 - alpha + soft
-        if batch.labelled is None:
+        if batch.labeled is None:
             return weight * self._mixed(hidden_PD, labels, targets_P, soft / weight, T)
         # A stable sort and not nonzero, which would wait for a GPU.
         is_bare_P = torch.ones(batch.num_rows, dtype=torch.int8, device=hidden_PD.device)
-        is_bare_P[batch.labelled] = 0
-        bare = is_bare_P.argsort(descending=True, stable=True)[: batch.num_rows - batch.num_labelled]
-        share = batch.num_labelled / batch.num_rows
-        loss = self._mixed(hidden_PD[batch.labelled], labels, targets_P[batch.labelled], soft / weight, T)
+        is_bare_P[batch.labeled] = 0
+        bare = is_bare_P.argsort(descending=True, stable=True)[: batch.num_rows - batch.num_labeled]
+        share = batch.num_labeled / batch.num_rows
+        loss = self._mixed(hidden_PD[batch.labeled], labels, targets_P[batch.labeled], soft / weight, T)
         loss = share * weight * loss
         if alpha == 1:
             return loss

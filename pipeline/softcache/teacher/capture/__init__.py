@@ -1,4 +1,4 @@
-"""The labels of a teacher into a cache: planned (`plan_manifest`), labelled, written (`capture`)."""
+"""The labels of a teacher into a cache: planned (`plan_manifest`), labeled, written (`capture`)."""
 
 from typing import TYPE_CHECKING
 

@@ -27,7 +27,7 @@ from softcache.data.batch import ranges
 from softcache.labels.sparsify import LabelSettings
 from softcache.runtime.signals import defer_signals
 from softcache.teacher.base import Teacher
-from softcache.teacher.capture.labeller import Labeller
+from softcache.teacher.capture.labeler import Labeler
 from softcache.teacher.capture.plan import CaptureSettings, plan_manifest
 from softcache.teacher.capture.run import CaptureContext, UnitMetrics, capture_units
 from softcache.teacher.capture.writer import PendingUnit, UnitBatches
@@ -83,7 +83,7 @@ def estimate_capture(
 
     Raises:
         IdentityError: the cache there was made from something else.
-        LabelError: the teacher's logits cannot be labelled.
+        LabelError: the teacher's logits cannot be labeled.
     """
     manifest, _ = plan_manifest(data, teacher, labels, settings)
     found, digest = join_cache(objects, manifest) or (None, "")
@@ -130,8 +130,8 @@ def _warm_up(
     """Labels and encodes one batch, so that compilers and allocators have done what they do once."""
     stop = min(settings.batch_size, manifest.plan.unit_samples)
     batch = UnitBatches(data, labels.positions)[0, 0, 0, stop]
-    with Labeller(teacher, labels) as labeller, ExitStack() as nothing:
-        flight = labeller.start(batch)()
+    with Labeler(teacher, labels) as labeler, ExitStack() as nothing:
+        flight = labeler.start(batch)()
         record = flight.wait(data)
         item = PendingUnit(manifest.plan.unit(0), nothing)
         item.add(flight.batch, record)

@@ -4,7 +4,7 @@
 
 The cache is planned and created before that, by `softcache.teacher.capture.plan`. Three things overlap: the teacher runs on
 a batch
-while the last one's logits are made into records (`softcache.teacher.capture.labeller`), and finished units wait in a
+while the last one's logits are made into records (`softcache.teacher.capture.labeler`), and finished units wait in a
 bounded queue for
 one writer thread, which encodes and publishes them (`softcache.teacher.capture.writer`); a thread that fails stops the run
 with its
@@ -32,7 +32,7 @@ from softcache.data.batch import ranges
 from softcache.labels.sparsify import LabelSettings
 from softcache.runtime.signals import defer_signals, ignore_interrupts, raise_if_signalled
 from softcache.teacher.base import Teacher
-from softcache.teacher.capture.labeller import Labeller, PendingLabels
+from softcache.teacher.capture.labeler import Labeler, PendingLabels
 from softcache.teacher.capture.plan import CaptureSettings
 from softcache.teacher.capture.writer import PendingUnit, UnitBatches, Writer
 
@@ -67,7 +67,7 @@ class CaptureReport:
     Attributes:
         units_done: units that this run computed and published.
         units_found: units that were finished before, or by another run meanwhile.
-        rows: positions that this run labelled.
+        rows: positions that this run labeled.
         num_bytes: that this run published.
         seconds: wall time of the whole pass.
         teacher_seconds: of the capturing thread (of all workers together), in the teacher or waiting for it.
@@ -96,7 +96,7 @@ class CaptureReport:
 
 @dataclass(frozen=True)
 class CaptureContext:
-    """Everything that labelling a unit of a cache takes."""
+    """Everything that labeling a unit of a cache takes."""
 
     objects: Objects
     manifest: Manifest
@@ -255,11 +255,11 @@ def _label_units(claims: Iterator[PendingUnit], work: CaptureContext, writer: Wr
     )
     in_flight: deque[tuple[int, Callable[[], PendingLabels]]] = deque()
     try:
-        with Labeller(work.teacher, work.labels) as labeller:
+        with Labeler(work.teacher, work.labels) as labeler:
             for batch in loader:
                 raise_if_signalled()
                 began = time.perf_counter()
-                in_flight.append((batch.unit, labeller.start(batch)))
+                in_flight.append((batch.unit, labeler.start(batch)))
                 open_units[batch.unit].teacher_seconds += time.perf_counter() - began
                 if len(in_flight) > 1:
                     finish(*in_flight.popleft())

@@ -42,7 +42,7 @@ class UnitBatches(Dataset):
 
 @dataclass
 class PendingUnit:
-    """A claimed unit whose batches are being labelled.
+    """A claimed unit whose batches are being labeled.
 
     Attributes:
         teacher_seconds: of the capturing thread, spent in the teacher on this unit or waiting for its results.

@@ -68,7 +68,7 @@ def rerun_teacher(
 
     Raises:
         IdentityError: another teacher made the cache.
-        AlignmentError: `data` is not what was labelled.
+        AlignmentError: `data` is not what was labeled.
         IncompleteCacheError: the cache has no finished row.
         LabelError: it is of a detector's cells.
     """
@@ -113,7 +113,7 @@ def check_teacher(cache: Cache, teacher: Teacher) -> None:
     if differing:
         raise IdentityError(
             f"cache {cache.url}: made by another teacher than the config's ({'; '.join(differing)}); give --config the "
-            "run's own file, with the weights that labelled it"
+            "run's own file, with the weights that labeled it"
         )
 
 
@@ -137,11 +137,11 @@ def _rerun(
     for row in np.flatnonzero(batch.fingerprints != stored.fingerprints)[:1]:
         raise AlignmentError(
             f"cache {cache.url}: sample {data.source.key(int(samples[row]))!r}, view {view}: its content changed since it "
-            "was labelled; restore the data, or rebuild the cache"
+            "was labeled; restore the data, or rebuild the cache"
         )
     labels = batch.labels
-    if getattr(batch, "labelled", None) is not None:
-        batch = batch.select(batch.labelled.numpy())
+    if getattr(batch, "labeled", None) is not None:
+        batch = batch.select(batch.labeled.numpy())
     if data.is_ragged:
         starts = np.cumsum(batch.row_counts) - batch.row_counts
         picked = [

@@ -41,7 +41,7 @@ def verify_against_teacher(
     added, which is their KL as means of unit variance. Whether other cells should have been kept is not asked.
 
     Raises:
-        AlignmentError: `data` is not what was labelled.
+        AlignmentError: `data` is not what was labeled.
         IdentityError: the labels are of several teachers.
     """
     if "fusion" in cache.manifest.identity:
@@ -69,15 +69,15 @@ def _compare(
         yield str(error)
         return
     labels = batch.labels
-    if getattr(batch, "labelled", None) is not None:
-        batch = batch.select(batch.labelled.numpy())  # the teacher's head skips the rest
+    if getattr(batch, "labeled", None) is not None:
+        batch = batch.select(batch.labeled.numpy())  # the teacher's head skips the rest
     kl_P = _divergence(labels, batch, teacher)
     worst_B = np.maximum.reduceat(kl_P, np.cumsum(batch.row_counts) - batch.row_counts)
     for row, sample in enumerate(samples):
         unit = cache.manifest.plan.locate(view, int(sample))
         where = f"unit {unit.number}, row {int(sample) - unit.start} (sample {data.source.key(int(sample))!r}, view {view})"
         if stored.fingerprints[row] != batch.fingerprints[row]:
-            yield f"{where}: the content changed since it was labelled"
+            yield f"{where}: the content changed since it was labeled"
         elif not worst_B[row] <= threshold_nats:
             yield (
                 f"{where}: the teacher disagrees with its record: KL {worst_B[row]:.2e} nats, at most "

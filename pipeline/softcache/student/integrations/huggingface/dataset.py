@@ -57,7 +57,7 @@ def to_hf_dataset(
         cache_dir: where the dataset lies; None is the datasets library's own folder.
 
     Raises:
-        AlignmentError: the source is not what was labelled.
+        AlignmentError: the source is not what was labeled.
         IncompleteCacheError: the cache is not finished.
         ConfigError: the cache is not one of tokens.
         MissingExtraError: datasets is not installed.
@@ -97,9 +97,9 @@ def _rows(data: Any, num_samples: int) -> Iterator[dict[str, np.ndarray]]:
         batch: TokenBatch = data.load(np.arange(start, min(start + BATCH_SAMPLES, num_samples)), 0)
         labels_BL = np.full(batch.tokens.shape, IGNORED, np.int32)
         labels_BL.reshape(-1)[batch.rows.numpy() + 1] = batch.targets.numpy()
-        labelled = None
+        labeled = None
         if batch.labels is not None:
-            labelled = batch.rows if batch.labelled is None else batch.rows[batch.labelled]
+            labeled = batch.rows if batch.labeled is None else batch.rows[batch.labeled]
             counts = batch.row_counts if batch.label_counts is None else batch.label_counts
             ends = np.cumsum(counts)
             arrays = _arrays(batch.labels.to_numpy())
@@ -109,9 +109,9 @@ def _rows(data: Any, num_samples: int) -> Iterator[dict[str, np.ndarray]]:
                 "labels": labels_BL[number, :length],
                 "seq_lengths": np.unique(batch.segments[number, :length].numpy(), return_counts=True)[1],
             }
-            if labelled is not None:
+            if labeled is not None:
                 mine = slice(ends[number] - counts[number], ends[number])
-                row["soft_positions"] = labelled[mine].numpy() % batch.tokens.shape[1]
+                row["soft_positions"] = labeled[mine].numpy() % batch.tokens.shape[1]
                 row |= {f"soft_{name}": array[mine] for name, array in arrays.items()}
             yield row
 
@@ -174,7 +174,7 @@ class SoftLabelCollator:
         }
 
     def _with_labels(self, batch: TokenBatch, examples: Sequence[dict[str, Any]]) -> TokenBatch:
-        labelled = [example for example in examples if example.get("soft_positions") is not None]
+        labeled = [example for example in examples if example.get("soft_positions") is not None]
         counts = np.array([len(_positions(example)) for example in examples])
         rows_Q = batch.rows_at(np.concatenate([_positions(example) for example in examples]), counts)
         if (rows_Q < 0).any():
@@ -186,13 +186,13 @@ class SoftLabelCollator:
         for name, pattern in _arrays(self._pattern).items():
             stacked = [
                 np.asarray(example[f"soft_{name}"], pattern.dtype).reshape(-1, *pattern.shape[1:])
-                for example in labelled
+                for example in labeled
             ]
             arrays[name] = np.concatenate([pattern, *stacked])
         labels = self._pattern.with_arrays(arrays).to_torch()
         if len(rows_Q) == batch.num_rows:
             return replace(batch, labels=labels)
-        return replace(batch, labels=labels, labelled=torch.from_numpy(rows_Q), label_counts=counts)
+        return replace(batch, labels=labels, labeled=torch.from_numpy(rows_Q), label_counts=counts)
 
 
 def _positions(example: dict[str, Any]) -> np.ndarray:

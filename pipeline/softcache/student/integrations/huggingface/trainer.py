@@ -51,7 +51,7 @@ class DistillTrainer(DistillationMixin, Trainer):
         args: as for Trainer. `dataloader_multiprocessing_context` defaults to "forkserver" here: with workers, a script
             needs its `if __name__ == "__main__":`.
         cache: of that source, complete.
-        source: the training split that was labelled, `open_text(settings, split="train")`.
+        source: the training split that was labeled, `open_text(settings, split="train")`.
         temperature: T, at least 1; 1 by default.
         alpha: weight of the soft part, in [0, 1]; 0.9 by default.
         loss: a whole `[loss]` in place of the two: another divergence, what becomes of the tail, weights of rows, schedules.
@@ -64,7 +64,7 @@ class DistillTrainer(DistillationMixin, Trainer):
         trainer: what else Trainer takes: model_init, callbacks, optimizers, optimizer_cls_and_kwargs.
 
     Raises:
-        AlignmentError: the source is not what was labelled; also from `train()`, where a sample's contents changed.
+        AlignmentError: the source is not what was labeled; also from `train()`, where a sample's contents changed.
         IdentityError: the student's tokenizer is another one.
         IncompleteCacheError: the cache is not finished.
         SpecError: the student has no backbone and linear head, too few classes, or too short a context.
@@ -179,11 +179,11 @@ class DistillTrainer(DistillationMixin, Trainer):
             batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)
         ]
         # Below 0: the sample of another rank, in place of none.
-        counts = [(b.num_rows, b.num_labelled) if b.samples[0] >= 0 else (0, 0) for b in batches]
-        rows, labelled = torch.tensor(counts, dtype=torch.int64, device=device).reshape(-1, 2).sum(0)
+        counts = [(b.num_rows, b.num_labeled) if b.samples[0] >= 0 else (0, 0) for b in batches]
+        rows, labeled = torch.tensor(counts, dtype=torch.int64, device=device).reshape(-1, 2).sum(0)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            rows, labelled = self.accelerator.reduce(torch.stack([rows, labelled]), reduction="sum")
-        label_share = float(labelled / rows) if self._cache.skips_positions else None
+            rows, labeled = self.accelerator.reduce(torch.stack([rows, labeled]), reduction="sum")
+        label_share = float(labeled / rows) if self._cache.skips_positions else None
         return [
             {
                 "batch": batch,

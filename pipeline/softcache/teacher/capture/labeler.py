@@ -24,7 +24,7 @@ from softcache.labels.positions import highest_rows
 from softcache.labels.sparsify import LabelSettings, describe_fault
 from softcache.teacher.base import Teacher
 
-__all__ = ["Labeller", "PendingLabels"]
+__all__ = ["Labeler", "PendingLabels"]
 
 
 class PendingLabels:
@@ -66,7 +66,7 @@ class PendingLabels:
         return self._labels.to_numpy()
 
 
-class Labeller:
+class Labeler:
     """Runs a teacher over batches and makes soft labels of its logits; a context manager, which ends the thread."""
 
     def __init__(self, teacher: Teacher, settings: LabelSettings) -> None:
@@ -75,7 +75,7 @@ class Labeller:
         if teacher.device.type == "cpu":
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="softcache-labels")
 
-    def __enter__(self) -> Labeller:
+    def __enter__(self) -> Labeler:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -89,10 +89,10 @@ class Labeller:
             LabelError: the teacher returns something of a wrong shape.
         """
         if self._thread is None:
-            flight = self._labelled(batch, None)
+            flight = self._labeled(batch, None)
             return lambda: flight
         chunks = _Chunks()
-        record = self._thread.submit(chunks.read_by, lambda: self._labelled(batch, iter(chunks)))
+        record = self._thread.submit(chunks.read_by, lambda: self._labeled(batch, iter(chunks)))
         try:
             for logits_PV in self._teacher.chunks(batch):
                 chunks.put(logits_PV)
@@ -100,7 +100,7 @@ class Labeller:
             chunks.put(None)
         return record.result
 
-    def _labelled(self, batch: Batch, chunks: Iterator[torch.Tensor] | None) -> PendingLabels:
+    def _labeled(self, batch: Batch, chunks: Iterator[torch.Tensor] | None) -> PendingLabels:
         record, faults_P = self._teacher.label(batch, self._settings, chunks=chunks)
         return PendingLabels(batch, record, faults_P, _most_uncertain(batch, record, self._settings))
 
