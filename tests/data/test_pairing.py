@@ -69,11 +69,11 @@ def test_the_digest_is_of_the_pairs_however_they_were_found(tmp_path):
     assert pair(theirs, source(["a.jpg"], [0]), suffix="ignore", subset=True).digest != by_rule.digest
 
 
-def test_labeled_samples_without_a_partner_are_counted_and_need_leave():
+def test_labeled_samples_without_a_match_are_counted_and_need_leave():
     theirs, ours = source(KEYS, TARGETS), source(KEYS[5:], TARGETS[5:])
     with pytest.raises(
         AlignmentError,
-        match=r"5 samples of source made have no partner .*'s0', 's1', 's2', …; .*subset = true",
+        match=r"5 samples of source made have no match .*'s0', 's1', 's2', …; .*subset = true",
     ):
         pair(theirs, ours)
     assert pair(theirs, ours, subset=True).samples.tolist() == [5, 6, 7, 8]
@@ -81,9 +81,7 @@ def test_labeled_samples_without_a_partner_are_counted_and_need_leave():
 
 @pytest.mark.parametrize("subset", [False, True])
 def test_samples_that_were_not_labeled_are_refused(subset):
-    with pytest.raises(
-        AlignmentError, match=r"2 samples of student.source made have no partner .*'new', 'x'"
-    ):
+    with pytest.raises(AlignmentError, match=r"2 samples of student.source made have no match .*'new', 'x'"):
         pair(source(KEYS, TARGETS), source([*KEYS, "new", "x"], [*TARGETS, 0, 0]), subset=subset)
 
 

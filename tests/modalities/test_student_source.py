@@ -293,7 +293,7 @@ def test_a_subset_is_said_and_trains_on_what_is_there(labeled, capsys):
     base, _, _, cache = labeled
     for file in sorted((base / "files" / "train").rglob("*.jpg"))[::3]:
         file.unlink()
-    with pytest.raises(AlignmentError, match=r"20 samples of source .* have no partner"):
+    with pytest.raises(AlignmentError, match=r"20 samples of source .* have no match"):
         open_data(config := folder_config(base)).student_data(config)
     config = folder_config(base, pairing={"suffix": "ignore", "subset": True})
     data = open_data(config)

@@ -6,7 +6,7 @@
     file = "pairs.parquet"                     # or: a table of teacher_key, student_key (Parquet, or CSV with a header)
     subset = true                              # the student has fewer samples than were labeled
 
-By default both sources have the same keys. A pairing is whole: each labeled sample has one partner (unless `subset`), each
+By default both sources have the same keys. A pairing is whole: each labeled sample has one match (unless `subset`), each
 sample of the student has one too, and both are of one class. Its digest is of the pairs themselves, so it is part of a
 run's identity however they were found.
 """
@@ -54,7 +54,7 @@ class Pairing:
     """Pairs of samples.
 
     Attributes:
-        samples: [S] int64, the teacher's samples that have a partner, ascending.
+        samples: [S] int64, the teacher's samples that have a match, ascending.
         student_of: [N] int64, of each of the teacher's samples the student's; -1: none.
         teacher_of: [S] int64, of each of the student's samples the teacher's.
         digest: of the pairs of keys, in the order of the teacher's samples, and of how many have none.
@@ -67,7 +67,7 @@ class Pairing:
 
     @property
     def num_missing(self) -> int:
-        """Labeled samples without a partner."""
+        """Labeled samples without a match."""
         return len(self.student_of) - len(self.samples)
 
 
@@ -79,7 +79,7 @@ def pair_sources(teacher: Source | Any, student: Source | Any, settings: Pairing
 
     Raises:
         ConfigError: the pairing's file cannot be read.
-        AlignmentError: a key comes twice, has no partner or names no sample, or the classes of a pair differ; the first
+        AlignmentError: a key comes twice, has no match or names no sample, or the classes of a pair differ; the first
             keys and their number are named.
     """
     theirs, ours = list(teacher.keys()), list(student.keys())
@@ -95,7 +95,7 @@ def pair_sources(teacher: Source | Any, student: Source | Any, settings: Pairing
     teacher_of = np.array([place_of.get(number, -1) for number in range(len(ours))], np.int64)
     _none_left(
         [ours[number] for number in np.flatnonzero(teacher_of < 0)],
-        f"samples of student.source {student.name} have no partner in source {teacher.name}",
+        f"samples of student.source {student.name} have no match in source {teacher.name}",
         "take them out of it, or correct [student.pairing]",
     )
     student_of = np.full(len(theirs), -1, np.int64)
@@ -104,7 +104,7 @@ def pair_sources(teacher: Source | Any, student: Source | Any, settings: Pairing
     if not settings.subset:
         _none_left(
             [theirs[number] for number in np.flatnonzero(student_of < 0)],
-            f"samples of source {teacher.name} have no partner in student.source {student.name}",
+            f"samples of source {teacher.name} have no match in student.source {student.name}",
             "add them, correct [student.pairing], or say student.pairing.subset = true to train on fewer",
         )
     _check_targets(teacher, student, samples, student_of, theirs)
