@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,17 +26,19 @@ TRIED = 4
 def views_of(config: RunConfig, channels: int) -> ViewSettings:
     """Returns the views of a config, with the teacher's own preprocessing where the config leaves it open.
 
-    A teacher that softcache trains from scratch ([train_teacher]) has none. Every difference is logged.
+    A teacher that softcache trains or has trained from scratch ([train_teacher]) has none: it sees what [views] says. Every
+    difference is logged.
 
     Args:
         channels: of the source's images.
     """
     settings, teacher = config.views, config.teacher
-    if teacher is None or config.train_teacher is not None:
+    if teacher is None or config.train_teacher is not None or _is_trained_here(teacher.weights):
         return settings
     found = pretrained_views(parse_spec(teacher.model))
-    if channels == 1:  # pretrained weights for grey images are sums over the channels
-        found |= {key: (float(np.mean(found[key])),) for key in ("mean", "std") if key in found}
+    for key in found.keys() & {"mean", "std"} if channels != 3 else ():
+        # Of other channels than those of RGB, the weights are sums or copies.
+        found[key] = (float(np.mean(found[key])),)
     if "interpolation" in found and found["interpolation"] not in ("bilinear", "bicubic"):
         log_info(
             f"views.interpolation: {teacher.model} was trained with {found.pop('interpolation')!r}, which views do not "
@@ -50,10 +53,18 @@ def views_of(config: RunConfig, channels: int) -> ViewSettings:
             )
     filled = {key: value for key, value in found.items() if key not in given}
     if filled:
-        log_info(
-            f"views: as {teacher.model} was trained: {', '.join(f'{k} {_shown(v)}' for k, v in sorted(filled.items()))}"
-        )
+        as_what = f"as {teacher.model} was trained"
+        if teacher.weights is not None:
+            as_what = (
+                f"as the weights that {teacher.model} comes with were trained (set what yours saw otherwise)"
+            )
+        log_info(f"views: {as_what}: {', '.join(f'{key} {_shown(filled[key])}' for key in sorted(filled))}")
     return ViewSettings.model_validate(settings.model_dump(exclude_unset=True) | filled)
+
+
+def _is_trained_here(weights: str | None) -> bool:
+    """Returns whether weights are in the folder of a training run of softcache's, which saw what its own [views] says."""
+    return weights is not None and (Path(weights.partition("#")[0]).parent / "resolved.json").is_file()
 
 
 def _shown(value: Any) -> str:
