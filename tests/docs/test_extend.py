@@ -10,6 +10,7 @@ import pytest
 
 from softcache.reader import open_cache
 from tests.support.caches import ROOT
+from tests.support.custom_variants import forget_modules_of
 from tests.support.docs_pages import blocks
 from tests.support.docs_shell import Shell
 
@@ -48,7 +49,8 @@ def folder(tmp_path_factory):
         patch.syspath_prepend(folder)
         printed = [run(c, folder) if c == IN_A_PROCESS_OF_ITS_OWN else shell.run(c) for c in commands]
     (folder / "printed.txt").write_text("".join(printed))
-    return folder
+    yield folder
+    forget_modules_of(folder)
 
 
 def metrics_of(folder, name, labels="cache"):

@@ -298,7 +298,16 @@ def test_the_last_table_of_a_training_has_chrf_and_bleu_per_language(captured, i
     _, config, _, _, cache = captured
     tables = config.model_dump(mode="json", exclude_unset=True, exclude_none=True)
     (in_tmp / "pairs.toml").write_text(tomli_w.dumps(tables))
-    arguments = ["train-student", "--config", "pairs.toml", "--cache", cache.url, "--out", "run"]
+    arguments = [
+        "train-student",
+        "--config",
+        "pairs.toml",
+        "--cache",
+        cache.url,
+        "--out",
+        "run",
+        "--baseline",
+    ]
     shown = CliRunner().invoke(softcache, arguments)
     assert shown.exit_code == 0, shown.output
     lines = [line.split() for line in shown.stdout.splitlines()]

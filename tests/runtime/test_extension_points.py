@@ -8,15 +8,13 @@ import pytest
 
 from softcache.cache.codecs import CODECS, codec_from_dict
 from softcache.config.load import build_config
-from softcache.data import SOURCES, open_source
+from softcache.data import open_source
 from softcache.errors import ConfigError, SourceError, SpecError
-from softcache.labels.sparsify import POLICIES
-from softcache.losses import LOSSES
-from softcache.modalities import MODALITIES, modality_of, open_data
+from softcache.modalities import modality_of, open_data
 from tests.support.caches import ROOT
+from tests.support.custom_variants import REGISTRIES, forget_modules_of
 from tests.support.docs_pages import blocks
 
-REGISTRIES = {registry.group: registry for registry in (LOSSES, POLICIES, CODECS, SOURCES, MODALITIES)}
 PAGE = blocks((ROOT / "docs/how-to/extend.md").read_text())
 POINTS = next(
     tomllib.loads(block.text)["project"]["entry-points"]
@@ -30,13 +28,7 @@ def user(tmp_path, monkeypatch):
     """An empty folder of a user, which Python imports from; its modules are forgotten afterwards."""
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
-    for name in [path.stem for path in tmp_path.glob("*.py")]:
-        sys.modules.pop(name, None)
-    for registry in REGISTRIES.values():
-        for path in [
-            path for path in registry._custom if (tmp_path / f"{path.partition(':')[0]}.py").exists()
-        ]:
-            del registry._custom[path]
+    forget_modules_of(tmp_path)
 
 
 @pytest.fixture

@@ -2,11 +2,8 @@
 
 import copy
 import gzip
-import http.server
 import json
 import lzma
-import re
-import threading
 import tracemalloc
 
 import numpy as np
@@ -838,41 +835,3 @@ def test_a_unit_that_another_import_is_at_is_left_to_it(served, tmp_path):
         assert served.load(cache.url, path)[0].missing_units == [1]
     assert served.load(cache.url, path)[0].missing_units == []
     assert units.read_marker(objects, cache.manifest, cache.manifest_sha256, 1) is not None
-
-
-def test_the_python_of_the_how_to_makes_what_is_imported(served, tmp_path, toml, monkeypatch):
-    answers = {
-        tuple(tokens): plain("", tokens, rows)
-        for tokens, rows in zip(served.tokens, served.rows, strict=True)
-    }
-
-    class Server(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            assert (asked["prompt_logprobs"], asked["return_token_ids"]) == (20, True)
-            answer = answers[tuple(asked["prompt"])]
-            choice = {name: answer[name] for name in ("prompt_token_ids", "prompt_logprobs")}
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps({"model": asked["model"], "choices": [choice]}).encode())
-
-        def log_message(self, *arguments):
-            pass
-
-    class ManyAtOnce(http.server.ThreadingHTTPServer):
-        request_queue_size = (
-            128  # the how-to asks from many threads, and the default of 5 resets some of them
-        )
-
-    monkeypatch.chdir(tmp_path)
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/how-to/import-logprobs.md").read_text(), re.S)
-    with ManyAtOnce(("127.0.0.1", 0), Server) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        code = code.replace("localhost:8000", f"127.0.0.1:{server.server_port}").replace(
-            "my.toml", "mine.toml"
-        )
-        exec(compile(code, "import-logprobs.md", "exec"), {})
-        server.shutdown()
-    cache, _ = served.load(tmp_path / "cache", tmp_path / "responses.jsonl")
-    assert cache.manifest.identity["teacher"]["spec"] == "imported:Qwen/Qwen3-8B"
-    assert_like(cache, served.captured)
