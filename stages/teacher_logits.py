@@ -95,7 +95,9 @@ def teacher_logits(
         open_teacher,
     )
 
-    url = url or config.cache_url
+    url = config.model_copy(
+        update={"cache": url or config.cache}
+    ).cache_url  # one place, not a pattern of several
     if workers is not None and dask != "auto":
         raise ConfigError("--workers: is the number of processes of --dask auto; add --dask auto")
     if price_per_hour is not None and not dry_run:

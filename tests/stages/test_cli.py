@@ -227,6 +227,13 @@ def test_train_teacher_without_its_table(run):
     assert_one_message(run("train-teacher", "--config", "small.toml"), "[train_teacher] is missing")
 
 
+def test_a_teacher_writes_into_one_place_and_no_pattern(run):
+    assert_one_message(
+        run("teacher-logits", "--config", "small.toml", "--cache", "parts/part-*"),
+        "cache: parts/part-*, a pattern of places, which students read as one; expected one here",
+    )
+
+
 # -- students ----------------------------------------------------------------------------------------------
 
 
