@@ -55,11 +55,17 @@ def _part_difference(there: dict[str, Any], here: dict[str, Any], table: str) ->
     # Through JSON, as the manifest has been.
     now = json.loads(json.dumps(now))
     differing = [
-        f"{table}.{key}: {then.get(key)!r} there, {now.get(key)!r} here"
+        f"{table}.{key}: {_value(then, key)} there, {_value(now, key)} here"
         for key in sorted(then | now)
         if then.get(key) != now.get(key)
     ]
     return "; ".join(differing) or f"{there['digest'][:17]} there, {here['digest'][:17]} here"
+
+
+def _value(settings: dict[str, Any], key: str) -> str:
+    return (
+        repr(settings[key]) if key in settings else "its default"
+    )  # keys that came later are left out where they are
 
 
 def _source_difference(cache: Cache, data: Dataset) -> str:
