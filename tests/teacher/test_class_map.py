@@ -11,9 +11,11 @@ from torch import nn
 from softcache.config.load import load_config
 from softcache.errors import ConfigError, SpecError
 from softcache.models.image import Normalize
+from softcache.runs import open_data, open_teacher, train_student
 from softcache.teacher.base import TeacherSettings
 from softcache.teacher.class_map import read_class_map
 from softcache.teacher.image import load_image_teacher
+from tests.support.caches import digits_config
 
 SHAPE = (3, 32, 32)
 SYNSETS = timm.data.ImageNetInfo("imagenet-1k").label_names()
@@ -157,3 +159,16 @@ def test_a_name_of_two_outputs_is_not_guessed():
     assert read_class_map("auto", ["dog"], **how) == (1,)
     with pytest.raises(ConfigError, match=r"'crane' is the name of several outputs of model"):
         read_class_map("auto", ["dog", "crane"], **how)
+
+
+def test_a_student_of_an_online_teacher_with_another_map_is_another_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    runs = []
+    for first in (0, 2):
+        (tmp_path / "map.json").write_text(json.dumps(list(range(first, first + 10))))
+        teacher = {"model": "tests.fakes:wrong_head?num_classes=10", "class_map": "map.json"}
+        config = digits_config(teacher=teacher, train={"epochs": 1})
+        data = open_data(config)
+        online = open_teacher(config, data)
+        runs.append(train_student(config, data, model="linear", labels="online", teacher=online)["out"])
+    assert runs[0] != runs[1]

@@ -71,9 +71,14 @@ def train_student(
         feed = hard_label_batches(config, data)
         if labels == "online":
             assert teacher is not None
-            identity = {
-                "teacher": {"spec": teacher.spec, "weights": teacher.weights_digest, "dtype": teacher.dtype}
+            facts = teacher.identity()["teacher"]
+            named = {
+                "spec": facts.pop("spec"),
+                "weights": facts.pop("weights_digest"),
+                "dtype": facts.pop("dtype"),
             }
+            facts.pop("architecture", None)  # the spec has it
+            identity = {"teacher": named | facts}
     if labels != "ground_truth":
         identity |= data.loss_identity(config)
     task = data.task(config, model, teacher if labels == "online" else None)
