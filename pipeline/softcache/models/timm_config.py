@@ -13,7 +13,7 @@ SOURCES = ("hf-hub", "hf_hub", "local-dir")
 
 
 def has_source(name: str) -> bool:
-    """Returns whether the name of a timm model says where it is from; its weights come with it."""
+    """Returns whether the name of a timm model has its source, from which its weights come."""
     return name.partition(":")[0].lower() in SOURCES
 
 

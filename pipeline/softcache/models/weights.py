@@ -41,7 +41,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     state = read_state(path)
     frozen = frozen_names(model)
     try:
-        problems = model.load_state_dict(renamed(state, model, frozen, path), strict=False)
+        problems = model.load_state_dict(_renamed(state, model, frozen, path), strict=False)
     except RuntimeError as error:  # sizes differ
         raise SpecError(f"weights {path}: cannot be loaded: {type(error).__name__}: {error}") from error
     missing = [name for name in problems.missing_keys if name not in frozen]
@@ -122,7 +122,7 @@ def _is_state(value: dict[Any, Any]) -> bool:
     return bool(value) and all(isinstance(one, torch.Tensor) for one in value.values())
 
 
-def renamed(
+def _renamed(
     state: dict[str, torch.Tensor], model: nn.Module, frozen: set[str], path: str | Path
 ) -> dict[str, torch.Tensor]:
     """Returns a state dict with the model's own names, where they differ by what is in front of all of them; logged.

@@ -13,6 +13,7 @@ The labels are the softmax over the chosen outputs: what the teacher believes, g
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def read_class_map(
                 f"{what}: {spec} comes without the names of its {num_outputs:,} outputs; name a JSON file with the "
                 "output of each class"
             )
-        for name in (name for name in class_names if list(names).count(name) > 1):
+        several = Counter(names)
+        for name in (name for name in class_names if several[name] > 1):
             raise ConfigError(
                 f"{what}: {name!r} is the name of several outputs of {spec}; name a JSON file with the output of each class"
             )
@@ -81,7 +83,7 @@ def read_class_map(
             f"{what}: expected an object of class names, or a list of {len(class_names)} numbers, one for each class; found "
             f"a {type(found).__name__}{length}"
         )
-    for name in (name for name in class_names if list(class_names).count(name) > 1):
+    for name in (name for name, count in Counter(class_names).items() if count > 1):
         raise ConfigError(
             f"{what}: {name!r} is the name of several classes of the source; give a list of {len(class_names)} numbers, in "
             "the order of its classes"
@@ -100,23 +102,23 @@ def read_class_map(
 
 def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Returns a JSON object; raises ValueError where it has a key twice, of which json takes the last."""
-    found = dict(pairs)
-    for key, _ in pairs if len(found) < len(pairs) else ():
-        if [name for name, _ in pairs].count(key) > 1:
+    for key, count in Counter(key for key, _ in pairs).items():
+        if count > 1:
             raise ValueError(f"{key!r} comes twice")
-    return found
+    return dict(pairs)
 
 
 def _checked(
     outputs: list[Any], class_names: Sequence[str], num_outputs: int, what: str, spec: str
 ) -> tuple[int, ...]:
     """Returns the outputs of the classes; raises ConfigError where one is none of the teacher's, or of several."""
+    taken = Counter(map(repr, outputs))
     for name, output in zip(class_names, outputs, strict=True):
         if type(output) is not int or not 0 <= output < num_outputs:
             raise ConfigError(
                 f"{what}: class {name!r} has output {output!r}; {spec} has outputs 0 to {num_outputs - 1}"
             )
-        if outputs.count(output) > 1:
+        if taken[repr(output)] > 1:
             raise ConfigError(
                 f"{what}: output {output} stands for several classes ({name!r} is one); expected one for each, because the "
                 "mass of an output cannot be shared between classes"

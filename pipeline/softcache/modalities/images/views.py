@@ -26,8 +26,8 @@ TRIED = 4
 def views_of(config: RunConfig, channels: int) -> ViewSettings:
     """Returns the views of a config, with the teacher's own preprocessing where the config leaves it open.
 
-    A teacher that softcache trains or has trained from scratch ([train_teacher]) has none: it sees what [views] says. Every
-    difference is logged.
+    A teacher that softcache trains or has trained from scratch ([train_teacher]) has none: it sees images of [views]. What
+    differs is logged.
 
     Args:
         channels: of the source's images.
@@ -63,7 +63,7 @@ def views_of(config: RunConfig, channels: int) -> ViewSettings:
 
 
 def _is_trained_here(weights: str | None) -> bool:
-    """Returns whether weights are in the folder of a training run of softcache's, which saw what its own [views] says."""
+    """Returns whether weights are in the folder of a training run of softcache's, made on its own [views]."""
     return weights is not None and (Path(weights.partition("#")[0]).parent / "resolved.json").is_file()
 
 

@@ -19,7 +19,7 @@ def to_rgb(image: Image, *, upright: bool = True) -> np.ndarray:
     cuts both off, so that a picture becomes all white or all black.
 
     Args:
-        upright: turned as its EXIF orientation says.
+        upright: turned by its EXIF orientation.
 
     Raises:
         ValueError: it has numbers outside of 0..65535, or floats outside of 0..1, so that white is not known.

@@ -1,6 +1,6 @@
 """Folders of image files, one folder per class: root/train/CLASS/* and root/eval/CLASS/* (or val/CLASS/*).
 
-Files are decoded when asked for: turned as their EXIF orientation says, what is transparent on white, grey of 16 bits
+Files are decoded when asked for: turned by their EXIF orientation, what is transparent on white, grey of 16 bits
 scaled to 8. The digest covers their names, classes and sizes: contents are checked sample by
 sample later.
 """
@@ -31,7 +31,7 @@ class ImageFolderSource(IndexedSource):
     """Image files in class folders, decoded to RGB when asked for; keys are paths relative to `root`.
 
     Attributes:
-        upright: whether files are turned as their EXIF orientation says.
+        upright: whether files are turned by their EXIF orientation.
     """
 
     upright = True
