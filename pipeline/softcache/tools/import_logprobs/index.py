@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from softcache.data.sources.text.files import COMPRESSED
+from softcache.data.sources.files import COMPRESSED
 from softcache.data.sources.text.source import TokenSource
 from softcache.errors import IdentityError, LabelError, SourceError
 from softcache.tools.import_logprobs.jsonl import Answer, LineLocation, parse_line

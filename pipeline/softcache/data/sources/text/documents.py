@@ -1,22 +1,17 @@
-"""Documents under stable keys: which of them a split has, and in what order.
-
-A hash of a document's key decides whether it is held out, another one its place in the order.
-"""
+"""Documents under stable keys."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from softcache.data.sources.base import Split
 from softcache.errors import SourceError
 from softcache.hashing.digests import digest_json
 
-__all__ = ["Document", "Documents", "InMemoryDocuments", "choose_documents"]
+__all__ = ["Document", "Documents", "InMemoryDocuments"]
 
 
 @dataclass(frozen=True)
@@ -88,26 +83,3 @@ def _described(document: Document) -> dict[str, Any]:
         if (array := described.pop(name)) is not None:
             described[name] = np.asarray(array).tolist()
     return described
-
-
-def _key_numbers(key: str) -> tuple[int, int]:
-    """Two 64-bit numbers that a key alone decides (unlike Python's salted hash): one for the hold-out, one
-    for the order."""
-    digest = hashlib.sha256(key.encode()).digest()
-    return int.from_bytes(digest[:8]), int.from_bytes(digest[8:16])
-
-
-def choose_documents(
-    keys: Iterable[str], split: Split, *, eval_share: float | None, shuffle: bool
-) -> np.ndarray:
-    """Returns the numbers [N] int64 of the keys that are of the split, in order.
-
-    Args:
-        eval_share: of the keys, which are held out; None where all keys are of the split.
-    """
-    numbers = np.fromiter((_key_numbers(key) for key in keys), np.dtype(("<u8", 2)))
-    chosen = np.arange(len(numbers))
-    if eval_share is not None:
-        held_out = numbers[:, 0] < np.uint64(eval_share * 2**64)
-        chosen = np.flatnonzero(held_out == (split == "eval"))
-    return chosen[np.argsort(numbers[chosen, 1], kind="stable")] if shuffle else chosen

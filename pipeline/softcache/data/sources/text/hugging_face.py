@@ -18,8 +18,9 @@ import xxhash
 from pydantic import Field, model_validator
 
 from softcache.data.sources.base import SOURCES, Split
-from softcache.data.sources.text.documents import Document, choose_documents
-from softcache.data.sources.text.files import CorpusFiles, find_files
+from softcache.data.sources.files import CorpusFiles, find_files
+from softcache.data.sources.splits import choose_samples
+from softcache.data.sources.text.documents import Document
 from softcache.data.sources.text.settings import TextSettings
 from softcache.data.sources.text.streaming import stream_documents
 from softcache.data.sources.text.token_rows import read_tokens
@@ -327,7 +328,7 @@ class HfDocuments:
 
     @cached_property
     def _numbers(self) -> np.ndarray:
-        return choose_documents(
+        return choose_samples(
             self._keys(),
             self._split,
             eval_share=self._settings.eval_share if self._settings.eval_split is None else None,

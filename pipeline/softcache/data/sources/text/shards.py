@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
-from softcache.data.sources.text.build_cache import build_dir_path
+from softcache.data.sources.build_cache import build_dir_path
 from softcache.data.sources.text.documents import Document, Documents
 from softcache.data.sources.text.encode import DocumentEncoder, batches
 from softcache.data.sources.text.packing import Encoded

@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softcache.data.sources.text.build_cache import build_dir_path, build_folder
+from softcache.data.sources.build_cache import build_dir_path, build_folder
 from softcache.data.sources.text.chat import read_tools
 from softcache.data.sources.text.documents import Documents
 from softcache.data.sources.text.encode import UnknownTokens

@@ -13,7 +13,8 @@ from pathlib import Path
 from pydantic import Field
 
 from softcache.data.sources.base import SOURCES, Split
-from softcache.data.sources.text.documents import Document, choose_documents
+from softcache.data.sources.splits import choose_samples
+from softcache.data.sources.text.documents import Document
 from softcache.data.sources.text.settings import TextSettings
 from softcache.errors import SourceError
 from softcache.hashing.digests import digest_json
@@ -66,7 +67,7 @@ class StdlibDocuments:
         keys.sort()
         self._keys = [
             keys[number]
-            for number in choose_documents(
+            for number in choose_samples(
                 keys, split, eval_share=settings.eval_share, shuffle=settings.shuffle_documents
             )
         ]

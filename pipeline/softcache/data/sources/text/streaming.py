@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from softcache.data.sources.text.build_cache import build_dir_path, build_folder
+from softcache.data.sources.build_cache import build_dir_path, build_folder
+from softcache.data.sources.files import file_digest
 from softcache.data.sources.text.chat import tokenize
-from softcache.data.sources.text.files import file_digest
 from softcache.data.sources.text.tokenizer import digest_tokenizer, load_tokenizer
 from softcache.errors import SourceError
 from softcache.runtime.logging import progress_bar

@@ -12,8 +12,9 @@ import numpy as np
 from pydantic import Field
 
 from softcache.data.sources.base import Split
-from softcache.data.sources.text.documents import Document, choose_documents
-from softcache.data.sources.text.files import CorpusFiles, find_files
+from softcache.data.sources.files import CorpusFiles, find_files
+from softcache.data.sources.splits import choose_samples
+from softcache.data.sources.text.documents import Document
 from softcache.data.sources.text.settings import TextSettings
 from softcache.errors import SourceError
 from softcache.hashing.digests import digest_json
@@ -118,7 +119,7 @@ class MappedDocuments:
     def _numbers(self) -> np.ndarray:
         keys = (f"{mapped.name}/{number}" for mapped in self._mapped for number in range(len(mapped.starts)))
         share = self._share if self._is_held_out else None
-        return choose_documents(keys, self._split, eval_share=share, shuffle=self._settings.shuffle_documents)
+        return choose_samples(keys, self._split, eval_share=share, shuffle=self._settings.shuffle_documents)
 
     def __len__(self) -> int:
         return len(self._numbers)

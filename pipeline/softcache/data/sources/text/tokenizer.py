@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl
 
-from softcache.data.sources.text.build_cache import build_dir_path, build_folder
+from softcache.data.sources.build_cache import build_dir_path, build_folder
 from softcache.errors import IdentityError, MissingExtraError, SourceError, SpecError
 from softcache.hashing.digests import digest_json
 from softcache.runtime.logging import log_info, progress_bar

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from softcache.data.sources.base import Split
-from softcache.data.sources.text.build_cache import build_dir_path, build_folder
+from softcache.data.sources.build_cache import build_dir_path, build_folder
 from softcache.data.sources.text.packing import KeyedSample, TokenSample
 from softcache.data.sources.text.table import TableWriter, TokenSource, described_table
 from softcache.data.sources.translation.pairs import Pairs, load_pairs

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from softcache.data.sources.text.build_cache import build_dir_path, build_folder
+from softcache.data.sources.build_cache import build_dir_path, build_folder
 from softcache.data.sources.text.tokenizer import bpe_arguments, digest_tokenizer, is_bpe, train_byte_level
 from softcache.data.sources.translation.pairs import Pairs, load_pairs
 from softcache.errors import MissingExtraError, SourceError, SpecError

@@ -1,4 +1,4 @@
-"""Files of a text source: one, a glob or a folder, also in a bucket; copied and unpacked where they have to be.
+"""Files of a source: one, a glob or a folder, also in a bucket; copied and unpacked where they have to be.
 
     corpus/part-000.jsonl.gz            a file
     corpus/part-*.parquet               a glob
@@ -25,17 +25,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
-from softcache.data.sources.text.build_cache import build_dir_path, build_folder
+from softcache.data.sources.build_cache import BuildSettings, build_dir_path, build_folder
 from softcache.errors import CacheNotFoundError, SourceError
 from softcache.hashing.digests import digest_json
 from softcache.runtime.logging import progress_bar
-
-if TYPE_CHECKING:
-    from softcache.data.sources.text.settings import TextSettings
 
 __all__ = ["COMPRESSED", "CorpusFiles", "file_digest", "find_files", "suffix_of"]
 
@@ -99,7 +96,7 @@ class CorpusFiles:
                 f"source.path {self.given!r}: cannot be read: {error}; check its permissions"
             ) from error
 
-    def unpacked(self, settings: TextSettings) -> CorpusFiles:
+    def unpacked(self, settings: BuildSettings) -> CorpusFiles:
         """Returns the files with each compressed one unpacked, now if it was not before; the digest stays its own.
 
         Raises:
@@ -128,7 +125,7 @@ class CorpusFiles:
         return CorpusFiles(self.given, folder, paths, self.is_folder)
 
 
-def find_files(given: str, settings: TextSettings, *, kinds: Collection[str]) -> CorpusFiles | None:
+def find_files(given: str, settings: BuildSettings, *, kinds: Collection[str]) -> CorpusFiles | None:
     """Returns the files of a `path`; None where there is nothing of that name here, as of a name on the hub.
 
     Args:
@@ -234,7 +231,7 @@ def _unpack(path: Path, target: Path) -> None:
 # -- buckets -----------------------------------------------------------------------------------------------
 
 
-def _copied(url: str, settings: TextSettings, kinds: Collection[str]) -> CorpusFiles:
+def _copied(url: str, settings: BuildSettings, kinds: Collection[str]) -> CorpusFiles:
     """Returns local copies of the objects of a URL: of one, of a glob, or of all below a prefix."""
     from softcache.cache.storage.cloud.store import CloudObjects
 

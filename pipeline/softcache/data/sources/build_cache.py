@@ -2,12 +2,15 @@
 
 What is made lies under `data_dir`:
 
-    tokens/DIGEST       samples.arrow and table.json (table.py)
-    tokenizers/DIGEST   a Hugging Face tokenizer, and bpe.json (tokenizer.py)
+    tokens/DIGEST       samples.arrow and table.json (text/table.py)
+    tokenizers/DIGEST   a Hugging Face tokenizer, and bpe.json (text/tokenizer.py)
     datasets/DIGEST     what the datasets library makes of local files (hugging_face.py)
     files/DIGEST        copies of objects in a bucket, and unpacked files (files.py)
     streams/DIGEST      the start of a dataset (streaming.py)
-    shards/DIGEST       tokens of documents, while a table is made (shards.py)
+    shards/DIGEST       tokens of documents, while a table is made (text/shards.py)
+    images/DIGEST       rows of Parquet files, to be read one by one (images/parquet.py)
+    tar/DIGEST          where each picture lies in tar files (images/webdataset.py)
+    unreadable/DIGEST   which pictures cannot be decoded (images/unreadable.py)
 
 All but the library's own and the shards are built under a hidden name next to their place and renamed in one step:
 processes may build the same folder at once, and one that is killed leaves nothing that another takes for whole.
@@ -20,21 +23,22 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from softcache.errors import SoftcacheError, StorageError
 from softcache.hashing.digests import digest_json
 
-if TYPE_CHECKING:
-    from softcache.data.sources.text.settings import TextSettings
-    from softcache.data.sources.translation.settings import TranslationSettings
-
-__all__ = ["build_dir_path", "build_folder"]
+__all__ = ["BuildSettings", "build_dir_path", "build_folder"]
 
 
-def build_dir_path(
-    settings: TextSettings | TranslationSettings, kind: str, made_from: Mapping[str, Any]
-) -> Path:
+class BuildSettings(Protocol):
+    """Settings of a source that makes folders."""
+
+    @property
+    def data_dir(self) -> str: ...
+
+
+def build_dir_path(settings: BuildSettings, kind: str, made_from: Mapping[str, Any]) -> Path:
     """Returns where what is made from `made_from` lies; it need not be there yet."""
     # Absolute, so that loader processes find it wherever they run.
     return (Path(settings.data_dir).expanduser() / kind / digest_json(made_from)[:16]).resolve()
