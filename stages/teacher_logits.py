@@ -8,7 +8,7 @@ softcache teacher-logits --config configs/digits.toml --dask auto
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -80,6 +80,9 @@ def teacher_logits(
     A rerun after a kill does what is missing and nothing else. A teacher whose weights
     are missing is trained first if the config has a [train_teacher] table.
 
+    Of a corpus in parts, whose `cache` has a {part}, the parts are labeled one after
+    the other, and the next one is tokenized meanwhile.
+
     \b
     Example:
       softcache teacher-logits --config configs/digits.toml --set labels.num_views=8
@@ -95,13 +98,15 @@ def teacher_logits(
         open_teacher,
     )
 
-    url = config.model_copy(
-        update={"cache": url or config.cache}
-    ).cache_url  # one place, not a pattern of several
+    config = config.model_copy(update={"cache": url or config.cache})
     if workers is not None and dask != "auto":
         raise ConfigError("--workers: is the number of processes of --dask auto; add --dask auto")
     if price_per_hour is not None and not dry_run:
         raise ConfigError("--price-per-hour: is for the cost estimate of --dry-run; add --dry-run")
+    if len(config.parts()) > 1:
+        _label_parts(config, reuse=reuse, dask=dask, workers=workers, dry_run=dry_run, as_json=as_json)
+        return
+    url = config.cache_url
     if dry_run:
         if dask is not None:
             raise ConfigError(
@@ -113,7 +118,7 @@ def teacher_logits(
     if reuse and cache_is_ready(config, open_data(config), url):
         log_info(f"cache {url}: complete; the teacher is not loaded")
         if as_json:
-            print_json(cache_report(open_cache(url)) | {"made_now": None})
+            print_json(_report_table(open_cache(url), None))
         return
     if dask is not None:
         from softcache.runs.dask import capture_on_dask
@@ -125,10 +130,35 @@ def teacher_logits(
         make_teacher(config, data)
         cache, report = capture_labels(config, data, open_teacher(config, data), url)
     if as_json:
-        slowest = report.slowest and report.slowest._asdict()
-        print_json(cache_report(cache) | {"made_now": asdict(report) | {"slowest": slowest}})
+        print_json(_report_table(cache, report))
     else:
         _print_report(cache, url, report)
+
+
+def _label_parts(
+    config: RunConfig, *, reuse: bool, dask: str | None, workers: int | None, dry_run: bool, as_json: bool
+) -> None:
+    from softcache.runs.parts import capture_parts
+
+    if dry_run:
+        raise ConfigError("--dry-run: measures one cache; choose a part with --set source.part=0")
+    reports = []
+    for url, cache, report in capture_parts(config, reuse=reuse, dask=dask, workers=workers):
+        if as_json:
+            reports.append(_report_table(cache, report))
+        elif report is None:
+            log_info(f"cache {url}: complete")
+        else:
+            _print_report(cache, url, report)
+    if as_json:
+        print_json({"parts": reports})
+
+
+def _report_table(cache: Cache, report: CaptureReport | None) -> dict[str, Any]:
+    if report is None:
+        return cache_report(cache) | {"made_now": None}
+    slowest = report.slowest and report.slowest._asdict()
+    return cache_report(cache) | {"made_now": asdict(report) | {"slowest": slowest}}
 
 
 def _print_report(cache: Cache, url: str, report: CaptureReport) -> None:

@@ -36,7 +36,8 @@ class RunConfig(Settings):
     """A whole run: what is labeled, by whom, how it is kept, and what is trained on it.
 
     `name` names the folder under `runs/` (default: the file's stem); `cache` is where the cache is, if not in that
-    folder; for students it may be a list or a pattern of several, which are read as one; `train_teacher` configures
+    folder; for students it may be a list or a pattern of several, which are read as one, and for a corpus in parts it has
+    the {part}, for teachers, too; `train_teacher` configures
     `softcache train-teacher`, for users without a teacher.
     """
 
@@ -114,10 +115,39 @@ class RunConfig(Settings):
                 if isinstance(found, list)
                 else f"{found}, a pattern of places"
             )
-            raise ConfigError(f"cache: {what}, which students read as one; expected one here: give --cache")
+            raise ConfigError(
+                f"cache: {what}, which students read as one; expected one here: give --cache"
+                + (" and source.part" if self.source.part_numbers else "")
+            )
         return found
 
     @property
     def cache_places(self) -> str | list[str]:
-        """Where students read: one place, or several or a pattern of them, which are read as one."""
-        return self.cache or str(self.root / "cache")
+        """Where students read: one place, or several or a pattern of them, which are read as one.
+
+        Raises:
+            ConfigError: there is a {part} in it, but the source has no parts.
+        """
+        found = self.cache or str(self.root / "cache")
+        if not isinstance(found, str) or "{part" not in found:
+            return found
+        if not (numbers := self.source.part_numbers):
+            raise ConfigError(
+                f"cache: {found} is of a corpus in parts; source.name is {self.source.name!r}: drop the {{part}}"
+            )
+        try:
+            places = [found.format(part=number) for number in numbers]
+        except (KeyError, IndexError, ValueError) as error:
+            raise ConfigError(
+                f"cache: {found}: {error!r}; expected {{part}} or {{part:03d}}, and {{{{ for a brace"
+            ) from error
+        return places if len(places) > 1 else places[0]
+
+    def parts(self) -> list[RunConfig]:
+        """Returns the config of each part of a corpus whose caches have a {part} in their place; else this one alone."""
+        if not isinstance(self.cache, str) or "{part" not in self.cache:
+            return [self]
+        return [
+            self.model_copy(update={"source": self.source.model_copy(update={"part": number})})
+            for number in self.source.part_numbers
+        ]

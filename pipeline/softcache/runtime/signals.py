@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -23,6 +24,7 @@ from types import FrameType
 __all__ = [
     "Interrupted",
     "defer_signals",
+    "follow_parent",
     "handle_signals",
     "ignore_interrupts",
     "pending_signal",
@@ -99,6 +101,22 @@ def raise_if_signalled() -> None:
     """Raises Interrupted if a signal asked this process to end."""
     if _State.asked is not None:
         raise Interrupted(_State.asked)
+
+
+def follow_parent(parent: int) -> None:
+    """Leaves it to the process `parent` when this one, which it started, ends: at the latest with it, also after a kill.
+
+    A terminal and a scheduler send their signals to all processes; the parent acts on them.
+    """
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def ignore_interrupts(worker: int = 0) -> None:

@@ -56,6 +56,11 @@ class SourceSettings(Settings, ABC):
     def max_samples(self, split: Split) -> int | None:
         return self.max_train_samples if split == "train" else self.max_eval_samples
 
+    @property
+    def part_numbers(self) -> list[int]:
+        """The parts that the source is of, of a corpus in parts; none for any other source."""
+        return []
+
     def describe(self) -> str:
         """Returns the source as a part of a run's name."""
         return self.name

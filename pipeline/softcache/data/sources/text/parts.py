@@ -28,8 +28,8 @@ class PartsTexts(TextSettings):
 
     `each` is the table of one of them, without the keys that all share; `{part}` in its texts is the number of the part,
     from 0 (`{part:03d}` with leading zeros). `part = 2` is that part alone, exactly as if `each` were [source]: with it a
-    teacher labels one part, in a cache of its own; without it a student reads all parts, and `cache` names all of their
-    caches.
+    teacher labels one part, in a cache of its own; without it, all of them, and a student reads all. `cache` has the
+    {part}, too, or names all of their caches.
     `max_train_samples` and `max_eval_samples` are of each part.
     """
 
@@ -65,6 +65,10 @@ class PartsTexts(TextSettings):
         """Returns the settings of a part."""
         inherited = tuple(key for key in SHARED if key in INHERITED or key in self.model_fields_set)
         return nested_source(self, self.table(number), "source.each", inherited=inherited)
+
+    @property
+    def part_numbers(self) -> list[int]:
+        return list(range(self.num_parts)) if self.part is None else [self.part]
 
     @property
     def has_prompts(self) -> bool:

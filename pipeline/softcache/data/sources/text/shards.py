@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import threading
-import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,6 +35,7 @@ from softcache.data.sources.text.packing import Encoded
 from softcache.data.sources.text.tokenizer import SpecialTokens
 from softcache.errors import LostProcessError, SoftcacheError, StorageError
 from softcache.runtime.logging import log_info
+from softcache.runtime.signals import follow_parent
 
 if TYPE_CHECKING:
     from softcache.data.sources.text.settings import TextSettings
@@ -311,20 +309,8 @@ _how: tuple[Any, ...] = ()
 def _start(parent: int, *how: Any) -> None:
     global _how
     _how = how
-    for sent in (
-        signal.SIGINT,
-        signal.SIGTERM,
-    ):  # a terminal and a scheduler send them to all; this one's parent acts
-        signal.signal(sent, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each; the processes are the parallelism
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """Ends this process when the one that started it has ended, also by a kill."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    follow_parent(parent)
 
 
 def _make(folder: Path, number: int, documents: list[Document], of: str) -> Path:
