@@ -204,6 +204,30 @@ def test_one_pixel_of_one_picture_is_noticed(moved):
         use(config, cache)
 
 
+def test_students_leave_out_what_the_teacher_left_out(moved, tmp_path):
+    """And a picture that is repaired later is named."""
+    folder, config, _ = moved
+    broken = folder / "train/dog/3.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:50])
+    settings = {"skip_unreadable": True, "data_dir": str(tmp_path / "data")}
+    config = config.model_copy(update={"source": config.source.model_copy(update=settings)})
+    data = open_data(config)
+    cache, _ = capture_labels(config, data, open_teacher(config, data), str(tmp_path / "partial"))
+    assert cache.manifest.identity["source"]["unreadable"] == ["train/dog/3.png"]
+    assert len(cache) == 17
+    use(config, cache)
+    broken.write_bytes(whole)
+    with pytest.raises(
+        AlignmentError, match=r"1 samples were left out as unreadable when .*such as 'train/dog/3\.png'"
+    ):
+        use(config, cache)
+    (folder / "train/cat/0.png").write_bytes(b"")
+    broken.write_bytes(whole[:50])
+    with pytest.raises(AlignmentError, match=r"1 samples were labeled and are left out .*'train/cat/0\.png'"):
+        use(config, cache)
+
+
 def test_a_renamed_file_is_named(moved):
     folder, config, cache = moved
     (folder / "train/dog/3.png").rename(folder / "train/dog/3b.png")

@@ -72,6 +72,12 @@ def _source_difference(cache: Cache, data: Dataset) -> str:
     """Returns what changed, naming the first sample at fault; reads the data only on this path."""
     table, source = cache.samples_table(), data.source
     keys = source.keys()
+    left_out, unreadable = (
+        set(cache.manifest.identity["source"].get("unreadable", ())),
+        set(getattr(source, "unreadable", ())),
+    )
+    if left_out != unreadable:
+        return _unreadable_difference(sorted(left_out - unreadable), sorted(unreadable - left_out))
     lost, new = sorted(set(table.keys) - set(keys)), sorted(set(keys) - set(table.keys))
     changes = [f"{key!r} is gone" for key in lost[:1]] + [f"{key!r} is new" for key in new[:1]]
     if len(table.keys) != len(source):
@@ -99,6 +105,19 @@ def _source_difference(cache: Cache, data: Dataset) -> str:
         f"source {source.name} is another one than was labeled, though keys, ground truth and contents of its samples are "
         "the same (files that were written anew with other sizes, or what else its digest covers)"
     )
+
+
+def _unreadable_difference(repaired: list[str], broken: list[str]) -> str:
+    """Returns how the unreadable samples that were left out differ from those that are now (source.skip_unreadable)."""
+    changes = [
+        f"{len(keys):,} samples {what}, such as {keys[0]!r}"
+        for keys, what in (
+            (repaired, "were left out as unreadable when labeled and are in the source now"),
+            (broken, "were labeled and are left out as unreadable now"),
+        )
+        if keys
+    ]
+    return f"source.skip_unreadable: {'; '.join(changes)}"
 
 
 def attach_labels(batch: Any, stored: CachedBatch, cache: Cache, data: Dataset) -> Any:

@@ -19,7 +19,7 @@ from softcache.data.images import ViewedSource
 from softcache.data.pairing import pair_sources
 from softcache.data.sources.base import Split
 from softcache.data.sources.images.encoded import BytesSettings
-from softcache.data.sources.images.image_folder import ImageFolderSource
+from softcache.data.sources.images.pictures import PictureSource
 from softcache.data.transforms.student import StudentViews, StudentViewSettings
 from softcache.modalities.base import Data
 from softcache.models.image import Normalize, build_model
@@ -106,7 +106,7 @@ class StudentImages:
         return {
             f"{split}_files": data.source.contents_digest()
             for split, data in splits.items()
-            if isinstance(data.source, ImageFolderSource)
+            if isinstance(data.source, PictureSource)
         }
 
     def train_dataset(self, labeled: SoftLabelDataset) -> tuple[Any, Any]:
@@ -144,7 +144,7 @@ def _are_same(one: Any, other: Any) -> bool:
     """Whether two sources have the same images; a folder's digest is of sizes, so copies of one are read."""
     if one.digest != other.digest:
         return False
-    if isinstance(one, ImageFolderSource) and isinstance(other, ImageFolderSource) and one.root != other.root:
+    if isinstance(one, PictureSource) and isinstance(other, PictureSource) and one.location != other.location:
         return one.contents_digest() == other.contents_digest()
     return True
 

@@ -85,7 +85,7 @@ def plan_manifest(
         kind=data.kind,
         identity={
             **teacher.identity(),
-            "source": {"name": source.name, "digest": source.digest, "num_samples": len(data)},
+            "source": _source_identity(source, len(data)),
             **data.identity(labels.num_views),
             "labels": labels.identity(num_classes) | {"temperatures": list(codec.temperatures)},
             "codec": codec.to_dict(),
@@ -101,6 +101,13 @@ def plan_manifest(
         teacher=TeacherReport(num_parameters=teacher.num_parameters),
     )
     return manifest, samples
+
+
+def _source_identity(source: Any, num_samples: int) -> dict[str, Any]:
+    """Returns what names a source; with the keys of unreadable samples that it leaves out, where there are any."""
+    identity = {"name": source.name, "digest": source.digest, "num_samples": num_samples}
+    left_out = getattr(source, "unreadable", ())
+    return identity | {"unreadable": list(left_out)} if left_out else identity
 
 
 def _built(**fields: Any) -> Manifest:

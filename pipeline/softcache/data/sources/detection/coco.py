@@ -39,7 +39,7 @@ __all__ = ["Coco", "CocoSource"]
 class CocoSource(ImageFolderSource):
     """Images of a COCO folder, decoded to RGB when asked for, with their boxes, which are of the pixels as stored."""
 
-    upright = False
+    upright, can_skip = False, False
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
     [student.source]
     modality = "bytes"
-    name = "imagefolder"      # its files as they are; every other source is encoded here, by Pillow
+    name = "imagefolder"      # files as they are; images that are held as pixels are encoded here, by Pillow
 
 A file is read when it is asked for, and compared with the hash that it had when the source was opened; the digest is of
 all these hashes, so that files which were swapped or written anew make another source. That reads every file once at the
@@ -23,7 +23,7 @@ from pydantic import Field, model_validator
 
 from softcache.data.sources.base import SourceSettings, Split, built_in_sources, source_class
 from softcache.data.sources.images.base import IndexedSource, Source
-from softcache.data.sources.images.image_folder import ImageFolderSource
+from softcache.data.sources.images.pictures import PictureSettings, PictureSource
 from softcache.errors import ConfigError, SourceError
 from softcache.hashing.digests import digest_bytes, digest_source
 
@@ -40,7 +40,7 @@ __all__ = [
 class BytesSettings(SourceSettings):
     """[student.source] with modality "bytes": how images are encoded; which they are, a subclass adds (`bytes_class`).
 
-    `format` None is a folder's own files, and PNG for every other source. `quality` (None: 90) is JPEG's,
+    `format` None is the files as they are, and PNG where there are none. `quality` (None: 90) is JPEG's,
     `compress_level` (None: 6) PNG's; 0 stores the pixels' bytes as they are. `max_bytes` cuts what is longer.
     """
 
@@ -54,7 +54,7 @@ class BytesSettings(SourceSettings):
     def _check_format(self) -> BytesSettings:
         if self.quality is not None and self.format != "jpeg":
             raise ValueError('quality is of format = "jpeg"; set that, or drop quality')
-        is_png = self.format == "png" or (self.format is None and self.name != "imagefolder")
+        is_png = self.format == "png" or (self.format is None and not isinstance(self, PictureSettings))
         if self.compress_level is not None and not is_png:
             raise ValueError('compress_level is of format = "png"; set that, or drop compress_level')
         return self
@@ -69,7 +69,7 @@ class BytesSettings(SourceSettings):
             SpecError, SourceError: as the images' source; or a file cannot be read, or an image not be encoded.
         """
         source = super().open(split)  # type: ignore[safe-super]  # of the images, whose class comes next
-        if isinstance(source, ImageFolderSource) and self.format is None:
+        if isinstance(source, PictureSource) and self.format is None:
             return FileSource(source, self.max_bytes)
         return EncodedSource(source, self)
 
@@ -147,13 +147,13 @@ def _array_of(image_CHW: torch.Tensor, key: str) -> np.ndarray:
 
 
 class FileSource(IndexedSource):
-    """The files of an image folder, undecoded.
+    """The files of pictures, undecoded.
 
     Attributes:
         lengths: [N] int64, bytes of each sample.
     """
 
-    def __init__(self, folder: ImageFolderSource, max_bytes: int | None) -> None:
+    def __init__(self, folder: PictureSource, max_bytes: int | None) -> None:
         super().__init__(f"{folder.name} as files", folder.keys(), folder.targets(), folder.class_names)
         self._folder, self._max_bytes = folder, max_bytes
         self.lengths = np.zeros(len(folder), np.int64)

@@ -1,70 +1,71 @@
-"""Folders of image files, one folder per class: root/train/CLASS/* and root/eval/CLASS/* (or val/CLASS/*).
+"""Folders of image files, one folder per class.
 
-Files are decoded when asked for: turned by their EXIF orientation, what is transparent on white, grey of 16 bits
-scaled to 8. The digest covers their names, classes and sizes: contents are checked sample by
-sample later.
+    root/train/CLASS/*  root/eval/CLASS/*     also val, validation, valid or test
+    root/train/CLASS/*                        `eval_share` of the images are held out
+    root/CLASS/*                              the same
+    root/train/CLASS/*  root/val/*            ImageNet's: one folder for evaluation, whose classes are in `eval_labels`
+
+`train_folder` and `eval_folder` name others. `eval_labels` has a line for each file: its name, and the folder of its class
+or the class's number from 0 on, divided by a comma or by spaces, as in Kaggle's LOC_val_solution.csv and in Caffe's val.txt;
+or the class alone, for the files in order of their names.
 """
 
 from __future__ import annotations
 
 import hashlib
-import warnings
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
-import torch
-import xxhash
+from pydantic import Field, model_validator
 
 from softcache.data.sources.base import SOURCES
-from softcache.data.sources.images.base import ImageSourceSettings, IndexedSource, Source, Split
-from softcache.data.sources.images.decode import to_rgb
+from softcache.data.sources.images.base import Split
+from softcache.data.sources.images.classes import Classes, find_classes
+from softcache.data.sources.images.pictures import PictureSettings, PictureSource
+from softcache.data.sources.splits import choose_samples
 from softcache.errors import SourceError
-from softcache.hashing.digests import digest_source
 
-__all__ = ["ImageFolder", "ImageFolderSource"]
+__all__ = ["SUFFIXES", "ImageFolder", "ImageFolderSource"]
 
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
+EVAL_FOLDERS = ("eval", "val", "validation", "valid", "test")
 
 
-class ImageFolderSource(IndexedSource):
-    """Image files in class folders, decoded to RGB when asked for; keys are paths relative to `root`.
-
-    Attributes:
-        upright: whether files are turned by their EXIF orientation.
-    """
-
-    upright = True
+class ImageFolderSource(PictureSource):
+    """Image files, decoded to RGB when asked for; keys are paths relative to `root`."""
 
     def __init__(
-        self, name: str, root: Path, files: Sequence[tuple[str, int]], class_names: Sequence[str]
+        self,
+        name: str,
+        root: Path,
+        files: Sequence[tuple[str, int]],
+        class_names: Sequence[str],
+        **options: Any,
     ) -> None:
-        super().__init__(name, [key for key, _ in files], [target for _, target in files], class_names)
+        keys = [key for key, _ in files]
         self.root = root
-        sizes = hashlib.sha256(np.array([(root / key).stat().st_size for key in self._keys], "<i8").tobytes())
-        self.digest = digest_source(self._keys, self._targets, {"file_sizes": sizes.hexdigest()})
+        sizes = [(root / key).stat().st_size for key in keys]
+        super().__init__(name, keys, [target for _, target in files], class_names, sizes, **options)
 
-    def image(self, sample: int) -> torch.Tensor:
-        """Returns uint8 [3, H, W].
+    def content_facts(self) -> Mapping[str, Any]:
+        return {"file_sizes": hashlib.sha256(self.places.astype("<i8").tobytes()).hexdigest()}
 
-        Raises:
-            SourceError: the file cannot be decoded in full, or has more pixels than Pillow takes for sound; it is named.
-        """
-        from PIL import Image
+    def stamp(self) -> Any:
+        times = [(self.root / key).stat().st_mtime_ns for key in self._keys]
+        return hashlib.sha256(np.array(times, "<i8").tobytes()).hexdigest()
 
-        path = self.root / self._keys[sample]
-        try:
-            with warnings.catch_warnings():
-                # Pillow refuses twice as many, and warns of these.
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                image = Image.open(path)
-            with image:
-                pixels = to_rgb(image, upright=self.upright)
-        except Exception as error:  # decoders meet broken bytes with errors of every kind
-            raise SourceError(
-                f"image {path}: cannot be decoded: {error}; repair it, or take it out of the folder"
-            ) from error
-        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    @property
+    def location(self) -> str:
+        return str(self.root)
+
+    def place_name(self, sample: int) -> str:
+        return str(self.root / self._keys[sample])
+
+    def opened(self, sample: int) -> Path:
+        return self.root / self._keys[sample]
 
     def file_bytes(self, sample: int) -> bytes:
         """Returns a file as it is.
@@ -72,64 +73,190 @@ class ImageFolderSource(IndexedSource):
         Raises:
             SourceError: it cannot be read; it is named.
         """
-        path = self.root / self._keys[sample]
         try:
-            return path.read_bytes()
+            return self.opened(sample).read_bytes()
         except OSError as error:
-            raise SourceError(
-                f"image {path}: cannot be read: {error.strerror}; restore it, or take it out"
-            ) from error
-
-    def contents_digest(self) -> str:
-        """Returns a digest of all files' bytes; reads each of them once."""
-        hashes = [xxhash.xxh3_64_intdigest(self.file_bytes(sample)) for sample in range(len(self))]
-        return hashlib.sha256(np.array(hashes, "<u8").tobytes()).hexdigest()
+            raise self.read_error(sample, error) from error
 
 
 @SOURCES.register("image/imagefolder")
-class ImageFolder(ImageSourceSettings):
-    """Folders of image files; the maxima take the first samples, class after class."""
+class ImageFolder(PictureSettings):
+    """Folders of image files; the maxima take the first samples, class after class.
+
+    `eval_share` holds out so many of the training images, chosen by a hash of their path.
+    """
 
     name: str = "imagefolder"
     root: str | None = None
+    train_folder: str | None = None
+    eval_folder: str | None = None
+    eval_labels: str | None = None
+    eval_share: float | None = Field(None, gt=0, lt=1)
 
-    def open(self, split: Split) -> Source:
+    @model_validator(mode="after")
+    def _one_hold_out(self) -> Self:
+        for key in ("eval_folder", "eval_labels") if self.eval_share is not None else ():
+            if getattr(self, key) is not None:
+                raise ValueError(
+                    f"source.eval_share and source.{key}: two ways to hold images out; give one of them"
+                )
+        return self
+
+    def pictures(self, split: Split) -> ImageFolderSource:
         if self.root is None:
             raise SourceError(
                 "source.root: missing; an imagefolder has root/train/CLASS/* and root/eval/CLASS/*"
             )
-        return _open(Path(self.root).expanduser(), split, self.max_samples(split))
+        root = Path(self.root).expanduser()
+        train = self._train_folder(root)
+        classes = self._classes(train)
+        folder = train if split == "train" else self._eval_folder(root, train)
+        if folder is not train and self.eval_labels is not None:
+            files = _labeled_files(root, folder, Path(self.eval_labels).expanduser(), classes)
+        else:
+            if folder is not train:
+                _check_same_classes(folder, train, classes)
+            files = _class_files(root, folder, classes)
+        if self.eval_share is not None:
+            keys = [key for key, _ in files]
+            chosen = choose_samples(keys, split, eval_share=self.eval_share, shuffle=False)
+            files = [files[number] for number in chosen.tolist()]
+        if not files:
+            raise SourceError(
+                f"source {folder}: no images ({', '.join(sorted(SUFFIXES))}) of the {split} split in its class folders"
+            )
+        files = files[: self.max_samples(split)]
+        return ImageFolderSource(
+            f"imagefolder/{split}", root, files, classes.names, order_is_guessed=classes.is_guessed
+        )
+
+    def _train_folder(self, root: Path) -> Path:
+        """Returns the folder of the training images; `root` itself where it has the folders of classes."""
+        if self.train_folder is not None:
+            return _existing(root / self.train_folder, "source.train_folder")
+        if (root / "train").is_dir() or self.eval_share is None:
+            if not (root / "train").is_dir():
+                raise SourceError(
+                    f"source {root}: no folder train in it; expected one, with a folder per class; where {root} itself has "
+                    "the folders of classes, set source.eval_share to the share that is held out"
+                )
+            return root / "train"
+        return _existing(root, "source.root")
+
+    def _eval_folder(self, root: Path, train: Path) -> Path:
+        if self.eval_share is not None:
+            return train
+        if self.eval_folder is not None:
+            return _existing(root / self.eval_folder, "source.eval_folder")
+        for name in EVAL_FOLDERS:
+            if (root / name).is_dir():
+                return root / name
+        raise SourceError(
+            f"source {root}: no folder {', '.join(EVAL_FOLDERS[:-1])} or {EVAL_FOLDERS[-1]} in it; expected one, with a "
+            "folder per class; set source.eval_share to hold out a share of the training images"
+        )
+
+    def _classes(self, train: Path) -> Classes:
+        found = _class_folders(train)
+        if not found:
+            raise SourceError(f"source {train}: no folders in it; expected one per class")
+        classes = find_classes(found, given=self.class_names, order=self.class_order, where=f"source {train}")
+        _check_folders(f"source {train}", found, classes, "the classes of source.class_names")
+        return classes
 
 
-def _open(root: Path, split: Split, limit: int | None) -> Source:
-    names = ("train",) if split == "train" else ("eval", "val")
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None:
-        raise SourceError(
-            f"source {root}: no folder {' or '.join(names)} in it; expected one, with a folder per class"
-        )
-    classes, here = _class_folders(root / "train"), _class_folders(folder)
-    if not classes or here != classes:
-        lost, extra = sorted(set(classes) - set(here)), sorted(set(here) - set(classes))
-        raise SourceError(
-            f"source {folder}: expected the {len(classes)} class folders of {root / 'train'}; missing {lost[:10]}, "
-            f"not there {extra[:10]}; give both splits the same folders (at least one)"
-        )
-    files = [
-        (path.relative_to(root).as_posix(), target)
-        for target, name in enumerate(classes)
-        for path in sorted((folder / name).rglob("*"))
-        if path.suffix.lower() in _SUFFIXES and not path.name.startswith(".") and path.is_file()
-    ][:limit]
-    if not files:
-        raise SourceError(f"source {folder}: no images ({', '.join(sorted(_SUFFIXES))}) in its class folders")
-    for key, _ in files:
-        try:
-            key.encode()
-        except UnicodeEncodeError as error:
-            raise SourceError(f"source {folder}: the file name {key!r} is not UTF-8; rename it") from error
-    return ImageFolderSource(f"imagefolder/{split}", root, files, classes)
+def _existing(folder: Path, key: str) -> Path:
+    if not folder.is_dir():
+        raise SourceError(f"{key}: no folder {folder}; check source.root and {key}")
+    return folder
 
 
 def _class_folders(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("*") if path.is_dir() and not path.name.startswith("."))
+
+
+def _check_same_classes(folder: Path, train: Path, classes: Classes) -> None:
+    found = _class_folders(folder)
+    if not found and any(path.suffix.lower() in SUFFIXES for path in folder.iterdir()):
+        raise SourceError(
+            f"source {folder}: images without folders of classes; set source.eval_labels to a file with the class of "
+            "each, or move them into folders"
+        )
+    _check_folders(f"source {folder}", found, classes, f"class folders of {train}")
+
+
+def _check_folders(where: str, found: Sequence[str], classes: Classes, of: str) -> None:
+    lost, extra = sorted(set(classes.labels) - set(found)), sorted(set(found) - set(classes.labels))
+    if lost or extra:
+        raise SourceError(
+            f"{where}: expected the {len(classes.labels)} {of}; missing {lost[:10]}, not there {extra[:10]}; give both the "
+            "same (at least one)"
+        )
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _class_files(root: Path, folder: Path, classes: Classes) -> list[tuple[str, int]]:
+    """Returns the files of each class, class after class, in order of their paths."""
+    return [
+        (_key(path, root), target)
+        for target, label in enumerate(classes.labels)
+        for path in sorted((folder / label).rglob("*"))
+        if _is_image(path)
+    ]
+
+
+def _key(path: Path, root: Path) -> str:
+    key = path.relative_to(root).as_posix()
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(f"source {path.parent}: the file name {key!r} is not UTF-8; rename it") from error
+    return key
+
+
+def _labeled_files(root: Path, folder: Path, labels: Path, classes: Classes) -> list[tuple[str, int]]:
+    """Returns the files of a folder without folders of classes, with those of a file of labels.
+
+    Raises:
+        SourceError: the file cannot be read, or has not one class for each image.
+    """
+    where = f"source.eval_labels {labels}"
+    try:
+        lines = [line for line in labels.read_text().splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{where}: {error}; expected a text file with the class of each image") from error
+    paths = sorted(path for path in folder.rglob("*") if _is_image(path))
+    keys = [_key(path, root) for path in paths]
+    rows = [re.split(r"[,\s]+", line.strip()) for line in lines]
+    if rows and len(rows[0]) > 1 and not _names_of(rows[0][0], paths):
+        rows = rows[1:]  # a header
+    if all(len(row) == 1 for row in rows):
+        found = [row[0] for row in rows]
+        if all(label.isdecimal() for label in found) and not set(found) <= set(classes.labels):
+            raise SourceError(
+                f"{where}: numbers alone; those of ILSVRC's ground truth are not the numbers of sorted classes; expected "
+                "the name of each class's folder, or NAME NUMBER on each line"
+            )
+        if len(found) != len(paths):
+            raise SourceError(
+                f"{where}: {len(found):,} classes for the {len(paths):,} images of {folder}; expected one each"
+            )
+    else:
+        by_name = {Path(row[0]).stem: row[1] for row in rows if len(row) > 1}
+        lost = [path.name for path in paths if path.stem not in by_name]
+        if lost:
+            raise SourceError(
+                f"{where}: no line for {len(lost):,} of the {len(paths):,} images of {folder}, such as {lost[0]}; expected "
+                "one for each"
+            )
+        found = [by_name[path.stem] for path in paths]
+    if set(found) - set(classes.labels) and all(label.isdecimal() for label in found):
+        classes = Classes(classes.names, tuple(str(number) for number in range(len(classes.names))))
+    return list(zip(keys, classes.targets(found, keys, where).tolist(), strict=True))
+
+
+def _names_of(name: str, paths: Sequence[Path]) -> bool:
+    return any(path.stem == Path(name).stem for path in paths)

@@ -1,0 +1,171 @@
+"""The classes of a dataset of images: their names, and their order.
+
+A label of the data is a whole number or a text. Texts, such as the names of folders, are numbered in the order that the
+settings or the data give; where neither does, they are sorted. Two rules are common: torchvision and Hugging Face sort
+them as texts, timm by the numbers in them (class2 before class10) and without regard to case.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from softcache.errors import SourceError
+
+__all__ = ["ClassOrder", "Classes", "find_classes", "sort_names"]
+
+ClassOrder = Literal["lexicographic", "natural"]
+MAX_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Classes in the order of their numbers.
+
+    Attributes:
+        names: [V], as tables show them.
+        labels: [V], what the data call them.
+        is_guessed: the order is that of sorted names, and the two rules of sorting differ.
+    """
+
+    names: tuple[str, ...]
+    labels: tuple[str, ...]
+    is_guessed: bool = False
+
+    def targets(self, labels: Sequence[Any] | np.ndarray, keys: Sequence[str], where: str) -> np.ndarray:
+        """Returns the class [N] int64 of each label.
+
+        Raises:
+            SourceError: some are of no class; how many, and the first of them.
+        """
+        numbers = {label: number for number, label in enumerate(self.labels)}
+        targets = np.array([numbers.get(str(label), -1) for label in labels], np.int64)
+        wrong = np.flatnonzero(targets < 0)
+        if len(wrong):
+            known = Counter(str(labels[sample]) for sample in wrong.tolist())
+            shown = ", ".join(f"{label!r} ({count:,})" for label, count in known.most_common(MAX_SHOWN))
+            raise SourceError(
+                f"{where}: {len(wrong):,} samples have a label of no class, the first is {keys[wrong[0]]!r}: {shown}; "
+                f"classes are {_some(self.labels)}; correct the labels, or give all classes as source.class_names"
+            )
+        return targets
+
+
+def sort_names(names: Iterable[str], order: ClassOrder | None) -> tuple[list[str], bool]:
+    """Returns names in an order, by default as texts, and whether that is a guess: the other one differs.
+
+    >>> sort_names(["b10", "b9"], None)
+    (['b10', 'b9'], True)
+    >>> sort_names(["b10", "b9"], "natural")
+    (['b9', 'b10'], False)
+    """
+    names = list(names)
+    as_texts, by_numbers = sorted(names), sorted(sorted(names), key=_natural_key)
+    return (by_numbers if order == "natural" else as_texts), order is None and as_texts != by_numbers
+
+
+def _natural_key(name: str) -> list[Any]:
+    """As in timm.utils.natural_key."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
+
+
+def find_classes(
+    labels: Sequence[Any] | np.ndarray,
+    *,
+    given: str | Sequence[str] | None,
+    order: ClassOrder | None,
+    known: Sequence[str] | None = None,
+    where: str,
+) -> Classes:
+    """Returns the classes of a dataset.
+
+    Args:
+        labels: of its training samples (or, of folders, their names); whole numbers, or texts.
+        given: `source.class_names`.
+        order: `source.class_order`.
+        known: the names that the data give their numbers.
+
+    Raises:
+        SourceError: labels are of neither kind, or of both; a file of names is none.
+    """
+    labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
+    kinds = {type(label).__name__ for label in labels}
+    if kinds not in ({"int"}, {"str"}):
+        raise SourceError(
+            f"{where}: labels of the types {', '.join(sorted(kinds)) or 'none'}; expected int, or str"
+        )
+    is_whole = kinds == {"int"}
+    if given is not None:
+        return _given(given, is_whole=is_whole)
+    if is_whole:
+        largest, smallest = max(labels), min(labels)
+        if smallest < 0:
+            raise SourceError(
+                f"{where}: the label {smallest}; expected classes from 0 on; leave out what has no label"
+            )
+        names = list(known) if known is not None else [str(number) for number in range(int(largest) + 1)]
+        if len(names) <= largest:
+            raise SourceError(
+                f"{where}: the label {largest}, and names of {len(names)} classes; expected one each"
+            )
+        return Classes(tuple(names), tuple(str(number) for number in range(len(names))))
+    if known is not None:
+        return Classes(tuple(known), tuple(known))
+    sorted_names, is_guessed = sort_names(set(labels), order)
+    return Classes(tuple(sorted_names), tuple(sorted_names), is_guessed)
+
+
+def _given(given: str | Sequence[str], *, is_whole: bool) -> Classes:
+    """Returns the classes of `source.class_names`.
+
+    Raises:
+        SourceError: its file is not there or of another form, or a name comes twice.
+    """
+    what = "source.class_names" + (f" {given}" if isinstance(given, str) else "")
+    found = _read_names(given, what) if isinstance(given, str) else list(given)
+    if isinstance(found, dict) and found and all(type(number) is int for number in found.values()):
+        if sorted(found.values()) != list(range(len(found))):
+            raise SourceError(f"{what}: expected the numbers 0 to {len(found) - 1}, one of each class")
+        found = sorted(found, key=found.__getitem__)
+    pairs: list[tuple[str, Any]] = []
+    if isinstance(found, list):
+        pairs = [(str(number) if is_whole else name, name) for number, name in enumerate(found)]
+    elif isinstance(found, dict):
+        pairs = list(found.items())
+    if not pairs or not all(isinstance(name, str) for _, name in pairs):
+        raise SourceError(f"{what}: expected {_FORMS}; found {type(found).__name__}")
+    for label, count in Counter(label for label, _ in pairs).items():
+        if count > 1:
+            raise SourceError(f"{what}: {label!r} comes twice; expected one line for each class")
+    return Classes(tuple(name for _, name in pairs), tuple(label for label, _ in pairs))
+
+
+def _read_names(path: str, what: str) -> Any:
+    try:
+        text = Path(path).expanduser().read_text()
+        return (
+            json.loads(text)
+            if path.endswith(".json")
+            else [x.strip() for x in text.splitlines() if x.strip()]
+        )
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{what}: {error}; expected {_FORMS}") from error
+
+
+_FORMS = (
+    "a text file with a name on each line, or a JSON file: a list of names in order, an object from labels to "
+    "names in order, or an object from names to numbers"
+)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:MAX_SHOWN]) + (
+        f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+    )
