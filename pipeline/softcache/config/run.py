@@ -70,7 +70,8 @@ class RunConfig(Settings):
             )
         if self.teacher is not None and self.teacher.class_map is not None and not modality.reads_class_map:
             raise ValueError(
-                f"teacher.class_map: of image classifiers; source.modality = {modality.name!r} has none; drop it"
+                f"teacher.class_map: of classifiers and detectors of images; source.modality = {modality.name!r} has none; "
+                "drop it"
             )
         return self
 

@@ -31,7 +31,7 @@ from softcache.models.spec import ModelSpec, parse_spec
 from softcache.models.timm_config import has_source
 from softcache.runtime.suggest import closest_matches
 
-__all__ = ["Normalize", "build_model"]
+__all__ = ["Normalize", "build_model", "call_factory"]
 
 
 def _unknown(spec: str, name: str, known: Iterable[str]) -> SpecError:
@@ -52,7 +52,7 @@ def build_model(spec: str, *, num_classes: int | None, input_shape: tuple[int, .
         SpecError: unknown name (the nearest ones are listed) or arguments that the model refuses.
     """
     parsed = parse_spec(spec)
-    build = {"builtin": _builtin, "timm": _timm, "torchvision": _torchvision, "factory": _factory}[
+    build = {"builtin": _builtin, "timm": _timm, "torchvision": _torchvision, "factory": call_factory}[
         parsed.family
     ]
     try:
@@ -115,9 +115,14 @@ def _near_family(name: str) -> str:
     return f"; did you mean {near[0]}:{rest}?" if near else ""
 
 
-def _factory(
+def call_factory(
     spec: str, parsed: ModelSpec, num_classes: int | None, input_shape: tuple[int, ...]
 ) -> nn.Module:
+    """Returns the module of a spec `package.module:factory`; see the module docstring.
+
+    Raises:
+        SpecError: it cannot be imported, or returns something else.
+    """
     module_name, _, attribute = parsed.name.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)

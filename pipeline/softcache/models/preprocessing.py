@@ -1,4 +1,4 @@
-"""What images a pretrained classifier was trained to see: the keys of [views] that its weights come with."""
+"""What images a pretrained model was trained to see: the keys of [views] that its weights come with."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ __all__ = ["pretrained_views"]
 def pretrained_views(parsed: ModelSpec) -> dict[str, Any]:
     """Returns what the keys of [views] are for a timm or torchvision model's weights; empty where it is not known.
 
-    Of timm they are those of `timm.data.resolve_model_data_config`, of torchvision those of the weights' transforms.
+    Of timm they are those of `timm.data.resolve_model_data_config`, of torchvision's classifiers those of the weights'
+    transforms, and of its detectors mean and std, which the module itself has whatever its weights.
 
     Raises:
-        SpecError: there are no such weights, or they are of no classifier.
+        SpecError: there are no such weights, or they are of no classifier and no detector.
     """
     try:
         if parsed.family == "timm":
             return _of_timm(parsed)
+        if parsed.family == "torchvision" and parsed.name.startswith(("fcos_", "retinanet_", "ssd")):
+            mean, std = DETECTORS.get(parsed.name, IMAGENET)
+            return {"mean": mean, "std": std}
         if parsed.family == "torchvision" and isinstance(parsed.args.get("weights"), str):
             return _of_torchvision(parsed)
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -30,6 +34,14 @@ def pretrained_views(parsed: ModelSpec) -> dict[str, Any]:
             f"{type(error).__name__}: {error}; name a classifier and weights that it has, and check the arguments after '?'"
         ) from error
     return {}
+
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+DETECTORS = {
+    "ssd300_vgg16": ((0.48235, 0.45882, 0.40784), (1 / 255,) * 3),
+    "ssdlite320_mobilenet_v3_large": ((0.5,) * 3, (0.5,) * 3),
+}
+"""Mean and std of torchvision's detectors, where they are not ImageNet's."""
 
 
 def _of_timm(parsed: ModelSpec) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,14 +12,18 @@ import torch
 from softcache.cache.codecs import CODECS, CellCodec, CodecSettings
 from softcache.data.boxes import DetectionBatch
 from softcache.errors import ConfigError, LabelError
+from softcache.hashing.digests import digest_json
 from softcache.labels import DetectionLabels
 from softcache.labels.sparsify import DenseOutputs, LabelSettings, cell_faults, sparsify_cells
-from softcache.models.detection.build import build_detector
+from softcache.models.detection.build import build_detector, published_weights
 from softcache.models.detection.detector import Detector, Grid
 from softcache.models.detection.mean_average_precision import mean_average_precision
+from softcache.models.detection.weights import head_outputs, load_detector_weights, read_detector_state
 from softcache.models.image import Normalize
-from softcache.models.weights import load_weights
+from softcache.models.spec import parse_spec
 from softcache.teacher.base import Dtype, Teacher, TeacherSettings
+from softcache.teacher.class_map import read_class_map
+from softcache.teacher.image import check_repeatable
 
 __all__ = ["DenseTeacher", "DetectionTeacher", "load_detection_teacher"]
 
@@ -139,11 +144,30 @@ class DetectionTeacher(DenseTeacher):
 
     model: Detector
 
-    def __init__(self, model: Detector, *, normalize: Normalize, grid: Grid, **common: Any) -> None:
+    def __init__(
+        self,
+        model: Detector,
+        *,
+        normalize: Normalize,
+        grid: Grid,
+        class_map: tuple[int, ...] | None = None,
+        **common: Any,
+    ) -> None:
+        """
+        Args:
+            class_map: the output of each class; None: they are the same.
+        """
         super().__init__(model, num_classes=model.num_classes, **common)
+        self._class_map = class_map
         self._normalize = normalize.to(self.device)
         self.distribution, self.grid, self.num_cells = model.kind, grid.digest, len(grid.anchors)
         self.columns = {"boxes": (4,)} | ({"centerness": ()} if model.has_centerness else {})
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        found = super().identity()
+        if self._class_map is not None:
+            found["teacher"]["class_map"] = digest_json(list(self._class_map))
+        return found
 
     @torch.inference_mode()
     def outputs(self, batch: DetectionBatch) -> DenseOutputs:
@@ -179,24 +203,64 @@ def load_detection_teacher(
     num_classes: int,
     input_shape: tuple[int, int, int],
     normalize: Normalize,
+    class_names: Sequence[str] = (),
     device: torch.device,
     dtype: Dtype,
 ) -> DetectionTeacher:
     """Returns the detector of a config, its weights loaded.
 
     Raises:
-        ConfigError: no weights are named; they never come from a hub, whose classes are others.
-        SpecError: the model or its weights cannot be loaded.
+        ConfigError: no weights are named; `teacher.class_map` does not fit.
+        SpecError: the model or its weights cannot be loaded, or the head has other classes than the source.
     """
-    if settings.weights is None:
+    parsed = parse_spec(settings.model)
+    if settings.weights is None and parsed.family != "factory" and "weights" not in parsed.args:
         raise ConfigError(
             f"teacher.weights: missing, and {settings.model} would be random; give a weights file (safetensors or a state "
-            "dict of the whole detector), or a [train_teacher] table that says how to train it"
+            "dict of the whole detector), torchvision:NAME?weights=COCO_V1, or a [train_teacher] table that says how to "
+            "train it"
         )
-    model = build_detector(settings.model, num_classes=num_classes, input_shape=input_shape).eval()
-    load_weights(model, settings.weights)
+    build = partial(
+        build_detector, settings.model, input_shape=input_shape, pretrained=settings.weights is None
+    )
+    model = build(num_classes=None if settings.class_map else num_classes)
+    published = published_weights(parsed, settings.weights)
+    if settings.weights is None:
+        if parsed.family == "factory":
+            check_repeatable(
+                model, build(num_classes=None if settings.class_map else num_classes), settings.model
+            )
+    else:
+        state = read_detector_state(settings.weights)
+        is_open = settings.class_map is not None and "num_classes" not in parsed.args
+        if is_open and (found := head_outputs(model, state)) != model.num_classes:
+            model = build(num_classes=found - model.background)
+        load_detector_weights(model, state, settings.weights)
+        if (
+            str(published) == "RetinaNet_ResNet50_FPN_Weights.COCO_V1"
+        ):  # torchvision does so when it loads them
+            for layer in model.modules():
+                if isinstance(layer, torch.nn.BatchNorm2d):
+                    layer.eps = 0.0
+    class_map = None
+    if settings.class_map is not None:
+        class_map = read_class_map(
+            settings.class_map,
+            class_names,
+            num_outputs=model.num_classes,
+            names=published.meta["categories"] if published is not None else [],
+            spec=settings.model,
+        )
+        model.select_outputs(class_map)
+    model.eval()
     with torch.no_grad():
         grid = model.grid(model(torch.zeros(1, *input_shape))[0])
     return DetectionTeacher(
-        model, normalize=normalize, grid=grid, spec=settings.model, device=device, dtype=dtype
+        model,
+        normalize=normalize,
+        grid=grid,
+        spec=settings.model,
+        device=device,
+        dtype=dtype,
+        class_map=class_map,
     )

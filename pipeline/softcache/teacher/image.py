@@ -20,7 +20,7 @@ from softcache.runtime.linear import linear_float32
 from softcache.teacher.base import Dtype, Teacher, TeacherSettings
 from softcache.teacher.class_map import output_names, read_class_map
 
-__all__ = ["ImageTeacher", "load_image_teacher"]
+__all__ = ["ImageTeacher", "check_repeatable", "load_image_teacher"]
 
 
 class ImageTeacher(Teacher):
@@ -126,7 +126,7 @@ def load_image_teacher(
     if settings.weights is not None:
         load_weights(model, settings.weights)
     else:
-        _check_repeatable(model, build(), settings.model)
+        check_repeatable(model, build(), settings.model)
     num_outputs, class_map = num_classes, None
     if settings.class_map is not None:
         with torch.inference_mode():
@@ -165,7 +165,7 @@ def _check_pretrained_head(parsed: ModelSpec, num_classes: int) -> None:
         )
 
 
-def _check_repeatable(model: nn.Module, again: nn.Module, spec: str) -> None:
+def check_repeatable(model: nn.Module, again: nn.Module, spec: str) -> None:
     """Checks that a teacher without a weights file has the same weights each time it is built.
 
     Raises:

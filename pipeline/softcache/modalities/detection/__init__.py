@@ -29,6 +29,7 @@ class Detection(Modality):
         return DetectionData(config)
 
     describe_views = Images.describe_views
+    reads_class_map = True
 
     def check(self, config: RunConfig) -> None:
         from softcache.student.tasks import LossSettings

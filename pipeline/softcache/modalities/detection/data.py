@@ -14,6 +14,7 @@ from softcache.errors import ConfigError
 from softcache.labels import DetectionLabels
 from softcache.labels.sparsify import LabelSettings
 from softcache.modalities.images.splits import ImageSplits
+from softcache.modalities.images.views import check_channels, views_of
 from softcache.models.detection.build import build_detector
 from softcache.models.detection.detector import Grid, check_same_grid
 from softcache.models.weights import float32_weights, select_device
@@ -38,14 +39,13 @@ class DetectionData(ImageSplits):
     evaluation: ViewedScenes
 
     def __init__(self, config: RunConfig) -> None:
-        super().__init__(config.views)
+        sources = [config.source.open(split) for split in SPLITS]
+        channels = len(sources[0].image(0))
+        super().__init__(views_of(config, channels))
+        check_channels(self.views.settings, channels)
         self.train, self.evaluation = (
-            ViewedScenes(
-                config.source.open(split),
-                self.views,
-                rows_per_sample=config.labels.positions.top,
-            )
-            for split in SPLITS
+            ViewedScenes(source, self.views, rows_per_sample=config.labels.positions.top)  # type: ignore[arg-type]
+            for source in sources
         )
 
     def loss_identity(self, config: RunConfig) -> dict[str, Any]:
@@ -78,7 +78,9 @@ class DetectionData(ImageSplits):
 
     def grid(self, model: str) -> Grid:
         """Returns the cells that a detector of that spec has for images of this data."""
-        detector = build_detector(model, num_classes=self.num_classes, input_shape=self.input_shape).eval()
+        detector = build_detector(
+            model, num_classes=self.num_classes, input_shape=self.input_shape, pretrained=False
+        ).eval()
         with torch.no_grad():
             return detector.grid(detector(torch.zeros(1, *self.input_shape))[0])
 
@@ -97,6 +99,7 @@ class DetectionData(ImageSplits):
             num_classes=self.num_classes,
             input_shape=self.input_shape,
             normalize=self.normalize(),
+            class_names=self.train.source.class_names,
             device=select_device(config.capture.device),
             dtype=config.capture.dtype,
         )

@@ -8,17 +8,20 @@ torchvision.models takes seconds to import and only detectors need it: the funct
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from softcache.errors import SpecError
-from softcache.models.detection.detector import Detector
-from softcache.models.spec import parse_spec
+from softcache.models.detection.backbone import LevelBackbone, fill_backbone
+from softcache.models.detection.detector import Detector, num_outputs
+from softcache.models.image import call_factory
+from softcache.models.spec import ModelSpec, parse_spec
 from softcache.runtime.suggest import closest_matches
 
-__all__ = ["build_detector"]
+__all__ = ["build_detector", "published_weights"]
 
 CHANNELS = 32  # of the pyramid
 
@@ -50,13 +53,16 @@ def _block(fan_in: int, out: int, stride: int) -> nn.Sequential:
     )
 
 
-def build_detector(spec: str, *, num_classes: int, input_shape: tuple[int, int, int]) -> Detector:
-    """Returns a freshly initialised detector.
+def build_detector(
+    spec: str, *, num_classes: int | None, input_shape: tuple[int, int, int], pretrained: bool = True
+) -> Detector:
+    """Returns a detector as its spec makes it: freshly initialised, but for pretrained parts that the spec names.
 
     Args:
         spec: see `softcache.models.detection.detector`.
-        num_classes: of the source, without a background.
+        num_classes: of the source, without a background; None: what the spec gives, of torchvision's 91.
         input_shape: (channels, height, width) of one normalised image.
+        pretrained: whether pretrained parts are loaded; not where weights of the whole detector follow.
 
     Raises:
         SpecError: unknown name (the nearest are listed) or arguments that the model refuses.
@@ -64,43 +70,154 @@ def build_detector(spec: str, *, num_classes: int, input_shape: tuple[int, int, 
     parsed = parse_spec(spec)
     try:
         if parsed.family == "torchvision":
-            return _named(parsed.name, parsed.args, num_classes, input_shape)
+            net = _named(parsed, num_classes, pretrained)
+            return Detector(net, num_classes=num_classes, grey=input_shape[0] == 1)
+        if parsed.family == "factory":
+            net = call_factory(spec, parsed, num_classes, input_shape)
+            return Detector(net, num_classes=num_classes)
         if parsed.family != "builtin" or parsed.name not in SMALL:
             near = closest_matches(parsed.name, SMALL) or list(SMALL)
             raise SpecError(
                 f"model {spec!r}: not a detector that is known; nearest: {', '.join(near)}; others are written "
-                "torchvision:NAME"
+                "torchvision:NAME or package.module:factory"
+            )
+        if num_classes is None:
+            raise SpecError(
+                f"model {spec!r}: has as many outputs as the source has classes; teacher.class_map is for detectors that "
+                "have their own; drop teacher.class_map"
             )
         return Detector(SMALL[parsed.name](num_classes, input_shape, **parsed.args), num_classes=num_classes)
-    except SpecError:
+    except SpecError as error:
+        if str(error).startswith("detector: "):  # which one, only this knows
+            raise SpecError(f"model {spec!r}: {str(error).removeprefix('detector: ')}") from error
         raise
     except Exception as error:
         # A third-party constructor may raise anything; the user needs to know which spec it was.
         raise SpecError(
-            f"model {spec!r}: cannot be built for {num_classes} classes and images of {input_shape}: "
+            f"model {spec!r}: cannot be built for {num_classes or 'its own'} classes and images of {input_shape}: "
             f"{type(error).__name__}: {error}; check the arguments after '?'"
         ) from error
 
 
-def _named(name: str, args: dict[str, Any], num_classes: int, input_shape: tuple[int, int, int]) -> Detector:
+def published_weights(parsed: ModelSpec, file: str | None = None) -> Any:
+    """Returns torchvision's published weights that a spec names (`?weights=`), or whose file a path is; None: neither."""
     from torchvision import models
 
+    if parsed.family != "torchvision" or parsed.name not in models.list_models(module=models.detection):
+        return None
+    known = models.get_model_weights(parsed.name)
+    if isinstance(named := parsed.args.get("weights"), str):
+        return known[named.rpartition(".")[2]]
+    name = file and Path(file).name
+    return next((weights for weights in known if name == weights.url.rpartition("/")[2]), None)
+
+
+def _named(parsed: ModelSpec, num_classes: int | None, pretrained: bool) -> nn.Module:
+    from torchvision import models
+
+    name, args = parsed.name, parsed.args
     known = models.list_models(module=models.detection)
     if name not in known:
         near = closest_matches(name, known, cutoff=0.4) or known[:3]
         raise SpecError(
             f"model 'torchvision:{name}': not one of torchvision's detectors; nearest: {', '.join(near)}"
         )
-    # The images come normalised by [views]; weights come from a file (teacher.weights), never from the net.
-    fixed = {"weights": None, "weights_backbone": None, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}
-    extra = 1 if name.startswith("ssd") else 0
-    if (asked := args.get("num_classes", num_classes + extra)) != num_classes + extra:
+    own = {key: args[key] for key in ("backbone", "backbone_weights", "channels", "convs") if key in args}
+    args = {key: value for key, value in args.items() if key not in own}
+    if not pretrained:
+        args = {key: value for key, value in args.items() if key not in ("weights", "weights_backbone")}
+    extra = int(name.startswith("ssd"))
+    if (
+        num_classes is not None
+        and (asked := args.get("num_classes", num_classes + extra)) != num_classes + extra
+    ):
         raise SpecError(
             f"model 'torchvision:{name}': num_classes = {asked} in its spec, and the source has {num_classes} classes"
-            f"{' and a background' * extra}; drop the argument, for the head has one output for each class of the source"
+            f"{' and a background' * extra}; drop the argument, for the head has one output for each class of the source "
+            "(a teacher with a head of its own needs teacher.class_map)"
         )
-    net = models.get_model(name, **fixed | {"num_classes": num_classes + extra} | args)
-    return Detector(net, num_classes=num_classes, grey=input_shape[0] == 1)
+    if num_classes is not None and "weights" not in args:
+        args["num_classes"] = num_classes + extra
+    net = models.get_model(name, **{"weights": None, "weights_backbone": None} | args)
+    if "backbone" in own:
+        _replace_backbone(name, net, pretrained=pretrained, **own)
+    elif own.keys() - {"backbone_weights"}:
+        raise SpecError(
+            f"model 'torchvision:{name}': {', '.join(sorted(own))} without backbone; they are of detectors with a backbone "
+            "of another name, such as backbone=timm:mobilenetv3_small_100"
+        )
+    elif own and pretrained:
+        if not hasattr(body := net.backbone, "body"):
+            raise SpecError(
+                f"model 'torchvision:{name}': backbone_weights is for backbones with a pyramid, or with backbone=; use "
+                "weights_backbone, which torchvision loads"
+            )
+        fill_backbone(body.body, own["backbone_weights"])
+    return net
+
+
+def _replace_backbone(
+    name: str,
+    net: Any,
+    *,
+    backbone: str,
+    channels: int = 128,
+    convs: int = 4,
+    backbone_weights: str | None = None,
+    pretrained: bool,
+) -> None:
+    """Gives a named detector another backbone and a head for it; anchors, box coding and sizes stay, and so its grid.
+
+    Raises:
+        SpecError: the backbone has no maps at the detector's strides.
+    """
+    from torchvision.models.detection.fcos import FCOSHead
+    from torchvision.models.detection.retinanet import RetinaNetHead
+    from torchvision.models.detection.ssd import SSDHead
+    from torchvision.models.detection.ssdlite import SSDLiteHead
+
+    if not hasattr(net.head, "classification_head"):
+        return  # a two-stage detector, which `Detector` refuses
+    classes, per_place = num_outputs(net), net.anchor_generator.num_anchors_per_location()
+    strides, added = LEVELS.get(name, LEVELS["pyramid"])
+    if channels % CHANNELS:
+        raise SpecError(
+            f"model 'torchvision:{name}': channels = {channels}; expected a multiple of {CHANNELS}, in groups of which the "
+            "head normalises"
+        )
+    levels = LevelBackbone(
+        backbone,
+        strides=strides,
+        channels=channels,
+        added=added,
+        weights=backbone_weights,
+        pretrained=pretrained,
+    )
+    if isinstance(net.head, FCOSHead):
+        head: Any = FCOSHead(channels, per_place[0], classes, num_convs=convs)
+    elif convs != 4:
+        raise SpecError(
+            f"model 'torchvision:{name}': convs = {convs}; only the heads of FCOS have it; drop it"
+        )
+    elif isinstance(net.head, RetinaNetHead):
+        head = RetinaNetHead(channels, per_place[0], classes, norm_layer=partial(nn.GroupNorm, CHANNELS))
+        head.regression_head._loss_type = net.head.regression_head._loss_type
+    elif name.startswith("ssdlite"):
+        head = SSDLiteHead(
+            levels.out_channels, per_place, classes, partial(nn.BatchNorm2d, eps=0.001, momentum=0.03)
+        )
+    else:
+        head = SSDHead(levels.out_channels, per_place, classes)
+    net.backbone, net.head = levels, head
+
+
+LEVELS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "pyramid": ((8, 16, 32), ()),
+    "ssd300_vgg16": ((8, 16), (2, 2, 1, 1)),
+    "ssdlite320_mobilenet_v3_large": ((16, 32), (2, 2, 2, 2)),
+}
+"""Strides of a classifier's maps that a detector's first levels are, and how each level after them is made of the one
+before: by stride 2, or by a 3x3 convolution without padding."""
 
 
 def _plain(input_shape: tuple[int, int, int]) -> dict[str, Any]:

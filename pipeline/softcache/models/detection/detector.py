@@ -1,7 +1,9 @@
 """Common interface to torchvision's one-stage detectors: outputs of every cell, the module's own loss, detections.
 
     fcos | retinanet | ssdlite [?width=…&depth=…&convs=…]   small ones with the backbone below, for any image size
-    torchvision:NAME[?arg=…]                                 torchvision.models.detection.NAME, weights from a file
+    torchvision:NAME[?arg=…]                                 torchvision.models.detection.NAME
+    torchvision:NAME?backbone=SPEC[&channels=…&convs=…]      the same with another backbone (`backbone`)
+    package.module:factory[?arg=…]                           your own; returns one of torchvision's modules
 
 Heads, anchors, matching, losses, decoding and NMS are torchvision's; here is only the order in which they are called,
 so that the head's raw outputs are at hand.
@@ -10,7 +12,8 @@ A *cell* is a place with an output of the head: a location of FCOS, an anchor of
 others. Cells are numbered as torchvision concatenates them: level by level, row by row, anchor by anchor.
 
 The sigmoid heads (FCOS, RetinaNet) have a logit per class. SSD's softmax has the background as class 0, so that V is one
-more than the source's classes, and class c of the source is c + 1.
+more than the source's classes, and class c of the source is c + 1. Of a head with other classes than the source's, such as
+torchvision's COCO heads of 91, `select_outputs` chooses those that stand for them; all else here is then of the chosen ones.
 
 Shape suffixes: `B` images, `A` cells, `V` classes of the head, `P` cells that were chosen.
 """
@@ -27,7 +30,7 @@ from torch import nn
 from softcache.errors import IdentityError, SpecError
 from softcache.hashing.digests import digest_json
 
-__all__ = ["CellOutputs", "Detector", "Grid", "check_same_grid"]
+__all__ = ["CellOutputs", "Detector", "Grid", "check_same_grid", "num_outputs"]
 
 Targets = Sequence[dict[str, torch.Tensor]]
 
@@ -60,7 +63,7 @@ class CellOutputs:
     """Outputs of a detector at all cells of some images.
 
     Attributes:
-        class_logits: [B, A, V].
+        class_logits: [B, A, V], of the chosen outputs.
         boxes: [B, A, 4], raw regression outputs.
         centerness: [B, A], logits, where the head has them.
         raw: what torchvision's head returned.
@@ -82,14 +85,24 @@ class Detector(nn.Module):
     """One of torchvision's one-stage detectors; see the module docstring.
 
     Attributes:
-        net: torchvision's module.
-        num_classes: V of the head.
+        net: torchvision's module. It normalises nothing: its images come normalised, by [views].
+        num_classes: V of the head, or of its chosen outputs.
         background: 1 where the head's class 0 is the background, else 0: the source's class c is the head's c + background.
         kind: the distribution of a cell, "bernoulli" or "categorical".
         has_centerness: whether the head has an output for how central a cell is in its box.
     """
 
-    def __init__(self, net: nn.Module, *, num_classes: int, grey: bool = False) -> None:
+    _outputs: torch.Tensor | None
+
+    def __init__(self, net: nn.Module, *, num_classes: int | None = None, grey: bool = False) -> None:
+        """
+        Args:
+            num_classes: that the head is to have, without a background; None: those that it has.
+            grey: whether images have one channel, which is shown to all three of the module's.
+
+        Raises:
+            SpecError: a module of another kind, or a head of another number of classes.
+        """
         from torchvision.models.detection import FCOS, RetinaNet  # takes seconds; only detectors need it
         from torchvision.models.detection.ssd import SSD
 
@@ -101,9 +114,34 @@ class Detector(nn.Module):
             )
         self.net, self._grey = net, grey
         self.background = int(isinstance(net, SSD))
-        self.num_classes = num_classes + self.background
+        self.num_classes = num_outputs(net)
+        if num_classes is not None and self.num_classes != num_classes + self.background:
+            raise SpecError(
+                f"detector: its head has {self.num_classes} outputs, and the source has {num_classes} classes"
+                f"{' and a background' * self.background}; give the head as many, or set teacher.class_map (which outputs "
+                "are the source's classes)"
+            )
+        transform: Any = net.transform
+        transform.image_mean, transform.image_std = [0.0], [1.0]
+        self.register_buffer("_outputs", None, persistent=False)
         self.has_centerness = isinstance(net, FCOS)
         self.kind: Literal["bernoulli", "categorical"] = "categorical" if self.background else "bernoulli"
+
+    def select_outputs(self, outputs: Sequence[int]) -> None:
+        """Makes the outputs of the head that stand for the source's classes, in their order, the only ones.
+
+        Of a softmax the background is kept as well.
+
+        Raises:
+            SpecError: one of them is the background.
+        """
+        if self.background and 0 in outputs:
+            raise SpecError(
+                "detector: output 0 of an SSD's head is the background, which is no class of a source; give each class "
+                "another output"
+            )
+        chosen = torch.tensor([*([0] * self.background), *outputs], dtype=torch.int64)
+        self._outputs, self.num_classes = chosen.to(next(self.net.parameters()).device), len(chosen)
 
     def forward(
         self, images_BCHW: torch.Tensor, targets: Targets | None = None
@@ -124,8 +162,9 @@ class Detector(nn.Module):
         anchors = self.net.anchor_generator(images, [feature.float() for feature in features])
         centerness = raw.get("bbox_ctrness")
         sizes = tuple((int(feature.shape[-2]), int(feature.shape[-1])) for feature in features)
+        class_logits = raw["cls_logits"]
         outputs = CellOutputs(
-            raw["cls_logits"],
+            class_logits if self._outputs is None else class_logits[..., self._outputs],
             raw["bbox_regression"],
             None if centerness is None else centerness.squeeze(-1),
             raw,
@@ -136,7 +175,11 @@ class Detector(nn.Module):
         return outputs, {} if copies is None else self._losses(outputs, copies)
 
     def _shifted(self, target: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"boxes": target["boxes"], "labels": target["labels"] + self.background}
+        labels = target["labels"] + self.background
+        return {
+            "boxes": target["boxes"],
+            "labels": labels if self._outputs is None else self._outputs[labels],
+        }
 
     def _losses(
         self, outputs: CellOutputs, targets: list[dict[str, torch.Tensor]]
@@ -170,11 +213,12 @@ class Detector(nn.Module):
             size: (height, width) of the images that the outputs are of.
         """
         net, image_sizes = self.net, outputs.images.image_sizes
+        raw = outputs.raw | {"cls_logits": outputs.class_logits}
         if self.background:  # SSD
-            found = net.postprocess_detections(outputs.raw, outputs.anchors, image_sizes)
+            found = net.postprocess_detections(raw, outputs.anchors, image_sizes)
         else:
             levels = self._levels(outputs)
-            parts = {name: list(value.split(levels, dim=1)) for name, value in outputs.raw.items()}
+            parts = {name: list(value.split(levels, dim=1)) for name, value in raw.items()}
             anchors = [list(boxes.split(levels)) for boxes in outputs.anchors]
             found = net.postprocess_detections(parts, anchors, image_sizes)
         training, net.transform.training = net.transform.training, False
@@ -224,6 +268,12 @@ class Detector(nn.Module):
         return found
 
 
+def num_outputs(net: nn.Module) -> int:
+    """Returns how many classes the head of one of torchvision's one-stage detectors has, a background among them."""
+    head: Any = net.head.classification_head  # type: ignore[union-attr]
+    return int(getattr(head, "num_columns", None) or head.num_classes)
+
+
 def check_same_grid(name: str, found: str, expected: str) -> None:
     """Raises unless two grids' digests are one.
 
@@ -233,6 +283,6 @@ def check_same_grid(name: str, found: str, expected: str) -> None:
     if found != expected:
         raise IdentityError(
             f"student {name}: its cells (grid {found[:12]}…) are not those of the labels (grid {expected[:12]}…): "
-            "a label would be learnt at another place; give it the teacher's anchors, strides and image size, or "
-            "make a cache with a teacher of its grid"
+            "a label would be learnt at another place; give it the teacher's anchors, strides and image size (of "
+            "torchvision:NAME the same name and arguments, with &backbone=…), or make a cache with a teacher of its grid"
         )
