@@ -82,8 +82,8 @@ test: setup  ## run the tests
 test-fast: setup  ## run the tests of the edit loop, a minute: all but SLOW_PATHS of tests/conftest.py
 	$(VENV)/bin/python -m pytest --fast
 
-test-vllm: $(VLLM)/.installed  ## run the tests of teachers in vLLM, in an environment of its own (3 GB)
-	$(VLLM)/bin/python -m pytest -n 2 -m vllm tests/teacher/test_vllm.py
+test-vllm: $(VLLM)/.installed  ## run the tests of teachers in vLLM and of quantized ones, in an environment of its own (3 GB)
+	$(VLLM)/bin/python -m pytest -n 2 -m vllm tests/teacher/test_vllm.py tests/teacher/test_quantized.py
 $(VLLM)/.installed: constraints-vllm.txt
 	rm -rf $(VLLM)
 	$(PYTHON) -m venv $(VLLM)

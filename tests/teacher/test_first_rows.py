@@ -100,3 +100,17 @@ def test_a_model_that_returns_its_logits_bare_is_checked(tmp_path):
 
     teacher.model = Bare()
     teacher.check_forward(data.train.load(range(4), fingerprints=False))
+
+
+def test_weights_are_digested_before_the_first_pass_and_not_again():
+    """A pass repacks layers of bitsandbytes on a CPU, and the state dict then takes them apart in another way."""
+    happened = []
+    model = build_language_model("gpt2?width=16&depth=1&heads=2", vocab_size=50, context=16)
+    model.register_state_dict_pre_hook(lambda *_: happened.append("weights read"))
+    model.transformer.register_forward_pre_hook(lambda *_: happened.append("pass"))
+    teacher = LanguageTeacher(
+        model, spec="ours:model", chunk_positions=8, device=torch.device("cpu"), dtype="float32"
+    )
+    teacher.identity()
+    assert happened[0] == "weights read"
+    assert happened.count("weights read") == 1 < len(happened)

@@ -115,17 +115,29 @@ class Teacher(TeacherFacts, ABC):
 
     Attributes:
         has_row_scores: whether each row has one ground-truth class, by which `score` scores it.
+
+    Args:
+        weights_digest: of the model; None: digested now. It is to be taken before the model's first forward pass:
+            bitsandbytes' layers of 4 bits, on a CPU, are repacked by the first pass, and what `state_dict` then leaves of
+            them computes other logits.
     """
 
     has_row_scores = True
 
     def __init__(
-        self, model: nn.Module, *, spec: str, num_classes: int, device: torch.device, dtype: Dtype
+        self,
+        model: nn.Module,
+        *,
+        spec: str,
+        num_classes: int,
+        device: torch.device,
+        dtype: Dtype,
+        weights_digest: str | None = None,
     ) -> None:
         super().__init__(spec, num_classes)
         self.device, self.dtype = device, dtype
         self.num_parameters = count_parameters(model)
-        self.weights_digest = digest_weights(WholeState(model))
+        self.weights_digest = weights_digest or digest_weights(WholeState(model))
         self.architecture = architecture_of(model, spec)
         self.model = (model if is_placed(model) else model.to(device)).eval().requires_grad_(False)
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from softcache.data.tokens import TokenBatch
 from softcache.errors import ConfigError, LabelError
+from softcache.hashing.digests import digest_weights
 from softcache.models.language import CausalParts, build_language_model, check_split, plain_logits, split
-from softcache.models.language.placement import is_placed
+from softcache.models.language.placement import WholeState, is_placed
 from softcache.models.spec import parse_spec
 from softcache.models.weights import load_weights
 from softcache.runtime.distributed import num_ranks
@@ -45,12 +46,13 @@ class LanguageTeacher(Teacher):
         group: TeacherGroup | None = None,
         **common: Any,
     ) -> None:
+        digest = digest_weights(WholeState(model))  # before the first pass, which `split` makes
         self.parts = split((model if is_placed(model) else model.to(common["device"])).eval())
         check_split(model, self.parts)
         self.group = group
         if is_placed(model):
             common["device"] = self.parts.weight.device  # where logits are made
-        super().__init__(model, num_classes=self.parts.vocab_size, **common)
+        super().__init__(model, num_classes=self.parts.vocab_size, weights_digest=digest, **common)
         self._chunk_positions = chunk_positions or max(1, CHUNK_ELEMENTS // self.num_classes)
         self._cross_documents = cross_documents
 
