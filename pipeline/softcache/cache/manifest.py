@@ -274,6 +274,11 @@ class Manifest(_Document):
         other rows than those."""
         return self.kind != "cells" and "positions" in self.identity["labels"]
 
+    @property
+    def mixes_images(self) -> bool:
+        """Whether views above 0 may be mixtures of two images, whose rows have two ground-truth classes."""
+        return "mix_probability" in self.identity.get("views", {}).get("settings", {})
+
     def build_codec(self) -> Codec:
         return codec_from_dict(self.codec)
 

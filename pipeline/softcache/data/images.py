@@ -17,13 +17,14 @@ import numpy as np
 from softcache.data.batch import Dataset
 from softcache.errors import SourceError
 from softcache.hashing.digests import fingerprints as content_fingerprints
-from softcache.labels import SoftLabels, concat
+from softcache.labels import MixedTargets, SoftLabels, concat
 
 if TYPE_CHECKING:
     import torch
 
     from softcache.data.sources.images.base import Source
     from softcache.data.transforms import Views
+    from softcache.data.transforms.mix import Mixes
 
 __all__ = ["ImageBatch", "ViewedSource"]
 
@@ -34,12 +35,12 @@ class ImageBatch:
 
     Attributes:
         images: [B, C, H, W], uint8 (or what the user's own transform returns).
-        targets: [B] int64, the ground truth.
+        targets: [B] int64, the ground truth; `MixedTargets` of a view that mixes images.
         seen: [B, C', H', W'], what an online teacher sees of them, where that is something else.
     """
 
     images: torch.Tensor
-    targets: torch.Tensor
+    targets: torch.Tensor | MixedTargets
     samples: np.ndarray
     view: int
     fingerprints: np.ndarray
@@ -106,7 +107,7 @@ class ImageBatch:
         return replace(
             batches[0],
             images=torch.cat([batch.images for batch in batches]),
-            targets=torch.cat([batch.targets for batch in batches]),
+            targets=MixedTargets.concat([batch.targets for batch in batches]),
             samples=np.concatenate([batch.samples for batch in batches]),
             fingerprints=np.concatenate([batch.fingerprints for batch in batches]),
             labels=concat(labels) if labels else None,
@@ -143,7 +144,7 @@ class ViewedSource(Dataset):
     def load(
         self, samples: Sequence[int] | np.ndarray, view: int, *, fingerprints: bool | np.ndarray = True
     ) -> ImageBatch:
-        """Returns the images of `samples` as the view shows them.
+        """Returns the images of `samples` as the view shows them; where it mixes images, with the others of the split.
 
         Args:
             fingerprints: of which samples to take the fingerprint: all, none, or a mask [B].
@@ -153,11 +154,20 @@ class ViewedSource(Dataset):
         """
         import torch
 
-        from softcache.data.sources.images.base import load_images
-
         numbers = np.asarray(samples, np.int64)
-        keys = [self.source.key(sample) for sample in numbers.tolist()]
-        viewed = self.views.apply_batch(load_images(self.source, numbers), keys=keys, view=view)
+        keys = self._keys_of(numbers)
+        if self._targets is None:
+            self._targets = np.asarray(self.source.targets(), np.int64)
+        targets: Any = torch.from_numpy(self._targets[numbers])
+        mixes = self.views.teacher.draw_mixes(keys, numbers, view, len(self.source))
+        if mixes is None:
+            viewed = self._single(numbers, keys, view)
+        else:
+            viewed, shares = self._mixed(numbers, keys, view, mixes)
+            second = targets.clone()
+            second[mixes.rows] = torch.from_numpy(self._targets[mixes.seconds])
+            targets = MixedTargets(targets, second, torch.from_numpy(shares).float())
+        viewed = self.views.reduce(viewed)
         if not isinstance(viewed, torch.Tensor):
             _check_shapes(viewed, keys, view)
             viewed = torch.stack(viewed)
@@ -168,9 +178,27 @@ class ViewedSource(Dataset):
         elif len(wanted):
             chosen = [keys[row] for row in wanted.tolist()]
             prints[wanted] = content_fingerprints(chosen, view, viewed.numpy()[wanted])
-        if self._targets is None:
-            self._targets = np.asarray(self.source.targets(), np.int64)
-        return ImageBatch(viewed, torch.from_numpy(self._targets[numbers]), numbers, view, prints)
+        return ImageBatch(viewed, targets, numbers, view, prints)
+
+    def _keys_of(self, numbers: np.ndarray) -> list[str]:
+        return [self.source.key(sample) for sample in numbers.tolist()]
+
+    def _single(self, numbers: np.ndarray, keys: list[str], view: int) -> Any:
+        """The teacher's view of each sample by itself."""
+        from softcache.data.sources.images.base import load_images
+
+        return self.views.teacher.apply_batch(load_images(self.source, numbers), keys=keys, view=view)
+
+    def _mixed(self, numbers: np.ndarray, keys: list[str], view: int, mixes: Mixes) -> tuple[Any, np.ndarray]:
+        from softcache.data.transforms.mix import mix_images
+
+        # A sample that is in the batch twice, by itself or mixed in, is read and transformed once.
+        wanted, places = np.unique(np.concatenate([numbers, mixes.seconds]), return_inverse=True)
+        viewed = self._single(wanted, self._keys_of(wanted), view)
+        first, second = places[: len(numbers)], places[len(numbers) :]
+        if not isinstance(viewed, list):
+            return mix_images(viewed[first], viewed[second], mixes, keys)
+        return mix_images([viewed[n] for n in first], [viewed[n] for n in second], mixes, keys)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_targets": None}

@@ -18,11 +18,11 @@ _W1, _W2 = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBB67AE8584CAA73B)
 
 
 @compiled
-def _uniforms(seed, keys_B, view, blocks):  # type: ignore[no-untyped-def]
+def _uniforms(seed, keys_B, view, first, blocks):  # type: ignore[no-untyped-def]
     out_BS = np.empty((len(keys_B), 4 * blocks))
     for row in range(len(keys_B)):
         for block in range(blocks):
-            c1, c2, c3, c4 = np.uint64(block + 1), view, _0, _0
+            c1, c2, c3, c4 = np.uint64(first + block + 1), view, _0, _0
             k1, k2 = seed, keys_B[row]
             for _ in range(10):
                 first_high, first_low = product(_M1, c1)
@@ -37,11 +37,12 @@ def _uniforms(seed, keys_B, view, blocks):  # type: ignore[no-untyped-def]
     return out_BS
 
 
-def uniforms(seed: int, keys_B: np.ndarray, view: int, num_slots: int) -> np.ndarray:
-    """Returns numbers in [0, 1), float64 [B, S]: the first of the stream of Philox of (seed, key) at counter (0, view).
+def uniforms(seed: int, keys_B: np.ndarray, view: int, num_slots: int, *, first_slot: int = 0) -> np.ndarray:
+    """Returns numbers in [0, 1), float64 [B, S]: of the stream of Philox of (seed, key) at counter (0, view).
 
     Args:
         keys_B: [B] uint64.
         num_slots: S, a multiple of 4.
+        first_slot: where in the stream the first of them is, a multiple of 4.
     """
-    return _uniforms(np.uint64(seed), keys_B, np.uint64(view), num_slots // 4)
+    return _uniforms(np.uint64(seed), keys_B, np.uint64(view), first_slot // 4, num_slots // 4)

@@ -8,12 +8,14 @@ validate.py             what its arrays must be
 temperature.py          the record at one temperature
 sampling.py             records whose classes were drawn at random, and what a drawn class weighs
 join.py                 several records made into one
+mixed_targets.py        the ground truth of images that are mixtures of two
 truncate.py             a record of fewer classes from one of more
 """
 
 from softcache.labels.bernoulli import BernoulliLabels, SoftenedBernoulli
 from softcache.labels.detection import COLUMNS, DetectionLabels, concat_labels
 from softcache.labels.join import collect, concat
+from softcache.labels.mixed_targets import MixedTargets
 from softcache.labels.positions import LabelKind
 from softcache.labels.sampling import Sampling
 from softcache.labels.soft_labels import ARRAYS, STATS, SoftLabels
@@ -29,6 +31,7 @@ __all__ = [
     "BernoulliLabels",
     "DetectionLabels",
     "LabelKind",
+    "MixedTargets",
     "Sampling",
     "SoftLabels",
     "SoftenedBernoulli",

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softcache.errors import LabelError
-from softcache.labels import SoftLabels
+from softcache.labels import MixedTargets, SoftLabels
 from softcache.losses.bucketed import bucketed_loss
 from softcache.losses.buckets import promote_dtype
 from softcache.losses.direct import direct_loss, is_fast_path
@@ -20,23 +20,29 @@ from softcache.losses.target_class import teacher_log_probs
 __all__ = ["add_truth_part", "check_alpha", "check_needs", "cross_entropy", "distillation_loss"]
 
 
-def cross_entropy(student_logits: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(student_logits: Tensor, targets: Tensor | MixedTargets) -> Tensor:
     """Negative log-likelihood of the ground-truth class at T=1, per position, in nats.
 
     Args:
         student_logits: [P, V] floating point; half precision is promoted to float32.
-        targets: [P] integer classes; a position with -100 contributes 0.
+        targets: [P] integer classes; a position with -100 contributes 0. Of a mixed image it is the mean over its two
+            classes by their shares, which is the cross-entropy with their mixture.
 
     Returns:
         [P] float32 or float64.
     """
+    if isinstance(targets, MixedTargets):
+        first_P, second_P = (
+            cross_entropy(student_logits, classes_P) for classes_P in (targets.first, targets.second)
+        )
+        return targets.shares * first_P + (1.0 - targets.shares) * second_P
     return F.cross_entropy(promote_dtype(student_logits), targets.long(), reduction="none")
 
 
 def distillation_loss(
     student_logits: Tensor,
     labels: SoftLabels | None,
-    targets: Tensor | None,
+    targets: Tensor | MixedTargets | None,
     *,
     temperature: Any,
     alpha: float,
@@ -56,7 +62,7 @@ def distillation_loss(
     Args:
         student_logits: [P, V] floating point.
         labels: torch record of the P positions; may be None when alpha is 0.
-        targets: [P] integer classes; may be None when alpha is 1, but for dkd and nkd.
+        targets: [P] integer classes, or two of each row and their shares; may be None when alpha is 1, but for dkd and nkd.
         temperature: a number or a tensor [P]; not read when alpha is 0.
         alpha: weight of the soft part, in [0, 1].
         mask: [P] bool or non-negative weights; None counts every position once.
@@ -93,13 +99,11 @@ def distillation_loss(
         and labels is not None
         and is_fast_path(loss, student_logits, labels, temperature)
     ):
-        return direct_loss(
-            student_logits,
-            labels,
-            targets if alpha < 1.0 else None,
-            temperature=temperature,
-            alpha=alpha,
-        )
+        if alpha == 1.0 or not isinstance(targets, MixedTargets):
+            hard = None if alpha == 1.0 or isinstance(targets, MixedTargets) else targets
+            return direct_loss(student_logits, labels, hard, temperature=temperature, alpha=alpha)
+        soft = direct_loss(student_logits, labels, None, temperature=temperature, alpha=1.0)
+        return (1.0 - alpha) * cross_entropy(student_logits, targets).mean() + alpha * soft
     terms = []
     if alpha < 1.0:
         assert targets is not None
@@ -136,9 +140,10 @@ def check_alpha(alpha: float) -> None:
 
 
 def check_needs(
-    loss: Loss, labels: SoftLabels | None, targets: Tensor | None, alpha: float, where: str
+    loss: Loss, labels: SoftLabels | None, targets: Tensor | MixedTargets | None, alpha: float, where: str
 ) -> None:
-    """Raises LabelError where alpha is out of range, or labels or targets are missing that this mixture reads."""
+    """Raises LabelError where alpha is out of range, or labels or targets are missing that this mixture reads; also where
+    it reads the one ground-truth class of images that have two."""
     check_alpha(alpha)
     if alpha < 1.0 and targets is None:
         raise LabelError(f"{where}: expected targets for alpha below 1; found None; pass them or alpha=1")
@@ -149,13 +154,19 @@ def check_needs(
             f"{where}: expected targets for loss {loss.name}, which reads the ground-truth class; found "
             "None; pass them, or use another loss"
         )
+    reads_target = loss.kind.needs_target or loss.kind.weighs_truth
+    if alpha > 0.0 and reads_target and isinstance(targets, MixedTargets):
+        raise LabelError(
+            f"{where}: loss {loss.name} reads the ground-truth class; found targets of mixed images, which have two each; "
+            "use a loss without it, such as forward_kl, or labels of views that are not mixed"
+        )
 
 
 def _soft_part(
     loss: Loss,
     student_logits: Tensor,
     labels: SoftLabels,
-    targets_P: Tensor | None,
+    targets_P: Tensor | MixedTargets | None,
     *,
     temperature: Any,
     padded_vocabulary: bool,
@@ -168,6 +179,8 @@ def _soft_part(
     if loss.kind.of_logits is not None:
         value_P = loss.kind.of_logits(logits_PV, labels, temperature=T)
         return temperature**loss.kind.temperature_power * value_P
+    if isinstance(targets_P, MixedTargets):
+        targets_P = None  # read by no loss that gets here
     value_P = bucketed_loss(
         loss, logits_PV, labels, targets_P, temperature=T, padded_vocabulary=padded_vocabulary
     )

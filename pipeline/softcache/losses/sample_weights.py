@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from softcache.errors import LabelError
-from softcache.labels import STATS, SoftLabels
+from softcache.labels import STATS, MixedTargets, SoftLabels
 from softcache.losses.buckets import promote_dtype
 from softcache.losses.target_class import IGNORED, check_targets, teacher_log_probs
 from softcache.settings import Settings
@@ -62,7 +62,7 @@ class WeightSettings(Settings):
 def row_weights(
     settings: WeightSettings,
     labels: SoftLabels,
-    targets_P: Tensor | None,
+    targets_P: Tensor | MixedTargets | None,
     *,
     student_log_probs_P: Tensor | None = None,
     num_student_classes: int,
@@ -82,6 +82,11 @@ def row_weights(
         score_P = _entropy(labels) / math.log(max(2, labels.num_classes))
         known_P = torch.ones_like(score_P, dtype=torch.bool)
     else:
+        if isinstance(targets_P, MixedTargets):
+            raise LabelError(
+                f"loss.weights: {settings.by} reads the ground-truth class; found targets of mixed images, which have two "
+                'each; use by = "teacher_entropy", or labels of views that are not mixed'
+            )
         if targets_P is None:
             raise LabelError(
                 f"loss.weights: {settings.by} reads the ground-truth classes; found none; use by = "

@@ -40,6 +40,12 @@ def cached_batches(
         log_info(
             f"cache {cache.url}: {found}; training on the {rows:,} of {plan.num_samples * num_views:,} rows there"
         )
+    if cache.manifest.mixes_images and num_views > 1 and not data.replays_teacher_views(config):
+        raise ConfigError(
+            f"reader.num_views: {num_views}, but cache {cache.url} has views of two images mixed, and this student sees its "
+            "own image alone, whose label that is not; set reader.num_views = 1 (the plain view), or let the student read "
+            "the labeled images (student.views)"
+        )
     codec = cache.manifest.build_codec()
     if codec.max_temperature is not None and config.loss.adapts:
         _check_highest(config, cache.url, codec.max_temperature)

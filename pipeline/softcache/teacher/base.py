@@ -19,7 +19,7 @@ from softcache.cache.codecs import CODECS, Codec, CodecSettings
 from softcache.data.batch import Dataset
 from softcache.errors import ConfigError
 from softcache.hashing.digests import digest_weights
-from softcache.labels import SoftLabels, collect
+from softcache.labels import MixedTargets, SoftLabels, collect
 from softcache.labels.sparsify import LabelSettings, logit_faults
 from softcache.models.language.placement import WholeState, is_placed
 from softcache.models.spec import architecture_of
@@ -164,6 +164,10 @@ class Teacher(TeacherFacts, ABC):
             chunks: the logits, where another thread runs the model; None runs it here.
         """
         targets_P = batch.targets.to(self.device, non_blocking=True)
+        if isinstance(targets_P, MixedTargets):
+            targets_P = (
+                targets_P.first
+            )  # the record holds how likely the teacher finds the sample's own class
         faults_P = torch.zeros(batch.num_rows, dtype=torch.uint8, device=self.device)
         seeds_P = settings.row_seeds(batch.fingerprints, batch.row_counts, batch.positions)
 

@@ -13,6 +13,7 @@ changes no other. NumPy documents Philox's raw output as stable.
     8..13 colour jitter: brightness, contrast, saturation, hue, two spare
     16..21 erase: chance, area, aspect, top, left, spare
     24..63 RandAugment or TrivialAugment: (which, strength, sign, spare) per op, at most ten ops
+    64..71 mixing with another sample's view: `mix.py`
 
 The ops of `view_ops` are applied to uint8 [C, H, W] in the order crop, flip, augment, jitter (brightness,
 contrast, saturation, hue), erase. Measured on one core: parameters 10 to 14 microseconds, padded crop and
@@ -21,6 +22,7 @@ flip of 1x28x28 with its parameters 20 (1 in a batch), all ops from 3x375x500 to
     settings.py     the table [views]
     parameters.py   numbers into what is done to an image
     apply.py        pixels and boxes
+    mix.py          mixup and CutMix of two samples' views
     custom.py       the user's own transform
 """
 

@@ -9,6 +9,7 @@ import torch
 import xxhash
 
 from softcache.data.transforms import boxes as view_boxes
+from softcache.data.transforms import mix
 from softcache.data.transforms import ops as view_ops
 from softcache.data.transforms.custom import import_factory, seeded
 from softcache.data.transforms.parameters import ViewParameters, crop_of, erase_of, jitter_of, ops_of
@@ -40,7 +41,7 @@ class Views:
         return Views, (self.settings,)
 
     def apply(self, image: torch.Tensor, *, key: str, view: int) -> torch.Tensor:
-        """Returns the view of an image.
+        """Returns the view of an image, before it is mixed with another.
 
         Args:
             image: uint8 [C, H, W].
@@ -83,8 +84,35 @@ class Views:
             for image, u in zip(images, u_BS.tolist(), strict=True)
         ]
 
+    @property
+    def teacher(self) -> Views:
+        """The views that the teacher sees: these."""
+        return self
+
+    def reduce(self, viewed: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+        """Returns what is seen of the teacher's views: all of it."""
+        return viewed
+
+    def draw_mixes(
+        self, keys: Sequence[str], samples: np.ndarray, view: int, num_samples: int
+    ) -> mix.Mixes | None:
+        """Returns how a view of samples is mixed with others; None where the view is of single images.
+
+        Args:
+            keys, samples: [B] of the samples.
+            num_samples: of their split.
+        """
+        if view == 0 or not self.settings.mixes:
+            return None
+        from softcache.hashing import batched as hashes
+
+        numbers_BS = hashes.uniforms(
+            self.settings.seed, hashes.hashes(keys), view, mix.NUM_SLOTS, first_slot=mix.FIRST_SLOT
+        )
+        return mix.draw_mixes(self.settings, numbers_BS, samples, num_samples)
+
     def parameters(self, key: str, view: int, height: int, width: int) -> ViewParameters:
-        """Returns what view `view` > 0 does to an image of this key and size."""
+        """Returns what view `view` > 0 does to an image of this key and size, before it is mixed."""
         return self._parameters(self._uniforms(key, view), height, width)
 
     def _parameters(self, u: list[float], height: int, width: int) -> ViewParameters:
@@ -113,6 +141,11 @@ class Views:
         """
         settings, size, erased = self.settings, (height, width), None
         boxes_M4 = np.asarray(boxes_M4, np.float64).reshape(-1, 4)
+        if view > 0 and settings.mixes:
+            raise SpecError(
+                "views.mixup_alpha, views.cutmix_alpha: with boxes; a mixed image shows those of two, covered or seen "
+                "through; drop them"
+            )
         if view > 0 and (settings.augment != "none" or settings.transform is not None):
             what = "augment" if settings.transform is None else "transform"
             raise SpecError(

@@ -31,6 +31,10 @@ class ViewSettings(Settings):
     "resized" (a random rectangle of the image, scaled to `size`) or "padded" (the plain view, moved by up to
     `padding` pixels with zeros behind it). `flip` and `erase` are probabilities. `transform` names the user's own
     function instead: `module:factory`, where factory() returns a callable of uint8 [C, H, W].
+
+    A view above 0 is mixed with that of another sample (`softcache.data.transforms.mix`) where `mixup_alpha` or
+    `cutmix_alpha`, the parameters of their shares' Beta(alpha, alpha), are above 0: with `mix_probability`, and where both
+    are set by CutMix with probability `mix_switch`.
     """
 
     seed: int = Field(0, ge=0, lt=2**64)
@@ -53,6 +57,10 @@ class ViewSettings(Settings):
     mean: Floats = (0.5,)
     std: Floats = (0.5,)
     transform: str | None = Field(None, pattern=r"^[\w.]+:[\w.]+$")
+    mixup_alpha: float = Field(0.0, ge=0, le=32)
+    cutmix_alpha: float = Field(0.0, ge=0, le=32)
+    mix_probability: Share = 1.0
+    mix_switch: Share = 0.5
 
     @model_validator(mode="after")
     def _check(self) -> ViewSettings:
@@ -85,7 +93,12 @@ class ViewSettings(Settings):
     def augments(self) -> bool:
         """Whether a view above 0 is another one than the plain view."""
         drawn = self.crop != "none" or self.augment != "none" or any(self.color_jitter)
-        return drawn or self.flip > 0 or self.erase > 0 or self.transform is not None
+        return drawn or self.flip > 0 or self.erase > 0 or self.transform is not None or self.mixes
+
+    @property
+    def mixes(self) -> bool:
+        """Whether a view above 0 may be a mixture of two samples."""
+        return self.mix_probability > 0 and (self.mixup_alpha > 0 or self.cutmix_alpha > 0)
 
     def identity(self) -> dict[str, Any]:
         """Returns what identities have of the table: keys that came later are left out where they do nothing."""
@@ -94,6 +107,10 @@ class ViewSettings(Settings):
             del found["interpolation"]
         if self.size is None or self.geometry == "floor":
             del found["geometry"]
+        if not (self.mixes and self.mixup_alpha and self.cutmix_alpha):
+            del found["mix_switch"]
+        for key in () if self.mixes else ("mixup_alpha", "cutmix_alpha", "mix_probability"):
+            del found[key]
         return found
 
     def sides(self, height: int, width: int) -> tuple[int, int]:

@@ -44,12 +44,13 @@ class StudentViews:
     """Replayed views, reduced; picklable. Stands where `Views` does.
 
     Attributes:
+        teacher: the views that the teacher sees.
         settings: of the reduction.
         digest: names the views and what becomes of them.
     """
 
     def __init__(self, views: Views, settings: StudentViewSettings) -> None:
-        self.views, self.settings = views, settings
+        self.teacher, self.settings = views, settings
         mean, std = settings.normalization(views)
         self.digest = digest_json(
             {"views": views.digest, "size": settings.size, "grey": settings.grey, "mean": mean, "std": std}
@@ -59,7 +60,10 @@ class StudentViews:
         self, images: torch.Tensor | Sequence[torch.Tensor], *, keys: Sequence[str], view: int
     ) -> torch.Tensor | list[torch.Tensor]:
         """Returns the views of `Views.apply_batch`, reduced: uint8 [B, C, H, W], or a list of B images."""
-        viewed = self.views.apply_batch(images, keys=keys, view=view)
+        return self.reduce(self.teacher.apply_batch(images, keys=keys, view=view))
+
+    def reduce(self, viewed: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+        """Returns the teacher's views as the student sees them."""
         if isinstance(viewed, torch.Tensor) and len(viewed):
             # Channels are resized one by one, of any image.
             return self._resized(self._greyed(viewed).flatten(0, 1)).unflatten(0, (len(viewed), -1))

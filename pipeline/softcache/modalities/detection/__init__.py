@@ -35,6 +35,11 @@ class Detection(Modality):
         from softcache.student.tasks import LossSettings
 
         check_no_text_tables(config)
+        if config.views.mixes:
+            raise ValueError(
+                "views.mixup_alpha, views.cutmix_alpha: mix two images, and boxes of both would be covered in part or seen "
+                "through; for a detector drop them"
+            )
         default = LossSettings()
         for key in ("name", "tail", "standardize", "weights"):
             if getattr(config.loss, key) != getattr(default, key):

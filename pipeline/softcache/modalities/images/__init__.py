@@ -37,12 +37,31 @@ class Images(Modality):
                 "one row; drop the table"
             )
         check_no_text_tables(config)
+        if config.views.mixes:
+            _check_mixed(config)
 
     def models(self, config: RunConfig) -> tuple[str, ...]:
         source = config.student.source
         if source is None or source.modality == self.name:  # the default architectures read images
             return config.student.models
         return super().models(config)
+
+
+def _check_mixed(config: RunConfig) -> None:
+    """Raises ValueError where the loss reads one ground-truth class per image, and [views] mixes two."""
+    from softcache.losses import LOSSES
+
+    kind, weights = LOSSES.get(config.loss.name), config.loss.weights
+    if (kind.needs_target or kind.weighs_truth) and config.loss.highest_alpha > 0:
+        what = f"loss.name: {config.loss.name}"
+    elif weights is not None and weights.needs_truth:
+        what = f"loss.weights.by: {weights.by}"
+    else:
+        return
+    raise ValueError(
+        f"{what} reads the ground-truth class, and an image of [views] with mixup_alpha or cutmix_alpha has two; use a loss "
+        'without it, such as forward_kl (weights: by = "teacher_entropy"), or drop the mixing'
+    )
 
 
 def check_no_text_tables(config: RunConfig) -> None:

@@ -146,7 +146,7 @@ class TimmDataset(TimmImages):
         self._view = torch.zeros((), dtype=torch.int64).share_memory_()
         labels = self._batch([0]).labels
         assert labels is not None
-        self.rows = LabelRows.of(labels)
+        self.rows = LabelRows.of(labels, mixed=views.settings.mixes)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the view of an epoch: all of the cache's, in turn. timm's `train.py` calls this."""

@@ -2,9 +2,11 @@
 
 A row is the ground truth and then the record's columns, one after the other:
 
-    target | ids K | log_probs K | log_tail G | target_log_prob 1 | stats S | counts K | log_threshold 1 | checksum 1
+    target | second target, share | ids K | log_probs K | log_tail G | target_log_prob 1 | stats S | counts K |
+    log_threshold 1 | checksum 1
 
-the four before the checksum only where the record has them. So a label goes wherever a tensor goes: through any collate,
+the second target with the first one's share only where the views are mixed, the four before the checksum only where the
+record has them. So a label goes wherever a tensor goes: through any collate,
 pinned memory, `.to(device)`, slices and concatenation. float32 holds every one of them: ids and counts are whole numbers
 below 2^24 (checked), log-probabilities are float16 or float32 in the cache. The checksum is of the bits of the other
 numbers: an average of two rows, as mixup and cutmix make, has the average of two checksums, and not the checksum of the
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 
 from softcache.errors import LabelError
-from softcache.labels import SoftLabels
+from softcache.labels import MixedTargets, SoftLabels
 
 __all__ = ["LabelRows"]
 
@@ -42,13 +44,15 @@ class LabelRows:
     Attributes:
         widths: of each column that the record has; None: it is [P], not [P, width].
         fixed: what all records of a cache have in common.
+        mixed: whether a row has two targets and the share of the first.
     """
 
     widths: dict[str, int | None]
     fixed: dict[str, Any]
+    mixed: bool = False
 
     @classmethod
-    def of(cls, labels: SoftLabels) -> LabelRows:
+    def of(cls, labels: SoftLabels, *, mixed: bool = False) -> LabelRows:
         """Returns the layout of a record, and of all records of its cache.
 
         Raises:
@@ -65,22 +69,30 @@ class LabelRows:
             for name in ("num_classes", "temperatures", "max_temperature", "sampling")
         }
         return cls(
-            {name: None if value.ndim == 1 else value.shape[1] for name, value in there.items()}, fixed
+            {name: None if value.ndim == 1 else value.shape[1] for name, value in there.items()}, fixed, mixed
         )
 
     @property
     def width(self) -> int:
         """The numbers of a row, the ground truth and the checksum included."""
-        return 2 + sum(width or 1 for width in self.widths.values())
+        return self._truth_width + 1 + sum(width or 1 for width in self.widths.values())
 
-    def pack(self, labels: SoftLabels, targets_P: torch.Tensor) -> torch.Tensor:
+    @property
+    def _truth_width(self) -> int:
+        return 3 if self.mixed else 1
+
+    def pack(self, labels: SoftLabels, targets_P: torch.Tensor | MixedTargets) -> torch.Tensor:
         """Returns [P, width] float32."""
-        columns = [targets_P, *(getattr(labels, name) for name in self.widths)]
+        truth: list[Any] = [targets_P]
+        if self.mixed:  # view 0 of such a cache has one class per row
+            mixed = targets_P if isinstance(targets_P, MixedTargets) else MixedTargets.of_single(targets_P)
+            truth = [mixed.first, mixed.second, mixed.shares]
+        columns = [*truth, *(getattr(labels, name) for name in self.widths)]
         rows = torch.cat([torch.as_tensor(c).float().reshape(len(targets_P), -1) for c in columns], dim=1)
         return torch.cat([rows, _checksums(rows)[:, None]], dim=1)
 
-    def unpack(self, rows: torch.Tensor) -> tuple[SoftLabels, torch.Tensor]:
-        """Returns the record, and the ground truth [P] int64, of [P, width] rows.
+    def unpack(self, rows: torch.Tensor) -> tuple[SoftLabels, torch.Tensor | MixedTargets]:
+        """Returns the record, and the ground truth [P] int64 (`MixedTargets` of mixed views), of [P, width] rows.
 
         Raises:
             LabelError: the tensor is not what `pack` made.
@@ -96,12 +108,14 @@ class LabelRows:
                 f"targets: {int(wrong)} of {len(rows)} rows are not those of the labeled dataset but were computed from "
                 f"them, and an average of class numbers is no class; {MIXERS}"
             )
-        target, *columns = rows[:, :-1].split([1, *(width or 1 for width in self.widths.values())], dim=1)
+        widths = [self._truth_width, *(width or 1 for width in self.widths.values())]
+        truth, *columns = rows[:, :-1].split(widths, dim=1)
         values = {}
         for (name, width), column in zip(self.widths.items(), columns, strict=True):
             column = column[:, 0] if width is None else column
             values[name] = column.long() if name in INTEGER_COLUMNS else column
-        return SoftLabels(**values, **self.fixed), target[:, 0].long()
+        labels, first = SoftLabels(**values, **self.fixed), truth[:, 0].long()
+        return labels, MixedTargets(first, truth[:, 1].long(), truth[:, 2]) if self.mixed else first
 
 
 def _checksums(rows_PW: torch.Tensor) -> torch.Tensor:

@@ -101,6 +101,7 @@ class ImageServing:
         return "dynamic" if attends else "static"
 
     def ask(self, batch: ImageBatch) -> Request:
+        assert isinstance(batch.targets, torch.Tensor)  # the plain view is of single images
         return Request(batch.images, None, batch.targets)
 
 
@@ -126,6 +127,7 @@ class ByteServing(ImageServing):
         return "dynamic"
 
     def ask(self, batch: ImageBatch) -> Request:
+        assert isinstance(batch.targets, torch.Tensor)
         missing = self._max_bytes - batch.images.shape[1]
         padded_BL = nn.functional.pad(batch.images, (0, missing), value=PADDING)
         return Request(padded_BL, None, batch.targets)
