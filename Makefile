@@ -15,7 +15,7 @@ PICK   := $(if $(STUDENT),--student '$(STUDENT)')
 SWEEP  := $(strip $(if $(TRIALS),--trials '$(TRIALS)') $(if $(WORKERS),--workers '$(WORKERS)') $(if $(SEEDS),--seeds '$(SEEDS)'))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-logits train-student train-students sweep distill compare report train-teacher inspect verify fidelity materialize gc test test-fast docs package chaos check format test-vllm clean bench
+.PHONY: help setup teacher-logits train-student train-students sweep distill compare report train-teacher inspect verify fidelity materialize gc test test-fast test-programs docs package chaos check format test-vllm clean bench
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,11 +76,14 @@ gc: setup  ## list files left by crashed runs in CACHE; DELETE=1 deletes them
 bench: setup  ## measure capture, reading, training and opening against named baselines
 	$(VENV)/bin/python -m benchmarks
 
-test: setup  ## run the tests
+test: setup  ## run the tests, minutes: all but PROGRAMS of tests/conftest.py
 	$(VENV)/bin/python -m pytest
 
 test-fast: setup  ## run the tests of the edit loop, a minute: all but SLOW_PATHS of tests/conftest.py
 	$(VENV)/bin/python -m pytest --fast
+
+test-programs: setup  ## run the other tests: whole programs, pages of the docs, other frameworks
+	$(VENV)/bin/python -m pytest --programs
 
 test-vllm: $(VLLM)/.installed  ## run the tests of teachers in vLLM and of quantized ones, in an environment of its own (3 GB)
 	$(VLLM)/bin/python -m pytest -n 2 -m vllm tests/teacher/test_vllm.py tests/teacher/test_quantized.py

@@ -65,21 +65,80 @@ SLOW_PATHS = [
 ]
 
 
+# What `make test-programs` runs, and `make test` leaves out: softcache through other frameworks and as whole programs
+# (trainers of other libraries, examples, pages of the docs, browsers, shells, and processes that are launched and killed).
+# A file, or FILE::TEST. Every test is in one of the two, see tests/project/test_tiers.py.
+PROGRAMS = [
+    "benchmarks",
+    "cache/test_network_faults.py",
+    "docs/test_docs_commands.py::test_a_page_can_be_followed",
+    "docs/test_docs_site.py",
+    "docs/test_extend.py",
+    "docs/test_notebook.py",
+    "modalities/test_translation_processes.py",
+    "project/test_foreign_modules.py",
+    "project/test_package.py::test_the_wheel_has_one_top_level_name",
+    "reliability",
+    "runs/test_dask.py",
+    "runs/test_report_page.py",
+    "runs/test_sweep.py::test_two_processes_share_a_sweep",
+    "stages/test_cli_completion.py",
+    "student/test_compile.py",
+    "student/test_deepspeed.py",
+    "student/test_fsdp.py",
+    "student/test_huggingface_losses.py",
+    "student/test_huggingface_models.py",
+    "student/test_huggingface_trainer.py",
+    "student/test_integrations.py",
+    "student/test_lora.py",
+    "student/test_many_processes.py",
+    "student/test_trl.py",
+]
+
+
+def is_program(path, name=None):
+    """Whether PROGRAMS names a file relative to tests/, a folder of it, or the test `name` in it."""
+    names = {path.as_posix(), *(folder.as_posix() for folder in path.parents)}
+    return not names.isdisjoint(PROGRAMS) or f"{path.as_posix()}::{name}" in PROGRAMS
+
+
+def tier_of(*, programs, is_narrowed):
+    """What a run chooses from: a path, -k or -m chooses from all tests."""
+    return "programs" if programs else "all" if is_narrowed else "tests"
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--fast", action="store_true", help="Leave out SLOW_PATHS and tests marked slow: make test-fast."
+    )
+    parser.addoption(
+        "--programs", action="store_true", help="Run what PROGRAMS lists alone: make test-programs."
     )
 
 
 def pytest_configure(config):
     preload = PRELOAD_FAST if config.getoption("--fast") else PRELOAD
     multiprocessing.get_context("forkserver").set_forkserver_preload(preload)
+    is_narrowed = (
+        config.args_source is pytest.Config.ArgsSource.ARGS
+        or bool(config.option.keyword)
+        or any(word.startswith("-m") for word in config.invocation_params.args)
+    )
+    config.option.tier = tier_of(programs=config.option.programs, is_narrowed=is_narrowed)
 
 
 def pytest_ignore_collect(collection_path, config):
     # None, not False, lets the other rules decide.
-    slow = {Path(__file__).parent / path for path in SLOW_PATHS}
-    return (config.getoption("--fast") and collection_path in slow) or None
+    tests = Path(__file__).parent
+    if config.getoption("--fast") and collection_path in {tests / path for path in SLOW_PATHS}:
+        return True
+    if collection_path.suffix != ".py" or not collection_path.name.startswith("test_"):
+        return None
+    path = collection_path.relative_to(tests)
+    if config.option.tier == "tests" and is_program(path):
+        return True
+    holds_some = is_program(path) or any(entry.startswith(f"{path.as_posix()}::") for entry in PROGRAMS)
+    return (config.option.tier == "programs" and not holds_some) or None
 
 
 @pytest.fixture(autouse=True)
@@ -139,11 +198,18 @@ def in_tmp(tmp_path, monkeypatch):
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--fast"):
-        items[:], slow = (
-            [item for item in items if ("slow" in item.keywords) == is_slow] for is_slow in (False, True)
+    def is_left_out(item):
+        program = is_program(item.path.relative_to(Path(__file__).parent), item.originalname)
+        return (
+            (config.getoption("--fast") and "slow" in item.keywords)
+            or (config.option.tier == "tests" and program)
+            or (config.option.tier == "programs" and not program)
         )
-        config.hook.pytest_deselected(items=slow)
+
+    left_out = [item for item in items if is_left_out(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
