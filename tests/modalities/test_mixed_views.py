@@ -15,6 +15,7 @@ from softcache.runs.batches import cached_batches
 from softcache.runs.student import train_student
 from softcache.student.integrations.lightning import SoftLabelDataModule, SoftLabelModule
 from softcache.student.integrations.timm import TimmDataset, TimmLoss
+from softcache.tools.fuse import FusionSettings, fuse_caches
 from tests.support.caches import digits_config, make_cache
 
 MIX = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mix_probability": 0.9}
@@ -153,3 +154,17 @@ class _Alone:
 
     def replays_teacher_views(self, config):
         return False
+
+
+def test_caches_are_not_fused_by_a_truth_of_two_classes(captured, tmp_path):
+    _, _, other = make_cache(
+        tmp_path / "other", views=MIX, labels=DENSE, teacher={"model": "tests.fakes:known_scaled"}
+    )
+    with pytest.raises(
+        LabelError, match="rule 'best' weighs teachers by the ground-truth class; views of cache"
+    ):
+        fuse_caches(
+            [captured[2], other], str(tmp_path / "fused"), FusionSettings(caches=("a", "b"), rule="best")
+        )
+    fused = fuse_caches([captured[2], other], str(tmp_path / "fused"), FusionSettings(caches=("a", "b")))
+    assert fused.manifest.mixes_images

@@ -246,7 +246,7 @@ class Manifest(_Document):
         return self
 
     def _check_sizes(self, codec: Codec) -> None:
-        row_bytes = sum(np.dtype(c.dtype).itemsize * math.prod(c.shape) for c in codec.columns) + 16
+        row_bytes = _row_bytes(codec)
         unit_rows, chunk_rows = self.plan.unit_samples, self.plan.chunk_samples
         if self.rows is not None:
             unit_rows, chunk_rows = self.rows.shard_rows, self.rows.chunk_rows
@@ -275,6 +275,12 @@ class Manifest(_Document):
         return self.kind != "cells" and "positions" in self.identity["labels"]
 
     @property
+    def unit_bytes(self) -> int:
+        """Bytes of a unit's columns, before compression."""
+        num_rows = self.plan.unit_samples if self.rows is None else self.rows.shard_rows
+        return num_rows * _row_bytes(self.build_codec())
+
+    @property
     def mixes_images(self) -> bool:
         """Whether views above 0 may be mixtures of two images, whose rows have two ground-truth classes."""
         return "mix_probability" in self.identity.get("views", {}).get("settings", {})
@@ -298,6 +304,11 @@ class Manifest(_Document):
                 "not made; give another cache"
             )
         return codec
+
+
+def _row_bytes(codec: Codec) -> int:
+    """Bytes of a row with its fingerprint and position, before compression."""
+    return sum(np.dtype(column.dtype).itemsize * math.prod(column.shape) for column in codec.columns) + 16
 
 
 def diff_manifests(here: Manifest, there: Manifest) -> list[str]:

@@ -112,6 +112,15 @@ class Dataset(ABC):
         """Returns the batch of `samples`; `fingerprints` may be a mask [B] of those to take."""
 
     @property
+    def decodes(self) -> bool:
+        """Whether several views of a sample are cheaper to load one after the other: its file is decoded once."""
+        return False
+
+    def sharing_reads(self, samples: Sequence[int] | np.ndarray) -> Self:
+        """Returns the dataset with what is decoded of `samples` kept in memory, for the next of their views."""
+        return self
+
+    @property
     def class_names(self) -> tuple[str, ...]:
         """[V] names; empty where classes have none."""
         return tuple(self.source.class_names)

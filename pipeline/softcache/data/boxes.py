@@ -9,6 +9,7 @@ Shape suffixes: B batch, C channels, H height, W width, N or M boxes of one imag
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, ClassVar, Self
@@ -19,7 +20,6 @@ import torch
 from softcache.data.batch import Dataset
 from softcache.data.images import ViewedSource
 from softcache.data.sources.detection.base import BoxAnnotations, BoxSource
-from softcache.data.sources.images.base import load_images
 from softcache.data.transforms import Views
 from softcache.data.transforms.boxes import MIN_VISIBLE
 from softcache.errors import ConfigError, LabelError, SourceError
@@ -218,6 +218,15 @@ class ViewedScenes(Dataset):
     def sample_columns(self) -> dict[str, np.ndarray]:
         return {}
 
+    @property
+    def decodes(self) -> bool:
+        return self._images.decodes
+
+    def sharing_reads(self, samples: Sequence[int] | np.ndarray) -> Self:
+        dataset = copy(self)
+        dataset._images = self._images.sharing_reads(samples)
+        return dataset
+
     def with_rows(self, rows_per_sample: int) -> ViewedScenes:
         """Returns the same scenes with so many label rows each."""
         return ViewedScenes(self.source, self.views, rows_per_sample=rows_per_sample)
@@ -236,8 +245,9 @@ class ViewedScenes(Dataset):
             SourceError: an image cannot be read, or the images differ in shape.
             SpecError: the views move pixels in a way that boxes cannot follow.
         """
-        batch = self._images.load(samples, view, fingerprints=fingerprints)
-        truths = self._seen(batch.samples, view)
+        scenes = self.sharing_reads(samples)  # pixels and boxes follow from one image
+        batch = scenes._images.load(samples, view, fingerprints=fingerprints)
+        truths = scenes._seen(batch.samples, view)
         truths = [truth.take(~truth.crowd) for truth in truths]
         return DetectionBatch(
             images=batch.images,
@@ -255,7 +265,7 @@ class ViewedScenes(Dataset):
 
     def _seen(self, samples: np.ndarray, view: int) -> list[BoxAnnotations]:
         plain = view == 0 and self.views.settings.size is None
-        images = [None] * len(samples) if plain else load_images(self.source, samples)
+        images = [None] * len(samples) if plain else self._images.read(samples)
         return [
             self._seen_one(int(sample), view, image) for sample, image in zip(samples, images, strict=True)
         ]

@@ -9,6 +9,7 @@ Shape suffixes: B batch, C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
@@ -121,6 +122,7 @@ class ViewedSource(Dataset):
     def __init__(self, source: Source, views: Views) -> None:
         self.source, self.views = source, views
         self._targets: np.ndarray | None = None
+        self._shared: dict[int, torch.Tensor | None] = {}
 
     @classmethod
     def from_identity(
@@ -141,6 +143,37 @@ class ViewedSource(Dataset):
         settings = self.views.settings.identity()
         return {"views": {"digest": self.views.digest, "num_views": num_views, "settings": settings}}
 
+    @property
+    def decodes(self) -> bool:
+        from softcache.data.sources.images.base import decodes
+
+        return decodes(self.source)
+
+    def sharing_reads(self, samples: Sequence[int] | np.ndarray) -> Self:
+        numbers = np.asarray(samples).tolist()
+        if not self.decodes or self._shared.keys() >= set(numbers):
+            return self
+        self._classes()
+        dataset = copy(self)
+        dataset._shared = dict.fromkeys(numbers)
+        return dataset
+
+    def read(self, samples: np.ndarray) -> torch.Tensor | list[torch.Tensor]:
+        """Returns the images of `samples` [B] as the source has them: uint8 [B, C, H, W], or a list of B."""
+        from softcache.data.sources.images.base import load_images
+
+        if not self._shared:
+            return load_images(self.source, samples)
+        return [self._read(sample) for sample in samples.tolist()]
+
+    def _read(self, sample: int) -> torch.Tensor:
+        image = self._shared.get(sample)
+        if image is None:
+            image = self.source.image(sample)
+            if sample in self._shared:
+                self._shared[sample] = image
+        return image
+
     def load(
         self, samples: Sequence[int] | np.ndarray, view: int, *, fingerprints: bool | np.ndarray = True
     ) -> ImageBatch:
@@ -156,16 +189,15 @@ class ViewedSource(Dataset):
 
         numbers = np.asarray(samples, np.int64)
         keys = self._keys_of(numbers)
-        if self._targets is None:
-            self._targets = np.asarray(self.source.targets(), np.int64)
-        targets: Any = torch.from_numpy(self._targets[numbers])
+        classes_N = self._classes()
+        targets: Any = torch.from_numpy(classes_N[numbers])
         mixes = self.views.teacher.draw_mixes(keys, numbers, view, len(self.source))
         if mixes is None:
             viewed = self._single(numbers, keys, view)
         else:
             viewed, shares = self._mixed(numbers, keys, view, mixes)
             second = targets.clone()
-            second[mixes.rows] = torch.from_numpy(self._targets[mixes.seconds])
+            second[mixes.rows] = torch.from_numpy(classes_N[mixes.seconds])
             targets = MixedTargets(targets, second, torch.from_numpy(shares).float())
         viewed = self.views.reduce(viewed)
         if not isinstance(viewed, torch.Tensor):
@@ -180,14 +212,17 @@ class ViewedSource(Dataset):
             prints[wanted] = content_fingerprints(chosen, view, viewed.numpy()[wanted])
         return ImageBatch(viewed, targets, numbers, view, prints)
 
+    def _classes(self) -> np.ndarray:
+        if self._targets is None:
+            self._targets = np.asarray(self.source.targets(), np.int64)
+        return self._targets
+
     def _keys_of(self, numbers: np.ndarray) -> list[str]:
         return [self.source.key(sample) for sample in numbers.tolist()]
 
     def _single(self, numbers: np.ndarray, keys: list[str], view: int) -> Any:
         """The teacher's view of each sample by itself."""
-        from softcache.data.sources.images.base import load_images
-
-        return self.views.teacher.apply_batch(load_images(self.source, numbers), keys=keys, view=view)
+        return self.views.teacher.apply_batch(self.read(numbers), keys=keys, view=view)
 
     def _mixed(self, numbers: np.ndarray, keys: list[str], view: int, mixes: Mixes) -> tuple[Any, np.ndarray]:
         from softcache.data.transforms.mix import mix_images
@@ -201,7 +236,7 @@ class ViewedSource(Dataset):
         return mix_images([viewed[n] for n in first], [viewed[n] for n in second], mixes, keys)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_targets": None}
+        return self.__dict__ | {"_targets": None, "_shared": {}}
 
 
 def _check_shapes(images: Sequence[torch.Tensor], keys: Sequence[str], view: int) -> None:

@@ -9,7 +9,8 @@ for batch in loader:
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -104,8 +105,15 @@ class BatchedDataset(ABC):
         Args:
             indices: sample numbers, of `view`; or pairs (sample, view); an array of either is the fast way.
         """
-        batches = [self.load(*request) for request in group_by_view(indices, self.view)]
-        return batches[0] if len(batches) == 1 else self.collate(batches)
+        requests = group_by_view(indices, self.view)
+        if len(requests) == 1:
+            return self.load(*requests[0])
+        with self.shared_reads(np.concatenate([samples for samples, _ in requests])):
+            return self.collate([self.load(*request) for request in requests])
+
+    def shared_reads(self, samples: np.ndarray) -> AbstractContextManager[None]:
+        """Keeps what is decoded of samples that come more than once, until the end."""
+        return nullcontext()
 
     @staticmethod
     def collate(items: Any) -> Any:
@@ -166,6 +174,15 @@ class FingerprintedSamples(BatchedDataset):
 
     def __len__(self) -> int:
         return len(self.data if self.student is None else self.student)
+
+    @contextmanager
+    def shared_reads(self, samples: np.ndarray) -> Iterator[None]:
+        numbers, counts = np.unique(samples, return_counts=True)
+        data, self.data = self.data, self.data.sharing_reads(numbers[counts > 1])
+        try:
+            yield
+        finally:
+            self.data = data
 
     def load(self, samples: np.ndarray, view: int) -> Any:
         """Returns the batch of `samples`, without labels; the first ones of every process are all fingerprinted."""
@@ -252,6 +269,9 @@ class SoftLabelDataset(BatchedDataset):
         """Returns the batch of `samples` with its labels."""
         stored = self.read(samples, view)
         return self.join(self.unlabeled_dataset.load(samples, view), stored)
+
+    def shared_reads(self, samples: np.ndarray) -> AbstractContextManager[None]:
+        return self.unlabeled_dataset.shared_reads(samples)
 
     def read(self, samples: np.ndarray, view: int) -> CachedBatch:
         """Returns what the cache holds of `samples`; raises as `Cache.read` does."""

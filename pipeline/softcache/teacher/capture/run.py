@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import NamedTuple
 
 from torch.utils.data import DataLoader
@@ -39,6 +40,8 @@ from softcache.teacher.capture.writer import PendingUnit, UnitBatches, Writer
 __all__ = ["CaptureContext", "CaptureReport", "UnitMetrics", "capture", "capture_units", "evaluate_teacher"]
 
 CLAIM_POLL_SECONDS = 0.5
+MAX_OPEN_BYTES = 2**29
+"""Labels of the units that are made together, before compression."""
 
 
 class UnitMetrics(NamedTuple):
@@ -149,6 +152,8 @@ def capture(
     report.units_found = len(finished)
     getattr(progress, "found", progress)(sum(marker.num_rows for marker in finished.values()))
     pending = [unit for unit in manifest.plan.units() if unit.number not in finished]
+    if data.decodes:  # the views of one range of samples follow each other
+        pending.sort(key=lambda unit: (unit.start, unit.view))
     with defer_signals():
         while pending:
             pending = capture_units(work, pending, on_unit=done, on_found=found)
@@ -168,6 +173,9 @@ def capture_units(
     turn: AbstractContextManager | None = None,
 ) -> list[Unit]:
     """Labels and publishes those of the units that are neither finished nor claimed; returns those that others hold.
+
+    Units of one range of samples that follow each other are labeled together where images are decoded, so that a file is
+    decoded once for all of their views; what one unit holds does not depend on it.
 
     Args:
         on_unit: called from the writer's thread with every unit that was published.
@@ -201,8 +209,20 @@ def capture_units(
         abandoned.callback(writer.close)
         with turn or nullcontext():
             last = time.perf_counter()
-            _label_units(_claim_units(work, units, held, on_found), work, writer)
+            groups = _groups(units, work)
+            _label_units((_claim_units(work, group, held, on_found) for group in groups), work, writer)
     return held
+
+
+def _groups(units: Iterable[Unit], work: CaptureContext) -> Iterator[Iterable[Unit]]:
+    """Yields units that are labeled together: views of one range of samples, as many as memory is meant for."""
+    if not work.data.decodes:
+        yield from ((unit,) for unit in units)
+        return
+    size = max(1, MAX_OPEN_BYTES // work.manifest.unit_bytes)
+    for _, group in groupby(units, key=lambda unit: (unit.start, unit.stop)):
+        while chunk := list(islice(group, size)):
+            yield chunk
 
 
 def _claim_units(
@@ -223,17 +243,24 @@ def _claim_units(
             yield PendingUnit(unit, claim)
 
 
-def _label_units(claims: Iterator[PendingUnit], work: CaptureContext, writer: Writer) -> None:
+def _label_units(groups: Iterable[Iterator[PendingUnit]], work: CaptureContext, writer: Writer) -> None:
     """Labels every claimed unit and hands it to the writer, one batch of device work ahead of the copies."""
     open_units: dict[int, PendingUnit] = {}
-    size = work.settings.batch_size
+    # torch deals requests to its loader processes in turn: each has all views of a batch, one after the other.
+    size, loaders = work.settings.batch_size, max(1, work.settings.workers if work.data.decodes else 1)
 
-    def requests() -> Iterator[tuple[int, int, int, int]]:
-        for item in claims:
-            unit = item.unit
-            open_units[unit.number] = item
-            for start in range(unit.start, unit.stop, size):
-                yield unit.number, unit.view, start, min(start + size, unit.stop)
+    def requests() -> Iterator[tuple[int, int, int, int] | None]:
+        for group in groups:
+            units: list[Unit] = []
+            for item in group:
+                open_units[item.unit.number] = item
+                units.append(item.unit)
+            starts = range(units[0].start, units[0].stop, size) if units else range(0)
+            for first in range(0, len(starts), loaders):
+                block = starts[first : first + loaders]
+                for unit in units:
+                    yield from ((unit.number, unit.view, at, min(at + size, unit.stop)) for at in block)
+                    yield from [None] * (loaders - len(block))
 
     def finish(number: int, started: Callable[[], PendingLabels]) -> None:
         item, began = open_units[number], time.perf_counter()
@@ -245,7 +272,7 @@ def _label_units(claims: Iterator[PendingUnit], work: CaptureContext, writer: Wr
             writer.put(open_units.pop(item.unit.number))
 
     loader = DataLoader(
-        UnitBatches(work.data, work.labels.positions),
+        UnitBatches(work.data, work.labels.positions, shares_reads=work.manifest.plan.num_views > 1),
         batch_size=None,
         sampler=requests(),  # type: ignore[arg-type]
         num_workers=work.settings.workers,
@@ -258,6 +285,8 @@ def _label_units(claims: Iterator[PendingUnit], work: CaptureContext, writer: Wr
         with Labeler(work.teacher, work.labels) as labeler:
             for batch in loader:
                 raise_if_signalled()
+                if batch is None:
+                    continue
                 began = time.perf_counter()
                 in_flight.append((batch.unit, labeler.start(batch)))
                 open_units[batch.unit].teacher_seconds += time.perf_counter() - began

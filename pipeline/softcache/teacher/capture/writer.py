@@ -23,17 +23,28 @@ __all__ = ["PendingUnit", "UnitBatches", "Writer"]
 
 
 class UnitBatches(Dataset):
-    """Loads (unit, view, first, last) requests; runs in this process or in loader processes.
+    """Loads (unit, view, first, last) requests; runs in this process or in loader processes. Of None it is None.
 
-    Rows that are known to get no label are left out, so that the teacher's head does not run on them.
+    Rows that are known to get no label are left out, so that the teacher's head does not run on them. Where reads are
+    shared, what is decoded of a range of samples is kept until another range is asked for.
     """
 
-    def __init__(self, data: Data, positions: PositionSettings) -> None:
-        self._data, self._positions = data, positions
+    def __init__(self, data: Data, positions: PositionSettings, *, shares_reads: bool = False) -> None:
+        self._data, self._positions, self._shares_reads = data, positions, shares_reads
+        self._range, self._shared = range(0), data
 
-    def __getitem__(self, request: tuple[int, int, int, int]) -> Any:
+    def _data_of(self, samples: range) -> Data:
+        if not self._shares_reads:
+            return self._data
+        if self._range != samples:
+            self._range, self._shared = samples, self._data.sharing_reads(samples)
+        return self._shared
+
+    def __getitem__(self, request: tuple[int, int, int, int] | None) -> Any:
+        if request is None:
+            return None
         unit, view, start, stop = request
-        batch = replace(self._data.load(range(start, stop), view), unit=unit)
+        batch = replace(self._data_of(range(start, stop)).load(range(start, stop), view), unit=unit)
         if not self._positions.is_static:
             return batch
         keys = [self._data.source.key(sample) for sample in range(start, stop)]

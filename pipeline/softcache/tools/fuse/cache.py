@@ -20,7 +20,7 @@ from softcache.cache.create import create_cache
 from softcache.cache.manifest import Manifest, TeacherReport, Unit
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import claimed_units, finished_units, open_store, publish_unit
-from softcache.errors import AlignmentError
+from softcache.errors import AlignmentError, LabelError
 from softcache.hashing.digests import digest_json
 from softcache.labels import SoftLabels, concat
 from softcache.reader.cache import Cache, CachedBatch
@@ -120,6 +120,11 @@ def fused_manifest(caches: Sequence[Cache], settings: FusionSettings) -> Manifes
     """Returns the manifest of the fused cache; raises as `fuse_caches` does, but for checks that need the rows."""
     check_agreement(caches)
     first, manifests = caches[0].manifest, [cache.manifest for cache in caches]
+    if first.mixes_images and settings.rule in ("confidence", "best"):
+        raise LabelError(
+            f"fuse: rule {settings.rule!r} weighs teachers by the ground-truth class; views of cache {caches[0].url} mix "
+            'images, which have two classes each; choose rule "mean", "geometric" or "entropy"'
+        )
     codecs = [manifest.build_codec() for manifest in manifests]
     k = settings.slots([codec.k for codec in codecs], first.num_classes)
     codec = OpenCodec(

@@ -19,7 +19,15 @@ import torch
 from softcache.data.sources.base import SourceSettings, Split
 from softcache.hashing.digests import digest_bytes, digest_source
 
-__all__ = ["ImageSourceSettings", "InMemorySource", "IndexedSource", "Source", "Split", "load_images"]
+__all__ = [
+    "ImageSourceSettings",
+    "InMemorySource",
+    "IndexedSource",
+    "Source",
+    "Split",
+    "decodes",
+    "load_images",
+]
 
 
 class ImageSourceSettings(SourceSettings):
@@ -120,6 +128,12 @@ def load_images(source: Source, samples: np.ndarray) -> torch.Tensor | list[torc
     if _is_batched(type(source)) and "image" not in vars(source):
         return source.images(samples)  # type: ignore[attr-defined]
     return [source.image(sample) for sample in samples.tolist()]
+
+
+def decodes(source: Source) -> bool:
+    """Whether a source makes an image anew whenever it is asked for, as of files: several views are cheaper together."""
+    own: bool | None = getattr(source, "decodes", None)
+    return not _is_batched(type(source)) if own is None else own
 
 
 @cache

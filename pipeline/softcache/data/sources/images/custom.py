@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from softcache.data.sources.base import SOURCES
-from softcache.data.sources.images.base import ImageSourceSettings, Source, Split, load_images
+from softcache.data.sources.images.base import ImageSourceSettings, Source, Split, decodes, load_images
 from softcache.errors import SourceError, SpecError
 from softcache.hashing.digests import digest_source
 
@@ -34,6 +34,10 @@ class Subset:
         self._source, self._count = source, min(count, len(source))
         self.name, self.num_classes, self.class_names = source.name, source.num_classes, source.class_names
         self.digest = digest_source(self.keys(), self.targets(), {"first_of": source.digest})
+
+    @property
+    def decodes(self) -> bool:
+        return decodes(self._source)
 
     def __len__(self) -> int:
         return self._count
