@@ -223,6 +223,7 @@ def test_missing_units_are_of_all_parts(folder, tmp_path, whole):
     cache = open_cache(tmp_path / "part-*")
     before = cache.parts[0].num_units
     assert cache.missing_units == [before]
+    assert cache.describe_missing().endswith(f"units are missing ({tmp_path}/part-1)")
     assert len(cache.samples_in(0)) == len(whole) - 8
     assert not cache.fits_in_memmap
 

@@ -106,6 +106,10 @@ class CacheParts(Cache):
     def missing_units(self) -> list[int]:
         return sorted(set(range(self.num_units)) - self.markers.keys())
 
+    def describe_missing(self) -> str:
+        parts = ", ".join(part.url for part in self.parts if part.missing_units)
+        return f"{super().describe_missing()} ({parts})"
+
     def samples_in(self, view: int) -> np.ndarray:
         found = [part.samples_in(view) + start for part, start in zip(self.parts, self._starts, strict=False)]
         return np.concatenate(found)

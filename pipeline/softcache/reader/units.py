@@ -149,6 +149,10 @@ class CacheReaderBase:
     def missing_units(self) -> list[int]:
         return [unit.number for unit in self.manifest.plan.units() if unit.number not in self.markers]
 
+    def describe_missing(self) -> str:
+        """Returns in words how many units are missing."""
+        return f"{len(self.missing_units)} of {self.num_units} units are missing"
+
     def samples_in(self, view: int) -> np.ndarray:
         """Returns the sample numbers [N] int64, ascending, whose rows of `view` are finished."""
         units = [u for u in self.manifest.plan.units() if u.view == view and u.number in self.markers]
@@ -178,7 +182,7 @@ class CacheReaderBase:
         if marker is None:
             raise IncompleteCacheError(
                 f"cache {self.url}: unit {unit.number} (view {unit.view}, samples {unit.start} to {unit.stop - 1}) "
-                f"is not finished; {len(self.missing_units)} of {plan.num_units} units are missing; rerun "
+                f"is not finished; {self.describe_missing()}; rerun "
                 "`softcache teacher-logits`, or train on what is there with --allow-partial"
             )
         with self._unit_locks.setdefault(unit.number, threading.Lock()):

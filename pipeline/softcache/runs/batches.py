@@ -31,7 +31,7 @@ def cached_batches(
     if cache.missing_units:
         plan = cache.manifest.plan
         rows = sum(len(cache.samples_in(view)) for view in range(num_views))
-        found = f"{len(cache.missing_units)} of {cache.num_units} units are missing"
+        found = cache.describe_missing()
         if not allow_partial or any(not len(cache.samples_in(view)) for view in range(num_views)):
             raise IncompleteCacheError(
                 f"cache {cache.url}: {found}; rerun `softcache teacher-logits` to finish it, or train on what is "

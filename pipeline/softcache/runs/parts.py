@@ -35,7 +35,8 @@ def capture_parts(
     """Labels the parts of a corpus in their order; yields each one's place, cache and what was done, None where
     a complete cache was left as it is (`reuse`).
 
-    The teacher is loaded once (on a Dask cluster, `dask` and `workers` of `capture_on_dask`, once a part).
+    The teacher is loaded once (on a Dask cluster, `dask` and `workers` of `capture_on_dask`, once a part). A script that
+    calls this has its `if __name__ == "__main__":`.
 
     Raises:
         SourceError: a part is made with another tokenizer than the first one.

@@ -75,7 +75,7 @@ def open_sweep(config: RunConfig, url: str, path: Path) -> Sweep:
     cache = config.reader.open_cache(url)
     if not cache_is_ready(config, data, url):
         raise IncompleteCacheError(
-            f"cache {url}: {len(cache.missing_units)} of {cache.num_units} units are missing; rerun "
+            f"cache {url}: {cache.describe_missing()}; rerun "
             "`softcache teacher-logits` to finish it: trials are compared, so all of them learn from the whole cache"
         )
     score = modality_of(config).score

@@ -37,8 +37,7 @@ def check_cache(cache: Cache, kind: str, advice: str) -> None:
         raise ConfigError(f"cache {cache.url}: holds labels of kind {cache.manifest.kind!r}; {advice}")
     if cache.missing_units:
         raise IncompleteCacheError(
-            f"cache {cache.url}: {len(cache.missing_units)} of {cache.num_units} units are missing; rerun "
-            "`softcache teacher-logits` to finish it"
+            f"cache {cache.url}: {cache.describe_missing()}; rerun `softcache teacher-logits` to finish it"
         )
 
 

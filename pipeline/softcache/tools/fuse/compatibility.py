@@ -45,7 +45,7 @@ def _check_usable(cache: Cache) -> None:
     codec = cache.manifest.soft_codec(f"fuse, {where}")
     if cache.missing_units:
         raise IncompleteCacheError(
-            f"{where}: {len(cache.missing_units)} of {cache.manifest.plan.num_units} units are missing; finish it with "
+            f"{where}: {cache.describe_missing()}; finish it with "
             "`softcache teacher-logits` before it is fused"
         )
     if codec.sampling is not None:
