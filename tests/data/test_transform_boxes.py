@@ -16,6 +16,15 @@ POLICIES = {
     "resized": {"crop": "resized", "size": 48, "scale": (0.3, 1.0), "flip": 0.5},
     "resized-own-size": {"crop": "resized", "scale": (0.3, 1.0), "flip": 0.5},
     "plain-sized": {"size": 40, "eval_share": 0.75},
+    "letterbox": {
+        "size": 40,
+        "fit": "letterbox",
+        "mean": (0.0,),
+        "crop": "padded",
+        "padding": 4,
+        "flip": 0.5,
+    },
+    "letterbox-tall": {"size": (90, 40), "fit": "letterbox", "mean": (0.0,), "flip": 0.5},
 }
 
 
@@ -49,6 +58,29 @@ def test_a_box_drawn_as_pixels_moves_like_the_box(policy, box, view, key):
     assert len(rows)
     found = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
     assert np.abs(np.array(found) - moved).max() <= 1.0
+
+
+def test_a_letterbox_shows_the_whole_image_and_the_mean():
+    views = Views(ViewSettings(size=(40, 32), fit="letterbox", mean=(0.2, 0.4, 0.6)))
+    image = torch.full((3, 30, 60), 255, dtype=torch.uint8)
+    seen = views.apply(image, key="a", view=0)
+    assert seen.shape == (3, 40, 32)
+    assert bool((seen[:, :16] == 255).all())  # 60 x 30 in 32 x 40: 32 x 16
+    assert seen[:, 16:].unique(dim=1).flatten().unique().tolist() == [51, 102, 153]
+    boxes = np.array([[0, 0, 60, 30], [3, 6, 30, 9.5]])
+    moved, kept = views.apply_boxes(boxes, key="a", view=0, height=30, width=60)
+    assert bool(kept.all())
+    np.testing.assert_allclose(moved, boxes * (32 / 60), rtol=1e-6)
+    np.testing.assert_allclose(views.original_boxes(moved, height=30, width=60), boxes, rtol=1e-6)
+
+
+def test_a_crop_keeps_the_identity_that_it_had_before_letterboxes():
+    cropped = ViewSettings(size=32)
+    assert "fit" not in cropped.identity()
+    assert "fit" not in ViewSettings(fit="letterbox").identity()  # without a size the image stays as it is
+    boxed = ViewSettings(size=32, fit="letterbox")
+    assert boxed.identity()["fit"] == "letterbox"
+    assert Views(boxed).digest != Views(cropped).digest
 
 
 def test_boxes_stay_as_they_are_in_a_plain_view_and_out_of_sight_they_are_dropped():

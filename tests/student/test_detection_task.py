@@ -1,5 +1,7 @@
 """Students of boxes: the loss that mixes ground truth and cells, and mean average precision."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -119,7 +121,7 @@ def test_detections_that_are_the_truth_score_one_and_crowds_do_not_count(data, m
     from softcache.models.detection.detector import Detector
 
     task = data.task(config(None), SPEC)
-    truths = data.evaluation.truths(range(4), 0)
+    truths = [data.evaluation.source.truth(sample) for sample in range(4)]
     answer = [
         {
             "boxes": torch.from_numpy(truth.boxes),
@@ -132,7 +134,7 @@ def test_detections_that_are_the_truth_score_one_and_crowds_do_not_count(data, m
 
     def score(found):
         metric = new_metric()
-        monkeypatch.setattr(type(data.evaluation), "truths", lambda self, samples, view: found)
+        monkeypatch.setattr(type(data.evaluation), "in_original", lambda self, samples, boxes: (boxes, found))
         score_batch(
             task.build().eval(), data.evaluation, range(4), task.normalize, metric, torch.device("cpu")
         )
@@ -147,9 +149,13 @@ def test_detections_that_are_the_truth_score_one_and_crowds_do_not_count(data, m
 
 def test_a_detector_is_trained_and_scored_by_the_loop_of_all_students(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = config(tmp_path)
-    metrics, weights = train_teacher(run, open_data(run))
+    run = config(tmp_path, views={"size": 64, "flip": 0.5})
+    data = open_data(run)
+    assert data.views.settings.letterboxed
+    metrics, weights = train_teacher(run, data)
     assert weights.exists()
+    resolved = json.loads((weights.parent / "resolved.json").read_text())
+    assert open_data(build_config(resolved, "resolved.json")).views.digest == data.views.digest
     assert 0 <= metrics["map"] <= metrics["map50"] <= 1
     assert metrics["history"][0]["eval_loss"] > 0
 

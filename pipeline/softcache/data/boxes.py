@@ -259,23 +259,42 @@ class ViewedScenes(Dataset):
             rows_per_sample=self.rows_per_sample,
         )
 
-    def truths(self, samples: Sequence[int] | np.ndarray, view: int) -> list[BoxAnnotations]:
-        """Returns the truth of each of `samples` as the view shows it, crowds included: what detections are scored by."""
-        return self._seen(np.asarray(samples, np.int64), view)
+    def in_original(
+        self, samples: Sequence[int] | np.ndarray, boxes: Sequence[np.ndarray]
+    ) -> tuple[list[np.ndarray], list[BoxAnnotations]]:
+        """Returns boxes that were found in the plain view of `samples`, and their truth, to be scored against each other.
+
+        Where the plain view shows the whole image, both are in pixels of the image as it is, as COCO scores them; where it
+        is a crop, in pixels of the view, and the truth is what the crop shows.
+        """
+        numbers = np.asarray(samples, np.int64)
+        settings = self.views.settings
+        if settings.size is not None and not settings.letterboxed:
+            return list(boxes), self._seen(numbers, 0)
+        if settings.size is None:
+            return list(boxes), [self.source.truth(int(sample)) for sample in numbers]
+        placed = [
+            self.views.original_boxes(found, height=height, width=width)
+            for found, (height, width) in zip(boxes, self._sizes(numbers), strict=True)
+        ]
+        return placed, [self.source.truth(int(sample)) for sample in numbers]
+
+    def _sizes(self, samples: np.ndarray) -> list[tuple[int, int]]:
+        """Returns height and width of images as they are in the source, which need not be read where it has them at hand."""
+        if (size_of := getattr(self.source, "image_size", None)) is not None:
+            return [size_of(int(sample)) for sample in samples]
+        return [(image.shape[1], image.shape[2]) for image in self._images.read(samples)]
 
     def _seen(self, samples: np.ndarray, view: int) -> list[BoxAnnotations]:
         plain = view == 0 and self.views.settings.size is None
-        images = [None] * len(samples) if plain else self._images.read(samples)
-        return [
-            self._seen_one(int(sample), view, image) for sample, image in zip(samples, images, strict=True)
-        ]
+        sizes = [None] * len(samples) if plain else self._sizes(samples)
+        return [self._seen_one(int(sample), view, size) for sample, size in zip(samples, sizes, strict=True)]
 
-    def _seen_one(self, sample: int, view: int, image: torch.Tensor | None) -> BoxAnnotations:
+    def _seen_one(self, sample: int, view: int, size: tuple[int, int] | None) -> BoxAnnotations:
         truth = self.source.truth(sample)
-        if image is None:  # as it is
+        if size is None:  # as it is
             return truth
-        height, width = image.shape[1:]
         boxes_M4, kept_M = self.views.apply_boxes(
-            truth.boxes, key=self.source.key(sample), view=view, height=height, width=width
+            truth.boxes, key=self.source.key(sample), view=view, height=size[0], width=size[1]
         )
         return BoxAnnotations(boxes_M4, truth.classes, truth.crowd).take(kept_M)

@@ -86,7 +86,13 @@ def run_training(
             mirror=mirror,
             loss=None if config.train.labels == "ground_truth" else config.loss,
             resolved=config.model_dump(mode="json")
-            | {"train": settings.model_dump(mode="json"), "student": _as_trained(config, model)},
+            | {"train": settings.model_dump(mode="json"), "student": _as_trained(config, model)}
+            # The views as they are, with what the config leaves to the teacher or to the kind of data.
+            | (
+                {"views": views.settings.model_dump(mode="json")}
+                if (views := getattr(data, "views", None))
+                else {}
+            ),
             track=track_with,
             on_step=advance,
             on_log=log_step,

@@ -171,6 +171,15 @@ class Views:
         cut_M4, kept_M = view_boxes.visible(whole_M4, left_M4, size, erased)
         return cut_M4.astype(np.float32), kept_M
 
+    def original_boxes(self, boxes_M4: np.ndarray, *, height: int, width: int) -> np.ndarray:
+        """Returns boxes of the plain view in pixels of the image that it shows all of, cut at its edges, float64 [M, 4].
+
+        Args:
+            height, width: of the image.
+        """
+        before, after = (height, width), self.settings.scaled(height, width)
+        return view_boxes.cut(view_boxes.scaled(np.asarray(boxes_M4, np.float64), after, before), before)
+
     def _plain_boxes(
         self, boxes_M4: np.ndarray, before: tuple[int, int]
     ) -> tuple[np.ndarray, tuple[int, int]]:
@@ -179,6 +188,8 @@ class Views:
         if settings.size is None:
             return boxes_M4, before
         after, size = settings.scaled(*before), settings.sides(*before)
+        if settings.letterboxed:
+            return view_boxes.scaled(boxes_M4, before, after), size
         top, left = (settings.center(longer - side) for longer, side in zip(after, size, strict=True))
         boxes_M4 = view_boxes.scaled(boxes_M4, before, after)
         return view_boxes.transform_boxes(boxes_M4, top, left), size
@@ -233,8 +244,17 @@ class Views:
         before = (image.shape[1], image.shape[2])
         after, (height, width) = settings.scaled(*before), settings.sides(*before)
         image = view_ops.resize(image, *after, mode=settings.interpolation)
+        if settings.letterboxed:
+            return self._filled(image, height, width)
         top, left = settings.center(after[0] - height), settings.center(after[1] - width)
         return image[:, top : top + height, left : left + width].contiguous()
+
+    def _filled(self, image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Returns an image of (height, width) with this one at its top left, and the mean elsewhere: 0 for the model."""
+        grey = torch.tensor(self.settings.mean, dtype=torch.float64).mul(255).round().to(image.dtype)
+        filled = grey.expand(len(image))[:, None, None].repeat(1, height, width)
+        filled[:, : image.shape[1], : image.shape[2]] = image
+        return filled
 
     def _draw(self, image: torch.Tensor, parameters: ViewParameters) -> torch.Tensor:
         image = self._place(image, parameters.crop)

@@ -26,9 +26,10 @@ class ViewSettings(Settings):
     """[views]: what a view may do to an image.
 
     `size` is the side of the square that the model sees, or (height, width) (None keeps the image's own size). The plain
-    view scales the image by `interpolation` so that it covers `size / eval_share`, and takes the centre; `geometry` is how
-    both are rounded, "torchvision" as torchvision and timm do. `crop` is "none" (the plain view),
-    "resized" (a random rectangle of the image, scaled to `size`) or "padded" (the plain view, moved by up to
+    view scales the image by `interpolation`: with `fit = "crop"` so that it covers `size / eval_share`, of which it takes
+    the centre (`geometry` is how both are rounded, "torchvision" as torchvision and timm do); with "letterbox" so that all
+    of it is within `size`, and fills what is left at the right or the bottom with the mean. `crop` is "none" (the plain
+    view), "resized" (a random rectangle of the image, scaled to `size`) or "padded" (the plain view, moved by up to
     `padding` pixels with zeros behind it). `flip` and `erase` are probabilities. `transform` names the user's own
     function instead: `module:factory`, where factory() returns a callable of uint8 [C, H, W].
 
@@ -41,6 +42,7 @@ class ViewSettings(Settings):
     size: Size | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     geometry: Literal["floor", "torchvision"] = "floor"
+    fit: Literal["crop", "letterbox"] = "crop"
     eval_share: float = Field(0.875, gt=0, le=1)
     crop: Literal["none", "resized", "padded"] = "none"
     scale: Floats = (0.08, 1.0)
@@ -107,11 +109,18 @@ class ViewSettings(Settings):
             del found["interpolation"]
         if self.size is None or self.geometry == "floor":
             del found["geometry"]
+        if not self.letterboxed:
+            del found["fit"]
         if not (self.mixes and self.mixup_alpha and self.cutmix_alpha):
             del found["mix_switch"]
         for key in () if self.mixes else ("mixup_alpha", "cutmix_alpha", "mix_probability"):
             del found[key]
         return found
+
+    @property
+    def letterboxed(self) -> bool:
+        """Whether the plain view shows the whole image, scaled and filled up."""
+        return self.size is not None and self.fit == "letterbox"
 
     def sides(self, height: int, width: int) -> tuple[int, int]:
         """Returns height and width of a view of an image."""
@@ -120,7 +129,7 @@ class ViewSettings(Settings):
         return self.size if isinstance(self.size, tuple) else (self.size, self.size)
 
     def scaled(self, height: int, width: int) -> tuple[int, int]:
-        """Returns the height and width that the plain view scales an image to before it takes the centre.
+        """Returns the height and width that the plain view scales an image to before it takes the centre, or fills it up.
 
         With `geometry = "torchvision"` as torchvision's `Resize` of the shorter side for squares, and as timm's
         `ResizeKeepRatio` for others.
@@ -128,6 +137,10 @@ class ViewSettings(Settings):
         if self.size is None:
             return height, width
         rows, columns = self.sides(height, width)
+        if self.letterboxed:
+            if rows * width <= columns * height:
+                return rows, min(max((2 * width * rows + height) // (2 * height), 1), columns)
+            return min(max((2 * height * columns + width) // (2 * width), 1), rows), columns
         if self.geometry == "floor" and rows == columns:
             side, shorter = max(rows, round(rows / self.eval_share)), min(height, width)
             return side * height // shorter, side * width // shorter

@@ -10,6 +10,7 @@ import torch
 
 from softcache.data.boxes import DetectionBatch, ViewedScenes
 from softcache.data.sources.base import Split
+from softcache.data.transforms import ViewSettings
 from softcache.errors import ConfigError
 from softcache.labels import DetectionLabels
 from softcache.labels.sparsify import LabelSettings
@@ -41,7 +42,7 @@ class DetectionData(ImageSplits):
     def __init__(self, config: RunConfig) -> None:
         sources = [config.source.open(split) for split in SPLITS]
         channels = len(sources[0].image(0))
-        super().__init__(views_of(config, channels))
+        super().__init__(_letterboxed(views_of(config, channels)))
         check_channels(self.views.settings, channels)
         self.train, self.evaluation = (
             ViewedScenes(source, self.views, rows_per_sample=config.labels.positions.top)  # type: ignore[arg-type]
@@ -126,6 +127,13 @@ class DetectionData(ImageSplits):
             config.detection_loss,
             label,
         )
+
+
+def _letterboxed(settings: ViewSettings) -> ViewSettings:
+    """Returns views of which the plain one shows whole images, unless the config has one of the keys of a centre crop."""
+    if settings.size is None or {"fit", "eval_share", "geometry"} & settings.model_fields_set:
+        return settings
+    return settings.model_copy(update={"fit": "letterbox"})
 
 
 def _labeled(teacher: DenseTeacher, settings: LabelSettings, batch: DetectionBatch) -> DetectionLabels:

@@ -1,4 +1,8 @@
-"""Mean average precision of a detector on the plain view of a split, by torchmetrics and faster-coco-eval."""
+"""Mean average precision of a detector on the plain view of a split, by torchmetrics and faster-coco-eval.
+
+With a plain view that shows whole images (`views.fit = "letterbox"`, or no `views.size`) it is the figure that pycocotools
+gives for the same detections in pixels of the original images.
+"""
 
 from __future__ import annotations
 
@@ -60,19 +64,24 @@ def score_batch(
 ) -> torch.Tensor:
     """Adds the detections of some images to a metric; returns the images' own losses, their sum [].
 
-    A detection inside of a crowd is neither right nor wrong.
+    A detection inside of a crowd is neither right nor wrong. Boxes are compared in the pixels of `ViewedScenes.in_original`.
     """
     batch = data.load(samples, 0, fingerprints=False).to(device)
     outputs, losses = model(normalize.to(device)(batch.images), batch.targets)
     height, width = batch.images.shape[-2:]
     found = as_detector(model).detections(outputs, (height, width))
+    placed, originals = data.in_original(batch.samples, [image["boxes"].cpu().numpy() for image in found])
+    found = [
+        {**image, "boxes": torch.from_numpy(boxes).to(image["boxes"])}
+        for image, boxes in zip(found, placed, strict=True)
+    ]
     truths = [
         {
             "boxes": torch.from_numpy(truth.boxes).to(device),
             "labels": torch.from_numpy(truth.classes).to(device),
             "iscrowd": torch.from_numpy(truth.crowd).long().to(device),
         }
-        for truth in data.truths(batch.samples, 0)
+        for truth in originals
     ]
     metric.update(found, truths)
     return torch.stack(list(losses.values())).sum()

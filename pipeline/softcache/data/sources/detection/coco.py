@@ -61,6 +61,11 @@ class CocoSource(ImageFolderSource):
     def truth(self, sample: int) -> BoxAnnotations:
         return self._truths[sample]
 
+    def image_size(self, sample: int) -> tuple[int, int]:
+        """Returns height and width, which `image` checks."""
+        width, height = self._sizes[sample]
+        return height, width
+
     def image(self, sample: int) -> torch.Tensor:
         """Returns uint8 [3, H, W].
 
