@@ -200,7 +200,7 @@ def test_a_stream_is_bounded_and_kept(opened, tmp_path, monkeypatch):
     lines = [json.dumps({"text": f"w{10 + n} w5 w6", "other": n}) + "\n" for n in range(30)]
     for number in range(3):
         write(tmp_path / f"parts/train-{number}.jsonl", "".join(lines[10 * number : 10 * number + 10]))
-    monkeypatch.setattr("softcache.data.sources.text.streaming.BATCH_DOCUMENTS", 4)
+    monkeypatch.setattr("softcache.data.sources.hub.BATCH_ROWS", 4)
     path = {"path": str(tmp_path / "parts"), "streaming": True}
     expected = [[10 + n, 5, 6, 0] for n in range(30)]
     by_documents = opened(**path, max_documents=13)

@@ -20,7 +20,7 @@ def text_library(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"text source: it needs the package {module} ({error}); pip install 'softcache[text]'"
+            f"source: it needs the package {module} ({error}); pip install 'softcache[text]'"
         ) from error
 
 

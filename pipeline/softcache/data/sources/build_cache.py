@@ -4,9 +4,9 @@ What is made lies under `data_dir`:
 
     tokens/DIGEST       samples.arrow and table.json (text/table.py)
     tokenizers/DIGEST   a Hugging Face tokenizer, and bpe.json (text/tokenizer.py)
-    datasets/DIGEST     what the datasets library makes of local files (hugging_face.py)
+    datasets/DIGEST     what the datasets library makes of local files (hub.py)
     files/DIGEST        copies of objects in a bucket, and unpacked files (files.py)
-    streams/DIGEST      the start of a dataset (streaming.py)
+    streams/DIGEST      the start of a dataset (hub.py)
     shards/DIGEST       tokens of documents, while a table is made (text/shards.py)
     images/DIGEST       rows of Parquet files, to be read one by one (images/parquet.py)
     tar/DIGEST          where each picture lies in tar files (images/webdataset.py)

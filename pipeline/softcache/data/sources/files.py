@@ -2,6 +2,7 @@
 
     corpus/part-000.jsonl.gz            a file
     corpus/part-*.parquet               a glob
+    images/train-{000..127}.tar         numbers, or {a,b}: every one of these files
     corpus                              a folder
     s3://bucket/corpus/part-*.csv.zst   each of them in a bucket (s3, gs, az)
 
@@ -18,6 +19,7 @@ import gzip
 import hashlib
 import lzma
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,7 +36,7 @@ from softcache.errors import CacheNotFoundError, SourceError
 from softcache.hashing.digests import digest_json
 from softcache.runtime.logging import progress_bar
 
-__all__ = ["COMPRESSED", "CorpusFiles", "file_digest", "find_files", "suffix_of"]
+__all__ = ["COMPRESSED", "CorpusFiles", "expand_braces", "file_digest", "find_files", "suffix_of"]
 
 COPIED_BYTES, NUM_THREADS = 1 << 24, 8
 FILES_VERSION = 1
@@ -142,6 +144,10 @@ def find_files(given: str, settings: BuildSettings, *, kinds: Collection[str]) -
     if is_bucket(given):
         return _copied(given, settings, kinds)
     path = Path(given).expanduser()
+    if "{" in given and not path.exists():
+        found = [Path(os.path.abspath(Path(name).expanduser())) for name in expand_braces(given)]
+        _check_all_there(given, [str(one) for one in found if not one.is_file()], len(found))
+        return _of_kinds(given, found, kinds)
     if any(sign in given for sign in "*?[") and not path.exists():
         found = sorted(Path(os.path.abspath(name)) for name in glob.glob(str(path), recursive=True))
         return _of_kinds(given, [path for path in found if path.is_file()], kinds)
@@ -153,6 +159,35 @@ def find_files(given: str, settings: BuildSettings, *, kinds: Collection[str]) -
     if suffix_of(path.name) in kinds:
         raise SourceError(f"source.path {given!r}: no such file; check source.path")
     return None
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Returns what the braces of a pattern stand for, in order.
+
+    >>> expand_braces("a-{08..11}.tar")
+    ['a-08.tar', 'a-09.tar', 'a-10.tar', 'a-11.tar']
+    >>> expand_braces("{train,val}/0.tar")
+    ['train/0.tar', 'val/0.tar']
+    """
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        return [pattern]
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    if numbers is None:
+        parts = found[1].split(",")
+    else:
+        first, last = int(numbers[1]), int(numbers[2])
+        parts = [str(number).zfill(len(numbers[1])) for number in range(first, last + 1)]
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [whole for part in parts for whole in expand_braces(f"{before}{part}{after}")]
+
+
+def _check_all_there(given: str, missing: Sequence[str], total: int) -> None:
+    if missing:
+        raise SourceError(
+            f"source.path {given!r}: {len(missing):,} of its {total:,} files are not there, such as {missing[0]}; check the "
+            "numbers in braces, or fetch the files"
+        )
 
 
 def _of_kinds(given: str, paths: Sequence[Path], kinds: Collection[str]) -> CorpusFiles:
@@ -237,11 +272,11 @@ def _copied(url: str, settings: BuildSettings, kinds: Collection[str]) -> Corpus
 
     scheme, _, rest = url.partition("://")
     bucket, _, pattern = rest.partition("/")
-    is_glob = any(sign in pattern for sign in "*?[")
+    is_glob = any(sign in pattern for sign in "*?[{")
     is_file = not is_glob and suffix_of(pattern) in kinds
     fixed = pattern.split("/")
     if is_glob or is_file:
-        places = [number for number, part in enumerate(fixed) if any(sign in part for sign in "*?[")]
+        places = [number for number, part in enumerate(fixed) if any(sign in part for sign in "*?[{")]
         fixed = fixed[: (places or [len(fixed) - 1])[0]]
     objects = CloudObjects("/".join([f"{scheme}://{bucket}", *filter(None, fixed)]))
     pattern = "/".join(pattern.split("/")[len(fixed) :])
@@ -252,7 +287,11 @@ def _copied(url: str, settings: BuildSettings, kinds: Collection[str]) -> Corpus
             f"source.path {url!r}: no such object; check the bucket and source.path ({error})"
         ) from error
     if is_glob:
-        tags = {path: tag for path, tag in tags.items() if _matches(path, pattern)}
+        patterns = expand_braces(pattern)
+        if "{" in pattern and not any(sign in pattern for sign in "*?["):
+            _check_all_there(url, [name for name in patterns if name not in tags], len(patterns))
+            tags = {name: tags[name] for name in patterns}
+        tags = {path: tag for path, tag in tags.items() if any(_matches(path, one) for one in patterns)}
     elif not is_file:
         tags = {
             path: tag for path, tag in tags.items() if not any(p.startswith(".") for p in path.split("/"))

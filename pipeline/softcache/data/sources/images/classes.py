@@ -19,7 +19,7 @@ import numpy as np
 
 from softcache.errors import SourceError
 
-__all__ = ["ClassOrder", "Classes", "find_classes", "sort_names"]
+__all__ = ["ClassOrder", "Classes", "find_classes", "numbers_or_texts", "sort_names"]
 
 ClassOrder = Literal["lexicographic", "natural"]
 MAX_SHOWN = 10
@@ -120,6 +120,17 @@ def find_classes(
         return Classes(tuple(known), tuple(known))
     sorted_names, is_guessed = sort_names(set(labels), order)
     return Classes(tuple(sorted_names), tuple(sorted_names), is_guessed)
+
+
+def numbers_or_texts(labels: Sequence[str]) -> list[int] | list[str]:
+    """Returns labels as whole numbers, where all of them are.
+
+    >>> numbers_or_texts(["3", "10"]), numbers_or_texts(["3", "010"])
+    ([3, 10], ['3', '010'])
+    """
+    if all(label.isdecimal() and str(int(label)) == label for label in labels):
+        return [int(label) for label in labels]
+    return list(labels)
 
 
 def _given(given: str | Sequence[str], *, is_whole: bool) -> Classes:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -18,7 +17,8 @@ import xxhash
 from pydantic import Field, model_validator
 
 from softcache.data.sources.base import SOURCES, Split
-from softcache.data.sources.files import CorpusFiles, find_files
+from softcache.data.sources.files import find_files
+from softcache.data.sources.hub import is_saved, load_arguments, loading_error, quiet_datasets, saved_split
 from softcache.data.sources.splits import choose_samples
 from softcache.data.sources.text.documents import Document
 from softcache.data.sources.text.settings import TextSettings
@@ -27,7 +27,6 @@ from softcache.data.sources.text.token_rows import read_tokens
 from softcache.data.sources.text.tokenizer import is_bpe
 from softcache.errors import MissingExtraError, SourceError
 from softcache.hashing.digests import digest_json
-from softcache.runtime.optional import text_library
 
 __all__ = ["HfDocuments", "HuggingFaceTexts"]
 
@@ -209,27 +208,29 @@ class HfDocuments:
     def _table(self) -> Any:
         settings = self._settings
         try:
-            with _without_bars() as datasets:
+            with quiet_datasets() as datasets:
                 if self._settings.streaming:
                     table = self._streamed[0]
-                elif self._files is not None and _is_saved(self._files):
-                    table = self._saved(datasets)
+                elif self._files is not None and is_saved(self._files):
+                    table = saved_split(
+                        settings, self._files.root, self._hf_split, datasets=datasets, of="documents"
+                    )
                 else:
                     table = datasets.load_dataset(**self._arguments(), split=self._hf_split)
         except (MissingExtraError, SourceError):
             raise
         except Exception as error:
-            # The library raises many kinds of errors for a name that it cannot serve; the user needs to know which.
-            raise SourceError(
-                f"source.path {settings.path!r}, split {self._hf_split!r}: cannot be loaded: "
-                f"{type(error).__name__}: {error}; check source.path, source.subset and the names of the splits"
-            ) from error
+            raise loading_error(settings, self._hf_split, error) from error
         for name in self._wanted:
             if name not in table.column_names:
                 raise SourceError(
                     f"source.path {settings.path!r}: no column {name!r}; it has {', '.join(table.column_names)}"
                 )
         return table.select_columns(self._wanted)
+
+    def _arguments(self) -> dict[str, Any]:
+        digest = "" if self._files is None else self._files.digest
+        return load_arguments(self._settings, self._files, digest, self._KINDS)
 
     @property
     def _wanted(self) -> list[str]:
@@ -238,12 +239,12 @@ class HfDocuments:
     @cached_property
     def _streamed(self) -> tuple[Any, str]:
         """The table of a stream, and its digest."""
-        if self._files is not None and _is_saved(self._files):
+        if self._files is not None and is_saved(self._files):
             raise SourceError(
                 f"source.streaming: {self._settings.path!r} is a folder of save_to_disk, which is memory-mapped; drop it"
             )
         contents = None if self._files is None else self._files.digest
-        with _without_bars() as datasets:
+        with quiet_datasets() as datasets:
             return stream_documents(
                 self._settings,
                 self._arguments(),
@@ -252,48 +253,6 @@ class HfDocuments:
                 columns=self._wanted,
                 contents=contents,
             )
-
-    def _saved(self, datasets: Any) -> Any:
-        """Returns a split of a folder that `save_to_disk` wrote."""
-        assert self._files is not None
-        found = datasets.load_from_disk(str(self._files.root), keep_in_memory=False)
-        if self._settings.subset is not None:
-            raise SourceError(
-                f"source.subset: {self._settings.subset!r} of a folder that save_to_disk wrote, which has none; drop it"
-            )
-        if isinstance(found, datasets.DatasetDict):
-            return found[self._hf_split]
-        if self._settings.eval_split is not None or self._settings.train_split != "train":
-            key = "train_split" if self._settings.eval_split is None else "eval_split"
-            raise SourceError(
-                f"source.{key}: {getattr(self._settings, key)!r}, and {self._settings.path!r} is one table without splits; "
-                "drop it, and source.eval_share of the documents are held out"
-            )
-        return found
-
-    def _arguments(self) -> dict[str, Any]:
-        """What load_dataset is called with.
-
-        The library knows local files by name and time, so its cache lies under the digest of their contents.
-        """
-        subset = self._settings.subset
-        if self._files is None:
-            revision = {} if self._settings.revision is None else {"revision": self._settings.revision}
-            return {"path": self._settings.path, "name": subset, **revision}
-        cache_dir = Path(self._settings.data_dir).expanduser() / "datasets" / self._files.digest[:16]
-        files = self._files.unpacked(self._settings)
-        arguments: dict[str, Any] = {"path": str(files.root), "name": subset}
-        if not files.is_folder:
-            paths = [str(path) for path in files.paths]
-            kind = self._KINDS[files.paths[0].suffix]
-            # One file is given as one: the library's own name of its cache depends on it.
-            arguments |= {"path": kind, "data_files": paths[0] if len(paths) == 1 else paths}
-        suffixes = {path.suffix for path in files.paths}
-        if suffixes == {".txt"}:
-            arguments["sample_by"] = "paragraph"
-        elif (separated := suffixes & self._KINDS.keys()) in ({".csv"}, {".tsv"}):
-            arguments |= {"keep_default_na": False, "sep": "\t" if separated == {".tsv"} else ","}
-        return arguments | {"cache_dir": str(cache_dir.resolve())}
 
     def _keys(self) -> Iterator[str]:
         """Yields the key of each row; those of a column are read in pieces, and checked.
@@ -392,23 +351,3 @@ class HfDocuments:
                 f"{self._columns[place]!r}; expected {kind.__name__}; name another column"
             )
         return value
-
-
-def _is_saved(files: CorpusFiles) -> bool:
-    """Whether a folder is one that `save_to_disk` wrote."""
-    names = {files.name(path) for path in files.paths}
-    return files.is_folder and ("dataset_dict.json" in names or {"state.json", "dataset_info.json"} <= names)
-
-
-@contextmanager
-def _without_bars() -> Iterator[Any]:
-    """Yields the datasets library, silenced; the user's own setting comes back afterwards."""
-    datasets = text_library("datasets")
-    if datasets.are_progress_bars_disabled():
-        yield datasets
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield datasets
-    finally:
-        datasets.enable_progress_bars()
