@@ -34,7 +34,7 @@ from softcache.errors import (
     SpecError,
 )
 from softcache.models.image import build_model
-from softcache.models.weights import load_weights
+from softcache.models.weight_files import load_weights
 from softcache.reader.dataset import cached_views
 from softcache.reader.open import open_cache
 from softcache.runs import train_student

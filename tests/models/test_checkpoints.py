@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 from softcache.errors import ConfigError, SpecError
 from softcache.models.preprocessing import pretrained_views
 from softcache.models.spec import parse_spec
-from softcache.models.weights import load_weights, read_state
+from softcache.models.weight_files import load_weights, read_state
 from tests.teacher.test_class_map import SHAPE, load
 
 

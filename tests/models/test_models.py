@@ -8,7 +8,8 @@ from torch import nn
 from softcache.errors import ConfigError, LabelError, SpecError
 from softcache.models.image import Normalize, build_model
 from softcache.models.spec import architecture_of, is_same_origin, parse_spec
-from softcache.models.weights import count_parameters, load_weights, select_device
+from softcache.models.weight_files import load_weights
+from softcache.models.weights import count_parameters, select_device
 from softcache.teacher.base import TeacherSettings
 from softcache.teacher.image import ImageTeacher, load_image_teacher
 

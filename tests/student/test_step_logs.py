@@ -5,7 +5,7 @@ import json
 import pytest
 from accelerate import Accelerator
 
-from softcache.models.weights import load_weights
+from softcache.models.weight_files import load_weights
 from softcache.student import TrainSettings
 from tests.student.test_run import (
     Killed,

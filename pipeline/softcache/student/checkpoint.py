@@ -32,7 +32,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from softcache.errors import RunError, StorageError
-from softcache.models.weights import is_adapted, load_weights, trained_state
+from softcache.models.weight_files import load_weights
+from softcache.models.weights import is_adapted, trained_state
 from softcache.runtime.distributed import broadcast_from_rank0, is_rank_zero, num_ranks, rank
 from softcache.student.bucket_sync import BucketSync
 

@@ -15,7 +15,7 @@ from softcache.hashing.digests import digest_json
 from softcache.models.image import Normalize, build_model
 from softcache.models.spec import ModelSpec, parse_spec
 from softcache.models.timm_config import has_source, timm_config
-from softcache.models.weights import load_weights
+from softcache.models.weight_files import load_weights
 from softcache.runtime.linear import linear_float32
 from softcache.teacher.base import Dtype, Teacher, TeacherSettings
 from softcache.teacher.class_map import output_names, read_class_map

@@ -16,7 +16,7 @@ from softcache.hashing.digests import digest_weights
 from softcache.models.language import CausalParts, build_language_model, check_split, plain_logits, split
 from softcache.models.language.placement import WholeState, is_placed
 from softcache.models.spec import parse_spec
-from softcache.models.weights import load_weights
+from softcache.models.weight_files import load_weights
 from softcache.runtime.distributed import num_ranks
 from softcache.teacher.base import Dtype, Teacher, TeacherSettings
 from softcache.teacher.group import HIDDEN, PLAIN, TeacherGroup, join_teacher_group

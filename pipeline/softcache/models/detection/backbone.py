@@ -19,7 +19,7 @@ from torch import nn
 
 from softcache.errors import SpecError
 from softcache.models.spec import parse_spec
-from softcache.models.weights import PREFIXES, read_state
+from softcache.models.weight_files import PREFIXES, read_state
 from softcache.runtime.logging import log_info
 
 __all__ = ["LevelBackbone", "fill_backbone"]

@@ -8,7 +8,7 @@ import torch
 
 from softcache.errors import SpecError
 from softcache.models.detection.detector import Detector, num_outputs
-from softcache.models.weights import PREFIXES, read_state
+from softcache.models.weight_files import PREFIXES, read_state
 
 __all__ = ["head_outputs", "load_detector_weights", "read_detector_state"]
 

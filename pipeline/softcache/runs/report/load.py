@@ -20,7 +20,7 @@ from softcache.config.run import RunConfig
 from softcache.data.sources.base import Split
 from softcache.errors import AlignmentError, IdentityError, RunError, SpecError
 from softcache.modalities import Score, modality_of
-from softcache.models.weights import load_weights
+from softcache.models.weight_files import load_weights
 from softcache.reader.cache import Cache
 from softcache.runs import Data, open_data, open_teacher
 from softcache.runs.report.caches import describe_policy, find_caches

@@ -1,0 +1,138 @@
+"""Weights from files: state dicts, and the checkpoints that training scripts write, read safely."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from softcache.errors import SpecError
+from softcache.models.weights import frozen_names
+from softcache.runtime.logging import log_info
+
+__all__ = ["load_weights", "read_state"]
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Loads a state dict into `model`, strictly.
+
+    Of a model with adapters, the file holds what is trained.
+
+    Args:
+        path: as of `read_state`.
+
+    Raises:
+        SpecError: the file is missing, unreadable, or does not fit (the names that differ are listed).
+    """
+    state = read_state(path)
+    frozen = frozen_names(model)
+    try:
+        problems = model.load_state_dict(_renamed(state, model, frozen, path), strict=False)
+    except RuntimeError as error:  # sizes differ
+        raise SpecError(f"weights {path}: cannot be loaded: {type(error).__name__}: {error}") from error
+    missing = [name for name in problems.missing_keys if name not in frozen]
+    if missing or problems.unexpected_keys:
+        raise SpecError(
+            f"weights {path}: do not fit the model; missing {missing[:5]}, "
+            f"unexpected {problems.unexpected_keys[:5]}; check teacher.model and its arguments"
+        )
+
+
+def read_state(path: str | Path) -> dict[str, torch.Tensor]:
+    """Returns the state dict of a file of weights, or of a checkpoint of a training script.
+
+    `.safetensors` is read by safetensors, anything else by `torch.load(weights_only=True)`, which refuses to run code;
+    besides tensors it allows what training scripts put next to them: arguments, paths, NumPy's scalars. A checkpoint's
+    state dict is its entry for averaged weights (EMA), where there is one, and else the trained ones; `FILE#ENTRY` is
+    another.
+
+    Raises:
+        SpecError: the file is missing, unreadable, or has no such entry.
+    """
+    place, _, entry = str(path).partition("#") if not Path(path).is_file() else (str(path), "", "")
+    file = Path(place)
+    if not file.is_file():
+        raise SpecError(
+            f"weights {path}: no such file; run `softcache train-teacher`, or point teacher.weights at one"
+        )
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(file)
+        else:
+            with torch.serialization.safe_globals(ALLOWED):
+                state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise SpecError(
+            f"weights {path}: cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}; nothing in it was "
+            "run; expected safetensors, a state dict, or a checkpoint of tensors and plain values"
+        ) from error
+    if not isinstance(state, dict):
+        raise SpecError(f"weights {path}: a {type(state).__name__}; expected a state dict, not a whole model")
+    entries = [key for key, value in state.items() if isinstance(value, dict) and _is_state(value)]
+    if entry and entry not in entries:
+        raise SpecError(
+            f"weights {path}: no state dict {entry!r} in {file}; it has {', '.join(map(str, entries)) or 'none'}"
+        )
+    known = [key for key in (*EMA_ENTRIES, *ENTRIES) if key in entries]
+    chosen = entry or next(iter(known), "")
+    if not chosen:
+        return state
+    if not entry and chosen in EMA_ENTRIES:
+        others = ", ".join(f"{file}#{key}" for key in known[1:])
+        log_info(
+            f"weights {file}: the averaged ones, {chosen}, are taken"
+            + (f"; others are {others}" if others else "")
+        )
+    taken: dict[str, torch.Tensor] = state[chosen]
+    return taken
+
+
+EMA_ENTRIES = ("state_dict_ema", "model_ema", "ema", "ema_state_dict")
+ENTRIES = ("model", "state_dict", "model_state_dict")
+PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What DistributedDataParallel, torch.compile and Lightning's modules put in front of names."""
+OUTER_PREFIXES = ("net.", "1.")
+"""What softcache's own wrappers do: of a torchvision detector, and of a torchvision classifier of grey images."""
+SCALAR = np.float64(0).__reduce__()[0]
+ALLOWED: list[Any] = [
+    *(argparse.Namespace, pathlib.PosixPath, pathlib.PurePosixPath, np.dtype),
+    *(type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")),
+    *(SCALAR, (SCALAR, "numpy.core.multiarray.scalar")),  # as NumPy 1 calls it
+]
+"""What a pickle of weights may hold besides tensors: values that do nothing."""
+
+
+def _is_state(value: dict[Any, Any]) -> bool:
+    return bool(value) and all(isinstance(one, torch.Tensor) for one in value.values())
+
+
+def _renamed(
+    state: dict[str, torch.Tensor], model: nn.Module, frozen: set[str], path: str | Path
+) -> dict[str, torch.Tensor]:
+    """Returns a state dict with the model's own names, where they differ by what is in front of all of them; logged.
+
+    `n_averaged`, torch's count of averages, goes.
+    """
+    expected = model.state_dict().keys() - frozen
+    found = {name: value for name, value in state.items() if name != "n_averaged"}
+    taken = ""
+    while found.keys() != expected and (
+        prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in found)), "")
+    ):
+        found, taken = {name.removeprefix(prefix): value for name, value in found.items()}, taken + prefix
+    for front in OUTER_PREFIXES:
+        if {front + name for name in found} == expected:
+            log_info(f"weights {path}: names are given the prefix {front!r}, as the model has them")
+            return {front + name: value for name, value in found.items()}
+    if found.keys() != expected:
+        return state  # the names that differ are those of the file
+    if taken:
+        log_info(f"weights {path}: names are without their prefix {taken!r}, as the model has them")
+    return found
