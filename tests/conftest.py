@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # every module again.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
+import gc
 import multiprocessing
 import sys
 import uuid
@@ -23,6 +24,7 @@ from tests.support.caches import make_cache
 from tests.support.object_server import environment_of, find_weed, object_server
 
 sys.dont_write_bytecode = False
+gc.disable()  # until the tests are collected: modules are not garbage, and passes over them took a fifth of the time
 torch.set_num_threads(1)
 # Loader processes, those of a run of many and programs are forked from a server that has imported what they need: six
 # seconds, a third of it torch._dynamo, which torch's optimizers import. The fast tests train nothing in another process.
@@ -66,23 +68,38 @@ SLOW_PATHS = [
 
 
 # What `make test-programs` runs, and `make test` leaves out: softcache through other frameworks and as whole programs
-# (trainers of other libraries, examples, pages of the docs, browsers, shells, and processes that are launched and killed).
+# (trainers and models of other libraries, exported files, examples, pages of the docs, servers, browsers, shells, and
+# processes that are launched, compared and killed).
 # A file, or FILE::TEST. Every test is in one of the two, see tests/project/test_tiers.py.
 PROGRAMS = [
     "benchmarks",
     "cache/test_network_faults.py",
+    "cache/test_object_storage.py",
+    "data/test_imagefolder.py::test_loader_processes_label_and_learn_the_same",
+    "data/test_sources.py::test_digests_do_not_depend_on_the_process",
+    "data/test_text_source.py::test_a_killed_process_leaves_nothing_that_is_used_and_two_at_once_agree",
+    "data/test_text_source.py::test_digests_and_keys_do_not_depend_on_the_process",
+    "data/test_text_source.py::test_everything_is_written_under_data_dir_and_little_is_said",
+    "data/test_transforms.py::test_pixels_are_the_same_on_a_plain_cpu_with_another_hash_seed",
     "docs/test_docs_commands.py::test_a_page_can_be_followed",
     "docs/test_docs_site.py",
     "docs/test_extend.py",
     "docs/test_notebook.py",
+    "labels/test_sparsify_compiled.py::test_the_process_that_compiles_makes_the_bits_of_all_that_come_after_it",
+    "modalities/test_student_source_shown.py",
     "modalities/test_translation_processes.py",
+    "models/test_architectures.py::test_labels_are_those_of_a_plain_forward",
     "project/test_foreign_modules.py",
     "project/test_package.py::test_the_wheel_has_one_top_level_name",
+    "reader/test_alignment.py::test_nor_do_codec_processes_and_environment",
     "reliability",
     "runs/test_dask.py",
+    "runs/test_export.py",
     "runs/test_report_page.py",
+    "runs/test_sweep.py::test_a_sweep_that_is_killed_goes_on_and_its_best_trial_is_trained_as_it_says",
     "runs/test_sweep.py::test_two_processes_share_a_sweep",
     "stages/test_cli_completion.py",
+    "stages/test_cli_distill.py",
     "student/test_compile.py",
     "student/test_deepspeed.py",
     "student/test_fsdp.py",
@@ -139,6 +156,11 @@ def pytest_ignore_collect(collection_path, config):
         return True
     holds_some = is_program(path) or any(entry.startswith(f"{path.as_posix()}::") for entry in PROGRAMS)
     return (config.option.tier == "programs" and not holds_some) or None
+
+
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
