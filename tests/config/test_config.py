@@ -229,3 +229,21 @@ def test_drawn_labels_need_a_loss_that_they_estimate(tmp_path):
     assert RunConfig.model_validate(table).labels.num_samples == 5
     with pytest.raises(ValueError, match="reverse_kl cannot be estimated from classes drawn at random"):
         RunConfig.model_validate({**table, "loss": {"name": "reverse_kl"}})
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("source.part=5", "source.part: 5; expected 0 to 1 (source.num_parts)"),
+        ("views.mean=[128.0]", "views: mean [128.0] and std "),
+    ],
+)
+def test_a_message_of_several_keys_names_them_once_without_the_table(tmp_path, override, line):
+    source = 'modality = "text"\nname = "parts"\nnum_parts = 2\ntokenizer = "t"\n[source.each]\nname = "hf"\npath = "{part}"'
+    if override.startswith("views"):
+        source = 'name = "digits"\n[views]\nstd = [0.5]'
+    (tmp_path / "run.toml").write_text(f"[source]\n{source}\n")
+    with pytest.raises(ConfigError) as raised:
+        load_config(tmp_path / "run.toml", [override])
+    assert str(raised.value).splitlines()[1].startswith(f"  {line}")
+    assert "{'" not in str(raised.value)

@@ -88,8 +88,12 @@ def _explain(problem: Any) -> str:
         return f"{dotted}: missing; it has no default"
     if problem["type"] == "variant":  # of a table that is read by the variant that it names
         return f"{dotted}: {problem['msg']}; found {problem['input']!r}"
-    if problem["type"] == "value_error" and not loc:  # of the config as a whole: the message names the key
-        return str(problem["ctx"]["error"])
+    if problem["type"] == "value_error":
+        message = str(problem["ctx"]["error"])
+        if not loc or message.startswith(f"{loc[0]}."):  # of several keys: the message names them
+            return message
+        found = "" if isinstance(problem["input"], dict) else f"; found {problem['input']!r}"
+        return f"{dotted}: {message}{found}"
     line = f"{dotted}: {problem['msg'].lower()}; found {problem['input']!r}"
     choices = re.findall(r"'([^']*)'", problem.get("ctx", {}).get("expected", ""))
     if problem["type"] == "literal_error" and (hint := did_you_mean(str(problem["input"]), choices)):

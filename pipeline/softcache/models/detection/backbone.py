@@ -161,7 +161,7 @@ def fill_backbone(body: nn.Module, path: str | Path) -> None:
     """Loads what a backbone has of a classifier's state dict; what else is in the file, such as its head, is not used.
 
     Args:
-        path: as of `softcache.models.weights.read_state`.
+        path: as of `softcache.models.weight_files.read_state`.
 
     Raises:
         SpecError: a tensor of the backbone is not in the file, or of another shape there.

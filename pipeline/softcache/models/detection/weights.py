@@ -30,7 +30,7 @@ def head_outputs(detector: Detector, state: dict[str, torch.Tensor]) -> int:
 
 
 def read_detector_state(path: str | Path) -> dict[str, torch.Tensor]:
-    """Returns the state dict of a file of weights by torchvision's names; see `softcache.models.weights.read_state`."""
+    """Returns the state dict of a file of weights by torchvision's names; see `softcache.models.weight_files.read_state`."""
     state = read_state(path)
     while prefix := next(
         (p for p in (*PREFIXES, "net.") if state and all(name.startswith(p) for name in state)), ""
