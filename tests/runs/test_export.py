@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import AutoTokenizer
 
+from softcache.data.transforms import Views, ViewSettings
 from softcache.errors import CorruptionError, MissingExtraError, RunError, SpecError
 from softcache.runs import train_student
 from softcache.runs.export import ExportSettings, check_drop, export_run, load_onnxruntime
 from softcache.runs.export import run as running
 from softcache.runs.export.benchmark import count_flops, load_onnx, load_pt2
+from softcache.runs.export.description import describe, describe_images, image_processor, write_companions
+from softcache.runs.export.folder import ExportFolder
 from softcache.runs.export.formats import export_program
 from softcache.runs.report import open_report
 from softcache.student.tasks.inference import ImageServing, TokenServing
@@ -100,6 +104,77 @@ def test_the_int8_file_holds_int8_weights(trained):
     assert len(weights) == len(convolutions) == 4
     kept = [t.name for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT and len(t.dims) == 4]
     assert not [name for name in kept if not name.startswith("normalize.")]
+
+
+def test_files_name_their_classes_and_how_images_are_made(trained):
+    import onnx
+
+    _, out, figures = trained
+    names = [str(number) for number in range(10)]
+    for name in ("student.onnx", "student.int8.onnx"):
+        held = {entry.key: entry.value for entry in onnx.load(out / name).metadata_props}
+        assert held["student"] == "cnn?width=4"
+        assert json.loads(held["class_names"]) == names
+        assert json.loads(held["preprocessing"]) == figures["preprocessing"]
+    extra = {"metadata.json": ""}
+    torch.export.load(out / "student.pt2", extra_files=extra)
+    assert json.loads(json.loads(extra["metadata.json"])["class_names"]) == names
+    assert figures["class_names"] == names
+    made = figures["preprocessing"]
+    assert (made["size"], made["mean"], made["std"], made["input_shape"]) == (None, [0.3], [0.4], [1, 8, 8])
+    card = (out / "README.md").read_text()
+    assert "Classes: 0 0, 1 1, 2 2" in card
+    assert "Preprocessing: input_shape [1, 8, 8]" in card
+    assert json.loads((out / "preprocessor_config.json").read_text())["image_mean"] == [0.3]
+
+
+@pytest.mark.parametrize(
+    "how", [{"interpolation": "bicubic", "geometry": "torchvision"}, {"eval_share": 1.0}]
+)
+def test_transformers_makes_the_input_of_the_files(how, tmp_path):
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    pixels = np.random.RandomState(0).randint(0, 256, (5, 7, 3), np.uint8)
+    photo = Image.fromarray(pixels).resize((90, 60), Image.Resampling.BICUBIC)
+    views = Views(ViewSettings(size=32, **how))
+    serving = ImageServing(nn.Identity(), nn.Identity(), (3, 32, 32))
+    config = image_processor(describe_images(views, serving))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    made = AutoImageProcessor.from_pretrained(tmp_path)(photo, return_tensors="pt")["pixel_values"]
+    wanted = views.apply(torch.from_numpy(np.array(photo)).permute(2, 0, 1), key="a", view=0)
+    assert made.shape == (1, 3, 32, 32)
+    assert (made[0].float() - wanted.float()).abs().max() <= 2
+
+
+def test_views_that_transformers_has_no_processor_for_are_described(tmp_path):
+    serving = ImageServing(nn.Identity(), nn.Identity(), (3, 32, 48))
+    for views in (Views(ViewSettings(size=(32, 48))), Views(ViewSettings(size=(32, 48), fit="letterbox"))):
+        config = image_processor(describe_images(views, serving))
+        assert "image_processor_type" not in config
+        assert config["softcache"]["size"] == (32, 48)
+
+
+def test_a_timm_student_loads_in_timm(tmp_path):
+    import timm
+
+    run = train(tmp_path, "timm:test_efficientnet", train={"epochs": 1}, source={"max_train_samples": 100})
+    report = open_report([run])
+    task, model = report.student(report.runs[0])
+    serving = task.serve(model)
+    folder = ExportFolder(tmp_path / "out", {})
+    write_companions(folder, task, model, "timm:test_efficientnet", describe(report, report.runs[0], serving))
+    images = task.normalize(report.data.evaluation.load(range(4), 0).images)
+    exported = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    weights = timm.create_model(
+        "test_efficientnet", num_classes=10, in_chans=1, checkpoint_path=run / "model.safetensors"
+    ).eval()
+    with torch.no_grad():
+        assert torch.equal(exported(images), model(images))
+        assert torch.equal(weights(images), model(images))
+    assert exported.pretrained_cfg["mean"] == [0.3]
+    assert exported.pretrained_cfg["input_size"] == (1, 8, 8)
+    assert exported.pretrained_cfg["label_names"] == [str(number) for number in range(10)]
 
 
 def test_a_finished_export_is_reported_not_repeated(trained, monkeypatch):
@@ -227,6 +302,10 @@ def test_a_language_model_exports_for_any_batch_and_length(tmp_path):
     for shape in ((1, 1), (3, 9), (2, 32)):
         assert onnx(torch.zeros(shape, dtype=torch.int64)).shape[:2] == shape
     assert os.path.getsize(tmp_path / "out" / "student.int8.onnx") > 0
+    assert figures["class_names"] is None
+    assert figures["preprocessing"]["context"] == 32
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("def f")["input_ids"] == data.tokenizer("def f")["input_ids"]
 
 
 def test_documents_are_asked_for_one_by_one(tmp_path):

@@ -5,6 +5,7 @@ quantize.py     int8 from ONNX, by onnxruntime
 benchmark.py    agreement, held-out scores, FLOPs, latency in turns
 teacher.py      the teacher, compared with a student that has other inputs
 folder.py       the directory: identity, digests, atomic files
+description.py  class names and preprocessing, as other libraries read them
 model_card.py   the table, and the card in Markdown
 run.py          all of that for one run
 """

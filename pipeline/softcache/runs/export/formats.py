@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,26 @@ def export_program(serving: Serving, example: torch.Tensor, *, name: str) -> tor
         return torch.export.export(serving.module, (example,), dynamic_shapes=(axes,), strict=False)
 
 
-def write_pt2(program: torch.export.ExportedProgram, path: Path, *, name: str) -> None:
-    """Writes the program; `torch.export.load(path).module()` runs it."""
+def write_pt2(
+    program: torch.export.ExportedProgram, path: Path, *, name: str, metadata: Mapping[str, str]
+) -> None:
+    """Writes the program; `torch.export.load(path).module()` runs it, and it holds `metadata.json` as an extra file."""
     with _exporting(name, "torch.export"):
-        torch.export.save(program, path)
+        torch.export.save(program, path, extra_files={"metadata.json": json.dumps(dict(metadata))})
 
 
-def write_onnx(program: torch.export.ExportedProgram, path: Path, *, serving: Serving, name: str) -> None:
+def write_onnx(
+    program: torch.export.ExportedProgram,
+    path: Path,
+    *,
+    serving: Serving,
+    name: str,
+    metadata: Mapping[str, str],
+) -> None:
     """Writes the program as ONNX, checked by onnx.checker.
+
+    Args:
+        metadata: its `metadata_props`.
 
     Raises:
         SpecError: an operation has no ONNX form.
@@ -89,6 +102,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, *, serving: Se
         model = written.model_proto
         for axis, label in axes.items():
             _rename(model, model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param, label)
+        onnx.helper.set_model_props(model, dict(metadata))
         onnx.checker.check_model(model, full_check=True)
         onnx.save(model, path)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 __all__ = ["latency_table", "measurement_note", "model_table", "write_card"]
 
+SHOWN_CLASSES = 100
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 
 
@@ -108,6 +109,7 @@ def write_card(path: Path, figures: dict[str, Any], files: dict[str, dict[str, A
         f"A student with {figures['classes']:,} classes, trained with softcache{learnt_from}.",
         "## Input and output",
         contract,
+        *_described(figures),
         "## Figures",
         *tables,
         measurement_note(figures) + ".",
@@ -116,6 +118,19 @@ def write_card(path: Path, figures: dict[str, Any], files: dict[str, dict[str, A
         made_with,
     ]
     path.write_text("\n\n".join(parts) + "\n")
+
+
+def _described(figures: dict[str, Any]) -> list[str]:
+    """Returns the paragraphs on classes and preprocessing."""
+    made = {key: value for key, value in figures.get("preprocessing", {}).items() if value is not None}
+    parts = (
+        ["Preprocessing: " + ", ".join(f"{key} {value}" for key, value in made.items()) + "."] if made else []
+    )
+    if names := figures.get("class_names"):
+        shown = [f"{number} {name}" for number, name in enumerate(names[:SHOWN_CLASSES])]
+        rest = f", … ({len(names):,} in `distill.json`)" if len(names) > SHOWN_CLASSES else ""
+        parts.append(f"Classes: {', '.join(shown)}{rest}.")
+    return parts
 
 
 def _markdown(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

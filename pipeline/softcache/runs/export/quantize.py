@@ -20,7 +20,7 @@ __all__ = ["count_int8_weights", "quantize"]
 
 
 def quantize(source: Path, path: Path, *, serving: Serving, samples: Iterable[np.ndarray], name: str) -> None:
-    """Writes `source`, an ONNX file, with int8 weights to `path`.
+    """Writes `source`, an ONNX file, with int8 weights and the same metadata to `path`.
 
     Args:
         samples: inputs [N, ...] of the training split; read where quantization is static.
@@ -28,6 +28,7 @@ def quantize(source: Path, path: Path, *, serving: Serving, samples: Iterable[np
     Raises:
         SpecError: nothing in the graph can be quantized.
     """
+    import onnx
     from onnxruntime.quantization import QuantFormat, QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.calibrate import CalibrationDataReader
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -57,6 +58,12 @@ def quantize(source: Path, path: Path, *, serving: Serving, samples: Iterable[np
             quantize_dynamic(
                 prepared, path, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm", "Gather"]
             )
+    quantized = onnx.load(path)
+    onnx.helper.set_model_props(
+        quantized,
+        {entry.key: entry.value for entry in onnx.load(source, load_external_data=False).metadata_props},
+    )
+    onnx.save(quantized, path)
     if not count_int8_weights(path):
         raise SpecError(
             f"student {name}: onnxruntime found nothing to quantize in it; "

@@ -32,6 +32,7 @@ from softcache.runs.export.benchmark import (
     requests,
     run_module,
 )
+from softcache.runs.export.description import describe, metadata_of, write_companions
 from softcache.runs.export.folder import ExportFolder
 from softcache.runs.export.formats import export_program, write_onnx, write_pt2
 from softcache.runs.export.model_card import write_card
@@ -122,9 +123,12 @@ def export_run(
     with folder.locked():
         figures: dict[str, Any] | None = folder.read_json("distill.json")
         if figures is None:
-            _write_files(report, run, serving, folder, settings, progress)
+            description = describe(report, run, serving)
+            write_companions(folder, task, model, run.model, description)
+            metadata = metadata_of(run.model, description)
+            _write_files(report, run, serving, folder, settings, metadata, progress)
             progress("measuring")
-            figures = _measure(report, run, serving, folder, settings) | {"cost": cost or {}}
+            figures = _measure(report, run, serving, folder, settings) | description | {"cost": cost or {}}
         check_tolerance(figures, settings.tolerance, folder.path)
         folder.make_json("distill.json", figures)
         files = {name: folder.files[name] for name in EXPORTED}
@@ -138,6 +142,7 @@ def _write_files(
     serving: Serving,
     folder: ExportFolder,
     settings: ExportSettings,
+    metadata: dict[str, str],
     progress: Callable[[str], None],
 ) -> None:
     missing = [name for name in EXPORTED if name not in folder.files]
@@ -148,9 +153,12 @@ def _write_files(
     example = first_inputs(own.evaluation, serving, 2)
     if {*FLOAT_FILES} & {*missing}:
         program = export_program(serving, example, name=run.model)
-        folder.make("student.pt2", lambda path: write_pt2(program, path, name=run.model))
+        folder.make("student.pt2", lambda path: write_pt2(program, path, name=run.model, metadata=metadata))
         progress("ONNX")
-        folder.make("student.onnx", lambda path: write_onnx(program, path, serving=serving, name=run.model))
+        folder.make(
+            "student.onnx",
+            lambda path: write_onnx(program, path, serving=serving, name=run.model, metadata=metadata),
+        )
     progress(f"int8 ({serving.quantization})")
     source = folder.path / "student.onnx"
     samples = _calibration(own.train, serving, settings.calibration_samples)

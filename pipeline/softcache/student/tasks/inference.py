@@ -87,11 +87,11 @@ class ImageServing:
 
     def __init__(self, model: nn.Module, normalize: nn.Module, input_shape: tuple[int, ...]) -> None:
         self.module = _Images(normalize, model).float().cpu().eval()
-        self._shape = input_shape
+        self.input_shape = input_shape
 
     @property
     def contract(self) -> str:
-        shape = ", ".join(map(str, self._shape))
+        shape = ", ".join(map(str, self.input_shape))
         return f"images of shape [batch, {shape}], as the config's views give them (uint8, 0 to 255); normalised inside"
 
     @property
