@@ -5,6 +5,8 @@
     timm:NAME[?arg=…]                                         timm.create_model; also timm:hf-hub:OWNER/NAME and
                                                               timm:local-dir:FOLDER, with their weights
     torchvision:NAME[?arg=…]                                  torchvision.models.get_model
+    hf:NAME_OR_FOLDER, hf-config:NAME_OR_FOLDER               transformers' AutoModelForImageClassification
+    hf-zero-shot:NAME_OR_FOLDER[?template=…]                  CLIP or SigLIP as a classifier of class names
     package.module:factory[?arg=…]                            your own; called with the arguments you
                                                               give, plus num_classes and input_shape
                                                               where its signature takes them
@@ -17,7 +19,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -25,8 +27,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from softcache.errors import SpecError
+from softcache.errors import MissingExtraError, SpecError
 from softcache.models.byte_classifier import ByteClassifier
+from softcache.models.hugging_face import build_hf_model, hf_scheme
 from softcache.models.spec import ModelSpec, parse_spec
 from softcache.models.timm_config import has_source
 from softcache.runtime.suggest import closest_matches
@@ -40,13 +43,16 @@ def _unknown(spec: str, name: str, known: Iterable[str]) -> SpecError:
     return SpecError(f"model {spec!r}: unknown name {name!r}; nearest: {', '.join(near)}")
 
 
-def build_model(spec: str, *, num_classes: int | None, input_shape: tuple[int, ...]) -> nn.Module:
+def build_model(
+    spec: str, *, num_classes: int | None, input_shape: tuple[int, ...], class_names: Sequence[str] = ()
+) -> nn.Module:
     """Returns a freshly initialised module for inputs of `input_shape`.
 
     Args:
         spec: see the module docstring.
         num_classes: V, the width of the logits; None: what the model has by itself, or by its spec's arguments.
         input_shape: (channels, height, width) of one normalised image; (bytes,) of the longest encoded file.
+        class_names: [V], of which a zero-shot head makes its texts.
 
     Raises:
         SpecError: unknown name (the nearest ones are listed) or arguments that the model refuses.
@@ -56,13 +62,15 @@ def build_model(spec: str, *, num_classes: int | None, input_shape: tuple[int, .
         parsed.family
     ]
     try:
+        if hf_scheme(parsed):
+            return build_hf_model(parsed, num_classes, input_shape, class_names)
         model = build(spec, parsed, num_classes, input_shape)
         if len(input_shape) > 1 and any(
             isinstance(parameter, UninitializedParameter) for parameter in model.parameters()
         ):
             model(torch.zeros(2, *input_shape))  # lazy modules take their shapes from a first batch
         return model
-    except SpecError:
+    except (SpecError, MissingExtraError):
         raise
     except Exception as error:
         # A third-party constructor may raise anything; the user needs to know which spec it was.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from softcache.errors import SpecError
+from softcache.models.hugging_face import hf_scheme, hf_views
 from softcache.models.spec import ModelSpec
 from softcache.models.timm_config import timm_config
 
@@ -15,12 +16,15 @@ def pretrained_views(parsed: ModelSpec) -> dict[str, Any]:
     """Returns what the keys of [views] are for a timm or torchvision model's weights; empty where it is not known.
 
     Of timm they are those of `timm.data.resolve_model_data_config`, of torchvision's classifiers those of the weights'
-    transforms, and of its detectors mean and std, which the module itself has whatever its weights.
+    transforms, and of its detectors mean and std, which the module itself has whatever its weights;
+    of transformers' those of the image processor.
 
     Raises:
         SpecError: there are no such weights, or they are of no classifier and no detector.
     """
     try:
+        if hf_scheme(parsed):
+            return hf_views(parsed)
         if parsed.family == "timm":
             return _of_timm(parsed)
         if parsed.family == "torchvision" and parsed.name.startswith(("fcos_", "retinanet_", "ssd")):

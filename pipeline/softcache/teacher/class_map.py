@@ -5,7 +5,8 @@
     {"tench": 0, "English springer": 217, …}    by the source's class names
     [0, 217, …]                                 in the order of the source's classes
     auto                                        by the names that the teacher's weights come with: ImageNet's synsets
-                                                (n01440764) of timm's models, the categories of torchvision's weights
+                                                (n01440764) of timm's models, the categories of torchvision's weights,
+                                                id2label of transformers' models
 
 The labels are the softmax over the chosen outputs: what the teacher believes, given that it is one of the source's classes.
 """
@@ -21,14 +22,18 @@ from typing import Any
 from torch import nn
 
 from softcache.errors import ConfigError
+from softcache.models.hugging_face import hf_output_names, hf_scheme
 from softcache.models.spec import ModelSpec
+from softcache.runtime.logging import log_info
 from softcache.runtime.suggest import closest_matches
 
-__all__ = ["output_names", "read_class_map"]
+__all__ = ["check_class_order", "output_names", "read_class_map"]
 
 
 def output_names(model: nn.Module, parsed: ModelSpec) -> list[str]:
     """Returns the names of a model's outputs that its weights come with; empty where they are not known."""
+    if hf_scheme(parsed):
+        return hf_output_names(parsed)
     if parsed.family == "timm":
         from timm.data import ImageNetInfo, infer_imagenet_subset
 
@@ -41,6 +46,49 @@ def output_names(model: nn.Module, parsed: ModelSpec) -> list[str]:
         weights: Any = models.get_model_weights(parsed.name)[str(parsed.args["weights"]).rpartition(".")[2]]
         return list(weights.meta.get("categories", []))
     return []
+
+
+def check_class_order(
+    class_names: Sequence[str], names: Sequence[str], *, spec: str, order_is_guessed: bool = False
+) -> None:
+    """Checks that the outputs of a teacher without a class map are the source's classes, in their order, as far as is known.
+
+    Args:
+        class_names: [V] of the source.
+        names: [V] of the outputs; empty where they are not known.
+        order_is_guessed: the source has sorted its classes, and timm would sort them differently.
+
+    Raises:
+        ConfigError: they are not, or the order of the classes has to be given.
+    """
+    plain = [[_plain(name) for name in part] for part in (class_names, names)]
+    if plain[0] == plain[1]:
+        return
+    if set(plain[0]) & set(plain[1]):
+        number, here, there = next(
+            (number, here, there)
+            for number, (here, there) in enumerate(zip(class_names, names, strict=True))
+            if _plain(here) != _plain(there)
+        )
+        raise ConfigError(
+            f"teacher.model {spec}: its outputs are other classes, or in another order: class {number} of the source is "
+            f'{here!r}, output {number} is {there!r}; set teacher.class_map = "auto" (by names), or to a JSON file'
+        )
+    if names:
+        log_info(
+            f"teacher {spec}: its outputs are called otherwise than the source's classes ({names[0]!r} for "
+            f"{class_names[0]!r}, {names[-1]!r} for {class_names[-1]!r}); they are taken to be the same, in the same order"
+        )
+    elif order_is_guessed:
+        raise ConfigError(
+            f"teacher.model {spec}: the order of its outputs is not known, and the source's classes are sorted as texts "
+            f"({', '.join(class_names[:3])}, …), which timm's scripts sort by number and without regard to case; set "
+            'source.class_order to "natural" (timm) or "lexicographic" (torchvision, ImageFolder), or source.class_names'
+        )
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", " ").replace("-", " ")
 
 
 def read_class_map(

@@ -12,13 +12,14 @@ from torch import nn
 from softcache.data.images import ImageBatch
 from softcache.errors import ConfigError, LabelError
 from softcache.hashing.digests import digest_json
+from softcache.models.hugging_face import hf_scheme, num_hf_outputs
 from softcache.models.image import Normalize, build_model
 from softcache.models.spec import ModelSpec, parse_spec
 from softcache.models.timm_config import has_source, timm_config
 from softcache.models.weight_files import load_weights
 from softcache.runtime.linear import linear_float32
 from softcache.teacher.base import Dtype, Teacher, TeacherSettings
-from softcache.teacher.class_map import output_names, read_class_map
+from softcache.teacher.class_map import check_class_order, output_names, read_class_map
 
 __all__ = ["ImageTeacher", "check_repeatable", "load_image_teacher"]
 
@@ -96,38 +97,59 @@ def load_image_teacher(
     input_shape: tuple[int, int, int],
     normalize: Normalize,
     class_names: Sequence[str] = (),
+    order_is_guessed: bool = False,
     device: torch.device,
     dtype: Dtype,
 ) -> ImageTeacher:
     """Returns the teacher of a config, its weights loaded.
+
+    Args:
+        class_names: [V] of the source.
+        order_is_guessed: the source has sorted its classes by name, and the teacher was not trained on it by softcache.
 
     Raises:
         ConfigError: no weights are named, for a model that would otherwise be random; its pretrained head has other classes;
             `teacher.class_map` does not fit.
         SpecError: the model or its weights cannot be loaded.
     """
-    parsed = parse_spec(settings.model)
-    pretrained = parsed.args.get("pretrained") or parsed.args.get("weights") or parsed.family == "factory"
+    parsed, scheme = parse_spec(settings.model), hf_scheme(parse_spec(settings.model))
+    pretrained = (
+        parsed.args.get("pretrained")
+        or parsed.args.get("weights")
+        or (parsed.family == "factory" and scheme != "hf-config")
+    )
     pretrained = pretrained or (parsed.family == "timm" and has_source(parsed.name))
     if settings.weights is None and not pretrained:
         raise ConfigError(
             f"teacher.weights: missing, and {settings.model} would be random; give a weights file "
             "(safetensors or a state dict), or a pretrained model such as timm:NAME?pretrained=true"
         )
-    if settings.class_map is None and settings.weights is None and parsed.family == "timm":
+    if scheme == "hf-zero-shot":
+        for key in ("class_map", "weights"):
+            if getattr(settings, key) is not None:
+                raise ConfigError(
+                    f"teacher.{key}: {settings.model} makes an output of each class name with the weights of its folder; "
+                    "drop it"
+                )
+    if settings.class_map is None and settings.weights is None:
         _check_pretrained_head(parsed, num_classes)
     build = partial(
         build_model,
         settings.model,
         num_classes=None if settings.class_map else num_classes,
         input_shape=input_shape,
+        class_names=class_names,
     )
     model = build()
     if settings.weights is not None:
         load_weights(model, settings.weights)
-    else:
+    elif not scheme:  # transformers reports missing weights
         check_repeatable(model, build(), settings.model)
     num_outputs, class_map = num_classes, None
+    if settings.class_map is None and scheme != "hf-zero-shot":
+        names = output_names(model, parsed) if settings.weights is None else []
+        names = names if len(names) == num_classes == len(class_names) else []
+        check_class_order(class_names, names, spec=settings.model, order_is_guessed=order_is_guessed)
     if settings.class_map is not None:
         with torch.inference_mode():
             num_outputs = model.eval()(torch.zeros(1, *input_shape)).shape[-1]
@@ -151,16 +173,21 @@ def load_image_teacher(
 
 
 def _check_pretrained_head(parsed: ModelSpec, num_classes: int) -> None:
-    """Checks that timm loads a pretrained head for so many classes; for another number it makes a random one, silently.
+    """Checks that a pretrained head has so many classes; for another number, libraries make a random one, silently.
 
     Raises:
         ConfigError: it would.
     """
-    found = (timm_config(parsed) or {}).get("num_classes")
+    if hf_scheme(parsed):
+        found, spec, library = num_hf_outputs(parsed), parsed.name, "transformers"
+    elif parsed.family == "timm":
+        found, spec, library = (timm_config(parsed) or {}).get("num_classes"), f"timm:{parsed.name}", "timm"
+    else:
+        return
     if found is not None and found != num_classes:
         raise ConfigError(
-            f"teacher.model: the pretrained head of timm:{parsed.name} has {found:,} classes, the source has "
-            f"{num_classes:,}: timm would make a random head for them; set teacher.class_map (which outputs are its "
+            f"teacher.model: the pretrained head of {spec} has {found:,} classes, the source has "
+            f"{num_classes:,}: {library} would make a random head for them; set teacher.class_map (which outputs are its "
             "classes), or teacher.weights to a file with a head of that size"
         )
 

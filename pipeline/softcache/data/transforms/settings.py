@@ -28,7 +28,8 @@ class ViewSettings(Settings):
     `size` is the side of the square that the model sees, or (height, width) (None keeps the image's own size). The plain
     view scales the image by `interpolation`: with `fit = "crop"` so that it covers `size / eval_share`, of which it takes
     the centre (`geometry` is how both are rounded, "torchvision" as torchvision and timm do); with "letterbox" so that all
-    of it is within `size`, and fills what is left at the right or the bottom with the mean. `crop` is "none" (the plain
+    of it is within `size`, and fills what is left at the right or the bottom with the mean; with "stretch" each side to
+    that of `size`. `crop` is "none" (the plain
     view), "resized" (a random rectangle of the image, scaled to `size`) or "padded" (the plain view, moved by up to
     `padding` pixels with zeros behind it). `flip` and `erase` are probabilities. `transform` names the user's own
     function instead: `module:factory`, where factory() returns a callable of uint8 [C, H, W].
@@ -42,7 +43,7 @@ class ViewSettings(Settings):
     size: Size | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     geometry: Literal["floor", "torchvision"] = "floor"
-    fit: Literal["crop", "letterbox"] = "crop"
+    fit: Literal["crop", "letterbox", "stretch"] = "crop"
     eval_share: float = Field(0.875, gt=0, le=1)
     crop: Literal["none", "resized", "padded"] = "none"
     scale: Floats = (0.08, 1.0)
@@ -109,7 +110,7 @@ class ViewSettings(Settings):
             del found["interpolation"]
         if self.size is None or self.geometry == "floor":
             del found["geometry"]
-        if not self.letterboxed:
+        if self.size is None or self.fit == "crop":
             del found["fit"]
         if not (self.mixes and self.mixup_alpha and self.cutmix_alpha):
             del found["mix_switch"]
@@ -137,6 +138,8 @@ class ViewSettings(Settings):
         if self.size is None:
             return height, width
         rows, columns = self.sides(height, width)
+        if self.fit == "stretch":
+            return rows, columns
         if self.letterboxed:
             if rows * width <= columns * height:
                 return rows, min(max((2 * width * rows + height) // (2 * height), 1), columns)

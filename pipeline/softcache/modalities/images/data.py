@@ -8,7 +8,7 @@ from softcache.data.batch import Dataset
 from softcache.data.images import ViewedSource
 from softcache.modalities.images.splits import ImageSplits
 from softcache.modalities.images.student import StudentImages
-from softcache.modalities.images.views import check_channels, check_replays, views_of
+from softcache.modalities.images.views import check_channels, check_replays, is_trained_here, views_of
 from softcache.models.image import build_model
 from softcache.models.weights import float32_weights, select_device
 from softcache.reader.cache import Cache
@@ -79,6 +79,8 @@ class ImageData(ImageSplits):
             input_shape=self.input_shape,
             normalize=self.normalize(),
             class_names=self.train.source.class_names,
+            order_is_guessed=getattr(self.train.source, "order_is_guessed", False)
+            and not is_trained_here(settings.weights),
             device=select_device(config.capture.device),
             dtype=config.capture.dtype,
         )

@@ -17,7 +17,7 @@ from softcache.runtime.logging import log_info
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
 
-__all__ = ["check_channels", "check_replays", "views_of"]
+__all__ = ["check_channels", "check_replays", "is_trained_here", "views_of"]
 
 TRIED = 4
 """Samples on which a custom transform is tried twice."""
@@ -33,7 +33,7 @@ def views_of(config: RunConfig, channels: int) -> ViewSettings:
         channels: of the source's images.
     """
     settings, teacher = config.views, config.teacher
-    if teacher is None or config.train_teacher is not None or _is_trained_here(teacher.weights):
+    if teacher is None or config.train_teacher is not None or is_trained_here(teacher.weights):
         return settings
     found = pretrained_views(parse_spec(teacher.model))
     for key in found.keys() & {"mean", "std"} if channels != 3 else ():
@@ -62,7 +62,7 @@ def views_of(config: RunConfig, channels: int) -> ViewSettings:
     return ViewSettings.model_validate(settings.model_dump(exclude_unset=True) | filled)
 
 
-def _is_trained_here(weights: str | None) -> bool:
+def is_trained_here(weights: str | None) -> bool:
     """Returns whether weights are in the folder of a training run of softcache's, made on its own [views]."""
     return weights is not None and (Path(weights.partition("#")[0]).parent / "resolved.json").is_file()
 
