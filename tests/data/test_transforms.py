@@ -10,6 +10,7 @@ import pickle
 import random
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from pydantic import ValidationError
 from softcache.data.sources import open_source
 from softcache.data.transforms import ViewParameters, Views, ViewSettings
 from softcache.data.transforms import ops as view_ops
-from softcache.data.transforms.parameters import RANGES
+from softcache.data.transforms.parameters import AUTOAUGMENT, RANGES
 from softcache.errors import SpecError
 from tests.support.caches import ROOT
 from tests.support.programs import run_program
@@ -264,6 +265,57 @@ def test_erase_blanks_its_rectangle_and_spares_the_source():
     assert torch.equal(image, before)
 
 
+def test_what_is_erased_is_black_the_mean_or_normal_noise():
+    image, settings = photo(3, 60, 80), {"erase": 1.0, "mean": [0.4, 0.5, 0.6], "std": [0.2, 0.1, 0.15]}
+    top, left, height, width = views(**settings).parameters("a", 1, 60, 80).erase
+    for fill in ("black", "mean", "noise"):
+        out = views(**settings, erase_fill=fill).apply(image, key="a", view=1)
+        erased = out[:, top : top + height, left : left + width].double()
+        out[:, top : top + height, left : left + width] = image[:, top : top + height, left : left + width]
+        assert torch.equal(out, image)
+        if fill == "noise":
+            z = (erased / 255 - torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1)) / torch.tensor(
+                [0.2, 0.1, 0.15]
+            ).view(3, 1, 1)
+            assert abs(float(z.mean())) < 4 / z.numel() ** 0.5
+            assert abs(float(z.std()) - 1) < 0.05
+            assert len(z.unique()) > 200
+        else:
+            expected = [0, 0, 0] if fill == "black" else [102, 128, 153]
+            assert (erased == torch.tensor(expected).view(3, 1, 1)).all()
+    assert views(erase=0.3).digest == views(erase=0.3, erase_fill="black").digest
+    assert views(erase_fill="mean").digest == views().digest
+    assert views(erase=0.3, erase_fill="mean").digest != views(erase=0.3).digest
+
+
+def test_autoaugment_and_three_augment_draw_as_their_papers_have_them():
+    drawn = Counter()
+    for number in range(3000):
+        ((name, strength),) = views(augment="three_augment").parameters(str(number), 1, 9, 9).ops
+        drawn[name] += 1
+        assert {"grayscale": 0, "solarize": 128}.get(name, strength) == strength
+        assert 0.1 <= strength < 2 or name != "gaussian_blur"
+    assert all(abs(drawn[name] / 3000 - 1 / 3) < 0.04 for name in ("grayscale", "solarize", "gaussian_blur"))
+    ops = [views(augment="autoaugment").parameters(str(number), 1, 9, 9).ops for number in range(4000)]
+    assert max(map(len, ops)) == 2
+    mean = sum(map(len, ops)) / 4000
+    pairs = [probability for pair in AUTOAUGMENT for _, probability, _ in pair]
+    assert abs(mean - 2 * sum(pairs) / len(pairs)) < 0.05
+    turns = [strength for pair in ops for name, strength in pair if name == "rotate"]
+    assert set(turns) == {s * 30 * level / 9 for level in (3, 8, 9) for s in (-1, 1)}
+    assert abs(np.mean(np.sign(turns))) < 0.1
+
+
+def test_autoaugments_policy_is_torchvisions():
+    transforms = pytest.importorskip("torchvision.transforms.v2")
+    names = {name.replace("_", ""): name for name in (*RANGES, "invert")}
+    theirs = transforms.AutoAugment()._policies
+    assert [
+        tuple((names[name.lower()], probability, level or 0) for name, probability, level in pair)
+        for pair in theirs
+    ] == list(AUTOAUGMENT)
+
+
 def luma(pixel):
     return (299 * pixel[0] + 587 * pixel[1] + 114 * pixel[2]) // 1000 if len(pixel) == 3 else pixel[0]
 
@@ -394,7 +446,7 @@ def test_jitter_is_brightness_contrast_saturation_hue_in_this_order():
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 1, 1), (3, 2, 5), (3, 40, 30)], ids=str)
-@pytest.mark.parametrize("augment", ["randaugment", "trivial"])
+@pytest.mark.parametrize("augment", ["randaugment", "trivial", "autoaugment", "three_augment"])
 def test_tiny_and_odd_images_go_through_everything(shape, augment):
     for size in (None, 8, 33):
         made = views(**EVERYTHING | {"size": size, "augment": augment, "num_ops": 10, "erase": 1.0})
@@ -411,13 +463,18 @@ DIGEST_ALL = """
 import hashlib, torch
 from softcache.data.transforms import ops as view_ops
 from softcache.data.transforms import Views, ViewSettings
-from softcache.data.transforms.parameters import RANGES
+from softcache.data.transforms.parameters import AUTOAUGMENT, RANGES
 from tests.data.test_transforms import EVERYTHING, photo, views
 digest = hashlib.sha256()
 for image in (photo(3, 199, 301), photo(1, 407, 399), photo(3, 33, 47), photo(1, 8, 8)):
     for name, (low, high, wide, signed) in RANGES.items():
         for strength in (low, high, wide, -high if signed else high):
             digest.update(view_ops.OPS[name](image, strength).contiguous().numpy().tobytes())
+    for sigma in (0.1, 0.77, 2.0):
+        digest.update(view_ops.gaussian_blur(image, sigma).numpy().tobytes())
+    made = views(size=24, crop="resized", mixup_alpha=0.3, erase=1.0, erase_fill="noise", augment="three_augment")
+    for view in range(1, 4):
+        digest.update(made.apply(image, key="a", view=view).numpy().tobytes())
     for size, interpolation in ((24, "bilinear"), (224, "bicubic"), ((40, 24), "bicubic"), (None, "bilinear")):
         made = views(**EVERYTHING | {"size": size, "interpolation": interpolation})
         for view in range(6):
@@ -558,7 +615,7 @@ def test_a_missing_transform_is_named(spec, message):
         ({"size": 0}, "size"),
         ({"crop": "random"}, "crop"),
         ({"crop": "padded"}, "needs padding"),
-        ({"augment": "autoaugment"}, "augment"),
+        ({"augment": "augmix"}, "augment"),
         ({"num_ops": 11}, "num_ops"),
         ({"magnitude": 31}, "magnitude"),
         ({"color_jitter": [0.1, 0.1, 0.1]}, "color_jitter must be"),

@@ -13,6 +13,7 @@ changes no other. NumPy documents Philox's raw output as stable.
     8..13 colour jitter: brightness, contrast, saturation, hue, two spare
     16..21 erase: chance, area, aspect, top, left, spare
     24..63 RandAugment or TrivialAugment: (which, strength, sign, spare) per op, at most ten ops
+           AutoAugment: which pair, then (sign, chance) of its ops at 26, 27 and 30, 31; three-augment: (which, strength)
     64..71 mixing with another sample's view: `mix.py`
 
 The ops of `view_ops` are applied to uint8 [C, H, W] in the order crop, flip, augment, jitter (brightness,

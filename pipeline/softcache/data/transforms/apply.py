@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,7 +57,7 @@ class Views:
             return self._plain(image)
         if self._factory is not None:
             return self._own(image, key, view)
-        return self._draw(image, self.parameters(key, view, *image.shape[1:]))
+        return self._draw(image, self.parameters(key, view, *image.shape[1:]), key, view)
 
     def apply_batch(
         self, images: torch.Tensor | Sequence[torch.Tensor], *, keys: Sequence[str], view: int
@@ -80,8 +81,8 @@ class Views:
         if isinstance(images, torch.Tensor) and self._only_moves:
             return self._move(images, u_BS)
         return [
-            self._draw(image, self._parameters(u, *image.shape[1:]))
-            for image, u in zip(images, u_BS.tolist(), strict=True)
+            self._draw(image, self._parameters(u, *image.shape[1:]), key, view)
+            for image, u, key in zip(images, u_BS.tolist(), keys, strict=True)
         ]
 
     @property
@@ -194,12 +195,14 @@ class Views:
         boxes_M4 = view_boxes.scaled(boxes_M4, before, after)
         return view_boxes.transform_boxes(boxes_M4, top, left), size
 
-    def _raw(self, key: str, view: int) -> np.ndarray:
-        philox = np.random.Philox(
+    def _philox(self, key: str, view: int, stream: int = 0) -> np.random.Philox:
+        return np.random.Philox(
             key=np.array([self.settings.seed, xxhash.xxh3_64_intdigest(key.encode())], np.uint64),
-            counter=np.array([0, view, 0, 0], np.uint64),
+            counter=np.array([0, view, stream, 0], np.uint64),
         )
-        return philox.random_raw(NUM_SLOTS)
+
+    def _raw(self, key: str, view: int) -> np.ndarray:
+        return self._philox(key, view).random_raw(NUM_SLOTS)
 
     def _uniforms(self, key: str, view: int) -> list[float]:
         return ((self._raw(key, view) >> np.uint64(11)) * 2.0**-53).tolist()
@@ -217,7 +220,8 @@ class Views:
     def _only_moves(self) -> bool:
         settings = self.settings
         scaled = settings.size is not None or settings.crop == "resized"
-        return not (scaled or settings.augment != "none" or any(settings.color_jitter))
+        is_filled = settings.erase > 0 and settings.erase_fill != "black"
+        return not (scaled or is_filled or settings.augment != "none" or any(settings.color_jitter))
 
     def _move(self, image_BCHW: torch.Tensor, u_BS: np.ndarray) -> torch.Tensor:
         """`_draw` of every image, where it only crops with padding, mirrors and blanks."""
@@ -256,7 +260,7 @@ class Views:
         filled[:, : image.shape[1], : image.shape[2]] = image
         return filled
 
-    def _draw(self, image: torch.Tensor, parameters: ViewParameters) -> torch.Tensor:
+    def _draw(self, image: torch.Tensor, parameters: ViewParameters, key: str, view: int) -> torch.Tensor:
         image = self._place(image, parameters.crop)
         if parameters.flip:
             image = image.flip(-1)
@@ -269,8 +273,25 @@ class Views:
         if parameters.erase is not None:
             top, left, height, width = parameters.erase
             image = image.clone()
-            image[:, top : top + height, left : left + width] = 0
+            image[:, top : top + height, left : left + width] = self._filling(
+                (len(image), height, width), key, view
+            )
         return image.contiguous()
+
+    def _filling(self, shape: tuple[int, int, int], key: str, view: int) -> torch.Tensor | int:
+        """What stands where a view is erased, uint8."""
+        settings = self.settings
+        if settings.erase_fill == "black":
+            return 0
+        mean, std = (np.reshape(values, (-1, 1, 1)) * 255.0 for values in (settings.mean, settings.std))
+        level = mean
+        if settings.erase_fill == "noise":
+            # The sum of twelve uniform numbers of 16 bits, three of the stream each time: near enough to a normal one, and
+            # the same on every machine.
+            raw = self._philox(key, view, 1).random_raw(3 * math.prod(shape)).reshape(3, *shape)
+            total = sum(((raw >> np.uint64(bits)) & np.uint64(0xFFFF)).sum(0) for bits in (0, 16, 32, 48))
+            level = mean + std * ((total.astype(np.float64) - 12 * 32767.5) / 65536)
+        return torch.from_numpy(np.rint(level).clip(0, 255).astype(np.uint8))
 
     def _place(self, image: torch.Tensor, crop: tuple[int, int, int, int] | None) -> torch.Tensor:
         """Crops and scales."""

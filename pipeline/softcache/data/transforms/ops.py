@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import torch
 
 __all__ = [
@@ -25,6 +27,8 @@ __all__ = [
     "blend",
     "brightness",
     "contrast",
+    "gaussian_blur",
+    "grayscale",
     "grey_image",
     "resize",
     "resize_shorter",
@@ -134,6 +138,43 @@ def _solarize(image_CHW: torch.Tensor, threshold: float) -> torch.Tensor:
     return torch.where(image_CHW.short() >= threshold, 255 - image_CHW, image_CHW)
 
 
+def grayscale(image_CHW: torch.Tensor) -> torch.Tensor:
+    """Returns an RGB image as its luma in every channel."""
+    return grey_image(image_CHW).to(torch.uint8).expand_as(image_CHW)
+
+
+def gaussian_blur(image_CHW: torch.Tensor, sigma: float) -> torch.Tensor:
+    """Returns the image blurred as Pillow's `GaussianBlur(radius=sigma)` does: three box blurs along each axis.
+
+    A box has a fractional radius: its outermost pixels on each side count in part (Gwosdek et al. 2011, "Theoretical
+    foundations of Gaussian convolution by extended box filtering"). Weights are whole numbers of 2^-24, edges are repeated.
+    """
+    variance = sigma * sigma / 3
+    whole = math.floor((math.sqrt(12 * variance + 1) - 1) / 2)
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    inner = int(2**24 / (2 * (whole + part) + 1))
+    outer = (2**24 - (2 * whole + 1) * inner) // 2
+    image: Any = image_CHW.numpy()
+    for axis in (2, 2, 2, 1, 1, 1):
+        image = _box_blur(image, axis, whole, inner, outer)
+    return torch.from_numpy(image)
+
+
+def _box_blur(image_CHW: np.ndarray, axis: int, radius: int, inner: int, outer: int) -> np.ndarray:
+    """The weighted sum of 2 * radius + 3 neighbors along an axis, of which the outermost have the weight `outer`."""
+    length, margin = image_CHW.shape[axis], radius + 1
+    places = np.arange(-margin, length + margin).clip(0, length - 1)
+    padded = image_CHW.take(places, axis).astype(np.uint32)  # 255 * 2^24 and a half fit
+
+    def shifted(shift: int) -> np.ndarray:
+        return padded[:, :, shift : shift + length] if axis == 2 else padded[:, shift : shift + length]
+
+    total = sum((shifted(shift) for shift in range(2, 2 * margin)), shifted(1)) * np.uint32(inner)
+    total += (shifted(0) + shifted(2 * margin)) * np.uint32(outer)
+    total += np.uint32(2**23)
+    return (total >> np.uint32(24)).astype(np.uint8)
+
+
 # -- geometry ----------------------------------------------------------------------------------------------
 
 
@@ -201,4 +242,7 @@ OPS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
     "solarize": _solarize,
     "autocontrast": lambda image, _: _autocontrast(image),
     "equalize": _equalize,
+    "invert": lambda image, _: 255 - image,
+    "grayscale": lambda image, _: grayscale(image),
+    "gaussian_blur": gaussian_blur,
 }

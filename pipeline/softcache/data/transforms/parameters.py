@@ -30,6 +30,38 @@ RANGES: dict[str, tuple[float, float, float, bool]] = {
 }
 _NAMES = tuple(RANGES)
 
+# AutoAugment's policy for ImageNet (Cubuk et al. 2019, arXiv:1805.09501, table 9), as torchvision has it: pairs of
+# (op, probability, level of 0 to 9).
+AUTOAUGMENT: tuple[tuple[tuple[str, float, int], tuple[str, float, int]], ...] = (
+    (("posterize", 0.4, 8), ("rotate", 0.6, 9)),
+    (("solarize", 0.6, 5), ("autocontrast", 0.6, 0)),
+    (("equalize", 0.8, 0), ("equalize", 0.6, 0)),
+    (("posterize", 0.6, 7), ("posterize", 0.6, 6)),
+    (("equalize", 0.4, 0), ("solarize", 0.2, 4)),
+    (("equalize", 0.4, 0), ("rotate", 0.8, 8)),
+    (("solarize", 0.6, 3), ("equalize", 0.6, 0)),
+    (("posterize", 0.8, 5), ("equalize", 1.0, 0)),
+    (("rotate", 0.2, 3), ("solarize", 0.6, 8)),
+    (("equalize", 0.6, 0), ("posterize", 0.4, 6)),
+    (("rotate", 0.8, 8), ("color", 0.4, 0)),
+    (("rotate", 0.4, 9), ("equalize", 0.6, 0)),
+    (("equalize", 0.0, 0), ("equalize", 0.8, 0)),
+    (("invert", 0.6, 0), ("equalize", 1.0, 0)),
+    (("color", 0.6, 4), ("contrast", 1.0, 8)),
+    (("rotate", 0.8, 8), ("color", 1.0, 2)),
+    (("color", 0.8, 8), ("solarize", 0.8, 7)),
+    (("sharpness", 0.4, 7), ("invert", 0.6, 0)),
+    (("shear_x", 0.6, 5), ("equalize", 1.0, 0)),
+    (("color", 0.4, 0), ("equalize", 0.6, 0)),
+    (("equalize", 0.4, 0), ("solarize", 0.2, 4)),
+    (("solarize", 0.6, 5), ("autocontrast", 0.6, 0)),
+    (("invert", 0.6, 0), ("equalize", 1.0, 0)),
+    (("color", 0.6, 4), ("contrast", 1.0, 8)),
+    (("equalize", 0.8, 0), ("equalize", 0.6, 0)),
+)
+BLUR_SIGMAS = (0.1, 2.0)
+SOLARIZE_THRESHOLD = 128.0
+
 
 @dataclass(frozen=True)
 class ViewParameters:
@@ -88,6 +120,10 @@ def erase_of(settings: ViewSettings, u: list[float], height: int, width: int) ->
 def ops_of(settings: ViewSettings, u: list[float]) -> tuple[tuple[str, float], ...]:
     if settings.augment == "none":
         return ()
+    if settings.augment == "autoaugment":
+        return _autoaugment(u)
+    if settings.augment == "three_augment":
+        return (_three_augment(u),)
     trivial = settings.augment == "trivial"
     drawn = []
     for number in range(1 if trivial else settings.num_ops):
@@ -99,3 +135,23 @@ def ops_of(settings: ViewSettings, u: list[float]) -> tuple[tuple[str, float], .
         value = low + ((wide if trivial else high) - low) * level
         drawn.append((name, -value if signed and sign < 0.5 else value))
     return tuple(drawn)
+
+
+def _autoaugment(u: list[float]) -> tuple[tuple[str, float], ...]:
+    drawn = []
+    for number, (name, probability, level) in enumerate(AUTOAUGMENT[int(u[24] * len(AUTOAUGMENT))]):
+        sign, chance = u[26 + 4 * number : 28 + 4 * number]
+        if chance < probability:
+            low, high, _, signed = RANGES.get(name, (0, 0, 0, False))
+            if name == "solarize":
+                low = 255  # of the scale that torchvision has
+            value = low + (high - low) * level / 9
+            drawn.append((name, -value if signed and sign < 0.5 else value))
+    return tuple(drawn)
+
+
+def _three_augment(u: list[float]) -> tuple[str, float]:
+    """One of three ops alike (Touvron, Cord, Jégou 2022, DeiT III, arXiv:2204.07118, section 4)."""
+    name = ("grayscale", "solarize", "gaussian_blur")[int(u[24] * 3)]
+    low, high = BLUR_SIGMAS
+    return name, {"grayscale": 0.0, "solarize": SOLARIZE_THRESHOLD}.get(name, low + (high - low) * u[25])

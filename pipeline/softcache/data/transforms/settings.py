@@ -31,7 +31,10 @@ class ViewSettings(Settings):
     of it is within `size`, and fills what is left at the right or the bottom with the mean; with "stretch" each side to
     that of `size`. `crop` is "none" (the plain
     view), "resized" (a random rectangle of the image, scaled to `size`) or "padded" (the plain view, moved by up to
-    `padding` pixels with zeros behind it). `flip` and `erase` are probabilities. `transform` names the user's own
+    `padding` pixels with zeros behind it). `augment` is RandAugment (`num_ops`, `magnitude` of 0 to 30),
+    TrivialAugment, AutoAugment's policy for ImageNet, or one of the three ops of DeiT III (grayscale, solarize, blur).
+    `flip` and `erase` are probabilities; what is erased is black, of the color `mean` (0 after normalization), or noise
+    that is normal after it, as timm's modes "const" and "pixel". `transform` names the user's own
     function instead: `module:factory`, where factory() returns a callable of uint8 [C, H, W].
 
     A view above 0 is mixed with that of another sample (`softcache.data.transforms.mix`) where `mixup_alpha` or
@@ -50,13 +53,14 @@ class ViewSettings(Settings):
     ratio: Floats = (3 / 4, 4 / 3)
     padding: int = Field(0, ge=0)
     flip: Share = 0.0
-    augment: Literal["none", "randaugment", "trivial"] = "none"
+    augment: Literal["none", "randaugment", "trivial", "autoaugment", "three_augment"] = "none"
     num_ops: int = Field(2, ge=1, le=10)
     magnitude: int = Field(9, ge=0, le=30)
     color_jitter: Floats = (0.0, 0.0, 0.0, 0.0)
     erase: Share = 0.0
     erase_scale: Floats = (0.02, 0.33)
     erase_ratio: Floats = (0.3, 3.3)
+    erase_fill: Literal["black", "mean", "noise"] = "black"
     mean: Floats = (0.5,)
     std: Floats = (0.5,)
     transform: str | None = Field(None, pattern=r"^[\w.]+:[\w.]+$")
@@ -112,6 +116,8 @@ class ViewSettings(Settings):
             del found["geometry"]
         if self.size is None or self.fit == "crop":
             del found["fit"]
+        if self.erase == 0 or self.erase_fill == "black":
+            del found["erase_fill"]
         if not (self.mixes and self.mixup_alpha and self.cutmix_alpha):
             del found["mix_switch"]
         for key in () if self.mixes else ("mixup_alpha", "cutmix_alpha", "mix_probability"):
