@@ -49,6 +49,7 @@ def first_update(name, gradient, *, weight=2.0, weight_decay=0.0, **arguments):
         ("adamw", -0.1),  # m / sqrt(v) = 1 in the first step
         ("adafactor", -0.1),  # the same of a 1 x 1 matrix, clipped at a root mean square of 1
         ("lion", -0.1),  # a sign
+        ("lamb", -0.1),
         ("sgd", -0.1 * 0.25),
         ("torch.optim:SGD", -0.1 * 0.25),
     ],
@@ -94,7 +95,7 @@ def test_what_is_no_optimizer_is_refused():
         TrainSettings(optimizer="adamv")
     with pytest.raises(ValidationError, match=r"optimizer_args\.lr: not an argument here; set train\.lr"):
         TrainSettings(optimizer_args={"lr": 1.0})
-    assert OPTIMIZERS.names() == ["adafactor", "adamw", "adamw_8bit", "lion", "sgd"]
+    assert OPTIMIZERS.names() == ["adafactor", "adamw", "adamw_8bit", "lamb", "lion", "sgd"]
 
 
 # -- parameter groups --------------------------------------------------------------------------------------

@@ -68,6 +68,11 @@ class RunConfig(Settings):
                 f"teacher.engine: {engine!r} runs causal language models; found source.modality = "
                 f"{self.source.modality!r}; drop it"
             )
+        for table, train in (("train", self.train), ("train_teacher", self.train_teacher)):
+            if train is not None and not modality.reads_image_settings and (found := train.image_keys):
+                raise ValueError(
+                    f"{table}.{found[0]}: of image classifiers; found source.modality = {self.source.modality!r}; drop it"
+                )
         if self.teacher is not None and self.teacher.class_map is not None and not modality.reads_class_map:
             raise ValueError(
                 f"teacher.class_map: of classifiers and detectors of images; source.modality = {modality.name!r} has none; "

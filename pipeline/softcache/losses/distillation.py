@@ -20,23 +20,29 @@ from softcache.losses.target_class import teacher_log_probs
 __all__ = ["add_truth_part", "check_alpha", "check_needs", "cross_entropy", "distillation_loss"]
 
 
-def cross_entropy(student_logits: Tensor, targets: Tensor | MixedTargets) -> Tensor:
+def cross_entropy(
+    student_logits: Tensor, targets: Tensor | MixedTargets, *, label_smoothing: float = 0.0
+) -> Tensor:
     """Negative log-likelihood of the ground-truth class at T=1, per position, in nats.
 
     Args:
         student_logits: [P, V] floating point; half precision is promoted to float32.
         targets: [P] integer classes; a position with -100 contributes 0. Of a mixed image it is the mean over its two
             classes by their shares, which is the cross-entropy with their mixture.
+        label_smoothing: e; the target is (1 - e) of the class and e / V of each of the V classes.
 
     Returns:
         [P] float32 or float64.
     """
     if isinstance(targets, MixedTargets):
         first_P, second_P = (
-            cross_entropy(student_logits, classes_P) for classes_P in (targets.first, targets.second)
+            cross_entropy(student_logits, classes_P, label_smoothing=label_smoothing)
+            for classes_P in (targets.first, targets.second)
         )
         return targets.shares * first_P + (1.0 - targets.shares) * second_P
-    return F.cross_entropy(promote_dtype(student_logits), targets.long(), reduction="none")
+    return F.cross_entropy(
+        promote_dtype(student_logits), targets.long(), reduction="none", label_smoothing=label_smoothing
+    )
 
 
 def distillation_loss(
@@ -50,6 +56,7 @@ def distillation_loss(
     padded_vocabulary: bool = False,
     loss: Loss | str = "forward_kl",
     soft_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Masked mean of (1 - alpha) * cross-entropy + alpha * T^2 * soft loss.
 
@@ -69,6 +76,7 @@ def distillation_loss(
         padded_vocabulary: as in `forward_kl`.
         loss: the soft part: a name, or what `make_loss` gives. With "uld" the labels' classes may be others.
         soft_weights: [P] non-negative factors of the soft part alone; the mean stays one over positions.
+        label_smoothing: of the cross-entropy.
 
     Returns:
         Scalar; 0 with a zero gradient where the mask is empty. In the usual case (`losses.direct`) it is one operation
@@ -99,15 +107,18 @@ def distillation_loss(
         and labels is not None
         and is_fast_path(loss, student_logits, labels, temperature)
     ):
-        if alpha == 1.0 or not isinstance(targets, MixedTargets):
+        is_plain = not isinstance(targets, MixedTargets) and not label_smoothing
+        if alpha == 1.0 or is_plain:
             hard = None if alpha == 1.0 or isinstance(targets, MixedTargets) else targets
             return direct_loss(student_logits, labels, hard, temperature=temperature, alpha=alpha)
         soft = direct_loss(student_logits, labels, None, temperature=temperature, alpha=1.0)
-        return (1.0 - alpha) * cross_entropy(student_logits, targets).mean() + alpha * soft
+        assert targets is not None
+        hard_P = cross_entropy(student_logits, targets, label_smoothing=label_smoothing)
+        return (1.0 - alpha) * hard_P.mean() + alpha * soft
     terms = []
     if alpha < 1.0:
         assert targets is not None
-        hard_P = cross_entropy(student_logits, targets)
+        hard_P = cross_entropy(student_logits, targets, label_smoothing=label_smoothing)
         terms.append(hard_P if alpha == 0.0 else (1.0 - alpha) * hard_P)
     if alpha > 0.0:
         assert labels is not None

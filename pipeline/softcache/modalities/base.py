@@ -186,6 +186,7 @@ class Modality(ABC):
         weight_decay_exempt: whether norms, biases and embeddings of its students have no weight decay where
             train.weight_decay_exempt does not give it.
         runs_engines: whether a serving engine can run its teachers (`teacher.engine`).
+        reads_image_settings: whether [train] may have the keys of image classifiers.
     """
 
     name: ClassVar[str] = ""
@@ -197,6 +198,7 @@ class Modality(ABC):
     imports_responses: ClassVar[bool] = False
     weight_decay_exempt: ClassVar[bool] = False
     runs_engines: ClassVar[bool] = False
+    reads_image_settings: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

@@ -19,6 +19,7 @@ from softcache.models.compile import compile_in_place, explain_compile_errors
 from softcache.reader.loader import SoftLabelLoader
 from softcache.reader.order import BlockShuffle
 from softcache.runtime.signals import pending_signal
+from softcache.student.averaging import WeightAverage
 from softcache.student.checkpoint import RunDirectory
 from softcache.student.loss_schedule import LossScheduler
 from softcache.student.optimizers import build_optimizer
@@ -59,6 +60,12 @@ class Trainer:
         self.accelerator, self.task, self.feed, self.settings = accelerator, task, feed, settings
         self.is_sharded = settings.parallel == "fsdp"
         model = self._sharding.build_sharded(task, settings, accelerator) if self.is_sharded else task.build()
+        self.average: WeightAverage | None = None
+        if settings.ema_decay is not None:
+            self.average = WeightAverage(model.to(accelerator.device), settings.ema_decay)
+            accelerator.register_for_checkpointing(self.average)
+        if settings.channels_last:
+            model = model.to(memory_format=torch.channels_last)
         if settings.compile:
             compile_in_place(model, accelerator.device)
         optimizer = build_optimizer(
@@ -67,6 +74,7 @@ class Trainer:
             lr=settings.lr,
             weight_decay=settings.weight_decay,
             exempt=bool(settings.weight_decay_exempt),
+            layer_decay=settings.layer_decay,
             arguments=settings.optimizer_args,
         )
         self._base_lrs = [group["lr"] for group in optimizer.param_groups]
@@ -137,7 +145,9 @@ class Trainer:
             syncs = self.is_sharded or number == num_passes - 1
             with nullcontext() if syncs else self.accelerator.no_sync(self.model):
                 with explain_compile_errors() if self.settings.compile else nullcontext():
-                    loss = self.task.loss(self.model, piece, label_share=label_share, **self._mix())
+                    loss = self.task.loss(
+                        self.model, piece, label_share=label_share, **self._mix(), **self._size()
+                    )
                 # Ranks average their gradients: the weight makes that the mean over the rows of the whole batch.
                 weight = piece.num_rows / total * self.accelerator.num_processes if counts else 0.0
                 self.accelerator.backward(loss * weight)
@@ -147,6 +157,8 @@ class Trainer:
         if self.settings.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
         self._optimizer.step()
+        if self.average is not None:
+            self.average.update(self.accelerator.unwrap_model(self.model))
         self._optimizer.zero_grad(set_to_none=True)
 
     def _num_passes(self, num_pieces: int) -> int:
@@ -165,6 +177,16 @@ class Trainer:
             return {}
         return {"mix": self.adaptation.mix(step=self.step - 1, epoch=self.feed.order.epoch)}
 
+    def _size(self) -> dict[str, Any]:
+        """The height of this step's images, for a task's loss; nothing where it never changes."""
+        sizes = self.settings.image_sizes
+        return {"size": sizes[(self.step - 1) * len(sizes) // sum(self._steps)]} if sizes else {}
+
+    @property
+    def scored(self) -> Any:
+        """The model that is scored and saved: the average of the weights, where there is one."""
+        return self.model if self.average is None else self.average.module
+
     def last_mix(self) -> dict[str, float]:
         """Temperature and alpha of the last step, for the epoch's row; nothing where they never change."""
         return {} if self.adaptation is None else self.adaptation.last
@@ -174,7 +196,7 @@ class Trainer:
         first = self.accelerator.is_main_process
         if not first and not self.is_sharded:
             return
-        weights = self.task.weights(self.accelerator.unwrap_model(self.model))
+        weights = self.task.weights(self.accelerator.unwrap_model(self.scored))
         if self.is_sharded:
             weights = self._sharding.gather_state(weights, keep=first)
         if first:
@@ -185,9 +207,9 @@ class Trainer:
         if self.is_sharded:
             model = self.task.build().to("cpu")
         elif name == "model":
-            return self.accelerator.unwrap_model(self.model)  # type: ignore[no-any-return]
+            return self.accelerator.unwrap_model(self.scored)  # type: ignore[no-any-return]
         else:
-            model = self.accelerator.unwrap_model(self.model)
+            model = self.accelerator.unwrap_model(self.scored)
         directory.load_weights(self.task.weights(model), name)
         return model
 
@@ -250,13 +272,13 @@ class Trainer:
     def finish(self) -> dict[str, float]:
         """Returns what the task scores once, of the weights that the run ends with."""
         self.model.eval()
-        return self.task.finish(self.model, self.accelerator)
+        return self.task.finish(self.scored, self.accelerator)
 
     def evaluate(self) -> dict[str, float]:
         """Returns the task's figures on the plain view of the evaluation split, of the weights that are saved."""
         self.model.eval()
         for (
             buffer
-        ) in self.model.buffers():  # running statistics are of each rank's own samples until the next step
+        ) in self.scored.buffers():  # running statistics are of each rank's own samples until the next step
             broadcast(buffer)
-        return self.task.evaluate(self.model, self.accelerator, self.settings.eval_batch_size)
+        return self.task.evaluate(self.scored, self.accelerator, self.settings.eval_batch_size)

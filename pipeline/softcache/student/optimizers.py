@@ -12,7 +12,7 @@ from softcache.errors import ConfigError, MissingExtraError, SoftcacheError
 from softcache.runtime.optional import text_library
 from softcache.runtime.registry import Registry
 
-__all__ = ["OPTIMIZERS", "build_optimizer", "parameter_groups"]
+__all__ = ["OPTIMIZERS", "build_optimizer", "decay_by_layer", "parameter_groups"]
 
 OPTIMIZERS: Registry[Callable[..., Any]] = Registry(
     "optimizer",
@@ -66,6 +66,18 @@ def lion(groups: list[dict[str, Any]], **arguments: Any) -> torch.optim.Optimize
     return Lion(groups, **arguments)
 
 
+@OPTIMIZERS.register("lamb")
+def lamb(groups: list[dict[str, Any]], **arguments: Any) -> torch.optim.Optimizer:
+    """LAMB of timm: Adam whose step of each tensor is scaled by the tensor's norm; for large batches."""
+    try:
+        from timm.optim import Lamb
+    except ImportError as error:
+        raise MissingExtraError(
+            f"train.optimizer = \"lamb\": it needs the package timm ({error}); pip install 'softcache[vision]'"
+        ) from error
+    return Lamb(groups, **arguments)
+
+
 @OPTIMIZERS.register("sgd")
 def sgd(groups: list[dict[str, Any]], *, momentum: float = 0.9, **arguments: Any) -> torch.optim.Optimizer:
     """Stochastic gradient descent with a momentum of 0.9."""
@@ -73,19 +85,30 @@ def sgd(groups: list[dict[str, Any]], *, momentum: float = 0.9, **arguments: Any
 
 
 def build_optimizer(
-    name: str, model: nn.Module, *, lr: float, weight_decay: float, exempt: bool, arguments: dict[str, Any]
+    name: str,
+    model: nn.Module,
+    *,
+    lr: float,
+    weight_decay: float,
+    exempt: bool,
+    layer_decay: float | None = None,
+    arguments: dict[str, Any],
 ) -> torch.optim.Optimizer:
     """Returns the optimizer of that name for the parameters of a model that need a gradient.
 
     Args:
         exempt: as of `parameter_groups`.
+        layer_decay: as of `decay_by_layer`.
         arguments: what it is called with besides `lr` and `weight_decay`.
 
     Raises:
-        ConfigError: there is none of that name, it refuses its arguments, or it is no optimizer.
+        ConfigError: there is none of that name, it refuses its arguments, or it is no optimizer; or the layers of the
+            model are not known.
         MissingExtraError: the package that it comes from is not installed.
     """
     groups = parameter_groups(model, exempt=exempt and weight_decay > 0)
+    if layer_decay is not None:
+        groups = decay_by_layer(groups, model, lr=lr, layer_decay=layer_decay)
     try:
         optimizer = OPTIMIZERS.get(name)(groups, lr=lr, weight_decay=weight_decay, **arguments)
     except SoftcacheError:
@@ -119,6 +142,39 @@ def parameter_groups(model: nn.Module, *, exempt: bool) -> list[dict[str, Any]]:
         {"params": [parameter for parameter in trained if id(parameter) in free], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def decay_by_layer(
+    groups: list[dict[str, Any]], model: nn.Module, *, lr: float, layer_decay: float
+) -> list[dict[str, Any]]:
+    """Returns groups in which the learning rate of layer l of L is lr * layer_decay^(L - l); the head is layer L.
+
+    Raises:
+        ConfigError: the model has no `group_matcher`, by which timm's models name their layers.
+
+    References:
+        Bao et al. 2021, arXiv 2106.08254.
+    """
+    matcher: Any = getattr(model, "group_matcher", None)
+    if matcher is None:
+        raise ConfigError(
+            f"train.layer_decay: the layers of {type(model).__name__} are not known; expected a model of timm (with "
+            "group_matcher); drop it"
+        )
+    from timm.models import group_parameters
+
+    layer_of = group_parameters(model, matcher(coarse=False), reverse=True)
+    last = max(layer_of.values())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    split: dict[tuple[int, int], dict[str, Any]] = {}
+    for number, group in enumerate(groups):
+        for parameter in group["params"]:
+            layer = layer_of[names[id(parameter)]]
+            found = split.setdefault(
+                (number, layer), group | {"params": [], "lr": lr * layer_decay ** (last - layer)}
+            )
+            found["params"].append(parameter)
+    return list(split.values())
 
 
 def _exempt_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

@@ -94,6 +94,13 @@ class TrainSettings(Settings):
 
     `compile` runs the student (of a language model what is below its head) through `torch.compile`.
 
+    With `ema_decay` the running average of the weights (`softcache.student.averaging`) is what is scored and saved.
+
+    Of images: `label_smoothing` is the share of the ground truth that goes to all classes alike, in the cross-entropy.
+    `layer_decay` multiplies the learning rate once for each layer below the head (of timm's models). `image_sizes` are the
+    heights that training images are resized to, in as many equal parts of the run; scores are of images as they are.
+    `channels_last` stores weights and activations so that channels are next to one another.
+
     `parallel` is what several processes do: each holds the whole student (`ddp`), or a share of a language model (`fsdp`,
     with [train.fsdp]; `softcache.student.sharding`). There `precision = "bf16"` gathers weights in bfloat16, computes with
     those and sums gradients in float32.
@@ -116,6 +123,11 @@ class TrainSettings(Settings):
     device: Literal["auto", "cpu"] = "auto"
     precision: Literal["no", "bf16", "fp16"] = "no"
     compile: bool = False
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    layer_decay: float | None = Field(None, gt=0, lt=1)
+    image_sizes: tuple[Annotated[int, Field(ge=1)], ...] = Field((), strict=False)
+    channels_last: bool = False
     accumulation_steps: int = Field(1, ge=1)
     clip_norm: float | None = Field(None, gt=0)
     checkpoint_steps: int | None = Field(None, ge=1)
@@ -141,6 +153,10 @@ class TrainSettings(Settings):
         refused = {
             'precision = "fp16"': (self.precision == "fp16", 'use precision = "bf16"'),
             "compile": (self.compile, "it was never tried on a student that is cut; drop it"),
+            "ema_decay": (
+                self.ema_decay is not None,
+                "a student that is cut has no copy that is averaged; drop it",
+            ),
             'optimizer = "adamw_8bit"': (
                 self.optimizer == "adamw_8bit",
                 'its 8-bit blocks do not go through weights that are cut; use "adamw", whose states are cut, too',
@@ -201,6 +217,11 @@ class TrainSettings(Settings):
         return self.model_copy(update={"weight_decay_exempt": exempt})
 
     @property
+    def image_keys(self) -> list[str]:
+        """The keys that are set, of those that only students of images read."""
+        return [key for key in IMAGE_SETTINGS if getattr(self, key) != type(self).model_fields[key].default]
+
+    @property
     def labels_id(self) -> str:
         """The name of `labels` in a run's files and folder: "hard" for ground truth, so that existing runs are found."""
         return "hard" if self.labels == "ground_truth" else self.labels
@@ -222,6 +243,9 @@ NON_IDENTITY_SETTINGS = {
 }
 """Keys of [train] that do not change what a run ends with."""
 
+IMAGE_SETTINGS = ("label_smoothing", "layer_decay", "image_sizes", "channels_last")
+"""Keys of [train] that students of images read."""
+
 LATER_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "optimizer": ("adamw",),
     "optimizer_args": ({},),
@@ -230,6 +254,11 @@ LATER_DEFAULTS: dict[str, tuple[Any, ...]] = {
     "min_lr_share": (0.0,),
     "decay_share": (None, DEFAULT_DECAY_SHARE),
     "compile": (False,),
+    "ema_decay": (None,),
+    "label_smoothing": (0.0,),
+    "layer_decay": (None,),
+    "image_sizes": ((), []),
+    "channels_last": (False,),
     "parallel": ("ddp",),
     "fsdp": (None,),
 }

@@ -21,6 +21,7 @@ class Images(Modality):
     score = Score("accuracy", True, "accuracy", "eval_accuracy", 100, "{:.2f}%", "held-out accuracy")
     has_report = True
     reads_class_map = True
+    reads_image_settings = True
 
     def open(self, config: RunConfig) -> Data:
         from softcache.modalities.images.data import ImageData

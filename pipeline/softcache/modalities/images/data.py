@@ -100,4 +100,5 @@ class ImageData(ImageSplits):
             self.num_classes,
             config.loss,
             teacher,
+            config.train.label_smoothing,
         )

@@ -21,6 +21,7 @@ from softcache.data.sources.base import Split
 from softcache.data.sources.images.encoded import BytesSettings
 from softcache.data.sources.images.pictures import PictureSource
 from softcache.data.transforms.student import StudentViews, StudentViewSettings
+from softcache.errors import ConfigError
 from softcache.modalities.base import Data
 from softcache.models.image import Normalize, build_model
 from softcache.reader.dataset import SoftLabelDataset
@@ -134,8 +135,13 @@ class StudentImages:
     def task(self, config: RunConfig, model: str, teacher: ImageTeacher | None) -> ImageTask:
         """Returns what a student of that spec learns; `teacher` labels its batches online."""
         build = partial(build_model, model, num_classes=self.num_classes, input_shape=self.input_shape)
-        settings = self.num_classes, config.loss, teacher
+        settings = self.num_classes, config.loss, teacher, config.train.label_smoothing
         if self._normalization is None:
+            for key in ("image_sizes", "channels_last"):
+                if key in config.train.image_keys:
+                    raise ConfigError(
+                        f"train.{key}: of a student that reads images; this one reads the bytes of files; drop it"
+                    )
             return ByteTask(build, self.evaluation, _Whole(), *settings, max_bytes=self.input_shape[0])
         return ImageTask(build, self.evaluation, Normalize(*self._normalization), *settings)
 

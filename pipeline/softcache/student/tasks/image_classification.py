@@ -30,6 +30,7 @@ class ImageTask:
         normalize: makes model inputs of a batch's images.
         num_classes: V.
         teacher: labels each batch during training (`labels = "online"`); None otherwise.
+        label_smoothing: of the cross-entropy with the ground truth.
     """
 
     build_model: Callable[[], nn.Module]
@@ -38,6 +39,7 @@ class ImageTask:
     num_classes: int
     loss_settings: LossSettings
     teacher: OnlineTeacher | None = None
+    label_smoothing: float = 0.0
 
     metric = "accuracy"
     larger_is_better = True
@@ -52,13 +54,14 @@ class ImageTask:
         *,
         label_share: float | None = None,
         mix: LossMix | None = None,
+        size: int | None = None,
     ) -> torch.Tensor:
         labels, how = batch.labels, self.loss_settings
         if self.teacher is not None:
             seen = batch if batch.seen is None else replace(batch, images=batch.seen)
             labels = dense(torch.cat(list(self.teacher.chunks(seen)))).to_torch(batch.images.device)
         temperature, alpha = mix or (how.temperature, how.alpha)
-        logits_PV, weights_P = self.logits(model, batch.images), None
+        logits_PV, weights_P = self.logits(model, batch.images, size=size), None
         if how.weights is not None and labels is not None:
             weights_P = row_weights(
                 how.weights,
@@ -75,15 +78,23 @@ class ImageTask:
             alpha=alpha if labels is not None else 0.0,
             loss=how.loss,
             soft_weights=weights_P,
+            label_smoothing=self.label_smoothing,
         )
 
-    def logits(self, model: nn.Module, images_BCHW: torch.Tensor) -> torch.Tensor:
+    def logits(self, model: nn.Module, images_BCHW: torch.Tensor, *, size: int | None = None) -> torch.Tensor:
         """Returns a student's logits [B, V] of uint8 images.
+
+        Args:
+            size: the height that they are resized to, with the width in proportion (bilinear, antialiased); None: as is.
 
         Raises:
             SpecError: it returns something else.
         """
-        logits = model(self.normalize.to(images_BCHW.device)(images_BCHW))
+        inputs = self.normalize.to(images_BCHW.device)(images_BCHW)
+        if size is not None and size != inputs.shape[-2]:
+            width = max(1, round(size * inputs.shape[-1] / inputs.shape[-2]))
+            inputs = nn.functional.interpolate(inputs, (size, width), mode="bilinear", antialias=True)
+        logits = model(inputs)
         expected = (len(images_BCHW), self.num_classes)
         if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
             found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
