@@ -26,6 +26,7 @@ from softcache.errors import (
     SpecError,
 )
 from softcache.labels import BernoulliLabels, SoftLabels
+from softcache.losses.detection import CellLossSettings
 from softcache.reader.dataset import SoftLabelDataset
 from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
@@ -107,6 +108,35 @@ def test_of_a_softmax_head_it_holds_the_tail_and_no_centerness(folder):
     )
     result = train_student(config, data, model=SSD, labels="cache", cache=cache, out=folder / "ssd-student")
     assert np.isfinite(result["eval_loss"])
+
+
+def test_distributions_over_edges_are_kept_and_learnt(folder):
+    spec = SPEC + "&bins=6"
+    config, data, cache = make_cells(folder, "bins", spec=spec, student={"model": spec})
+    record, batch = cache.read([3], 1), data.train.load([3], 1)
+    assert {name: values.shape[1:] for name, values in record.columns.items()} == {
+        "bins": (4, 7),
+        "centerness": (),
+    }
+    teacher = open_teacher(config, data)
+    with torch.no_grad():
+        found, _ = teacher.model(data.normalize()(batch.images))
+    wanted = found.bins[0][torch.from_numpy(record.cells).long()].numpy()
+    np.testing.assert_allclose(record.columns["bins"], wanted, rtol=1e-3, atol=1e-3)
+    task = data.task(config, spec)
+    labels = record.to_torch(torch.device("cpu"))
+
+    def soft(weight, bins):
+        cells = CellLossSettings(class_weight=0, centerness_weight=0, box_weight=weight)
+        return float(replace(task, cells=cells).soft(teacher.model, replace(found, bins=bins), labels, 2.0))
+
+    assert soft(1.0, found.bins) < 1e-4
+    assert soft(1.0, found.bins.flip(-1)) == pytest.approx(soft(3.0, found.bins.flip(-1)) / 3, rel=1e-4)
+    assert soft(1.0, found.bins.flip(-1)) > 1e-3
+    result = train_student(config, data, model=spec, labels="cache", cache=cache, out=folder / "bins-student")
+    assert np.isfinite(result["eval_loss"])
+    with pytest.raises(IdentityError, match="its cells"):
+        data.check_student(SPEC, cache)
 
 
 def test_a_student_learns_from_the_cache_what_it_learns_beside_the_teacher(folder):

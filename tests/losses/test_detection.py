@@ -5,7 +5,7 @@ import torch
 
 from softcache.errors import LabelError
 from softcache.labels import BernoulliLabels
-from softcache.losses.detection import box_giou, box_l1, quality_bce
+from softcache.losses.detection import box_giou, box_l1, edge_kl, quality_bce
 
 
 def normal(*shape, seed=0):
@@ -74,6 +74,18 @@ def test_boxes_far_apart_cost_more_than_boxes_that_touch():
     assert box_l1(here, there).tolist() == [2, 12, 40]
 
 
+@pytest.mark.parametrize("T", [1.0, 3.0])
+def test_edges_are_compared_by_kl_at_the_temperature(T):
+    teacher, student = normal(5, 4, 9), 2 * normal(5, 4, 9, seed=1)
+    p, q = (teacher / T).softmax(-1), (student / T).softmax(-1)
+    expected = T**2 * (p * (p.log() - q.log())).sum(-1).mean(-1)
+    torch.testing.assert_close(edge_kl(student, teacher, temperature=T), expected)
+    assert edge_kl(teacher, teacher, temperature=T).abs().max() < 1e-12
+    assert torch.autograd.gradcheck(lambda s: edge_kl(s, teacher, temperature=T), student.requires_grad_())
+
+
 def test_heads_of_other_shapes_are_refused():
+    with pytest.raises(LabelError, match=r"logits of edges of shape \(4, 4, 9\).*found \(4, 4, 5\)"):
+        edge_kl(normal(4, 4, 5), normal(4, 4, 9))
     with pytest.raises(LabelError, match=r"expected class logits of shape \(4, 5\).*found \(4, 6\)"):
         quality_bce(normal(4, 6), record(normal(4, 5), 2))

@@ -140,6 +140,11 @@ def test_a_detector_of_ones_own_is_a_student():
             "torchvision:fcos_resnet50_fpn?backbone=torchvision:resnet",
             r"not one of torchvision's classifiers",
         ),
+        ("torchvision:fcos_resnet50_fpn?backbone=timm:resnet8", r"unknown name 'resnet8'; nearest: resnet"),
+        (
+            "torchvision:fcos_resnet50_fpn?backbone=timm:swin_s3_tiny_224",
+            r"its maps have channels last \(NHWC",
+        ),
         ("torchvision:fcos_resnet50_fpn?backbone=cnn", r"expected timm:NAME or torchvision:NAME"),
         (
             "torchvision:fcos_resnet50_fpn?backbone=torchvision:resnet18&channels=40",

@@ -8,6 +8,7 @@ References:
     Li et al. 2020, Generalized Focal Loss, arXiv 2006.04388, equation 2 (quality focal loss).
     Yang et al. 2023, Bridging Cross-task Protocol Inconsistency for Distillation in Dense Object Detection, arXiv 2308.14286
         (binary cross-entropy per class, weighed by the gap between teacher and student).
+    Zheng et al. 2022, Localization Distillation for Dense Object Detection, arXiv 2102.12252 (equation 5).
     Rezatofighi et al. 2019, Generalized Intersection over Union, arXiv 1902.09630.
 """
 
@@ -17,19 +18,20 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, kl_div
 
 from softcache.errors import LabelError
 from softcache.labels import BernoulliLabels
 from softcache.settings import Settings
 
-__all__ = ["CellLossSettings", "box_giou", "box_l1", "quality_bce"]
+__all__ = ["CellLossSettings", "box_giou", "box_l1", "edge_kl", "quality_bce"]
 
 
 class CellLossSettings(Settings):
     """[detection_loss]: the soft loss of a detector, with the temperature and alpha of [loss].
 
-    `class_weight`, `box_weight` and `centerness_weight` weigh the three parts; `box` is the loss of boxes; `focus` is the
+    `class_weight`, `box_weight` and `centerness_weight` weigh the three parts; `box` is the loss of boxes (of heads with
+    distributions over edges it is their KL divergence); `focus` is the
     power of the gap between teacher and student by which a class counts (0: plain binary cross-entropy).
     """
 
@@ -82,6 +84,25 @@ def quality_bce(
 def box_l1(student_P4: torch.Tensor, teacher_P4: torch.Tensor) -> torch.Tensor:
     """Returns the sum of absolute differences of four raw box outputs, [P]."""
     return (student_P4 - teacher_P4).abs().sum(1)
+
+
+def edge_kl(student_P4N: torch.Tensor, teacher_P4N: torch.Tensor, *, temperature: Any = 1.0) -> torch.Tensor:
+    """Returns T^2 * KL(softmax(teacher / T) || softmax(student / T)), the mean over the four edges of a box, [P].
+
+    Args:
+        student_P4N, teacher_P4N: logits of the distance of each edge.
+
+    Raises:
+        LabelError: the two have other numbers of distances.
+    """
+    if student_P4N.shape != teacher_P4N.shape:
+        raise LabelError(
+            f"student: expected logits of edges of shape {tuple(teacher_P4N.shape)} (cells, edges, distances); found "
+            f"{tuple(student_P4N.shape)}; the student's head must have the teacher's bins"
+        )
+    student = (student_P4N / temperature).log_softmax(-1)
+    teacher = (teacher_P4N / temperature).log_softmax(-1)
+    return temperature**2 * kl_div(student, teacher, reduction="none", log_target=True).sum(-1).mean(-1)
 
 
 def box_giou(student_P4: torch.Tensor, teacher_P4: torch.Tensor) -> torch.Tensor:

@@ -161,7 +161,9 @@ class DetectionTeacher(DenseTeacher):
         self._class_map = class_map
         self._normalize = normalize.to(self.device)
         self.distribution, self.grid, self.num_cells = model.kind, grid.digest, len(grid.anchors)
-        self.columns = {"boxes": (4,)} | ({"centerness": ()} if model.has_centerness else {})
+        self.columns = {"bins": (4, model.bins + 1)} if model.bins else {"boxes": (4,)}
+        if model.has_centerness:
+            self.columns |= {"centerness": ()}
 
     def identity(self) -> dict[str, dict[str, Any]]:
         found = super().identity()
@@ -175,7 +177,7 @@ class DetectionTeacher(DenseTeacher):
         with self.autocast():
             found, _ = self.model(self._normalize(batch.images))
         height, width = batch.images.shape[-2:]
-        columns = {"boxes": found.boxes, "centerness": found.centerness}
+        columns = {"boxes": found.boxes, "bins": found.bins, "centerness": found.centerness}
         return DenseOutputs(
             found.class_logits.float(),
             {name: values.float() for name in self.columns if (values := columns[name]) is not None},

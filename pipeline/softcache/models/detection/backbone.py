@@ -19,8 +19,10 @@ from torch import nn
 
 from softcache.errors import SpecError
 from softcache.models.spec import parse_spec
+from softcache.models.timm_config import has_source
 from softcache.models.weight_files import PREFIXES, read_state
 from softcache.runtime.logging import log_info
+from softcache.runtime.suggest import closest_matches
 
 __all__ = ["LevelBackbone", "fill_backbone"]
 
@@ -108,11 +110,21 @@ def _timm_body(
 ) -> tuple[nn.Module, list[int]]:
     import timm
 
+    if not has_source(name) and not timm.is_model(name.partition(".")[0]):
+        near = closest_matches(name, timm.list_models(), most=5, cutoff=0.5)
+        raise SpecError(
+            f"backbone {spec!r}: unknown name {name!r}; nearest: {', '.join(near) or 'timm:resnet18'}"
+        )
     plain = {key: value for key, value in args.items() if key not in PRETRAINED}
     probe: Any = timm.create_model(name, features_only=True, **plain)
     found = list(probe.feature_info.reduction())
     # The last map of each stride, as torchvision's detectors take them.
     indices = [probe.feature_info.out_indices[_last(found, stride, spec)] for stride in strides]
+    if getattr(probe, "output_fmt", "NCHW") != "NCHW":
+        raise SpecError(
+            f"backbone {spec!r}: its maps have channels last ({probe.output_fmt.value}); take a convolutional one, such as "
+            "timm:mobilenetv3_small_100"
+        )
     body: Any = timm.create_model(name, features_only=True, out_indices=indices, **args)
     return body, list(body.feature_info.channels())
 

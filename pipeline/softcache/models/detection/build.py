@@ -122,7 +122,7 @@ def _named(parsed: ModelSpec, num_classes: int | None, pretrained: bool) -> nn.M
         raise SpecError(
             f"model 'torchvision:{name}': not one of torchvision's detectors; nearest: {', '.join(near)}"
         )
-    own = {key: args[key] for key in ("backbone", "backbone_weights", "channels", "convs") if key in args}
+    own = {key: args[key] for key in ("backbone", "backbone_weights", *HEAD_ARGUMENTS) if key in args}
     args = {key: value for key, value in args.items() if key not in own}
     if not pretrained:
         args = {key: value for key, value in args.items() if key not in ("weights", "weights_backbone")}
@@ -163,6 +163,7 @@ def _replace_backbone(
     backbone: str,
     channels: int = 128,
     convs: int = 4,
+    bins: int = 0,
     backbone_weights: str | None = None,
     pretrained: bool,
 ) -> None:
@@ -194,11 +195,9 @@ def _replace_backbone(
         pretrained=pretrained,
     )
     if isinstance(net.head, FCOSHead):
-        head: Any = FCOSHead(channels, per_place[0], classes, num_convs=convs)
-    elif convs != 4:
-        raise SpecError(
-            f"model 'torchvision:{name}': convs = {convs}; only the heads of FCOS have it; drop it"
-        )
+        head: Any = _fcos_head(channels, per_place[0], classes, convs, bins)
+    elif convs != 4 or bins:
+        raise SpecError(f"model 'torchvision:{name}': convs and bins are of the heads of FCOS; drop them")
     elif isinstance(net.head, RetinaNetHead):
         head = RetinaNetHead(channels, per_place[0], classes, norm_layer=partial(nn.GroupNorm, CHANNELS))
         head.regression_head._loss_type = net.head.regression_head._loss_type
@@ -211,6 +210,7 @@ def _replace_backbone(
     net.backbone, net.head = levels, head
 
 
+HEAD_ARGUMENTS = ("channels", "convs", "bins")
 LEVELS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "pyramid": ((8, 16, 32), ()),
     "ssd300_vgg16": ((8, 16), (2, 2, 1, 1)),
@@ -232,11 +232,15 @@ def _plain(input_shape: tuple[int, int, int]) -> dict[str, Any]:
 
 
 def _fcos(
-    num_classes: int, input_shape: tuple[int, int, int], width: int = 16, depth: int = 1, convs: int = 1
+    num_classes: int,
+    input_shape: tuple[int, int, int],
+    width: int = 16,
+    depth: int = 1,
+    convs: int = 1,
+    bins: int = 0,
 ) -> nn.Module:
     from torchvision.models.detection import FCOS
     from torchvision.models.detection.anchor_utils import AnchorGenerator
-    from torchvision.models.detection.fcos import FCOSHead
 
     # Squares of half a stride: FCOS gives a level the boxes whose farthest edge is within 4 to 8 of them, here
     # up to 16 pixels at the fine level and from there on at the coarse one.
@@ -244,10 +248,21 @@ def _fcos(
         _Backbone(input_shape[0], width, depth, pyramid=True),
         num_classes,
         anchor_generator=AnchorGenerator(((2,), (4,)), ((1.0,),) * 2),
-        head=FCOSHead(CHANNELS, 1, num_classes, num_convs=convs),
+        head=_fcos_head(CHANNELS, 1, num_classes, convs, bins),
         score_thresh=0.05,
         **_plain(input_shape),
     )
+
+
+def _fcos_head(channels: int, num_anchors: int, num_classes: int, convs: int, bins: int) -> nn.Module:
+    """Returns FCOS's head, of one number for each edge of a box, or of a distribution over `bins` + 1 distances."""
+    from torchvision.models.detection.fcos import FCOSHead
+
+    from softcache.models.detection.distribution_head import DistributionHead
+
+    if bins:
+        return DistributionHead(channels, num_anchors, num_classes, convs, bins)
+    return FCOSHead(channels, num_anchors, num_classes, num_convs=convs)
 
 
 def _retinanet(

@@ -1,6 +1,6 @@
 """Common interface to torchvision's one-stage detectors: outputs of every cell, the module's own loss, detections.
 
-    fcos | retinanet | ssdlite [?width=…&depth=…&convs=…]   small ones with the backbone below, for any image size
+    fcos | retinanet | ssdlite [?width=…&depth=…&convs=…&bins=…]   small ones with the backbone below, for any image size
     torchvision:NAME[?arg=…]                                 torchvision.models.detection.NAME
     torchvision:NAME?backbone=SPEC[&channels=…&convs=…]      the same with another backbone (`backbone`)
     package.module:factory[?arg=…]                           your own; returns one of torchvision's modules
@@ -43,7 +43,8 @@ class Grid:
         anchors: [A, 4] float32, left, top, right, bottom in pixels (of FCOS: a square around the location).
         levels: how many cells each level has; they sum to A.
         strides: (down, right) of each level, pixels of the image per step of the map.
-        coder: how boxes are written: "linear" (distances to the edges, FCOS) or "deltas/WEIGHTS" (of centre and log size).
+        coder: how boxes are written: "linear" (distances to the edges, FCOS), "bins/N" (distributions over N + 1 distances)
+            or "deltas/WEIGHTS" (of centre and log size).
     """
 
     anchors: torch.Tensor
@@ -65,6 +66,8 @@ class CellOutputs:
     Attributes:
         class_logits: [B, A, V], of the chosen outputs.
         boxes: [B, A, 4], raw regression outputs.
+        bins: [B, A, 4, n + 1], logits of each edge's distance, where the head has them (`distribution_head`); `boxes` are
+            their means.
         centerness: [B, A], logits, where the head has them.
         raw: what torchvision's head returned.
         images: torchvision's ImageList, as transformed.
@@ -74,6 +77,7 @@ class CellOutputs:
 
     class_logits: torch.Tensor
     boxes: torch.Tensor
+    bins: torch.Tensor | None
     centerness: torch.Tensor | None
     raw: dict[str, torch.Tensor]
     images: Any
@@ -89,6 +93,7 @@ class Detector(nn.Module):
         num_classes: V of the head, or of its chosen outputs.
         background: 1 where the head's class 0 is the background, else 0: the source's class c is the head's c + background.
         kind: the distribution of a cell, "bernoulli" or "categorical".
+        bins: n of a head with distributions over edges, else 0.
         has_centerness: whether the head has an output for how central a cell is in its box.
     """
 
@@ -125,6 +130,7 @@ class Detector(nn.Module):
         transform.image_mean, transform.image_std = [0.0], [1.0]
         self.register_buffer("_outputs", None, persistent=False)
         self.has_centerness = isinstance(net, FCOS)
+        self.bins = int(getattr(net.head, "bins", 0))
         self.kind: Literal["bernoulli", "categorical"] = "categorical" if self.background else "bernoulli"
 
     def select_outputs(self, outputs: Sequence[int]) -> None:
@@ -166,6 +172,7 @@ class Detector(nn.Module):
         outputs = CellOutputs(
             class_logits if self._outputs is None else class_logits[..., self._outputs],
             raw["bbox_regression"],
+            raw.get("bins"),
             None if centerness is None else centerness.squeeze(-1),
             raw,
             images,
@@ -231,7 +238,10 @@ class Detector(nn.Module):
         height, width = outputs.images.tensors.shape[-2:]
         strides = tuple((height / high, width / wide) for high, wide in outputs.map_sizes)
         coder = self.net.box_coder
-        how = "linear" if self.has_centerness else "deltas/" + "-".join(map(str, coder.weights))
+        if self.bins:
+            how = f"bins/{self.bins}"
+        else:
+            how = "linear" if self.has_centerness else "deltas/" + "-".join(map(str, coder.weights))
         return Grid(outputs.anchors[0].detach(), tuple(self._levels(outputs)), strides, how)
 
     def decode(self, boxes_P4: torch.Tensor, anchors_P4: torch.Tensor) -> torch.Tensor:

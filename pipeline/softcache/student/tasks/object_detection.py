@@ -6,7 +6,7 @@
 over the labeled cells p of the batch; s_p is the teacher's highest class probability (without the background)
 at the cell, and S the sum of s_p, at least 1: as the module's own losses are divided by the number of cells
 that answer for a box, the soft one is by how many the teacher sees. Boxes and centerness are distilled where
-the head is of the same form, at T = 1.
+the head is of the same form, at T = 1; distributions over edges (`fcos?bins=N`) by their KL divergence, at T.
 
 Shape suffixes: `B` images, `P` labeled cells, `V` classes of the head.
 """
@@ -27,7 +27,7 @@ from softcache.data.boxes import DetectionBatch, ViewedScenes
 from softcache.errors import LabelError, SpecError
 from softcache.labels import BernoulliLabels, DetectionLabels
 from softcache.losses import LossMix, LossSettings, forward_kl
-from softcache.losses.detection import CellLossSettings, box_giou, box_l1, quality_bce
+from softcache.losses.detection import CellLossSettings, box_giou, box_l1, edge_kl, quality_bce
 from softcache.models.detection.detector import CellOutputs
 from softcache.models.detection.mean_average_precision import as_detector, mean_average_precision
 from softcache.models.image import Normalize
@@ -106,6 +106,10 @@ class DetectionTask:
             else:
                 boxes_P = box_l1(student_P4, teacher_P4)
             total = total + how.box_weight * (score_P * boxes_P).sum()
+        if "bins" in labels.columns and outputs.bins is not None and how.box_weight:
+            student_P4N, teacher_P4N = outputs.bins[image_P, cell_P].float(), labels.columns["bins"].float()
+            edges_P = edge_kl(student_P4N, teacher_P4N, temperature=temperature)
+            total = total + how.box_weight * (score_P * edges_P).sum()
         if "centerness" in labels.columns and outputs.centerness is not None and how.centerness_weight:
             wanted_P = labels.columns["centerness"].float().sigmoid()
             student_P = outputs.centerness[image_P, cell_P].float()
