@@ -173,3 +173,31 @@ def test_a_transform_of_another_size_than_the_plain_view_is_logged(folder, caplo
     caplog.clear()
     open_data(config_of(folder, {"transform": f"{__name__}:turned", "size": 20}))
     assert "returns images" not in caplog.text
+
+
+def scaled():
+    return lambda image: image / 255
+
+
+def unscaled():
+    return lambda image: image.float()
+
+
+def normalized():
+    return lambda image: (image / 255 - 0.4) / 0.2 + 0.1 * torch.randn(())
+
+
+def test_floats_on_another_scale_than_the_plain_view_are_refused(folder):
+    for name, found in {"scaled": r"0.* to 1|0.* to 0\.\d+", "unscaled": r"\d+ to 2\d\d"}.items():
+        with pytest.raises(
+            SpecError, match=rf"returns floats from ({found}), taken as normalized; views\.mean and"
+        ):
+            open_data(
+                config_of(
+                    folder, {"size": 32, "transform": f"{__name__}:{name}", "mean": [0.4], "std": [0.2]}
+                )
+            )
+    open_data(
+        config_of(folder, {"size": 32, "transform": f"{__name__}:normalized", "mean": [0.4], "std": [0.2]})
+    )
+    open_data(config_of(folder, {"size": 32, "transform": f"{__name__}:scaled", "mean": [0.0], "std": [1.0]}))

@@ -92,10 +92,11 @@ def check_replays(views: Views, source: Any) -> None:
 
     Raises:
         SpecError: it does not give the same pixels for the same seeds of the global generators, so that no student could
-            see what the teacher saw.
+            see what the teacher saw; or floats on another scale than the plain view.
     """
     if views.settings.transform is None:
         return
+    floats = []
     for sample in range(min(TRIED, len(source))):
         image, key = source.image(sample), source.key(sample)
         if sample == 0 and (shape := views.apply(image, key=key, view=0).shape) != (
@@ -113,3 +114,28 @@ def check_replays(views: Views, source: Any) -> None:
                 "could not see what the teacher saw; draw from the global generators of random, numpy or torch, which are "
                 "seeded for each view, and not from one of its own"
             )
+        if first.is_floating_point():
+            floats.append(first)
+    if floats:
+        _check_scale(views, floats)
+
+
+def _check_scale(views: Views, floats: list[torch.Tensor]) -> None:
+    """Checks that floats of a custom transform are normalized as the plain view is, whose pixels are by `mean` and `std`.
+
+    Raises:
+        SpecError: values beyond what mean and std give to black and white (with a tenth of that range more on each side, for
+            noise), or none below 0 where they should be.
+    """
+    settings = views.settings
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (settings.mean, settings.std))
+    black, white = float((-mean / std).min()), float(((1 - mean) / std).max())
+    low, high = (min(float(image.min()) for image in floats), max(float(image.max()) for image in floats))
+    slack = 0.1 * (white - black)
+    looks_scaled = low >= 0 and high <= 1 and black < -slack
+    if looks_scaled or low < black - slack or high > white + slack:
+        raise SpecError(
+            f"views.transform {settings.transform!r}: returns floats from {low:.3g} to {high:.3g}, taken as normalized; "
+            f"views.mean and views.std give the plain view {black:.3g} (black) to {white:.3g} (white), and evaluation sees "
+            "that; let the transform return uint8, which is normalized here, or end it with that mean and std"
+        )
