@@ -148,7 +148,7 @@ def test_a_detector_of_ones_own_is_a_student():
         ("torchvision:fcos_resnet50_fpn?backbone=cnn", r"expected timm:NAME or torchvision:NAME"),
         (
             "torchvision:fcos_resnet50_fpn?backbone=torchvision:resnet18&channels=40",
-            r"channels = 40; .*multiple of 32",
+            r"channels = 40; .*multiple of 64",
         ),
     ],
 )

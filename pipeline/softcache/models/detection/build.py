@@ -181,10 +181,10 @@ def _replace_backbone(
         return  # a two-stage detector, which `Detector` refuses
     classes, per_place = num_outputs(net), net.anchor_generator.num_anchors_per_location()
     strides, added = LEVELS.get(name, LEVELS["pyramid"])
-    if channels % CHANNELS:
+    if channels % (2 * CHANNELS):
         raise SpecError(
-            f"model 'torchvision:{name}': channels = {channels}; expected a multiple of {CHANNELS}, in groups of which the "
-            "head normalises"
+            f"model 'torchvision:{name}': channels = {channels}; expected a multiple of {2 * CHANNELS}: the head normalises "
+            f"{CHANNELS} groups of them, and one channel of a map of one pixel has no variance"
         )
     levels = LevelBackbone(
         backbone,
