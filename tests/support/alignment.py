@@ -15,6 +15,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,13 +116,19 @@ class World:
 # -- worlds ------------------------------------------------------------------------------------------------
 
 
-def digits(count: int, first: int = 0) -> Samples:
+@cache
+def _all_digits() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    images = np.rint(data.images * (255 / 16)).astype(np.uint8)[first : first + count, None]
+    return np.rint(data.images * (255 / 16)).astype(np.uint8), data.target
+
+
+def digits(count: int, first: int = 0) -> Samples:
+    all_images, targets = _all_digits()
+    images = all_images[first : first + count, None].copy()
     keys = [f"s{number:03d}" for number in range(first, first + count)]
-    return Samples(keys, data.target[first : first + count].tolist(), torch.from_numpy(images))
+    return Samples(keys, targets[first : first + count].tolist(), torch.from_numpy(images))
 
 
 VIEWS = {"crop": "padded", "padding": 1, "flip": 0.5, "mean": [0.3], "std": [0.4], "seed": 7}

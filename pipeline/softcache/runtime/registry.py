@@ -16,10 +16,13 @@ variant is one new file.
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
+from functools import lru_cache
+from importlib.metadata import EntryPoints, entry_points
 from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
@@ -81,7 +84,7 @@ class Registry(Generic[T]):
     def names(self) -> list[str]:
         """Returns the names of the built-in variants and of the installed packages', sorted."""
         self._load()
-        return sorted({*self._variants, *(point.name for point in entry_points(group=self.group))})
+        return sorted({*self._variants, *(point.name for point in _entry_points(self.group))})
 
     def add_custom(self, path: str, variant: T) -> None:
         """Makes a custom variant known under `package.module:Name`, for names that come from untrusted files."""
@@ -106,7 +109,7 @@ class Registry(Generic[T]):
         if ":" in name and trusted:
             self._custom[name] = self._import(name)
             return self._custom[name]
-        for point in entry_points(group=self.group):
+        for point in _entry_points(self.group):
             if name in (point.name, point.value):
                 return self._import(point.value)
         hint = did_you_mean(name, self.names()) or f"known: {', '.join(self.names())}"
@@ -156,6 +159,23 @@ class Registry(Generic[T]):
         except BaseException:  # the next lookup must not take the part that was imported for the whole
             self._is_loaded = False
             raise
+
+
+def _entry_points(group: str) -> EntryPoints:
+    """Returns the installed packages' entry points of a group, read again once a folder of sys.path changes."""
+    folders = []
+    for path in sys.path:
+        try:
+            found = os.stat(path or ".")
+        except OSError:
+            continue
+        folders.append((path, found.st_ino, found.st_mtime_ns))
+    return _read_entry_points(group, tuple(folders))
+
+
+@lru_cache(maxsize=64)
+def _read_entry_points(group: str, folders: tuple[tuple[str, int, int], ...]) -> EntryPoints:
+    return entry_points(group=group)
 
 
 def _described(found: Any) -> str:
