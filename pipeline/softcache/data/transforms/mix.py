@@ -129,7 +129,10 @@ def _power(x: np.ndarray, exponent: float) -> np.ndarray:
 
 
 def mix_images(
-    images: Any, seconds: Sequence[torch.Tensor] | torch.Tensor, mixes: Mixes, keys: Sequence[str]
+    images: Sequence[torch.Tensor] | torch.Tensor,
+    seconds: Sequence[torch.Tensor] | torch.Tensor,
+    mixes: Mixes,
+    keys: Sequence[str],
 ) -> tuple[Any, np.ndarray]:
     """Returns the images of a batch with those rows mixed that are to be, and the share [B] float64 of each first image.
 
@@ -141,40 +144,42 @@ def mix_images(
     Raises:
         SpecError: two images that are to be mixed differ in shape or dtype, or are neither uint8 nor floating point.
     """
-    out = images.clone() if isinstance(images, torch.Tensor) else list(images)
-    kept_B, at_once = np.ones(len(images)), np.zeros(0, np.int64)
-    if isinstance(images, torch.Tensor) and images.dtype == torch.uint8:
-        at_once = np.flatnonzero(~mixes.cuts)
-        rows, shares = torch.from_numpy(mixes.rows[at_once]), torch.from_numpy(mixes.shares[at_once]).int()
-        out[rows] = _blended(images[rows], seconds[torch.from_numpy(at_once)], shares.view(-1, 1, 1, 1))  # type: ignore[call-overload]
-        kept_B[mixes.rows[at_once]] = mixes.shares[at_once] / SHARES
-    for number in np.setdiff1d(np.arange(len(mixes.rows)), at_once).tolist():
-        row = int(mixes.rows[number])
-        first, second = images[row], seconds[number]
+    firsts, others = _arrays(images), _arrays(seconds)
+    out: Any = firsts.copy() if isinstance(firsts, np.ndarray) else list(firsts)
+    kept_B = np.ones(len(images))
+    for number, row in enumerate(mixes.rows.tolist()):
+        first, second = firsts[row], others[number]
         if first.shape != second.shape or first.dtype != second.dtype:
             raise SpecError(
-                f"views: sample {keys[row]!r} is to be mixed, and its view is {first.dtype} of shape {tuple(first.shape)}, "
-                f"the other one {second.dtype} of shape {tuple(second.shape)}; expected the same; set views.size"
+                f"views: sample {keys[row]!r} is to be mixed, and its view is {first.dtype} of shape {first.shape}, the "
+                f"other one {second.dtype} of shape {second.shape}; expected the same; set views.size"
             )
         if mixes.cuts[number]:
             height, width = first.shape[1:]
             top, left, bottom, right = mixes.box(number, height, width)
-            mixed = first.clone()
-            mixed[:, top:bottom, left:right] = second[:, top:bottom, left:right]
+            if isinstance(out, list):
+                out[row] = first.copy()
+            out[row][:, top:bottom, left:right] = second[:, top:bottom, left:right]
             kept_B[row] = 1.0 - (bottom - top) * (right - left) / (height * width)
         else:
             share = int(mixes.shares[number])
-            mixed, kept_B[row] = _blended(first, second, share), share / SHARES
-        out[row] = mixed
-    return out, kept_B
+            out[row], kept_B[row] = _blended(first, second, share), share / SHARES
+    if isinstance(out, list):
+        return [torch.from_numpy(image) for image in out], kept_B
+    return torch.from_numpy(out), kept_B
 
 
-def _blended(first: torch.Tensor, second: torch.Tensor, share: Any) -> torch.Tensor:
-    """share / SHARES of the first and the rest of the second image; of uint8 images `share` may be a tensor."""
-    if first.dtype == torch.uint8:  # in whole numbers: 255 * SHARES is far below 2^31
-        total = first.to(torch.int32).mul_(share).add_(second.to(torch.int32).mul_(SHARES - share))
-        return total.add_(SHARES // 2).bitwise_right_shift_(16).to(torch.uint8)
-    if not first.is_floating_point():
+def _arrays(images: Sequence[torch.Tensor] | torch.Tensor) -> Sequence[np.ndarray] | np.ndarray:
+    return images.numpy() if isinstance(images, torch.Tensor) else [image.numpy() for image in images]
+
+
+def _blended(first: np.ndarray, second: np.ndarray, share: int) -> np.ndarray:
+    if first.dtype == np.uint8:
+        from softcache.data.transforms.crop_kernel import blend  # takes numba along
+
+        one, other = (np.ascontiguousarray(image).reshape(-1) for image in (first, second))
+        return blend(one, other, share).reshape(first.shape)
+    if not np.issubdtype(first.dtype, np.floating):
         raise SpecError(
             f"views: images of {first.dtype} are to be mixed; expected uint8 or floating point; let views.transform return "
             "one of these"
