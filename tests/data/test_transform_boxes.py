@@ -72,6 +72,11 @@ def test_a_letterbox_shows_the_whole_image_and_the_mean():
     assert bool(kept.all())
     np.testing.assert_allclose(moved, boxes * (32 / 60), rtol=1e-6)
     np.testing.assert_allclose(views.original_boxes(moved, height=30, width=60), boxes, rtol=1e-6)
+    stretched = Views(ViewSettings(size=(40, 32), fit="stretch"))
+    moved, kept = stretched.apply_boxes(boxes, key="a", view=0, height=30, width=60)
+    assert bool(kept.all())
+    np.testing.assert_allclose(moved[0], [0, 0, 32, 40])
+    np.testing.assert_allclose(stretched.original_boxes(moved, height=30, width=60), boxes, rtol=1e-6)
 
 
 def test_a_crop_keeps_the_identity_that_it_had_before_letterboxes():

@@ -269,7 +269,7 @@ class ViewedScenes(Dataset):
         """
         numbers = np.asarray(samples, np.int64)
         settings = self.views.settings
-        if settings.size is not None and not settings.letterboxed:
+        if settings.size is not None and settings.fit == "crop":
             return list(boxes), self._seen(numbers, 0)
         if settings.size is None:
             return list(boxes), [self.source.truth(int(sample)) for sample in numbers]
