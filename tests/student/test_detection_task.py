@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 
 from softcache.config.load import build_config
 from softcache.errors import ConfigError, LabelError, SpecError
@@ -180,6 +181,19 @@ class _Says(torch.nn.Identity):
 
 
 _Says.__name__ = "Identity"
+
+
+def test_another_file_of_the_backbone_is_another_student(data, tmp_path):
+    found = []
+    for value in (0.0, 1.0):
+        save_file({"conv1.weight": torch.full((2,), value)}, tmp_path / "backbone.safetensors")
+        found.append(
+            data.model_identity(
+                f"torchvision:fcos_resnet50_fpn?backbone_weights={tmp_path}/backbone.safetensors"
+            )
+        )
+    assert found[0] != found[1]
+    assert data.model_identity(SPEC) == {}
 
 
 def test_a_student_of_boxes_reads_the_teachers_images(tmp_path):

@@ -116,6 +116,10 @@ class Data(ABC):
         """Returns what distinguishes runs with this loss on soft labels from others."""
         return {"loss": config.loss.identity()}
 
+    def model_identity(self, model: str) -> dict[str, Any]:
+        """Returns what distinguishes students of a spec beyond the spec: files that it names."""
+        return {}
+
     def student_data(self, config: RunConfig) -> Any:
         """Returns what the student reads: this, or its own source or tokens.
 

@@ -37,6 +37,7 @@ def run_training(
     otherwise = config.student.tokenizer or config.student.has_own_input
     described = {
         "model": model,
+        **data.model_identity(model),
         **data.identity(),
         "student_data": data.student_data(config).identity() if otherwise else None,
         "context": config.student.context,
