@@ -106,6 +106,7 @@ package: setup  ## build the wheel, and read a cache with it in an environment w
 
 chaos: setup  ## the long versions of what kills, damages and forges caches
 	$(VENV)/bin/python -m pytest -m chaos
+	$(VENV)/bin/python -m pytest -m hypothesis --hypothesis-profile thorough
 
 check: setup  ## lint, format, types and layers
 	$(VENV)/bin/ruff check .

@@ -15,6 +15,7 @@ import gc
 import multiprocessing
 import sys
 import uuid
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ from tests.support.object_server import environment_of, find_weed, object_server
 sys.dont_write_bytecode = False
 gc.disable()  # until the tests are collected: modules are not garbage, and passes over them took a fifth of the time
 torch.set_num_threads(1)
+if find_spec("hypothesis"):  # the environment of vLLM has none
+    from hypothesis import settings
+
+    settings.register_profile("short", max_examples=50, deadline=None)
+    settings.register_profile("thorough", max_examples=2000, deadline=None)  # of make chaos
+    settings.load_profile("short")
 # Loader processes, those of a run of many and programs are forked from a server that has imported what they need: six
 # seconds, a third of it torch._dynamo, which torch's optimizers import. The fast tests train nothing in another process.
 PRELOAD_FAST = ["softcache.reader.loader", "softcache.data.sources", "softcache.runs"]

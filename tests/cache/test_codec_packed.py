@@ -18,7 +18,7 @@ from softcache.labels.sparsify import hybrid, sample, top_k
 from tests.support.caches import ROOT
 
 GRID = (1.0, 2.0, 8.0)
-SMALL = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+SMALL = settings(suppress_health_check=[HealthCheck.too_slow])
 STEPS = st.sampled_from([1 / 16384, 1 / 512, 1 / 128, 1 / 100, 1 / 32, 0.5, 8.0])
 
 

@@ -198,7 +198,6 @@ def rows_slowly(sample):
     return [t for t in range(len(sample) - 1) if sample[t][0] == sample[t + 1][0]]
 
 
-@hypothesis.settings(max_examples=150, deadline=None)
 @hypothesis.given(
     lengths=st.lists(st.integers(2, 23), max_size=12),
     seq_len=st.integers(2, 9),

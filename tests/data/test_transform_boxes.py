@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from softcache.data.transforms import Views, ViewSettings
@@ -29,7 +29,6 @@ POLICIES = {
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@settings(max_examples=40, deadline=None)
 @given(
     box=st.tuples(st.integers(0, 60), st.integers(0, 40), st.integers(6, 30), st.integers(6, 30)),
     view=st.integers(0, 6),

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from softcache.errors import LabelError, TemperatureError
@@ -394,7 +394,6 @@ def test_reading_a_record_needs_no_torch():
     assert done.returncode == 0, done.stderr
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     logits=st.lists(st.floats(-200, 200), min_size=2, max_size=25),
     k=st.integers(1, 25),

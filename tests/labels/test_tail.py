@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from softcache.errors import TemperatureError
@@ -238,7 +238,6 @@ def test_any_grid_length_works():
             np.testing.assert_allclose(found, truth, atol=tolerance)
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     dropped=st.lists(st.floats(min_value=-300.0, max_value=-0.7), min_size=1, max_size=30),
     known=st.sampled_from(["nothing", "slopes", "curvature"]),
@@ -266,7 +265,6 @@ def test_falls_in_beta_and_keeps_to_the_bounds_of_convexity(dropped, known):
         assert (found[near] >= chord[near] - tolerance).all()
 
 
-@settings(max_examples=100, deadline=None)
 @given(
     falls=st.lists(st.floats(min_value=0.0, max_value=50.0), min_size=len(GRID), max_size=len(GRID)),
     slopes=st.tuples(st.floats(-1e4, 1e4), st.floats(-1e4, 1e4)),
@@ -297,7 +295,6 @@ def bounds_below_one(dropped, temperature, highest=math.inf, *, with_slope=True,
     )
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     log_weights=st.lists(st.floats(min_value=-60.0, max_value=0.0), min_size=1, max_size=30),
     above=st.floats(0.0, 10.0),

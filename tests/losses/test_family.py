@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from softcache import losses
@@ -134,7 +134,6 @@ def test_student_that_equals_the_teacher_has_no_loss_and_no_gradient(name):
             assert gradient.abs().max() < 1e-4
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     rows=st.integers(3, 12).flatmap(
         lambda n: st.tuples(*[st.lists(st.floats(-40, 40), min_size=n, max_size=n)] * 2)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from softcache.errors import LabelError
@@ -133,7 +133,6 @@ def test_best_rows_are_the_chosen_teachers_own():
         np.testing.assert_array_equal(found.stats[row], chosen.stats[row])
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     num_classes=st.integers(4, 40),
