@@ -123,6 +123,8 @@ def test_names_are_taken_from_published_weights_alone(fcos, tmp_path):
     teacher = load(spec, names, weights=str(published), class_map="auto")
     assert teacher.num_classes == 80
     assert teacher.model._outputs.tolist() == [CATEGORIES.index(name) for name in names]
+    with pytest.raises(SpecError, match=r"weights = COCO_V7; torchvision has COCO_V1"):
+        load(f"{spec}&weights=COCO_V7", names, weights=str(path), class_map="auto")
     with pytest.raises(ConfigError, match=r"class 'people' of the source has no output; nearest: "):
         load(spec, ["people"], weights=str(published), class_map="auto")
 

@@ -219,8 +219,8 @@ def load_detection_teacher(
     if settings.weights is None and parsed.family != "factory" and "weights" not in parsed.args:
         raise ConfigError(
             f"teacher.weights: missing, and {settings.model} would be random; give a weights file (safetensors or a state "
-            "dict of the whole detector), torchvision:NAME?weights=COCO_V1, or a [train_teacher] table that says how to "
-            "train it"
+            "dict of the whole detector), torchvision:NAME?weights=COCO_V1, or a [train_teacher] table to "
+            "train it by"
         )
     build = partial(
         build_detector, settings.model, input_shape=input_shape, pretrained=settings.weights is None

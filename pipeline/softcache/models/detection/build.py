@@ -107,7 +107,11 @@ def published_weights(parsed: ModelSpec, file: str | None = None) -> Any:
         return None
     known = models.get_model_weights(parsed.name)
     if isinstance(named := parsed.args.get("weights"), str):
-        return known[named.rpartition(".")[2]]
+        if (short := named.rpartition(".")[2]) not in known.__members__:
+            raise SpecError(
+                f"model 'torchvision:{parsed.name}': weights = {named}; torchvision has {', '.join(known.__members__)}"
+            )
+        return known[short]
     name = file and Path(file).name
     return next((weights for weights in known if name == weights.url.rpartition("/")[2]), None)
 

@@ -2,7 +2,7 @@
 
     distance of an edge = sum_i softmax(bins)_i * i        i = 0 to n, in sides of the cell's anchor
 
-A teacher's distribution says how sure it is of an edge, which its mean does not: localisation distillation compares them
+A teacher's distribution shows how sure it is of an edge, which its mean does not: localisation distillation compares them
 (`softcache.losses.detection.edge_kl`). Box decoding and the losses of FCOS work on the distances as before; the
 distribution focal loss is added to them.
 

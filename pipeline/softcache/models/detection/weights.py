@@ -53,7 +53,7 @@ def load_detector_weights(detector: Detector, state: dict[str, torch.Tensor], pa
     if (found := head_outputs(detector, state)) != (own := num_outputs(detector.net)):
         classes = own - detector.background
         raise SpecError(
-            f"{what}: expected a head of {own} outputs, the source's {classes} classes"
+            f"{what}: expected a head of {own} outputs, of {classes} classes"
             f"{' and a background' * detector.background}; found {found}; set teacher.class_map to which of them are "
             "the source's classes (\"auto\": by name, of torchvision's published weights), or give weights with such a head"
         )
