@@ -77,7 +77,8 @@ def _print_labels(report: dict[str, Any]) -> None:
                 ("dropped_mass", "of all dropped classes"),
             )
         ]
-        print_table("the teacher's probabilities at the kept anchors", ("", *percentiles), rows)
+        where = " at the kept anchors" if "grid" in report["identity"] else ""
+        print_table(f"the teacher's probabilities{where}", ("", *percentiles), rows)
         return
     rows = [(f"T={t}", *(f"{v:.4f}" for v in mass.values())) for t, mass in report["kept_mass"].items()]
     print_table("share of the teacher's mass in the kept classes", ("kept mass at", *percentiles), rows)
@@ -114,7 +115,8 @@ def _summary(values: np.ndarray) -> dict[str, float]:
 
 def _labels(cache: Cache) -> dict[str, Any]:
     """Reads every finished row once; a few numbers per row are kept."""
-    if cache.manifest.codec.get("distribution") == "bernoulli":
+    codec = cache.manifest.codec
+    if "bernoulli" in (codec["name"], codec.get("distribution")):
         return _bernoulli(cache)
     targets, highest = cache.samples_table().targets, cache.manifest.codec.get("max_temperature")
     temperatures = [t for t in TEMPERATURES if highest is None or t <= highest]
@@ -143,10 +145,11 @@ def _labels(cache: Cache) -> dict[str, Any]:
 
 
 def _bernoulli(cache: Cache) -> dict[str, Any]:
-    """Returns a sigmoid head's masses at the kept anchors: its highest probability, and the sum of those dropped."""
+    """Returns a sigmoid head's masses in each row: its highest probability, and the sum of those dropped."""
     found: dict[str, list[np.ndarray]] = {"score": [], "dropped_mass": []}
     for _, record in _parts(cache):
-        labels: BernoulliLabels = record.labels
+        is_cells = isinstance(record, DetectionLabels)
+        labels: BernoulliLabels = record.labels if is_cells else record
         found["score"].append(1 / (1 + np.exp(-labels.logits[:, 0].astype(np.float64))))
         found["dropped_mass"].append(np.asarray(labels.dropped_mass))
     return {name: _summary(np.concatenate(values)) for name, values in found.items() if values}

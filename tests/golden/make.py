@@ -1,8 +1,9 @@
-"""Freeze tiny caches and the numbers in them, for tests/cache/test_golden.py, test_golden_packed.py and test_golden_cells.py.
+"""Freeze tiny caches and the numbers in them, for tests/cache/test_golden*.py.
 
     .venv/bin/python -m tests.golden.make
     .venv/bin/python -m tests.golden.make packed
     .venv/bin/python -m tests.golden.make cells
+    .venv/bin/python -m tests.golden.make bernoulli
 
 Run once per format version and codec, never to refresh a failing test: if today's code no longer reads what is frozen,
 users' caches are no longer read either, and the code is at fault. The caches go to tests/golden/vN, where N is
@@ -218,11 +219,31 @@ def freeze_cells(folder: Path) -> None:
     np.savez_compressed(folder / "expected_cells.npz", **expected)
 
 
+BERNOULLI_COLUMNS = ("ids", "logits", "dropped_bound", "dropped_mass", "fingerprint")
+
+
+def bernoulli_config(store: str) -> RunConfig:
+    run = config(store).model_dump(mode="json", exclude_unset=True)
+    del run["labels"]["temperatures"]
+    run["source"] = {"modality": "multi_label", "name": "tests.support.multi_label:digits"}
+    return RunConfig.model_validate(run)
+
+
+def freeze_bernoulli(folder: Path) -> None:
+    expected = {}
+    for store in VIEWS:
+        capture(bernoulli_config(store), folder / store)
+        found = read_plainly(folder / store, BERNOULLI_COLUMNS)
+        expected |= {f"{store}/{name}": values for name, values in found.items()}
+    np.savez_compressed(folder / "expected_bernoulli.npz", **expected)
+
+
 def main(arguments: list[str]) -> None:
     ways = {
         (): (freeze_open, ""),
         ("packed",): (freeze_packed, "-packed"),
         ("cells",): (freeze_cells, "-cells"),
+        ("bernoulli",): (freeze_bernoulli, "-bernoulli"),
     }
     freeze, suffix = ways[tuple(arguments)]
     folder = Path(__file__).parent / f"v{FORMAT_VERSION}{suffix}"

@@ -299,9 +299,10 @@ class Manifest(_Document):
         """
         codec = self.build_codec()
         if not isinstance(codec, SoftLabelCodec):
+            whose = "a detector" if self.kind == "cells" else "independent classes"
             raise LabelError(
-                f"{what}: expected labels of images or tokens; found labels of kind 'cells', of a detector, for which it is "
-                "not made; give another cache"
+                f"{what}: expected labels that are one distribution over all classes; found those of codec {codec.name!r}, "
+                f"of {whose}, for which it is not made; give another cache"
             )
         return codec
 

@@ -18,7 +18,7 @@ import numpy as np
 from softcache.data.batch import Dataset
 from softcache.errors import SourceError
 from softcache.hashing.digests import fingerprints as content_fingerprints
-from softcache.labels import MixedTargets, SoftLabels, concat
+from softcache.labels import MixedTargets, SoftLabels, concat_labels
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,8 @@ class ImageBatch:
 
     Attributes:
         images: [B, C, H, W], uint8 (or what the user's own transform returns).
-        targets: [B] int64, the ground truth; `MixedTargets` of a view that mixes images.
+        targets: [B] int64, the ground truth; `MixedTargets` of a view that mixes images; [B, V] float where images have
+            several classes.
         seen: [B, C', H', W'], what an online teacher sees of them, where that is something else.
     """
 
@@ -111,7 +112,7 @@ class ImageBatch:
             targets=MixedTargets.concat([batch.targets for batch in batches]),
             samples=np.concatenate([batch.samples for batch in batches]),
             fingerprints=np.concatenate([batch.fingerprints for batch in batches]),
-            labels=concat(labels) if labels else None,
+            labels=concat_labels(labels) if labels else None,
             seen=torch.cat(seen) if seen else None,
         )
 
@@ -198,7 +199,11 @@ class ViewedSource(Dataset):
             viewed, shares = self._mixed(numbers, keys, view, mixes)
             second = targets.clone()
             second[mixes.rows] = torch.from_numpy(classes_N[mixes.seconds])
-            targets = MixedTargets(targets, second, torch.from_numpy(shares).float())
+            shares_B = torch.from_numpy(shares).float()
+            if targets.ndim == 2:  # several classes: the mixture is one truth
+                targets = shares_B[:, None] * targets + (1 - shares_B[:, None]) * second
+            else:
+                targets = MixedTargets(targets, second, shares_B)
         viewed = self.views.reduce(viewed)
         if not isinstance(viewed, torch.Tensor):
             _check_shapes(viewed, keys, view)
@@ -213,9 +218,26 @@ class ViewedSource(Dataset):
         return ImageBatch(viewed, targets, numbers, view, prints)
 
     def _classes(self) -> np.ndarray:
+        """The ground truth of each sample, [N] int64, or of several classes [N, V] float32 of 0 and 1."""
         if self._targets is None:
-            self._targets = np.asarray(self.source.targets(), np.int64)
+            multi_hot_NV = getattr(self.source, "multi_hot", None)
+            if multi_hot_NV is not None:
+                self._targets = np.asarray(multi_hot_NV, np.float32)
+            else:
+                self._targets = np.asarray(self.source.targets(), np.int64)
         return self._targets
+
+    def sample_columns(self) -> dict[str, np.ndarray]:
+        return {} if self.has_several_classes else super().sample_columns()
+
+    @property
+    def uncompared(self) -> str:  # type: ignore[override]
+        return "classes" if self.has_several_classes else ""
+
+    @property
+    def has_several_classes(self) -> bool:
+        """Whether a sample has any number of classes."""
+        return getattr(self.source, "multi_hot", None) is not None
 
     def _keys_of(self, numbers: np.ndarray) -> list[str]:
         return [self.source.key(sample) for sample in numbers.tolist()]

@@ -132,8 +132,10 @@ class DetectionLabels:
 
 
 def concat_labels(records: Sequence[Any]) -> Any:
-    """Returns one record of all positions, in order, of records of either kind; raises as `concat` of that kind."""
-    return DetectionLabels.concat(records) if isinstance(records[0], DetectionLabels) else concat(records)
+    """Returns one record of all positions, in order, of records of one kind; raises as `concat` of that kind."""
+    if isinstance(records[0], DetectionLabels | BernoulliLabels):
+        return type(records[0]).concat(records)
+    return concat(records)
 
 
 def _joined_labels(parts: Sequence[SoftLabels | BernoulliLabels]) -> SoftLabels | BernoulliLabels:

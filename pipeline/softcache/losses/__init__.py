@@ -11,6 +11,7 @@ a few [P, V] temporaries in addition to the student's logits; `softcache.losses.
     functional.py       each as a function of logits and labels
 
     distillation.py     a student's loss: cross-entropy and a soft part
+    binary.py           the same of independent classes
     direct.py           the usual case in one operation of autograd, compiled for few classes on a CPU
     settings.py         `[loss]`
     schedules.py        temperature and alpha that change over a run
@@ -25,6 +26,7 @@ a few [P, V] temporaries in addition to the student's logits; `softcache.losses.
     log_space.py        sums and mixtures of distributions in log-space
 """
 
+from softcache.losses.binary import binary_distillation_loss, binary_kl
 from softcache.losses.buckets import check_vocabulary, fit_vocabulary
 from softcache.losses.distillation import check_alpha, cross_entropy, distillation_loss
 from softcache.losses.divergences.uld import uld
@@ -55,6 +57,8 @@ __all__ = [
     "LossSettings",
     "LossSpec",
     "adaptive_kl",
+    "binary_distillation_loss",
+    "binary_kl",
     "check_alpha",
     "check_vocabulary",
     "cross_entropy",

@@ -84,8 +84,10 @@ def teacher_is_missing(config: RunConfig) -> bool:
 
 def format_score(metrics: dict[str, Any]) -> str:
     """Returns the score of a run: its accuracy, or of detections the mean average precision."""
-    if "map" in metrics:
+    if "map50" in metrics:
         return f"mAP {metrics['map']:.4f} (mAP50 {metrics['map50']:.4f})"
+    if "map" in metrics:
+        return f"mAP {metrics['map']:.4f} (F1 {metrics['f1']:.4f})"
     return f"accuracy {metrics['accuracy']:.4f}"
 
 

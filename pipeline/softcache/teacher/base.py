@@ -96,10 +96,9 @@ class TeacherFacts:
             LabelError: more is to be kept than there is.
         """
         kind = CODECS.get(settings.name)
-        if "image" not in kind.kinds:
-            raise ConfigError(
-                f"capture.codec: {settings.name!r} is of a detector's labels; choose open or packed"
-            )
+        if "image" not in kind.kinds or not kind.captures_softmax:
+            whose = "independent classes'" if "image" in kind.kinds else "a detector's"
+            raise ConfigError(f"capture.codec: {settings.name!r} is of {whose} labels; choose open or packed")
         make: Callable[..., Codec] = kind
         return make(
             num_classes=self.num_classes,

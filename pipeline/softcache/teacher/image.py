@@ -100,12 +100,14 @@ def load_image_teacher(
     order_is_guessed: bool = False,
     device: torch.device,
     dtype: Dtype,
+    kind: type[ImageTeacher] = ImageTeacher,
 ) -> ImageTeacher:
     """Returns the teacher of a config, its weights loaded.
 
     Args:
         class_names: [V] of the source.
         order_is_guessed: the source has sorted its classes by name, and the teacher was not trained on it by softcache.
+        kind: what its outputs are.
 
     Raises:
         ConfigError: no weights are named, for a model that would otherwise be random; its pretrained head has other classes;
@@ -160,7 +162,7 @@ def load_image_teacher(
             names=output_names(model, parsed),
             spec=settings.model,
         )
-    return ImageTeacher(
+    return kind(
         model,
         spec=settings.model,
         num_classes=num_classes,

@@ -39,6 +39,7 @@ class Codec(ABC):
     Attributes:
         name: in manifests and in `[capture.codec]`.
         kinds: the kinds of caches whose labels it encodes.
+        captures_softmax: whether `[capture.codec]` may name it for the labels of one distribution over all classes.
         captures_detections: whether `[capture.codec]` may name it for a detector's labels.
         settings: of `[capture.codec]`.
         num_classes, k, temperatures, stats, max_temperature, sampling: of the labels (`SoftLabels`).
@@ -46,6 +47,7 @@ class Codec(ABC):
 
     name: ClassVar[str]
     kinds: ClassVar[frozenset[str]]
+    captures_softmax: ClassVar[bool] = True
     captures_detections: ClassVar[bool] = False
     settings: ClassVar[type[CodecSettings]] = CodecSettings
 

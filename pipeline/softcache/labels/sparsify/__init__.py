@@ -1,5 +1,6 @@
 """From logits to soft labels: which classes are kept, and what is stored of the others."""
 
+from softcache.labels.sparsify.bernoulli import bernoulli_faults, top_k_bernoulli
 from softcache.labels.sparsify.detection import DenseOutputs, cell_faults, choose_cells, sparsify_cells
 from softcache.labels.sparsify.policies.dense import Dense, dense, dense_labels_unsorted
 from softcache.labels.sparsify.policies.hybrid import Hybrid, hybrid
@@ -20,6 +21,7 @@ __all__ = [
     "Sample",
     "TopK",
     "TopP",
+    "bernoulli_faults",
     "cell_faults",
     "choose_cells",
     "dense",
@@ -32,5 +34,6 @@ __all__ = [
     "sample",
     "sparsify_cells",
     "top_k",
+    "top_k_bernoulli",
     "top_p",
 ]

@@ -22,6 +22,7 @@ from torch import Tensor
 from softcache.errors import LabelError
 from softcache.labels import BernoulliLabels, DetectionLabels, SoftLabels
 from softcache.labels.sparsify.assemble import top_k_indices
+from softcache.labels.sparsify.bernoulli import top_k_bernoulli
 from softcache.labels.sparsify.policies.top_k import top_k
 from softcache.labels.sparsify.settings import LabelSettings
 from softcache.labels.sparsify.validate import CELL_FAULT
@@ -117,27 +118,12 @@ def sparsify_cells(
         if categorical:
             labels = top_k(logits_PV, k=k, temperatures=settings.temperatures, check=False)
         else:
-            labels = _coins(logits_PV, k)
+            labels = top_k_bernoulli(logits_PV, k)
         columns: dict[str, Any] = {
             name: values[images_B1, cells_BN].flatten(0, 1).float()
             for name, values in outputs.columns.items()
         }
         return DetectionLabels(labels, cells_BN.flatten().to(torch.int32), columns)
-
-
-def _coins(logits_PV: Tensor, k: int) -> BernoulliLabels:
-    num_classes = logits_PV.shape[1]
-    if not 1 <= k <= num_classes:
-        raise LabelError(f"labels.k: expected 1 to {num_classes}, the number of classes; found {k}; lower k")
-    ids_PK = top_k_indices(logits_PV, k)
-    others_PV = logits_PV.scatter(1, ids_PK, -torch.inf)
-    return BernoulliLabels(
-        ids=ids_PK,
-        logits=logits_PV.gather(1, ids_PK),
-        dropped_bound=others_PV.amax(1),
-        num_classes=num_classes,
-        dropped_mass=others_PV.sigmoid().sum(1),
-    )
 
 
 def cell_faults(outputs: DenseOutputs, *, distribution: Literal["bernoulli", "categorical"]) -> Tensor:

@@ -28,6 +28,8 @@ class ImageData(ImageSplits):
 
     train: ViewedSource
     evaluation: ViewedSource
+    teacher_class: type[ImageTeacher] = ImageTeacher
+    task_class: type[ImageTask] = ImageTask
 
     def __init__(self, config: RunConfig) -> None:
         train, evaluation = config.source.open("train"), config.source.open("eval")
@@ -83,6 +85,7 @@ class ImageData(ImageSplits):
             and not is_trained_here(settings.weights),
             device=select_device(config.capture.device),
             dtype=config.capture.dtype,
+            kind=self.teacher_class,
         )
 
     def task(self, config: RunConfig, model: str, teacher: Teacher | None = None) -> ImageTask:
@@ -91,7 +94,7 @@ class ImageData(ImageSplits):
         student = self.student_data(config)
         if isinstance(student, StudentImages):
             return student.task(config, model, teacher)
-        return ImageTask(
+        return self.task_class(
             lambda: float32_weights(
                 build_model(model, num_classes=self.num_classes, input_shape=self.input_shape), model
             ),

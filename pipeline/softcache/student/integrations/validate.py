@@ -17,13 +17,14 @@ __all__ = ["check_cache", "check_images", "check_settled", "normalize_of"]
 
 
 def check_images(cache: Cache, who: str) -> None:
-    """Raises as `check_cache` unless the cache is a finished one of images."""
+    """Raises as `check_cache` unless the cache is a finished one of images, and LabelError where classes are independent."""
     check_cache(
         cache,
         "image",
         f"{who} is for images; for language models use softcache.student.integrations.huggingface.DistillTrainer, or "
         "`softcache train-student`",
     )
+    cache.manifest.soft_codec(f"{who}, cache {cache.url}")
 
 
 def check_cache(cache: Cache, kind: str, advice: str) -> None:

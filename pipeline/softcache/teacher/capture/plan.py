@@ -75,7 +75,7 @@ def plan_manifest(
     plan = default_plan(data, settings, num_views=labels.num_views)
     codec = teacher.codec(k, labels, settings.codec)
     if num_rows is None:
-        rows, samples = None, encode_samples(source.keys(), source.targets())
+        rows, samples = None, encode_samples(source.keys(), data.sample_columns().get("targets"))
     else:
         index = RowIndex(plan, num_rows)
         rows = index.geometry(CHUNK_ROWS)

@@ -11,7 +11,7 @@ from torch.nn.functional import logsigmoid
 
 from softcache.data.batch import Dataset
 from softcache.errors import AlignmentError, IdentityError
-from softcache.labels import DetectionLabels, SoftLabels
+from softcache.labels import BernoulliLabels, DetectionLabels, SoftLabels
 from softcache.labels.sparsify import DenseOutputs
 from softcache.losses import forward_kl
 from softcache.reader.alignment import attach_labels, check_alignment
@@ -86,7 +86,9 @@ def _compare(
 
 
 @torch.inference_mode()
-def _divergence(labels: SoftLabels | DetectionLabels, batch: Any, teacher: Teacher) -> np.ndarray:
+def _divergence(
+    labels: SoftLabels | BernoulliLabels | DetectionLabels, batch: Any, teacher: Teacher
+) -> np.ndarray:
     """Returns KL(record || teacher now) [P] at T=1, chunk by chunk.
 
     Of classes that were drawn at random, half the mean of (log p - log q)^2 over them: what KL is for small
@@ -98,6 +100,11 @@ def _divergence(labels: SoftLabels | DetectionLabels, batch: Any, teacher: Teach
             parts.append(_cells_divergence(labels, cast(Any, logits_PV)).numpy())
             continue
         rows = labels.take(slice(start, start + len(logits_PV)))
+        if isinstance(rows, BernoulliLabels):
+            parts.append(_independent_kl(rows, logits_PV.cpu().float()).numpy())
+            start += len(logits_PV)
+            continue
+        assert isinstance(labels, SoftLabels)
         if labels.sampling is None:
             kl_P = forward_kl(logits_PV.cpu(), rows, temperature=1.0, padded_vocabulary=True)
         else:
@@ -115,14 +122,20 @@ def _cells_divergence(labels: DetectionLabels, outputs: DenseOutputs) -> torch.T
     if isinstance(record, SoftLabels):
         found_P = forward_kl(logits_PV, record, temperature=1.0)
     else:
-        ids_PK = record.ids.long()
-        found_P = _bernoulli_kl(record.logits.float(), logits_PV.gather(1, ids_PK)).sum(1)
-        if record.k < record.num_classes:
-            best_P = logits_PV.scatter(1, ids_PK, -torch.inf).amax(1)
-            found_P = found_P + _bernoulli_kl(record.dropped_bound, best_P)
+        found_P = _independent_kl(record, logits_PV)
     for name, kept in labels.columns.items():
         now = outputs.columns[name].cpu()[image_P, cell_P].float()
         found_P = found_P + (kept.float() - now).square().reshape(len(cell_P), -1).sum(1) / 2
+    return found_P
+
+
+def _independent_kl(record: BernoulliLabels, logits_PV: torch.Tensor) -> torch.Tensor:
+    """Returns the KL [P] of the kept classes, summed, and of the best dropped one."""
+    ids_PK = record.ids.long()
+    found_P = _bernoulli_kl(record.logits.float(), logits_PV.gather(1, ids_PK)).sum(1)
+    if record.k < record.num_classes:
+        best_P = logits_PV.scatter(1, ids_PK, -torch.inf).amax(1)
+        found_P = found_P + _bernoulli_kl(record.dropped_bound, best_P)
     return found_P
 
 

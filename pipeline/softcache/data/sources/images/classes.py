@@ -57,6 +57,27 @@ class Classes:
             )
         return targets
 
+    def multi_hot(
+        self, labels: Sequence[Sequence[Any]], keys: Sequence[str], where: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Returns [N, V] uint8, 1 for each class of a sample, and how many there are, [N] int64.
+
+        Raises:
+            SourceError: as `targets`, or a sample has a class twice.
+        """
+        counts = np.array([len(found) for found in labels], np.int64)
+        rows = np.repeat(np.arange(len(labels)), counts)
+        flat = [label for found in labels for label in found]
+        columns = self.targets(flat, [keys[row] for row in rows.tolist()], where)
+        hot = np.zeros((len(labels), len(self.names)), np.uint8)
+        np.add.at(hot, (rows, columns), 1)
+        twice = np.argwhere(hot > 1)
+        if len(twice):
+            raise SourceError(
+                f"{where}: sample {keys[twice[0, 0]]!r} has the class {self.names[twice[0, 1]]!r} twice; expected each once"
+            )
+        return hot, counts
+
 
 def sort_names(names: Iterable[str], order: ClassOrder | None) -> tuple[list[str], bool]:
     """Returns names in an order, by default as texts, and whether that is a guess: the other one differs.

@@ -34,6 +34,8 @@ class Subset:
         self._source, self._count = source, min(count, len(source))
         self.name, self.num_classes, self.class_names = source.name, source.num_classes, source.class_names
         self.digest = digest_source(self.keys(), self.targets(), {"first_of": source.digest})
+        multi_hot = getattr(source, "multi_hot", None)
+        self.multi_hot = None if multi_hot is None else multi_hot[: self._count]
 
     @property
     def decodes(self) -> bool:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pyarrow as pa
@@ -64,6 +64,8 @@ class HuggingFaceImages(PictureSettings):
     revision: str | None = None
     streaming: bool = False
     max_images: int | None = Field(None, ge=1)
+    has_lists: ClassVar[bool] = False
+    """Whether a picture has a list of classes."""
     eval_share: float = Field(0.1, gt=0, lt=1)
 
     @model_validator(mode="after")
@@ -84,15 +86,21 @@ class HuggingFaceImages(PictureSettings):
         train = table if self._split_name("train") == table.split else _Table(self, self._split_name("train"))
         where = f"source.path {self.path!r}, split {table.split!r}"
         given, order = self.class_names, self.class_order
-        classes = find_classes(train.labels, given=given, order=order, known=train.class_names, where=where)
+        labels: list[Any] = train.labels
+        if self.has_lists:
+            labels = [label for found in labels for label in found]
+        classes = find_classes(labels, given=given, order=order, known=train.class_names, where=where)
         share = self.eval_share if self.eval_split is None else None
         keys = table.keys()
         numbers = choose_samples(keys, split, eval_share=share, shuffle=False)[: self.max_samples(split)]
         chosen = [keys[number] for number in numbers.tolist()]
         if not chosen:
             raise SourceError(f"{where}: no images; check the split and source.eval_share")
-        labels = table.labels
-        targets = classes.targets([labels[number] for number in numbers.tolist()], chosen, where)
+        taken, hot = [table.labels[number] for number in numbers.tolist()], None
+        if self.has_lists:
+            hot, targets = classes.multi_hot(taken, chosen, where)
+        else:
+            targets = classes.targets(taken, chosen, where)
         return HfImageSource(
             f"{self.path}/{split}",
             chosen,
@@ -101,6 +109,7 @@ class HuggingFaceImages(PictureSettings):
             np.stack([numbers, table.sizes()[numbers]], axis=1),
             table=table.images,
             location=f"{self.path} {table.split}",
+            multi_hot=hot,
             order_is_guessed=classes.is_guessed,
         )
 
@@ -127,7 +136,14 @@ class _Table:
                     "key_column"
                 )
         self._table = table.select_columns(self._columns)
-        self.class_names: list[str] | None = getattr(table.features[settings.label_column], "names", None)
+        feature = table.features[settings.label_column]
+        inner = getattr(feature, "feature", feature[0] if isinstance(feature, list) else None)
+        if (inner is not None) != settings.has_lists:
+            found, wanted = ("lists", "multi_label") if inner is not None else ("single classes", "image")
+            raise self._error(
+                f'column {settings.label_column!r} has {found}; set source.modality = "{wanted}", or another label_column'
+            )
+        self.class_names: list[str] | None = getattr(feature if inner is None else inner, "names", None)
 
     def _load(self) -> Any:
         settings = self._settings

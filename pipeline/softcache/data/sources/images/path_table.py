@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from softcache.data.sources.base import SOURCES
@@ -34,35 +35,53 @@ class CsvImages(SplitFiles):
     delimiter: str | None = None
 
     def pictures(self, split: Split) -> ImageFolderSource:
-        paths, labels, root, where = self._read(split)
-        train_labels = labels if split == "train" or self.eval_path is None else self._read("train")[1]
+        paths, columns, root, where = self.rows(split, (self.label_column,))
+        labels = [label for (label,) in columns]
+        train_labels = labels
+        if split == "eval" and self.eval_path is not None:
+            train_labels = [label for (label,) in self.rows("train", (self.label_column,))[1]]
         classes = self.classes(numbers_or_texts(train_labels), where)
+        chosen = self.chosen_paths(paths, root, split, where)
+        keys = [paths[row] for row in chosen]
+        targets = classes.targets([labels[row] for row in chosen], keys, where)
+        return ImageFolderSource(
+            f"csv/{split}",
+            root,
+            list(zip(keys, targets.tolist(), strict=True)),
+            classes.names,
+            order_is_guessed=classes.is_guessed,
+        )
+
+    def chosen_paths(self, paths: list[str], root: Path, split: Split, where: str) -> list[int]:
+        """Returns the rows of a split, in order.
+
+        Raises:
+            SourceError: there are none, a path comes twice, or files are not there.
+        """
         for path, count in Counter(paths).most_common(1):
             if count > 1:
                 raise SourceError(f"{where}: {path!r} comes {count} times; expected one row for each image")
-        chosen = self.chosen(paths, split).tolist()
-        keys, labels = [paths[row] for row in chosen], [labels[row] for row in chosen]
-        if not keys:
+        chosen: list[int] = self.chosen(paths, split).tolist()
+        if not chosen:
             raise SourceError(
                 f"{where}: no rows of the {split} split; check source.path and source.eval_share"
             )
-        missing = [key for key in keys if not (root / key).is_file()]
+        missing = [paths[row] for row in chosen if not (root / paths[row]).is_file()]
         if missing:
             raise SourceError(
-                f"{where}: {len(missing):,} of {len(keys):,} images are not in {root}: {', '.join(missing[:10])}"
+                f"{where}: {len(missing):,} of {len(chosen):,} images are not in {root}: {', '.join(missing[:10])}"
                 f"{', …' if len(missing) > 10 else ''}; set source.root to the folder that the paths are relative to"
             )
-        files = list(zip(keys, classes.targets(labels, keys, where).tolist(), strict=True))
-        return ImageFolderSource(
-            f"csv/{split}", root, files, classes.names, order_is_guessed=classes.is_guessed
-        )
+        return chosen
 
-    def _read(self, split: Split) -> tuple[list[str], list[str], Path, str]:
-        """Returns paths and labels of all rows, the folder of the images, and the file's name for messages."""
+    def rows(
+        self, split: Split, columns: Sequence[str | int]
+    ) -> tuple[list[str], list[list[str]], Path, str]:
+        """Returns paths and other columns of all rows, the folder of the images, and the file's name for messages."""
         files = self.files(split, KINDS)
         root = files.root if self.root is None else Path(self.root).expanduser()
         paths: list[str] = []
-        labels: list[str] = []
+        others: list[list[str]] = []
         for file in files.paths:
             delimiter = self.delimiter or ("\t" if file.suffix == ".tsv" else ",")
             try:
@@ -72,8 +91,8 @@ class CsvImages(SplitFiles):
                 raise SourceError(
                     f"source {file}: {error}; expected rows divided by {delimiter!r}"
                 ) from error
-            names = rows.pop(0) if self.header and rows else []
-            places = [self._place(key, names, file) for key in ("path_column", "label_column")]
+            names = [name.strip() for name in rows.pop(0)] if self.header and rows else []
+            places = [self._place(column, names, file) for column in (self.path_column, *columns)]
             for number, row in enumerate(rows, 1 + self.header):
                 if len(row) <= max(places):
                     raise SourceError(
@@ -81,16 +100,15 @@ class CsvImages(SplitFiles):
                         f"{delimiter!r}; check source.delimiter"
                     )
             paths += [row[places[0]].strip() for row in rows]
-            labels += [row[places[1]].strip() for row in rows]
-        return paths, labels, root, f"source {files.given}"
+            others += [[row[place].strip() for place in places[1:]] for row in rows]
+        return paths, others, root, f"source {files.given}"
 
-    def _place(self, key: str, names: list[str], file: Path) -> int:
-        column = getattr(self, key)
+    def _place(self, column: str | int, names: list[str], file: Path) -> int:
         if isinstance(column, int):
             return column
-        names = [name.strip() for name in names]
         if column not in names:
             found = ", ".join(names) if self.header else "no header (source.header = false)"
+            key = "path_column" if column == self.path_column else "label_column"
             raise SourceError(
                 f"source {file}: no column {column!r}; it has {found}; set source.{key} to a name, or a number from 0 on"
             )

@@ -26,7 +26,7 @@ from softcache.data.sources.images.classes import ClassOrder
 from softcache.data.sources.images.decode import to_rgb
 from softcache.data.sources.images.unreadable import find_unreadable, leave_out_unreadable, unreadable_error
 from softcache.errors import SourceError
-from softcache.hashing.digests import digest_source
+from softcache.hashing.digests import digest_bytes, digest_source
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -84,6 +84,7 @@ class PictureSource(IndexedSource, ABC):
         upright: whether they are turned by their EXIF orientation.
         unreadable: keys of those that are left out, in order; empty where `source.skip_unreadable` is not set.
         order_is_guessed: whether classes are sorted by name, and timm would sort them differently.
+        multi_hot: [N, V] uint8, 1 for each class that a picture has, where it may have any number; else None.
     """
 
     upright, can_skip = True, True
@@ -98,6 +99,7 @@ class PictureSource(IndexedSource, ABC):
         places: np.ndarray | Sequence[Any],
         *,
         order_is_guessed: bool = False,
+        multi_hot: np.ndarray | None = None,
     ) -> None:
         """
         Args:
@@ -105,10 +107,13 @@ class PictureSource(IndexedSource, ABC):
         """
         super().__init__(name, keys, targets, class_names)
         self.places, self.order_is_guessed = np.asarray(places), order_is_guessed
+        self.multi_hot = multi_hot
         self._set_digest()
 
     def _set_digest(self) -> None:
         facts = dict(self.content_facts())
+        if self.multi_hot is not None:
+            facts["classes"] = digest_bytes(np.packbits(self.multi_hot, axis=1).tobytes())
         if self.unreadable:
             facts["unreadable"] = list(self.unreadable)
         self.digest = digest_source(self._keys, self._targets, facts)
@@ -192,6 +197,7 @@ class PictureSource(IndexedSource, ABC):
         kept[list(samples)] = False
         left = copy.copy(self)
         left._keys = [key for key, is_kept in zip(self._keys, kept.tolist(), strict=True) if is_kept]
+        left.multi_hot = None if self.multi_hot is None else self.multi_hot[kept]
         left._targets, left.places = self._targets[kept], self.places[kept]
         left.unreadable = tuple(self._keys[sample] for sample in sorted(samples))
         left._set_digest()
