@@ -5,6 +5,7 @@ folder that holds the configs, the examples and the files that the page shows.
 """
 
 import ast
+import os
 import re
 import shlex
 import shutil
@@ -133,10 +134,21 @@ def pages_run():
             yield pytest.param(page, marks=[pytest.mark.chaos] if long else [], id=name_of(page))
 
 
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory):
+    """A folder of the tokenizers that the pages train, shared by all processes of this run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tokenizers"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 @pytest.fixture
-def shell(tmp_path, monkeypatch):
+def shell(tmp_path, tokenizers, monkeypatch):
     for name in ("configs", "examples"):
         shutil.copytree(ROOT / name, tmp_path / name)
+    (tmp_path / "runs/data").mkdir(parents=True)
+    (tmp_path / "runs/data/tokenizers").symlink_to(tokenizers)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("SOFTCACHE_MEMMAP_DIR", str(tmp_path / "thaw"))
