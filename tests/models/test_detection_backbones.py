@@ -145,6 +145,10 @@ def test_a_detector_of_ones_own_is_a_student():
             "torchvision:fcos_resnet50_fpn?backbone=timm:swin_s3_tiny_224",
             r"its maps have channels last \(NHWC",
         ),
+        (
+            "torchvision:fcos_resnet50_fpn?weights=COCO_V1&backbone=timm:resnet18",
+            r"backbone = timm:resnet18 takes its place; drop them",
+        ),
         ("torchvision:fcos_resnet50_fpn?backbone=cnn", r"expected timm:NAME or torchvision:NAME"),
         (
             "torchvision:fcos_resnet50_fpn?backbone=torchvision:resnet18&channels=40",

@@ -1,6 +1,8 @@
 """torchvision's detectors as teachers: plain state dicts, heads of COCO's 91 ids, class maps."""
 
+import hashlib
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torchvision import models
 from softcache.data.transforms import ViewSettings
 from softcache.errors import ConfigError, SpecError
 from softcache.modalities import open_data
+from softcache.models.detection.build import published_weights
 from softcache.models.image import Normalize
 from softcache.models.preprocessing import pretrained_views
 from softcache.models.spec import parse_spec
@@ -118,6 +121,8 @@ def test_names_are_taken_from_published_weights_alone(fcos, tmp_path):
     spec = f"torchvision:fcos_resnet50_fpn?{SMALL}"
     with pytest.raises(ConfigError, match=r"comes without the names of its 91 outputs"):
         load(spec, names, weights=str(path), class_map="auto")
+    with pytest.raises(ConfigError, match=r"teacher.weights: missing, and .* would be random"):
+        load(f"{spec}&weights=null", names)
     published = tmp_path / "fcos_resnet50_fpn_coco-99b0c9b7.pth"
     published.symlink_to(path)
     teacher = load(spec, names, weights=str(published), class_map="auto")
@@ -127,6 +132,16 @@ def test_names_are_taken_from_published_weights_alone(fcos, tmp_path):
         load(f"{spec}&weights=COCO_V7", names, weights=str(path), class_map="auto")
     with pytest.raises(ConfigError, match=r"class 'people' of the source has no output; nearest: "):
         load(spec, ["people"], weights=str(published), class_map="auto")
+
+
+def test_a_published_file_is_known_under_another_name(tmp_path, monkeypatch):
+    (tmp_path / "mine.pth").write_bytes(b"weights")
+    parsed = parse_spec("torchvision:fcos_resnet50_fpn")
+    assert published_weights(parsed, str(tmp_path / "mine.pth")) is None
+    digest = hashlib.sha256(b"weights").hexdigest()[:8]
+    weights = SimpleNamespace(url=f"https://download.pytorch.org/models/fcos-{digest}.pth")
+    monkeypatch.setattr(models, "get_model_weights", lambda name: [weights])
+    assert published_weights(parsed, str(tmp_path / "mine.pth")) is weights
 
 
 def test_the_softmax_of_an_ssd_is_over_the_background_and_the_chosen_outputs(tmp_path):

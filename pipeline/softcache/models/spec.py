@@ -71,7 +71,9 @@ def is_same_origin(one: str, other: str) -> bool:
     return first == second and names[0] == names[1]
 
 
-LOADING_ARGUMENTS = frozenset({"pretrained", "weights", "checkpoint_path", "cache_dir", "revision", "dtype"})
+LOADING_ARGUMENTS = frozenset(
+    {"pretrained", "weights", "backbone_weights", "checkpoint_path", "cache_dir", "revision", "dtype"}
+)
 """Arguments of a spec for where weights come from and their dtype; the digest of the weights covers both."""
 VOLATILE_CONFIG = re.compile(
     r"_name_or_path|transformers_version|(torch_)?dtype|architectures|use_cache|_?attn_implementation.*|.*_token_id|distributed_config"

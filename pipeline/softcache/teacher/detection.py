@@ -216,7 +216,7 @@ def load_detection_teacher(
         SpecError: the model or its weights cannot be loaded, or the head has other classes than the source.
     """
     parsed = parse_spec(settings.model)
-    if settings.weights is None and parsed.family != "factory" and "weights" not in parsed.args:
+    if settings.weights is None and parsed.family != "factory" and not parsed.args.get("weights"):
         raise ConfigError(
             f"teacher.weights: missing, and {settings.model} would be random; give a weights file (safetensors or a state "
             "dict of the whole detector), torchvision:NAME?weights=COCO_V1, or a [train_teacher] table to "

@@ -7,6 +7,7 @@ torchvision.models takes seconds to import and only detectors need it: the funct
 
 from __future__ import annotations
 
+import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,10 @@ def build_detector(
 
 
 def published_weights(parsed: ModelSpec, file: str | None = None) -> Any:
-    """Returns torchvision's published weights that a spec names (`?weights=`), or whose file a path is; None: neither."""
+    """Returns torchvision's published weights that a spec names (`?weights=`), or whose file a path is; None: neither.
+
+    Such a file is known by its name, which ends in the first digits of its sha256, or under another name by these.
+    """
     from torchvision import models
 
     if parsed.family != "torchvision" or parsed.name not in models.list_models(module=models.detection):
@@ -112,8 +116,14 @@ def published_weights(parsed: ModelSpec, file: str | None = None) -> Any:
                 f"model 'torchvision:{parsed.name}': weights = {named}; torchvision has {', '.join(known.__members__)}"
             )
         return known[short]
-    name = file and Path(file).name
-    return next((weights for weights in known if name == weights.url.rpartition("/")[2]), None)
+    names = {Path(weights.url).name: weights for weights in known}
+    if file is None or not (path := Path(file.partition("#")[0])).is_file() or path.name in names:
+        return names.get(Path(file or "").name)
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return next(
+        (one for name, one in names.items() if digest.startswith(name[-12:].removesuffix(".pth"))), None
+    )
 
 
 def _named(parsed: ModelSpec, num_classes: int | None, pretrained: bool) -> nn.Module:
@@ -128,6 +138,11 @@ def _named(parsed: ModelSpec, num_classes: int | None, pretrained: bool) -> nn.M
         )
     own = {key: args[key] for key in ("backbone", "backbone_weights", *HEAD_ARGUMENTS) if key in args}
     args = {key: value for key, value in args.items() if key not in own}
+    if "backbone" in own and args.keys() & {"weights", "weights_backbone"}:
+        raise SpecError(
+            f"model 'torchvision:{name}': weights and weights_backbone are of its own backbone, and backbone = "
+            f"{own['backbone']} takes its place; drop them, or use backbone_weights"
+        )
     if not pretrained:
         args = {key: value for key, value in args.items() if key not in ("weights", "weights_backbone")}
     extra = int(name.startswith("ssd"))
