@@ -8,6 +8,8 @@
         for images, targets in loader:
             loss = loss_fn(model(images), targets)
 
+For timm's own `train.py` see `softcache.runs.foreign_scripts`.
+
 timm's loop knows a batch as (images, targets). A target is here a row of numbers that holds the ground truth and the whole
 label record (`softcache.student.integrations.timm_rows`), so it survives timm's collate, its prefetcher and its loader
 processes as it is.
@@ -59,11 +61,16 @@ class TimmImages(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
     Attributes:
         input_size: (C, H, W), for `create_loader`.
         mean, std: of the views, for `create_loader`.
+        classes: the names of the classes.
+        loss: of the config, where the dataset was opened by one; what `TimmLoss` takes by default.
     """
+
+    loss: LossSettings | None = None
 
     def __init__(self, source: Source, cache: Cache, *, views: Views | None = None) -> None:
         check_images(cache, type(self).__name__)
         views = views or cached_views(cache)
+        self.classes = list(source.class_names)
         self.mean, self.std = views.settings.mean, views.settings.std
         self._open(source, cache, views)
         image = self._batch([0]).images[0]
@@ -170,7 +177,7 @@ class TimmLoss(nn.Module):
 
     Args:
         dataset: whose targets are read.
-        loss: any of `[loss]` whose temperature and alpha stay, without weights of rows.
+        loss: any of `[loss]` whose temperature and alpha stay, without weights of rows; None: the dataset's.
 
     Raises:
         ConfigError: the loss has a schedule or weights.
@@ -179,11 +186,11 @@ class TimmLoss(nn.Module):
 
     def __init__(self, dataset: TimmDataset, loss: LossSettings | None = None) -> None:
         super().__init__()
-        self._rows, self._loss = dataset.rows, loss or LossSettings()
-        check_settled(self._loss, "TimmLoss")
+        self._rows, self._loss = dataset.rows, loss or dataset.loss or LossSettings()
+        check_settled(self._loss, type(self).__name__)
         if self._loss.weights is not None:
             raise ConfigError(
-                "TimmLoss: loss.weights would be ignored; drop the table, or use SoftLabelModule or "
+                f"{type(self).__name__}: loss.weights would be ignored; drop the table, or use SoftLabelModule or "
                 "`softcache train-student`"
             )
 
