@@ -185,6 +185,11 @@ def test_files_in_a_bucket(bucket, opened, tmp_path):
     assert tokens_of(opened(path=f"{bucket}/corpus/part-1.jsonl.gz")) == [[40, 0]], "the old copy was taken"
     with pytest.raises(SourceError, match=r"corpus/part-9\*': no object has such a name"):
         opened(path=f"{bucket}/corpus/part-9*")
+    assert tokens_of(opened(path=f"{bucket}/corpus/part-{{0,1}}.jsonl.gz")) == [TOKENS[0], [40, 0]]
+    with pytest.raises(
+        SourceError, match=r"1 of its 3 files are not there, such as .*part-3\.jsonl\.gz; check the"
+    ):
+        opened(path=f"{bucket}/corpus/part-{{1..3}}.jsonl.gz")
     with pytest.raises(SourceError, match=r"corpus/part-9.jsonl': no such object; check the bucket"):
         opened(path=f"{bucket}/corpus/part-9.jsonl")
     write_megatron(tmp_path / "corpus", DOCUMENTS)

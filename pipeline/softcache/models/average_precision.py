@@ -22,9 +22,9 @@ def multi_label_scores(logits_NV: np.ndarray, targets_NV: np.ndarray) -> dict[st
     values = [
         _average_precision(logits_NV[:, v], is_true_NV[:, v]) for v in np.flatnonzero(is_true_NV.any(0))
     ]
-    said_NV = logits_NV > 0
-    right = int((said_NV & is_true_NV).sum())
-    total = int(said_NV.sum() + is_true_NV.sum())
+    chosen_NV = logits_NV > 0
+    right = int((chosen_NV & is_true_NV).sum())
+    total = int(chosen_NV.sum() + is_true_NV.sum())
     return {
         "map": float(np.mean(values)) if values else float("nan"),
         "f1": 2 * right / total if total else 1.0,

@@ -28,6 +28,7 @@ from softcache.models.spec import ModelSpec
 from softcache.runtime.logging import log_info, progress_bar
 
 __all__ = [
+    "SCHEMES",
     "HfImageClassifier",
     "ZeroShotClassifier",
     "build_hf_model",

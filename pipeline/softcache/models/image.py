@@ -29,7 +29,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from softcache.errors import MissingExtraError, SpecError
 from softcache.models.byte_classifier import ByteClassifier
-from softcache.models.hugging_face import build_hf_model, hf_scheme
+from softcache.models.hugging_face import SCHEMES, build_hf_model, hf_scheme
 from softcache.models.spec import ModelSpec, parse_spec
 from softcache.models.timm_config import has_source
 from softcache.runtime.suggest import closest_matches
@@ -119,7 +119,7 @@ def _torchvision(
 def _near_family(name: str) -> str:
     """Returns what `torchvison:resnet18` may have meant; empty where the part before the colon is like no family."""
     family, _, rest = name.partition(":")
-    near = closest_matches(family, ("timm", "torchvision"), most=1)
+    near = closest_matches(family, ("timm", "torchvision", *SCHEMES), most=1)
     return f"; did you mean {near[0]}:{rest}?" if near else ""
 
 
@@ -137,7 +137,7 @@ def call_factory(
     except (ImportError, AttributeError) as error:
         raise SpecError(
             f"model {spec!r}: {error}; expected a built-in name ({', '.join(BUILTIN)}), timm:NAME, "
-            f"torchvision:NAME, or an importable module:factory{_near_family(parsed.name)}"
+            f"torchvision:NAME, hf:NAME, or an importable module:factory{_near_family(parsed.name)}"
         ) from error
     offered: dict[str, Any] = _classes(num_classes) | {"input_shape": input_shape}
     parameters = inspect.signature(factory).parameters
@@ -195,7 +195,7 @@ def _builtin(
     if parsed.name not in BUILTIN:
         raise SpecError(
             f"model {spec!r}: unknown name {parsed.name!r}; built in: {', '.join(BUILTIN)}; "
-            "others are written timm:NAME, torchvision:NAME or module:factory"
+            "others are written timm:NAME, torchvision:NAME, hf:NAME or module:factory"
         )
     if num_classes is None:
         raise SpecError(

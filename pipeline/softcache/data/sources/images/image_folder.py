@@ -64,9 +64,6 @@ class ImageFolderSource(PictureSource):
     def place_name(self, sample: int) -> str:
         return str(self.root / self._keys[sample])
 
-    def opened(self, sample: int) -> Path:
-        return self.root / self._keys[sample]
-
     def file_bytes(self, sample: int) -> bytes:
         """Returns a file as it is.
 
@@ -74,7 +71,7 @@ class ImageFolderSource(PictureSource):
             SourceError: it cannot be read; it is named.
         """
         try:
-            return self.opened(sample).read_bytes()
+            return (self.root / self._keys[sample]).read_bytes()
         except OSError as error:
             raise self.read_error(sample, error) from error
 

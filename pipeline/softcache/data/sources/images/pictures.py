@@ -13,7 +13,6 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from io import BytesIO
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import numpy as np
@@ -143,10 +142,6 @@ class PictureSource(IndexedSource, ABC):
             SourceError: it cannot be read; it is named.
         """
 
-    def opened(self, sample: int) -> Path | BytesIO:
-        """Returns a picture as Pillow opens it."""
-        return BytesIO(self.file_bytes(sample))
-
     def decode(self, sample: int) -> np.ndarray:
         """Returns uint8 [H, W, 3].
 
@@ -156,18 +151,13 @@ class PictureSource(IndexedSource, ABC):
         """
         from PIL import Image as images
 
-        try:
-            place = self.opened(sample)
-            with _OPENING, warnings.catch_warnings():  # which are of the process, not of the thread
-                # Pillow refuses twice as many pixels, and warns of these.
-                warnings.simplefilter("error", images.DecompressionBombWarning)
-                image: Image = images.open(place)
-            with image:
-                return to_rgb(image, upright=self.upright)
-        except OSError as error:
-            if error.errno is None:  # Pillow's own
-                raise
-            raise self.read_error(sample, error) from error
+        content = BytesIO(self.file_bytes(sample))
+        with _OPENING, warnings.catch_warnings():  # which are of the process, not of the thread
+            # Pillow refuses twice as many pixels, and warns of these.
+            warnings.simplefilter("error", images.DecompressionBombWarning)
+            image: Image = images.open(content)
+        with image:
+            return to_rgb(image, upright=self.upright)
 
     def image(self, sample: int) -> torch.Tensor:
         """Returns uint8 [3, H, W].
