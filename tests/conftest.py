@@ -103,6 +103,7 @@ PROGRAMS = [
     "runs/test_dask.py",
     "runs/test_export.py",
     "runs/test_report_page.py",
+    "runs/test_schedules.py::test_two_processes_hold_the_temperature_and_train_the_student_of_one",
     "runs/test_sweep.py::test_a_sweep_that_is_killed_goes_on_and_its_best_trial_is_trained_as_it_says",
     "runs/test_sweep.py::test_two_processes_share_a_sweep",
     "stages/test_cli_completion.py",
@@ -117,6 +118,7 @@ PROGRAMS = [
     "student/test_lora.py",
     "student/test_many_processes.py",
     "student/test_trl.py",
+    "teacher/test_placement.py::test_two_processes_with_a_part_of_each_layer_give_the_labels_of_one",
 ]
 
 

@@ -353,7 +353,7 @@ def test_folders_that_are_no_dataset_are_refused(folder, tmp_path):
     with pytest.raises(SourceError, match=r"no images \(.bmp"):
         opened(name="imagefolder", root=str(folder))
     shutil.rmtree(folder / "eval")
-    with pytest.raises(SourceError, match=r"no folder eval or val in it"):
+    with pytest.raises(SourceError, match=r"no folder eval, val, validation, valid or test in it"):
         opened("eval", name="imagefolder", root=str(folder))
 
 
