@@ -35,7 +35,7 @@ def bench(path: str, folder: str, *, goal: float, seeds: int, quick: bool) -> di
     if quick:
         config = _small(config, folder)
     config = config.model_copy(
-        update={"reader": config.reader.model_copy(update={"memmap_dir": f"{folder}/thawed-too"})}
+        update={"reader": config.reader.model_copy(update={"memmap_dir": f"{folder}/memmaps-too"})}
     )
     data = open_data(config)
     make_teacher(config, data)

@@ -62,7 +62,7 @@ def image_case(folder: str, source: dict[str, Any], shape: tuple[int, int, int])
             "capture": {"evaluate": False, "device": "cpu"},
             "loss": {"alpha": 0.9},
             "train": {"epochs": 2, "batch_size": 256, "device": "cpu"},
-            "reader": {"memmap_dir": f"{folder}/thawed"},
+            "reader": {"memmap_dir": f"{folder}/memmaps"},
         }
     )
 
@@ -88,7 +88,7 @@ def text_case(folder: str, *, samples: int, vocab_size: int, k: int) -> RunConfi
             "capture": {"evaluate": False, "device": "cpu", "batch_size": 16},
             "loss": {"alpha": 0.9},
             "train": {"epochs": 2, "batch_size": 16, "device": "cpu", "clip_norm": 1.0},
-            "reader": {"memmap_dir": f"{folder}/thawed"},
+            "reader": {"memmap_dir": f"{folder}/memmaps"},
         }
     )
 

@@ -4,8 +4,8 @@
     python -m benchmarks.profiled images --seconds 40 &
     py-spy record --function --threads --duration 10 -o docs/figures/flame-images.svg --pid $!  # once it prints "running"
 
-*images* reads shuffled batches of 256 from a thawed cache (`benchmarks.reading`); *capture* labels texts, V = 4,096,
-K = 128, and writes them (`benchmarks.capture`).
+*images* reads shuffled batches of 256 from the memory map of a cache (`benchmarks.reading`); *capture* labels texts,
+V = 4,096, K = 128, and writes them (`benchmarks.capture`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from softcache.runs import capture_labels, open_data, open_teacher
 
 
 def images(folder: Path) -> Callable[[int], object]:
-    (thawed,) = (x for x in direct_contenders(made_images(folder, 300_000)) if x.name == "cache, thawed")
-    return thawed.run
+    (memmap,) = (x for x in direct_contenders(made_images(folder, 300_000)) if x.name == "cache, memory map")
+    return memmap.run
 
 
 def capture(folder: Path) -> Callable[[int], object]:

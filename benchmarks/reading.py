@@ -6,8 +6,9 @@ images      500,000 samples of one row, V = 1,000, K = 16; batches of 256
 text        2,048 samples of 512 rows, V = 131,072, K = 64; batches of 32
 
 1. In this process, warm and cold: a gather of the same numbers, uncompressed, through np.memmap is the limit. The cache is
-   read by chunks (in block-shuffled order, the next window decoded ahead) and thawed. Every block is decoded in every epoch;
-   checksums are compared in the first, which is not timed. Cold: files are flushed and dropped from the page cache.
+   read by chunks (in block-shuffled order, the next window decoded ahead) and from memory maps. Every block is decoded in
+   every epoch; checksums are compared in the first, which is not timed. Cold: files are flushed and
+   dropped from the page cache.
 2. Through loaders with 0, 1 and 2 workers, joined with their samples (constant images; tokens from their table) and compared
    with their fingerprints: the cache, the memory map, and the peers' files through loaders of their own.
 
@@ -98,8 +99,8 @@ def direct_contenders(made: Made) -> list[Contender]:
     ]
     for codec in made.caches:
         name = "cache" if len(made.caches) == 1 else f"cache, {codec}"
-        out.append(cache_reader(f"{name}, block-shuffled", made, codec, thawed=False, full=False))
-        out.append(cache_reader(f"{name}, thawed", made, codec, thawed=True, full=full))
+        out.append(cache_reader(f"{name}, block-shuffled", made, codec, memmap=False, full=False))
+        out.append(cache_reader(f"{name}, memory map", made, codec, memmap=True, full=full))
     return out
 
 

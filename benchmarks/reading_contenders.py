@@ -83,11 +83,11 @@ class Made:
     peer_samples: int
 
     @property
-    def thaw(self) -> MemmapSettings:
-        return MemmapSettings(folder=str(self.folder / "thawed"), required=True)
+    def memmap(self) -> MemmapSettings:
+        return MemmapSettings(folder=str(self.folder / "memmaps"), required=True)
 
     def order(self, *, full: bool) -> BlockShuffle:
-        """Returns batches in the order that the reader takes by itself: shuffled by blocks, or in full (of a thaw)."""
+        """Returns batches in the order that the reader takes by itself: shuffled by blocks, or in full (of a memory map)."""
         cache = open_cache(next(iter(self.caches.values())))
         samples = np.arange(len(cache))
         return BlockShuffle(
@@ -124,44 +124,44 @@ def map_reader(name: str, made: Made, raw: RawRecords, *, full: bool) -> Contend
 class _OpenCache:
     """A cache kept open over epochs; what it kept of an epoch is let go of by `close`."""
 
-    def __init__(self, url: str, thaw: MemmapSettings | None) -> None:
-        self._url, self._thaw = url, thaw
+    def __init__(self, url: str, memmap: MemmapSettings | None) -> None:
+        self._url, self._memmap = url, memmap
         self._cache: Cache | None = None
 
     def get(self) -> Cache:
         if self._cache is None:
-            self._cache = open_cache(self._url, memmap=self._thaw)
+            self._cache = open_cache(self._url, memmap=self._memmap)
         return self._cache
 
     def close(self) -> None:
         if self._cache is not None:
             self._cache.close()
-        if self._thaw is not None:  # pages that are mapped cannot be dropped from memory
+        if self._memmap is not None:  # pages that are mapped cannot be dropped from memory
             self._cache = None
             gc.collect()
 
 
-def cache_reader(name: str, made: Made, codec: str, *, thawed: bool, full: bool) -> Contender:
-    """`Cache.read_stored`, by chunks (the next window decoded ahead) or from a thawed view."""
+def cache_reader(name: str, made: Made, codec: str, *, memmap: bool, full: bool) -> Contender:
+    """`Cache.read_stored`, by chunks (the next window decoded ahead) or from a memory map."""
     order = made.order(full=full)
-    opened = _OpenCache(made.caches[codec], made.thaw if thawed else None)
+    opened = _OpenCache(made.caches[codec], made.memmap if memmap else None)
 
     def epoch(number: int) -> Iterator[Any]:
         cache, order.epoch = opened.get(), number
         last, ahead = order.window_of(order.num_steps(number) - 1), -1
         for step, request in enumerate(order):
-            if not thawed and (window := order.window_of(step)) != ahead:
+            if not memmap and (window := order.window_of(step)) != ahead:
                 coming = order.windows(window, min(2, last - window + 1))
                 cache.prefetch([(one.view, one.samples) for one in coming])
                 ahead = window
             yield request.samples, cache.read_stored(request.samples, request.view)
-        if not thawed:
+        if not memmap:
             opened.close()  # every epoch decodes all of its blocks
 
     def labels(batch: tuple[np.ndarray, CachedBatch]) -> Labels:
         return Labels(batch[0], batch[1].labels.ids, batch[1].labels.log_probs)
 
-    files = [made.folder / "thawed"] if thawed else [Path(made.caches[codec])]
+    files = [made.folder / "memmaps"] if memmap else [Path(made.caches[codec])]
     return Contender(name, epoch, lambda batch: len(batch[1].labels), labels, files, opened.close)
 
 
@@ -194,9 +194,9 @@ def loaders(made: Made, workers: int, codec: str = "open", *, full: bool) -> lis
     """The memory map and the cache through torch's DataLoader, batches joined with their samples; workers persist."""
     out = [_map_loader(made, workers, full=full)]
     for how, make in (("SoftLabelLoader", _own_loader), ("DataLoader", _dataset_loader)):
-        for thawed in (False, True):
-            name = f"cache, {'thawed' if thawed else 'block-shuffled'}, {how}"
-            out.append(make(name, made, workers, codec, thawed=thawed))
+        for memmap in (False, True):
+            name = f"cache, {'memory map' if memmap else 'block-shuffled'}, {how}"
+            out.append(make(name, made, workers, codec, memmap=memmap))
     return out
 
 
@@ -221,10 +221,10 @@ def _map_loader(made: Made, workers: int, *, full: bool) -> Contender:
     return Contender("memory map", epoch, lambda batch: len(batch[0].samples) * raw.rows_per_sample, labels)
 
 
-def _own_loader(name: str, made: Made, workers: int, codec: str, *, thawed: bool) -> Contender:
+def _own_loader(name: str, made: Made, workers: int, codec: str, *, memmap: bool) -> Contender:
     """Labels are read in this process; workers load samples alone."""
-    cache = open_cache(made.caches[codec], memmap=made.thaw if thawed else None)
-    order = made.order(full=thawed)
+    cache = open_cache(made.caches[codec], memmap=made.memmap if memmap else None)
+    order = made.order(full=memmap)
     loader = SoftLabelLoader(SoftLabelDataset(made.data, cache), order, workers=workers)
 
     def epoch(number: int) -> Iterator[Any]:
@@ -235,9 +235,9 @@ def _own_loader(name: str, made: Made, workers: int, codec: str, *, thawed: bool
     return Contender(name, epoch, lambda batch: len(batch.labels), _joined_labels, close=loader.close)
 
 
-def _dataset_loader(name: str, made: Made, workers: int, codec: str, *, thawed: bool) -> Contender:
-    cache = open_cache(made.caches[codec], memmap=made.thaw if thawed else None)
-    dataset, order = SoftLabelDataset(made.data, cache), made.order(full=thawed)
+def _dataset_loader(name: str, made: Made, workers: int, codec: str, *, memmap: bool) -> Contender:
+    cache = open_cache(made.caches[codec], memmap=made.memmap if memmap else None)
+    dataset, order = SoftLabelDataset(made.data, cache), made.order(full=memmap)
     loader = _loader(
         dataset,
         workers,

@@ -9,7 +9,7 @@
    The caches are whole (manifest, samples, markers, shards), of units as large as the plan makes them; their rows are
    tiny, K = 1 of V = 2, since no row is read.
 2. By how much memory rises at most in an epoch, at 1, 4 and 16 times as many samples, K = 16 of V = 1,000: read by chunks,
-   thawed (the map's pages count, though all processes share them and the kernel takes them back at will), and from
+   from memory maps (their pages count, though all processes share them and the kernel takes them back at will), and from
    TinyViT's files.
 
 Every figure is of a fresh process, with its imports done before; W workers run one after the other, so that they need not
@@ -92,11 +92,11 @@ def parse_everything(path: str) -> dict[str, float]:
     return {"seconds": seconds, "held_bytes": memory_bytes("VmRSS") - before, "keys": len(places)}
 
 
-def epoch_of(url: str, how: str, thawed: str) -> dict[str, float]:
-    """Returns by how much memory rose at most while an epoch was read: "chunks", "thawed" or "TinyViT"."""
+def epoch_of(url: str, how: str, memmap: str) -> dict[str, float]:
+    """Returns by how much memory rose at most while an epoch was read: "chunks", "memmap" or "TinyViT"."""
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
     before, rows = memory_bytes("VmRSS"), 0
-    cache = open_cache(url, memmap=MemmapSettings(folder=thawed, required=True) if how == "thawed" else None)
+    cache = open_cache(url, memmap=MemmapSettings(folder=memmap, required=True) if how == "memmap" else None)
     order = _order(cache, full=how != "chunks")
     files = TinyVitFiles(Path(url).parent / "tinyvit", MadeImages(len(cache), cache.num_classes).source, 16)
     for request in order:
@@ -198,15 +198,15 @@ def measure_texts(folder: Path, num_samples: int, rounds: int) -> None:
 def measure_memory(folder: Path, num_samples: int) -> dict[str, list[Figure]]:
     """Returns the peak of an epoch in MB; a ratio is to the same reader's at 1x."""
     base = labels_of(image_logits(8192, 1000), 16)
-    peaks: dict[str, list[float]] = {how: [] for how in ("chunks", "thawed", "TinyViT")}
+    peaks: dict[str, list[float]] = {how: [] for how in ("chunks", "memmap", "TinyViT")}
     for growth in GROWTH:
         log_info(f"memory: writing a cache of {growth * num_samples:,} samples")
         here, data = folder / f"x{growth}", MadeImages(growth * num_samples, 1000)
         url = write_cache(str(here / "cache"), data, base, CaptureSettings())
         write_tinyvit(open_cache(url), data.source.keys(), here / "tinyvit")
-        in_process(epoch_of, url, "thawed", str(here / "thawed"))  # thaws
+        in_process(epoch_of, url, "memmap", str(here / "memmaps"))  # makes the map
         for how, values in peaks.items():
-            measured = in_process(epoch_of, url, how, str(here / "thawed"))
+            measured = in_process(epoch_of, url, how, str(here / "memmaps"))
             values.append(measured["peak_bytes"] / 1e6)
             anonymous = measured["anonymous_bytes"] / 1e6
             log_info(

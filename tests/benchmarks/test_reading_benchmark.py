@@ -24,7 +24,7 @@ from softcache.teacher.capture.plan import CaptureSettings
 PACKED = 1 / 256 + 1 / 256  # half a step of its own, and float16 of what it is compared with
 NEAR = {  # nats: the precision that each stores
     "cache, packed, block-shuffled": PACKED,
-    "cache, packed, thawed": PACKED,
+    "cache, packed, memory map": PACKED,
     "DistillKit": 0.5,
     "TinyViT": 2e-3,
     "FKD": 2e-3,
@@ -73,7 +73,7 @@ def test_all_contenders_give_the_same_labels_of_the_same_samples(kind, request):
         names.add(contender.name)
     peers = {"TinyViT", "FKD"} if kind == "images" else {"Megatron-LM, in order", "DistillKit"}
     assert names > {reading.LIMIT, "memory map, column by column", "memory map", *peers}
-    assert sum("thawed" in name for name in names) >= 3
+    assert sum("memory map" in name for name in names) >= 3
 
 
 def test_an_order_changes_from_epoch_to_epoch(images):
@@ -126,8 +126,8 @@ def test_opening_counts_what_is_there_and_epochs_are_read_to_their_end(images):
     assert steps["seconds"] == pytest.approx(sum(steps[step] for step in scale.STEPS[:3]))
     keys = images.peers / "tinyvit" / "keys.txt"
     assert scale.parse_everything(str(keys))["keys"] == 300
-    for how in ("chunks", "thawed"):
-        assert scale.epoch_of(url, how, str(images.folder / "thawed"))["anonymous_bytes"] > 0
+    for how in ("chunks", "memmap"):
+        assert scale.epoch_of(url, how, str(images.folder / "memmap"))["anonymous_bytes"] > 0
 
 
 def test_reading_benchmark_writes_figures_and_a_plot(tmp_path, monkeypatch):
