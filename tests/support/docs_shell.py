@@ -1,9 +1,10 @@
 """A shell for the documentation's commands: bash, in which softcache starts at once.
 
 Starting Python and torch takes seconds, and the pages have some two hundred commands. So in this shell `softcache`,
-`python -m benchmarks.NAME` and `pip` are a small client that sends its arguments, folder and environment to this process,
-which runs the command and returns the output. Everything else is what a reader's shell would run: loops, pipes,
-variables, make with this repository's Makefile, torchrun. `pip install` installs nothing; it checks that the extra exists.
+`python -m benchmarks.NAME`, `python FILE.py` and `pip` are a small client that sends its arguments, folder and environment to
+this process, which runs the command and returns the output; FILE.py runs in a fork of a server that has imported torch. All else
+is what a reader's shell would run: loops, pipes, variables, make with this repository's Makefile, torchrun. `pip install`
+installs nothing; it checks that the extra exists.
 """
 
 import json
@@ -29,13 +30,15 @@ from softcache.errors import SoftcacheError
 from softcache.runtime.logging import set_log_format
 from softcache.stages.cli import softcache
 from tests.support.caches import ROOT
+from tests.support.programs import run_program
 
 LIMIT_SECONDS = 500
 EXTRAS = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
 CLIENT = f"""#!{sys.executable} -IS
 import json, os, socket, sys
 words = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
-if words[0] == "python" and not (words[1:2] == ["-m"] and words[2].partition(".")[0] in ("benchmarks", "softcache")):
+ours = words[1:2] == ["-m"] and words[2].partition(".")[0] in ("benchmarks", "softcache")
+if words[0] == "python" and not ours and not "".join(words[1:2]).endswith(".py"):
     os.execv({sys.executable!r}, [{sys.executable!r}, *words[1:]])
 with socket.socket(socket.AF_UNIX) as server, server.makefile("rw") as file:
     server.connect(os.environ["DOCS_SHELL"])
@@ -167,6 +170,10 @@ class Shell:
             extras = {name for word in words for name in re.findall(r"softcache\[([\w,]+)\]", word)}
             wrong = {name for names in extras for name in names.split(",")} - EXTRAS
             return "", f"there is no extra {', '.join(wrong)}\n" if wrong else "", int(bool(wrong))
+        if words[0] == "python" and words[1] != "-m":
+            code = f"import runpy; runpy.run_path({words[1]!r}, run_name='__main__')"
+            done = run_program(code, *words[2:], cwd=os.getcwd())
+            return done.stdout, done.stderr, done.returncode
         if words[0] == "softcache" or words[2] == "softcache":
             words = words[1:] if words[0] == "softcache" else words[3:]
             command = softcache.get_command(click.Context(softcache), words[0]) if words else None
