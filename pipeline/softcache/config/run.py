@@ -73,6 +73,14 @@ class RunConfig(Settings):
                 raise ValueError(
                     f"{table}.{found[0]}: of image classifiers; found source.modality = {self.source.modality!r}; drop it"
                 )
+        if (
+            self.teacher is not None
+            and self.teacher.test_time_augmentation
+            and not modality.reads_image_settings
+        ):
+            raise ValueError(
+                f"teacher.test_time_augmentation: of image classifiers; found source.modality = {modality.name!r}; drop it"
+            )
         if self.teacher is not None and self.teacher.class_map is not None and not modality.reads_class_map:
             raise ValueError(
                 f"teacher.class_map: of classifiers and detectors of images; source.modality = {modality.name!r} has none; "

@@ -247,7 +247,8 @@ def _check_part(first: Cache, part: Cache, *, several_teachers: bool) -> None:
         identity = {name: value for name, value in manifest.identity.items() if name != "source"}
         teacher = identity.pop("teacher")
         weights = {
-            name: teacher.get(name) for name in ("weights_digest", "architecture", "dtype", "class_map")
+            name: teacher.get(name)
+            for name in ("weights_digest", "architecture", "dtype", "class_map", "test_time_augmentation")
         }
         return {
             "kind": manifest.kind,

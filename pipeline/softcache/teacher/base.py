@@ -33,11 +33,16 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class TeacherSettings(Settings):
-    """[teacher]: what labels the data, and the engine that runs a language model."""
+    """[teacher]: what labels the data, and the engine that runs a language model.
+
+    With `test_time_augmentation = "flip"` the labels of an image are the mean of the probabilities of the image and of its
+    mirror image.
+    """
 
     model: str
     weights: str | None = None
     class_map: str | None = Field(None, min_length=1)
+    test_time_augmentation: Literal["flip"] | None = None
     engine: AnyEngineSettings = TransformersSettings()
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -34,16 +35,19 @@ class ImageTeacher(Teacher):
         normalize: Normalize,
         class_map: tuple[int, ...] | None = None,
         num_outputs: int | None = None,
+        flips: bool = False,
         **common: Any,
     ) -> None:
         """
         Args:
             class_map: the output of each class; None: they are the same.
             num_outputs: of the model; None: as many as classes.
+            flips: whether the probabilities are the mean of those of an image and of its mirror image.
         """
         super().__init__(model, **common)
         self._normalize = normalize.to(self.device)
         self._class_map, self._num_outputs = class_map, num_outputs or self.num_classes
+        self._flips = flips
         self._outputs_V = None if class_map is None else torch.tensor(class_map, device=self.device)
         if self.dtype != "float32":
             _keep_accumulator(self.model, self._num_outputs)
@@ -52,6 +56,8 @@ class ImageTeacher(Teacher):
         found = super().identity()
         if self._class_map is not None:
             found["teacher"]["class_map"] = digest_json(list(self._class_map))
+        if self._flips:
+            found["teacher"]["test_time_augmentation"] = "flip"
         return found
 
     @torch.inference_mode()
@@ -65,9 +71,17 @@ class ImageTeacher(Teacher):
         Raises:
             LabelError: the model returns something else than [B, V].
         """
-        images = images_BCHW.to(self.device, non_blocking=True)
+        images = self._normalize(images_BCHW.to(self.device, non_blocking=True))
+        logits_BV = self._logits(images)
+        return self.mean_logits(logits_BV, self._logits(images.flip(-1))) if self._flips else logits_BV
+
+    def mean_logits(self, one_BV: torch.Tensor, other_BV: torch.Tensor) -> torch.Tensor:
+        """Returns logits of the mean of two distributions: log((p + q) / 2)."""
+        return torch.logaddexp(one_BV.log_softmax(-1), other_BV.log_softmax(-1)) - math.log(2)
+
+    def _logits(self, images: torch.Tensor) -> torch.Tensor:
         with self.autocast():
-            logits = self.model(self._normalize(images))
+            logits = self.model(images)
         expected = (len(images), self._num_outputs)
         if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
             found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -171,6 +185,7 @@ def load_image_teacher(
         dtype=dtype,
         class_map=class_map,
         num_outputs=num_outputs,
+        flips=settings.test_time_augmentation == "flip",
     )
 
 

@@ -31,6 +31,16 @@ class MultiLabelTeacher(ImageTeacher):
         found["teacher"]["output"] = "sigmoid"
         return found
 
+    def mean_logits(self, one_BV: torch.Tensor, other_BV: torch.Tensor) -> torch.Tensor:
+        """Returns logits of the mean of each class's two probabilities: log(p / (1 - p)) of p = (p_1 + p_2) / 2."""
+        yes, no = (
+            torch.logaddexp(
+                torch.nn.functional.logsigmoid(sign * one_BV), torch.nn.functional.logsigmoid(sign * other_BV)
+            )
+            for sign in (1, -1)
+        )
+        return yes - no
+
     def codec(self, k: int, labels: LabelSettings, settings: CodecSettings) -> BernoulliCodec:
         kind = CODECS.get(settings.name)
         if settings.name not in ("open", "bernoulli"):
