@@ -99,6 +99,10 @@ def test_weights_of_another_classifier_are_refused(tmp_path):
     save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "other.safetensors")
     body = timm.create_model("resnet18", features_only=True)
     with pytest.raises(
+        SpecError, match=r"backbone_weights none.pth: no such file; give one of the weights of the"
+    ):
+        fill_backbone(body, "none.pth")
+    with pytest.raises(
         SpecError, match=r"backbone_weights .*other.safetensors: expected .* of shape .*; found it"
     ):
         fill_backbone(body, tmp_path / "other.safetensors")

@@ -17,10 +17,10 @@ from softcache.labels import DetectionLabels
 from softcache.labels.sparsify import LabelSettings
 from softcache.modalities.images.splits import ImageSplits
 from softcache.modalities.images.views import check_channels, views_of
+from softcache.models.detection.backbone import read_backbone_state
 from softcache.models.detection.build import build_detector
 from softcache.models.detection.detector import Grid, check_same_grid
 from softcache.models.spec import parse_spec
-from softcache.models.weight_files import read_state
 from softcache.models.weights import float32_weights, select_device
 from softcache.reader.cache import Cache
 from softcache.reader.dataset import SoftLabelDataset, rows_per_sample
@@ -59,7 +59,7 @@ class DetectionData(ImageSplits):
     def model_identity(self, model: str) -> dict[str, Any]:
         """Returns the digest of the weights that a student's backbone starts with, where its spec names a file."""
         file = parse_spec(model).args.get("backbone_weights")
-        return {} if file is None else {"backbone_weights": digest_weights(read_state(file))}
+        return {} if file is None else {"backbone_weights": digest_weights(read_backbone_state(file))}
 
     def student_data(self, config: RunConfig) -> DetectionData:
         """Returns this: student and teacher see the same images.

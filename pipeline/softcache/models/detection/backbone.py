@@ -24,7 +24,7 @@ from softcache.models.weight_files import PREFIXES, read_state
 from softcache.runtime.logging import log_info
 from softcache.runtime.suggest import closest_matches
 
-__all__ = ["LevelBackbone", "fill_backbone"]
+__all__ = ["LevelBackbone", "fill_backbone", "read_backbone_state"]
 
 PROBED_SIDE = 64
 PRETRAINED = ("pretrained", "weights", "checkpoint_path")
@@ -169,6 +169,20 @@ def _last(found: list[int], stride: int, spec: str) -> int:
     return len(found) - 1 - found[::-1].index(stride)
 
 
+def read_backbone_state(path: str | Path) -> dict[str, torch.Tensor]:
+    """Returns the state dict of a classifier's file; see `softcache.models.weight_files.read_state`.
+
+    Raises:
+        SpecError: it is missing or unreadable.
+    """
+    if not any(Path(place).is_file() for place in (str(path), str(path).partition("#")[0])):
+        raise SpecError(
+            f"backbone_weights {path}: no such file; give one of the weights of the classifier that backbone names, or "
+            "leave it out"
+        )
+    return read_state(path)
+
+
 def fill_backbone(body: nn.Module, path: str | Path) -> None:
     """Loads what a backbone has of a classifier's state dict; what else is in the file, such as its head, is not used.
 
@@ -178,7 +192,7 @@ def fill_backbone(body: nn.Module, path: str | Path) -> None:
     Raises:
         SpecError: a tensor of the backbone is not in the file, or of another shape there.
     """
-    state = read_state(path)
+    state = read_backbone_state(path)
     while prefix := next((p for p in PREFIXES if state and all(name.startswith(p) for name in state)), ""):
         state = {name.removeprefix(prefix): value for name, value in state.items()}
     # timm's features_only writes some names with underscores, and torchvision's `features` is the backbone itself.
