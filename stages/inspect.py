@@ -86,7 +86,7 @@ def _print_labels(report: dict[str, Any]) -> None:
         click.echo(f"entropy   {report['entropy_nats']['mean']:.4f} nats on average")
     if report["agreement"] is not None:
         click.echo(
-            f"teacher agrees with the ground truth on {percent(report['agreement'])} of {report['rows']:,} rows"
+            f"teacher agrees with the ground truth on {percent(report['agreement'])} of {report['agreement_rows']:,} rows"
         )
 
 
@@ -123,7 +123,7 @@ def _labels(cache: Cache) -> dict[str, Any]:
     mass: dict[float, list[np.ndarray]] = {t: [] for t in temperatures}
     entropy: list[np.ndarray] = []
     num_rows, compared, hits = 0, 0, 0
-    for part, record in _parts(cache):
+    for view, part, record in _parts(cache):
         is_cells = isinstance(record, DetectionLabels)
         labels: SoftLabels = record.labels if is_cells else record
         num_rows += len(labels)
@@ -131,7 +131,8 @@ def _labels(cache: Cache) -> dict[str, Any]:
             mass[t].append(np.asarray(labels.kept_mass(t)))
         if labels.stats is not None:
             entropy.append(labels.stats[:, STATS.index("entropy")])
-        if not is_cells:  # the target of a detector's anchor depends on matched boxes
+        # The target of a detector's anchor depends on matched boxes; a mixed image has two classes.
+        if not is_cells and not (view and cache.manifest.mixes_images):
             compared += len(labels)
             hits += _agreeing(labels, targets[part] if len(targets) else None)
     if not num_rows:
@@ -141,13 +142,14 @@ def _labels(cache: Cache) -> dict[str, Any]:
         "entropy_nats": _summary(np.concatenate(entropy)) if entropy else None,
         # The most likely class of the sampled ones need not be the teacher's prediction.
         "agreement": hits / compared if compared and not cache.manifest.codec.get("sampling") else None,
+        "agreement_rows": compared,
     }
 
 
 def _bernoulli(cache: Cache) -> dict[str, Any]:
     """Returns a sigmoid head's masses in each row: its highest probability, and the sum of those dropped."""
     found: dict[str, list[np.ndarray]] = {"score": [], "dropped_mass": []}
-    for _, record in _parts(cache):
+    for _, _, record in _parts(cache):
         is_cells = isinstance(record, DetectionLabels)
         labels: BernoulliLabels = record.labels if is_cells else record
         found["score"].append(1 / (1 + np.exp(-labels.logits[:, 0].astype(np.float64))))
@@ -155,14 +157,14 @@ def _bernoulli(cache: Cache) -> dict[str, Any]:
     return {name: _summary(np.concatenate(values)) for name, values in found.items() if values}
 
 
-def _parts(cache: Cache) -> Iterator[tuple[np.ndarray, Any]]:
-    """Yields all finished samples a part at a time, with their labels."""
+def _parts(cache: Cache) -> Iterator[tuple[int, np.ndarray, Any]]:
+    """Yields all finished samples a part at a time: view, samples, and their labels."""
     for view in range(cache.num_views):
         samples = cache.samples_in(view)
         rows = int(cache.rows.counts(samples).sum())
         for part in np.array_split(samples, max(1, rows // 65536)):
             if len(part):
-                yield part, cache.read(part, view)
+                yield view, part, cache.read(part, view)
 
 
 def _agreeing(labels: SoftLabels, targets: np.ndarray | None) -> int:

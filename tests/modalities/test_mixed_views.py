@@ -1,9 +1,12 @@
 """Caches of mixed views: the teacher labels the mixed image, every kind of student sees it again, both classes count."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from click.testing import CliRunner
 from timm.data import create_loader
 
 from softcache.data.batch import ranges
@@ -13,8 +16,10 @@ from softcache.reader.dataset import SoftLabelDataset, cached_views
 from softcache.runs import open_data, open_teacher
 from softcache.runs.batches import cached_batches
 from softcache.runs.student import train_student
+from softcache.stages.inspect import inspect_command
 from softcache.student.integrations.lightning import SoftLabelDataModule, SoftLabelModule
 from softcache.student.integrations.timm import TimmDataset, TimmLoss
+from softcache.tools.fidelity.teacher_logits import rerun_teacher
 from softcache.tools.fuse import FusionSettings, fuse_caches
 from tests.support.caches import digits_config, make_cache
 
@@ -168,3 +173,13 @@ def test_caches_are_not_fused_by_a_truth_of_two_classes(captured, tmp_path):
         )
     fused = fuse_caches([captured[2], other], str(tmp_path / "fused"), FusionSettings(caches=("a", "b")))
     assert fused.manifest.mixes_images
+
+
+def test_tools_count_the_ground_truth_where_there_is_one(captured):
+    config, data, cache = captured
+    found = json.loads(CliRunner().invoke(inspect_command, [cache.url, "--json"]).stdout)
+    assert (found["rows"], found["agreement_rows"]) == (900, 300)
+    plain = cache.read(np.arange(300), 0).ids[:, 0]
+    assert found["agreement"] == pytest.approx((plain == data.train.source.targets()).mean())
+    again = rerun_teacher(cache, data.train, open_teacher(config, data), num_rows=30, seed=0)
+    assert again.targets_P.dtype == torch.int64

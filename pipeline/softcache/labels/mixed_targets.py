@@ -49,6 +49,11 @@ class MixedTargets:
     def pin_memory(self) -> MixedTargets:
         return MixedTargets(self.first.pin_memory(), self.second.pin_memory(), self.shares.pin_memory())
 
+    @staticmethod
+    def own_classes(targets: Any) -> Any:
+        """Returns [P] the classes of the samples themselves, of targets of either kind."""
+        return targets.first if isinstance(targets, MixedTargets) else targets
+
     @classmethod
     def of_single(cls, classes_P: Tensor) -> MixedTargets:
         """Returns the targets of rows that are not mixed."""

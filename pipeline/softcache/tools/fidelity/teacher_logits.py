@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softcache.data.batch import Dataset
 from softcache.errors import AlignmentError, IdentityError, IncompleteCacheError
-from softcache.labels import SoftLabels, concat
+from softcache.labels import MixedTargets, SoftLabels, concat
 from softcache.labels.sparsify import describe_fault, logit_faults, row_seeds
 from softcache.reader.alignment import attach_labels, check_alignment
 from softcache.reader.cache import Cache
@@ -158,4 +158,4 @@ def _rerun(
                 f"teacher {teacher.spec}: {describe_fault(code)} in view {view}, where it had none when it made the cache"
             )
     seeds_P = row_seeds(batch.fingerprints, batch.row_counts, batch.positions, seed=0)
-    return Rerun(logits_PV, labels, batch.targets, seeds_P, len(samples))
+    return Rerun(logits_PV, labels, MixedTargets.own_classes(batch.targets), seeds_P, len(samples))
