@@ -367,7 +367,7 @@ def test_what_is_not_made_for_cells_says_so(zarr, tmp_path):
         ),
         lambda: rerun_teacher(cache, data.train, teacher, num_rows=4, seed=0),
     ):
-        with pytest.raises(LabelError, match=r"found labels of kind 'cells', of a detector"):
+        with pytest.raises(LabelError, match=r"found those of codec 'cells', of a detector"):
             call()
     assert "k" not in default_space(config, data, cache)
 
