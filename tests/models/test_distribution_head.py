@@ -56,6 +56,13 @@ def test_boxes_are_the_means_of_their_edges_and_every_part_learns():
     assert all(parameter.grad is not None for parameter in detector.parameters())
 
 
+def test_means_are_not_rounded_under_autocast():
+    bins = torch.randn(3, 4, 17, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = expected_distances(bins)
+    assert torch.equal(rounded, expected_distances(bins))
+
+
 def test_bins_are_part_of_the_grid():
     grids = [grid(build(spec)) for spec in ("fcos", "fcos?bins=8", "fcos?bins=8&width=8", "fcos?bins=4")]
     assert [found.coder for found in grids] == ["linear", "bins/8", "bins/8", "bins/4"]

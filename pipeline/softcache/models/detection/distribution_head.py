@@ -93,9 +93,9 @@ class _DistributionRegression(FCOSRegressionHead):
 
 
 def expected_distances(bins: torch.Tensor) -> torch.Tensor:
-    """Returns the mean distance of each edge, [..., 4], of logits [..., 4, N]."""
-    places = torch.arange(bins.shape[-1], device=bins.device, dtype=bins.dtype)
-    return bins.softmax(-1) @ places
+    """Returns the mean distance of each edge, [..., 4] float32, of logits [..., 4, N]."""
+    places = torch.arange(bins.shape[-1], device=bins.device, dtype=torch.float32)
+    return (bins.float().softmax(-1) * places).sum(-1)  # no product of matrices, which autocast would round
 
 
 def distribution_focal_loss(bins_P4N: torch.Tensor, distances_P4: torch.Tensor) -> torch.Tensor:
