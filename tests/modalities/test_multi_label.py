@@ -107,6 +107,16 @@ def test_folders_are_classes_of_which_one_is_present(tmp_path):
     assert source.digest != open_source({**table, "modality": "image"}, split="train").digest
 
 
+def test_functions_of_ones_own_are_checked():
+    table = {"modality": "multi_label", "name": "tests.support.multi_label:digits", "max_train_samples": 5}
+    source = open_source(table, split="train")
+    assert (len(source), source.multi_hot.shape) == (5, (5, 5))
+    with pytest.raises(SourceError, match=r"multi_hot of shape \(24, 5\); expected \(24, 5\) .* of 0 and 1"):
+        open_source({**table, "name": "tests.support.multi_label:counted"}, split="train")
+    with pytest.raises(SourceError, match=r"targets of shape \(24, 5\); expected one class .* multi_hot"):
+        open_source({"name": "tests.support.multi_label:matrix"}, split="train")
+
+
 # -- loss and scores ---------------------------------------------------------------------------------------
 
 

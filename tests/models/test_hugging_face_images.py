@@ -15,7 +15,8 @@ from softcache.models.preprocessing import pretrained_views
 from softcache.models.spec import architecture_of, parse_spec
 from softcache.teacher.base import TeacherSettings
 from softcache.teacher.class_map import check_class_order
-from softcache.teacher.image import load_image_teacher
+from softcache.teacher.image import ImageTeacher, load_image_teacher
+from softcache.teacher.multi_label import MultiLabelTeacher
 
 NAMES = ("tabby cat", "dog", "red_newt")
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -115,7 +116,7 @@ def views_and_inputs(spec):
     return settings, Normalize(settings.mean, settings.std)(images)
 
 
-def teacher(spec, names=NAMES, **options):
+def teacher(spec, names=NAMES, kind=ImageTeacher, **options):
     return load_image_teacher(
         TeacherSettings(model=spec, **options),
         num_classes=len(names),
@@ -124,6 +125,7 @@ def teacher(spec, names=NAMES, **options):
         normalize=Normalize((0.5,), (0.5,)),
         device=torch.device("cpu"),
         dtype="float32",
+        kind=kind,
     )
 
 
@@ -241,6 +243,22 @@ def test_heads_of_another_size_and_order_are_refused(folders):
     for key, value in (("class_map", "auto"), ("weights", "x.safetensors")):
         with pytest.raises(ConfigError, match=f"teacher.{key}: hf-zero-shot:.* drop it"):
             teacher(f"hf-zero-shot:{folders / 'clip'}", **{key: value})
+
+
+def test_a_head_of_sigmoids_is_for_images_with_several_classes(folders, tmp_path):
+    net = transformers.ViTForImageClassification.from_pretrained(folders / "vit")
+    for problem, kind, wanted in (
+        ("multi_label_classification", ImageTeacher, "multi_label"),
+        ("single_label_classification", MultiLabelTeacher, "image"),
+    ):
+        net.config.problem_type = problem
+        net.save_pretrained(tmp_path)
+        with pytest.raises(
+            ConfigError, match=f'problem_type in its config.*set source.modality = "{wanted}"'
+        ):
+            teacher(f"hf:{tmp_path}", kind=kind)
+        other = MultiLabelTeacher if kind is ImageTeacher else ImageTeacher
+        assert teacher(f"hf:{tmp_path}", kind=other).num_classes == 3
 
 
 def test_a_checkpoint_without_its_head_is_no_teacher(folders, tmp_path):

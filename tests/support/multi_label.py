@@ -4,7 +4,7 @@ import numpy as np
 
 from softcache.data.sources import open_source
 
-__all__ = ["PROPERTIES", "digits"]
+__all__ = ["PROPERTIES", "counted", "digits", "matrix"]
 
 PROPERTIES = {
     "even": {0, 2, 4, 6, 8},
@@ -23,4 +23,18 @@ def digits(split):
     source.multi_hot = np.array(hot, np.uint8)
     source.num_classes, source.class_names = len(PROPERTIES), tuple(PROPERTIES)
     source._targets = source.multi_hot.sum(1).astype(np.int64)
+    return source
+
+
+def matrix(split):
+    """Returns digits whose targets are what should be `multi_hot`."""
+    source = digits(split)
+    source._targets = source.multi_hot
+    return source
+
+
+def counted(split):
+    """Returns digits whose `multi_hot` has a 2."""
+    source = digits(split)
+    source.multi_hot[0, 0] = 2
     return source

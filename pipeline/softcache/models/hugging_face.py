@@ -35,6 +35,7 @@ __all__ = [
     "hf_output_names",
     "hf_scheme",
     "hf_views",
+    "is_multi_label",
     "num_hf_outputs",
 ]
 
@@ -283,6 +284,15 @@ def num_hf_outputs(parsed: ModelSpec) -> int | None:
         SpecError: there is no such model.
     """
     return int(_checked_config(parsed).num_labels) if hf_scheme(parsed) == "hf" else None
+
+
+def is_multi_label(parsed: ModelSpec) -> bool | None:
+    """Returns whether a classifier was trained with a sigmoid for each class; None where its configuration has not that."""
+    if hf_scheme(parsed) != "hf":
+        return None
+    problem = getattr(_checked_config(parsed), "problem_type", None)
+    known = {"multi_label_classification": True, "single_label_classification": False}
+    return known.get(problem) if isinstance(problem, str) else None
 
 
 def hf_output_names(parsed: ModelSpec) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -13,7 +13,7 @@ from torch import nn
 from softcache.data.images import ImageBatch
 from softcache.errors import ConfigError, LabelError
 from softcache.hashing.digests import digest_json
-from softcache.models.hugging_face import hf_scheme, num_hf_outputs
+from softcache.models.hugging_face import hf_scheme, is_multi_label, num_hf_outputs
 from softcache.models.image import Normalize, build_model
 from softcache.models.spec import ModelSpec, parse_spec
 from softcache.models.timm_config import has_source, timm_config
@@ -26,7 +26,13 @@ __all__ = ["ImageTeacher", "check_repeatable", "load_image_teacher"]
 
 
 class ImageTeacher(Teacher):
-    """A classifier of images, with its normalisation."""
+    """A classifier of images, with its normalisation.
+
+    Attributes:
+        has_sigmoids: whether its outputs are independent of each other.
+    """
+
+    has_sigmoids: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -149,6 +155,14 @@ def load_image_teacher(
                 )
     if settings.class_map is None and settings.weights is None:
         _check_pretrained_head(parsed, num_classes)
+    if is_multi_label(parsed) not in (None, kind.has_sigmoids):
+        found, wanted = (
+            ("a sigmoid for each class", "multi_label") if not kind.has_sigmoids else ("a softmax", "image")
+        )
+        raise ConfigError(
+            f"teacher.model: {settings.model} was trained with {found} (problem_type in its config.json); set "
+            f'source.modality = "{wanted}"'
+        )
     build = partial(
         build_model,
         settings.model,

@@ -24,7 +24,7 @@ __all__ = ["MultiLabelTeacher"]
 class MultiLabelTeacher(ImageTeacher):
     """A classifier with a sigmoid for each class, with its normalisation."""
 
-    has_row_scores = False
+    has_row_scores, has_sigmoids = False, True
 
     def identity(self) -> dict[str, dict[str, Any]]:
         found = super().identity()

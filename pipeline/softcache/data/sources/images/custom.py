@@ -112,6 +112,11 @@ def check_source(source: Any, spec: str, split: Split) -> None:
     """
     check_members(source, spec, split, IMAGE_MEMBERS)
     keys, targets = source.keys(), np.asarray(source.targets())
+    if targets.ndim == 2:
+        raise SourceError(
+            f"source {source.name}: targets of shape {targets.shape}; expected one class for each sample; several are the "
+            'member multi_hot of a source of source.modality = "multi_label"'
+        )
     if len(set(keys)) != len(source) or len(keys) != len(source) or targets.shape != (len(source),):
         twice = [key for key, count in Counter(keys).most_common(1) if count > 1]
         raise SourceError(

@@ -155,7 +155,10 @@ class PictureSource(IndexedSource, ABC):
         with _OPENING, warnings.catch_warnings():  # which are of the process, not of the thread
             # Pillow refuses twice as many pixels, and warns of these.
             warnings.simplefilter("error", images.DecompressionBombWarning)
-            image: Image = images.open(content)
+            try:
+                image: Image = images.open(content)
+            except images.UnidentifiedImageError:  # whose message has an address in memory
+                raise ValueError("no picture of a kind that Pillow knows") from None
         with image:
             return to_rgb(image, upright=self.upright)
 
