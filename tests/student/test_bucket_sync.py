@@ -5,9 +5,12 @@ import shutil
 
 import pytest
 
+from softcache.cache.storage.cloud import lease
+from softcache.cache.storage.cloud.store import CloudObjects
 from softcache.cache.storage.open import open_objects
 from softcache.errors import CorruptionError, RunError
 from softcache.runs import open_data, train_student
+from softcache.student import bucket_sync
 from softcache.student import loop as student
 from softcache.student.bucket_sync import BucketSync
 from tests.support.caches import digits_config
@@ -121,15 +124,82 @@ def test_a_damaged_checkpoint_is_named(bucket, machine, shared_cache, monkeypatc
             train(shared_cache[2], url)
 
 
-def test_a_run_that_stopped_before_its_end_was_sent_is_sent(bucket, machine, shared_cache):
-    url = f"{bucket}/run"
+def test_a_run_that_stopped_before_its_end_was_sent_is_sent(bucket, machine, shared_cache, monkeypatch):
+    url, put = f"{bucket}/run", CloudObjects.put
+
+    def dies(self, path, data):
+        if path == "metrics.json":
+            raise Killed
+        put(self, path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CloudObjects, "put", dies)
+        with pytest.raises(Killed):
+            train(shared_cache[2], url, epochs=1)
+    stop_after(0, monkeypatch)  # nothing is trained again
     metrics = train(shared_cache[2], url, epochs=1)
     objects = open_objects(url)
-    everything = {path: objects.get(path) for path in objects.list("")}
-    for path in ("metrics.json", "model.safetensors"):
+    assert json.loads(objects.get("metrics.json"))["history"] == metrics["history"]
+    assert objects.size("checkpoint.json") is None
+    assert objects.list("checkpoint") == []
+
+
+def test_the_bucket_wins_over_an_older_local_copy(bucket, machine, shared_cache, monkeypatch):
+    cache, url, evaluated = shared_cache[2], f"{bucket}/run", []
+    evaluate = student.Trainer.evaluate
+    for name, epochs in (("first", 1), ("second", 1)):
+        machine(name)
+        again = stop_after(epochs, monkeypatch)
+        with pytest.raises(Killed):
+            train(cache, url, epochs=3)
+        again()
+    machine("first")  # whose copy has one epoch, where the bucket has two
+    monkeypatch.setattr(student.Trainer, "evaluate", lambda loop: evaluated.append(1) or evaluate(loop))
+    assert train(cache, url, epochs=3)["epochs"] == 3
+    assert len(evaluated) == 1
+
+
+def test_a_run_that_was_deleted_in_the_bucket_is_trained_anew(bucket, machine, shared_cache, monkeypatch):
+    url, objects, evaluated = f"{bucket}/run", open_objects(f"{bucket}/run"), []
+    train(shared_cache[2], url, epochs=1)
+    for path in objects.list(""):
         objects.delete(path)
-    assert train(shared_cache[2], url, epochs=1) == metrics
-    assert {path: objects.get(path) for path in objects.list("")} == everything
+    evaluate = student.Trainer.evaluate
+    monkeypatch.setattr(student.Trainer, "evaluate", lambda loop: evaluated.append(1) or evaluate(loop))
+    train(shared_cache[2], url, epochs=1)
+    assert len(evaluated) == 1
+    assert objects.size("metrics.json") is not None
+
+
+def test_a_second_run_in_one_place_of_a_bucket_is_refused(bucket, machine, shared_cache, monkeypatch):
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.6)
+    monkeypatch.setattr(bucket_sync, "WAIT_SECONDS", 0.1)
+    url = f"{bucket}/run"
+    with BucketSync(url).lease():
+        machine("second")
+        with pytest.raises(RunError, match=r"another run works on it \(host .*, process \d+\)"):
+            train(shared_cache[2], url, epochs=1)
+    # A process that was killed leaves a lease that is not renewed: it is waited for.
+    killed = lease.Lease(open_objects(url)._board, "run.lock")
+    killed._renew = None
+    killed._thread.run = lambda: None
+    assert killed.acquire()
+    train(shared_cache[2], url, epochs=1)
+
+
+def test_a_run_that_another_process_went_on_with_is_left_as_it_is(bucket, machine, shared_cache, monkeypatch):
+    url, objects, send, seen = f"{bucket}/run", open_objects(f"{bucket}/run"), BucketSync.send, []
+
+    def overtaken(self):
+        if seen:
+            objects.put("checkpoint.json", b'{"files": {}}')
+        send(self)
+        seen.append(1)
+
+    monkeypatch.setattr(BucketSync, "send", overtaken)
+    with pytest.raises(RunError, match="another process has changed it in the bucket"):
+        train(shared_cache[2], url, epochs=2)
+    assert objects.get("checkpoint.json") == b'{"files": {}}'
 
 
 def test_a_folder_that_is_thrown_away_is_made_again(bucket, machine, shared_cache):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from softcache.cache.storage.local import LocalObjects
 from softcache.errors import (
     AlignmentError,
     ConfigError,
@@ -22,6 +23,7 @@ from softcache.errors import (
     MissingExtraError,
     RunError,
     SpecError,
+    StorageError,
 )
 from softcache.models.image import build_model
 from softcache.reader.cache import Cache
@@ -217,6 +219,54 @@ def test_two_kills_while_a_checkpoint_is_replaced_leave_a_whole_one(tmp_path, mo
         assert progress is not None, f"no checkpoint after a kill at operation {second}"
         assert found.number == {progress["step"]}
     assert not died, "the last of the second kills came after the save"
+
+
+def test_a_second_run_in_one_directory_is_refused(tmp_path, shared_cache):
+    with (
+        LocalObjects(tmp_path / "run").claim(".lock"),
+        pytest.raises(RunError, match=r"run: another run works on it"),
+    ):
+        fit(shared_cache[2], tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+    fit(shared_cache[2], tmp_path / "run", tables={"train": {"epochs": 1}})
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_disk_that_does_not_keep_what_is_written_ends_the_run(tmp_path, shared_cache, monkeypatch):
+    real, broken = os.fsync, []
+
+    def failing(handle):
+        if broken and broken[0] in os.readlink(f"/proc/self/fd/{handle}"):
+            raise OSError(5, "Input/output error")
+        real(handle)
+
+    monkeypatch.setattr("os.fsync", failing)
+    for number, name in enumerate(
+        ("/.config.json.", "/checkpoint.new/model.safetensors", "/.best.safetensors.")
+    ):
+        broken[:] = [name]
+        with pytest.raises(StorageError, match=r"cannot be written: .*Input/output error"):
+            fit(shared_cache[2], tmp_path / f"{number}")
+    directory = RunDirectory(tmp_path / "kept", {})
+    broken.clear()
+    directory.save_checkpoint(Disk(1), {"step": 1})
+    broken[:] = ["/kept"]
+    with pytest.raises(StorageError, match="the last checkpoint is kept"):
+        directory.save_checkpoint(Disk(2), {"step": 2})
+    assert directory.load_checkpoint(Disk()) == {"step": 1}
+
+
+def test_the_old_checkpoint_stays_if_the_new_one_is_not_whole(tmp_path, monkeypatch):
+    class Losing(Disk):
+        def save_state(self, place, safe_serialization):
+            super().save_state(place, safe_serialization)
+            (Path(place) / "optimizer.bin").write_bytes(b"zeros")
+
+    directory = RunDirectory(tmp_path, {})
+    directory.save_checkpoint(Disk(1), {"step": 1})
+    with pytest.raises(StorageError, match=r"optimizer\.bin is not as it was written"):
+        directory.save_checkpoint(Losing(2), {"step": 2})
+    assert directory.load_checkpoint(Disk()) == {"step": 1}
 
 
 LONG = {"train": {"epochs": 8, "checkpoint_steps": 1}}

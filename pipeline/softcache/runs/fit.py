@@ -12,7 +12,6 @@ from softcache.cache.storage.base import is_bucket
 from softcache.config.run import RunConfig
 from softcache.hashing.digests import digest_json
 from softcache.modalities import Data, modality_of
-from softcache.runtime.distributed import join, on_cpu
 from softcache.runtime.logging import event, log_format, log_info, progress_bar
 from softcache.student import TrainBatches, train
 from softcache.student.bucket_sync import BucketSync
@@ -55,11 +54,8 @@ def run_training(
         )
     mirror = BucketSync(str(out)) if is_bucket(str(out)) else None
     folder = mirror.folder if mirror else Path(out)
-    if mirror is not None:
-        group = join(cpu=on_cpu(config.train.device), timeout_seconds=config.train.ddp_timeout_seconds)
-        with group.local_main_process_first():
-            mirror.fetch()
-    label, finished = f"train {model} ({config.train.labels})", (folder / "metrics.json").exists()
+    label = f"train {model} ({config.train.labels})"
+    finished = mirror.is_finished if mirror else (folder / "metrics.json").exists()
     follow: AbstractContextManager = nullcontext(lambda samples: None)
     if finished:
         log_info(f"{label}: {out} holds this run, finished; reporting it")

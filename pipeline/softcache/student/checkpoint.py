@@ -10,42 +10,81 @@
     OUT/adapter/              language models with LoRA: the best epoch's adapter, as peft loads it
     OUT/metrics.json          one JSON object, written last: a run with it is finished
 
-A kill between any two steps leaves the old checkpoint or the new one, never half of one. Of many processes the first one
-writes (each adds its random state to the checkpoint), so OUT must be a place that all of them see; another number of
-processes can go on from it.
+A kill or a power cut between any two steps leaves the old checkpoint or the new one, never half of one: files and folders
+are flushed to the disk, and the old checkpoint goes when the new one has been found whole in its place. One run works on
+OUT at a time: it holds OUT/.lock, and of a bucket the lease there. Of many processes the first one writes (each adds its
+random state to the checkpoint), so OUT must be a place that all of them see; another number of processes can go on from it.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import xxhash
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 
-from softcache.errors import RunError, StorageError
+from softcache.cache.storage.local import LocalObjects
+from softcache.errors import RunError, SoftcacheError, StorageError
 from softcache.models.weight_files import load_weights
 from softcache.models.weights import is_adapted, trained_state
 from softcache.runtime.distributed import broadcast_from_rank0, is_rank_zero, num_ranks, rank
+from softcache.runtime.files import read_json, replace_file, staged_file, sync_file, sync_folder, to_json
 from softcache.student.bucket_sync import BucketSync
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RunDirectory", "diff_settings", "store_unwrapped"]
+__all__ = ["RunDirectory", "diff_settings", "hold_run", "store_unwrapped"]
 
 CHECKSUMS = "checksums"
 
 _UNREADABLE = (RuntimeError, OSError, ValueError, KeyError, AttributeError, EOFError, UnpicklingError)
+_TORCH_WRITER = "PytorchStreamWriter"  # in what torch.save raises where it cannot write
 _WHAT_NEXT = "remove the folder to begin this run anew, or restore it from a copy"
+
+
+@contextmanager
+def hold_run(path: str | Path, mirror: BucketSync | None) -> Iterator[None]:
+    """Holds a run's directory for this run, with its place in a bucket, and makes the one what the other is.
+
+    All processes of a run call this. A finished run is held only while it is fetched: nothing of it is written.
+
+    Raises:
+        RunError: another run holds it.
+        StorageError: the directory cannot be written, or the bucket does not answer.
+    """
+    group, path = PartialState(), Path(path)
+    with ExitStack() as held:
+        if mirror is None:
+            if group.is_main_process and not (path / "metrics.json").exists():
+                held.enter_context(_locked(path))
+        elif group.is_local_main_process:
+            held.enter_context(_locked(path))
+            if group.is_main_process and not mirror.is_finished:
+                held.enter_context(mirror.lease())
+            mirror.fetch()
+        group.wait_for_everyone()
+        yield
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with LocalObjects(path).claim(".lock") as is_ours:
+        if not is_ours:
+            raise RunError(
+                f"run {path}: another run works on it on this machine; wait for its end, stop it, or choose another --out"
+            )
+        yield
 
 
 class RunDirectory:
@@ -72,7 +111,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             stored = self.path / "config.json"
             if stored.exists():
-                differing = diff_settings(json.loads(stored.read_text()), config)
+                differing = diff_settings(read_json(stored, _WHAT_NEXT, error=RunError), config)
                 if differing:
                     raise RunError(
                         f"run {self.path}: holds another run (there; this run): {'; '.join(differing)}; "
@@ -88,20 +127,19 @@ class RunDirectory:
             ) from error
 
     def _write_json(self, name: str, content: Any) -> None:
-        staged = self.path / f".{name}.{os.getpid()}"
-        staged.write_text(json.dumps(content, indent=2) + "\n")
-        staged.replace(self.path / name)
+        replace_file(self.path / name, to_json(content))
 
     @property
     def metrics(self) -> dict[str, Any] | None:
         """The results of a finished run, else None; as the first process finds them."""
         path = self.path / "metrics.json"
         return broadcast_from_rank0(
-            json.loads(path.read_text()) if is_rank_zero() and path.exists() else None
+            read_json(path, _WHAT_NEXT, error=RunError) if is_rank_zero() and path.exists() else None
         )
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
-        self._write_json("metrics.json", metrics)
+        with _writing(self.path):
+            self._write_json("metrics.json", metrics)
         if self._mirror is not None:
             self._mirror.finish()
 
@@ -115,7 +153,19 @@ class RunDirectory:
 
         Args:
             more: writes what accelerate does not into the checkpoint's folder; all ranks call it.
+
+        Raises:
+            StorageError: it cannot be written; the checkpoint before it is kept.
         """
+        with _writing(self.path):
+            self._save_checkpoint(accelerator, progress, more)
+        if accelerator.is_main_process and self._mirror is not None:
+            self._mirror.send()
+        accelerator.wait_for_everyone()
+
+    def _save_checkpoint(
+        self, accelerator: Accelerator, progress: dict[str, Any], more: Callable[[Path], None]
+    ) -> None:
         staged, final, old = (self.path / name for name in ("checkpoint.new", "checkpoint", "checkpoint.old"))
         self._settle(accelerator)
         if accelerator.is_main_process and staged.exists():
@@ -126,19 +176,26 @@ class RunDirectory:
         accelerator.save_state(str(staged), safe_serialization=True)
         more(staged)
         accelerator.wait_for_everyone()
-        checksums = _shared_checksums(staged)
+        checksums = _shared_checksums(staged, flush=True)
         if accelerator.is_main_process:
-            (staged / "progress.json").write_text(json.dumps(progress | {CHECKSUMS: checksums}))
+            replace_file(staged / "progress.json", to_json(progress | {CHECKSUMS: checksums}))
+            for folder in {staged, *(path for path in staged.rglob("*") if path.is_dir())}:
+                sync_folder(folder)
             if old.exists():
                 shutil.rmtree(old)
             if final.exists():
                 final.rename(old)
             staged.rename(final)
+            sync_folder(self.path)
+            try:
+                _check_whole(final, set(checksums))
+            except StorageError:
+                if old.exists():
+                    shutil.rmtree(final)
+                    old.rename(final)
+                raise
             if old.exists():
                 shutil.rmtree(old)
-            if self._mirror is not None:
-                self._mirror.send()
-        accelerator.wait_for_everyone()
 
     def _settle(self, accelerator: Accelerator) -> None:
         """Puts the old checkpoint back if a kill came between the two renames of a save."""
@@ -191,9 +248,9 @@ class RunDirectory:
         """Writes a state dict as NAME.safetensors, atomically."""
         from safetensors.torch import save_file
 
-        staged = self.path / f".{name}.{os.getpid()}"
-        save_file({key: value.detach().cpu().clone().contiguous() for key, value in state.items()}, staged)
-        staged.replace(self.path / f"{name}.safetensors")
+        tensors = {key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+        with _writing(self.path), staged_file(self.path / f"{name}.safetensors") as staged:
+            save_file(tensors, staged)
 
     def load_weights(self, state: Mapping[str, torch.Tensor], name: str) -> None:
         """Overwrites the tensors of a state dict by those of NAME.safetensors."""
@@ -206,8 +263,23 @@ class RunDirectory:
                 value.copy_(stored[key])
 
 
-def _shared_checksums(folder: Path) -> dict[str, str]:
-    """Returns the xxh3 of every file of a checkpoint, each rank having read some of them.
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns what a full or failing disk raises into a `StorageError`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, SoftcacheError) or (
+            isinstance(error, RuntimeError) and _TORCH_WRITER not in str(error)
+        ):
+            raise
+        raise StorageError(
+            f"run {path}: cannot be written: {error}; free some space or choose another --out; the last checkpoint is kept"
+        ) from error
+
+
+def _shared_checksums(folder: Path, *, flush: bool = False) -> dict[str, str]:
+    """Returns the xxh3 of every file of a checkpoint, each rank having read, and flushed to the disk, some of them.
 
     What accelerate cannot read it may pass over without a word.
     """
@@ -215,11 +287,40 @@ def _shared_checksums(folder: Path) -> dict[str, str]:
     found = {}
     for path in paths[rank() :: num_ranks()]:
         digest = xxhash.xxh3_128()
+        if flush:
+            sync_file(path)
         with path.open("rb") as file:
             while data := file.read(1 << 24):
                 digest.update(data)
         found[path.relative_to(folder).as_posix()] = digest.hexdigest()
     return dict(sorted(item for part in gather_object([found]) for item in part.items()))
+
+
+def _check_whole(folder: Path, names: set[str]) -> None:
+    """Raises StorageError unless a checkpoint has these files, and those of tensors and states are whole."""
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    damaged = sorted(names - set(found))
+    for name, path in found.items():
+        if name.endswith(".safetensors") and not _is_safetensors(path):
+            damaged.append(name)
+        if name.endswith((".bin", ".pt", ".pth")) and not zipfile.is_zipfile(path):
+            damaged.append(name)
+    if damaged:
+        raise StorageError(
+            f"run {folder}: {', '.join(damaged)} is not as it was written a moment ago: the storage loses data; the "
+            "checkpoint before it is kept; check the file system, or choose another --out"
+        )
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file's header can be read and fits its size."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def _read_progress(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from softcache.models.weights import count_parameters, is_adapted
 from softcache.runtime.distributed import broadcast_from_rank0, check_same, join, on_cpu, translate_errors
 from softcache.runtime.signals import Interrupted, defer_signals
 from softcache.student.bucket_sync import BucketSync
-from softcache.student.checkpoint import RunDirectory, store_unwrapped
+from softcache.student.checkpoint import RunDirectory, hold_run, store_unwrapped
 from softcache.student.loop import TrainBatches, Trainer
 from softcache.student.settings import TrainSettings
 from softcache.student.tasks import Task
@@ -50,14 +50,15 @@ def train(
     Args:
         config: what identifies the run; written to OUT/config.json and compared on a rerun.
         resolved: every setting, written to OUT/resolved.json for who reads it later.
-        mirror: where in a bucket `out` is sent to, after every checkpoint and at the end.
+        mirror: where in a bucket `out` is fetched from, and sent to after every checkpoint and at the end.
         loss: [loss], where its temperature and alpha may change over the run; `task.loss` is then given a step's `mix`.
         on_log: called with "step" and its loss, learning rate and throughput every `log_every_steps`, and with "evaluation"
             and its scores every `eval_every_steps`.
         track: an accelerate tracker's name, e.g. "tensorboard".
 
     Raises:
-        RunError: `out` holds another run, or the processes of this one disagree about what it is.
+        RunError: `out` holds another run, another process works on it, or the processes of this one disagree about
+            what it is.
         SpecError: the student's output is not what the labels need.
         LostProcessError: another process of the run is gone or silent.
     """
@@ -66,18 +67,19 @@ def train(
     join(cpu=on_cpu(settings.device), timeout_seconds=settings.ddp_timeout_seconds)
     with translate_errors():
         check_same("the run", config)
-        directory = RunDirectory(out, config, resolved, mirror=mirror)
-        if (finished := directory.metrics) is not None:
-            return finished
-        accelerator = _accelerator(settings, track, out)
-        with _group(accelerator, settings):
-            metrics = _trained(
-                *(accelerator, task, feed, settings, loss, directory),
-                *(on_step, on_log, on_epoch),
-            )
-        if track:
-            accelerator.end_training()
-        return metrics
+        with hold_run(out, mirror):
+            directory = RunDirectory(out, config, resolved, mirror=mirror)
+            if (finished := directory.metrics) is not None:
+                return finished
+            accelerator = _accelerator(settings, track, out)
+            with _group(accelerator, settings):
+                metrics = _trained(
+                    *(accelerator, task, feed, settings, loss, directory),
+                    *(on_step, on_log, on_epoch),
+                )
+            if track:
+                accelerator.end_training()
+            return metrics
 
 
 def _trained(

@@ -1,0 +1,89 @@
+"""Files that are there whole or not at all, also after a power cut, and JSON that every reader accepts."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from softcache.errors import SoftcacheError
+
+__all__ = ["finite", "read_json", "replace_file", "staged_file", "sync_file", "sync_folder", "to_json"]
+
+
+def sync_file(path: str | Path) -> None:
+    """Flushes a file to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+sync_folder = sync_file
+"""Flushes the names in a folder to the disk: what was created, renamed or removed there."""
+
+
+@contextmanager
+def staged_file(path: Path) -> Iterator[Path]:
+    """A temporary name in the folder of `path`, to write to: flushed and renamed to `path` if nothing is raised.
+
+    Raises:
+        OSError: it cannot be written, flushed or renamed; `path` is then what it was.
+    """
+    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield staged
+        sync_file(staged)
+        staged.replace(path)
+        sync_folder(path.parent)
+    finally:
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Writes a file whole, or leaves it as it was; see `staged_file`."""
+    with staged_file(path) as staged:
+        staged.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def finite(value: Any) -> Any:
+    """Returns `value` with None in place of NaN and infinities, which JSON lacks."""
+    if isinstance(value, Mapping):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_json(content: Any) -> str:
+    """Returns a JSON document on indented lines; null stands for NaN and infinities."""
+    return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
+
+
+def read_json(path: Path, what_next: str, *, error: type[SoftcacheError]) -> dict[str, Any]:
+    """Returns the JSON object in a file.
+
+    Args:
+        what_next: what to do where there is none.
+        error: its class.
+
+    Raises:
+        SoftcacheError: of class `error`: the file cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+    except OSError as failure:
+        raise error(f"{path}: cannot be read: {failure.strerror or failure}; {what_next}") from failure
+    except (ValueError, RecursionError) as failure:
+        raise error(
+            f"{path}: expected a JSON object; found damaged text ({failure}); {what_next}"
+        ) from failure
+    if not isinstance(found, dict):
+        raise error(f"{path}: expected a JSON object; found {type(found).__name__}; {what_next}")
+    return found
