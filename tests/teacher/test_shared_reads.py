@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from softcache.cache.create import create_cache
+from softcache.cache.storage.open import open_objects
 from softcache.data.images import ViewedSource
 from softcache.data.sources.images.base import InMemorySource, decodes
 from softcache.data.sources.images.custom import Subset
@@ -14,6 +16,8 @@ from softcache.data.transforms import Views
 from softcache.reader.dataset import HardLabelDataset, SoftLabelDataset
 from softcache.runs import capture_labels, open_data, open_teacher
 from softcache.teacher.capture import run
+from softcache.teacher.capture.estimate import estimate_capture
+from softcache.teacher.capture.plan import plan_manifest
 from tests.support.caches import digits_config
 
 NUM_SAMPLES, NUM_VIEWS = 100, 3
@@ -99,6 +103,21 @@ def test_units_that_are_made_together_are_bounded_by_their_bytes(config, tmp_pat
     _, found = captured(config, tmp_path / "two", Files)
     assert found == expected
     assert set(DECODED.values()) == {1 + 2}  # scored, then views 0 and 1, then view 2
+
+
+def test_units_that_are_made_together_share_their_time_and_an_estimate_measures_single_ones(config, tmp_path):
+    settings = config.capture.model_copy(update={"unit_samples": 100, "chunk_samples": 100})
+    data, teacher = OfSource(config, Files), open_teacher(config, open_data(config))
+    objects = open_objects(str(tmp_path / "cache"), create=True)
+    how = {"data": data.train, "teacher": teacher, "labels": config.labels, "settings": settings}
+    found = estimate_capture(objects, evaluation=data.evaluation, measure_seconds=0.0, **how)
+    assert (found.measured_chunks, found.units) == (2, NUM_VIEWS)
+    manifest, samples = plan_manifest(data.train, teacher, config.labels, settings)
+    manifest, digest = create_cache(objects, manifest, samples)
+    units = []
+    report = run.capture(objects, manifest, digest, on_unit=units.append, **how)
+    assert [unit.view for unit in units] == [0, 1, 2]
+    assert sum(unit.seconds for unit in units) == pytest.approx(report.seconds, rel=0.5)
 
 
 def test_views_of_one_sample_in_a_batch_come_from_one_decoding(config, tmp_path):

@@ -48,7 +48,8 @@ class UnitMetrics(NamedTuple):
     """What one unit took.
 
     Attributes:
-        seconds: since this process published its last unit, or since it began.
+        seconds: since this process published its last unit, or since it began; of units that were made together, the part
+            of each.
         teacher_seconds: of these, what the capturing thread spent in the teacher or waiting for its results; the rest
             went into loading batches, or into waiting for the writer.
         queue_depth: units that waited for the writer when this one was done.
@@ -171,6 +172,7 @@ def capture_units(
     on_unit: Callable[[UnitMetrics], None],
     on_found: Callable[[int], None] = lambda rows: None,
     turn: AbstractContextManager | None = None,
+    together: int | None = None,
 ) -> list[Unit]:
     """Labels and publishes those of the units that are neither finished nor claimed; returns those that others hold.
 
@@ -182,6 +184,7 @@ def capture_units(
         on_found: called with the number of rows of a unit that turns out to be finished.
         turn: held while the teacher runs, but not while the last units are published: two threads that share a teacher
             take turns at it.
+        together: how many units of one range at most are labeled together; None: as many as memory is meant for.
 
     Raises:
         LabelError, StorageError: as `capture`.
@@ -195,13 +198,14 @@ def capture_units(
         marker = publish_unit(work.objects, store, work.manifest_sha256, item.unit, columns)
         now = time.perf_counter()
         num_bytes = sum(shard.num_bytes for shard in marker.shards)
-        unit, seconds = item.unit, now - last
+        # Units that are made together are published together; each has its part of the time.
+        unit, seconds = item.unit, (now - last) / item.num_left
         on_unit(
             UnitMetrics(
                 unit.number, unit.view, item.num_rows, num_bytes, seconds, item.teacher_seconds, writer.depth
             )
         )
-        last = now
+        last += seconds
 
     held: list[Unit] = []
     with ExitStack() as abandoned:
@@ -209,17 +213,17 @@ def capture_units(
         abandoned.callback(writer.close)
         with turn or nullcontext():
             last = time.perf_counter()
-            groups = _groups(units, work)
+            groups = _groups(units, work, together)
             _label_units((_claim_units(work, group, held, on_found) for group in groups), work, writer)
     return held
 
 
-def _groups(units: Iterable[Unit], work: CaptureContext) -> Iterator[Iterable[Unit]]:
+def _groups(units: Iterable[Unit], work: CaptureContext, together: int | None) -> Iterator[Iterable[Unit]]:
     """Yields units that are labeled together: views of one range of samples, as many as memory is meant for."""
     if not work.data.decodes:
         yield from ((unit,) for unit in units)
         return
-    size = max(1, MAX_OPEN_BYTES // work.manifest.unit_bytes)
+    size = together or max(1, MAX_OPEN_BYTES // work.manifest.unit_bytes)
     for _, group in groupby(units, key=lambda unit: (unit.start, unit.stop)):
         while chunk := list(islice(group, size)):
             yield chunk
@@ -255,6 +259,8 @@ def _label_units(groups: Iterable[Iterator[PendingUnit]], work: CaptureContext, 
             for item in group:
                 open_units[item.unit.number] = item
                 units.append(item.unit)
+            for place, unit in enumerate(units):
+                open_units[unit.number].num_left = len(units) - place
             starts = range(units[0].start, units[0].stop, size) if units else range(0)
             for first in range(0, len(starts), loaders):
                 block = starts[first : first + loaders]

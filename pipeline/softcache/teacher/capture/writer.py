@@ -57,11 +57,13 @@ class PendingUnit:
 
     Attributes:
         teacher_seconds: of the capturing thread, spent in the teacher on this unit or waiting for its results.
+        num_left: units made together with it that are not published before it, itself included.
     """
 
     unit: Unit
     claim: ExitStack
     teacher_seconds: float = 0.0
+    num_left: int = 1
     labels: list[SoftLabels | DetectionLabels] = field(default_factory=list)
     fingerprints: list[np.ndarray] = field(default_factory=list)
     row_counts: list[np.ndarray] = field(default_factory=list)
