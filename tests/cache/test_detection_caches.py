@@ -137,6 +137,9 @@ def test_distributions_over_edges_are_kept_and_learnt(folder):
     assert np.isfinite(result["eval_loss"])
     with pytest.raises(IdentityError, match="its cells"):
         data.check_student(SPEC, cache)
+    assert list(verify_units(cache)) == []
+    again = convert_cache(cache, str(folder / "bins.parquet"), store="parquet").read([3], 1)
+    np.testing.assert_array_equal(again.columns["bins"], record.columns["bins"])
 
 
 def test_a_student_learns_from_the_cache_what_it_learns_beside_the_teacher(folder):

@@ -61,7 +61,10 @@ class BoxAnnotations:
 
 @runtime_checkable
 class BoxSource(Source, Protocol):
-    """A `Source` whose images have boxes; `targets()` counts them: [N] int64."""
+    """A `Source` whose images have boxes; `targets()` counts them: [N] int64.
+
+    It may have `image_size(sample)`, the (height, width) of an image: boxes are then moved without reading it.
+    """
 
     def truth(self, sample: int) -> BoxAnnotations: ...
 
