@@ -18,6 +18,7 @@ from softcache.cache.storage.base import is_bucket
 from softcache.errors import ConfigError, RunError
 from softcache.modalities import modality_of
 from softcache.reader.cache import Cache
+from softcache.runtime.files import read_json, replace_file, to_json
 from softcache.runtime.logging import log_info
 
 from .export import export_and_print, export_options
@@ -158,9 +159,7 @@ def _make_cache(config: RunConfig, data: Data, url: str) -> None:
     seconds = (earlier or 0.0) + time.monotonic() - began if known else None
     file = config.root / "distill-capture.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    staged = file.with_suffix(".new")
-    staged.write_text(json.dumps({"cache": cache.manifest_sha256, "seconds": seconds}) + "\n")
-    staged.replace(file)
+    replace_file(file, to_json({"cache": cache.manifest_sha256, "seconds": seconds}))
 
 
 def _capture_seconds(config: RunConfig, cache: Cache) -> float | None:
@@ -173,9 +172,11 @@ def _capture_seconds(config: RunConfig, cache: Cache) -> float | None:
 
 def _cost(config: RunConfig, cache: Cache) -> dict[str, Any]:
     """What the labels cost; None where it was not measured here."""
-    metrics = config.root / "teacher" / "metrics.json"
+    metrics, trained = config.root / "teacher" / "metrics.json", None
+    if metrics.is_file():
+        trained = read_json(metrics, "train the teacher again", error=RunError)["seconds"]
     return {
         "teacher_passes": cache.num_views,
-        "teacher_training_seconds": json.loads(metrics.read_text())["seconds"] if metrics.is_file() else None,
+        "teacher_training_seconds": trained,
         "teacher_pass_seconds": _capture_seconds(config, cache),
     }

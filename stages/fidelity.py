@@ -6,7 +6,6 @@ softcache fidelity runs/digits/cache --config configs/digits.toml --rows 512
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import click
 from softcache.modalities import percent
 from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
+from softcache.runtime.files import to_json
 from softcache.runtime.logging import progress_bar
 
 from .options import CACHE, PATH, config_options, json_option, parse_temperatures, print_json, print_table
@@ -81,7 +81,7 @@ def fidelity(
     folder = Path(out) if out else config.root / "fidelity"
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "fidelity.json"]
-    written[0].write_text(json.dumps(report, indent=2) + "\n")
+    written[0].write_text(to_json(report))
     written += draw_frontier(
         points, folder, title=_title(report), temperature=wanted[0], own=_own(report, wanted[0])
     )

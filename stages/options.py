@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, wraps
@@ -18,6 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from softcache.errors import TemperatureError
+from softcache.runtime.files import finite
 from softcache.runtime.logging import set_log_format
 
 if TYPE_CHECKING:
@@ -158,15 +158,7 @@ def cache_report(cache: Cache) -> dict[str, Any]:
 
 def print_json(found: Mapping[str, Any]) -> None:
     """Prints a result to stdout as one JSON object on a line; NaN and infinities, which JSON lacks, become null."""
-    click.echo(json.dumps(_finite(found), allow_nan=False, default=str))
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    click.echo(json.dumps(finite(found), allow_nan=False, default=str))
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, note: str = "") -> None:

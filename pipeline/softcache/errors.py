@@ -11,6 +11,7 @@ __all__ = [
     "CacheNotFoundError",
     "ConfigError",
     "CorruptionError",
+    "DivergedError",
     "EngineError",
     "IdentityError",
     "IncompleteCacheError",
@@ -133,6 +134,10 @@ class EngineError(SoftcacheError, RuntimeError):
 
 class RunError(SoftcacheError, ValueError):
     """An output directory holds another run, or a run cannot be resumed."""
+
+
+class DivergedError(RunError):
+    """A student's loss or weights are no longer finite; its last checkpoint is from before that."""
 
 
 class UnitsFailedError(SoftcacheError, RuntimeError):

@@ -13,7 +13,7 @@ import pytest
 
 from softcache.config.load import load_config
 from softcache.config.sweep import Range, SpaceSettings, SweepSettings
-from softcache.errors import IdentityError, IncompleteCacheError, RunError, SpecError
+from softcache.errors import DivergedError, IdentityError, IncompleteCacheError, RunError, SpecError
 from softcache.runs.sweep import open_sweep, run_sweep
 from softcache.runs.sweep.cost import Cost, measure_cost, unmeasured_reason
 from softcache.runs.sweep.plots import draw_importance, draw_surface
@@ -195,6 +195,16 @@ def test_a_trial_with_an_error_is_marked_told_and_replaced(shared_cache, tmp_pat
     sweep = run_sweep(config, url, tmp_path / "sweep", trials=1)
     assert states(sweep) == ["FAIL", "COMPLETE"]
     assert ranked_trials(sweep)[-1].error == "student x: cannot be built"
+
+
+def test_a_trial_that_diverges_before_its_first_checkpoint_is_pruned(shared_cache, tmp_path, monkeypatch):
+    def diverges(*args, **kwargs):
+        raise DivergedError("run x: the student diverged")
+
+    config, url = config_of({"alpha": [0.9, 0.5]}), shared_cache[2].url
+    with monkeypatch.context() as patched:
+        patched.setattr("softcache.runs.sweep.trial.train_student", diverges)
+        assert states(run_sweep(config, url, tmp_path / "sweep", trials=1)) == ["PRUNED"]
 
 
 def test_no_finished_trial_is_an_error_not_a_config(shared_cache, tmp_path):

@@ -18,6 +18,7 @@ from softcache.cache.storage.local import LocalObjects
 from softcache.errors import (
     AlignmentError,
     ConfigError,
+    DivergedError,
     IdentityError,
     IncompleteCacheError,
     MissingExtraError,
@@ -30,6 +31,7 @@ from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
 from softcache.runs import open_data, open_teacher, train_student
 from softcache.student.checkpoint import RunDirectory
+from softcache.student.tasks.image_classification import ImageTask
 from tests.support.caches import digits_config, make_cache
 from tests.support.programs import Program
 
@@ -219,6 +221,55 @@ def test_two_kills_while_a_checkpoint_is_replaced_leave_a_whole_one(tmp_path, mo
         assert progress is not None, f"no checkpoint after a kill at operation {second}"
         assert found.number == {progress["step"]}
     assert not died, "the last of the second kills came after the save"
+
+
+def test_a_student_that_diverges_ends_with_its_step_and_keeps_its_last_checkpoint(
+    tmp_path, shared_cache, monkeypatch
+):
+    loss, steps = ImageTask.loss, []
+
+    def poisoned(self, *args, **kwargs):
+        steps.append(1)
+        return loss(self, *args, **kwargs) * (float("nan") if len(steps) == 9 else 1.0)
+
+    monkeypatch.setattr(ImageTask, "loss", poisoned)
+    expected = r"diverged: the loss.* of step 9 is not finite, at learning rate .*; the last good checkpoint, of epoch 1, step 2, is kept"
+    with pytest.raises(DivergedError, match=expected):
+        fit(shared_cache[2], tmp_path, tables={"train": {"clip_norm": 1.0}})
+    assert not (tmp_path / "metrics.json").exists()
+    fit(
+        shared_cache[2], tmp_path, tables={"train": {"clip_norm": 1.0}}
+    )  # the fault was not the run's: it goes on
+    assert len(steps) == 10 + 10
+
+
+def test_a_learning_rate_that_is_far_too_large_leaves_no_result(tmp_path, shared_cache):
+    with pytest.raises(
+        DivergedError, match=r"learning rate .*e\+.*; no checkpoint was saved before that; lower train\.lr"
+    ):
+        fit(shared_cache[2], tmp_path, tables={"train": {"lr": 1e30, "epochs": 1, "checkpoint_steps": None}})
+    assert not (tmp_path / "metrics.json").exists()
+    assert not (tmp_path / "best.safetensors").exists()
+
+
+def test_results_that_json_has_no_number_for_are_null(tmp_path):
+    RunDirectory(tmp_path, {}).write_metrics(
+        {"eval_map": float("nan"), "history": [{"perplexity": float("inf")}]}
+    )
+    text = (tmp_path / "metrics.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "eval_map": None,
+        "history": [{"perplexity": None}],
+    }
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"\xff\xfe"])
+@pytest.mark.parametrize("name", ["config.json", "metrics.json"])
+def test_a_damaged_file_of_a_run_is_named(tmp_path, name, damage):
+    RunDirectory(tmp_path, {}).write_metrics({})
+    (tmp_path / name).write_bytes(damage)
+    with pytest.raises(RunError, match=rf"{name}: expected a JSON object; found"):
+        RunDirectory(tmp_path, {}).metrics  # noqa: B018
 
 
 def test_a_second_run_in_one_directory_is_refused(tmp_path, shared_cache):

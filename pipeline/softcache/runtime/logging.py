@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from rich.progress import TimeRemainingColumn as TimeLeft
 
 from softcache.runtime.distributed import is_rank_zero
+from softcache.runtime.files import finite
 
 __all__ = [
     "Advance",
@@ -50,7 +51,7 @@ class _StderrHandler(logging.Handler):
             return record.getMessage()
         now = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         name, fields = getattr(record, "event", ("message", {"text": record.getMessage()}))
-        return json.dumps({"time": now, "event": name, **fields}, default=str)
+        return json.dumps({"time": now, "event": name, **finite(fields)}, default=str, allow_nan=False)
 
     def emit(self, record: logging.LogRecord) -> None:
         # One write: processes may share a stderr.

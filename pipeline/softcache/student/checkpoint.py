@@ -137,6 +137,13 @@ class RunDirectory:
             read_json(path, _WHAT_NEXT, error=RunError) if is_rank_zero() and path.exists() else None
         )
 
+    def checkpoint_epoch(self) -> tuple[int, int] | None:
+        """Returns epoch and step within it of the last checkpoint; None without one."""
+        if not (self.path / "checkpoint" / "progress.json").exists():
+            return None
+        progress = _read_progress(self.path / "checkpoint")
+        return progress["epoch"], progress["step"]
+
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         with _writing(self.path):
             self._write_json("metrics.json", metrics)

@@ -83,6 +83,7 @@ class Trainer:
         if not self.is_sharded:
             self.model, self._optimizer = accelerator.prepare(model, optimizer)
         self._loss_sum, self._loss_rows = torch.zeros((), device=accelerator.device), 0
+        self._diverged_step = torch.zeros((), dtype=torch.long, device=accelerator.device)
         self._logged, self._factor = (torch.zeros_like(self._loss_sum), 0), 0.0
         self._steps = [feed.order.num_steps(epoch) for epoch in range(settings.epochs)]
         self.adaptation: LossScheduler | None = None
@@ -132,6 +133,26 @@ class Trainer:
         signal_number = torch.tensor([float(asked or 0)], device=self.accelerator.device)
         return int(self.accelerator.gather(signal_number).max()) or None
 
+    def diverged_step(self, *, weights: bool = False) -> int | None:
+        """Returns the first step whose loss was not finite, on any rank; None without one; all ranks call this.
+
+        Args:
+            weights: look at the trained weights, too; it is this step where only they are not finite.
+        """
+        found = self._diverged_step
+        trained = [p for p in self.model.parameters() if p.requires_grad] if weights else []
+        if trained:
+            # Of a student that is cut, this rank's share.
+            parts = [p.detach().to_local() if hasattr(p, "to_local") else p.detach() for p in trained]
+            is_finite = torch.stack([torch.isfinite(part).all().to(found.device) for part in parts]).all()
+            found = torch.where((found == 0) & ~is_finite, self.step, found)
+        steps = self.accelerator.gather(found.reshape(1)).tolist()
+        return min((step for step in steps if step), default=None)
+
+    def learning_rate(self, step: int) -> float:
+        """Returns `lr` as the schedule has it at a step, counted from 1."""
+        return self.settings.lr * self.settings.lr_factor(step - 1, sum(self._steps))
+
     def _update(self, batch: Any) -> None:
         """One optimizer step on one batch, in `accumulation_steps` pieces of exact weight."""
         order = self.feed.order
@@ -152,6 +173,8 @@ class Trainer:
                 weight = piece.num_rows / total * self.accelerator.num_processes if counts else 0.0
                 self.accelerator.backward(loss * weight)
             if counts:
+                is_first = (self._diverged_step == 0) & ~torch.isfinite(loss.detach())
+                self._diverged_step = torch.where(is_first, self.step, self._diverged_step)
                 self._loss_sum += loss.detach() * piece.num_rows
                 self._loss_rows += piece.num_rows
         if self.settings.clip_norm is not None:

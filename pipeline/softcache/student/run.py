@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
 
-from softcache.errors import MissingExtraError, RunError
+from softcache.errors import DivergedError, MissingExtraError, RunError
 from softcache.losses import LossSettings
 from softcache.models.weights import count_parameters, is_adapted
 from softcache.runtime.distributed import broadcast_from_rank0, check_same, join, on_cpu, translate_errors
@@ -26,6 +27,9 @@ from softcache.student.settings import TrainSettings
 from softcache.student.tasks import Task
 
 __all__ = ["train"]
+
+FINITE_CHECK_STEPS = 50
+"""Steps after which the losses since are looked at: asking waits for the device."""
 
 
 def train(
@@ -60,6 +64,7 @@ def train(
         RunError: `out` holds another run, another process works on it, or the processes of this one disagree about
             what it is.
         SpecError: the student's output is not what the labels need.
+        DivergedError: the loss or the weights are not finite any more; the last checkpoint is from before that.
         LostProcessError: another process of the run is gone or silent.
     """
     if track:
@@ -171,6 +176,10 @@ def _run(
     evaluations = progress.get("evaluations", [])
     pace = _Pace()
 
+    def check_finite(*, weights: bool) -> None:
+        if (step := loop.diverged_step(weights=weights)) is not None:
+            raise _diverged(loop, directory, "loss, or the weights after it," if weights else "loss", step)
+
     def save(loss: list[tuple[float, int]] | None) -> None:
         seconds = spent + time.monotonic() - started
         state = {**order.state_dict(), "history": history, "seconds": seconds, "loss": loss}
@@ -203,15 +212,21 @@ def _run(
                     evaluations.append(place | broadcast_from_rank0(loop.evaluate()))
                     log("evaluation", evaluations[-1])
                     loop.model.train()
+            if loop.step % FINITE_CHECK_STEPS == 0:
+                check_finite(weights=False)
             asked = loop.stop_requested()
             if asked or (settings.checkpoint_steps and loop.step % settings.checkpoint_steps == 0):
+                check_finite(weights=True)
                 save(loop.loss_meters())
             if asked:
                 raise Interrupted(asked)
+        check_finite(weights=True)
         # Processes decide by this whether to go on: all by the same number.
         row = broadcast_from_rank0(
             {"epoch": epoch, "train_loss": loop.train_loss(), **loop.last_mix(), **loop.evaluate()}
         )
+        if not math.isfinite(row.get("eval_loss", 0.0)):
+            raise _diverged(loop, directory, "evaluation loss", loop.step)
         history.append(row)
         if loop.adaptation is not None:
             loop.adaptation.end_epoch(row)
@@ -238,6 +253,17 @@ def _run(
         "history": history,
         **({"evaluations": evaluations} if evaluations else {}),
     }
+
+
+def _diverged(loop: Trainer, directory: RunDirectory, what: str, step: int) -> DivergedError:
+    kept = "no checkpoint was saved before that"
+    if (last := directory.checkpoint_epoch()) is not None:
+        kept = f"the last good checkpoint, of epoch {last[0]}, step {last[1]}, is kept in {directory.path / 'checkpoint'}"
+    return DivergedError(
+        f"run {directory.path}: the student diverged: the {what} of step {step} is not finite, at learning rate "
+        f"{loop.learning_rate(step):.3g}; {kept}; lower train.lr, or set train.clip_norm or a longer train.warmup_share, "
+        "and choose another --out"
+    )
 
 
 class _Pace:
@@ -276,11 +302,17 @@ def _trained_parameters(model: torch.nn.Module) -> dict[str, int]:
 
 def _is_better(task: Task, row: dict[str, Any], other: dict[str, Any]) -> bool:
     one, two = row[task.metric], other[task.metric]
+    if not _is_number(one) or not _is_number(two):  # a score of nothing, such as precision without boxes
+        return _is_number(one)
     return bool(one > two if task.larger_is_better else one < two)
+
+
+def _is_number(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def _reached(task: Task, history: list[dict[str, Any]], goal: float | None) -> bool:
     if goal is None or not history:
         return False
     value = history[-1][task.metric]
-    return bool(value >= goal if task.larger_is_better else value <= goal)
+    return _is_number(value) and bool(value >= goal if task.larger_is_better else value <= goal)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.errors import CorruptionError, RunError, StorageError
+from softcache.runtime.files import read_json, to_json
 from softcache.student.checkpoint import diff_settings
 
 __all__ = ["ExportFolder", "sha256_of"]
@@ -54,7 +55,11 @@ class ExportFolder:
                 self._state: dict[str, Any] = {"identity": identity, "files": {}}
                 self._put(STATE, json.dumps(self._state, indent=2))
                 return
-            self._state = json.loads(state.read_text())
+            self._state = read_json(state, "remove the export, and export again", error=RunError)
+            if not all(isinstance(self._state.get(part), dict) for part in ("identity", "files")):
+                raise RunError(
+                    f"export {state}: expected identity and files; found neither; remove the export, and export again"
+                )
             there = self._state["identity"]
         except OSError as error:
             raise StorageError(
@@ -109,11 +114,15 @@ class ExportFolder:
 
     def make_json(self, name: str, content: Any) -> Path:
         """Returns the path of a JSON file, written unless it is finished."""
-        return self.make(name, lambda path: path.write_text(json.dumps(content, indent=2) + "\n"))
+        return self.make(name, lambda path: path.write_text(to_json(content)))
 
     def read_json(self, name: str) -> Any:
         """Returns what a finished JSON file holds, else None."""
-        return json.loads((self.path / name).read_text()) if name in self._state["files"] else None
+        return (
+            read_json(self.path / name, "remove the export, and export again", error=RunError)
+            if name in self._state["files"]
+            else None
+        )
 
     def _put(self, name: str, text: str) -> None:
         with self._staged(name) as staged:

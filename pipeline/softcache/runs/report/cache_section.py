@@ -124,8 +124,8 @@ def _entropy(entropy_P: np.ndarray) -> Figure:
 def _read_fidelity(cache: Cache, path: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-        digest = found["manifest_sha256"]
-    except (OSError, ValueError, KeyError) as error:
+        digest = str(found["manifest_sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"fidelity report {path}: cannot be read: {type(error).__name__}: {error}; run `softcache fidelity` again"
         ) from error

@@ -6,7 +6,6 @@ their source, views or tokenizer, held-out split and cache have the same digests
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from softcache.models.weight_files import load_weights
 from softcache.reader.cache import Cache
 from softcache.runs import Data, open_data, open_teacher
 from softcache.runs.report.caches import describe_policy, find_caches
+from softcache.runtime.files import read_json
 from softcache.student import StudentSettings
 from softcache.student.checkpoint import diff_settings
 from softcache.student.tasks import Task, TokenStudent
@@ -197,14 +197,10 @@ def _folders(paths: list[Path]) -> tuple[list[Path], list[Path]]:
 
 
 def _read(path: Path) -> Run:
-    try:
-        identity, resolved, metrics = (
-            json.loads((path / f"{name}.json").read_text()) for name in ("config", "resolved", "metrics")
-        )
-    except (OSError, ValueError) as error:
-        raise RunError(
-            f"run {path}: cannot be read: {error}; restore it from a copy, or train it again"
-        ) from error
+    identity, resolved, metrics = (
+        read_json(path / f"{name}.json", "restore it from a copy, or train it again", error=RunError)
+        for name in ("config", "resolved", "metrics")
+    )
     resolved.pop("sweep", None)
     config = build_config(resolved, str(path / "resolved.json"))
     if identity.get("student_data") and not config.student.has_own_input:

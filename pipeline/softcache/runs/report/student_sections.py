@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -12,11 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from softcache.errors import RunError
 from softcache.models.weights import count_parameters
 from softcache.runs.report.load import Report
 from softcache.runs.report.metrics import break_even, calibration_error, reliability
 from softcache.runs.report.plots import Figure, Section, Styles, bars, lines, points
 from softcache.runs.report.predictions import Observed
+from softcache.runtime.files import read_json
 from softcache.student.tasks import TokenStudent
 
 __all__ = [
@@ -84,7 +85,7 @@ def _teacher_seconds(report: Report) -> float | None:
     path = weights.parent / "metrics.json" if weights is not None else None
     if path is None or not path.is_file() or report.teacher is None:
         return None
-    return float(json.loads(path.read_text())["seconds"])
+    return float(read_json(path, "train the teacher again", error=RunError)["seconds"])
 
 
 def format_metric(report: Report, value: float | None) -> str:

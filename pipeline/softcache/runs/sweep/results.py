@@ -6,8 +6,6 @@ trains the best ones again with other seeds, together with the config's own sett
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +13,7 @@ from typing import Any, NamedTuple
 from softcache.errors import MissingExtraError, RunError
 from softcache.runs.sweep.run import Sweep
 from softcache.runs.sweep.space import baseline_params, candidate
+from softcache.runtime.files import replace_file, to_json
 
 __all__ = ["Repeated", "Result", "best_trial", "ranked_trials", "repeat_best", "write_best", "write_json"]
 
@@ -119,7 +118,7 @@ def write_best(sweep: Sweep) -> Path:
     tables = {"name": tables.pop("name"), **tables, "cache": bench.cache_of(best.params).url}
     head = f"# Trial {best.number} of the sweep in {bench.path}: {bench.metric} {best.value:.6g}.\n"
     path = bench.path / "best.toml"
-    _replace(path, head + tomli_w.dumps(tables))
+    replace_file(path, head + tomli_w.dumps(tables))
     return path
 
 
@@ -133,14 +132,8 @@ def write_json(sweep: Sweep, found: dict[str, Any]) -> Path:
         "trials": trials,
         **found,
     }
-    _replace(path, json.dumps(content, indent=2) + "\n")
+    replace_file(path, to_json(content))
     return path
-
-
-def _replace(path: Path, text: str) -> None:
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
-    staged.write_text(text)
-    staged.replace(path)
 
 
 def repeat_best(sweep: Sweep, *, seeds: int, best: int = 3) -> list[Repeated]:

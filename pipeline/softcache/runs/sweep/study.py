@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from softcache.config.sweep import SEARCH_PARAMETERS, Range, SweepSettings
 from softcache.errors import MissingExtraError, RunError, StorageError
 from softcache.runs.sweep.space import Space
+from softcache.runtime.files import read_json, replace_file, to_json
 from softcache.runtime.signals import pending_signal, raise_if_signalled
 from softcache.student.checkpoint import diff_settings
 
@@ -226,11 +227,11 @@ def _check_identity(stored: Path, identity: dict[str, Any]) -> None:
     """Writes what the sweep is, or compares it with what is there."""
     identity = json.loads(json.dumps(identity))
     if not stored.exists():
-        staged = stored.with_name(f".{stored.name}.{os.getpid()}")
-        staged.write_text(json.dumps(identity, indent=2) + "\n")
-        staged.replace(stored)
+        replace_file(stored, to_json(identity))
         return
-    if differing := diff_settings(json.loads(stored.read_text()), identity):
+    if differing := diff_settings(
+        read_json(stored, "remove the sweep, or choose another --out", error=RunError), identity
+    ):
         raise RunError(
             f"sweep {stored.parent}: holds another sweep (there; this one): {'; '.join(differing)}; choose another "
             "--out, or remove the old sweep if it is not needed"

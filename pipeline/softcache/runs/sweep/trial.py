@@ -6,7 +6,6 @@ once under OUT/caches and shared by all trials. A trial that is pruned leaves it
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from softcache.config.run import RunConfig
-from softcache.errors import SoftcacheError
+from softcache.errors import DivergedError, RunError, SoftcacheError
 from softcache.modalities import Data
 from softcache.reader.cache import Cache
 from softcache.runs import train_student
 from softcache.runs.sweep.space import candidate, num_kept_classes
 from softcache.runs.sweep.study import ClaimedTrial, SharedStudy, load_optuna
+from softcache.runtime.files import read_json
 from softcache.runtime.logging import log_info
 from softcache.tools.shrink import ShrinkSettings, shrink_cache
 
@@ -108,8 +108,10 @@ def run_trial(bench: TrialContext, study: SharedStudy, turn: ClaimedTrial) -> No
     out = bench.path / turn.place
     try:
         metrics = bench.train(trial.params, out, on_epoch=on_epoch)
-    except optuna.TrialPruned:
-        _note(trial, {"epochs": max(seen) + 1, "seconds": _seconds(out)})
+    except (optuna.TrialPruned, DivergedError) as ended:
+        if isinstance(ended, DivergedError):
+            log_info(f"trial {trial.number}: {ended}")
+        _note(trial, {"epochs": max(seen, default=-1) + 1, "seconds": _seconds(out)})
         tell(trial, state=states.PRUNED)
         return
     except Exception as error:
@@ -147,5 +149,7 @@ def _report_twin(study: SharedStudy, turn: ClaimedTrial) -> None:
 
 def _seconds(out: Path) -> float:
     """Returns what a run has taken up to its last checkpoint, over all processes that worked on it."""
-    progress = json.loads((out / "checkpoint" / "progress.json").read_text())
-    return round(float(progress["seconds"]), 3)
+    file = out / "checkpoint" / "progress.json"
+    if not file.exists():  # it diverged before its first
+        return 0.0
+    return round(float(read_json(file, "remove the trial's folder", error=RunError)["seconds"]), 3)

@@ -84,7 +84,11 @@ class TokenTask:
             if number < len(shares):
                 means.update(loss_P, correct_P)
         loss, accuracy = means.compute(2)
-        return {"eval_loss": loss, "perplexity": math.exp(loss), "accuracy": accuracy}
+        return {
+            "eval_loss": loss,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "accuracy": accuracy,
+        }
 
     def finish(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
         """Nothing: all that is scored is scored every epoch."""
