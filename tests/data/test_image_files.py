@@ -159,6 +159,8 @@ def test_whole_numbers_are_classes_and_have_names_where_they_are_given(tmp_path,
     for names in (list(NAMES), str(tmp_path / "names.json")):
         source = opened(tmp_path, table, class_names=names)
         assert (source.class_names, source.targets().tolist()) == (NAMES, labels_of())
+    with pytest.raises(SourceError, match=r"source\.class_order: 'natural', and labels are numbers; drop it"):
+        opened(tmp_path, table, class_order="natural")
     with pytest.raises(SourceError, match=r"4 samples have a label of no class, .*'2' \(4\)"):
         opened(tmp_path, table, class_names=["cat", "dog"])
 

@@ -300,6 +300,18 @@ def test_preprocessing_is_that_of_the_image_processor(folders, tmp_path):
     assert architecture_of(build_model("linear", num_classes=2, input_shape=(3, 4, 4)), "linear") == "linear"
 
 
+def test_a_model_of_timm_is_named_as_such(tmp_path):
+    import timm
+
+    net = timm.create_model("test_vit", num_classes=3)
+    config = transformers.TimmWrapperConfig.from_dict(
+        {"architecture": "test_vit", "num_classes": 3, "pretrained_cfg": dict(net.pretrained_cfg)}
+    )
+    transformers.TimmWrapperForImageClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(SpecError, match=r"a model of timm; name it timm:hf-hub:.*, or timm:local-dir:FOLDER"):
+        pretrained_views(parse_spec(f"hf:{tmp_path}"))
+
+
 def test_an_order_of_classes_that_was_guessed_has_to_be_given():
     names = ("b10", "b9")
     with pytest.raises(

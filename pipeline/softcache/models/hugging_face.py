@@ -388,6 +388,11 @@ def hf_views(parsed: ModelSpec) -> dict[str, Any]:
             f"views: {parsed.name} was saved without its image processor, so what it was trained to see is not known"
         )
         return {}
+    if type(processor).__name__ == "TimmWrapperImageProcessor":
+        name = parsed.name.partition(":")[2]
+        raise SpecError(
+            f"model {parsed.name!r}: a model of timm; name it timm:hf-hub:{name}, or timm:local-dir:FOLDER"
+        )
     views: dict[str, Any] = {"geometry": "floor", "mean": (0.0,), "std": (1.0,)}
     if processor.do_normalize:
         views |= {"mean": tuple(processor.image_mean), "std": tuple(processor.image_std)}

@@ -114,7 +114,7 @@ def find_classes(
         known: the names that the data give their numbers.
 
     Raises:
-        SourceError: labels are of neither kind, or of both; a file of names is none.
+        SourceError: labels are of neither kind, or of both; a file of names is none; an order is given for what has one.
     """
     labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
     kinds = {type(label).__name__ for label in labels}
@@ -125,6 +125,9 @@ def find_classes(
     is_whole = kinds == {"int"}
     if given is not None:
         return _given(given, is_whole=is_whole)
+    if order is not None and (is_whole or known is not None):
+        has = "labels are numbers" if is_whole else "the data name their classes in an order"
+        raise SourceError(f"source.class_order: {order!r}, and {has}; drop it")
     if is_whole:
         largest, smallest = max(labels), min(labels)
         if smallest < 0:
