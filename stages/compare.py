@@ -69,6 +69,8 @@ def _print(
     results: dict[str, list[dict[str, Any]]],
     as_json: bool,
 ) -> None:
+    from softcache.runs.tables import advice
+
     score = modality_of(config).score
     metric = score.metric
     teacher = getattr(cache.manifest.teacher, score.of_teacher)
@@ -81,8 +83,23 @@ def _print(
         }
         for name, runs in results.items()
     }
+    hard = figures["hard labels"]
+    best = max(
+        (row for name, row in figures.items() if name.startswith("cache")),
+        key=lambda row: row["mean"] if score.larger_is_better else -row["mean"],
+    )
+    spread = max(hard["std"] or 0.0, best["std"] or 0.0)
+    line = advice(config.loss, score, best["mean"], hard["mean"], spread=spread)
     if as_json:
-        print_json({"config": config.name, "student": model, "teacher": teacher, "students": figures})
+        print_json(
+            {
+                "config": config.name,
+                "student": model,
+                "teacher": teacher,
+                "students": figures,
+                "advice": line,
+            }
+        )
         return
     rows: list[tuple[str, ...]] = [("teacher", score.format(teacher), "", "", "")]
     for name, row in figures.items():
@@ -90,3 +107,5 @@ def _print(
         rows.append((name, mean, spread, str(len(row[metric])), f"{row['seconds']:.1f}"))
     columns = (score.title, score.std_title)
     print_table(f"{model} on {config.name}", ("learns from", *columns, "seeds", "seconds"), rows)
+    if line is not None:
+        click.echo(line)

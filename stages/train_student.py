@@ -66,7 +66,7 @@ def train_student_command(
       softcache train-student --config configs/digits.toml --student cnn --set loss.temperature=2
     """
     from softcache.runs import open_data, open_labels, train_student
-    from softcache.runs.tables import student_report, student_tables
+    from softcache.runs.tables import student_advice, student_report, student_tables
 
     data = open_data(config)
     cache = open_labels(config, url)
@@ -83,8 +83,10 @@ def train_student_command(
     )
     hard = train_student(config, data, model=model, labels="ground_truth") if baseline else None
     if as_json:
-        print_json(student_report(cache, [(cached, hard)]))
+        print_json(student_report(cache, [(cached, hard)], config.loss, modality_of(config)))
         return
     for table in student_tables(cache, [(cached, hard)], modality_of(config)):
         print_table(*table)
+    if line := student_advice(config.loss, modality_of(config), cached, hard):
+        click.echo(line)
     click.echo(f"weights, metrics and config: {cached['out']}")

@@ -39,7 +39,7 @@ def train_students(config: RunConfig, url: str | None, models: tuple[str, ...], 
       softcache train-students --config configs/digits.toml
     """
     from softcache.runs import open_data, open_labels, train_student
-    from softcache.runs.tables import student_report, student_tables
+    from softcache.runs.tables import student_advice, student_report, student_tables
 
     data = open_data(config)
     cache = open_labels(config, url)
@@ -50,7 +50,10 @@ def train_students(config: RunConfig, url: str | None, models: tuple[str, ...], 
     score = modality_of(config).score
     results.sort(key=lambda pair: pair[0][score.metric], reverse=score.larger_is_better)
     if as_json:
-        print_json(student_report(cache, results))
+        print_json(student_report(cache, results, config.loss, modality_of(config)))
         return
     for table in student_tables(cache, results, modality_of(config)):
         print_table(*table)
+    for cached, hard in results:
+        if line := student_advice(config.loss, modality_of(config), cached, hard):
+            click.echo(f"{cached['model']}: {line}")

@@ -19,6 +19,7 @@ def digits_config(**tables) -> RunConfig:
         "labels": {"k": 4, "num_views": 2},
         "capture": {"unit_samples": 64, "chunk_samples": 32, "batch_size": 40, "device": "cpu"},
         "student": {"model": "mlp?width=8"},
+        "loss": {"temperature": 4.0},
         "train": {"epochs": 2, "batch_size": 50, "device": "cpu"},
     }
     return RunConfig.model_validate(merged(base, tables))

@@ -65,6 +65,7 @@ def text_config(folder, **tables) -> RunConfig:
             "chunk_positions": 7,
         },
         "student": {"model": "llama?width=16&depth=1&heads=2"},
+        "loss": {"temperature": 4.0},
         "train": {"epochs": 2, "batch_size": 6, "device": "cpu", "eval_batch_size": 4},
     }
     return RunConfig.model_validate(merged(base, tables))

@@ -57,7 +57,7 @@ class LossSettings(Settings):
     """
 
     name: str = DEFAULT
-    temperature: float = Field(4.0, ge=1, le=100)  # beyond, T^2 only magnifies the rounding of the divergence
+    temperature: float = Field(1.0, ge=1, le=100)  # beyond, T^2 only magnifies the rounding of the divergence
     alpha: float = Field(0.9, ge=0, le=1)
     tail: Tail = "bucket"
     standardize: bool = False

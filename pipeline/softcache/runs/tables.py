@@ -3,10 +3,11 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from softcache.modalities import Modality, percent
+from softcache.losses import LossSettings
+from softcache.modalities import Modality, Score, percent
 from softcache.reader.cache import Cache
 
-__all__ = ["ResultTable", "student_report", "student_tables", "translation_rows"]
+__all__ = ["ResultTable", "advice", "student_advice", "student_report", "student_tables", "translation_rows"]
 
 Metrics = Mapping[str, Any]
 Results = Sequence[tuple[Metrics, Metrics | None]]
@@ -20,6 +21,14 @@ TRANSLATION_COLUMNS = (
     "BLEU from cache",
     "BLEU hard labels",
 )
+
+
+def student_advice(
+    loss: LossSettings, modality: Modality, cached: Metrics, hard: Metrics | None
+) -> str | None:
+    """Returns `advice` about one student; None where it was not trained on hard labels."""
+    metric = modality.score.metric
+    return None if hard is None else advice(loss, modality.score, cached[metric], hard[metric])
 
 
 class ResultTable(NamedTuple):
@@ -80,7 +89,30 @@ def translation_rows(results: Results) -> Iterator[tuple[str, ...]]:
             yield (cached["model"], language, *scores)
 
 
-def student_report(cache: Cache, results: Results) -> dict[str, Any]:
+def advice(
+    loss: LossSettings, score: Score, cached: float, hard: float, *, spread: float = 0.0
+) -> str | None:
+    """Returns what to try where hard labels teach more than the cache does, by more than a spread; None elsewhere.
+
+    Args:
+        cached: the score of students from the cache.
+        hard: that of the same students on hard labels.
+        spread: standard deviation over seeds; 0 where there is one.
+    """
+    lead = hard - cached if score.larger_is_better else cached - hard
+    if not lead > spread:
+        return None
+    tries = ["longer training (train.epochs)", "a lower loss.alpha"]
+    if loss.temperature > 1:
+        tries.insert(0, f"loss.temperature = 1 (it is {loss.temperature:g})")
+    points = "" if score.scale == 1 else " points"
+    return (
+        f"hard labels teach more than the cache by {score.scale * lead:.4g}{points}: try {', '.join(tries)}, or "
+        "`softcache sweep`"
+    )
+
+
+def student_report(cache: Cache, results: Results, loss: LossSettings, modality: Modality) -> dict[str, Any]:
     """Returns the table of students as JSON: every run's metrics without the history of its epochs."""
 
     def figures(run: Metrics | None) -> Metrics | None:
@@ -91,7 +123,12 @@ def student_report(cache: Cache, results: Results) -> dict[str, Any]:
         "kind": cache.manifest.kind,
         "teacher": cache.manifest.teacher.model_dump(mode="json"),
         "students": [
-            {"model": cached["model"], "cache": figures(cached), "hard": figures(hard)}
+            {
+                "model": cached["model"],
+                "cache": figures(cached),
+                "hard": figures(hard),
+                "advice": student_advice(loss, modality, cached, hard),
+            }
             for cached, hard in results
         ],
     }
