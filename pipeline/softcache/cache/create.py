@@ -74,7 +74,9 @@ def _put_samples(objects: Objects, manifest: Manifest, samples: bytes) -> Manife
     Another run may have crashed between its table and its manifest, or may be about to write the latter: its table stays,
     and this one gets another name.
     """
-    if objects.put_if_absent(manifest.samples, samples) or objects.get(manifest.samples) == samples:
+    if objects.put_if_absent(manifest.samples, samples):
+        return manifest
+    if objects.size(manifest.samples) == len(samples) and objects.get(manifest.samples) == samples:
         return manifest
     named = f"samples-{manifest.samples_sha256[:16]}.parquet"
     objects.put_if_absent(named, samples)

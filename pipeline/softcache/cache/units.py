@@ -6,6 +6,7 @@ trust:    the marker is well-formed, belongs to this very manifest and unit, and
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -36,6 +37,7 @@ __all__ = [
     "open_store",
     "publish_unit",
     "read_marker",
+    "stray_names",
 ]
 
 Store = ZarrStore | ParquetStore
@@ -161,11 +163,10 @@ def finished_units(objects: Objects, manifest: Manifest, manifest_sha256: str) -
     """
     numbers: dict[str, int] = {}
     for path in objects.list("units"):
-        name = path.rsplit("/", 1)[-1]
-        if not name.endswith(".json"):
-            continue
-        number = int(stem) if (stem := name.removesuffix(".json")).isdigit() else -1
-        if not 0 <= number < manifest.plan.num_units or path != marker_path(number):
+        number = _number(path)
+        if number is None or path != marker_path(number):
+            continue  # stray_names has it
+        if number >= manifest.plan.num_units:
             raise ManifestError(
                 f"cache {objects.url}, {path}: is of no unit of the plan (0 to {manifest.plan.num_units - 1}); remove it"
             )
@@ -178,6 +179,21 @@ def finished_units(objects: Objects, manifest: Manifest, manifest_sha256: str) -
         )
         if data is not None
     }
+
+
+def _number(path: str) -> int | None:
+    """Returns the unit in the name of a marker or claim; None for any other name."""
+    found = re.fullmatch(r"units/(\d{5,8})\.(?:json|lock)", path, re.ASCII)
+    return int(found[1]) if found else None
+
+
+def stray_names(objects: Objects) -> list[str]:
+    """Returns the paths below units/ that softcache does not write, such as `._00000.json`; readers pass over them."""
+    return [
+        path
+        for path in objects.list("units")
+        if (number := _number(path)) is None or path not in (marker_path(number), claim_path(number))
+    ]
 
 
 def claimed_units(

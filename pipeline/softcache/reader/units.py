@@ -16,7 +16,14 @@ import numpy as np
 from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, Unit, UnitMarker
 from softcache.cache.samples import MAX_SAMPLE_BYTES, RowIndex, SampleTable, read_row_counts, read_samples
 from softcache.cache.storage.open import open_objects
-from softcache.cache.units import alignment_columns, check_unit, finished_units, open_store, read_marker
+from softcache.cache.units import (
+    alignment_columns,
+    check_unit,
+    finished_units,
+    open_store,
+    read_marker,
+    stray_names,
+)
 from softcache.errors import CacheNotFoundError, CorruptionError, IncompleteCacheError, LabelError
 from softcache.hashing.digests import digest_bytes
 from softcache.reader.memmap import Record
@@ -144,6 +151,10 @@ class CacheReaderBase:
             CorruptionError: one is missing or differs; it is named.
         """
         self._opened_store().check_metadata()
+
+    def stray_names(self) -> list[str]:
+        """Returns the paths of files in units/ that softcache does not write; nothing reads them."""
+        return stray_names(self._objects)
 
     @property
     def missing_units(self) -> list[int]:

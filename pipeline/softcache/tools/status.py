@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from softcache.cache.manifest import Manifest
+from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, claim_path, marker_path
 from softcache.cache.storage.base import Objects
 from softcache.cache.units import read_marker
 from softcache.hashing.digests import digest_bytes
@@ -58,17 +58,17 @@ def read_status(objects: Objects, *, now: float | None = None) -> Status:
         CacheNotFoundError: there is no cache yet.
         ManifestError: its manifest, or a marker that is read, is malformed.
     """
-    stored = objects.get("manifest.json")
+    stored = objects.get("manifest.json", max_bytes=MAX_MANIFEST_BYTES)
     manifest, plan = (found := Manifest.parse(stored, where=f"cache {objects.url}")), found.plan
     done: dict[int, float] = {}
     claimed: set[int] = set()
     for path, seconds in objects.times("units").items():
-        stem, dot, kind = path.rsplit("/", 1)[-1].partition(".")
-        if not (dot and stem.isdigit() and int(stem) < plan.num_units):
+        stem = path.removeprefix("units/").split(".", 1)[0]
+        if not (stem.isascii() and stem.isdecimal() and int(stem) < plan.num_units):
             continue
-        if kind == "json":
+        if path == marker_path(int(stem)):
             done[int(stem)] = seconds
-        elif kind == "lock":
+        elif path == claim_path(int(stem)):
             claimed.add(int(stem))
     claimed -= done.keys()
     left = plan.num_units - len(done) - len(claimed)

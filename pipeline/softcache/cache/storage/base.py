@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 
-from softcache.errors import CorruptionError
+from softcache.errors import CorruptionError, StorageError
 
 __all__ = ["SCHEMES", "Objects", "is_bucket", "size_error"]
 
@@ -87,8 +86,20 @@ class Objects(Protocol):
 
 
 def is_bucket(url: str) -> bool:
-    """Whether a URL names a bucket, and not a local folder."""
-    return "://" in str(url) and urlsplit(str(url)).scheme in SCHEMES
+    """Whether a URL names a bucket, and not a local folder.
+
+    Raises:
+        StorageError: it begins as a bucket's, and lacks a slash; a folder of that name is `./s3:...`.
+    """
+    text = str(url)
+    scheme, colon, rest = text.partition(":")
+    if not colon or scheme.lower() not in SCHEMES:
+        return False
+    if not rest.startswith("//"):
+        raise StorageError(
+            f"{text}: expected {scheme}://BUCKET/PREFIX; found no two slashes; a folder of that name is ./{text}"
+        )
+    return True
 
 
 def size_error(where: str, found: int, max_bytes: int) -> CorruptionError:

@@ -32,7 +32,8 @@ class LocalObjects:
         self.root, self.url = Path(root), str(root)
         if create:
             with _explained(self.root):
-                (self.root / STAGING).mkdir(parents=True, exist_ok=True)
+                if not self.root.is_dir():
+                    self.root.mkdir(parents=True, exist_ok=True)
 
     def path(self, relative: str) -> Path:
         """Returns where an object is.
@@ -142,10 +143,13 @@ class LocalObjects:
         return out
 
     def size(self, path: str) -> int | None:
+        target = self.path(path)
         try:
-            return self.path(path).stat().st_size
+            return target.stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise StorageError(f"{target}: cannot be read: {error.strerror}; make it readable") from error
 
     def list(self, prefix: str) -> list[str]:
         folder = self.path(prefix) if prefix else self.root
@@ -170,7 +174,9 @@ class LocalObjects:
                         os.unlink(path)
         return found
 
-    def kvstore(self, prefix: str) -> dict[str, str]:
+    def kvstore(self, prefix: str) -> dict[str, str] | None:
+        if "\\" in os.fspath(self.root.absolute()):  # which TensorStore reads as a separator
+            return None
         return {"driver": "file", "path": f"{self.path(prefix.rstrip('/')).absolute()}/"}
 
     def open(self, path: str) -> pa.NativeFile:

@@ -33,4 +33,8 @@ def open_objects(url: str, *, create: bool = False) -> LocalObjects | CloudObjec
             f"{url}: {parts.scheme}:// is not served; use a local path, file://, "
             + ", ".join(f"{scheme}://" for scheme in SCHEMES)
         )
+    if parts.scheme == "file" and (parts.netloc not in ("", "localhost") or parts.query or parts.fragment):
+        raise StorageError(
+            f"{url}: expected file:///PATH, of this machine, with %3F and %23 for ? and # in names; or give the plain path"
+        )
     return LocalObjects(Path(unquote(parts.path)) if parts.scheme == "file" else Path(url), create=create)

@@ -109,7 +109,8 @@ def is_whole(path: Path, plan: MemmapPlan, use: Path, what: str) -> bool:
     found.pop("about", None)
     if path.stat().st_size == plan.num_bytes and found == plan.fields(digest.hexdigest()):
         if signature is not None:
-            use.write_text(signature)
+            with suppress(PermissionError):  # another user's: it is read again next time
+                use.write_text(signature)
         return True
     log_info(
         f"{what}: {path} is damaged (its checksum differs); it is deleted and created again from the cache"

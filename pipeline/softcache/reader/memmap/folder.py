@@ -93,7 +93,8 @@ class MemmapFolder:
                 lock = _locked(use, fcntl.LOCK_SH, f"{what}: another process is writing it; waiting")
                 try:
                     if path.exists() and is_whole(path, plan, use, what):
-                        os.utime(use)
+                        with suppress(PermissionError):  # another user's
+                            os.utime(use)
                         return MemmapFile(path, plan, lock)
                 except BaseException:
                     os.close(lock)
@@ -161,10 +162,19 @@ def _about(path: Path) -> str:
         return str(read_header(file.read(PAGE)).get("about", "?"))
 
 
+def _opened(path: Path) -> int:
+    """Opens or creates a file to lock it, but follows no link; that of another user is opened for reading."""
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | flags, 0o644)
+    except PermissionError:
+        return os.open(path, os.O_RDONLY | flags)
+
+
 def _locked(path: Path, how: int, waiting: str = "") -> Any:
     """Returns a handle that holds a lock on `path`; with LOCK_NB, None if another process holds it."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = _opened(path)
         try:
             try:
                 fcntl.flock(handle, how | fcntl.LOCK_NB)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.cache.create import MANIFEST
-from softcache.cache.manifest import Manifest
+from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest
 from softcache.cache.storage.base import Objects
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import finished_units
@@ -88,7 +88,7 @@ def _prepared(client: Any, job: Job) -> tuple[Objects, Manifest, str]:
         raise RunError(f"dask: the first worker could not begin: {error}")
     objects = open_objects(job.url)
     try:
-        stored = objects.get(MANIFEST)
+        stored = objects.get(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
     except CacheNotFoundError as missing:
         raise RunError(
             f"cache {job.url}: a worker made it, but it is not there for this process: driver and workers must reach the "

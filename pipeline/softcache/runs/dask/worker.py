@@ -19,7 +19,7 @@ import torch
 
 from softcache import __version__
 from softcache.cache.create import MANIFEST
-from softcache.cache.manifest import Manifest, diff_manifests
+from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, diff_manifests
 from softcache.cache.storage.open import open_objects
 from softcache.config.run import RunConfig
 from softcache.errors import CacheNotFoundError, ConfigError, IdentityError, SoftcacheError
@@ -135,7 +135,7 @@ def _open(job: Job, *, create: bool = False) -> tuple[CaptureContext, threading.
         else:
             objects = open_objects(job.url)
             try:
-                stored = objects.get(MANIFEST)
+                stored = objects.get(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
             except CacheNotFoundError as error:
                 raise CacheNotFoundError(
                     f"cache {job.url}: not there for this worker; every worker must reach the same place: use an object "

@@ -12,7 +12,7 @@ __all__ = ["verify_units"]
 
 
 def verify_units(cache: Cache, progress: Callable[[int], None] = lambda units: None) -> Iterator[str]:
-    """Yields one line per fault: missing units, bad markers, bad checksums, rows that cannot be decoded."""
+    """Yields one line per fault: missing units, bad markers, bad checksums, rows that cannot be decoded, stray files."""
     if isinstance(cache, CacheParts):
         for part in cache.parts:
             yield from verify_units(part, progress)
@@ -22,6 +22,12 @@ def verify_units(cache: Cache, progress: Callable[[int], None] = lambda units: N
             check()
         except SoftcacheError as error:
             yield str(error)
+    # As a reader opens it, which lists the markers; the loop below asks for each by its name.
+    refused = set()
+    try:
+        cache.markers  # noqa: B018
+    except SoftcacheError as error:
+        refused.add(str(error))
     for unit in cache.manifest.plan.units():
         try:
             marker = cache.marker(unit.number)
@@ -33,5 +39,9 @@ def verify_units(cache: Cache, progress: Callable[[int], None] = lambda units: N
             else:
                 cache.check_unit(marker)
         except SoftcacheError as error:
+            refused.discard(str(error))
             yield str(error)
         progress(1)
+    yield from refused
+    for path in cache.stray_names():
+        yield f"cache {cache.url}, {path}: not written by softcache; readers pass over it; remove it"

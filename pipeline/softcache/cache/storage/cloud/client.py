@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +20,13 @@ from datetime import timedelta
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from softcache.cache.storage.cloud.errors import PROVIDERS, is_range_error, is_transient, translate_error
+from softcache.cache.storage.cloud.errors import (
+    PROVIDERS,
+    Provider,
+    is_range_error,
+    is_transient,
+    translate_error,
+)
 from softcache.errors import MissingExtraError, StorageError
 
 __all__ = ["CloudClient", "check_path"]
@@ -110,6 +117,13 @@ class CloudClient:
                         error, url=self.url, path=path or "", doing=doing, tried=tried
                     ) from error
                 time.sleep(random.uniform(0.05, min(MAX_PAUSE_SECONDS, 0.1 * 2**tries)))
+            except BaseException as error:
+                if type(error).__name__ != "PanicException":  # of Rust, and no Exception
+                    raise
+                raise StorageError(
+                    f"{self.url}: cannot be {doing}: the client cannot make a request of its settings; check "
+                    f"{self._provider.endpoint}, the region and {self._provider.credentials}"
+                ) from error
         raise AssertionError("unreachable")
 
     def at_once(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -130,6 +144,7 @@ class CloudClient:
     def _connect(self) -> Any:
         from obstore import store
 
+        check_environment(self._provider, self.url)
         try:
             return getattr(store, self._provider.name)(
                 self._bucket,
@@ -139,6 +154,23 @@ class CloudClient:
             )
         except _failures() as error:
             raise translate_error(error, url=self.url, path="", doing="opened") from error
+
+
+def check_environment(provider: Provider, url: str) -> None:
+    """Raises StorageError where a variable that leads to a bucket cannot be one; a value that may be secret is not shown."""
+    for name, value in os.environ.items():
+        if name.startswith(f"{provider.prefix}_") and re.search(r"[\x00-\x1f\x7f]", value):
+            raise StorageError(
+                f"{url}: {name} holds a line break or another control character; set it without (`echo` appends a line "
+                "break, `printf %s` does not)"
+            )
+    for name in (provider.endpoint, f"{provider.prefix}_ENDPOINT"):
+        value = os.environ.get(name, "")
+        if value and not re.fullmatch(r"https?://[^\s/]+(/\S*)?", value):
+            shown = value.rsplit("@", 1)[-1]
+            raise StorageError(
+                f"{url}: {name}: expected http://HOST or https://HOST, maybe with :PORT; found {shown!r}"
+            )
 
 
 def check_path(relative: str, where: str) -> None:

@@ -1,0 +1,157 @@
+"""Places that a cache may lie in, and what may lie in a cache: each is read, or refused by one message."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from softcache.cache.storage.base import is_bucket
+from softcache.cache.storage.open import open_objects
+from softcache.errors import CorruptionError, ManifestError, SoftcacheError, StorageError
+from softcache.reader.memmap.folder import _locked
+from softcache.reader.open import open_cache
+from softcache.tools.garbage import collect_garbage
+from softcache.tools.status import read_status
+from softcache.tools.verify.checksums import verify_units
+
+
+@pytest.fixture
+def cache(shared_cache, tmp_path):
+    """A copy of a finished cache."""
+    shutil.copytree(shared_cache[2].url, tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+STRAYS = [
+    "units/._00000.json",
+    "units/00000 (1).json",
+    "units/copy/00000.json",
+    "units/²0000.json",
+    "units/x.json",
+]
+
+
+def test_stray_files_are_passed_over_by_readers_and_named_by_verify_and_gc(cache):
+    whole = open_cache(str(cache)).read(np.arange(8), 0)
+    for path in STRAYS:
+        (cache / path).parent.mkdir(exist_ok=True)
+        (cache / path).write_bytes(b"\0\5\x16\7")
+    found = open_cache(str(cache))
+    np.testing.assert_array_equal(found.read(np.arange(8), 0).ids, whole.ids)
+    assert read_status(open_objects(str(cache))).units_done == found.num_units
+    faults = list(verify_units(found))
+    assert len(faults) == len(STRAYS)
+    assert all(any(f"{path}: not written by softcache" in fault for fault in faults) for path in STRAYS)
+    assert collect_garbage(open_objects(str(cache)), delete=True).foreign == sorted(STRAYS)
+
+
+def test_verify_refuses_what_a_reader_refuses_to_open(cache):
+    shutil.copy(cache / "units/00000.json", cache / "units/99999.json")
+    with pytest.raises(ManifestError, match=r"99999\.json: is of no unit"):
+        open_cache(str(cache)).markers  # noqa: B018
+    assert any("99999.json: is of no unit" in fault for fault in verify_units(open_cache(str(cache))))
+
+
+def test_a_description_of_any_size_is_refused_before_it_is_read(cache):
+    for path in ("labels.zarr/zarr.json", "labels.zarr/ids/zarr.json"):
+        with open(cache / path, "r+b") as file:
+            file.truncate(40 << 30)  # a file of holes
+    assert any("42,949,672,960 bytes; at most" in fault for fault in verify_units(open_cache(str(cache))))
+    with open(cache / "manifest.json", "r+b") as file:
+        file.truncate(40 << 30)
+    for look in (lambda: open_cache(str(cache)), lambda: read_status(open_objects(str(cache)))):
+        with pytest.raises(CorruptionError, match="42,949,672,960 bytes; at most"):
+            look()
+
+
+def test_a_cache_that_may_not_be_read_is_refused_by_name(cache, monkeypatch):
+    stat = Path.stat
+
+    def refused(self, **kwargs):
+        if self.is_relative_to(cache):
+            raise PermissionError(13, "Permission denied")
+        return stat(self, **kwargs)
+
+    monkeypatch.setattr(Path, "stat", refused)
+    with pytest.raises(
+        StorageError, match=r"manifest\.json: cannot be read: Permission denied; make it readable"
+    ):
+        open_cache(str(cache))
+
+
+def test_a_complete_cache_is_joined_without_a_write(cache, monkeypatch):
+    from softcache.cache.create import create_cache
+    from softcache.cache.storage.local import LocalObjects
+
+    there = open_cache(str(cache))
+
+    def refused(self, *args):
+        raise AssertionError("a write")
+
+    monkeypatch.setattr(LocalObjects, "_staged", refused)
+    objects = open_objects(str(cache), create=True)
+    samples = (cache / there.manifest.samples).read_bytes()
+    assert create_cache(objects, there.manifest, samples)[1] == there.manifest_sha256
+
+
+@pytest.mark.parametrize("name", ["back\\slash", "a b", "Käse", "a%20b", "a#b", "a:b"])
+def test_a_folder_of_any_name_holds_a_cache(cache, name):
+    whole = open_cache(str(cache)).read(np.arange(4), 0).ids
+    cache.rename(cache.with_name(name))
+    url = str(cache.with_name(name))
+    np.testing.assert_array_equal(open_cache(url).read(np.arange(4), 0).ids, whole)
+    np.testing.assert_array_equal(open_cache(Path(url).as_uri()).read(np.arange(4), 0).ids, whole)
+
+
+@pytest.mark.parametrize("url", ["file:///a#b", "file:///a?x", "file://host/a"])
+def test_a_file_url_that_names_more_than_a_path_is_refused(url):
+    with pytest.raises(StorageError, match="expected file:///PATH"):
+        open_objects(url)
+
+
+@pytest.mark.parametrize("url", ["s3:/bucket/x", "s3:bucket", "gs:/x", "S3:/x"])
+def test_a_bucket_that_lacks_a_slash_is_no_folder(url):
+    with pytest.raises(StorageError, match="found no two slashes"):
+        is_bucket(url)
+    with pytest.raises(StorageError, match="found no two slashes"):
+        open_objects(url, create=True)
+    assert not is_bucket(f"./{url}")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("AWS_ENDPOINT_URL", "localhost:9000", "AWS_ENDPOINT_URL: expected http://HOST"),
+        ("AWS_ENDPOINT_URL", "http://loc alhost", "AWS_ENDPOINT_URL: expected http://HOST"),
+        ("AWS_ACCESS_KEY_ID", "secret-one\n", "AWS_ACCESS_KEY_ID holds a line break"),
+        ("AWS_SESSION_TOKEN", "secret\rone", "AWS_SESSION_TOKEN holds a line break"),
+        (
+            "AWS_REGION",
+            "secret one",
+            "the client cannot make a request of its settings; check AWS_ENDPOINT_URL",
+        ),
+    ],
+)
+def test_an_environment_that_no_request_can_be_made_of_is_one_message(monkeypatch, name, value, message):
+    pytest.importorskip("obstore")
+    for there in [there for there in os.environ if there.startswith("AWS_")]:
+        monkeypatch.delenv(there)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "key")
+    monkeypatch.setenv("SOFTCACHE_RETRY_SECONDS", "1")
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SoftcacheError, match=message) as raised:
+        open_objects("s3://bucket/x").size("manifest.json")
+    assert "secret" not in str(raised.value).replace("AWS_SECRET_ACCESS_KEY", "").lower()
+
+
+def test_a_lock_of_a_memory_map_follows_no_link(tmp_path):
+    import fcntl
+
+    (tmp_path / "elsewhere").write_text("kept")
+    (tmp_path / "key.use").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        _locked(tmp_path / "key.use", fcntl.LOCK_EX)
+    assert (tmp_path / "elsewhere").read_text() == "kept"
