@@ -48,4 +48,6 @@ def test_what_to_try_is_what_is_not_set_already():
 def test_a_student_without_a_baseline_has_no_advice():
     modality = modality_of(digits_config())
     assert student_advice(LossSettings(), modality, {"accuracy": 0.1}, None) is None
-    assert student_advice(LossSettings(), modality, {"accuracy": 0.1}, {"accuracy": 0.2}) is not None
+    for samples, lead, given in ((100, 0.05, False), (100, 0.07, True), (10_000, 0.01, True)):
+        hard = {"accuracy": 0.7 + lead, "eval_samples": samples}
+        assert (student_advice(LossSettings(), modality, {"accuracy": 0.7}, hard) is not None) == given

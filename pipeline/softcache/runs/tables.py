@@ -1,5 +1,6 @@
 """Tables of trained students: one row each, with the teacher and the hard-label baseline."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -26,9 +27,16 @@ TRANSLATION_COLUMNS = (
 def student_advice(
     loss: LossSettings, modality: Modality, cached: Metrics, hard: Metrics | None
 ) -> str | None:
-    """Returns `advice` about one student; None where it was not trained on hard labels."""
-    metric = modality.score.metric
-    return None if hard is None else advice(loss, modality.score, cached[metric], hard[metric])
+    """Returns `advice` about one student; None where it was not trained on hard labels.
+
+    There is one run of each: of accuracies, the spread is the standard error of their difference on so many samples.
+    """
+    if hard is None:
+        return None
+    metric, spread = modality.score.metric, 0.0
+    if metric == "accuracy":
+        spread = math.sqrt(2 * hard[metric] * (1 - hard[metric]) / hard["eval_samples"])
+    return advice(loss, modality.score, cached[metric], hard[metric], spread=spread)
 
 
 class ResultTable(NamedTuple):
