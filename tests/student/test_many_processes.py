@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
 
+from softcache.cache.storage.local import LocalObjects
 from softcache.errors import LostProcessError, RunError
 from softcache.reader.open import open_cache
 from softcache.runs import open_data, train_student
@@ -378,19 +380,46 @@ def second_of_two(monkeypatch):
     [
         ({}, (0, 1)),
         ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4)),
-        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}, (1, 2)),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, (1, 2)),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, (0, 1)),  # an array of independent jobs
         ({"RANK": "3"}, (0, 1)),
         ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
         ({"RANK": "", "WORLD_SIZE": "many"}, (0, 1)),
     ],
 )
 def test_a_launcher_says_which_process_this_is(monkeypatch, environment, expected):
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert (distributed.rank(), distributed.num_ranks()) == expected
     assert distributed.is_rank_zero() == (expected[0] == 0)
+
+
+@pytest.mark.parametrize("number", ["0", "1"])
+def test_jobs_of_a_launcher_without_an_address_are_independent(monkeypatch, tmp_path, shared_cache, number):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for name in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD"):
+        monkeypatch.setenv(f"{name}_SIZE", "2")
+        monkeypatch.setenv(f"{name}_RANK", number)
+    monkeypatch.setattr(PartialState, "_shared_state", {})
+    tables = {"train": {"epochs": 1, "device": "cpu"}}
+    fit(shared_cache[2], tmp_path / number, tables=tables)
+    assert (tmp_path / number / "metrics.json").exists()
+    expected = r"another run works on it.*set PMI_SIZE=2 and no MASTER_ADDR, so its processes are independent"
+    with (
+        LocalObjects(tmp_path / "shared").claim(".lock"),
+        pytest.raises(RunError, match=expected),
+    ):
+        fit(shared_cache[2], tmp_path / "shared", tables=tables)
+
+
+def test_a_launcher_of_one_run_without_an_address_is_refused(monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(RunError, match="set WORLD_SIZE=2 and no MASTER_ADDR"):
+        distributed.join(cpu=True, timeout_seconds=1)
 
 
 def test_several_processes_without_an_accelerator_are_on_cpus_without_being_told(second_of_two, monkeypatch):
@@ -473,10 +502,11 @@ def test_without_a_store_every_process_speaks(second_of_two, monkeypatch):
     assert [claim_error_report() for _ in range(2)] == [True, True]
 
 
-def test_a_launcher_whose_processes_form_no_group_is_refused(second_of_two, tmp_path, shared_cache):
+def test_a_launcher_whose_processes_form_no_group_is_refused(
+    second_of_two, tmp_path, shared_cache, monkeypatch
+):
     """Each would train the whole run, into one directory."""
-    from accelerate import PartialState
-
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WORLD_SIZE", "1")
         PartialState(cpu=True)

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from softcache.reader.cache import Cache, CachedBatch
 from softcache.reader.order import BlockShuffle, Request
-from softcache.runtime.signals import ignore_interrupts
+from softcache.runtime.signals import follow_loader, shield_loaders, signals_first
 
 if TYPE_CHECKING:
     from typing import Self
@@ -108,7 +108,12 @@ class SoftLabelLoader:
         cache = self._dataset.cache
         labels = None if cache is None else self._labels(cache)
         try:
-            for batch in self._unlabeled:
+            batches = iter(self._unlabeled)
+            while True:
+                with signals_first():
+                    batch = next(batches, None)
+                if batch is None:
+                    break
                 if labels is not None:
                     batch = self._dataset.join(batch, next(labels))
                 if (order.epoch, order.step) != place:
@@ -125,6 +130,8 @@ class SoftLabelLoader:
         order.epoch, order.step = order.epoch + 1, 0
 
     def _open(self) -> DataLoader:
+        if self._workers:
+            shield_loaders()
         return DataLoader(
             self._dataset.unlabeled_dataset,
             batch_sampler=self._order,  # type: ignore[arg-type]
@@ -132,7 +139,7 @@ class SoftLabelLoader:
             num_workers=self._workers,
             multiprocessing_context="forkserver" if self._workers else None,
             persistent_workers=self._workers > 0,
-            worker_init_fn=ignore_interrupts,
+            worker_init_fn=follow_loader,
             pin_memory=self._pin_memory,
             # A loader draws a number whenever it starts; from torch's own stream, a resumed run's dropout would differ.
             generator=torch.Generator(),

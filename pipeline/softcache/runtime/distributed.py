@@ -7,7 +7,9 @@ the others, whose next exchange then fails, find the report claimed and exit sil
 that is killed, the first of the others to notice prints it. A process that hangs is noticed by the timeout.
 
 Rank and number of the processes come from the launcher's environment variables: torchrun and `accelerate launch` set RANK
-and WORLD_SIZE, MPI launchers have names of their own. torch and accelerate are imported where a process needs them.
+and WORLD_SIZE. Those of MPI launchers and `srun` (PMI_SIZE, OMPI_COMM_WORLD_SIZE) count where MASTER_ADDR is set, too:
+without an address there is no group, and such processes are independent jobs, each of them the first of one. torch and
+accelerate are imported where a process needs them.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ __all__ = [
     "broadcast_from_rank0",
     "check_same",
     "claim_error_report",
+    "describe_independence",
     "is_rank_zero",
     "join",
     "leave",
@@ -40,19 +43,44 @@ __all__ = [
 STORE_SECONDS = 10.0
 # What gloo and the store say when the other end is gone or silent; NCCL has an error class of its own.
 _BROKEN = ("gloo", "Connection closed", "Connection reset", "Timed out waiting", "Broken pipe")
-# In the order in which accelerate looks for them.
-_RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-_SIZE = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_MPI_RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+_MPI_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
 
 def rank() -> int:
     """Returns this process's number, from 0; 0 where a run has one process."""
-    return _first_number(_RANK, 0) if num_ranks() > 1 else 0
+    names = ("RANK", *_MPI_RANK) if os.environ.get("MASTER_ADDR") else ("RANK",)
+    return _first_number(names, 0) if num_ranks() > 1 else 0
 
 
 def num_ranks() -> int:
     """Returns how many processes the run was started with."""
-    return max(1, _first_number(_SIZE, 1))
+    names = ("WORLD_SIZE", *_MPI_SIZE) if os.environ.get("MASTER_ADDR") else ("WORLD_SIZE",)
+    return max(1, _first_number(names, 1))
+
+
+def describe_independence() -> str:
+    """Returns why processes that a launcher started together are separate runs; nothing for any other process."""
+    if os.environ.get("MASTER_ADDR") or num_ranks() > 1:
+        return ""
+    found = next((name for name in _MPI_SIZE if _first_number((name,), 1) > 1), None)
+    if found is None:
+        return ""
+    return (
+        f"; the launcher set {found}={os.environ[found]} and no MASTER_ADDR, so its processes are independent runs: for one "
+        "run on all of them use torchrun or `accelerate launch`, or set MASTER_ADDR and MASTER_PORT"
+    )
+
+
+@contextmanager
+def _without_mpi() -> Iterator[None]:
+    """Hides the variables of an MPI launcher, which accelerate would take for those of a group."""
+    names = () if os.environ.get("MASTER_ADDR") else _MPI_SIZE
+    hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def is_rank_zero() -> bool:
@@ -92,8 +120,13 @@ def join(*, cpu: bool, timeout_seconds: float) -> PartialState:
     """
     from accelerate import PartialState
 
+    if num_ranks() > 1 and not os.environ.get("MASTER_ADDR"):
+        raise RunError(
+            f"the launcher set WORLD_SIZE={num_ranks()} and no MASTER_ADDR, so its processes cannot find each other; start "
+            "them with torchrun or `accelerate launch`, set MASTER_ADDR and MASTER_PORT, or unset WORLD_SIZE"
+        )
     options = {"timeout": timedelta(seconds=timeout_seconds)} if num_ranks() > 1 else {}
-    with translate_errors():
+    with translate_errors(), _without_mpi():
         state = PartialState(cpu=cpu, **options)
     if state.num_processes != num_ranks():
         raise RunError(

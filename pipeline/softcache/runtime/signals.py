@@ -24,11 +24,14 @@ from types import FrameType
 __all__ = [
     "Interrupted",
     "defer_signals",
+    "follow_loader",
     "follow_parent",
     "handle_signals",
     "ignore_interrupts",
     "pending_signal",
     "raise_if_signalled",
+    "shield_loaders",
+    "signals_first",
 ]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -55,6 +58,7 @@ class _State:
 
     asked: int | None = None
     depth: int = 0
+    handled: bool = False
 
 
 @contextmanager
@@ -63,14 +67,14 @@ def handle_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    _State.asked, _State.depth = None, 0
+    _State.asked, _State.depth, _State.handled = None, 0, True
     before = {signum: signal.signal(signum, _received) for signum in SIGNALS}
     try:
         yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-        _State.asked, _State.depth = None, 0
+        _State.asked, _State.depth, _State.handled = None, 0, False
 
 
 def _received(signum: int, frame: FrameType | None) -> None:
@@ -103,6 +107,47 @@ def raise_if_signalled() -> None:
         raise Interrupted(_State.asked)
 
 
+@contextmanager
+def signals_first() -> Iterator[None]:
+    """Within, an error after a signal, such as that of a helper process that it has ended, is raised as Interrupted."""
+    try:
+        yield
+    except Exception:
+        raise_if_signalled()
+        raise
+
+
+def shield_loaders() -> None:
+    """Starts the process that forks loader processes, with SIGTERM blocked; to be called before the first loader.
+
+    Slurm, systemd and `timeout` signal all processes of a group: this one decides, and needs its loaders until a step ends.
+    Without `handle_signals` nothing is changed.
+    """
+    if not _State.handled or threading.current_thread() is not threading.main_thread():
+        return
+    from multiprocessing import forkserver
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def follow_loader(worker: int = 0) -> None:
+    """Of loader processes: a signal to the whole group is left to the process that started them.
+
+    The first SIGTERM is passed over; a second one, by which torch ends a loader that does not answer, ends this process.
+    """
+
+    def passed_over(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, passed_over)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
 def follow_parent(parent: int) -> None:
     """Leaves it to the process `parent` when this one, which it started, ends: at the latest with it, also after a kill.
 
@@ -119,6 +164,6 @@ def _end_with(parent: int) -> None:
     os._exit(1)
 
 
-def ignore_interrupts(worker: int = 0) -> None:
-    """Of loader processes: Ctrl-C reaches all processes of a terminal; only the one that started them decides."""
+def ignore_interrupts() -> None:
+    """Of helper processes: Ctrl-C reaches all processes of a terminal; only the one that started them decides."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

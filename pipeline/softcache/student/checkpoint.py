@@ -37,7 +37,13 @@ from softcache.cache.storage.local import LocalObjects
 from softcache.errors import RunError, SoftcacheError, StorageError
 from softcache.models.weight_files import load_weights
 from softcache.models.weights import is_adapted, trained_state
-from softcache.runtime.distributed import broadcast_from_rank0, is_rank_zero, num_ranks, rank
+from softcache.runtime.distributed import (
+    broadcast_from_rank0,
+    describe_independence,
+    is_rank_zero,
+    num_ranks,
+    rank,
+)
 from softcache.runtime.files import read_json, replace_file, staged_file, sync_file, sync_folder, to_json
 from softcache.student.bucket_sync import BucketSync
 
@@ -83,6 +89,7 @@ def _locked(path: Path) -> Iterator[None]:
         if not is_ours:
             raise RunError(
                 f"run {path}: another run works on it on this machine; wait for its end, stop it, or choose another --out"
+                + describe_independence()
             )
         yield
 

@@ -31,7 +31,13 @@ from softcache.cache.units import finished_units, open_store, publish_unit, read
 from softcache.data.batch import Dataset as Data
 from softcache.data.batch import ranges
 from softcache.labels.sparsify import LabelSettings
-from softcache.runtime.signals import defer_signals, ignore_interrupts, raise_if_signalled
+from softcache.runtime.signals import (
+    defer_signals,
+    follow_loader,
+    raise_if_signalled,
+    shield_loaders,
+    signals_first,
+)
 from softcache.teacher.base import Teacher
 from softcache.teacher.capture.labeler import Labeler, PendingLabels
 from softcache.teacher.capture.plan import CaptureSettings
@@ -277,18 +283,20 @@ def _label_units(groups: Iterable[Iterator[PendingUnit]], work: CaptureContext, 
         if item.num_samples == item.unit.stop - item.unit.start:
             writer.put(open_units.pop(item.unit.number))
 
+    if work.settings.workers:
+        shield_loaders()
     loader = DataLoader(
         UnitBatches(work.data, work.labels.positions, shares_reads=work.manifest.plan.num_views > 1),
         batch_size=None,
         sampler=requests(),  # type: ignore[arg-type]
         num_workers=work.settings.workers,
         multiprocessing_context="forkserver" if work.settings.workers else None,
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=follow_loader,
         pin_memory=work.teacher.device.type == "cuda",
     )
     in_flight: deque[tuple[int, Callable[[], PendingLabels]]] = deque()
     try:
-        with Labeler(work.teacher, work.labels) as labeler:
+        with signals_first(), Labeler(work.teacher, work.labels) as labeler:
             for batch in loader:
                 raise_if_signalled()
                 if batch is None:
