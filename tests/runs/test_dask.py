@@ -17,13 +17,20 @@ import psutil
 import pytest
 
 from benchmarks import scheduling
+from softcache import __version__
 from softcache.cache.storage.open import open_objects
 from softcache.errors import ConfigError, IdentityError, RunError, UnitsFailedError
 from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, prepare_cache
 from softcache.runs.dask import capture_on_dask
-from softcache.runs.dask.cluster import LocalWorkers, open_client
-from softcache.runs.dask.scheduler import MAX_ATTEMPTS, MAX_CONSECUTIVE_FAILURES, Scheduler, WorkerDied
+from softcache.runs.dask.cluster import DaskCluster, LocalWorkers, check_workers, open_client
+from softcache.runs.dask.scheduler import (
+    MAX_ATTEMPTS,
+    MAX_CONSECUTIVE_FAILURES,
+    MAX_WORKER_FAULTS,
+    Scheduler,
+    WorkerDied,
+)
 from softcache.runs.dask.worker import Job, Outcome, label
 from softcache.teacher.capture.run import UnitMetrics
 from tests.support.caches import ROOT, digits_config, make_cache
@@ -103,6 +110,90 @@ def test_a_unit_that_succeeds_at_its_second_try_is_no_failure():
     _, scheduler, came = schedule(answer, range(20))
     assert scheduler.run() == []
     assert len(came) == 20
+
+
+def test_a_worker_that_cannot_write_gets_no_more_units_and_costs_none(capsys):
+    """w1 is first at everything that it is not kept from."""
+
+    def answer(unit, number, avoid):
+        if "w1" not in avoid:
+            return Outcome(unit, "w1", error="read-only file system")
+        return made(unit)
+
+    cluster, scheduler, came = schedule(answer, range(30))
+    assert scheduler.run() == []
+    assert sorted(outcome.unit for outcome in came) == list(range(30))
+    assert sum(number == 2 for number in cluster.tries.values()) <= 2 * MAX_WORKER_FAULTS + 1
+    logged = [line for line in capsys.readouterr().err.splitlines() if "gets no more" in line]
+    assert len(logged) == 1
+    assert "worker w1 failed on 3 units that others made" in logged[0]
+    assert "read-only file system" in logged[0]
+
+
+def test_a_worker_that_fails_and_makes_units_is_kept():
+    def answer(unit, number, avoid):
+        fails = number == 1 and unit % 2
+        made_here = Outcome(unit, "w1", UnitMetrics(unit, 0, 1, 1, 1.0, 1.0, 0))
+        return (
+            Outcome(unit, "w1", error="now and then") if fails else made(unit) if number == 2 else made_here
+        )
+
+    cluster, scheduler, _ = schedule(answer, range(40))
+    assert scheduler.run() == []
+    assert all("w1" not in avoid for unit, _, avoid in cluster.order if unit % 2 == 0)
+
+
+class Handle:
+    def __init__(self, workers):
+        self.workers, self.status = workers, "pending"
+
+
+class Client:
+    """Stands in for Dask's client: what is submitted stays pending, `run` gives what each worker has."""
+
+    def __init__(self, workers, versions=None):
+        self.workers, self.versions, self.scheduler = workers, versions, None
+
+    def submit(self, function, job, unit, *, workers, allow_other_workers, **how):
+        assert not allow_other_workers
+        return Handle(workers)
+
+    def scheduler_info(self, n_workers):
+        return {"workers": {worker: {"nthreads": 2} for worker in self.workers}}
+
+    def cancel(self, handles, force):
+        for handle in handles:
+            handle.status = "cancelled"
+
+    def wait_for_workers(self, number):
+        assert len(self.workers) >= number
+
+    def run(self, function, *args, on_error):
+        assert function.__module__ == "builtins"
+        return self.versions
+
+
+def test_a_unit_is_bound_to_other_workers_and_freed_when_they_are_gone():
+    client = Client(["w1", "w2", "w3"])
+    cluster = DaskCluster(client, Job("{}", "nowhere"))
+    assert cluster.submit(1, last=False, avoid=frozenset()).workers is None
+    bound = cluster.submit(1, last=False, avoid=frozenset({"w1"}))
+    kept = cluster.submit(2, last=False, avoid=frozenset({"w2"}))
+    assert (bound.workers, kept.workers) == (["w2", "w3"], ["w1", "w3"])
+    client.workers, cluster._asked = ["w1"], -1e9
+    cluster.num_threads()
+    assert (bound.status, kept.status) == ("cancelled", "pending")
+    assert cluster.result(bound) is None
+    assert cluster.submit(1, last=False, avoid=frozenset({"w1"})).workers is None, "there are no others"
+
+
+def test_workers_without_softcache_or_with_another_version_are_named():
+    missing = ModuleNotFoundError("No module named 'softcache'")
+    check_workers(Client(["w1"], {"w1": __version__}))
+    with pytest.raises(
+        RunError, match=r"2 of 3 workers cannot label.*w2: ModuleNotFoundError: No module.*w3: 9\.9"
+    ):
+        check_workers(Client(["w1"], {"w1": __version__, "w2": missing, "w3": "9.9"}))
 
 
 def test_where_everything_fails_the_run_ends_soon():

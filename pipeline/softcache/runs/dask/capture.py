@@ -19,7 +19,7 @@ from softcache.config.run import RunConfig
 from softcache.errors import CacheNotFoundError, RunError, UnitsFailedError
 from softcache.hashing.digests import digest_bytes
 from softcache.runs import log_capture, log_unit, make_teacher, open_data, teacher_is_missing
-from softcache.runs.dask.cluster import DaskCluster, local_workers, open_client
+from softcache.runs.dask.cluster import DaskCluster, check_workers, local_workers, open_client
 from softcache.runs.dask.scheduler import MAX_ATTEMPTS, Failure, Scheduler
 from softcache.runs.dask.worker import Job, Outcome, prepare
 from softcache.runtime.logging import event, log_format, log_info, progress_bar
@@ -64,6 +64,8 @@ def capture_on_dask(
         workers = len(cluster.threads())
         waiting = "" if workers else ", waiting for the first"
         log_info(f"dask: {workers} workers at {client.scheduler.address}{waiting}{_dashboard(client)}")
+        if local is None:
+            check_workers(client)
         objects, manifest, sha256 = _prepared(client, job)
         cluster.job = replace(job, manifest_sha256=sha256)
         report, failures = _capture(cluster, objects, manifest)

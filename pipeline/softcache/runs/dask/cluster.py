@@ -19,12 +19,20 @@ from uuid import uuid4
 
 import torch
 
+from softcache import __version__
 from softcache.errors import ConfigError, MissingExtraError, RunError
 from softcache.runs.dask.scheduler import WorkerDied
 from softcache.runs.dask.worker import Job, Outcome, label
 from softcache.runtime.logging import log_info
 
-__all__ = ["DaskCluster", "LocalWorkers", "local_workers", "open_client", "redirect_dask_logs"]
+__all__ = [
+    "DaskCluster",
+    "LocalWorkers",
+    "check_workers",
+    "local_workers",
+    "open_client",
+    "redirect_dask_logs",
+]
 
 TASKS_PER_WORKER = 2
 CONNECT_SECONDS = "30s"
@@ -101,6 +109,28 @@ def open_client(where: str, local: LocalWorkers | None, *, dashboard: str = ":87
         yield client
 
 
+def check_workers(client: Any) -> None:
+    """Waits for the first worker, and raises unless all that are there have this version of softcache.
+
+    Raises:
+        RunError: some have another, or none; each is named with what it has.
+    """
+    client.wait_for_workers(1)
+    # By builtins alone: a function of ours could not be unpickled where softcache is missing.
+    found = client.run(eval, "__import__('softcache').__version__", on_error="return")
+    wrong = [
+        f"{worker}: {f'{type(has).__name__}: {has}' if isinstance(has, BaseException) else has}"
+        for worker, has in sorted(found.items())
+        if has != __version__
+    ]
+    if wrong:
+        raise RunError(
+            f"dask: {len(wrong)} of {len(found)} workers cannot label: softcache {__version__} is needed on each, as at the "
+            f"driver; found {'; '.join(wrong[:10])}{'; …' if len(wrong) > 10 else ''}; install it there, or start "
+            "the workers from an environment that has it"
+        )
+
+
 class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
@@ -154,12 +184,13 @@ class DaskCluster:
     is_local: bool = False
     _run: str = field(default_factory=lambda: uuid4().hex[:8])
     _threads: dict[str, int] = field(default_factory=dict)
+    _bound: list[tuple[Any, frozenset[str]]] = field(default_factory=list)
     _asked: float = -1e9
     _last_seen: float = field(default_factory=time.monotonic)
 
     def submit(self, unit: int, *, last: bool, avoid: frozenset[str]) -> Any:
         others = [worker for worker in self.threads() if worker not in avoid] if avoid else []
-        return self.client.submit(
+        handle = self.client.submit(
             label,
             self.job,
             unit,
@@ -167,8 +198,11 @@ class DaskCluster:
             key=f"unit-{unit:05d}-{self._run}-{uuid4().hex[:8]}",
             pure=False,
             workers=others or None,
-            allow_other_workers=bool(others),
+            allow_other_workers=False,
         )
+        if others:
+            self._bound.append((handle, frozenset(others)))
+        return handle
 
     def on_done(self, handle: Any, call: Callable[[], None]) -> None:
         handle.add_done_callback(lambda future: call())
@@ -198,7 +232,15 @@ class DaskCluster:
             self._asked = time.monotonic()
             workers = self.client.scheduler_info(n_workers=-1)["workers"]
             self._threads = {address: worker["nthreads"] for address, worker in workers.items()}
+            self._free_bound()
         return self._threads
+
+    def _free_bound(self) -> None:
+        """Cancels tasks whose workers are all gone, which Dask would keep for ever: they are asked for again."""
+        self._bound = [(handle, workers) for handle, workers in self._bound if handle.status == "pending"]
+        stranded = [handle for handle, workers in self._bound if not workers & self._threads.keys()]
+        if stranded:
+            self.client.cancel(stranded, force=True)
 
     def num_threads(self) -> int:
         return sum(self.threads().values())

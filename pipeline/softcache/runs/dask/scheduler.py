@@ -3,9 +3,10 @@
     while anything is left: keep `window` units in flight; take what came back; count it, try it again, or give it up
 
 A unit that fails is tried again on other workers; after three tries it is given up and the rest goes on, unless nothing
-but failures comes back. A unit whose worker process dies again and again may have been the neighbour of the one that kills
-it: it runs once more at the end with no other unit, and only then is it given up. Finished units are known by their
-markers alone; the driver's memory holds the window and the failures.
+but failures comes back. A worker is at fault where others make what failed on it: after three such units without one that
+it made itself, it gets no more, and is named. A unit whose worker process dies again and again may have been the neighbour
+of the one that kills it: it runs once more at the end with no other unit, and only then is it given up. Finished units are
+known by their markers alone; the driver's memory holds the window and the failures.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, Protocol
 
 from softcache.errors import RunError
 from softcache.runs.dask.worker import Outcome
+from softcache.runtime.logging import log_info
 from softcache.runtime.signals import raise_if_signalled
 
 __all__ = ["MAX_ATTEMPTS", "Cluster", "Failure", "Scheduler", "WorkerDied"]
@@ -27,6 +29,8 @@ __all__ = ["MAX_ATTEMPTS", "Cluster", "Failure", "Scheduler", "WorkerDied"]
 MAX_ATTEMPTS = 3
 MAX_CONSECUTIVE_FAILURES = 10
 """Units given up one after the other, without one that was made between them, after which a run ends."""
+MAX_WORKER_FAULTS = 3
+"""Units that failed on a worker and were made by another, without one that it made since, after which it gets no more."""
 CLAIM_RETRY_SECONDS = 1.0
 """Before a unit that another run holds is asked for again."""
 POLL_SECONDS = 0.25
@@ -40,7 +44,7 @@ class Cluster(Protocol):
     """What hands tasks to workers: Dask's client (`softcache.runs.dask.cluster`), or one of a test."""
 
     def submit(self, unit: int, *, last: bool, avoid: frozenset[str]) -> Any:
-        """Starts a unit; returns a handle."""
+        """Starts a unit, on none of the workers in `avoid` as long as there are others; returns a handle."""
 
     def on_done(self, handle: Any, call: Callable[[], None]) -> None:
         """Calls back, from any thread, when the handle has a result."""
@@ -86,6 +90,8 @@ class Scheduler:
         self._done: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._running_alone: int | None = None
         self._streak = 0
+        self._faults: dict[str, int] = {}
+        self._excluded: set[str] = set()
         self.failures: list[Failure] = []
 
     def run(self) -> list[Failure]:
@@ -128,7 +134,9 @@ class Scheduler:
     def _submit(self, unit: int) -> None:
         tried = self._tried.get(unit)
         workers = tried.workers if tried else []
-        handle = self._cluster.submit(unit, last=len(workers) == MAX_ATTEMPTS - 1, avoid=frozenset(workers))
+        handle = self._cluster.submit(
+            unit, last=len(workers) == MAX_ATTEMPTS - 1, avoid=frozenset(workers) | self._excluded
+        )
         self._in_flight[unit] = handle
         self._cluster.on_done(handle, lambda: self._done.put(unit))
 
@@ -154,6 +162,8 @@ class Scheduler:
             self._failed(unit, outcome)
         else:
             self._streak = 0
+            if outcome.metrics is not None:
+                self._blame(self._tried.get(unit), outcome.worker)
             self._tried.pop(unit, None)
             self._on_outcome(outcome)
 
@@ -165,6 +175,19 @@ class Scheduler:
             self._again(unit)
         else:
             self._give_up(self._tried.pop(unit))
+
+    def _blame(self, tried: Failure | None, maker: str) -> None:
+        """Counts a unit that was made against the workers that it had failed on."""
+        self._faults[maker] = 0
+        for worker in set(tried.workers if tried else ()) - {maker} - self._excluded:
+            assert tried is not None
+            self._faults[worker] = self._faults.get(worker, 0) + 1
+            if self._faults[worker] >= MAX_WORKER_FAULTS:
+                self._excluded.add(worker)
+                log_info(
+                    f"dask: worker {worker} failed on {self._faults[worker]} units that others made; it gets no more; "
+                    f"the last, unit {tried.unit}: {tried.error}"
+                )
 
     def _give_up(self, failure: Failure) -> None:
         self.failures.append(failure)
