@@ -3,6 +3,7 @@
 The scheduler's rules are tested with a cluster of made-up answers; the rest with one real Dask cluster of two processes.
 """
 
+import logging
 import os
 import signal
 import subprocess
@@ -23,7 +24,13 @@ from softcache.errors import ConfigError, IdentityError, RunError, UnitsFailedEr
 from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, prepare_cache
 from softcache.runs.dask import capture_on_dask
-from softcache.runs.dask.cluster import DaskCluster, LocalWorkers, check_workers, open_client
+from softcache.runs.dask.cluster import (
+    DaskCluster,
+    LocalWorkers,
+    check_workers,
+    open_client,
+    redirect_dask_logs,
+)
 from softcache.runs.dask.scheduler import (
     MAX_ATTEMPTS,
     MAX_CONSECUTIVE_FAILURES,
@@ -194,6 +201,21 @@ def test_workers_without_softcache_or_with_another_version_are_named():
         RunError, match=r"2 of 3 workers cannot label.*w2: ModuleNotFoundError: No module.*w3: 9\.9"
     ):
         check_workers(Client(["w1"], {"w1": __version__, "w2": missing, "w3": "9.9"}))
+
+
+def test_no_logger_of_dask_prints_a_traceback_of_its_own(capsys):
+    import distributed  # noqa: F401  sets up its loggers
+
+    client = logging.getLogger("distributed.client")
+    before = client.handlers[:], client.propagate
+    with redirect_dask_logs():
+        try:
+            raise ConnectionRefusedError("the scheduler")
+        except ConnectionRefusedError:
+            client.exception("")
+        client.warning("a worker is slow")
+    assert capsys.readouterr().err == "dask: a worker is slow\n"
+    assert (client.handlers, client.propagate) == before
 
 
 def test_where_everything_fails_the_run_ends_soon():

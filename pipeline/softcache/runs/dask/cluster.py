@@ -134,22 +134,30 @@ def check_workers(client: Any) -> None:
 class _Lines(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
-        if "CancelledError" not in text:  # of a unit that the driver abandons: it knows
+        # A message of nothing but a traceback is of a scheduler that is gone, and one of CancelledError of a unit that
+        # the driver abandons: it knows both.
+        if text.strip() and "CancelledError" not in text:
             log_info(f"dask: {text}")
 
 
 @contextmanager
 def redirect_dask_logs() -> Iterator[None]:
     """Routes Dask's warnings and errors through `log_info` in this process, so that a JSON log stays valid JSON."""
-    logger = logging.getLogger("distributed")
-    handlers, propagate, level = logger.handlers[:], logger.propagate, logger.level
-    logger.handlers, logger.propagate = [_Lines(logging.WARNING)], False
-    logger.setLevel(logging.WARNING)
+    parent = logging.getLogger("distributed")
+    # Some, such as that of the client, have handlers of their own.
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("distributed.")]
+    loggers = [parent, *map(logging.getLogger, names)]
+    before = [(logger, logger.handlers[:], logger.propagate, logger.level) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [], logger is not parent
+    parent.handlers = [_Lines(logging.WARNING)]
+    parent.setLevel(logging.WARNING)
     try:
         yield
     finally:
-        logger.handlers, logger.propagate = handlers, propagate
-        logger.setLevel(level)
+        for logger, handlers, propagate, level in before:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(level)
 
 
 def _start(local: LocalWorkers, dashboard: str) -> Any:
