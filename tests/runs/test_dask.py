@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from multiprocessing import forkserver
+from types import SimpleNamespace
 
 import dask
 import psutil
@@ -24,6 +25,7 @@ from softcache.errors import ConfigError, IdentityError, RunError, UnitsFailedEr
 from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, prepare_cache
 from softcache.runs.dask import capture_on_dask
+from softcache.runs.dask.capture import _prepared
 from softcache.runs.dask.cluster import (
     DaskCluster,
     LocalWorkers,
@@ -38,7 +40,7 @@ from softcache.runs.dask.scheduler import (
     Scheduler,
     WorkerDied,
 )
-from softcache.runs.dask.worker import Job, Outcome, label
+from softcache.runs.dask.worker import Job, Outcome, Prepared, label
 from softcache.teacher.capture.run import UnitMetrics
 from tests.support.caches import ROOT, digits_config, make_cache
 from tests.support.text_caches import make_text_cache, text_config
@@ -201,6 +203,25 @@ def test_workers_without_softcache_or_with_another_version_are_named():
         RunError, match=r"2 of 3 workers cannot label.*w2: ModuleNotFoundError: No module.*w3: 9\.9"
     ):
         check_workers(Client(["w1"], {"w1": __version__, "w2": missing, "w3": "9.9"}))
+
+
+def test_another_worker_begins_where_the_first_cannot_write(shared_cache, capsys):
+    cache, bound = shared_cache[2], []
+
+    class Beginning(Client):
+        def submit(self, function, job, *, pure, workers):
+            bound.append(workers)
+            failed = Prepared("w1", error="read-only file system", is_storage=True)
+            return SimpleNamespace(
+                result=lambda: Prepared("w2", cache.manifest_sha256) if workers else failed
+            )
+
+    found = _prepared(Beginning(["w1", "w2"]), Job("{}", cache.url))
+    assert found[2] == cache.manifest_sha256
+    assert bound == [None, ["w2"]]
+    assert "worker w1 could not begin: read-only file system; another one is asked" in capsys.readouterr().err
+    with pytest.raises(RunError, match="could not begin: read-only"):
+        _prepared(Beginning(["w1"]), Job("{}", cache.url))
 
 
 def test_no_logger_of_dask_prints_a_traceback_of_its_own(capsys):

@@ -21,7 +21,7 @@ from softcache.hashing.digests import digest_bytes
 from softcache.runs import log_capture, log_unit, make_teacher, open_data, teacher_is_missing
 from softcache.runs.dask.cluster import DaskCluster, check_workers, local_workers, open_client
 from softcache.runs.dask.scheduler import MAX_ATTEMPTS, Failure, Scheduler
-from softcache.runs.dask.worker import Job, Outcome, prepare
+from softcache.runs.dask.worker import Job, Outcome, Prepared, prepare
 from softcache.runtime.logging import event, log_format, log_info, progress_bar
 from softcache.runtime.signals import defer_signals
 from softcache.teacher.capture.run import CaptureReport
@@ -81,14 +81,25 @@ def _dashboard(client: Any) -> str:
 
 
 def _prepared(client: Any, job: Job) -> tuple[Objects, Manifest, str]:
-    """Has a worker create or join the cache; returns it as the driver sees it."""
-    try:
-        sha256, error = client.submit(prepare, job, pure=False).result()
-    except Exception as failed:  # it did not even start: no softcache there, or the process died
-        sha256, error = "", f"{type(failed).__name__}: {failed}"
-    if error:
-        raise RunError(f"dask: the first worker could not begin: {error}")
-    objects = open_objects(job.url)
+    """Has a worker create or join the cache; returns it as the driver sees it.
+
+    One that cannot write there is no reason to end: another is asked.
+    """
+    tried: set[str] = set()
+    while True:
+        others = sorted(set(client.scheduler_info(n_workers=-1)["workers"]) - tried) if tried else None
+        try:
+            found = client.submit(prepare, job, pure=False, workers=others).result()
+        except Exception as failed:  # it did not even start: no softcache there, or the process died
+            found = Prepared("", error=f"{type(failed).__name__}: {failed}")
+        if not found.error:
+            break
+        tried.add(found.worker)
+        left = set(client.scheduler_info(n_workers=-1)["workers"]) - tried
+        if not (found.is_storage and left and len(tried) < MAX_ATTEMPTS):
+            raise RunError(f"dask: the first worker could not begin: {found.error}")
+        log_info(f"dask: worker {found.worker} could not begin: {found.error}; another one is asked")
+    sha256, objects = found.manifest_sha256, open_objects(job.url)
     try:
         stored = objects.get(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
     except CacheNotFoundError as missing:

@@ -29,7 +29,7 @@ from softcache.runtime.logging import LogFormat, set_log_format
 from softcache.teacher.capture.plan import plan_manifest
 from softcache.teacher.capture.run import CaptureContext, UnitMetrics, capture_units
 
-__all__ = ["Job", "Outcome", "label", "prepare"]
+__all__ = ["Job", "Outcome", "Prepared", "label", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,29 @@ _OPEN: dict[str, tuple[CaptureContext, threading.Lock]] = {}
 _OPENING = threading.Lock()
 
 
-def prepare(job: Job) -> tuple[str, str]:
-    """Creates the cache, or joins the one that is there; returns its manifest's sha256 and "", or "" and an error."""
+@dataclass(frozen=True)
+class Prepared:
+    """What became of the cache on the first worker.
+
+    Attributes:
+        manifest_sha256: of the cache; empty with an error.
+        error: its text.
+        is_storage: the error is of this worker's storage; another worker may have none.
+    """
+
+    worker: str
+    manifest_sha256: str = ""
+    error: str = ""
+    is_storage: bool = False
+
+
+def prepare(job: Job) -> Prepared:
+    """Creates the cache, or joins the one that is there."""
     try:
         with _OPENING:
-            return _open(job, create=True)[0].manifest_sha256, ""
+            return Prepared(_address(), _open(job, create=True)[0].manifest_sha256)
     except Exception as error:
-        return "", _format_error(error)
+        return Prepared(_address(), error=_format_error(error), is_storage=isinstance(error, OSError))
 
 
 def label(job: Job, number: int, *, last: bool = False) -> Outcome:
