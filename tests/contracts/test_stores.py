@@ -307,12 +307,19 @@ def test_a_marker_cannot_name_an_object_outside_of_its_unit(cache):
             read_marker(objects, manifest, digest, 1)
 
 
-@pytest.mark.parametrize("name", ["00099.json", "1.json", "x.json", "-0001.json"])
-def test_a_marker_of_no_unit_is_refused(cache, name):
+def test_a_marker_of_no_unit_is_refused(cache):
     objects, manifest, digest, _ = cache
-    objects.put(f"units/{name}", b"{}")
+    objects.put("units/00099.json", b"{}")
     with pytest.raises(ManifestError, match="no unit of the plan"):
         finished_units(objects, manifest, digest)
+
+
+@pytest.mark.parametrize("name", ["1.json", "x.json", "-0001.json", "._00000.json"])
+def test_a_file_that_is_no_marker_is_left_out(cache, name):
+    objects, manifest, digest, store = cache
+    before = publish_all(objects, manifest, digest, store)
+    objects.put(f"units/{name}", b"{}")
+    assert len(finished_units(objects, manifest, digest)) == len(before)
 
 
 # -- kills -------------------------------------------------------------------------------------------------

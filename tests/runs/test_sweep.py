@@ -223,11 +223,14 @@ def test_a_sweep_is_what_it_was_before_settings_that_it_does_not_use(shared_cach
         open_sweep(config_of(train={"schedule": "linear"}), shared_cache[2].url, tmp_path / "sweep")
 
 
-@pytest.mark.parametrize("name", ["config.json", "study.db"])
-def test_a_damaged_folder_is_an_error_that_names_the_file(shared_cache, tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [("config.json", "expected a JSON object; found damaged text"), ("study.db", "cannot be read")],
+)
+def test_a_damaged_folder_is_an_error_that_names_the_file(shared_cache, tmp_path, name, what):
     open_sweep(config_of(), shared_cache[2].url, tmp_path / "sweep")
     (tmp_path / "sweep" / name).write_bytes(b"no such thing" * 1000)
-    with pytest.raises(RunError, match=rf"{name} cannot be read: .*restore it from a copy"):
+    with pytest.raises(RunError, match=rf"{name}:? {what}.*restore it from a copy"):
         open_sweep(config_of(), shared_cache[2].url, tmp_path / "sweep")
 
 

@@ -230,7 +230,7 @@ def _check_identity(stored: Path, identity: dict[str, Any]) -> None:
         replace_file(stored, to_json(identity))
         return
     if differing := diff_settings(
-        read_json(stored, "remove the sweep, or choose another --out", error=RunError), identity
+        read_json(stored, "restore it from a copy, or choose another --out", error=RunError), identity
     ):
         raise RunError(
             f"sweep {stored.parent}: holds another sweep (there; this one): {'; '.join(differing)}; choose another "
