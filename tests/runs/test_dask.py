@@ -24,7 +24,7 @@ from softcache.cache.storage.open import open_objects
 from softcache.errors import ConfigError, IdentityError, RunError, UnitsFailedError
 from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, prepare_cache
-from softcache.runs.dask import capture_on_dask
+from softcache.runs.dask import capture_on_dask, worker
 from softcache.runs.dask.capture import _prepared
 from softcache.runs.dask.cluster import (
     DaskCluster,
@@ -328,6 +328,15 @@ def test_workers_may_have_loader_processes(tmp_path, address):
     assert report.units_done == 4
     make_cache(tmp_path / "plain", capture=few_units)
     assert files(tmp_path / "cache") == files(tmp_path / "plain")
+
+
+def test_loader_processes_of_a_daemon_are_refused_at_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "_address", lambda: "w1")
+    monkeypatch.setattr(worker, "current_process", lambda: SimpleNamespace(daemon=True))
+    config = digits_config(capture={"workers": 2})
+    found = worker.prepare(Job(config.model_dump_json(exclude_unset=True), str(tmp_path / "cache")))
+    assert "capture.workers: 2 loader processes; this Dask worker is a daemon" in found.error
+    assert not (tmp_path / "cache").exists()
 
 
 def test_one_unit_asked_for_twice_at_once_is_made_once(tmp_path, client):

@@ -14,6 +14,7 @@ import os
 import sys
 import threading
 from dataclasses import dataclass
+from multiprocessing import current_process
 
 import torch
 
@@ -144,6 +145,11 @@ def _open(job: Job, *, create: bool = False) -> tuple[CaptureContext, threading.
     if job.key not in _OPEN:
         _OPEN.clear()  # one teacher at a time: the next may need the memory
         config = RunConfig.model_validate_json(job.config)
+        if config.capture.workers and current_process().daemon:
+            raise ConfigError(
+                f"capture.workers: {config.capture.workers} loader processes; this Dask worker is a daemon, which may start "
+                "none: start workers with DASK_DISTRIBUTED__WORKER__DAEMON=False, or set capture.workers = 0"
+            )
         data = open_data(config)
         teacher = open_teacher(config, data)
         if create:
