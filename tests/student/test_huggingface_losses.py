@@ -24,9 +24,9 @@ from tests.student.test_huggingface_trainer import (
 )
 
 WHOLE_LOSSES = {
-    "reverse_kl, tail spread": {"name": "reverse_kl", "tail": "uniform"},
-    "jsd, standardized": {"name": "jsd", "beta": 0.3, "standardize": True},
-    "dkd": {"name": "dkd", "dkd_beta": 2.0},
+    "reverse_kl, tail spread": {"name": "reverse_kl", "tail": "uniform", "temperature": 4.0},
+    "jsd, standardized": {"name": "jsd", "beta": 0.3, "standardize": True, "temperature": 4.0},
+    "dkd": {"name": "dkd", "dkd_beta": 2.0, "temperature": 4.0},
     "T from 6 to 1, alpha from 0.2 to 0.8": {
         "temperature": 6.0,
         "alpha": 0.2,
@@ -35,6 +35,7 @@ WHOLE_LOSSES = {
     },
     "rows weighted by the gap": {
         "weights": {"by": "gap"},
+        "temperature": 4.0,
         "temperature_schedule": {"kind": "cosine", "end": 1.5},
     },
 }
@@ -121,7 +122,7 @@ def test_a_schedule_that_waits_for_held_out_losses_goes_on_when_resumed(labeled,
     [
         ({"name": "uld"}, {}, r"loss\.name uld is for a student of another tokenizer"),
         (
-            {"curriculum": {}},
+            {"curriculum": {}, "temperature": 4.0},
             {},
             r"loss\.curriculum learns a temperature, which no checkpoint .* use loss\.temperature_sch",
         ),
