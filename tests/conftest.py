@@ -69,8 +69,12 @@ SLOW_PATHS = [
     "losses/test_fused_losses.py",
     "reader/test_alignment.py",
     "reader/test_memmap.py",
+    "reader/test_parts.py",
     "tools/test_fidelity.py",
+    "tools/test_fuse.py",
     "tools/test_import_logprobs.py",
+    "tools/test_query.py",
+    "tools/test_shrink.py",
 ]
 
 
