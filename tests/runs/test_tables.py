@@ -1,4 +1,4 @@
-"""What is said of students that learn less from the cache than from hard labels."""
+"""Advice about students that learn less from the cache than from hard labels."""
 
 import pytest
 

@@ -39,7 +39,6 @@ def test_probabilities_are_the_mean_of_both(kind, probabilities):
     ) / 2
     torch.testing.assert_close(probabilities(both.logits(images).double()), expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(both.logits(images.flip(3)), both.logits(images))
-    torch.testing.assert_close(plain.logits(images), plain._logits(plain._normalize(images)))
 
 
 def test_it_is_another_teacher_and_of_images_alone(tmp_path):

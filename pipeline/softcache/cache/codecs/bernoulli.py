@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from softcache.cache.codecs.base import CODECS, Codec, CodecSettings
-from softcache.cache.codecs.column import Column, ids_dtype
+from softcache.cache.codecs.column import Column, ids_dtype, refuse_wrong
 from softcache.errors import LabelError
 from softcache.labels import BernoulliLabels
 
@@ -113,13 +113,7 @@ class BernoulliCodec(Codec):
             "dropped_mass": (lambda x: ~(np.isfinite(x) & (x >= 0)), "finite numbers from 0 on"),
         }
         for name, (is_wrong, expected) in checks.items():
-            wrong = is_wrong(arrays[name])
-            if wrong.any():
-                place = tuple(np.argwhere(wrong)[0])
-                raise LabelError(
-                    f"column {name}: {arrays[name][place]} in row {place[0]}; expected {expected}",
-                    position=int(place[0]),
-                )
+            refuse_wrong(name, arrays[name], is_wrong(arrays[name]), expected)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the codec's part of a manifest."""

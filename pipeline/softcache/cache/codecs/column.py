@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from softcache.errors import LabelError
 from softcache.labels import Sampling
 
-__all__ = ["Column", "ids_dtype", "sampling_column"]
+__all__ = ["Column", "ids_dtype", "refuse_wrong", "sampling_column"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,23 @@ class Column:
 def ids_dtype(num_classes: int) -> str:
     """The smallest that holds V, the mark of an unused slot, as well as every class."""
     return "uint16" if num_classes <= 65535 else "uint32"
+
+
+def refuse_wrong(name: str, values: np.ndarray, wrong: np.ndarray, expected: str) -> None:
+    """Raises where a column [P, ...] has wrong values.
+
+    Args:
+        wrong: bool, of the shape of `values`.
+        expected: what they should be.
+
+    Raises:
+        LabelError: there is one; the first one's row is named.
+    """
+    if wrong.any():
+        place = tuple(np.argwhere(wrong)[0])
+        raise LabelError(
+            f"column {name}: {values[place]} in row {place[0]}; expected {expected}", position=int(place[0])
+        )
 
 
 def sampling_column(sampling: Sampling | None, k: int) -> tuple[Column, ...]:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from softcache.cache.codecs.base import CODECS, Codec, CodecSettings
-from softcache.cache.codecs.column import Column, ids_dtype
+from softcache.cache.codecs.column import Column, ids_dtype, refuse_wrong
 from softcache.errors import LabelError
 from softcache.labels import COLUMNS, STATS, BernoulliLabels, DetectionLabels, SoftLabels
 
@@ -177,12 +177,7 @@ class CellCodec(Codec):
                 wrong, expected = np.isnan(values) | (values == np.inf), "numbers below +inf"
             else:
                 wrong, expected = ~np.isfinite(values), "finite numbers"
-            if wrong.any():
-                place = tuple(np.argwhere(wrong)[0])
-                raise LabelError(
-                    f"column {column.name}: {values[place]} in row {place[0]}; expected {expected}",
-                    position=int(place[0]),
-                )
+            refuse_wrong(column.name, values, wrong, expected)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the codec's part of a manifest."""

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 
 from softcache.cache.codecs.base import Codec
-from softcache.cache.codecs.column import sampling_column
+from softcache.cache.codecs.column import refuse_wrong, sampling_column
 from softcache.errors import LabelError
 from softcache.labels import ARRAYS, STATS, Sampling, SoftLabels
 
@@ -109,17 +109,16 @@ class SoftLabelCodec(Codec):
             return
         highest = int(ids.max())
         if highest > most:
-            raise _fault("ids", ids, ids > most, f"0 to {most}")
+            refuse_wrong("ids", ids, ids > most, f"0 to {most}")
         if highest == most:
             wrong = (ids == most) & (arrays["log_probs"] > -np.inf)
-            if wrong.any():
-                raise _fault("log_probs", arrays["log_probs"], wrong, "-inf in an unused slot")
+            refuse_wrong("log_probs", arrays["log_probs"], wrong, "-inf in an unused slot")
         if "counts" in arrays and int(arrays["counts"].max()) > draws:
-            raise _fault("counts", arrays["counts"], arrays["counts"] > draws, "draws that were made")
+            refuse_wrong("counts", arrays["counts"], arrays["counts"] > draws, "draws that were made")
         for name in FLOATS:
             if name in arrays and _has_bad(arrays[name]):
                 values = arrays[name]
-                raise _fault(name, values, np.isnan(values) | (values == np.inf), "numbers below +inf")
+                refuse_wrong(name, values, np.isnan(values) | (values == np.inf), "numbers below +inf")
 
     def _draws(self) -> int:
         return 0 if self.sampling is None else self.sampling.draws
@@ -200,13 +199,6 @@ def _has_bad(values: np.ndarray) -> bool:
         # The largest number without its sign bit's meaning is -inf, with it +inf; what lies beyond is NaN.
         return bool(values.view(np.uint16).max() > 0xFC00 or values.view(np.int16).max() >= 0x7C00)
     return not values.max(initial=-np.inf) < np.inf
-
-
-def _fault(name: str, values: np.ndarray, wrong: np.ndarray, expected: str) -> LabelError:
-    place = tuple(np.argwhere(wrong)[0])
-    return LabelError(
-        f"column {name}: {values[place]} in row {place[0]}; expected {expected}", position=int(place[0])
-    )
 
 
 def _refuse(where: str, name: str, values: np.ndarray, most: float) -> None:

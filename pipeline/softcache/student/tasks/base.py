@@ -64,6 +64,8 @@ class Task(Protocol):
             label_share: of all rows of the optimizer step that the batch is a piece of, the share with a label: summed
                 by their rows, the pieces' losses are then the step's. None: the batch is the step, or each row has one.
             mix: this step's temperature and alpha; given where [loss] has them change over the run. None: those of [loss].
+
+        A task of images takes `size`, too, the height that they are resized to; given where train.image_sizes is set.
         """
         ...
 
