@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from softcache.errors import SpecError
-from softcache.models.hugging_face import hf_scheme, hf_views
+from softcache.models.hugging_face import hf_scheme
+from softcache.models.hugging_face_views import hf_views
 from softcache.models.spec import ModelSpec
 from softcache.models.timm_config import timm_config
 
