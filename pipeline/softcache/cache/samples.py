@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from softcache.cache.manifest import Plan, RaggedRows, Unit
 from softcache.errors import CorruptionError
 
-__all__ = ["RowIndex", "SampleTable", "encode_samples", "read_row_counts", "read_samples"]
+__all__ = ["RowIndex", "SampleTable", "check_samples", "encode_samples", "read_row_counts", "read_samples"]
 
 SCHEMA = pa.schema(
     [
@@ -108,6 +108,28 @@ def read_row_counts(data: bytes, num_samples: int) -> np.ndarray:
         return _row_counts(_checked_table(data, ["sample", "num_rows"], num_samples))
     except _UNREADABLE as error:
         raise _damage(error) from error
+
+
+def check_samples(data: bytes, plan: Plan, rows: RaggedRows | None) -> None:
+    """Checks what readers of such a file do not: that keys differ, and where rows lie.
+
+    Raises:
+        CorruptionError: a key is there twice, or `num_rows` or `first_row` is not what the plan implies.
+    """
+    table = read_samples(data, plan.num_samples)
+    if len(left := set(table.keys)) < len(table.keys):
+        again = next(key for key in table.keys if key not in left or left.discard(key))  # type: ignore[func-returns-value]
+        raise CorruptionError(
+            f"sample table: key {again!r} is there twice; expected each once; give samples other keys"
+        )
+    if rows is None:
+        return
+    expected = RowIndex(plan, table.num_rows, rows).first_rows(rows)
+    found = _numbers(_checked_table(data, ["sample", "first_row"], plan.num_samples)["first_row"])
+    for sample in np.flatnonzero(found != expected)[:1]:
+        raise CorruptionError(
+            f"sample table: first_row of sample {sample} is {found[sample]}; expected {expected[sample]}; write it anew"
+        )
 
 
 _UNREADABLE = (pa.ArrowException, OSError, KeyError, ValueError)

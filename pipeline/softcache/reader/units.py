@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from softcache.cache.codecs import SoftLabelCodec
+from softcache.cache.invariants import broken_invariants, name_invariant
 from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, Unit, UnitMarker
-from softcache.cache.samples import MAX_SAMPLE_BYTES, RowIndex, SampleTable, read_row_counts, read_samples
+from softcache.cache.samples import (
+    MAX_SAMPLE_BYTES,
+    RowIndex,
+    SampleTable,
+    check_samples,
+    read_row_counts,
+    read_samples,
+)
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import (
     alignment_columns,
@@ -31,6 +41,7 @@ from softcache.reader.memmap import Record
 __all__ = ["CacheReaderBase", "Chunk"]
 
 MANIFEST = "manifest.json"
+WRITTEN_SO = "its checksums are right, so it was written so: make it again with a teacher that you trust"
 
 
 class Chunk(NamedTuple):
@@ -104,29 +115,58 @@ class CacheReaderBase:
         """
         return read_marker(self._objects, self.manifest, self.manifest_sha256, number)
 
-    def check_unit(self, marker: UnitMarker) -> None:
-        """Compares every object of a unit with its marker, byte by byte, and decodes all of its rows.
+    def unit_faults(self, marker: UnitMarker) -> Iterator[str]:
+        """Compares every object of a unit with its marker, and its rows with the invariants; yields one line per fault.
 
         Raises:
-            CorruptionError: size, checksum or content differ; unit and object are named.
+            StorageError: the storage does not answer.
         """
-        check_unit(self._objects, marker, self._opened_store())
+        try:
+            check_unit(self._objects, marker, self._opened_store())
+        except CorruptionError as error:
+            yield name_invariant("I5", error)
+            return
         unit = self.manifest.plan.unit(marker.unit)
+        where = f"cache {self.url}: unit {unit.number} (view {unit.view}, samples from {unit.start})"
         rows = self.rows.span(unit, unit.start, unit.stop)
         if marker.num_rows != rows[1]:
-            raise CorruptionError(
-                f"cache {self.url}: unit {unit.number}: its marker counts {marker.num_rows} rows, the table of samples "
-                f"{rows[1]}; restore {self.manifest.samples} or the marker"
+            fault = (
+                f"{where}: its marker counts {marker.num_rows} rows, the table of samples {rows[1]}; restore "
+                f"{self.manifest.samples} or the marker"
             )
-        columns = self._opened_store().read(unit, unit.start, unit.stop, rows=rows)
-        self._unpack(unit, columns)
-        if self.rows.ragged and not np.array_equal(
-            columns["num_rows"], self.rows.counts(np.arange(unit.start, unit.stop))
-        ):
-            raise CorruptionError(
-                f"cache {self.url}: unit {unit.number}: its column num_rows is not that of {self.manifest.samples}; restore "
-                "the one or the other"
-            )
+            yield name_invariant("I4", fault)
+            return
+        samples, targets = np.arange(unit.start, unit.stop), self._known_targets
+        try:
+            columns = self._codec.unpack(self._opened_store().read(unit, unit.start, unit.stop, rows=rows))
+            for violation in broken_invariants(
+                self.manifest,
+                columns,
+                self.rows.counts(samples),
+                None if targets is None else targets[samples],
+            ):
+                yield f"{where}: {violation}; {WRITTEN_SO}"
+        except (CorruptionError, LabelError) as error:
+            yield name_invariant("I10", error if isinstance(error, CorruptionError) else f"{where}: {error}")
+
+    def check_samples(self) -> None:
+        """Compares the table of samples with the manifest, and its keys with each other.
+
+        Raises:
+            CorruptionError: it is another table, keys are there twice, or rows lie elsewhere.
+        """
+        check_samples(self._stored_samples(), self.manifest.plan, self.manifest.rows)
+
+    @cached_property
+    def _known_targets(self) -> np.ndarray | None:
+        """The ground truth of every sample, -1 where there is none; None where the rows are not of one class each."""
+        codec = self._codec
+        if self.manifest.rows is not None or not isinstance(codec, SoftLabelCodec):
+            return None
+        targets = self.samples_table().targets
+        if not len(targets):
+            return None
+        return np.where((targets >= 0) & (targets < codec.num_classes), targets, -1)
 
     def _unpack(self, unit: Unit, columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns the arrays of decoded columns by name, each number looked at.
@@ -139,8 +179,7 @@ class CacheReaderBase:
             self._codec.validate(arrays)
         except LabelError as error:
             raise CorruptionError(
-                f"cache {self.url}: unit {unit.number} (view {unit.view}, samples from {unit.start}): {error}; "
-                "its checksums are right, so it was written so: make it again with a teacher that you trust"
+                f"cache {self.url}: unit {unit.number} (view {unit.view}, samples from {unit.start}): {error}; {WRITTEN_SO}"
             ) from error
         return arrays
 

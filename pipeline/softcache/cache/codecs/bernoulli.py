@@ -13,6 +13,7 @@ import numpy as np
 
 from softcache.cache.codecs.base import CODECS, Codec, CodecSettings
 from softcache.cache.codecs.column import Column, ids_dtype, refuse_wrong
+from softcache.cache.codecs.precision import EXACT, HALF, Precision
 from softcache.errors import LabelError
 from softcache.labels import BernoulliLabels
 
@@ -63,6 +64,10 @@ class BernoulliCodec(Codec):
             Column("dropped_bound", "float32"),
             Column("dropped_mass", "float32"),
         )
+
+    @property
+    def precision(self) -> Precision:
+        return Precision(log_probs=HALF if self.values == "float16" else EXACT)
 
     def encode(self, labels: BernoulliLabels) -> dict[str, np.ndarray]:
         """Returns the columns [P, ...] of a NumPy record.

@@ -18,6 +18,8 @@ import numpy as np
 
 from softcache.cache.codecs.base import CODECS, Codec, CodecSettings
 from softcache.cache.codecs.column import Column, ids_dtype, refuse_wrong
+from softcache.cache.codecs.plain import OpenCodec
+from softcache.cache.codecs.precision import EXACT, HALF, Precision
 from softcache.errors import LabelError
 from softcache.labels import COLUMNS, STATS, BernoulliLabels, DetectionLabels, SoftLabels
 
@@ -94,6 +96,15 @@ class CellCodec(Codec):
             for name, shape in self.head_columns
         )
         return (ids, *kept, Column("cells", "int32"), *head_columns)
+
+    @property
+    def precision(self) -> Precision:
+        return Precision(log_probs=HALF if self.values == "float16" else EXACT)
+
+    @cached_property
+    def softmax(self) -> OpenCodec:
+        """The codec of the distribution alone, of "categorical"."""
+        return OpenCodec(self.num_classes, self.k, self.temperatures, values=self.values)
 
     def encode(self, labels: DetectionLabels) -> dict[str, np.ndarray]:
         """Returns the columns [P, ...] of a NumPy record.

@@ -14,6 +14,7 @@ import numpy as np
 
 from softcache.cache.codecs.base import CODECS, CodecSettings
 from softcache.cache.codecs.column import Column, ids_dtype, sampling_column
+from softcache.cache.codecs.precision import EXACT, HALF, Precision
 from softcache.cache.codecs.soft_labels import SoftLabelCodec
 from softcache.errors import LabelError
 from softcache.labels import STATS, SoftLabels
@@ -69,6 +70,10 @@ class OpenCodec(SoftLabelCodec):
             *stats,
             *sampling_column(self.sampling, self.k),
         )
+
+    @property
+    def precision(self) -> Precision:
+        return Precision(log_probs=HALF if self.values == "float16" else EXACT)
 
     def encode(self, labels: SoftLabels) -> dict[str, np.ndarray]:
         """Returns the columns [P, ...] of a NumPy record with targets and, unless `stats` is off, statistics.

@@ -16,6 +16,7 @@ import numpy as np
 
 from softcache.cache.codecs.base import Codec
 from softcache.cache.codecs.column import refuse_wrong, sampling_column
+from softcache.cache.codecs.precision import ARITHMETIC, Precision
 from softcache.errors import LabelError
 from softcache.labels import ARRAYS, STATS, Sampling, SoftLabels
 
@@ -45,6 +46,11 @@ class SoftLabelCodec(Codec):
     sampling: Sampling | None = None
 
     kinds: ClassVar[frozenset[str]] = frozenset({"image", "tokens"})
+
+    @property
+    def precision(self) -> Precision | None:
+        """How far stored numbers may be from those that were computed; None where the codec does not state it."""
+        return None
 
     def arrays_of(self, labels: SoftLabels) -> dict[str, np.ndarray]:
         """Returns the arrays that the codec keeps of labels, by name, as NumPy arrays of the labels' dtypes.
@@ -98,11 +104,11 @@ class SoftLabelCodec(Codec):
         )
 
     def validate(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Checks the unpacked arrays [P, ...] of labels that come from a cache.
+        """Checks the unpacked arrays [P, ...] of labels that come from a cache by those invariants that cost no time.
 
         Raises:
-            LabelError: an id above V, an unused slot (id V) with a probability, more draws than were made, NaN or +inf; the
-                first such row is named.
+            LabelError: an id above V, an unused slot (id V) with a probability, a probability above 1, more draws than were
+                made, NaN or +inf; the first such row is named.
         """
         ids, most, draws = arrays["ids"], self.num_classes, self._draws()
         if not len(ids):
@@ -116,9 +122,14 @@ class SoftLabelCodec(Codec):
         if "counts" in arrays and int(arrays["counts"].max()) > draws:
             refuse_wrong("counts", arrays["counts"], arrays["counts"] > draws, "draws that were made")
         for name in FLOATS:
-            if name in arrays and _has_bad(arrays[name]):
+            limit = ARITHMETIC.absolute if name == "log_probs" else np.inf
+            if name in arrays and _has_bad(arrays[name], limit):
                 values = arrays[name]
                 refuse_wrong(name, values, np.isnan(values) | (values == np.inf), "numbers below +inf")
+                refuse_wrong(name, values, values > limit, "at most 0: no probability is above 1")
+        target = arrays.get("target_log_prob")  # NaN where there is no ground truth
+        if target is not None and (wrong := target > ARITHMETIC.absolute).any():
+            refuse_wrong("target_log_prob", target, wrong, "at most 0: no probability is above 1")
 
     def _draws(self) -> int:
         return 0 if self.sampling is None else self.sampling.draws
@@ -193,12 +204,14 @@ class SoftLabelCodec(Codec):
         )
 
 
-def _has_bad(values: np.ndarray) -> bool:
-    """Whether NaN or +inf is among floats."""
+def _has_bad(values: np.ndarray, limit: float) -> bool:
+    """Whether NaN, +inf or a number above the limit is among floats."""
     if values.dtype == np.float16:  # as bits: NumPy compares half-precision numbers one at a time
         # The largest number without its sign bit's meaning is -inf, with it +inf; what lies beyond is NaN.
-        return bool(values.view(np.uint16).max() > 0xFC00 or values.view(np.int16).max() >= 0x7C00)
-    return not values.max(initial=-np.inf) < np.inf
+        most = np.float16(limit).view(np.int16)
+        return bool(values.view(np.uint16).max() > 0xFC00 or values.view(np.int16).max() > min(most, 0x7BFF))
+    most = values.max(initial=-np.inf)
+    return not (most < np.inf and most <= limit)
 
 
 def _refuse(where: str, name: str, values: np.ndarray, most: float) -> None:

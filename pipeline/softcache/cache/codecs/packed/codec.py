@@ -32,6 +32,7 @@ from pydantic import Field
 from softcache.cache.codecs.base import CODECS, CodecSettings
 from softcache.cache.codecs.column import Column
 from softcache.cache.codecs.packed.layout import Layout, layout_of
+from softcache.cache.codecs.precision import EXACT, HALF, Error, Precision
 from softcache.cache.codecs.soft_labels import SoftLabelCodec
 from softcache.errors import LabelError
 from softcache.labels import SoftLabels
@@ -93,6 +94,14 @@ class PackedCodec(SoftLabelCodec):
     @property
     def columns(self) -> tuple[Column, ...]:
         return (Column("record", "uint8", (("byte", self.layout.num_bytes),), planar=True),)
+
+    @property
+    def precision(self) -> Precision:
+        if self.step is None:
+            return Precision(log_probs=HALF, moments=HALF)
+        half_step = Error(self.step / 2, 0.0)
+        tail = half_step if self.tail == "fixed" else EXACT
+        return Precision(log_probs=half_step, tail=tail, target=half_step, moments=HALF)
 
     def encode(self, labels: SoftLabels) -> dict[str, np.ndarray]:
         """Returns the column `record` [P, R] of a NumPy record with targets and, unless `stats` is off, statistics.
