@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from softcache.cache.storage.cloud import lease as leases
+from softcache.cache.storage import lease as leases
 from softcache.cache.storage.open import open_objects
 from softcache.errors import StorageError
 from softcache.reader.open import open_cache

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
+from softcache.cache.storage import lease as leases
 from softcache.cache.storage.cloud import client as cloud_client
-from softcache.cache.storage.cloud import lease as leases
-from softcache.cache.storage.cloud.lease import Lease, LeaseManager
+from softcache.cache.storage.lease import Lease, LeaseManager
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import check_unit, open_store, publish_unit, read_marker
 from softcache.errors import (
@@ -389,7 +389,7 @@ def test_two_captures_at_once_share_the_units_of_a_bucket(bucket, local):
 
 KILLED = """
 import os, signal, sys
-from softcache.cache.storage.cloud import lease as leases
+from softcache.cache.storage import lease as leases
 from softcache.cache import units
 leases.LEASE_SECONDS = 1.0
 left = int(sys.argv[2])

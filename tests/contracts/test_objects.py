@@ -181,7 +181,7 @@ class Contract:
 
 HOLD = """
 import sys, time
-from softcache.cache.storage.cloud import lease as leases
+from softcache.cache.storage import lease as leases
 from softcache.cache.storage.open import open_objects
 leases.LEASE_SECONDS = 1.0
 with open_objects(sys.argv[1]).claim("x.lock") as mine:

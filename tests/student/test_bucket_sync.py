@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from softcache.cache.storage.cloud import lease
+from softcache.cache.storage import lease
 from softcache.cache.storage.cloud.store import CloudObjects
 from softcache.cache.storage.open import open_objects
 from softcache.errors import CorruptionError, RunError

@@ -23,8 +23,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from softcache.cache.storage.cloud.lease import LEASE_SECONDS
 from softcache.cache.storage.cloud.store import CloudObjects
+from softcache.cache.storage.lease import LEASE_SECONDS
 from softcache.errors import CacheNotFoundError, CorruptionError, RunError, StorageError
 from softcache.hashing.digests import digest_bytes
 from softcache.runtime.files import replace_file

@@ -1,1 +1,1 @@
-"""Objects in a bucket, and the leases that say who writes."""
+"""Objects in a bucket."""

@@ -21,8 +21,8 @@ import pyarrow as pa
 
 from softcache.cache.storage.base import size_error
 from softcache.cache.storage.cloud.client import CloudClient, check_path
-from softcache.cache.storage.cloud.lease import Lease, LeaseManager, Tag
 from softcache.cache.storage.cloud.ranges import KeptObjects, RangeFile
+from softcache.cache.storage.lease import Lease, LeaseManager, Tag
 from softcache.errors import CacheNotFoundError
 
 __all__ = ["CloudObjects"]
