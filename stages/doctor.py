@@ -106,7 +106,9 @@ def _print(found: dict[str, Any]) -> None:
     for store in found["stores"]:
         where = "" if store["tried"] == store["url"] else f" (does not exist yet; tested {store['tried']})"
         if store["failed"] is None:
-            click.echo(f"store {store['url']}{where}: works: {', '.join(store['done'])}")
+            click.echo(
+                f"store {store['url']}{where}: works: {', '.join(store['done'])}; locks: {store['locks']}"
+            )
         else:
             failed = store["failed"]
             click.echo(

@@ -44,7 +44,7 @@ def test_stray_files_are_passed_over_by_readers_and_named_by_verify_and_gc(cache
     faults = list(verify_units(found))
     assert len(faults) == len(STRAYS)
     assert all(any(f"{path}: not written by softcache" in fault for fault in faults) for path in STRAYS)
-    assert collect_garbage(open_objects(str(cache)), delete=True).foreign == sorted(STRAYS)
+    assert collect_garbage(open_objects(str(cache)), delete=True, older_than=0).foreign == sorted(STRAYS)
 
 
 def test_verify_refuses_what_a_reader_refuses_to_open(cache):

@@ -184,4 +184,4 @@ def _plan_shrink(root: Path, *_: Any) -> None:
 
 
 def _collect(root: Path, *_: Any) -> None:
-    collect_garbage(open_objects(str(root)), delete=False)
+    collect_garbage(open_objects(str(root)), delete=False, older_than=0)

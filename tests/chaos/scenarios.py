@@ -49,7 +49,7 @@ class Scenario:
         """Does the work whole, collects what is stray, and verifies; in a child."""
         self.work(root)
         if self.is_cache:
-            found: GarbageReport = collect_garbage(open_objects(str(root)), delete=True)
+            found: GarbageReport = collect_garbage(open_objects(str(root)), delete=True, older_than=0)
             assert not found.held, found
             assert not found.foreign, found
             faults = list(verify_units(open_cache(str(root))))

@@ -196,6 +196,16 @@ class TestFolder(Contract):
         return str(tmp_path / "root")
 
 
+class TestFolderWithoutLocksOrLinks(TestFolder):
+    @pytest.fixture(autouse=True)
+    def lacking(self, monkeypatch):
+        def refused(*_, **__):
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refused)
+        monkeypatch.setenv("SOFTCACHE_LOCKS", "lease")
+
+
 class TestBucket(Contract):
     @pytest.fixture
     def root(self, bucket):

@@ -40,7 +40,7 @@ def unmark(url, number):
 
 def test_a_whole_cache_has_nothing_stray(cache):
     before = files(cache)
-    report = collect_garbage(open_objects(str(cache)), delete=True)
+    report = collect_garbage(open_objects(str(cache)), delete=True, older_than=0)
     assert (report.stray, report.held, report.foreign) == ({}, [], [])
     assert files(cache) == before
 
@@ -55,16 +55,16 @@ def test_what_the_dead_left_goes_and_nothing_else(cache):
     strays += [".staging/f00", "samples-0123456789abcdef.parquet"]
     objects = open_objects(str(cache))
 
-    listed = collect_garbage(objects, delete=False)
+    listed = collect_garbage(objects, delete=False, older_than=0)
     assert sorted(listed.stray) == sorted(strays)
     assert listed.stale_claims == 2
     assert set(strays) <= set(files(cache)), "a look removes nothing"
 
-    assert collect_garbage(objects, delete=True).stray == listed.stray
+    assert collect_garbage(objects, delete=True, older_than=0).stray == listed.stray
     assert files(cache) == {
         path: data for path, data in whole.items() if path not in strays and path != "units/00003.json"
     }
-    assert collect_garbage(objects, delete=True).stray == {}
+    assert collect_garbage(objects, delete=True, older_than=0).stray == {}
 
 
 def test_a_unit_that_is_being_made_is_left_alone(cache):
@@ -72,7 +72,7 @@ def test_a_unit_that_is_being_made_is_left_alone(cache):
     objects = open_objects(str(cache))
     with objects.claim("units/00003.lock") as ours:
         assert ours
-        report = collect_garbage(objects, delete=True)
+        report = collect_garbage(objects, delete=True, older_than=0)
     assert (report.stray, report.held) == ({}, [3])
     assert set(strays) <= set(files(cache))
 
@@ -85,7 +85,7 @@ def test_a_write_under_way_is_left_alone(cache, monkeypatch):
     def collecting(handle):
         real(handle)
         if not seen:
-            seen.append(collect_garbage(open_objects(str(cache)), delete=True).stray)
+            seen.append(collect_garbage(open_objects(str(cache)), delete=True, older_than=0).stray)
 
     monkeypatch.setattr(os, "fsync", collecting)
     objects.put("new", b"arrives")
@@ -98,7 +98,7 @@ def test_foreign_files_are_reported_and_stay(cache, tmp_path):
     (cache / "units/99999.lock").write_text("of no unit")
     (tmp_path / "elsewhere").write_text("kept")
     (cache / "samples-ffffffffffffffff.parquet").symlink_to(tmp_path / "elsewhere")
-    report = collect_garbage(open_objects(str(cache)), delete=True)
+    report = collect_garbage(open_objects(str(cache)), delete=True, older_than=0)
     assert report.foreign == ["notes.txt", "samples-ffffffffffffffff.parquet", "units/99999.lock"]
     assert report.stray == {}
     assert (tmp_path / "elsewhere").read_text() == "kept"
@@ -109,7 +109,7 @@ def test_a_damaged_marker_stops_it_before_anything_goes(cache):
     (cache / "units/00004.json").write_bytes(b"{")
     before = files(cache)
     with pytest.raises(ManifestError, match=r"units/00004\.json: not JSON"):
-        collect_garbage(open_objects(str(cache)), delete=True)
+        collect_garbage(open_objects(str(cache)), delete=True, older_than=0)
     assert files(cache) == before
 
 
@@ -118,14 +118,14 @@ def test_a_place_without_a_manifest_is_no_cache(tmp_path):
     with pytest.raises(
         CacheNotFoundError, match=r"no manifest\.json there, so stray files cannot be identified"
     ):
-        collect_garbage(open_objects(str(tmp_path)), delete=True)
+        collect_garbage(open_objects(str(tmp_path)), delete=True, older_than=0)
 
 
 def test_a_rerun_after_gc_makes_the_cache_whole(tmp_path):
     _, _, made = make_cache(tmp_path / "cache")
     whole = files(tmp_path / "cache")
     unmark(tmp_path / "cache", 0)
-    collect_garbage(open_objects(made.url), delete=True)
+    collect_garbage(open_objects(made.url), delete=True, older_than=0)
     _, _, again = make_cache(tmp_path / "cache")
     assert files(tmp_path / "cache") == whole
     assert not list(verify_units(again))
@@ -140,16 +140,19 @@ def test_a_run_that_died_before_its_manifest_is_not_in_the_way_of_another(tmp_pa
     _, _, cache = make_cache(tmp_path / "cache")
     assert cache.manifest.samples != table
     assert not list(verify_units(cache))
-    assert list(collect_garbage(open_objects(cache.url), delete=True).stray) == [table]
+    assert list(collect_garbage(open_objects(cache.url), delete=True, older_than=0).stray) == [table]
     _, _, again = make_cache(tmp_path / "cache")
     assert len(again.samples_table().keys) == 300
 
 
 def test_the_command_lists_first_and_deletes_with_delete(cache):
     unmark(cache, 3)
-    listed = CliRunner().invoke(softcache, ["gc", str(cache)])
+    listed = CliRunner().invoke(softcache, ["gc", str(cache), "--older-than", "0"])
     assert "delete them with --delete" in listed.output
-    removed = CliRunner().invoke(softcache, ["gc", str(cache), "--delete"])
+    removed = CliRunner().invoke(softcache, ["gc", str(cache), "--delete", "--older-than", "0"])
     assert (listed.exit_code, removed.exit_code) == (0, 0)
     assert "deleted" in removed.output
-    assert "orphaned 0 objects, 0 bytes" in CliRunner().invoke(softcache, ["gc", str(cache)]).output
+    assert (
+        "orphaned 0 objects, 0 bytes"
+        in CliRunner().invoke(softcache, ["gc", str(cache), "--older-than", "0"]).output
+    )

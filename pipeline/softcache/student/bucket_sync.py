@@ -19,10 +19,11 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+from softcache.cache.storage.base import Objects
 from softcache.cache.storage.cloud.store import CloudObjects
 from softcache.cache.storage.lease import LEASE_SECONDS
 from softcache.errors import CacheNotFoundError, CorruptionError, RunError, StorageError
@@ -30,7 +31,7 @@ from softcache.hashing.digests import digest_bytes
 from softcache.runtime.files import replace_file
 from softcache.runtime.logging import log_info
 
-__all__ = ["BucketSync"]
+__all__ = ["BucketSync", "hold_lease"]
 
 POINTER, STATE, METRICS, LEASE = "checkpoint.json", "checkpoint", "metrics.json", "run.lock"
 NOTE = ".bucket.json"
@@ -44,6 +45,41 @@ def default_folder() -> Path:
     if named := os.environ.get("SOFTCACHE_RUNS_DIR"):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softcache" / "runs"
+
+
+@contextmanager
+def hold_lease(objects: Objects, path: str, what: str) -> Iterator[None]:
+    """Holds a lease for this process; that of a process that is gone runs out after a minute, for which it waits.
+
+    Raises:
+        RunError: another process holds it, and renews its lease.
+    """
+    began, first = time.monotonic(), None
+    while True:
+        with objects.claim(path) as is_ours:
+            if is_ours:
+                yield
+                return
+        holder = _holder(objects, path)
+        renewed = first is not None and first.get("owner") == holder.get("owner") and first != holder
+        where = f"host {holder.get('host')}, process {holder.get('pid')}"
+        if renewed or time.monotonic() - began > 2 * LEASE_SECONDS:
+            raise RunError(
+                f"{what}: another run works on it ({where}); wait for its end, stop it, or choose another --out"
+            )
+        if first is None and holder:
+            log_info(f"{what}: held by {where}; waiting for a minute, in case that it is gone")
+        first = first or holder or None
+        time.sleep(WAIT_SECONDS)
+
+
+def _holder(objects: Objects, path: str) -> dict[str, Any]:
+    """Returns the content of a lease; nothing if it has just ended, or is not one."""
+    try:
+        found = json.loads(objects.get(path, max_bytes=1 << 16))
+    except (CacheNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 class BucketSync:
@@ -68,38 +104,9 @@ class BucketSync:
         """Whether the bucket holds a finished run."""
         return self._objects.size(METRICS) is not None
 
-    @contextmanager
-    def lease(self) -> Iterator[None]:
-        """Holds the directory in the bucket for this process; that of a process that is gone runs out after a minute.
-
-        Raises:
-            RunError: another process holds it, and renews its lease.
-        """
-        began, first = time.monotonic(), None
-        while True:
-            with self._objects.claim(LEASE) as is_ours:
-                if is_ours:
-                    yield
-                    return
-            holder = self._holder()
-            renewed = first is not None and first.get("owner") == holder.get("owner") and first != holder
-            where = f"host {holder.get('host')}, process {holder.get('pid')}"
-            if renewed or time.monotonic() - began > 2 * LEASE_SECONDS:
-                raise RunError(
-                    f"run {self.url}: another run works on it ({where}); wait for its end, stop it, or choose another --out"
-                )
-            if first is None and holder:
-                log_info(f"run {self.url}: held by {where}; waiting for a minute, in case that it is gone")
-            first = first or holder or None
-            time.sleep(WAIT_SECONDS)
-
-    def _holder(self) -> dict[str, Any]:
-        """Returns the content of the lease there; nothing if it has just ended, or is not one."""
-        try:
-            found = json.loads(self._objects.get(LEASE, max_bytes=1 << 16))
-        except (CacheNotFoundError, ValueError):
-            return {}
-        return found if isinstance(found, dict) else {}
+    def lease(self) -> AbstractContextManager[None]:
+        """Holds the directory in the bucket for this process; see `hold_lease`."""
+        return hold_lease(self._objects, LEASE, f"run {self.url}")
 
     def fetch(self) -> None:
         """Makes the local folder what the bucket holds: a finished run, the last checkpoint, or nothing.

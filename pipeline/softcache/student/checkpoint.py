@@ -23,7 +23,7 @@ import logging
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ from softcache.runtime.distributed import (
     rank,
 )
 from softcache.runtime.files import read_json, replace_file, staged_file, sync_file, sync_folder, to_json
-from softcache.student.bucket_sync import BucketSync
+from softcache.student.bucket_sync import BucketSync, hold_lease
 
 if TYPE_CHECKING:
     import torch
@@ -85,13 +85,22 @@ def hold_run(path: str | Path, mirror: BucketSync | None) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with LocalObjects(path).claim(".lock") as is_ours:
-        if not is_ours:
+    objects = LocalObjects(path)
+    try:
+        with objects.claim(".lock") as is_ours:
+            if is_ours:
+                yield
+                return
+        if objects.locks().kind == "flock":
             raise RunError(
                 f"run {path}: another run works on it on this machine; wait for its end, stop it, or choose another --out"
                 + describe_independence()
             )
-        yield
+        with hold_lease(objects, ".lock", f"run {path}"):
+            yield
+    finally:
+        with suppress(OSError):
+            (path / ".staging").rmdir()
 
 
 class RunDirectory:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from softcache.cache.create import create_cache
+from softcache.cache.repair import usable_units
 from softcache.cache.storage.open import open_objects
-from softcache.cache.units import check_unit, claimed_units, finished_units, open_store, publish_unit
+from softcache.cache.units import check_unit, claimed_units, open_store, publish_unit
 from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
 
@@ -33,7 +34,7 @@ def convert_cache(
     source_objects = open_objects(cache.url)
     manifest, digest = create_cache(objects, manifest, source_objects.get(origin.samples))
     reading, writing = open_store(origin, source_objects), open_store(manifest, objects)
-    finished = finished_units(objects, manifest, digest)
+    finished = usable_units(objects, manifest, digest)
     progress(sum(marker.num_rows for number, marker in cache.markers.items() if number in finished))
     pending = [origin.plan.unit(number) for number in cache.markers if number not in finished]
     for unit in claimed_units(objects, manifest, digest, pending):

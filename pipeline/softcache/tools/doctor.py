@@ -22,6 +22,8 @@ import torch
 
 from softcache import __version__
 from softcache.cache.storage.base import Objects, is_bucket
+from softcache.cache.storage.local import STAGING, LocalObjects
+from softcache.cache.storage.locks import MARK
 from softcache.cache.storage.open import open_objects
 from softcache.errors import CorruptionError, SoftcacheError, StorageError
 from softcache.reader.memmap import default_folder
@@ -109,9 +111,10 @@ def store_access(url: str) -> dict[str, Any]:
 
     Returns:
         `url`; `tried`, where (a folder that is not there is tried at the nearest one above it); `done`, the steps that
-        worked; `failed`, None or the first `step` that did not, with `message` and `to_do`.
+        worked; `failed`, None or the first `step` that did not, with `message` and `to_do`; `locks`, what keeps two
+        writers apart there.
     """
-    found: dict[str, Any] = {"url": url, "tried": url, "done": [], "failed": None}
+    found: dict[str, Any] = {"url": url, "tried": url, "done": [], "failed": None, "locks": None}
     step = "open"
     try:
         found["tried"] = url if is_bucket(url) else _local_place(url)
@@ -120,9 +123,19 @@ def store_access(url: str) -> dict[str, Any]:
         for step, work in _steps(objects):
             work()
             found["done"].append(step)
+            if step == "write":
+                found["locks"] = _locks(objects)
     except (SoftcacheError, OSError) as error:
         found["failed"] = {"step": step, "message": str(error), "to_do": REMEDIES[step]}
     return found
+
+
+def _locks(objects: Objects) -> str:
+    if not isinstance(objects, LocalObjects):
+        return "leases, by conditional puts"
+    kind, reason = objects.locks()
+    words = "flock" if kind == "flock" else f"leases ({reason})"
+    return words + ("" if objects.has_links else "; no hard links, so new objects are renamed into place")
 
 
 def _local_place(url: str) -> str:
@@ -141,7 +154,7 @@ def _steps(objects: Objects) -> Iterator[tuple[str, Callable[[], None]]]:
     folder = f".softcache-doctor-{uuid.uuid4().hex}"
     path, data = f"{folder}/object", os.urandom(64)
     local = Path(objects.url) if not is_bucket(objects.url) else None
-    staging_was_there = local is not None and (local / ".staging").exists()
+    staging_was_there = local is not None and (local / STAGING).exists()
 
     def write() -> None:
         if not objects.put_if_absent(path, data):
@@ -169,6 +182,8 @@ def _steps(objects: Objects) -> Iterator[tuple[str, Callable[[], None]]]:
         with suppress(SoftcacheError, OSError):
             objects.delete(path)
         if local is not None:
-            for left in [folder, *([] if staging_was_there else [".staging"])]:
+            if not staging_was_there:
+                (local / STAGING / MARK).unlink(missing_ok=True)
+            for left in [folder, *([] if staging_was_there else [STAGING])]:
                 with suppress(OSError):
                     (local / left).rmdir()

@@ -8,6 +8,9 @@
 A unit is claimed before its objects are called stray, and its marker is looked for again: what a run is making, or has
 just made, is never touched. Nor is anything that the manifest or a marker names. Whatever softcache does not write is
 reported and left where it is.
+
+A lock may hold on one host only (NFS, Lustre). So what was written within the last hour stays, too, by the storage's own
+clock, and so do the objects of a unit whose claim was made or renewed within it.
 """
 
 from __future__ import annotations
@@ -22,8 +25,10 @@ from softcache.cache.units import Store, finished_units, open_store, read_marker
 from softcache.errors import CacheNotFoundError, StorageError
 from softcache.hashing.digests import digest_bytes
 
-__all__ = ["GarbageReport", "collect_garbage"]
+__all__ = ["SAFE_SECONDS", "GarbageReport", "collect_garbage"]
 
+SAFE_SECONDS = 3600.0
+"""Age from which a file without a marker is orphaned; from its first shard to its marker a unit takes seconds."""
 MANIFEST = "manifest.json"
 SAMPLES = re.compile(r"samples(-[0-9a-f]{16})?\.parquet")
 CLAIM = re.compile(r"units/(\d{5,})\.lock")
@@ -38,19 +43,22 @@ class GarbageReport:
         held: numbers of the unfinished units that a run holds; their objects were left alone.
         stale_claims: number of claims that had outlived their process.
         foreign: paths that softcache did not write; they are left alone.
+        young: paths that may be orphaned, and are too young to be called so; they are left alone.
     """
 
     stray: dict[str, int] = field(default_factory=dict)
     held: list[int] = field(default_factory=list)
     stale_claims: int = 0
     foreign: list[str] = field(default_factory=list)
+    young: list[str] = field(default_factory=list)
 
 
-def collect_garbage(objects: Objects, *, delete: bool) -> GarbageReport:
+def collect_garbage(objects: Objects, *, delete: bool, older_than: float = SAFE_SECONDS) -> GarbageReport:
     """Returns the orphaned files of a cache; deletes them on request.
 
     Args:
         delete: delete stray files. Stale claims end either way.
+        older_than: seconds; what was written since is left alone. 0: locks alone decide.
 
     Raises:
         CacheNotFoundError: there is no cache there.
@@ -64,38 +72,65 @@ def collect_garbage(objects: Objects, *, delete: bool) -> GarbageReport:
     stored = objects.get(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
     manifest, digest = Manifest.parse(stored, where=f"cache {objects.url}"), digest_bytes(stored)
     store, report = open_store(manifest, objects), GarbageReport()
-    report.stray |= objects.orphaned_writes(remove=delete)
+    report.stray |= objects.orphaned_writes(remove=delete, older_than=older_than)
 
     # Objects are listed before markers are: what a unit that is finished meanwhile wrote is then known to be its own.
     left = set(objects.list("")) - {MANIFEST, manifest.samples, *store.described()}
     for number, marker in finished_units(objects, manifest, digest).items():
         left -= {marker_path(number), *(shard.path for shard in marker.shards)}
-    _end_stale_claims(objects, manifest, left, report)
+    fresh = _end_stale_claims(objects, manifest, left, report, older_than)
     for unit, paths in _unfinished(manifest, store, left):
+        if unit.number in fresh:
+            continue
         with objects.claim(claim_path(unit.number)) as is_held:
             if not is_held:
                 report.held.append(unit.number)
             elif read_marker(objects, manifest, digest, unit.number) is None:
-                _discard(objects, paths, report, delete)
+                if not any(_is_young(objects, path, older_than) for path in paths):
+                    _discard(objects, paths, report, delete)
+                else:
+                    report.young += paths
     others = {path for path in left if SAMPLES.fullmatch(path)}
-    _discard(objects, sorted(others), report, delete)
+    young = {path for path in others if _is_young(objects, path, older_than)}
+    report.young = sorted([*report.young, *young])
+    _discard(objects, sorted(others - young), report, delete)
     report.held = sorted(set(report.held))
     report.foreign = sorted([*report.foreign, *(left - others)])
     return report
 
 
-def _end_stale_claims(objects: Objects, manifest: Manifest, left: set[str], report: GarbageReport) -> None:
-    """Takes the claims out of `left`; each is claimed once, which ends it if no process holds it."""
+def _end_stale_claims(
+    objects: Objects, manifest: Manifest, left: set[str], report: GarbageReport, older_than: float
+) -> set[int]:
+    """Takes the claims out of `left`, and returns the units of young ones; each other is claimed once, which ends it if
+    no process holds it."""
+    fresh = set()
     for path in sorted(path for path in left if CLAIM.fullmatch(path)):
         number = int(path.removeprefix("units/").removesuffix(".lock"))
         if number >= manifest.plan.num_units or path != claim_path(number):
             continue
         left.discard(path)
+        if _is_young(objects, path, older_than):
+            fresh.add(number)
+            continue
         with objects.claim(path) as is_held:
             if is_held:
                 report.stale_claims += 1
             else:
                 report.held.append(number)
+    report.held += fresh
+    return fresh
+
+
+def _is_young(objects: Objects, path: str, older_than: float) -> bool:
+    """Whether an object may be of a live writer by its age alone."""
+    if not older_than:
+        return False
+    try:
+        age = objects.age(path)
+    except StorageError:  # a link out of the cache: foreign
+        return False
+    return age is not None and age < older_than
 
 
 def _unfinished(manifest: Manifest, store: Store, left: set[str]) -> Iterator[tuple[Unit, list[str]]]:

@@ -31,8 +31,9 @@ from softcache import __version__
 from softcache.cache.codecs import COARSEST, DEFAULT_STEP, FINEST, OpenCodec, PackedCodec, SoftLabelCodec
 from softcache.cache.create import create_cache
 from softcache.cache.manifest import Manifest, Unit
+from softcache.cache.repair import usable_units
 from softcache.cache.storage.open import open_objects
-from softcache.cache.units import check_unit, claimed_units, finished_units, open_store, publish_unit
+from softcache.cache.units import check_unit, claimed_units, open_store, publish_unit
 from softcache.errors import LabelError, SpecError, TemperatureError
 from softcache.labels import ARRAYS, SoftLabels, concat
 from softcache.labels.sparsify import POLICIES, LabelSettings
@@ -106,7 +107,7 @@ def shrink_cache(
     reading, writing = open_store(origin, source_objects), open_store(manifest, objects)
     codec = manifest.soft_codec("shrink")
     own = {column.name for column in origin_codec.columns}
-    finished = finished_units(objects, manifest, digest)
+    finished = usable_units(objects, manifest, digest)
     # Views that are left out have the highest numbers.
     wanted = {number: cache.markers[number] for number in cache.markers if number < manifest.plan.num_units}
     progress(sum(marker.num_rows for number, marker in wanted.items() if number in finished))

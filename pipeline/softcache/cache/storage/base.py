@@ -69,10 +69,16 @@ class Objects(Protocol):
     def delete(self, path: str) -> None:
         """Removes an object, if it is there."""
 
-    def orphaned_writes(self, *, remove: bool) -> dict[str, int]:
+    def age(self, path: str) -> float | None:
+        """Returns the seconds since an object was last written, by the storage's own clock, or None if there is none."""
+
+    def orphaned_writes(self, *, remove: bool, older_than: float = 0.0) -> dict[str, int]:
         """Returns the bytes of writes whose process crashed, by path; removes them if `remove` is on. Writes under way stay.
 
         A bucket has none: an object is there when its one PUT is.
+
+        Args:
+            older_than: seconds; writes that were touched since stay.
         """
 
     def kvstore(self, prefix: str) -> dict[str, str] | None:

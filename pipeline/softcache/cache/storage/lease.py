@@ -1,7 +1,7 @@
-"""Claims in a bucket: a small object with an owner and an expiry, renewed while it is held.
+"""Claims where there are no locks: a small object with an owner and an expiry, renewed while it is held.
 
-    acquire   create it; or, if the one there has run out, replace exactly that one (by its e-tag)
-    hold      a thread replaces it by a later one, again by its e-tag, three times per lease
+    acquire   create it; or, if the one there has run out, replace exactly that one (by its tag)
+    hold      a thread replaces it by a later one, again by its tag, three times per lease
     release   delete it, if it is still ours
 
 A lease saves work and promises nothing: its holder may be paused for longer than the lease, clocks may differ, a
@@ -22,7 +22,8 @@ import socket
 import threading
 import time
 import uuid
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from softcache.errors import CacheNotFoundError, SoftcacheError
@@ -70,6 +71,18 @@ class LeaseManager:
         with self._lock:
             self._seen.pop(path, None)
 
+    @contextmanager
+    def claim(self, path: str) -> Iterator[bool]:
+        """Yields whether the lease is this caller's; it is renewed until the context ends."""
+        lease = Lease(self, path)
+        if not lease.acquire():
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lease.release()
+
 
 class Lease:
     """One claim of one process.
@@ -88,7 +101,7 @@ class Lease:
         """Returns whether the claim is ours now; it is then renewed until `release`.
 
         Raises:
-            StorageError: the bucket refuses or does not answer.
+            StorageError: the storage refuses or does not answer.
         """
         tag = self._objects.put_where(self._path, self._body(), None)
         if tag is None:

@@ -12,9 +12,9 @@ from typing import Any
 
 from softcache.cache.create import MANIFEST
 from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest
+from softcache.cache.repair import usable_units
 from softcache.cache.storage.base import Objects
 from softcache.cache.storage.open import open_objects
-from softcache.cache.units import finished_units
 from softcache.config.run import RunConfig
 from softcache.errors import CacheNotFoundError, RunError, UnitsFailedError
 from softcache.hashing.digests import digest_bytes
@@ -119,7 +119,7 @@ def _capture(
 ) -> tuple[CaptureReport, list[Failure]]:
     started, report, seen = time.monotonic(), CaptureReport(workers=0), set[str]()
     url, num_units = cluster.job.url, manifest.plan.num_units
-    finished = finished_units(objects, manifest, cluster.job.manifest_sha256)
+    finished = usable_units(objects, manifest, cluster.job.manifest_sha256)
     report.units_found = len(finished)
     event("run_started", run="teacher-logits", cache=url, rows=manifest.total_rows, units=num_units)
     with progress_bar("teacher: label", manifest.total_rows, "rows") as advance, defer_signals():

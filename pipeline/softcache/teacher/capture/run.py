@@ -26,8 +26,9 @@ from typing import NamedTuple
 from torch.utils.data import DataLoader
 
 from softcache.cache.manifest import Manifest, TeacherReport, Unit
+from softcache.cache.repair import usable_units
 from softcache.cache.storage.base import Objects
-from softcache.cache.units import finished_units, open_store, publish_unit, read_marker
+from softcache.cache.units import open_store, publish_unit, read_marker
 from softcache.data.batch import Dataset as Data
 from softcache.data.batch import ranges
 from softcache.labels.sparsify import LabelSettings
@@ -155,7 +156,7 @@ def capture(
         report.units_found += 1
         progress(rows)
 
-    finished = finished_units(objects, manifest, manifest_sha256)
+    finished = usable_units(objects, manifest, manifest_sha256)
     report.units_found = len(finished)
     getattr(progress, "found", progress)(sum(marker.num_rows for marker in finished.values()))
     pending = [unit for unit in manifest.plan.units() if unit.number not in finished]

@@ -18,8 +18,9 @@ from softcache import __version__
 from softcache.cache.codecs import OpenCodec
 from softcache.cache.create import create_cache
 from softcache.cache.manifest import Manifest, TeacherReport, Unit
+from softcache.cache.repair import usable_units
 from softcache.cache.storage.open import open_objects
-from softcache.cache.units import claimed_units, finished_units, open_store, publish_unit
+from softcache.cache.units import claimed_units, open_store, publish_unit
 from softcache.errors import AlignmentError, LabelError
 from softcache.hashing.digests import digest_json
 from softcache.labels import SoftLabels, concat
@@ -60,7 +61,7 @@ def fuse_caches(
     first, objects = caches[0], open_objects(target_url, create=True)
     samples = open_objects(first.url).get(first.manifest.samples)
     manifest, digest = create_cache(objects, manifest, samples)
-    writing, finished = open_store(manifest, objects), finished_units(objects, manifest, digest)
+    writing, finished = open_store(manifest, objects), usable_units(objects, manifest, digest)
     progress(sum(marker.num_rows for marker in finished.values()))
     pending = [unit for unit in manifest.plan.units() if unit.number not in finished]
     keys, targets = first.samples_table()[:2] if pending else ([], np.zeros(0, np.int64))

@@ -16,8 +16,9 @@ import numpy as np
 from softcache.cache.codecs import Codec
 from softcache.cache.create import create_cache
 from softcache.cache.manifest import Manifest, Unit
+from softcache.cache.repair import usable_units
 from softcache.cache.storage.open import open_objects
-from softcache.cache.units import finished_units, open_store, publish_unit, read_marker
+from softcache.cache.units import open_store, publish_unit, read_marker
 from softcache.data.sources.text.source import TokenSource
 from softcache.data.tokens import TokenData
 from softcache.errors import LabelError, SourceError
@@ -72,7 +73,7 @@ def import_labels(
         _check_complete(responses, data.source, manifest, set())
     objects = open_objects(url, create=True)
     manifest, digest = create_cache(objects, manifest, samples)
-    finished = finished_units(objects, manifest, digest)
+    finished = usable_units(objects, manifest, digest)
     if not allow_missing:
         _check_complete(responses, data.source, manifest, set(finished))
     report.units_found = len(finished)

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime
 from typing import Any
 
@@ -22,7 +24,7 @@ import pyarrow as pa
 from softcache.cache.storage.base import size_error
 from softcache.cache.storage.cloud.client import CloudClient, check_path
 from softcache.cache.storage.cloud.ranges import KeptObjects, RangeFile
-from softcache.cache.storage.lease import Lease, LeaseManager, Tag
+from softcache.cache.storage.lease import LeaseManager, Tag
 from softcache.errors import CacheNotFoundError
 
 __all__ = ["CloudObjects"]
@@ -44,6 +46,7 @@ class CloudObjects:
         self.url = self._client.url
         self._kept = KeptObjects(KEPT_BYTES)
         self._board = LeaseManager(self)
+        self._offset: float | None = None
 
     # -- whole objects -------------------------------------------------------------------------------------
 
@@ -172,7 +175,27 @@ class CloudObjects:
 
         return self._client.ask(path, "read" if path else "listed", entries)
 
-    def orphaned_writes(self, *, remove: bool) -> dict[str, int]:
+    def age(self, path: str) -> float | None:
+        try:
+            return self._now() - self._modified(path)
+        except CacheNotFoundError:
+            return None
+
+    def _modified(self, path: str) -> float:
+        return self._client.ask(
+            path, "read", lambda client, store: client.head(store, path)["last_modified"].timestamp()
+        )
+
+    def _now(self) -> float:
+        """The bucket's time, in seconds since the epoch: that of an object that it has just got."""
+        if self._offset is None:
+            path = f".softcache-clock-{uuid.uuid4().hex}"
+            self.put(path, b"")
+            self._offset = self._modified(path) - time.time()
+            self.delete(path)
+        return time.time() + self._offset
+
+    def orphaned_writes(self, *, remove: bool, older_than: float = 0.0) -> dict[str, int]:
         return {}
 
     def delete(self, path: str, *, patient: bool = True) -> None:
@@ -226,16 +249,8 @@ class CloudObjects:
 
     # -- claims --------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def claim(self, path: str) -> Iterator[bool]:
-        lease = Lease(self._board, path)
-        if not lease.acquire():
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            lease.release()
+    def claim(self, path: str) -> AbstractContextManager[bool]:
+        return self._board.claim(path)
 
     def __getstate__(self) -> dict[str, str]:
         return {"url": self.url}
