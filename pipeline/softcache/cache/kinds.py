@@ -8,7 +8,10 @@ from typing import Any
 from softcache.cache.codecs import Codec
 from softcache.labels import LabelKind
 
-__all__ = ["check_kind"]
+__all__ = ["FOREIGN", "check_kind"]
+
+FOREIGN = "foreign:"
+"""What the digest of another writer begins with, which softcache cannot derive."""
 
 RAGGED: frozenset[LabelKind] = frozenset({"tokens", "cells"})
 """Kinds of which a sample may have several rows."""

@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from softcache.cache.codecs import Codec, SoftLabelCodec, codec_from_dict
+from softcache.cache.features import check_features
 from softcache.cache.kinds import check_kind
 from softcache.errors import LabelError, ManifestError
 from softcache.labels import LabelKind
@@ -38,6 +39,7 @@ FORMAT_VERSION = 1
 MAX_UNITS = 10_000_000
 MAX_UNIT_ROWS, MAX_UNIT_BYTES, MAX_CHUNK_BYTES = 2**28, 2**36, 2**34
 """What a writer holds in memory and a reader decodes at once, before compression."""
+EXTENSION_NAME = r"^[A-Za-z0-9._-]{1,128}$"
 MAX_MANIFEST_BYTES, MAX_MARKER_BYTES = 2**26, 2**20
 
 
@@ -90,6 +92,12 @@ class _Document(BaseModel):
             return ManifestError(
                 f"{where}: format_version {version!r}; this softcache reads {FORMAT_VERSION}; upgrade softcache"
             )
+        features = content.get("features") if isinstance(content, dict) else None
+        if isinstance(features, list) and all(isinstance(name, str) for name in features):
+            try:  # what is unknown besides may belong to them
+                check_features(features, where=where)
+            except ManifestError as unknown:
+                return unknown
         problem = error.errors()[0]
         field = ".".join(map(str, problem["loc"]))
         return ManifestError(
@@ -163,6 +171,10 @@ def _is_none(value: Any) -> bool:
     )  # such a field is not written: manifests stay, byte for byte, what they were without it
 
 
+def _is_empty(value: Any) -> bool:
+    return not value
+
+
 class RaggedRows(_Document):
     """Samples with a row per token: how their rows lie in the arrays.
 
@@ -195,7 +207,7 @@ class TeacherReport(_Document):
         eval_map50: the same at IoU 0.5.
     """
 
-    num_parameters: Count
+    num_parameters: Count = 0
     eval_accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
     eval_loss: Annotated[float, Field(ge=0)] | None = Field(None, exclude_if=_is_none)
     eval_map: Annotated[float, Field(ge=-1, le=1)] | None = Field(None, exclude_if=_is_none)
@@ -212,17 +224,20 @@ class Manifest(_Document):
         data: where the columns are, relative to the cache.
         rows: None where every sample has one row.
         samples: the table of keys and ground truth, relative to the cache.
+        features: what a reader must know besides version 1 (`softcache.cache.features`).
+        extensions: of others, by a name that is theirs; readers pass over them, copies keep them.
+        attributes: free; readers pass over them, copies keep them.
         slimmed_from: sha256 of the manifest of the bigger cache that this one was made of (`softcache.tools.shrink`); like
         the
             teacher's report not compared between runs.
     """
 
     format_version: Literal[1] = 1
-    softcache_version: str
+    softcache_version: str = ""
     kind: LabelKind
     identity: dict[str, dict[str, Any]]
     num_classes: Annotated[int, Field(ge=1, le=2**31)]
-    class_names: tuple[str, ...]
+    class_names: tuple[str, ...] = ()
     codec: dict[str, Any]
     plan: Plan
     rows: RaggedRows | None = Field(None, exclude_if=_is_none)
@@ -230,12 +245,18 @@ class Manifest(_Document):
     data: Path
     samples: Path = "samples.parquet"
     samples_sha256: Digest
-    teacher: TeacherReport
+    teacher: TeacherReport = TeacherReport()
+    features: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=64)], ...], Field(max_length=64)
+    ] = Field((), exclude_if=_is_empty)
+    extensions: dict[Annotated[str, Field(pattern=EXTENSION_NAME)], Any] = Field({}, exclude_if=_is_empty)
+    attributes: dict[str, Any] = Field({}, exclude_if=_is_empty)
     slimmed_from: Digest | None = Field(None, exclude_if=_is_none)
 
     @model_validator(mode="after")
     def _check(self) -> Manifest:
         try:
+            check_features(self.features, where="features")
             codec = codec_from_dict(self.codec)
         except ManifestError as error:
             raise ValueError(str(error)) from error
@@ -351,7 +372,11 @@ class Shard(_Document):
 
 
 class UnitMarker(_Document):
-    """A finished unit; written last. A reader trusts only what a marker names."""
+    """A finished unit; written last. A reader trusts only what a marker names.
+
+    Attributes:
+        extensions: of others, by a name that is theirs; readers pass over them.
+    """
 
     unit: Count
     view: Count
@@ -360,6 +385,7 @@ class UnitMarker(_Document):
     num_rows: Count
     manifest_sha256: Digest
     shards: Annotated[tuple[Shard, ...], Field(min_length=1, max_length=64)]
+    extensions: dict[Annotated[str, Field(pattern=EXTENSION_NAME)], Any] = Field({}, exclude_if=_is_empty)
 
 
 def marker_path(number: int) -> str:

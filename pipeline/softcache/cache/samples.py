@@ -141,14 +141,32 @@ def _checked_table(data: bytes, columns: list[str] | None, num_samples: int) -> 
     found, schema = file.metadata.num_rows, file.schema_arrow
     if found != num_samples or found > MAX_SAMPLES_PER_BYTE * (len(data) + 1024):
         raise ValueError(f"{found} samples in {len(data)} bytes; expected {num_samples}")
-    if schema not in (SCHEMA, pa.schema([*SCHEMA, *ROW_FIELDS])):
-        raise ValueError(
-            f"its columns are {schema.names} of {schema.types}; expected {SCHEMA.names} and so on"
-        )
-    table = file.read(columns, use_threads=False)
+    fields = {field.name: field.type for field in (*SCHEMA, *ROW_FIELDS)}
+    ragged = "num_rows" in schema.names
+    expected = list(fields) if ragged else SCHEMA.names
+    for name in expected:
+        kinds = [field.type for field in schema if field.name == name]
+        if len(kinds) != 1 or not _is_readable(kinds[0], fields[name]):
+            raise ValueError(
+                f"its columns are {schema.names} of {schema.types}; expected {name}, once, of {fields[name]}"
+            )
+    table = file.read(columns or expected, use_threads=False)
+    for name in set(table.column_names) - {"target"}:
+        if table[name].null_count:
+            raise ValueError(f"column {name} has nulls")
     if not np.array_equal(_numbers(table["sample"]), np.arange(len(table))):
         raise ValueError("its samples are not numbered 0, 1, 2, …")
     return table
+
+
+def _is_readable(found: pa.DataType, expected: pa.DataType) -> bool:
+    """Whether a column of another writer's type has the same values: integers of any width, strings of any kind, nulls."""
+    if pa.types.is_string(expected):
+        return any(
+            is_kind(found)
+            for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+        )
+    return pa.types.is_integer(found) or pa.types.is_null(found)
 
 
 def _row_counts(table: pa.Table) -> np.ndarray:

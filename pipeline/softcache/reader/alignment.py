@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import cache as cache_result
 from typing import Any
 
 import numpy as np
 
+from softcache.cache.kinds import FOREIGN
 from softcache.data.batch import Dataset
 from softcache.errors import AlignmentError
 from softcache.reader.cache import Cache, CachedBatch
+from softcache.runtime.logging import log_info
 
-__all__ = ["attach_labels", "check_alignment"]
+__all__ = ["attach_labels", "check_alignment", "foreign_parts"]
 
 
 def check_alignment(cache: Cache, data: Dataset) -> None:
@@ -28,17 +31,42 @@ def check_alignment(cache: Cache, data: Dataset) -> None:
             f"{where}: holds labels of kind {cache.manifest.kind!r}, the source is of kind {data.kind!r}; "
             "give --cache the one that was made from this source"
         )
+    foreign = foreign_parts(cache)
     for part, here in data.identity(cache.num_views).items():
-        if identity[part]["digest"] != here["digest"]:
+        if part not in foreign and identity[part]["digest"] != here["digest"]:
             raise AlignmentError(
                 f"{where}: {_PARTS[part][0]} ({_part_difference(identity[part], here, _PARTS[part][1])}); restore the "
                 f"[{_PARTS[part][1]}] table{' and the [teacher]' * (part == 'views')} of the config that made it, or "
                 "rebuild the cache"
             )
-    if identity["source"]["digest"] != data.source.digest:
+    if "source" in foreign:
+        difference = _table_difference(cache, data)
+    else:
+        is_same = identity["source"]["digest"] == data.source.digest
+        difference = None if is_same else _source_difference(cache, data)
+    if difference is not None:
         raise AlignmentError(
-            f"{where}: {_source_difference(cache, data)}; train on the dataset that was labeled, or rebuild the cache"
+            f"{where}: {difference}; train on the dataset that was labeled, or rebuild the cache"
         )
+    if foreign:
+        _log_foreign(cache.url, ", ".join(foreign))
+
+
+def foreign_parts(cache: Cache) -> list[str]:
+    """Returns the parts of a cache's identity whose digests softcache cannot derive."""
+    digests = {name: part.get("digest") for name, part in cache.manifest.identity.items()}
+    return [
+        name for name, digest in digests.items() if isinstance(digest, str) and digest.startswith(FOREIGN)
+    ]
+
+
+@cache_result
+def _log_foreign(url: str, parts: str) -> None:
+    """Logs, once for a cache, what stands in for digests that cannot be compared."""
+    log_info(
+        f"cache {url}: digests of another writer ({parts}) are not compared; samples are joined by key, ground truth, "
+        "rows and order, and every one is compared by its fingerprint"
+    )
 
 
 _PARTS = {
@@ -68,16 +96,10 @@ def _value(settings: dict[str, Any], key: str) -> str:
     )  # keys that came later are left out where they are
 
 
-def _source_difference(cache: Cache, data: Dataset) -> str:
-    """Returns what changed, naming the first sample at fault; reads the data only on this path."""
+def _table_difference(cache: Cache, data: Dataset) -> str | None:
+    """Returns how keys, order, ground truth or rows differ, naming the first sample at fault; None if they do not."""
     table, source = cache.samples_table(), data.source
     keys = source.keys()
-    left_out, unreadable = (
-        set(cache.manifest.identity["source"].get("unreadable", ())),
-        set(getattr(source, "unreadable", ())),
-    )
-    if left_out != unreadable:
-        return _unreadable_difference(sorted(left_out - unreadable), sorted(unreadable - left_out))
     lost, new = sorted(set(table.keys) - set(keys)), sorted(set(keys) - set(table.keys))
     changes = [f"{key!r} is gone" for key in lost[:1]] + [f"{key!r} is new" for key in new[:1]]
     if len(table.keys) != len(source):
@@ -88,8 +110,25 @@ def _source_difference(cache: Cache, data: Dataset) -> str:
             return f"sample {sample} was {there!r} when labeled and is {here!r} now ({why})"
     for column, now in ({} if cache.skips_positions else data.sample_columns()).items():
         then, fact = getattr(table, column), {"num_rows": "rows", "targets": "ground truth"}[column]
+        if column == "targets" and not len(then):
+            continue  # a table without ground truth
         for sample in np.flatnonzero(then != now)[:1]:
             return f"sample {keys[sample]!r} had {fact} {then[sample]} when labeled and has {now[sample]} now"
+    return None
+
+
+def _source_difference(cache: Cache, data: Dataset) -> str:
+    """Returns what changed, naming the first sample at fault; reads the data only on this path."""
+    source = data.source
+    keys = source.keys()
+    left_out, unreadable = (
+        set(cache.manifest.identity["source"].get("unreadable", ())),
+        set(getattr(source, "unreadable", ())),
+    )
+    if left_out != unreadable:
+        return _unreadable_difference(sorted(left_out - unreadable), sorted(unreadable - left_out))
+    if (difference := _table_difference(cache, data)) is not None:
+        return difference
     for samples in np.array_split(cache.samples_in(0), max(1, len(source) // 256)):
         stored = cache.read_rows(samples, 0)[1]
         changed = np.flatnonzero(data.load(samples, 0).fingerprints != stored)

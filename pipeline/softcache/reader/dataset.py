@@ -19,7 +19,7 @@ import numpy as np
 from softcache.data.batch import Dataset
 from softcache.errors import AlignmentError, ManifestError
 from softcache.hashing.splitmix import SPLITMIX64_GAMMA, splitmix64
-from softcache.reader.alignment import attach_labels, check_alignment
+from softcache.reader.alignment import attach_labels, check_alignment, foreign_parts
 from softcache.reader.cache import Cache, CachedBatch
 from softcache.reader.order import Request
 
@@ -243,6 +243,8 @@ class SoftLabelDataset(BatchedDataset):
     ) -> None:
         self._data = as_teacher_saw(source, cache, views)
         check_alignment(cache, self._data)
+        if foreign_parts(cache):  # what they would have been compared by
+            fingerprint_fraction = 1.0
         self.cache, self.view = cache, view
         self.rows_of: np.ndarray | None = None
         self.labeled_of = cache.rows.counts(np.arange(len(cache))) if cache.skips_positions else None

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from softcache.cache.kinds import FOREIGN
 from softcache.cache.manifest import Manifest, UnitMarker
 from softcache.cache.samples import RowIndex, SampleTable
 from softcache.cache.storage.base import is_bucket
@@ -286,7 +287,8 @@ def _manifest_of(parts: Sequence[Cache]) -> Manifest:
     sources = [manifest.identity["source"] for manifest in manifests]
     source = sources[0] | {
         "name": f"{sources[0]['name']} and {len(parts) - 1} more" if len(parts) > 1 else sources[0]["name"],
-        "digest": digest_of_parts([source["digest"] for source in sources]),
+        "digest": (FOREIGN if any(source["digest"].startswith(FOREIGN) for source in sources) else "")
+        + digest_of_parts([source["digest"] for source in sources]),
     }
     teacher = first.teacher if all(manifest.teacher == first.teacher for manifest in manifests) else None
     rows = first.rows and first.rows.model_copy(

@@ -24,7 +24,7 @@ from softcache.labels import STATS
 __all__ = ["ParquetStore"]
 
 OPEN_FILES = 16
-SAMPLE = Column("sample", "int64")
+SAMPLE, VIEW = Column("sample", "int64"), Column("view", "uint32")
 
 
 class ParquetStore:
@@ -35,7 +35,7 @@ class ParquetStore:
         self._columns = {column.name: column for column in columns}
         self._chunk_rows = manifest.rows.chunk_rows if manifest.rows else manifest.plan.chunk_samples
         self._schema = _schema(manifest, self._columns.values())
-        self._files: OrderedDict[str, pq.ParquetFile] = OrderedDict()
+        self._files: OrderedDict[str, tuple[pq.ParquetFile, np.ndarray]] = OrderedDict()
         self._lock = threading.Lock()  # a file is read at one place at a time, and stays open meanwhile
 
     @property
@@ -83,14 +83,12 @@ class ParquetStore:
                 group.total_byte_size > 2 * group.num_rows * (self._row_bytes() + 64) + 2**20
                 for group in groups
             ]
-            sizes = [group.num_rows > self._chunk_rows for group in groups]
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptionError(f"{where}: is no Parquet file: {error}; restore it from a copy") from error
-        if found.num_rows > self._unit_rows() or any(claims) or any(sizes):
+        if found.num_rows > self._unit_rows() or any(claims):
             raise CorruptionError(
                 f"{where}: claims to hold {found.num_rows:,} rows, {max([g.total_byte_size for g in groups], default=0):,} "
-                f"bytes in a group of them; at most {self._unit_rows():,} rows in groups of {self._chunk_rows:,} expected; "
-                "restore it from a copy"
+                f"bytes in a group of them; at most {self._unit_rows():,} rows expected; restore it from a copy"
             )
 
     def encode(self, unit: Unit, columns: Mapping[str, np.ndarray]) -> dict[str, tuple[str | None, bytes]]:
@@ -155,18 +153,20 @@ class ParquetStore:
         names = list(self._columns if columns is None else columns)
         order = ["position"] if self._manifest.rows and "position" not in names else []
         first_row, last_row = rows or (start - unit.start, stop - unit.start)
-        group, last_group = first_row // self._chunk_rows, -(-last_row // self._chunk_rows)
         try:
             with self._lock:
-                table = self._open(unit).read_row_groups(
+                file, starts = self._open(unit)
+                group = max(0, int(np.searchsorted(starts, first_row, "right")) - 1)
+                last_group = int(np.searchsorted(starts, last_row, "left"))
+                table = file.read_row_groups(
                     list(range(group, last_group)), ["view", "sample", *order, *names], use_threads=False
                 )
-            table = table.slice(first_row - group * self._chunk_rows, last_row - first_row)
+            table = table.slice(first_row - starts[group], last_row - first_row)
             samples = self._values(table["sample"], SAMPLE, len(table))
             firsts = np.flatnonzero(np.diff(samples, prepend=start - 1))
             if len(table) != last_row - first_row or not (
                 np.array_equal(samples[firsts], np.arange(start, stop))
-                and (table["view"].to_numpy() == unit.view).all()
+                and (self._values(table["view"], VIEW, len(table)) == unit.view).all()
             ):
                 raise ValueError(_misplaced(samples, start, stop))
             if self._manifest.rows:
@@ -186,7 +186,8 @@ class ParquetStore:
             ) from error
         return out
 
-    def _open(self, unit: Unit) -> pq.ParquetFile:
+    def _open(self, unit: Unit) -> tuple[pq.ParquetFile, np.ndarray]:
+        """Returns the open file and the first row of each of its row groups, however large another writer made them."""
         (path,) = self.shard_paths(unit)
         if path not in self._files:
             file = pq.ParquetFile(
@@ -196,13 +197,30 @@ class ParquetStore:
                     self._objects.url
                 ),  # one request for neighbouring columns, not one for each
             )
-            if not file.schema_arrow.equals(self._schema):
-                raise ValueError(f"its columns are {file.schema_arrow}; expected {self._schema}")
-            self._files[path] = file
+            self._check_columns(file.schema_arrow)
+            sizes = [
+                file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)
+            ]
+            self._files[path] = file, np.cumsum([0, *sizes])[:-1]
             while len(self._files) > OPEN_FILES:
-                self._files.popitem(last=False)[1].close(force=True)
+                self._files.popitem(last=False)[1][0].close(force=True)
         self._files.move_to_end(path)
         return self._files[path]
+
+    def _check_columns(self, schema: pa.Schema) -> None:
+        """Raises ValueError unless every column is there, once, as lists or bytes of its size and dtype.
+
+        Order, further columns, nullability, names of list items and metadata are the writer's.
+        """
+        for field in self._schema:
+            places = schema.get_all_field_indices(field.name)
+            if len(places) != 1:
+                raise ValueError(
+                    f"it has {len(places)} columns {field.name}, among {schema.names}; expected one"
+                )
+            found = schema.field(places[0]).type
+            if not _is_readable(found, field.type):
+                raise ValueError(f"column {field.name} is of type {found}; expected {field.type}")
 
     def _values(self, chunked: pa.ChunkedArray, column: Column, rows: int) -> np.ndarray:
         if chunked.null_count:
@@ -210,8 +228,11 @@ class ParquetStore:
         array = pa.concat_arrays(chunked.chunks) if chunked.num_chunks else pa.array([], chunked.type)
         if column.planar:
             return _bytes_of(array, rows, *column.shape)
-        for _ in column.shape:
-            array = array.flatten()
+        for size in column.shape:
+            array = _flat(array, size, column.name)
+        wanted = pa.from_numpy_dtype(np.dtype(column.dtype))
+        if array.type != wanted:
+            array = array.cast(wanted)
         return array.to_numpy(zero_copy_only=False).reshape(rows, *column.shape)
 
 
@@ -254,7 +275,38 @@ def _records(values: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.binary(size), rows, [None, pa.py_buffer(values)])
 
 
+def _flat(array: pa.Array, size: int, name: str) -> pa.Array:
+    """Returns the items of lists that have `size` each."""
+    if not pa.types.is_fixed_size_list(array.type):
+        lengths = array.value_lengths()
+        if len(array) and (lengths.null_count or (lengths.to_numpy() != size).any()):
+            raise ValueError(f"column {name} has lists of other lengths than {size}")
+    items = array.flatten()
+    if items.null_count:
+        raise ValueError(f"column {name} has nulls")
+    return items
+
+
+def _is_readable(found: pa.DataType, expected: pa.DataType) -> bool:
+    """Whether values of a type are those of another: lists of any kind, and integers of any width where there is no list."""
+    if pa.types.is_fixed_size_list(expected):
+        if pa.types.is_fixed_size_list(found) and found.list_size != expected.list_size:
+            return False
+        is_list = any(
+            is_kind(found)
+            for is_kind in (pa.types.is_fixed_size_list, pa.types.is_list, pa.types.is_large_list)
+        )
+        return is_list and _is_readable(found.value_type, expected.value_type)
+    if pa.types.is_fixed_size_binary(expected):
+        return found == expected or pa.types.is_binary(found) or pa.types.is_large_binary(found)
+    return found == expected or (pa.types.is_integer(found) and pa.types.is_integer(expected))
+
+
 def _bytes_of(array: pa.Array, rows: int, size: int) -> np.ndarray:
+    if not pa.types.is_fixed_size_binary(
+        array.type
+    ):  # of a writer that has no such type; cast checks the sizes
+        array = array.cast(pa.binary(size))
     buffer = array.buffers()[1]
     if buffer is None:
         return np.zeros((0, size), np.uint8)

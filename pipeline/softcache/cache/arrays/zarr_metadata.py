@@ -12,7 +12,7 @@ from softcache.cache.codecs import Column
 from softcache.cache.manifest import Manifest, Plan
 from softcache.labels import STATS
 
-__all__ = ["GEOMETRY", "describe", "metadata_equal"]
+__all__ = ["GEOMETRY", "compressor_of", "describe", "metadata_equal"]
 
 COMPRESSION_LEVEL = 3
 PLANAR_LEVEL = 1
@@ -30,24 +30,90 @@ GEOMETRY = (
 )
 """The keys of an array's `zarr.json` that decide what its numbers are."""
 
-DESCRIBED = (*GEOMETRY, "dimension_names", "attributes")
+COMPRESSORS = ("blosc", "zstd", "gzip")
 
 
-def metadata_equal(found: bytes, expected: bytes) -> bool:
+def metadata_equal(found: bytes, expected: bytes, *, any_codec: bool = False) -> bool:
     """Whether two `zarr.json` describe the same numbers by the same names.
 
-    What later versions of Zarr may add is left alone; a key in place of another is damage.
+    Parameters that no decoder needs (levels, shuffles, sizes of blocks), further attributes, consolidated metadata and what
+    later versions of Zarr may add are left alone; a key in place of another is damage.
+
+    Args:
+        any_codec: chunks may be coded in any way of `array_codecs`.
     """
     try:
         one, other = json.loads(found), json.loads(expected)
-        renamed = one.keys() - other.keys() and other.keys() - one.keys()
-        return (
-            all(one.get(key) == other.get(key) for key in DESCRIBED)
-            and not one.get("storage_transformers")
-            and not renamed
+        renamed = (
+            one.keys() - other.keys() - {"consolidated_metadata"} and other.keys() - one.keys() - OPTIONAL
         )
-    except (ValueError, AttributeError, RecursionError):
+        if renamed or one.get("storage_transformers") or one["zarr_format"] != 3:
+            return False
+        mine, theirs = one.get("attributes", {}), other["attributes"]
+        if one["node_type"] != other["node_type"] or any(
+            theirs[key] != mine[key] for key in theirs.keys() & mine.keys()
+        ):
+            return False
+        return one["node_type"] == "group" or (
+            all(one[key] == other[key] for key in ("shape", "data_type", "chunk_grid", "fill_value"))
+            and {"configuration": {"separator": "/"}, **one["chunk_key_encoding"]}
+            == other["chunk_key_encoding"]
+            and (one.get("dimension_names") or other["dimension_names"]) == other["dimension_names"]
+            and _codecs_equal(one["codecs"], other["codecs"], any_codec=any_codec)
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False
+
+
+OPTIONAL = {"attributes", "dimension_names", "storage_transformers"}
+
+
+def _codecs_equal(found: list[dict[str, Any]], expected: list[dict[str, Any]], *, any_codec: bool) -> bool:
+    if expected[0]["name"] != "sharding_indexed":
+        return [_decoder(codec) for codec in found] == [_decoder(codec) for codec in expected]
+    (one,), (other,) = found, expected
+    there, here = one["configuration"], other["configuration"]
+    if one["name"] != "sharding_indexed" or {"index_location": "end", **there}.keys() != here.keys():
+        return False
+    if there["chunk_shape"] != here["chunk_shape"] or there.get("index_location", "end") != "end":
+        return False
+    if [_decoder(codec) for codec in there["index_codecs"]] != [
+        _decoder(codec) for codec in here["index_codecs"]
+    ]:
+        return False
+    inner = [_decoder(codec) for codec in there["codecs"]]
+    return inner == [_decoder(codec) for codec in here["codecs"]] or (
+        any_codec and _is_known(inner, here["chunk_shape"])
+    )
+
+
+def _decoder(codec: dict[str, Any]) -> tuple[str, Any]:
+    """The name of a codec, and those of its parameters that decide what is decoded."""
+    configuration = codec.get("configuration", {})
+    if codec["name"] == "bytes":
+        return "bytes", configuration.get("endian", "little")
+    return codec["name"], None if codec["name"] in (*COMPRESSORS, "crc32c") else configuration
+
+
+def _is_known(chain: list[tuple[str, Any]], shape: list[int]) -> bool:
+    """Whether a chain is: a transposition or none, little-endian bytes, a compressor or none, crc32c or none."""
+    if chain and chain[0][0] == "transpose":
+        if sorted(chain[0][1]["order"]) != list(range(len(shape))):
+            return False
+        chain = chain[1:]
+    if not chain or chain[0] != ("bytes", "little"):
+        return False
+    names = [name for name, _ in chain[1:]]
+    return (names[:1] in ([name] for name in COMPRESSORS) and names[1:] in ([], ["crc32c"])) or names in (
+        [],
+        ["crc32c"],
+    )
+
+
+def compressor_of(document: dict[str, Any]) -> str | None:
+    """The name of the compressor of an array's chunks, by its `zarr.json`; None where they are not compressed."""
+    names = [codec["name"] for codec in document["codecs"][0]["configuration"]["codecs"]]
+    return next((name for name in names if name in COMPRESSORS), None)
 
 
 async def describe(manifest: Manifest, columns: Iterable[Column]) -> dict[str, bytes]:
@@ -61,7 +127,13 @@ async def describe(manifest: Manifest, columns: Iterable[Column]) -> dict[str, b
         path=manifest.data,
         mode="w",
         zarr_format=3,
-        attributes={"softcache_format": manifest.format_version, "units": "nats", "stats": list(STATS)},
+        attributes={
+            "softcache_format": manifest.format_version,
+            "kind": manifest.kind,
+            "units": "nats",
+            "stats": list(STATS),
+            "codec": manifest.codec,
+        },
     )
     plan, rows = manifest.plan, manifest.rows
     for column in columns:
@@ -106,7 +178,19 @@ async def describe(manifest: Manifest, columns: Iterable[Column]) -> dict[str, b
             value = await memory.get(path, default_buffer_prototype())
             assert value is not None
             out[path] = value.to_bytes()
-    return out
+    return _consolidated(prefix, out)
+
+
+def _consolidated(prefix: str, documents: dict[str, bytes]) -> dict[str, bytes]:
+    """Puts the arrays' `zarr.json` into that of the group too, where zarr-python and xarray find them with one request."""
+    arrays = {
+        path.removeprefix(prefix).removesuffix("/zarr.json"): json.loads(data)
+        for path, data in documents.items()
+        if path.endswith("/zarr.json") and path != f"{prefix}zarr.json"
+    }
+    group = json.loads(documents[f"{prefix}zarr.json"])
+    group["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}
+    return documents | {f"{prefix}zarr.json": json.dumps(group, indent=2).encode()}
 
 
 def _grid(plan: Plan) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

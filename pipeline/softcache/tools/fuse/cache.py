@@ -162,6 +162,8 @@ def fused_manifest(caches: Sequence[Cache], settings: FusionSettings) -> Manifes
             "samples": "samples.parquet",
             "teacher": TeacherReport(num_parameters=parameters),
             "slimmed_from": None,
+            "extensions": {},
+            "attributes": {},
         }
     )
 
