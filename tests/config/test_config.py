@@ -40,7 +40,12 @@ def written(tmp_path, text):
 def test_the_configs_of_the_repository_are_valid(path):
     config = load_config(path)
     assert config.name == path.stem
-    kind = {"-lm": "text", "-detection": "detection", "translation": "translation"}
+    kind = {
+        "-lm": "text",
+        "-detection": "detection",
+        "-segmentation": "segmentation",
+        "translation": "translation",
+    }
     assert config.source.modality == next((kind[end] for end in kind if path.stem.endswith(end)), "image")
     pretrained = ("clip-zero-shot", "coco-detection", "hf-causal-lm", "imagenet-tar")
     if path.stem not in pretrained:

@@ -26,10 +26,11 @@ IDENTITY_SCHEMA_BY_KIND: dict[LabelKind, dict[str, dict[str, Any]]] = {
     "tokens": {"tokenizer": {"digest": str}, "attention": {"digest": str}},
     "cells": {
         "views": {"digest": str, "settings": dict},
-        "boxes": {"digest": str, "settings": dict},
         "grid": {"digest": str, "num_cells": int},
     },
 }
+CELL_TRUTHS = ("boxes", "masks")
+"""Parts of the identity of cells, one of which says what their ground truth is."""
 
 
 def check_kind(
@@ -44,7 +45,11 @@ def check_kind(
         raise ValueError("rows: caches of tokens and cells have them, caches of images do not")
     if kind not in codec.kinds:
         raise ValueError(f"codec {codec.name}: is not of labels of kind {kind}")
-    for part, fields in (IDENTITY_SCHEMA | IDENTITY_SCHEMA_BY_KIND[kind]).items():
+    schema = IDENTITY_SCHEMA | IDENTITY_SCHEMA_BY_KIND[kind]
+    if kind == "cells":
+        truth = CELL_TRUTHS["masks" in identity]
+        schema = schema | {truth: {"digest": str, "settings": dict}}
+    for part, fields in schema.items():
         for name, expected in fields.items():
             if not isinstance(identity.get(part, {}).get(name), expected):
                 raise ValueError(f"identity.{part} must have {name}, a {expected.__name__}")

@@ -205,6 +205,7 @@ class TeacherReport(_Document):
         eval_loss: mean negative log-likelihood of these rows, nats; of a detector its own loss, mean over images.
         eval_map: of a detector, the mean average precision over IoU 0.5 to 0.95 on the evaluation split.
         eval_map50: the same at IoU 0.5.
+        eval_miou: of a teacher of masks, the mean over classes of the intersection over union of its pixels.
     """
 
     num_parameters: Count = 0
@@ -212,6 +213,7 @@ class TeacherReport(_Document):
     eval_loss: Annotated[float, Field(ge=0)] | None = Field(None, exclude_if=_is_none)
     eval_map: Annotated[float, Field(ge=-1, le=1)] | None = Field(None, exclude_if=_is_none)
     eval_map50: Annotated[float, Field(ge=-1, le=1)] | None = Field(None, exclude_if=_is_none)
+    eval_miou: Annotated[float, Field(ge=0, le=1)] | None = Field(None, exclude_if=_is_none)
     eval_samples: Count = 0
 
 
@@ -291,9 +293,9 @@ class Manifest(_Document):
 
     @property
     def skips_positions(self) -> bool:
-        """Whether only some of a sample's rows have a label: its `labels.positions` were not "all". Of cells a batch has no
-        other rows than those."""
-        return self.kind != "cells" and "positions" in self.identity["labels"]
+        """Whether only some of a sample's rows have a label: its `labels.positions` were not "all". Of a detector's cells a
+        batch has no other rows than those."""
+        return "boxes" not in self.identity and "positions" in self.identity["labels"]
 
     @property
     def unit_bytes(self) -> int:
@@ -320,7 +322,7 @@ class Manifest(_Document):
         """
         codec = self.build_codec()
         if not isinstance(codec, SoftLabelCodec):
-            whose = "a detector" if self.kind == "cells" else "independent classes"
+            whose = "a detector" if "boxes" in self.identity else "independent classes"
             raise LabelError(
                 f"{what}: expected labels that are one distribution over all classes; found those of codec {codec.name!r}, "
                 f"of {whose}, for which it is not made; give another cache"

@@ -81,10 +81,13 @@ class RunConfig(Settings):
             raise ValueError(
                 f"teacher.test_time_augmentation: of image classifiers; found source.modality = {modality.name!r}; drop it"
             )
+        if self.labels.positions.stride is not None and not modality.reads_cell_side:
+            raise ValueError(
+                f"labels.positions.stride: of images with masks; found source.modality = {modality.name!r}; drop it"
+            )
         if self.teacher is not None and self.teacher.class_map is not None and not modality.reads_class_map:
             raise ValueError(
-                f"teacher.class_map: of classifiers and detectors of images; source.modality = {modality.name!r} has none; "
-                "drop it"
+                f"teacher.class_map: of models of images; source.modality = {modality.name!r} has none; drop it"
             )
         return self
 

@@ -7,8 +7,8 @@ Eligible are the rows that the source has (`softcache.data.sources.text.packing`
     random    ceil(share * n), drawn without replacement
     entropy   the ceil(share * n) at which the teacher is least certain, ties by position
 
-All this is of texts. Of a detector's cells, "cells" takes exactly `top` of each image: those of its ground truth, then the
-best by the teacher's class score (`softcache.labels.sparsify.detection`).
+All this is of texts, and of the cells of masks. Of a detector's cells, "cells" takes exactly `top` of each image: those of
+its ground truth, then the best by the teacher's class score (`softcache.labels.sparsify.detection`).
 
 How many a sample keeps is known before the teacher runs; only `entropy` needs its answer to say which. Under `every` and
 `random` the teacher's head runs on the chosen rows alone; its backbone runs on all tokens under any policy.
@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 __all__ = ["LabelKind", "PositionSettings", "chosen_rows", "highest_rows"]
 
 LabelKind = Literal["image", "tokens", "cells"]
-"""Of a classifier of images, a row each; of a language model, a row per token; of a detector, a row per kept anchor."""
+"""Of a classifier of images, a row each; of a language model, a row per token; of a detector, a row per kept anchor, and of
+masks, a row per cell of a grid."""
+DEFAULT_STRIDE = 4
 ROUNDING = 1e-9
 """Of share * n: 0.07 * 100 is 7.000000000000001, and means 7."""
 
@@ -50,12 +52,13 @@ class PositionSettings(Settings):
     """[labels.positions]: which positions of a sample get a label row.
 
     Attributes:
-        policy: of texts "all"; "every" `every`-th one; a "random" `share`; the `share` of highest teacher "entropy". Of a
-            detector's cells "cells".
+        policy: of texts and masks "all"; "every" `every`-th one; a "random" `share`; the `share` of highest teacher
+            "entropy". Of a detector's cells "cells".
         every: of "every".
         share: of a sample's rows, of "random" and "entropy"; rounded up, so that each sample keeps one at least.
         seed: of "random".
         top: rows of each image, of "cells".
+        stride: of masks: pixels of a cell's side in the viewed image; None: `DEFAULT_STRIDE`.
     """
 
     policy: Literal["all", "every", "random", "entropy", "cells"] = "all"
@@ -63,15 +66,22 @@ class PositionSettings(Settings):
     share: float = Field(0.25, gt=0, le=1)
     seed: int = Field(0, ge=0, lt=2**63)
     top: int = Field(64, ge=1, le=2**20)
+    stride: int | None = Field(None, ge=1, le=2**14)
 
     @model_validator(mode="after")
     def _check_policy(self) -> Self:
-        if self.model_fields_set and "policy" not in self.model_fields_set:
-            given = ", ".join(sorted(self.model_fields_set))
+        given_keys = self.model_fields_set - {"stride"}
+        if given_keys and "policy" not in given_keys:
+            given = ", ".join(sorted(given_keys))
             raise ValueError(
                 f'{given} without a policy would be ignored; set policy = "every", "random", "entropy" or "cells"'
             )
         return self
+
+    @property
+    def cell_side(self) -> int:
+        """Pixels of a cell's side, of masks."""
+        return self.stride or DEFAULT_STRIDE
 
     @property
     def chooses_cells(self) -> bool:

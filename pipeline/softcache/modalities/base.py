@@ -181,7 +181,7 @@ class Modality(ABC):
     Attributes:
         name: the first part of the names of its sources, `NAME/SOURCE`.
         kind: of its caches' labels, in the manifest: "image" for one row per sample, "tokens" for a row per token,
-            "cells" for a row per kept anchor.
+            "cells" for a row per kept anchor, or per cell of a mask.
         score: what its students are compared by.
         unit: what the title of a table of students adds; "" for nothing.
         more_scores: further columns of that table.
@@ -230,6 +230,8 @@ class Modality(ABC):
 
     reads_class_map = False
     """Whether its teachers may have other outputs than the source has classes: `teacher.class_map`."""
+    reads_cell_side = False
+    """Whether its rows are cells of so many pixels: `labels.positions.stride`."""
 
     def check(self, config: RunConfig) -> None:  # noqa: B027  # not every modality has something to check
         """Checks the tables of a config against each other.

@@ -185,7 +185,12 @@ def _place(parsed: ModelSpec) -> tuple[str, dict[str, Any]]:
 
 
 def build_hf_model(
-    parsed: ModelSpec, num_classes: int | None, input_shape: tuple[int, ...], class_names: Sequence[str]
+    parsed: ModelSpec,
+    num_classes: int | None,
+    input_shape: tuple[int, ...],
+    class_names: Sequence[str],
+    *,
+    task: str = "AutoModelForImageClassification",
 ) -> nn.Module:
     """Returns a model in evaluation mode.
 
@@ -193,6 +198,7 @@ def build_hf_model(
         num_classes: of the head. A pretrained one of another size becomes a random one, which teachers refuse beforehand
             (`num_hf_outputs`). None: that of the weights.
         class_names: of a zero-shot head.
+        task: the class of transformers that makes it, unless it is of zero-shot.
 
     Raises:
         SpecError: an argument is unknown, weights are missing, or a zero-shot head has no names.
@@ -221,7 +227,7 @@ def build_hf_model(
             )
         model: nn.Module = ZeroShotClassifier(net, tokenizer, texts, is_bgr=is_bgr)
     else:
-        auto, config = transformers.AutoModelForImageClassification, _config(parsed)
+        auto, config = getattr(transformers, task), _config(parsed)
         head = {} if num_classes is None or num_classes == config.num_labels else {"num_labels": num_classes}
         if scheme == "hf-config":
             for key, value in head.items():

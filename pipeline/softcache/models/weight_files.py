@@ -113,6 +113,18 @@ def _is_state(value: dict[Any, Any]) -> bool:
     return bool(value) and all(isinstance(one, torch.Tensor) for one in value.values())
 
 
+def _without_auxiliary_head(
+    state: dict[str, torch.Tensor], expected: set[str], path: str | Path
+) -> dict[str, torch.Tensor]:
+    """Returns a state dict without the head that torchvision trains segmentation with and no image goes through later,
+    where the model has none."""
+    auxiliary = {name for name in state if "aux_classifier" in name.split(".")}
+    if not auxiliary or any("aux_classifier" in name.split(".") for name in expected):
+        return state
+    log_info(f"weights {path}: the auxiliary head of training, aux_classifier, is left out")
+    return {name: value for name, value in state.items() if name not in auxiliary}
+
+
 def _renamed(
     state: dict[str, torch.Tensor], model: nn.Module, frozen: set[str], path: str | Path
 ) -> dict[str, torch.Tensor]:
@@ -122,6 +134,7 @@ def _renamed(
     """
     expected = model.state_dict().keys() - frozen
     found = {name: value for name, value in state.items() if name != "n_averaged"}
+    found = _without_auxiliary_head(found, expected, path)
     taken = ""
     while found.keys() != expected and (
         prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in found)), "")

@@ -72,6 +72,8 @@ def _log_foreign(url: str, parts: str) -> None:
 _PARTS = {
     "views": ("its views were made by another transform", "views"),
     "boxes": ("its boxes were left out by another rule", "views"),
+    "masks": ("its masks were made by another rule", "views"),
+    "grid": ("its rows are the cells of another grid", "labels.positions"),
     "tokenizer": ("its tokens were made by another tokenizer", "source"),
     "attention": ("its teacher attended otherwise", "source"),
 }

@@ -61,16 +61,18 @@ def cached_views(cache: Cache) -> Views:
 
 
 def as_teacher_saw(source: Any, cache: Cache, views: Views | None = None) -> Dataset:
-    """Returns a source as the cache's teacher saw it: through its views, boxes and all, or as tokens."""
+    """Returns a source as the cache's teacher saw it: through its views, boxes or masks and all, or as tokens."""
     if hasattr(source, "load"):  # it is one already
         return source
     from softcache.data.boxes import ViewedScenes
     from softcache.data.images import ViewedSource
+    from softcache.data.masks import ViewedMasks
     from softcache.data.tokens import TokenData
 
     identity = cache.manifest.identity
     by_kind: dict[str, Any] = {data.kind: data for data in (ViewedSource, TokenData, ViewedScenes)}
-    return by_kind[cache.manifest.kind].from_identity(
+    made: Any = ViewedMasks if "masks" in identity else by_kind[cache.manifest.kind]
+    return made.from_identity(
         source,
         identity,
         views=(views or cached_views(cache)) if "views" in identity else None,

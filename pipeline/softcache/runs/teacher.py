@@ -83,7 +83,9 @@ def teacher_is_missing(config: RunConfig) -> bool:
 
 
 def format_score(metrics: dict[str, Any]) -> str:
-    """Returns the score of a run: its accuracy, or of detections the mean average precision."""
+    """Returns the score of a run: its accuracy, of detections the mean average precision, of masks the mean IoU."""
+    if "miou" in metrics:
+        return f"mIoU {metrics['miou']:.4f} (pixel accuracy {metrics['accuracy']:.4f})"
     if "map50" in metrics:
         return f"mAP {metrics['map']:.4f} (mAP50 {metrics['map50']:.4f})"
     if "map" in metrics:

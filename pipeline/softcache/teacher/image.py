@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -30,9 +30,11 @@ class ImageTeacher(Teacher):
 
     Attributes:
         has_sigmoids: whether its outputs are independent of each other.
+        build: makes the model of a spec.
     """
 
     has_sigmoids: ClassVar[bool] = False
+    build: ClassVar[Callable[..., nn.Module]] = staticmethod(build_model)
 
     def __init__(
         self,
@@ -87,7 +89,15 @@ class ImageTeacher(Teacher):
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
         with self.autocast():
-            logits = self.model(images)
+            logits = self._checked(self.model(images), images)
+        return logits.float() if self._outputs_V is None else logits[:, self._outputs_V].float()
+
+    def _checked(self, logits: Any, images: torch.Tensor) -> torch.Tensor:
+        """Returns what the model gave for images, whose shape is that of logits.
+
+        Raises:
+            LabelError: it is not.
+        """
         expected = (len(images), self._num_outputs)
         if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
             found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
@@ -95,19 +105,31 @@ class ImageTeacher(Teacher):
                 f"teacher {self.spec}: expected logits of shape {expected} (batch, classes); found {found}; "
                 "the teacher's head must have one output per class of the source, or teacher.class_map choose among them"
             )
-        return logits.float() if self._outputs_V is None else logits[:, self._outputs_V].float()
+        return logits
 
 
 def _keep_accumulator(model: nn.Module, num_classes: int) -> None:
-    """Lets the linear layers that return logits keep the float32 sums that autocast would round to half precision."""
+    """Lets the linear layers that return logits keep the float32 sums that autocast would round to half precision; a 1x1
+    convolution is one of every pixel."""
     for module in model.modules():
         if type(module) is nn.Linear and module.out_features == num_classes:
             module.forward = partial(_linear, module)  # type: ignore[method-assign]
+        if (
+            type(module) is nn.Conv2d
+            and (module.out_channels, module.kernel_size, module.groups) == (num_classes, (1, 1), 1)
+            and (module.stride, module.padding) == ((1, 1), (0, 0))
+        ):
+            module.forward = partial(_pointwise, module)  # type: ignore[method-assign]
 
 
 def _linear(module: nn.Linear, inputs: torch.Tensor) -> torch.Tensor:
     flat_PV = linear_float32(inputs.flatten(0, -2), module.weight, module.bias)
     return flat_PV.view(*inputs.shape[:-1], -1)
+
+
+def _pointwise(module: nn.Conv2d, inputs: torch.Tensor) -> torch.Tensor:
+    flat_PV = linear_float32(inputs.movedim(1, -1).flatten(0, -2), module.weight.flatten(1), module.bias)
+    return flat_PV.view(len(inputs), *inputs.shape[2:], -1).movedim(-1, 1)
 
 
 def load_image_teacher(
@@ -164,7 +186,7 @@ def load_image_teacher(
             f'source.modality = "{wanted}"'
         )
     build = partial(
-        build_model,
+        kind.build,
         settings.model,
         num_classes=None if settings.class_map else num_classes,
         input_shape=input_shape,
@@ -182,7 +204,7 @@ def load_image_teacher(
         check_class_order(class_names, names, spec=settings.model, order_is_guessed=order_is_guessed)
     if settings.class_map is not None:
         with torch.inference_mode():
-            num_outputs = model.eval()(torch.zeros(1, *input_shape)).shape[-1]
+            num_outputs = model.eval()(torch.zeros(1, *input_shape)).shape[1]
         class_map = read_class_map(
             settings.class_map,
             class_names,

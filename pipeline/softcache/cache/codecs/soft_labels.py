@@ -45,7 +45,7 @@ class SoftLabelCodec(Codec):
     max_temperature: float | None = None
     sampling: Sampling | None = None
 
-    kinds: ClassVar[frozenset[str]] = frozenset({"image", "tokens"})
+    kinds: ClassVar[frozenset[str]] = frozenset({"image", "tokens", "cells"})
 
     @property
     def precision(self) -> Precision | None:

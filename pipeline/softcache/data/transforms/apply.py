@@ -172,6 +172,62 @@ class Views:
         cut_M4, kept_M = view_boxes.visible(whole_M4, left_M4, size, erased)
         return cut_M4.astype(np.float32), kept_M
 
+    def apply_mask(self, mask_HW: torch.Tensor, *, key: str, view: int, ignored: int) -> torch.Tensor:
+        """Returns what the view shows of a mask: each pixel has the class of the image's pixel in whose middle it lies.
+
+        Args:
+            mask_HW: whole numbers, one for each pixel of the image.
+            key, view: as in `apply`.
+            ignored: the number of pixels that show nothing of the image: padding, and what is erased.
+
+        Raises:
+            SpecError: the view's settings move pixels in a way that masks do not follow (augment, transform, mixing).
+        """
+        settings = self.settings
+        if view == 0:
+            return self._plain_mask(mask_HW, ignored)
+        if settings.mixes:
+            raise SpecError(
+                "views.mixup_alpha, views.cutmix_alpha: with masks; a pixel of a mixed image is of two; drop them"
+            )
+        if settings.augment not in ("none", "three_augment") or settings.transform is not None:
+            what = "augment" if settings.transform is None else "transform"
+            raise SpecError(
+                f"views.{what}: {getattr(settings, what)!r} with masks: it may shear or turn the image, and masks would not "
+                'follow; use crop, flip, color_jitter, erase, and augment = "three_augment"'
+            )
+        does = self.parameters(key, view, *mask_HW.shape)
+        side = settings.sides(*mask_HW.shape)
+        if settings.crop != "resized":
+            mask_HW = self._plain_mask(mask_HW, ignored)
+        if does.crop is not None:
+            if settings.crop == "padded":
+                mask_HW = torch.nn.functional.pad(mask_HW, [settings.padding] * 4, value=ignored)
+            top, left, height, width = does.crop
+            mask_HW = view_ops.nearest(mask_HW[top : top + height, left : left + width], *side)
+        if does.flip:
+            mask_HW = mask_HW.flip(-1)
+        if does.erase is not None:
+            top, left, height, width = does.erase
+            mask_HW = mask_HW.clone()
+            mask_HW[top : top + height, left : left + width] = ignored
+        return mask_HW.contiguous()
+
+    def _plain_mask(self, mask_HW: torch.Tensor, ignored: int) -> torch.Tensor:
+        """`_plain` for masks."""
+        settings = self.settings
+        if settings.size is None:
+            return mask_HW
+        before = mask_HW.shape[0], mask_HW.shape[1]
+        after, (height, width) = settings.scaled(*before), settings.sides(*before)
+        mask_HW = view_ops.nearest(mask_HW, *after)
+        if settings.letterboxed:
+            return torch.nn.functional.pad(
+                mask_HW, [0, width - after[1], 0, height - after[0]], value=ignored
+            )
+        top, left = settings.center(after[0] - height), settings.center(after[1] - width)
+        return mask_HW[top : top + height, left : left + width].contiguous()
+
     def original_boxes(self, boxes_M4: np.ndarray, *, height: int, width: int) -> np.ndarray:
         """Returns boxes of the plain view in pixels of the image that it shows all of, cut at its edges, float64 [M, 4].
 

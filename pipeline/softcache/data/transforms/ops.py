@@ -30,6 +30,7 @@ __all__ = [
     "gaussian_blur",
     "grayscale",
     "grey_image",
+    "nearest",
     "resize",
     "resize_shorter",
     "saturation",
@@ -44,6 +45,14 @@ def resize(image_CHW: torch.Tensor, height: int, width: int, *, mode: str = "bil
     return torch.nn.functional.interpolate(
         image_CHW.contiguous().unsqueeze(0), size=(height, width), mode=mode, antialias=True
     ).squeeze(0)
+
+
+def nearest(values: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Returns numbers [..., H, W] at another size, each that of the pixel in which its middle lies ("nearest-exact")."""
+    for axis, (before, after) in ((-2, (values.shape[-2], height)), (-1, (values.shape[-1], width))):
+        if before != after:
+            values = values.index_select(axis, (2 * torch.arange(after) + 1) * before // (2 * after))
+    return values
 
 
 def resize_shorter(image_CHW: torch.Tensor, side: int) -> torch.Tensor:

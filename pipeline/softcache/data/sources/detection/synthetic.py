@@ -13,7 +13,7 @@ smallest around the object's pixels above a fifth of full ink, not its whole squ
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from softcache.data.transforms import ops as view_ops
 from softcache.errors import SourceError
 from softcache.hashing.digests import digest_bytes, digest_source
 
-__all__ = ["SceneSource", "Scenes"]
+__all__ = ["ComposedScenes", "SceneSource", "Scenes", "compose_scenes"]
 
 SIDES = (10, 28)  # of an object, in pixels
 OBJECTS = (2, 6)
@@ -72,10 +72,29 @@ class Scenes(DetectionSettings):
     seed: int = Field(0, ge=0, lt=2**63)
 
     def open(self, split: Split) -> SceneSource:
-        return _open(self, split)
+        made = compose_scenes(self, split)
+        return SceneSource(made.name, made.images, made.truths, made.keys, made.class_names)
 
 
-def _open(settings: Scenes, split: Split) -> SceneSource:
+class ComposedScenes(NamedTuple):
+    """The scenes of a split.
+
+    Attributes:
+        images: [N, 1, H, W] uint8.
+        truths: N of boxes.
+        masks: [N, H, W] uint8, 0 for the background and clutter, c + 1 where the ink of an object of class c is seen.
+        class_names: of the objects.
+    """
+
+    name: str
+    images: torch.Tensor
+    truths: list[BoxAnnotations]
+    masks: np.ndarray
+    keys: list[str]
+    class_names: list[str]
+
+
+def compose_scenes(settings: Scenes, split: Split) -> ComposedScenes:
     """Returns the scenes of a split.
 
     Raises:
@@ -87,25 +106,28 @@ def _open(settings: Scenes, split: Split) -> SceneSource:
     originals = open_source(table, split=split)
     count = settings.train_scenes if split == "train" else settings.eval_scenes
     limit = settings.max_samples(split)
-    images, truths = [], []
+    images, truths, masks = [], [], []
     for number in range(min(count, limit or count)):
-        image, truth = _compose(originals, settings, split, number)
+        image, truth, mask = _compose(originals, settings, split, number)
         images.append(image)
         truths.append(truth)
+        masks.append(mask)
     name = f"scenes-{settings.originals}/{split}"
     keys = [f"{name}/{settings.size}/{settings.seed}/{number:05d}" for number in range(len(images))]
-    return SceneSource(name, torch.stack(images).unsqueeze(1), truths, keys, list(originals.class_names))
+    stacked = torch.stack(images).unsqueeze(1)
+    return ComposedScenes(name, stacked, truths, np.stack(masks), keys, list(originals.class_names))
 
 
 def _compose(
     originals: Source, settings: Scenes, split: Split, number: int
-) -> tuple[torch.Tensor, BoxAnnotations]:
-    """Returns a scene uint8 [H, W] and its truth."""
+) -> tuple[torch.Tensor, BoxAnnotations, np.ndarray]:
+    """Returns a scene uint8 [H, W], its boxes and its mask uint8 [H, W]."""
     stream = np.random.Philox(
         key=np.array([settings.seed, xxhash.xxh3_64_intdigest(split.encode())], np.uint64),
         counter=np.array([0, number, 0, 0], np.uint64),
     )
     size, scene = settings.size, _background(stream, settings.size)
+    mask = np.zeros((size, size), np.uint8)
     for _ in range(CLUTTER):
         piece, _ = _object(originals, stream, size)
         half = (piece.shape[0] + 1) // 2
@@ -127,11 +149,13 @@ def _compose(
             top, left = _below(stream, size - len(pixels) + 1), _below(stream, size - len(pixels) + 1)
             box = _box_of(pixels, top, left)
             if all(_iou(box, other) <= MAX_IOU for other in boxes):
+                place = slice(top, top + len(pixels)), slice(left, left + len(pixels))
+                mask[place][_is_inked(pixels) & (pixels >= scene[place])] = kind + 1
                 _paste(scene, pixels, top, left)
                 boxes.append(box)
                 classes.append(kind)
                 break
-    return torch.from_numpy(scene), BoxAnnotations.of(boxes, classes)
+    return torch.from_numpy(scene), BoxAnnotations.of(boxes, classes), mask
 
 
 def _below(stream: np.random.Philox, count: int) -> int:
@@ -162,8 +186,13 @@ def _object(originals: Source, stream: np.random.Philox, size: int) -> tuple[np.
     return (pixels.astype(np.int64) * ink // 255).astype(np.uint8), originals.target(sample)
 
 
+def _is_inked(pixels: np.ndarray) -> np.ndarray:
+    inked: np.ndarray = pixels.astype(np.int64) * 5 >= int(pixels.max())
+    return inked
+
+
 def _box_of(pixels: np.ndarray, top: int, left: int) -> list[float]:
-    inked = pixels.astype(np.int64) * 5 >= int(pixels.max())
+    inked = _is_inked(pixels)
     rows, columns = np.flatnonzero(inked.any(1)), np.flatnonzero(inked.any(0))
     return [
         float(left + columns[0]),
