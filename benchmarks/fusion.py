@@ -95,12 +95,16 @@ def _run(
 ) -> None:
     k = config.labels.k
     cut = {
-        name: shrink_cache(cache, str(out / f"{name}-{k}"), ShrinkSettings(k=k, values="float16"))
+        name: shrink_cache(
+            cache, str(out / f"{name}-{k}"), ShrinkSettings(k=k, values="float16", allow_weak_teachers=False)
+        )
         for name, cache in caches.items()
     }
     kinds: dict[str, Cache | None] = {"hard labels": None} | {f"teacher {name}": c for name, c in cut.items()}
     for rule in RULES:
-        settings = FusionSettings.model_construct(rule=rule, k=None, values="float16")
+        settings = FusionSettings.model_construct(
+            rule=rule, k=None, values="float16", allow_weak_teachers=False
+        )
         kinds[f"fused, {rule}"] = fuse_caches(
             list(cut.values()), str(out / f"{results.stem}-{rule}"), settings
         )

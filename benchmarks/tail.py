@@ -3,7 +3,8 @@
     python -m benchmarks.tail [--seeds N] [--json FILE]
 
 Above T = 1: the worst absolute error of the tail's mass after normalisation, T = 1 to 1e6, V = 10 to 262144, K = 1 to
-256; the grid's values in float32, the rest in float64. Below: half the distance, in mass, between the bounds, which
+256; the grid's values in float32, the rest in float64; and the bound
+that a record gives for itself. Below: half the distance, in mass, between the bounds, which
 is how far off serving the middle can be; then the lowest T at which that is within 2e-3 for every record. Classes
 beyond the 256th are summed in bins of 0.01 nats (4e-6 in the log of the mass).
 """
@@ -17,6 +18,7 @@ from typing import Any
 import click
 import numpy as np
 
+from softcache.labels.mass_bounds import log_tail_bounds
 from softcache.labels.tail import (
     DEFAULT_TEMPERATURES,
     interpolate_log_tail,
@@ -142,6 +144,29 @@ def half_gaps(records: dict[str, Any]) -> list[float]:
     return gaps
 
 
+def bounds_above(records: dict[str, Any], truth: tuple) -> dict[str, tuple[float, float]]:
+    """99th percentile and largest of what a record says its error may be (`SoftLabels.tail_error`), by range of T."""
+    stored = log_tails(records, DEFAULT_TEMPERATURES)[0].astype(np.float32)
+    known = {name: np.array(records[name]) for name in ("log_support_P", "highest_log_prob_P")}
+    slopes = tuple(np.array(records["slopes"]).T)
+    more = {"end_slopes_P": slopes, "curvature_P": np.array(records["curvature_P"])}
+    found: dict[str, list[np.ndarray]] = {"T up to 8": [], "T above 8": []}
+    for index, temperature in enumerate(ABOVE[::3]):
+        bounds = log_tail_bounds(stored, DEFAULT_TEMPERATURES, temperature, **known)
+        served = interpolate_log_tail(
+            stored, DEFAULT_TEMPERATURES, temperature, log_support_P=known["log_support_P"], **more
+        )
+        low, high, middle, true = (
+            mass(x, truth[1][:, 3 * index]) for x in (*bounds, served, truth[0][:, 3 * index])
+        )
+        if not ((low <= true + 1e-9) & (true <= high + 1e-9)).all():
+            raise SystemExit(f"T = {temperature:g}: a bound is broken")
+        found["T up to 8" if temperature <= 8 else "T above 8"].append(
+            np.maximum(high - middle, middle - low)
+        )
+    return {name: (float(np.percentile(x, 99)), float(np.max(x))) for name, x in found.items()}
+
+
 @click.command()
 @click.option("--seeds", default=1, show_default=True, help="Multiplies the draws per family and vocabulary.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Write the figures there too.")
@@ -157,6 +182,9 @@ def main(seeds: int, path: Path | None) -> None:
         for use in ("no curvature", "no stats"):
             name = f"default grid, {use}"
             rows.setdefault(name, []).append(worst_above(records, truth, DEFAULT_TEMPERATURES, use))
+        for name, (most, worst) in bounds_above(records, truth).items():
+            rows.setdefault(f"bound, {name}, p99", []).append(most)
+            rows.setdefault(f"bound, {name}, worst", []).append(worst)
         gaps = half_gaps(records)
         for temperature, gap in zip(BELOW, gaps, strict=True):
             rows.setdefault(f"bounds at T = {temperature}", []).append(gap)

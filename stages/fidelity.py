@@ -138,7 +138,11 @@ def _title(report: dict[str, Any]) -> str:
 def _print(report: dict[str, Any]) -> None:
     drawn = "total_mass_mean" in next(iter(report["temperatures"].values()))
     columns = ["at", "kept mass", "top-1", "gradient error"]
-    columns += ["total mass", "its std"] if drawn else ["KL mean", "KL max", "bucket KL", "tail error", "max"]
+    columns += (
+        ["total mass", "its std"]
+        if drawn
+        else ["KL mean", "KL max", "bucket KL", "tail error", "max", "bound"]
+    )
     rows = []
     for t, found in report["temperatures"].items():
         row = [
@@ -156,6 +160,7 @@ def _print(report: dict[str, Any]) -> None:
                 "bucket_kl_mean_nats",
                 "tail_error_mean",
                 "tail_error_max",
+                "tail_bound_max",
             )
             row += [f"{found[name]:.2e}" for name in names]
         rows.append(row)

@@ -32,6 +32,11 @@ __all__ = ["fuse"]
     default="float16",
     help="Precision of the log-probabilities.",
 )
+@click.option(
+    "--allow-weak-teachers",
+    is_flag=True,
+    help="Fuse also teachers at chance level, or with less than half of the best one's accuracy.",
+)
 def fuse(urls: tuple[str, ...], out: str, as_json: bool, **how: Any) -> None:
     """Fuse the labels of several teachers for the same samples and views into one cache.
 

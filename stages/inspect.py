@@ -19,8 +19,10 @@ from .options import CACHE, json_option, print_json, print_table
 
 __all__ = ["inspect_command"]
 
-TEMPERATURES = (1.0, 2.0, 4.0)
+TEMPERATURES = (1.0, 2.0, 4.0, 10.0)
 PERCENTILES = (1, 10, 50, 90)
+BOUND_ROWS = 65536
+"""At most so many rows, evenly spread, are bounded between the grid's temperatures: 20 microseconds each."""
 
 
 @click.command("inspect")
@@ -82,6 +84,12 @@ def _print_labels(report: dict[str, Any]) -> None:
         return
     rows = [(f"T={t}", *(f"{v:.4f}" for v in mass.values())) for t, mass in report["kept_mass"].items()]
     print_table("share of the teacher's mass in the kept classes", ("kept mass at", *percentiles), rows)
+    rows = [(f"T={t}", *(f"{v:.1e}" for v in error.values())) for t, error in report["tail_error"].items()]
+    print_table(
+        f"bound of the tail's error, {report['tail_error_rows']:,} rows",
+        ("error at", "p99", "worst row"),
+        rows,
+    )
     if report["entropy_nats"] is not None:
         click.echo(f"entropy   {report['entropy_nats']['mean']:.4f} nats on average")
     if report["agreement"] is not None:
@@ -113,6 +121,10 @@ def _summary(values: np.ndarray) -> dict[str, float]:
     }
 
 
+def _worst(values: np.ndarray) -> dict[str, float]:
+    return {"p99": float(np.percentile(values, 99)), "worst": float(values.max())}
+
+
 def _labels(cache: Cache) -> dict[str, Any]:
     """Reads every finished row once; a few numbers per row are kept."""
     codec = cache.manifest.codec
@@ -121,14 +133,17 @@ def _labels(cache: Cache) -> dict[str, Any]:
     targets, highest = cache.samples_table().targets, cache.manifest.codec.get("max_temperature")
     temperatures = [t for t in TEMPERATURES if highest is None or t <= highest]
     mass: dict[float, list[np.ndarray]] = {t: [] for t in temperatures}
+    error: dict[float, list[np.ndarray]] = {t: [] for t in temperatures}
     entropy: list[np.ndarray] = []
     num_rows, compared, hits = 0, 0, 0
+    stride = max(1, -(-cache.num_rows_done // BOUND_ROWS))
     for view, part, record in _parts(cache):
         is_cells = isinstance(record, DetectionLabels)
         labels: SoftLabels = record.labels if is_cells else record
         num_rows += len(labels)
         for t in temperatures:
             mass[t].append(np.asarray(labels.kept_mass(t)))
+            error[t].append(labels.take(slice(0, None, stride)).tail_error(t))
         if labels.stats is not None:
             entropy.append(labels.stats[:, STATS.index("entropy")])
         # The target of a detector's anchor depends on matched boxes; a mixed image has two classes.
@@ -139,6 +154,8 @@ def _labels(cache: Cache) -> dict[str, Any]:
         return {}
     return {
         "kept_mass": {t: _summary(np.concatenate(values)) for t, values in mass.items()},
+        "tail_error": {t: _worst(np.concatenate(values)) for t, values in error.items()},
+        "tail_error_rows": sum(map(len, error[temperatures[0]])),
         "entropy_nats": _summary(np.concatenate(entropy)) if entropy else None,
         # The most likely class of the sampled ones need not be the teacher's prediction.
         "agreement": hits / compared if compared and not cache.manifest.codec.get("sampling") else None,

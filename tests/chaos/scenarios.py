@@ -103,7 +103,11 @@ def _shrink(made: Path) -> Scenario:
 def _fuse(made: Path, other: Path) -> Scenario:
     def work(root: Path) -> None:
         caches = [open_cache(str(place)) for place in (made, other)]
-        fuse_caches(caches, str(root), FusionSettings(caches=(str(made), str(other)), rule="geometric"))
+        fuse_caches(
+            caches,
+            str(root),
+            FusionSettings(caches=(str(made), str(other)), rule="geometric", allow_weak_teachers=True),
+        )
 
     return Scenario("fuse", work)
 

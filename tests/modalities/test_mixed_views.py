@@ -169,9 +169,15 @@ def test_caches_are_not_fused_by_a_truth_of_two_classes(captured, tmp_path):
         LabelError, match="rule 'best' weighs teachers by the ground-truth class; views of cache"
     ):
         fuse_caches(
-            [captured[2], other], str(tmp_path / "fused"), FusionSettings(caches=("a", "b"), rule="best")
+            [captured[2], other],
+            str(tmp_path / "fused"),
+            FusionSettings(caches=("a", "b"), rule="best", allow_weak_teachers=True),
         )
-    fused = fuse_caches([captured[2], other], str(tmp_path / "fused"), FusionSettings(caches=("a", "b")))
+    fused = fuse_caches(
+        [captured[2], other],
+        str(tmp_path / "fused"),
+        FusionSettings(caches=("a", "b"), allow_weak_teachers=True),
+    )
     assert fused.manifest.mixes_images
 
 

@@ -65,7 +65,7 @@ MADE = {
     "convert": ("convert", "one/cache", "OUT", "--store", "parquet"),
     "shrink": ("shrink", "one/cache", "OUT", "--k", 3),
     "shrink to packed": ("shrink", "one/cache", "OUT", "--codec", "packed"),
-    "fuse": ("fuse", "one/cache", "two/cache", "--rule", "mean", "--out", "OUT"),
+    "fuse": ("fuse", "one/cache", "two/cache", "--rule", "mean", "--out", "OUT", "--allow-weak-teachers"),
 }
 
 
@@ -107,7 +107,9 @@ def finished(place):
     """A finished run in `run`, and a fused cache in `fused`, below the folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        invoke("fuse", "one/cache", "two/cache", "--rule", "geometric", "--out", "fused")
+        invoke(
+            "fuse", "one/cache", "two/cache", "--rule", "geometric", "--out", "fused", "--allow-weak-teachers"
+        )
         invoke("train-student", "--config", "one.toml", "--no-baseline", "--out", "run")
 
 

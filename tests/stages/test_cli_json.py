@@ -52,7 +52,9 @@ def test_json_is_one_object_and_all_of_stdout(run, cache, monkeypatch, name):  #
 
 def test_fuse_reports_the_fused_cache(run, cache):  # noqa: F811
     assert run("shrink", cache, "small", "--k", "2").code == 0
-    result = run("fuse", cache, "small", "--rule", "mean", "--out", "fused", "--json")
+    result = run(
+        "fuse", cache, "small", "--rule", "mean", "--out", "fused", "--json", "--allow-weak-teachers"
+    )
     assert result.code == 0, result
     assert json.loads(result.out)["teachers"] == [str(cache), "small"]
 

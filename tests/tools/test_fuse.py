@@ -60,7 +60,9 @@ def texts(folder):
 
 
 def asked(rule="mean", **how):
-    return FusionSettings(caches=("a", "b"), rule=rule, **how)
+    return FusionSettings(
+        caches=("a", "b"), rule=rule, allow_weak_teachers=True, **how
+    )  # theirs are untrained
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -158,7 +160,9 @@ def test_a_fused_cache_is_slimmed_inspected_and_trained_from(images, tmp_path):
 
 def test_a_config_fuses_by_itself_and_once(images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = digits_config(fusion={"caches": [cache.url for cache in images], "rule": "geometric"})
+    config = digits_config(
+        fusion={"caches": [cache.url for cache in images], "rule": "geometric", "allow_weak_teachers": True}
+    )
     cache = open_labels(config)
     assert cache.manifest.identity["fusion"]["rule"] == "geometric"
     before = sorted((path, path.stat().st_mtime_ns) for path in (tmp_path / cache.url).rglob("*.json"))
@@ -177,9 +181,27 @@ def test_the_command_fuses(images, tmp_path):
     urls = [cache.url for cache in images]
     out = str(tmp_path / "fused")
     done = CliRunner().invoke(softcache, ["fuse", *urls, "--rule", "best", "--out", out, "--k", "3"])
+    assert "--allow-weak-teachers" in str(done.exception)  # untrained teachers
+    done = CliRunner().invoke(
+        softcache, ["fuse", *urls, "--rule", "best", "--out", out, "--k", "3", "--allow-weak-teachers"]
+    )
     assert done.exit_code == 0, done.output
     assert "2 teachers by rule best, 10 of 10 units, K=3 of 10 classes" in done.output
     assert open_cache(out).manifest.identity["labels"]["k"] == 3
+
+
+def test_a_teacher_whose_outputs_are_in_another_order_is_refused(tmp_path):
+    one = make_cache(tmp_path / "one", teacher={"model": "tests.fakes:nearest_mean"})[2]
+    other = make_cache(tmp_path / "other", teacher={"model": "tests.fakes:nearest_mean_reversed"})[2]
+    sure = FusionSettings(caches=("a", "b"))
+    with pytest.raises(
+        LabelError, match=r"/other: its teacher is right on \d\.\d% .* above 19\.0%.* best one's 91\.0%"
+    ):
+        fuse_caches([one, other], tmp_path / "no", sure)
+    smaller = make_cache(tmp_path / "scaled", teacher={"model": "tests.fakes:nearest_mean"}, labels={"k": 3})[
+        2
+    ]
+    assert len(fuse_caches([one, smaller], tmp_path / "fused", sure).markers) == 10
 
 
 def test_caches_of_other_labels_are_refused(images, texts, folder, tmp_path):

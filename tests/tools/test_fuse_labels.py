@@ -46,6 +46,9 @@ def slow(logits, target, rule):
     elif rule == "entropy":
         surety = [math.exp(sum(x * math.log(x) for x in p)) for p in probs]
         weights = [x / sum(surety) for x in surety]
+    elif rule == "entropy_share":
+        entropies = [-sum(x * math.log(x) for x in p) for p in probs]
+        weights = [(1 - x / sum(entropies)) / (num - 1) for x in entropies]
     else:
         weights = [
             (1 - math.exp(loss) / sum(math.exp(other) for other in losses)) / (num - 1) for loss in losses
@@ -247,3 +250,35 @@ def test_what_cannot_be_fused_is_refused():
     with pytest.raises(LabelError, match='"best" takes rows as they are'):
         fusion_bounds(good, "best")
     assert isinstance(fused_labels(good, "mean", 6), SoftLabels)
+
+
+def test_a_ground_truth_that_one_teacher_masks_leaves_no_mass_out():
+    """Three equal classes and a masked one, k = 1, with a teacher that keeps the masked one: masses add up to 1."""
+    target = torch.tensor([3])
+    first = top_k(torch.tensor([[0.0, 0.0, 0.0, -math.inf]]), k=1, targets_P=target).to_numpy()
+    second = top_k(torch.tensor([[0.0, 1.0, 2.0, 3.0]]), k=2, targets_P=target).to_numpy()
+    found = fused_labels([first, second], "mean", 4, targets=target.numpy())
+    mass = np.exp(found.log_probs).sum() + np.exp(found.log_tail[0, 0])
+    assert mass == pytest.approx(1.0, abs=1e-6)
+    place = found.ids[0].tolist().index(3)
+    assert np.exp(found.log_probs[0, place]) == pytest.approx(
+        0.5 * math.exp(second.target_log_prob[0]), rel=1e-5
+    )
+
+
+@given(seed=st.integers(0, 10**6), rule=st.sampled_from(["mean", "geometric", "entropy_share"]))
+def test_masked_classes_leave_no_mass_out(seed, rule):
+    rng = np.random.default_rng(seed)
+    size = int(rng.integers(3, 7))
+    logits = 3 * rng.normal(size=(2, size))
+    logits[rng.random((2, size)) < 0.3] = -np.inf
+    logits[:, int(rng.integers(size))] = 1.0  # one that both have
+    target = torch.tensor([int(rng.integers(size))])
+    rows = [
+        top_k(torch.from_numpy(x[None]), k=int(rng.integers(1, size + 1)), targets_P=target).to_numpy()
+        for x in logits
+    ]
+    found = fused_labels(rows, rule, size, targets=target.numpy()) if sum(r.k for r in rows) >= size else None
+    if found is not None:
+        mass = np.exp(found.log_probs.astype(np.float64)).sum() + np.exp(found.log_tail[0, 0])
+        assert mass == pytest.approx(1.0, abs=2e-5)

@@ -1,4 +1,4 @@
-"""The label record: a teacher's distributions, kept in a few numbers, good at every temperature.
+"""The label record: a teacher's distributions, kept in a few numbers, good at every temperature from 1 up.
 
 soft_labels.py          the record
 bernoulli.py            the record of a sigmoid head: a logit per kept class

@@ -30,7 +30,15 @@ def concat(records: Sequence[SoftLabels]) -> SoftLabels:
         )
     first = records[0]
     for index, record in enumerate(records):
-        for name in ("num_classes", "temperatures", "max_temperature", "sampling", "k", "is_torch"):
+        for name in (
+            "num_classes",
+            "temperatures",
+            "max_temperature",
+            "tail_rounding",
+            "sampling",
+            "k",
+            "is_torch",
+        ):
             expected, found = getattr(first, name), getattr(record, name)
             if expected != found:
                 raise LabelError(

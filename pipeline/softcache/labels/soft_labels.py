@@ -1,5 +1,5 @@
 """The label record: a teacher's distribution over V classes, kept in a few numbers, good at every
-temperature.
+temperature from 1 up; how good, each row says (`SoftLabels.tail_error`).
 
 Shape suffixes: `P` positions (an image view, a token, a cell), `V` classes, `K` kept classes, `G` grid of
     temperatures.
@@ -18,13 +18,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import numpy as np
 from array_api_compat import array_namespace, is_torch_array
 
 from softcache.errors import TemperatureError
 from softcache.labels.arrays import Array, as_numpy, as_torch, row_index, rows
 from softcache.labels.sampling import Sampling
 from softcache.labels.tail import log_sum_exp
-from softcache.labels.temperature import SoftenedLabels, soften, soften_buckets, soften_masses
+from softcache.labels.temperature import (
+    SoftenedLabels,
+    check_tail_error,
+    num_dropped,
+    soften,
+    soften_buckets,
+    soften_masses,
+    tail_error,
+)
 from softcache.labels.validate import ARRAYS, STATS, check_array_types, check_grid, check_shapes
 
 __all__ = ["ARRAYS", "STATS", "Array", "SoftLabels"]
@@ -43,6 +52,7 @@ class SoftLabels:
         temperatures: the G grid temperatures; the first is 1, strictly increasing, finite.
         target_log_prob: [P] float32, log p of the ground-truth class at T=1, or None.
         stats: [P, 4] float32, columns `STATS`, or None.
+        tail_rounding: how far `log_tail` may be from the truth above T=1, nats, besides float32: half a codec's step.
         max_temperature: the highest temperature at which the record is known; None for no limit. Labels that were
             imported from a server's log-probabilities are known at T=1 only: it is unknown how the mass outside of the
             kept classes is spread.
@@ -81,6 +91,7 @@ class SoftLabels:
     sampling: Sampling | None = None
     counts: Array | None = None
     log_threshold: Array | None = None
+    tail_rounding: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
@@ -141,7 +152,7 @@ class SoftLabels:
         """The record in page-locked memory (what a torch `DataLoader(pin_memory=True)` calls)."""
         return self._derived(lambda x: x.pin_memory()) if self.is_torch else self.to_torch().pin_memory()
 
-    def at_temperature(self, T: Any) -> SoftenedLabels:
+    def at_temperature(self, T: Any, *, max_tail_error: float | None = None) -> SoftenedLabels:
         """The distribution softened to temperature T: log p_j^(1/T) - log Z(T), kept classes and tail.
 
         The kept classes and the tail are normalised together, so their masses add up to 1 whatever the
@@ -152,6 +163,8 @@ class SoftLabels:
                 served where the record pins the tail's mass down to `MASS_TOLERANCE`: where nothing was dropped at
                 any T, else close to 1 (how close: `softcache.labels.tail`). An array, or a T below 1, costs one
                 synchronisation on a GPU; another number costs none.
+            max_tail_error: refuse a row whose `tail_error` at T is above this; None refuses none. T from 1 up; costs
+                more than the rest of this method.
 
         Returns:
             log_probs [P, K] and log_tail [P], float32 (float64 if any input is). Differentiable in T,
@@ -159,13 +172,41 @@ class SoftLabels:
             gradient of 0.
 
         Raises:
-            TemperatureError: T is lower than the record can serve or above `max_temperature`, not finite, or of a
-                shape other than [] or [P].
+            TemperatureError: T is lower than the record can serve or above `max_temperature`, not finite, of a
+                shape other than [] or [P], or of a row whose tail is not known to `max_tail_error`; that row is named.
 
         References:
             Hinton, Vinyals, Dean 2015, arXiv 1503.02531, eq. (1).
         """
+        if max_tail_error is not None:
+            check_tail_error(self, T, max_tail_error)
         return soften(self, T)
+
+    def tail_error(self, T: Any) -> np.ndarray:
+        """How far, at most, the mass of the dropped classes is from the teacher's at temperature T, given the kept ones.
+
+        A bound for each row, true whatever the teacher's logits: from the stored values next to T, convexity, and what
+        moments leave open of a distribution between 0 and the largest dropped class (`softcache.labels.mass_bounds`). On
+        the grid it is the rounding of the stored values. Between, it is narrow for tails like those of trained models (below
+        1e-4 for most), and wide above the grid where log-probabilities are spread over tens of nats.
+
+        Args:
+            T: a number of at least 1, or an array [] or [P] of such.
+
+        Returns:
+            [P] float64 NumPy, in [0, 1]; 0 where nothing was dropped.
+
+        Raises:
+            TemperatureError: as `at_temperature`, and below 1 (served there only where it is known to 2e-3).
+
+        Example:
+            >>> import torch
+            >>> from softcache.labels.sparsify import top_k
+            >>> labels = top_k(torch.randn(4, 1000), k=10)
+            >>> bool((labels.tail_error(3.0) < 1e-3).all())
+            True
+        """
+        return tail_error(self, T)
 
     def buckets_at(self, T: float) -> Array:
         """The distribution softened to temperature T as one array: kept classes, and the tail as the last column.
@@ -199,6 +240,10 @@ class SoftLabels:
         return xp.exp(
             xp.where(log_mass > 0, 0.0, log_mass)
         )  # the sum of a normalised row may round to above 1
+
+    def num_dropped(self) -> Array:
+        """How many classes with p > 0 have no exact slot, [P] float; without `stats` masked classes count as well."""
+        return num_dropped(self, self.exact(self.log_probs))
 
     def exact(self, x: Array) -> Array:
         """The slots of an array [P, K] that were not drawn."""

@@ -13,9 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 from array_api_compat import array_namespace, is_numpy_array, is_torch_array
 
 from softcache.errors import TemperatureError
+from softcache.labels.arrays import as_numpy
+from softcache.labels.mass_bounds import log_tail_bounds
 from softcache.labels.tail import (
     interpolate_log_tail,
     inverse_temperature,
@@ -27,7 +30,16 @@ from softcache.labels.tail_bounds import log_tail_bounds_below_one
 if TYPE_CHECKING:
     from softcache.labels.soft_labels import SoftLabels
 
-__all__ = ["MASS_TOLERANCE", "SoftenedLabels", "soften", "soften_buckets", "soften_masses"]
+__all__ = [
+    "MASS_TOLERANCE",
+    "SoftenedLabels",
+    "check_tail_error",
+    "num_dropped",
+    "soften",
+    "soften_buckets",
+    "soften_masses",
+    "tail_error",
+]
 
 MASS_TOLERANCE = 2e-3
 """How far, at most, the mass of the dropped classes may be from the truth below T = 1, for a record to be served."""
@@ -110,6 +122,67 @@ def soften_masses(labels: SoftLabels, T: float) -> tuple[Array, Array]:
     )
     log_probs = labels.log_probs.to(dtype)
     return log_probs if T == 1 else log_probs * (1.0 / float(T)), labels.log_tail[:, place].to(dtype)
+
+
+def tail_error(labels: SoftLabels, T: Any) -> np.ndarray:
+    """See `SoftLabels.tail_error`."""
+    inverse_temperature(T, labels.temperatures, like=labels.log_probs)  # checks T
+    _check_known(T, labels.max_temperature)
+    labels = labels.map_arrays(as_numpy)
+    temperatures_P = np.broadcast_to(
+        np.asarray(as_numpy(T) if is_torch_array(T) else T, np.float64), (len(labels),)
+    )
+    log_probs_PK = labels.log_probs.astype(np.float64)
+    exact_PK = labels.exact(log_probs_PK)
+    log_support_P = _tail_ends(labels, log_probs_PK)[0]
+    # No dropped class is above the last kept one, which may have been rounded down; in a drawn record the tail has it.
+    last_P = np.where(exact_PK > -np.inf, exact_PK, 0.0).min(axis=1, initial=0.0)
+    highest_P = last_P + 1e-3 * np.abs(last_P) + labels.tail_rounding
+    served = soften(labels, T if is_numpy_array(T) else temperatures_P)
+    middle_P = np.exp(served.log_tail.astype(np.float64))
+    found_P = np.zeros(len(labels))
+    for value in np.unique(temperatures_P):
+        rows = temperatures_P == value
+        bounds = log_tail_bounds(
+            labels.log_tail[rows],
+            labels.temperatures,
+            float(value),
+            log_support_P=log_support_P[rows],
+            highest_log_prob_P=highest_P[rows],
+            rounding=labels.tail_rounding,
+            support_is_exact=labels.stats is not None,
+        )
+        log_kept_P = log_sum_exp(
+            np.concatenate([exact_PK[rows] / value, np.full((int(rows.sum()), 1), -np.inf)], axis=1)
+        )
+        low_P, high_P = (_share(log_tail_P, log_kept_P) for log_tail_P in bounds)
+        found_P[rows] = np.maximum(high_P - middle_P[rows], middle_P[rows] - low_P)
+    return np.clip(found_P, 0.0, 1.0)
+
+
+def _share(log_a_P: np.ndarray, log_b_P: np.ndarray) -> np.ndarray:
+    """a / (a + b), and 0 where a is 0."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.where(log_a_P > -np.inf, 1.0 / (1.0 + np.exp(log_b_P - log_a_P)), 0.0)
+
+
+def check_tail_error(labels: SoftLabels, T: Any, largest: float) -> None:
+    """Raises TemperatureError where the tail of a row is not known to `largest` at temperature T; T from 1 up.
+
+    The row with the widest bounds is named.
+    """
+    error_P = tail_error(labels, T)
+    if not len(error_P) or error_P.max() <= largest:
+        return
+    row = int(error_P.argmax())
+    at = float(np.broadcast_to(as_numpy(T) if is_torch_array(T) else T, (len(labels),))[row])
+    grid = ", ".join(f"{t:g}" for t in labels.temperatures)
+    raise TemperatureError(
+        f"temperature {at:g}, position {row}: the mass of the dropped classes is known to {error_P[row]:.2g} only; "
+        f"expected at most {largest:g}; take a temperature of the grid ({grid}), keep more classes, or allow more "
+        "(loss.max_tail_error)",
+        position=row,
+    )
 
 
 def _on_grid(labels: SoftLabels, T: float) -> int | None:
@@ -198,14 +271,12 @@ def _tail_ends(labels: SoftLabels, log_probs: Array) -> tuple[Array, tuple[Array
     """
     xp = array_namespace(labels.ids)
     log_probs = labels.exact(log_probs)
+    count = xp.clip(num_dropped(labels, log_probs), min=1.0)
     if labels.stats is None:
-        used = labels.exact(xp.astype(labels.ids, xp.int64)) < labels.num_classes
-        count = labels.num_classes - xp.sum(xp.astype(used, log_probs.dtype), axis=1)
-        return xp.log(xp.clip(count, min=1.0)), None
+        return xp.log(count), None
     stats = xp.astype(labels.stats, log_probs.dtype)
     alive = log_probs > -xp.inf
     finite = xp.where(alive, log_probs, 0.0)
-    count = xp.clip(stats[:, 3] - xp.sum(xp.astype(alive, log_probs.dtype), axis=1), min=1.0)
     slope_at_zero = (stats[:, 1] * stats[:, 3] - xp.sum(finite, axis=1)) / count
     # Centred on the tail's own mean: raw second moments would cancel in float32.
     spread = stats[:, 3] * (stats[:, 2] ** 2 + (stats[:, 1] - slope_at_zero) ** 2)
@@ -215,6 +286,20 @@ def _tail_ends(labels: SoftLabels, log_probs: Array) -> tuple[Array, tuple[Array
     mass = xp.exp(xp.where(log_mass > -xp.inf, log_mass, 0.0))
     slope_at_one = (-stats[:, 0] - xp.sum(xp.exp(log_probs) * finite, axis=1)) / xp.clip(mass, min=1e-30)
     return xp.log(count), (slope_at_zero, slope_at_one, curvature)
+
+
+def num_dropped(labels: SoftLabels, exact_PK: Array) -> Array:
+    """See `SoftLabels.num_dropped`.
+
+    Args:
+        exact_PK: log-probabilities of the exact slots.
+    """
+    xp = array_namespace(exact_PK)
+    dtype = working_dtype(exact_PK, labels.log_tail)
+    if labels.stats is None:
+        used = labels.exact(xp.astype(labels.ids, xp.int64)) < labels.num_classes
+        return labels.num_classes - xp.sum(xp.astype(used, dtype), axis=1)
+    return xp.astype(labels.stats[:, 3], dtype) - xp.sum(xp.astype(exact_PK > -xp.inf, dtype), axis=1)
 
 
 def _check_known(T: Any, highest: float | None) -> None:

@@ -18,6 +18,7 @@ from softcache.labels import SoftenedLabels, SoftLabels
 from softcache.labels.tail import log_sum_exp
 
 __all__ = [
+    "MAX_LACKING_MASS",
     "check_student",
     "check_vocabulary",
     "fit_vocabulary",
@@ -26,6 +27,9 @@ __all__ = [
     "student_buckets",
 ]
 
+MAX_LACKING_MASS = 1e-3
+"""What a teacher may give, at the loss's temperature, to classes of its padding, for a student that has none to take it."""
+
 
 def fit_vocabulary(softened: SoftenedLabels, num_classes: int, num_student_classes: int) -> SoftenedLabels:
     """The same distribution over the student's classes, where both vocabularies start alike.
@@ -33,7 +37,7 @@ def fit_vocabulary(softened: SoftenedLabels, num_classes: int, num_student_class
     The student stays normalised over all its classes. Where it has more of them, the teacher gives the extra
     ones 0: they become R = num_student_classes - num_classes kept classes of log_prob -inf, and the tail is
     the dropped classes of the teacher alone. Where it has fewer, the mass of kept classes it lacks moves to
-    the tail.
+    the tail; where that has no class of the student either, the others are scaled up to a mass of 1.
 
     Args:
         softened: torch record at one temperature.
@@ -44,7 +48,8 @@ def fit_vocabulary(softened: SoftenedLabels, num_classes: int, num_student_class
         ids [P, K] or [P, K + R] int64, in which an unused slot holds V'; `softened` itself where V' = V.
 
     Raises:
-        LabelError: the classes were drawn at random, and the student has fewer.
+        LabelError: the student has fewer classes, and these were drawn at random, or are all there is and the teacher gives
+            the others more than `MAX_LACKING_MASS`.
     """
     if num_student_classes == num_classes:
         return softened
@@ -65,11 +70,32 @@ def fit_vocabulary(softened: SoftenedLabels, num_classes: int, num_student_class
     extra_R = torch.arange(num_classes, max(num_classes, num_student_classes), device=ids_PK.device)
     extra_PR = extra_R.expand(len(ids_PK), -1)
     log_probs_PK = softened.log_probs.masked_fill(lacking, -torch.inf)
+    if ids_PK.shape[1] >= num_student_classes < num_classes:
+        log_probs_PK, log_tail_P = _without_tail(
+            log_probs_PK, log_tail_P, (~lacking).sum(dim=1) == num_student_classes, num_student_classes
+        )
     return SoftenedLabels(
         ids=torch.cat([ids_PK.masked_fill(lacking, num_student_classes), extra_PR], dim=1),
         log_probs=F.pad(log_probs_PK, (0, len(extra_R)), value=-torch.inf),
         log_tail=log_tail_P,
     )
+
+
+def _without_tail(
+    log_probs_PK: Tensor, log_tail_P: Tensor, is_whole_P: Tensor, num_student_classes: int
+) -> tuple[Tensor, Tensor]:
+    """The kept classes, and no tail, in the rows whose kept classes are all of the student's."""
+    lost_P = log_tail_P.exp().where(is_whole_P, 0.0)
+    if bool((lost_P > MAX_LACKING_MASS).any()):
+        position = int(lost_P.argmax())
+        raise LabelError(
+            f"student logits: {num_student_classes} classes, to all others of which the teacher gives "
+            f"{lost_P[position]:.2g} at position {position}; expected at most {MAX_LACKING_MASS:g}, as of padding; "
+            "build the student with the teacher's classes",
+            position=position,
+        )
+    log_left_P = log_sum_exp(log_probs_PK).where(is_whole_P, 0.0)
+    return log_probs_PK - log_left_P[:, None], log_tail_P.masked_fill(is_whole_P, -torch.inf)
 
 
 def check_vocabulary(num_classes: int, num_student_classes: int, *, padded_vocabulary: bool) -> None:

@@ -14,7 +14,7 @@ from softcache.losses.bucketed import bucketed_loss
 from softcache.losses.buckets import promote_dtype
 from softcache.losses.direct import direct_loss, is_fast_path
 from softcache.losses.registry import Loss, as_loss
-from softcache.losses.standardize import standardized
+from softcache.losses.standardize import check_tails, standardized
 from softcache.losses.target_class import teacher_log_probs
 
 __all__ = ["add_truth_part", "check_alpha", "check_needs", "cross_entropy", "distillation_loss"]
@@ -72,7 +72,7 @@ def distillation_loss(
         targets: [P] integer classes, or two of each row and their shares; may be None when alpha is 1, but for dkd and nkd.
         temperature: a number or a tensor [P]; not read when alpha is 0.
         alpha: weight of the soft part, in [0, 1].
-        mask: [P] bool or non-negative weights; None counts every position once.
+        mask: [P] bool or non-negative weights; None counts every position once. A row of weight 0 may hold anything.
         padded_vocabulary: as in `forward_kl`.
         loss: the soft part: a name, or what `make_loss` gives. With "uld" the labels' classes may be others.
         soft_weights: [P] non-negative factors of the soft part alone; the mean stays one over positions.
@@ -84,7 +84,7 @@ def distillation_loss(
 
     Raises:
         LabelError: alpha out of range, labels or targets missing where needed, or as the soft loss raises.
-        TemperatureError: the labels cannot serve this temperature.
+        TemperatureError: the labels cannot serve this temperature, or not to `loss.max_tail_error`.
 
     Examples:
         >>> import torch
@@ -100,6 +100,10 @@ def distillation_loss(
     """
     loss = as_loss(loss)
     check_needs(loss, labels, targets, alpha, "distillation_loss")
+    if alpha > 0.0 and labels is not None:
+        check_tails(loss, labels, temperature, active_P=None if mask is None else mask > 0)
+    if mask is not None:
+        student_logits, labels = _without_ignored(student_logits, labels, mask > 0)
     if (
         mask is None
         and soft_weights is None
@@ -140,6 +144,18 @@ def distillation_loss(
     weight_P = mask.to(loss_P.dtype)
     total = weight_P.sum()
     return (loss_P * weight_P).where(weight_P > 0, 0.0).sum() / total.where(total > 0, 1.0)
+
+
+def _without_ignored(
+    student_logits: Tensor, labels: SoftLabels | None, active_P: Tensor
+) -> tuple[Tensor, SoftLabels | None]:
+    """Logits and labels with numbers in place of whatever a row without weight holds: 0 times its NaN would be NaN."""
+    logits_PV = student_logits.masked_fill(~active_P[:, None], 0.0)
+    if labels is None or not labels.is_torch or len(labels) != len(active_P):
+        return logits_PV, labels
+    return logits_PV, labels.map_arrays(
+        lambda x: x.masked_fill(~active_P.reshape(-1, *[1] * (x.ndim - 1)), 0)
+    )
 
 
 def check_alpha(alpha: float) -> None:

@@ -123,6 +123,7 @@ class Loss:
     tail: str = "bucket"
     standardize: bool = False
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    max_tail_error: float | None = None
 
     @property
     def kind(self) -> LossSpec:
@@ -146,7 +147,14 @@ class Loss:
             )
 
 
-def make_loss(name: str, *, tail: str = "bucket", standardize: bool = False, **parameters: Any) -> Loss:
+def make_loss(
+    name: str,
+    *,
+    tail: str = "bucket",
+    standardize: bool = False,
+    max_tail_error: float | None = None,
+    **parameters: Any,
+) -> Loss:
     """A loss of the registry.
 
     Args:
@@ -154,6 +162,8 @@ def make_loss(name: str, *, tail: str = "bucket", standardize: bool = False, **p
         tail: what becomes of the dropped classes, see `softcache.losses.tail_modes`.
         standardize: divide the logits of teacher and student by their standard deviation first, position by
             position, see `softcache.losses.standardize`.
+        max_tail_error: refuse labels whose tail, at the temperature that is asked for, may be off by more in mass
+            (`SoftLabels.tail_error`); None refuses none.
         parameters: of that loss; those left out take its defaults.
 
     Raises:
@@ -169,7 +179,7 @@ def make_loss(name: str, *, tail: str = "bucket", standardize: bool = False, **p
     except ValidationError as error:
         raise LabelError("; ".join(_explain(name, problem) for problem in error.errors())) from error
     check_tail(name, spec, tail)
-    return Loss(name, tail, standardize, complete)
+    return Loss(name, tail, standardize, complete, max_tail_error)
 
 
 def check_tail(name: str, spec: LossSpec, tail: str) -> None:

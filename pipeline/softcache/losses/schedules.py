@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
+from softcache.losses.standardize import MAX_TEMPERATURE
 from softcache.settings import Settings
 
 __all__ = ["AlphaSchedule", "LossMix", "Schedule", "TemperatureSchedule", "scheduled"]
@@ -85,7 +86,7 @@ class Schedule(Settings):
 class TemperatureSchedule(Schedule):
     """[loss.temperature_schedule]: from loss.temperature to `end`, both at least 1."""
 
-    end: float | None = Field(None, ge=1, le=100)
+    end: float | None = Field(None, ge=1, le=MAX_TEMPERATURE)
 
 
 class AlphaSchedule(Schedule):

@@ -22,6 +22,7 @@ from softcache.losses.curriculum import CurriculumSettings
 from softcache.losses.registry import LOSSES, Loss, LossSpec, Tail, check_tail, make_loss
 from softcache.losses.sample_weights import WeightSettings
 from softcache.losses.schedules import AlphaSchedule, TemperatureSchedule
+from softcache.losses.standardize import MAX_TEMPERATURE
 from softcache.runtime.registry import variant
 from softcache.settings import Settings
 
@@ -47,6 +48,8 @@ class LossSettings(Settings):
         alpha: weight of the soft part.
         tail: what becomes of the dropped classes (`softcache.losses.tail_modes`).
         standardize: divide the logits by their standard deviation first (`softcache.losses.standardize`).
+        max_tail_error: refuse labels whose tail may be off by more than this in mass at the temperature that is asked for
+            (`SoftLabels.tail_error`); left out, none are refused.
         temperature_schedule, alpha_schedule: how T and alpha change over the run (`softcache.losses.schedules`).
         curriculum: T is learnt by gradient reversal (`softcache.losses.curriculum`).
         weights: how much each row counts in the soft part (`softcache.losses.sample_weights`).
@@ -57,10 +60,11 @@ class LossSettings(Settings):
     """
 
     name: str = DEFAULT
-    temperature: float = Field(1.0, ge=1, le=100)  # beyond, T^2 only magnifies the rounding of the divergence
+    temperature: float = Field(1.0, ge=1, le=MAX_TEMPERATURE)
     alpha: float = Field(0.9, ge=0, le=1)
     tail: Tail = "bucket"
     standardize: bool = False
+    max_tail_error: float | None = Field(None, gt=0, le=1)
     temperature_schedule: TemperatureSchedule | None = None
     alpha_schedule: AlphaSchedule | None = None
     curriculum: CurriculumSettings | None = None
@@ -110,9 +114,9 @@ class LossSettings(Settings):
                 raise ValueError(
                     "curriculum: learns the temperature that temperature_schedule would set; drop one of the tables"
                 )
-            if highest > 100:
+            if highest > MAX_TEMPERATURE:
                 raise ValueError(
-                    f"curriculum.range: expected lowest + range of at most 100; found {highest:g}"
+                    f"curriculum.range: expected lowest + range of at most {MAX_TEMPERATURE:g}; found {highest:g}"
                 )
             if not lowest < self.temperature < highest:
                 raise ValueError(
@@ -160,13 +164,19 @@ class LossSettings(Settings):
         return {
             key: value
             for key, value in found.items()
-            if key not in OPTIONAL_IDENTITY_KEYS or value is not None
+            if (key not in OPTIONAL_IDENTITY_KEYS or value is not None) and key != "max_tail_error"
         }
 
     @property
     def loss(self) -> Loss:
         """The soft loss that these settings name."""
-        return make_loss(self.name, tail=self.tail, standardize=self.standardize, **self.parameters)
+        return make_loss(
+            self.name,
+            tail=self.tail,
+            standardize=self.standardize,
+            max_tail_error=self.max_tail_error,
+            **self.parameters,
+        )
 
 
 @cache

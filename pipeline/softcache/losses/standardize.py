@@ -14,12 +14,17 @@ from torch import Tensor
 
 from softcache.errors import LabelError, TemperatureError
 from softcache.labels import STATS, SoftLabels
+from softcache.labels.temperature import check_tail_error
 from softcache.losses.buckets import check_student, promote_dtype
+from softcache.losses.registry import Loss
 
-__all__ = ["LEAST_STD", "standardized", "teacher_temperature"]
+__all__ = ["LEAST_STD", "MAX_TEMPERATURE", "check_tails", "standardized", "teacher_temperature"]
 
+MAX_TEMPERATURE = 100.0
+"""Of `loss.temperature`: beyond, T^2 only magnifies the rounding of the divergence."""
 LEAST_STD = 1e-3
-"""Below it a student's logits count as so far apart: equal logits have no direction, and their gradient no bound."""
+"""Below it a student's logits count as so far apart: equal logits have no direction, and their gradient no bound. A
+teacher's count as equal: uniform at every temperature."""
 
 
 def standardized(
@@ -75,11 +80,11 @@ def teacher_temperature(labels: SoftLabels, temperature: Any, *, active_P: Tenso
     The check waits for a GPU. Positions that are not active get the base temperature.
     """
     std_P = _teacher_std(labels)
-    teacher_P = temperature * std_P
+    free_P = std_P < LEAST_STD  # all logits alike: the same distribution at every temperature
     if active_P is not None:
-        teacher_P = teacher_P.where(
-            active_P, torch.as_tensor(temperature, dtype=std_P.dtype).to(std_P.device)
-        )
+        free_P = free_P | ~active_P
+    base = torch.as_tensor(temperature, dtype=std_P.dtype).to(std_P.device)
+    teacher_P = (temperature * std_P).where(~free_P, base.clamp(min=labels.temperatures[0]))
     low_P = ~(teacher_P >= labels.temperatures[0])
     if bool(low_P.any()):
         try:  # labels of all classes, or of a light tail, serve lower ones too
@@ -87,11 +92,14 @@ def teacher_temperature(labels: SoftLabels, temperature: Any, *, active_P: Tenso
         except TemperatureError as error:
             position = int(teacher_P.where(low_P, torch.inf).nan_to_num(nan=-torch.inf).argmin())
             std = float(std_P[position])
+            least = labels.temperatures[0] / max(std, 1e-6)
+            way_out = (
+                f"expected a loss.temperature of at least {least:.3g}, which multiplies it; raise it, or "
+            )
             raise TemperatureError(
                 f"loss.standardize, position {position}: the teacher's logits have a standard deviation of {std:.3g}, at "
-                f"which its temperature is {float(teacher_P[position]):.3g}, too low for these labels; expected a "
-                f"loss.temperature of at least {labels.temperatures[0] / max(std, 1e-6):.3g}, which multiplies it; raise "
-                "it, or set standardize = false",
+                f"which its temperature is {float(teacher_P[position]):.3g}, too low for these labels; "
+                f"{way_out if least <= MAX_TEMPERATURE else ''}set standardize = false",
                 position=position,
             ) from error
     return teacher_P
@@ -110,3 +118,14 @@ def _teacher_std(labels: SoftLabels) -> Tensor:
     count_P1 = alive_PK.sum(dim=1, keepdim=True).clamp(min=1)
     centred_PK = (finite_PK - finite_PK.sum(dim=1, keepdim=True) / count_P1).where(alive_PK, 0.0)
     return (centred_PK.square().sum(dim=1) / count_P1[:, 0]).sqrt()
+
+
+def check_tails(loss: Loss, labels: SoftLabels, temperature: Any, *, active_P: Tensor | None = None) -> None:
+    """Raises TemperatureError where a position's tail is not known to `loss.max_tail_error` at the teacher's temperature."""
+    if loss.max_tail_error is None:
+        return
+    T = teacher_temperature(labels, temperature, active_P=active_P) if loss.standardize else temperature
+    if active_P is not None:
+        labels = labels.take(active_P)
+        T = T[active_P] if isinstance(T, Tensor) and T.numel() == len(active_P) else T
+    check_tail_error(labels, T.detach() if isinstance(T, Tensor) else T, loss.max_tail_error)

@@ -5,7 +5,7 @@ Shape suffixes: `P` positions, `V` classes, `K` kept classes.
 Where the teacher kept the class, its slot moves. Where it dropped the class, its log-probability is
 `labels.target_log_prob`, and the tail is what then remains of it: log(e^tail - e^target), computed as tail +
 log(-expm1(target - tail)). Off the grid of temperatures the tail is interpolated; should the class be heavier than that,
-nothing remains.
+nothing remains. Where it is the only class that was dropped, it is the tail.
 """
 
 from dataclasses import replace
@@ -40,7 +40,10 @@ def dropped_log_probs(labels: SoftLabels, softened: SoftenedLabels, temperature:
     # The normaliser is what lies between a slot before and after: the first slot is always a class.
     first_P = labels.log_probs[:, 0].to(dtype)
     divisor = temperature.to(dtype) if isinstance(temperature, Tensor) else temperature
-    return ((at_one_P - first_P) / divisor + softened.log_probs[:, 0]).where(known_P, -torch.inf)
+    log_dropped_P = (at_one_P - first_P) / divisor + softened.log_probs[:, 0]
+    # The only dropped class is the tail, to the last bit: what rounding left of it would be mass where no class is.
+    log_dropped_P = torch.where(labels.num_dropped() <= 1, softened.log_tail, log_dropped_P)
+    return log_dropped_P.where(known_P, -torch.inf)
 
 
 def add_target_bucket(

@@ -92,6 +92,11 @@ class SoftLabelCodec(Codec):
             arrays[name] = values
         return arrays
 
+    @property
+    def tail_rounding(self) -> float:
+        """How far a stored tail may be off above T = 1, nats, besides float32."""
+        return 0.0
+
     def decode(self, columns: Mapping[str, np.ndarray]) -> SoftLabels:
         """Returns the labels of columns [P, ...]; nothing is copied or converted but what `unpack` converts."""
         arrays = self.unpack(columns)
@@ -101,6 +106,7 @@ class SoftLabelCodec(Codec):
             temperatures=self.temperatures,
             max_temperature=self.max_temperature,
             sampling=self.sampling,
+            tail_rounding=self.tail_rounding,
         )
 
     def validate(self, arrays: Mapping[str, np.ndarray]) -> None:

@@ -19,7 +19,7 @@ from softcache.losses.fused.head import Head
 from softcache.losses.fused.rows import Rows
 from softcache.losses.fused.soft import Buckets, ChunkLoss, Uld
 from softcache.losses.registry import as_loss
-from softcache.losses.standardize import teacher_temperature
+from softcache.losses.standardize import check_tails, teacher_temperature
 from softcache.losses.target_class import dropped_log_probs, teacher_log_probs
 
 __all__ = ["fused_distillation_loss", "fused_uld_loss"]
@@ -187,6 +187,8 @@ def _mean_loss(
 ) -> Tensor:
     hidden_PD, weight_VD, bias_V = head.tensors
     labels, targets_P = _checked_parts(loss, alpha, labels, targets_P, temperature, len(hidden_PD))
+    if labels is not None:
+        check_tails(loss, labels, temperature, active_P=None if weights_P is None else weights_P > 0)
     as_it_is = labels is not None and is_record(head, loss, labels, temperature)
     rows = Rows(
         head, labels, targets_P, weights_P, needs_truth=loss.kind.needs_target, checks_ids=not as_it_is

@@ -66,7 +66,7 @@ class LabelRows:
         there = {name: value for name in COLUMNS if (value := getattr(labels, name)) is not None}
         fixed = {
             name: getattr(labels, name)
-            for name in ("num_classes", "temperatures", "max_temperature", "sampling")
+            for name in ("num_classes", "temperatures", "max_temperature", "sampling", "tail_rounding")
         }
         return cls(
             {name: None if value.ndim == 1 else value.shape[1] for name, value in there.items()}, fixed, mixed

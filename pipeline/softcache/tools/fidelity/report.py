@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
+from softcache.labels import SoftLabels
 from softcache.reader.cache import Cache
 from softcache.tools.fidelity.frontier import Point, frontier
 from softcache.tools.fidelity.metrics import measure
@@ -39,7 +41,8 @@ def measure_cache(
             8.0 * sum(marker.stop - marker.start for marker in cache.markers.values()) / cache.num_rows_done
         )
     by_temperature = {
-        f"{t:g}": _summary(rerun, ReferenceDistribution(rerun.logits_PV, t)) for t in temperatures
+        f"{t:g}": _summary(rerun, ReferenceDistribution(rerun.logits_PV, t)) | _tail_bounds(rerun.labels, t)
+        for t in temperatures
     }
     points = frontier(
         rerun, cache.manifest, temperatures=temperatures, other_bytes=other_bytes, progress=progress
@@ -86,6 +89,11 @@ def _summary(rerun: Rerun, truth: ReferenceDistribution) -> dict[str, float]:
         "tail_error_mean": _mean(found["tail_error"].abs()),
         "tail_error_max": float(found["tail_error"].abs().max()),
     }
+
+
+def _tail_bounds(labels: SoftLabels, temperature: float) -> dict[str, float]:
+    error_P = labels.tail_error(temperature)
+    return {"tail_bound_p99": float(np.percentile(error_P, 99)), "tail_bound_max": float(error_P.max())}
 
 
 def _mean(x_P: Tensor) -> float:

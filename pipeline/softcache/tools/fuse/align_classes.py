@@ -145,7 +145,7 @@ def _complete(
     with np.errstate(divide="ignore"):
         log_target_P = whole.log_mass[:, 0] + np.log(target_P)
     log_probs_PU = np.where(exact_PU, log_target_P[:, None], log_probs_PU)
-    moved_P = (guessed_PU | exact_PU).sum(axis=1)
+    moved_P = guessed_PU.sum(axis=1) + (target_P > 0)  # a ground truth of probability 0 was not in the tail
     log_target_P = np.where(target_P > 0, log_target_P, -np.inf)
     left = _without(record, whole, moved_P, share_P)
     within = _within(record, whole, left, guessed_PU.sum(axis=1), highest_P, log_target_P)
@@ -193,7 +193,7 @@ def _target_share(record: SoftLabels, whole: Tail, dropped_P: np.ndarray) -> np.
     log_mass_P = np.where(dropped_P, whole.log_mass[:, 0], 0.0)
     share_P = np.exp(np.minimum(record.target_log_prob.astype(np.float64) - log_mass_P, 0.0))
     share_P = np.where(whole.count > 1, np.minimum(share_P, MAX_TARGET_SHARE), 1.0)
-    return np.where(dropped_P, share_P, 0.0)
+    return np.where(dropped_P & (record.target_log_prob > -np.inf), share_P, 0.0)
 
 
 def _shares(

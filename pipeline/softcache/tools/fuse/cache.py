@@ -26,7 +26,7 @@ from softcache.hashing.digests import digest_json
 from softcache.labels import SoftLabels, concat
 from softcache.reader.cache import Cache, CachedBatch
 from softcache.reader.open import open_cache
-from softcache.tools.fuse.compatibility import check_agreement, check_same_rows
+from softcache.tools.fuse.compatibility import check_agreement, check_same_rows, check_teachers
 from softcache.tools.fuse.labels import fused_labels
 from softcache.tools.fuse.settings import FusionSettings
 from softcache.tools.fuse.weights import Rule
@@ -51,7 +51,8 @@ def fuse_caches(
         progress: called with a number of rows that are there.
 
     Raises:
-        LabelError: labels that cannot be fused: drawn classes, other classes, another grid, one cache twice.
+        LabelError: labels that cannot be fused: drawn classes, other classes, another grid, one cache twice, a teacher that
+            hardly knows the classes.
         IncompleteCacheError: a cache has missing units.
         AlignmentError: the caches are not of the same samples, views or tokens; where it can be, the sample is named.
         CorruptionError: a unit of one of them is damaged.
@@ -64,6 +65,8 @@ def fuse_caches(
     writing, finished = open_store(manifest, objects), usable_units(objects, manifest, digest)
     progress(sum(marker.num_rows for marker in finished.values()))
     pending = [unit for unit in manifest.plan.units() if unit.number not in finished]
+    if pending and not settings.allow_weak_teachers:
+        check_teachers(caches)
     keys, targets = first.samples_table()[:2] if pending else ([], np.zeros(0, np.int64))
     codec = manifest.soft_codec("fuse")
     for unit in claimed_units(objects, manifest, digest, pending):

@@ -9,7 +9,12 @@ import numpy as np
 from softcache.errors import AlignmentError, IncompleteCacheError, LabelError
 from softcache.reader.cache import Cache, CachedBatch
 
-__all__ = ["check_agreement", "check_same_rows"]
+__all__ = ["check_agreement", "check_same_rows", "check_teachers"]
+
+SCORED_SAMPLES = 2048
+"""Of each cache, evenly spread over its plain view: their ground truth scores a teacher."""
+LEAST_SHARE = 0.5
+"""Of the best teacher's accuracy, which every teacher has to have."""
 
 DIGESTS = {
     "views": ("were seen through another transform", "make both with the same [views]"),
@@ -38,6 +43,41 @@ def check_agreement(caches: Sequence[Cache]) -> None:
         if number:
             _check_labels(caches[0], cache)
             _check_samples(caches[0], cache)
+
+
+def check_teachers(caches: Sequence[Cache]) -> None:
+    """Raises where a teacher hardly knows the classes: most often its outputs are in another order than their names.
+
+    A teacher's accuracy on the ground truth has to be well above 1/V, that of guessing, and at least half of the best one's.
+    Caches without ground truth are not scored.
+
+    Raises:
+        LabelError: a teacher is too weak; it and its accuracy are named.
+    """
+    scores = [_accuracy(cache) for cache in caches]
+    best = max((score for score in scores if score is not None), default=0.0)
+    for cache, score in zip(caches, scores, strict=True):
+        chance = 1.0 / cache.num_classes
+        least = chance + min(chance, 0.1 * (1.0 - chance))
+        if score is None or (score > least and score >= LEAST_SHARE * best):
+            continue
+        raise LabelError(
+            f"cache {cache.url}: its teacher is right on {score:.1%} of the ground truth; expected above {least:.1%} "
+            f"(guessing has {chance:.1%}) and at least half of the best one's {best:.1%}: are its outputs in the order of "
+            "the class names? Fuse without it, or set fusion.allow_weak_teachers (--allow-weak-teachers)"
+        )
+
+
+def _accuracy(cache: Cache) -> float | None:
+    """Returns the share of a plain view's rows whose most likely class is the ground truth; None where none is known."""
+    num_samples = cache.manifest.plan.num_samples
+    samples = np.unique(np.linspace(0, num_samples - 1, min(num_samples, SCORED_SAMPLES)).astype(np.int64))
+    labels = cache.read_stored(samples, 0).labels
+    if labels.target_log_prob is None:
+        return None
+    known_P = ~np.isnan(labels.target_log_prob)
+    right_P = labels.target_log_prob.astype(labels.log_probs.dtype) >= labels.log_probs[:, 0]
+    return float(right_P[known_P].mean()) if known_P.any() else None
 
 
 def _check_usable(cache: Cache) -> None:

@@ -187,7 +187,9 @@ def _geometric(
         (weights_MP * tails.variance).sum(axis=0),
         (weights_MP * tails.slope).sum(axis=0) - log_z_P,
     )
-    return log_probs_PU - log_z_P[:, None], tail, (weights_MP * target_MP).sum(axis=0) - log_z_P
+    # Of a text the ground truth's class is not known, so its exact mean may exceed the normaliser of estimates.
+    target_P = np.minimum((weights_MP * target_MP).sum(axis=0) - log_z_P, 0.0)
+    return log_probs_PU - log_z_P[:, None], tail, target_P
 
 
 # -- the record --------------------------------------------------------------------------------------------

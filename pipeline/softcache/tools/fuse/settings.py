@@ -26,12 +26,14 @@ class FusionSettings(Settings):
         rule: how they are fused (`softcache.tools.fuse.weights`).
         k: classes kept in each row; None: the most that one of the caches keeps.
         values: precision of the fused log-probabilities on disk.
+        allow_weak_teachers: fuse also those at chance level, or far below the best (`compatibility.check_teachers`).
     """
 
     caches: Annotated[tuple[str, ...], BeforeValidator(_list_to_tuple)] = Field(min_length=2)
     rule: Rule = "mean"
     k: int | None = Field(None, ge=1)
     values: Literal["float16", "float32"] = "float16"
+    allow_weak_teachers: bool = False
 
     def slots(self, kept: Sequence[int], num_classes: int) -> int:
         """Returns the slots of a fused row, of teachers that keep so many classes each.

@@ -6,6 +6,8 @@ Shape suffixes: `M` teachers, `P` positions.
     geometric    1/M each, of the log-probabilities, then normalised
     entropy      softmax over the teachers of minus their entropy (nats), of the probabilities: the surer, the more (EBKD,
                  Kwon et al. 2020)
+    entropy_share   (1 - H_m / sum of H over the teachers) / (M - 1), of the probabilities: how public code weighs EBKD's
+                 teachers; 1/M each where all entropies are 0
     confidence   (1 - softmax over the teachers of their cross-entropy with the ground truth) / (M - 1), of the
                  probabilities (CA-MKD, Zhang et al. 2022, eq. 4)
     best         1 for the teacher of the lowest cross-entropy with the ground truth (the first of equals), 0 for the others
@@ -29,7 +31,7 @@ from softcache.labels import STATS, SoftLabels
 
 __all__ = ["RULES", "Rule", "rule_weights"]
 
-Rule = Literal["mean", "geometric", "entropy", "confidence", "best"]
+Rule = Literal["mean", "geometric", "entropy", "entropy_share", "confidence", "best"]
 RULES: tuple[str, ...] = get_args(Rule)
 
 MAX_CROSS_ENTROPY_NATS = 1e4
@@ -59,6 +61,13 @@ def rule_weights(records: Sequence[SoftLabels], rule: Rule) -> np.ndarray:
         return np.full(shape, 1.0 / len(records))
     if rule == "entropy":
         return _softmax(-np.stack([_column(record, "stats") for record in records]))
+    if rule == "entropy_share":
+        entropy_MP = np.stack([_column(record, "stats") for record in records])
+        total_P = entropy_MP.sum(axis=0)
+        shares_MP = np.where(
+            total_P > 0, entropy_MP / np.where(total_P > 0, total_P, 1.0), 1.0 / len(records)
+        )
+        return (1.0 - shares_MP) / (len(records) - 1)
     loss_MP = np.minimum(
         -np.stack([_column(record, "target_log_prob") for record in records]), MAX_CROSS_ENTROPY_NATS
     )
