@@ -4,6 +4,9 @@
     .venv/bin/python -m tests.golden.make packed
     .venv/bin/python -m tests.golden.make cells
     .venv/bin/python -m tests.golden.make bernoulli
+    .venv/bin/python -m tests.golden.make drawn
+    .venv/bin/python -m tests.golden.make tokens
+    .venv/bin/python -m tests.golden.make wide
 
 Run once per format version and codec, never to refresh a failing test: if today's code no longer reads what is frozen,
 users' caches are no longer read either, and the code is at fault. The caches go to tests/golden/vN, where N is
@@ -27,8 +30,16 @@ import torch
 import zarr
 from safetensors.torch import save_file
 
-from softcache.cache.manifest import FORMAT_VERSION
+from softcache.cache.codecs import OpenCodec, PackedCodec
+from softcache.cache.create import create_cache
+from softcache.cache.manifest import FORMAT_VERSION, Manifest, Plan
+from softcache.cache.samples import encode_samples
+from softcache.cache.storage.open import open_objects
+from softcache.cache.units import open_store, publish_unit
 from softcache.config.run import RunConfig
+from softcache.hashing.digests import digest_bytes
+from softcache.labels import SoftLabels
+from softcache.labels.sparsify import top_k
 from softcache.models.detection.build import build_detector
 from softcache.runs import capture_labels, open_data, open_teacher
 from tests.support.plain_packed import decode
@@ -238,12 +249,172 @@ def freeze_bernoulli(folder: Path) -> None:
     np.savez_compressed(folder / "expected_bernoulli.npz", **expected)
 
 
+# -- caches of which `expected.npz` holds the columns, named by store: CACHE/NAME --------------------------------------
+
+DRAWN = {
+    "zarr": {"policy": "sample", "num_samples": 12, "seed": 5, "temperatures": [1.0, 2.0, 4.0]},
+    "parquet": {"policy": "hybrid", "k": 2, "num_samples": 3, "seed": 5, "temperatures": [1.0, 2.0, 4.0]},
+}
+TEXT_LABELS = {
+    "zarr": {"k": K},
+    "parquet": {"k": K, "positions": {"policy": "every", "every": 3}},
+}
+WIDE_CLASSES = 70_000
+"""More than fit into uint16."""
+
+
+def read_columns(url: Path) -> dict[str, np.ndarray]:
+    """Returns the columns of a cache as they are stored: whole arrays, or the rows of all files one after the other."""
+    if (url / "labels.zarr").exists():
+        group = zarr.open_group(url / "labels.zarr", mode="r")
+        return {name: np.asarray(array) for name, array in group.arrays() if name != "temperature"}
+    columns: dict[str, list[np.ndarray]] = {}
+    for path in sorted((url / "parquet").iterdir()):
+        table = pq.ParquetFile(path).read()
+        for name in table.column_names:
+            values = table[name].combine_chunks()
+            if name == "record":
+                part = np.stack([np.frombuffer(row, np.uint8) for row in values.to_pylist()])
+            else:
+                part = np.stack([np.asarray(row) for row in values.to_numpy(zero_copy_only=False)])
+            columns.setdefault(name, []).append(part)
+    return {name: np.concatenate(parts) for name, parts in columns.items()}
+
+
+def drawn_config(store: str) -> RunConfig:
+    run = config(store, codec={"values": VALUES[store]}).model_dump(mode="json", exclude_unset=True)
+    run["labels"] = {"num_views": NUM_VIEWS, **DRAWN[store]}
+    return RunConfig.model_validate(run)
+
+
+def text_config(store: str, texts: Path, work: Path) -> RunConfig:
+    """Of documents in a file that is frozen too; the tokenizer is trained on them."""
+    return RunConfig.model_validate(
+        {
+            "name": f"golden-tokens-{store}",
+            "source": {
+                "modality": "text",
+                "name": "hf",
+                "path": str(texts),
+                "key_column": "id",
+                "tokenizer": "bpe?vocab_size=300",
+                "packing": "documents",
+                "seq_len": 24,
+                "eval_share": 0.2,
+                "data_dir": str(work),
+            },
+            "teacher": {"model": "tests.fakes_language:known"},
+            "labels": {"temperatures": TEMPERATURES, **TEXT_LABELS[store]},
+            "capture": {
+                "store": store,
+                "codec": {"values": VALUES[store]},
+                "unit_samples": 6,
+                "chunk_samples": 3,
+                "device": "cpu",
+                "evaluate": False,
+            },
+            "student": {"model": "llama?width=16&depth=1&heads=2"},
+            "train": {"epochs": 1, "batch_size": 4, "device": "cpu"},
+        }
+    )
+
+
+def wide_labels(num_samples: int = 12) -> SoftLabels:
+    """Labels of a teacher with more classes than fit into uint16; some rows have fewer possible ones than slots."""
+    random = np.random.default_rng(0)
+    logits = torch.from_numpy((random.normal(size=(num_samples, WIDE_CLASSES)) * 4).astype(np.float32))
+    logits[3] = logits[3].bfloat16().float()
+    logits[5, 2:] = -torch.inf
+    targets = torch.arange(num_samples) * 6_000
+    return top_k(logits, k=5, targets_P=targets, temperatures=tuple(TEMPERATURES)).to_numpy()
+
+
+def wide_codecs() -> dict[str, OpenCodec | PackedCodec]:
+    grid = tuple(TEMPERATURES)
+    return {
+        "zarr": OpenCodec(WIDE_CLASSES, 5, grid),
+        "parquet": OpenCodec(WIDE_CLASSES, 5, grid, values="float32"),
+        "zarr-packed": PackedCodec(WIDE_CLASSES, 5, grid, step=None, tail="float32"),
+        "parquet-packed": PackedCodec(WIDE_CLASSES, 5, grid, step=STEP),
+    }
+
+
+def write_wide(url: Path, name: str) -> None:
+    """A cache that no source stands behind, of labels that are given."""
+    labels, codec, store = wide_labels(), wide_codecs()[name], name.partition("-")[0]
+    samples = encode_samples([f"sample {n}" for n in range(len(labels))], np.arange(len(labels)) * 6_000)
+    manifest = Manifest(
+        softcache_version="golden",
+        kind="image",
+        identity={
+            "teacher": {"spec": "random numbers", "dtype": "float32"},
+            "source": {"name": "none", "digest": "0" * 64, "num_samples": len(labels)},
+            "views": {"digest": "0" * 64, "num_views": 1, "settings": {}},
+            "labels": {"policy": "top_k", "k": 5, "temperatures": TEMPERATURES},
+            "codec": codec.to_dict(),
+        },
+        num_classes=WIDE_CLASSES,
+        codec=codec.to_dict(),
+        plan=Plan(num_samples=len(labels), num_views=1, unit_samples=8, chunk_samples=4),
+        store=store,
+        data="labels.zarr" if store == "zarr" else "parquet",
+        samples_sha256=digest_bytes(samples),
+        attributes={"note": "uint32 ids"},
+    )
+    objects = open_objects(str(url), create=True)
+    manifest, digest = create_cache(objects, manifest, samples)
+    columns = codec.encode(labels) | {"fingerprint": np.arange(1, len(labels) + 1, dtype=np.uint64)}
+    for unit in manifest.plan.units():
+        part = {column: values[unit.start : unit.stop] for column, values in columns.items()}
+        publish_unit(objects, open_store(manifest, objects), digest, unit, part)
+    shutil.rmtree(url / ".staging")
+
+
+def freeze_drawn(folder: Path) -> None:
+    for store in VIEWS:
+        capture(drawn_config(store), folder / store)
+    _freeze_columns(folder)
+
+
+def freeze_tokens(folder: Path) -> None:
+    folder.mkdir()
+    random, words = (
+        np.random.default_rng(3),
+        ["a", "cache", "of", "what", "the", "teacher", "knows", "and", "a", "student", "learns"],
+    )
+    lines = [
+        {"id": f"text {n}", "text": " ".join(random.choice(words, int(random.integers(2, 12))))}
+        for n in range(14)
+    ]
+    (folder / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for store in VIEWS:
+        with tempfile.TemporaryDirectory() as work:
+            texts = (folder / "texts.jsonl").relative_to(Path.cwd())  # its name is in the manifest
+            capture(text_config(store, texts, Path(work)), folder / store)
+    _freeze_columns(folder)
+
+
+def freeze_wide(folder: Path) -> None:
+    for name in wide_codecs():
+        write_wide(folder / name, name)
+    _freeze_columns(folder)
+
+
+def _freeze_columns(folder: Path) -> None:
+    caches = sorted(path for path in folder.iterdir() if path.is_dir())
+    found = {f"{url.name}/{name}": values for url in caches for name, values in read_columns(url).items()}
+    np.savez_compressed(folder / "expected.npz", **found)
+
+
 def main(arguments: list[str]) -> None:
     ways = {
         (): (freeze_open, ""),
         ("packed",): (freeze_packed, "-packed"),
         ("cells",): (freeze_cells, "-cells"),
         ("bernoulli",): (freeze_bernoulli, "-bernoulli"),
+        ("drawn",): (freeze_drawn, "-drawn"),
+        ("tokens",): (freeze_tokens, "-tokens"),
+        ("wide",): (freeze_wide, "-wide"),
     }
     freeze, suffix = ways[tuple(arguments)]
     folder = Path(__file__).parent / f"v{FORMAT_VERSION}{suffix}"

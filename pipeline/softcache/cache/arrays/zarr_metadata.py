@@ -190,7 +190,7 @@ def _consolidated(prefix: str, documents: dict[str, bytes]) -> dict[str, bytes]:
     }
     group = json.loads(documents[f"{prefix}zarr.json"])
     group["consolidated_metadata"] = {"kind": "inline", "must_understand": False, "metadata": arrays}
-    return documents | {f"{prefix}zarr.json": json.dumps(group, indent=2).encode()}
+    return documents | {f"{prefix}zarr.json": json.dumps(group).encode()}
 
 
 def _grid(plan: Plan) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:

@@ -1,0 +1,120 @@
+"""A second reader of caches, from docs/format.md alone: slow, obvious, and nothing of softcache in it.
+
+rows = read(folder)                          # {(view, sample): {column: [rows, ...]}} of what is finished
+tail_at(codec, row, 3.0)                     # log of the tail's mass between the temperatures of the grid
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import zarr
+
+from tests.support import plain_packed
+
+KNOWN_FEATURES = {"array_codecs"}
+
+
+def read(folder):
+    """Returns the labels of every finished (view, sample), decoded."""
+    folder = Path(folder)
+    stored = (folder / "manifest.json").read_bytes()
+    manifest = json.loads(stored)
+    unknown = set(manifest.get("features", [])) - KNOWN_FEATURES
+    if manifest["format_version"] != 1 or unknown:
+        raise ValueError(f"{folder}: of another version, or with features {unknown}")
+    samples = folder / manifest.get("samples", "samples.parquet")
+    if hashlib.sha256(samples.read_bytes()).hexdigest() != manifest["samples_sha256"]:
+        raise ValueError(f"{samples}: another table")
+    table = pq.ParquetFile(samples).read()
+    out = {}
+    for path in sorted((folder / "units").glob("*.json")):
+        marker = json.loads(path.read_text())
+        if marker["manifest_sha256"] != hashlib.sha256(stored).hexdigest():
+            raise ValueError(f"{path}: of another manifest")
+        for shard in marker["shards"]:
+            if hashlib.sha256((folder / shard["path"]).read_bytes()).hexdigest() != shard["sha256"]:
+                raise ValueError(f"{shard['path']}: damaged")
+        columns = _zarr_unit if manifest["store"] == "zarr" else _parquet_unit
+        for sample, row in columns(folder, manifest, marker, table):
+            out[marker["view"], sample] = _decoded(manifest["codec"], row)
+    return out
+
+
+def _zarr_unit(folder, manifest, marker, table):
+    group = zarr.open_group(folder / manifest["data"], mode="r")
+    names = {shard["column"] for shard in marker["shards"]}
+    view, plan = marker["view"], manifest["plan"]
+    units = -(-plan["num_samples"] // plan["unit_samples"])
+    for sample in range(marker["start"], marker["stop"]):
+        if "rows" not in manifest:
+            yield sample, {name: group[name][view, sample : sample + 1] for name in names}
+            continue
+        first = table["first_row"][sample].as_py() + view * units * manifest["rows"]["shard_rows"]
+        count = table["num_rows"][sample].as_py()
+        per_sample = {
+            name: group[name][view, sample : sample + 1] for name in names & {"fingerprint", "num_rows"}
+        }
+        yield (
+            sample,
+            {name: group[name][first : first + count] for name in names - per_sample.keys()} | per_sample,
+        )
+
+
+def _parquet_unit(folder, manifest, marker, table):
+    (shard,) = marker["shards"]
+    rows = pq.ParquetFile(folder / shard["path"]).read()
+    numbers = rows["sample"].to_numpy()
+    for sample in range(marker["start"], marker["stop"]):
+        (places,) = np.nonzero(numbers == sample)
+        part = rows.take(places)
+        row = {name: part[name].to_pylist() for name in part.column_names if name not in ("view", "sample")}
+        yield sample, {name: v[:1] if name in ("fingerprint", "num_rows") else v for name, v in row.items()}
+
+
+def _decoded(codec, row):
+    if "record" in row:
+        records = [plain_packed.decode(codec, bytes(record)) for record in row.pop("record")]
+        row |= {name: [record[name] for record in records] for name in records[0]}
+    return {name: np.asarray(values) for name, values in row.items()}
+
+
+def tail_at(codec, row, temperature):
+    """Returns F(1/T) of a row.
+
+    Args:
+        codec: of the manifest.
+        row: `ids`, `log_probs`, `log_tail` and, where there are any, `stats`, of one row.
+    """
+    grid = codec["temperatures"]
+    if temperature in grid:
+        return float(row["log_tail"][grid.index(temperature)])
+    if row["log_tail"][0] == -math.inf:
+        return -math.inf
+    exact = codec.get("sampling", {}).get("exact", codec["k"])
+    if codec.get("stats", True):
+        count = float(row["stats"][3]) - sum(p > -math.inf for p in row["log_probs"][:exact])
+    else:
+        count = codec["num_classes"] - sum(i < codec["num_classes"] for i in row["ids"][:exact])
+    beta = 1 / temperature
+    nodes = [0.0, *(1 / t for t in reversed(grid))]
+    values = [math.log(max(count, 1)), *(float(x) for x in reversed(row["log_tail"]))]
+    right = next(n for n, node in enumerate(nodes) if node > beta)
+    left = right - 1
+    near = sorted(range(len(nodes)), key=lambda n: (abs(nodes[n] - beta), -nodes[n]))[:4]
+    found = 0.0
+    for k in near:
+        others = [nodes[j] for j in near if j != k]
+        found += values[k] * math.prod((beta - b) / (nodes[k] - b) for b in others)
+
+    def line(one, other):
+        slope = (values[other] - values[one]) / (nodes[other] - nodes[one])
+        return values[one] + slope * (beta - nodes[one])
+
+    for pair in ((left - 1, left), (right, right + 1)):
+        if pair[0] >= 0 and pair[1] < len(nodes):
+            found = max(found, line(*pair))
+    return min(found, line(left, right))
