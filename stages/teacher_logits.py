@@ -55,6 +55,14 @@ __all__ = ["teacher_logits"]
     help="Processes of --dask auto [default: one per GPU, else per core].",
 )
 @click.option(
+    "--stall-timeout",
+    "stall_seconds",
+    type=click.FloatRange(min=1),
+    metavar="SECONDS",
+    help="Restart a Dask worker whose unit makes no progress for so long "
+    "[default: 10 times the median unit, at least 300].",
+)
+@click.option(
     "--dry-run",
     is_flag=True,
     help="Write nothing; measure a few chunks, and estimate the bytes and time that are left.",
@@ -71,6 +79,7 @@ def teacher_logits(
     reuse: bool,
     dask: str | None,
     workers: int | None,
+    stall_seconds: float | None,
     as_json: bool,
     dry_run: bool,
     price_per_hour: float | None,
@@ -101,10 +110,13 @@ def teacher_logits(
     config = config.model_copy(update={"cache": url or config.cache})
     if workers is not None and dask != "auto":
         raise ConfigError("--workers: is the number of processes of --dask auto; add --dask auto")
+    if stall_seconds is not None and dask is None:
+        raise ConfigError("--stall-timeout: is for workers of --dask; add --dask auto, or its address")
     if price_per_hour is not None and not dry_run:
         raise ConfigError("--price-per-hour: is for the cost estimate of --dry-run; add --dry-run")
     if len(config.parts()) > 1:
-        _label_parts(config, reuse=reuse, dask=dask, workers=workers, dry_run=dry_run, as_json=as_json)
+        on_dask = {"dask": dask, "workers": workers, "stall_seconds": stall_seconds}
+        _label_parts(config, on_dask, reuse=reuse, dry_run=dry_run, as_json=as_json)
         return
     url = config.cache_url
     if dry_run:
@@ -123,7 +135,7 @@ def teacher_logits(
     if dask is not None:
         from softcache.runs.dask import capture_on_dask
 
-        report = capture_on_dask(config, url, dask, workers=workers)
+        report = capture_on_dask(config, url, dask, workers=workers, stall_seconds=stall_seconds)
         cache = open_cache(url)
     else:
         data = open_data(config)
@@ -136,14 +148,14 @@ def teacher_logits(
 
 
 def _label_parts(
-    config: RunConfig, *, reuse: bool, dask: str | None, workers: int | None, dry_run: bool, as_json: bool
+    config: RunConfig, on_dask: dict[str, Any], *, reuse: bool, dry_run: bool, as_json: bool
 ) -> None:
     from softcache.runs.parts import capture_parts
 
     if dry_run:
         raise ConfigError("--dry-run: measures one cache; choose a part with --set source.part=0")
     reports = []
-    for url, cache, report in capture_parts(config, reuse=reuse, dask=dask, workers=workers):
+    for url, cache, report in capture_parts(config, reuse=reuse, **on_dask):
         if as_json:
             reports.append(_report_table(cache, report))
         elif report is None:

@@ -131,6 +131,22 @@ def deadly(num_classes, input_shape, poison):
     return DeadlyTeacher(num_classes, channels * height * width, poison)
 
 
+class HangingTeacher(PoisonedTeacher):
+    """Sleeps for an hour on that image."""
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        try:
+            return super().forward(images_BCHW)
+        except RuntimeError:
+            time.sleep(3600)
+            raise
+
+
+def hanging(num_classes, input_shape, poison):
+    channels, height, width = input_shape
+    return HangingTeacher(num_classes, channels * height * width, poison)
+
+
 class DyingTeacher(KnownTeacher):
     """Kills its own process, as the kernel would for want of memory, as long as there are lives in a folder."""
 

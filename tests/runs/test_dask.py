@@ -40,7 +40,7 @@ from softcache.runs.dask.scheduler import (
     Scheduler,
     WorkerDied,
 )
-from softcache.runs.dask.worker import Job, Outcome, Prepared, label
+from softcache.runs.dask.worker import Job, Outcome, Prepared, Step, label
 from softcache.teacher.capture.run import UnitMetrics
 from tests.support.caches import ROOT, digits_config, make_cache
 from tests.support.text_caches import make_text_cache, text_config
@@ -54,9 +54,11 @@ class Answers:
     def __init__(self, answer, threads=2):
         self.answer, self.threads, self.open, self.most = answer, threads, {}, 0
         self.tries, self.order, self.alone, self.cancelled = Counter(), [], [], []
+        self.by_sample, self.restarted, self.calls = [], [], {}
 
-    def submit(self, unit, *, last, avoid):
+    def submit(self, unit, *, last, avoid, alone=False):
         self.tries[unit] += 1
+        self.by_sample += [unit] * alone
         self.order.append((unit, last, avoid))
         self.open[unit] = self.answer(unit, self.tries[unit], avoid)
         self.most = max(self.most, len(self.open))
@@ -81,6 +83,12 @@ class Answers:
 
     def is_alive(self):
         return True
+
+    def steps(self):
+        return []
+
+    def restart(self, worker):
+        self.restarted.append(worker)
 
 
 def made(unit):
@@ -250,13 +258,59 @@ def test_where_everything_fails_the_run_ends_soon():
 def test_a_neighbour_of_a_unit_that_kills_its_worker_is_not_blamed():
     def answer(unit, number, avoid):
         if unit == 3 or (unit == 5 and number == 1):
-            return WorkerDied("the worker died")
+            return WorkerDied()
         return made(unit)
 
     cluster, scheduler, came = schedule(answer, range(10))
     assert [failure.unit for failure in scheduler.run()] == [3]
     assert 5 in {outcome.unit for outcome in came}
-    assert {3, 5} <= set(cluster.alone)
+    assert 3 in cluster.alone
+    assert cluster.tries[3] == 3, "as many loads of the teacher"
+
+
+class Hanging(Answers):
+    """Unit 3 hangs wherever it runs: at a batch, and at sample 'k7' where each is taken by itself."""
+
+    def on_done(self, handle, call):
+        self.calls[handle] = call
+        if handle != 3:
+            call()
+
+    def cancel(self, handles):
+        for handle in handles:
+            self.open[handle] = None
+            self.calls[handle]()
+
+    def steps(self):
+        if 3 not in self.open or self.open[3] is None:
+            return
+        doing = "sample 'k7', view 0" if 3 in self.by_sample else "view 0, samples 0 to 9"
+        yield f"w{self.tries[3]}", Step("c", 3, doing, is_waiting=False, seconds=9.0)
+        yield f"w{self.tries[3]}", Step("c", 4, is_waiting=True, seconds=99.0)
+        yield "w9", Step("c", 5, "opening", is_waiting=False, is_opening=True, seconds=9.0)
+
+
+def test_a_unit_that_hangs_costs_its_worker_and_is_named_by_its_sample(monkeypatch, capsys):
+    monkeypatch.setattr("softcache.runs.dask.scheduler.STALL_POLL_SECONDS", 0.01)
+    monkeypatch.setattr("softcache.runs.dask.scheduler.MIN_STALL_SECONDS", 8.0)
+    monkeypatch.setattr("softcache.runs.dask.scheduler.MEDIANS_OF_A_STALL", 2.0)
+    cluster, came = Hanging(lambda unit, *_: made(unit), threads=3), []
+    (failure,) = Scheduler(cluster, range(10), came.append).run()
+    assert (failure.unit, failure.workers) == (3, ["w1", "w2"])
+    assert failure.error == "sample 'k7', view 0: no progress for 9 s; the limit is 8 s"
+    assert len(came) == 9
+    assert cluster.restarted == ["w1", "w2"], "w9 opens its teacher, for which it has an hour"
+    assert "worker w1, unit 3, view 0, samples 0 to 9: no progress for 9 s" in capsys.readouterr().err
+
+
+def test_nothing_hangs_before_three_units_are_made():
+    scheduler = Scheduler(Answers(None), [], print)
+    assert scheduler._limit() == 3600
+    scheduler._seconds += [1.0, 2.0, 60.0]
+    assert scheduler._limit() == 300
+    scheduler._seconds += [50.0, 60.0]
+    assert scheduler._limit() == 500
+    assert Scheduler(Answers(None), [], print, stall_seconds=7)._limit() == 7
 
 
 def test_lost_and_held_units_are_asked_for_again(monkeypatch):
@@ -378,7 +432,7 @@ def poisonous_config(sample, view):
 def test_a_sample_that_the_teacher_cannot_digest_is_named_and_the_rest_is_done(tmp_path, address):
     config, key = poisonous_config(137, view=1)
     unit = 5 + 137 // 64
-    expected = rf"1 of 10 units failed 3 times each, the other 9 are done:\n  unit {unit} \(view 1, samples 128 to 191\): "
+    expected = rf"1 of 10 units failed and were given up, the other 9 are done:\n  unit {unit} \(view 1, samples 128 to 191\): "
     expected += rf"sample '{key}', view 1: RuntimeError: cannot digest this image \(tried on tcp://.*, tcp://.*, tcp://"
     with pytest.raises(UnitsFailedError, match=expected):
         capture_on_dask(config, str(tmp_path / "cache"), address)
@@ -404,7 +458,7 @@ def test_the_command_joins_a_cluster_and_fails_with_one_message(tmp_path, addres
     assert stopped.value.code == 1
     err = capsys.readouterr().err
     assert "Traceback" not in err
-    assert "3 of 3 units failed 3 times each" in err
+    assert "3 of 3 units failed and were given up" in err
     for unit in range(3):
         assert (
             f"unit {unit} (view 0, samples {100 * unit} to {100 * unit + 99}): teacher logits of sample"
@@ -489,6 +543,20 @@ if __name__ == "__main__":
 """
 
 
+def test_a_sample_that_hangs_is_named_and_the_rest_is_done(tmp_path, address):
+    config, key = poisonous_config(137, view=1)
+    config = digits_config(
+        teacher={"model": config.teacher.model.replace("poisoned", "hanging")}, capture={"evaluate": False}
+    )
+    with pytest.raises(
+        UnitsFailedError, match=rf"1 of 10 units.*\n  unit 7 .*sample '{key}', view 1: no progress"
+    ):
+        capture_on_dask(config, str(tmp_path / "cache"), address, stall_seconds=2)
+    assert list(open_cache(tmp_path / "cache").missing_units) == [7]
+    with open_objects(str(tmp_path / "cache")).claim("units/00007.lock") as is_free:
+        assert is_free, "the worker that hung is gone"
+
+
 @pytest.mark.chaos
 def test_workers_fill_a_bucket(tmp_path, bucket):
     report = capture_on_dask(digits_config(), f"{bucket}/cache", "auto", workers=2, dashboard=":0")
@@ -497,6 +565,18 @@ def test_workers_fill_a_bucket(tmp_path, bucket):
     objects = open_objects(f"{bucket}/cache")
     found = {path: objects.get(path) for path in objects.list("")}
     assert found == files(tmp_path / "plain"), "and no claim is left"
+
+
+@pytest.mark.chaos
+def test_an_adaptive_cluster_grows_from_nothing(tmp_path):
+    config = digits_config(teacher={"model": "tests.fakes:slow"}, capture={"evaluate": False})
+    with open_client("auto", LocalWorkers(1, gpus=False, torch_threads=1), dashboard=":0") as client:
+        client.cluster.scale(0)
+        while client.scheduler_info(n_workers=-1)["workers"]:
+            time.sleep(0.05)
+        client.cluster.adapt(minimum=0, maximum=2, interval="200ms")
+        report = capture_on_dask(config, str(tmp_path / "cache"), client.scheduler.address)
+    assert report.units_done == 10
 
 
 @pytest.mark.chaos

@@ -30,13 +30,18 @@ __all__ = ["capture_parts"]
 
 
 def capture_parts(
-    config: RunConfig, *, reuse: bool = False, dask: str | None = None, workers: int | None = None
+    config: RunConfig,
+    *,
+    reuse: bool = False,
+    dask: str | None = None,
+    workers: int | None = None,
+    stall_seconds: float | None = None,
 ) -> Iterator[tuple[str, Cache, CaptureReport | None]]:
     """Labels the parts of a corpus in their order; yields each one's place, cache and what was done, None where
     a complete cache was left as it is (`reuse`).
 
-    The teacher is loaded once (on a Dask cluster, `dask` and `workers` of `capture_on_dask`, once a part). A script that
-    calls this has its `if __name__ == "__main__":`.
+    The teacher is loaded once (on a Dask cluster, `dask`, `workers` and `stall_seconds` of `capture_on_dask`, once a part).
+    A script that calls this has its `if __name__ == "__main__":`.
 
     Raises:
         SourceError: a part is made with another tokenizer than the first one.
@@ -59,7 +64,7 @@ def capture_parts(
             if dask is not None:
                 from softcache.runs.dask import capture_on_dask
 
-                report = capture_on_dask(part, url, dask, workers=workers)
+                report = capture_on_dask(part, url, dask, workers=workers, stall_seconds=stall_seconds)
                 yield url, open_cache(url), report
             else:
                 teacher = teacher or open_teacher(part, data)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -12,7 +14,38 @@ from typing import Any
 
 from softcache.errors import SoftcacheError
 
-__all__ = ["finite", "read_json", "replace_file", "staged_file", "sync_file", "sync_folder", "to_json"]
+__all__ = [
+    "MISSING_FEATURE",
+    "finite",
+    "read_json",
+    "replace_file",
+    "staged_file",
+    "sync_file",
+    "sync_folder",
+    "to_json",
+    "try_lock",
+]
+
+
+MISSING_FEATURE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+"""Error numbers of a file system that lacks a feature."""
+
+
+def try_lock(handle: int) -> bool:
+    """Takes the flock of an open file, unless another process holds it; returns whether this one does.
+
+    Raises:
+        OSError: it cannot be locked; one that means that there is no flock names it.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in MISSING_FEATURE:
+            raise
+        raise OSError(error.errno, f"flock: {error.strerror}") from error
+    return True
 
 
 def sync_file(path: str | Path) -> None:

@@ -9,7 +9,6 @@ no sample comes twice.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import random
@@ -26,6 +25,7 @@ from typing import Any, BinaryIO
 
 from softcache.data.sources.text.source import TokenSource
 from softcache.errors import AlignmentError, EngineError, LabelError, StorageError
+from softcache.runtime.files import try_lock
 from softcache.tools.import_logprobs.formats import parse_logprobs
 from softcache.tools.import_logprobs.jsonl import LineLocation, parse_line
 
@@ -279,12 +279,10 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+            if not try_lock(file.fileno()):
                 raise StorageError(
                     f"responses {path}: another process writes it; wait for it, or give --out another file"
-                ) from error
+                )
             yield file
     except StorageError:
         raise

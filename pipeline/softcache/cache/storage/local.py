@@ -23,7 +23,6 @@ from softcache.cache.storage.base import size_error
 from softcache.cache.storage.lease import LeaseManager, Tag
 from softcache.cache.storage.locks import (
     MARK,
-    MISSING,
     Locks,
     find_locks,
     lock_file,
@@ -32,11 +31,12 @@ from softcache.cache.storage.locks import (
 )
 from softcache.errors import CacheNotFoundError, StorageError
 from softcache.hashing.digests import digest_bytes
+from softcache.runtime.files import MISSING_FEATURE
 
 __all__ = ["LocalObjects"]
 
 STAGING = ".staging"
-NO_LINKS = (*MISSING, errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EACCES)
+NO_LINKS = (*MISSING_FEATURE, errno.EPERM, errno.EXDEV, errno.EMLINK, errno.EACCES)
 """What link gives where a file system has no hard links, or not between these folders."""
 TOKEN_POLL_SECONDS = 0.05
 
@@ -405,7 +405,7 @@ def _sync_folder(folder: Path) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno not in MISSING:  # of a file system that has no flush of names
+        if error.errno not in MISSING_FEATURE:  # of a file system that has no flush of names
             raise
     finally:
         os.close(handle)
@@ -432,7 +432,7 @@ def _naming(feature: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in MISSING:
+        if error.errno not in MISSING_FEATURE:
             raise
         raise OSError(error.errno, f"{feature}: {error.strerror}") from error
 

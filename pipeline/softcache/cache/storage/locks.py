@@ -11,7 +11,6 @@ all of them do.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import uuid
@@ -21,14 +20,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from softcache.errors import StorageError
+from softcache.runtime.files import MISSING_FEATURE, try_lock
 from softcache.runtime.logging import log_info
 
-__all__ = ["MARK", "MISSING", "Locks", "find_locks", "lock_file", "report_once", "try_stale_lock"]
+__all__ = ["MARK", "Locks", "find_locks", "lock_file", "report_once", "try_stale_lock"]
 
 MARK = "leases"
 """In the staging folder: claims of this folder are leases."""
-MISSING = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-"""Of a file system that lacks a feature."""
 ATTEMPTS_IF_STALE = 5
 ONE_HOST = (
     {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "jfs", "reiserfs", "nilfs2", "ubifs"}
@@ -97,13 +95,13 @@ def _missing_flock(staging: Path) -> str:
     try:
         second = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            if not _is_free(first):
+            if not try_lock(first):
                 return "flock refuses a new file"
-            return "flock does not exclude a second holder" if _is_free(second) else ""
+            return "flock does not exclude a second holder" if try_lock(second) else ""
         finally:
             os.close(second)
     except OSError as error:
-        if error.errno not in MISSING:
+        if error.errno not in MISSING_FEATURE:
             raise
         cause = str(error.strerror).removeprefix("flock: ")
         return f"no flock on this file system ({cause})"
@@ -141,7 +139,7 @@ def lock_file(path: Path) -> int | None:
         handle = -1
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            if not _is_free(handle):
+            if not try_lock(handle):
                 os.close(handle)
                 return None
             # The last holder may have unlinked this very file between our open and our lock: then try again.
@@ -170,19 +168,6 @@ def try_stale_lock(path: str) -> Iterator[int | None]:
         yield None
         return
     try:
-        yield os.fstat(handle).st_size if _is_free(handle) and os.fstat(handle).st_nlink else None
+        yield os.fstat(handle).st_size if try_lock(handle) and os.fstat(handle).st_nlink else None
     finally:
         os.close(handle)
-
-
-def _is_free(handle: int) -> bool:
-    """Takes the lock of an open file, unless another process holds it."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in MISSING:
-            raise
-        raise OSError(error.errno, f"flock: {error.strerror}") from error
-    return True

@@ -39,6 +39,7 @@ def capture_on_dask(
     workers: int | None = None,
     torch_threads: int | None = None,
     dashboard: str = ":8787",
+    stall_seconds: float | None = None,
 ) -> CaptureReport:
     """Runs the teacher on a cluster over what is not labeled yet; returns what was done.
 
@@ -47,9 +48,11 @@ def capture_on_dask(
         workers: processes of "auto"; None: one per GPU, or per core.
         torch_threads: of a worker; None: what a process of "auto" has of the cores, elsewhere as many as Dask gave the
             worker. A matrix product on a CPU may differ in its last bit between numbers of threads.
+        stall_seconds: without progress in a unit, after which its worker is restarted; None: ten times the median unit, five
+            minutes at least, and an hour before three are made.
 
     Raises:
-        UnitsFailedError: units failed three times each; the others are done.
+        UnitsFailedError: units were given up, after three failures as a rule; the others are done.
         RunError: no cluster, or it went away.
     """
     if teacher_is_missing(config):
@@ -68,7 +71,7 @@ def capture_on_dask(
             check_workers(client)
         objects, manifest, sha256 = _prepared(client, job)
         cluster.job = replace(job, manifest_sha256=sha256)
-        report, failures = _capture(cluster, objects, manifest)
+        report, failures = _capture(cluster, objects, manifest, stall_seconds)
     if failures:
         raise _units_failed_error(manifest, url, failures)
     log_capture(url, report)
@@ -86,11 +89,15 @@ def _prepared(client: Any, job: Job) -> tuple[Objects, Manifest, str]:
     One that cannot write there is no reason to end: another is asked.
     """
     tried: set[str] = set()
+    deaths = 0
     while True:
         others = sorted(set(client.scheduler_info(n_workers=-1)["workers"]) - tried) if tried else None
         try:
             found = client.submit(prepare, job, pure=False, workers=others).result()
         except Exception as failed:  # it did not even start: no softcache there, or the process died
+            deaths += type(failed).__name__ == "KilledWorker"
+            if 0 < deaths < MAX_ATTEMPTS:
+                continue
             found = Prepared("", error=f"{type(failed).__name__}: {failed}")
         if not found.error:
             break
@@ -115,7 +122,7 @@ def _prepared(client: Any, job: Job) -> tuple[Objects, Manifest, str]:
 
 
 def _capture(
-    cluster: DaskCluster, objects: Objects, manifest: Manifest
+    cluster: DaskCluster, objects: Objects, manifest: Manifest, stall_seconds: float | None
 ) -> tuple[CaptureReport, list[Failure]]:
     started, report, seen = time.monotonic(), CaptureReport(workers=0), set[str]()
     url, num_units = cluster.job.url, manifest.plan.num_units
@@ -139,7 +146,7 @@ def _capture(
                 advance(outcome.found_rows)
 
         pending = (number for number in range(num_units) if number not in finished)
-        failures = Scheduler(cluster, pending, count).run()
+        failures = Scheduler(cluster, pending, count, stall_seconds=stall_seconds).run()
     report.seconds = time.monotonic() - started
     return report, failures
 
@@ -158,7 +165,7 @@ def _units_failed_error(manifest: Manifest, url: str, failures: list[Failure]) -
         lines.append(f"and {len(failures) - SHOWN_FAILURES} more")
     done = manifest.plan.num_units - len(failures)
     return UnitsFailedError(
-        f"cache {url}: {len(failures)} of {manifest.plan.num_units} units failed {MAX_ATTEMPTS} times each, the other "
+        f"cache {url}: {len(failures)} of {manifest.plan.num_units} units failed and were given up, the other "
         f"{done} are done:\n  "
         + "\n  ".join(lines)
         + "\nMend what they name and run again: only these are tried"

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
@@ -22,7 +23,7 @@ import torch
 from softcache import __version__
 from softcache.errors import ConfigError, MissingExtraError, RunError
 from softcache.runs.dask.scheduler import WorkerDied
-from softcache.runs.dask.worker import Job, Outcome, label
+from softcache.runs.dask.worker import METRIC, Job, Outcome, Step, label
 from softcache.runtime.logging import log_info
 
 __all__ = [
@@ -38,8 +39,8 @@ TASKS_PER_WORKER = 2
 CONNECT_SECONDS = "30s"
 PRELOAD = "softcache.runs.dask.preload"
 LOCAL_SETTINGS = {
-    # A unit that kills its worker is given up at its third death, like one that fails three times.
-    "distributed.scheduler.allowed-failures": 2,
+    # Deaths are counted by `scheduler`: each costs a load of the teacher.
+    "distributed.scheduler.allowed-failures": 0,
     # A process that starts again imports torch; where that takes longer than the default of 15 seconds, on a busy
     # machine, Dask would end the nanny that starts it, and with the last one everything would wait for ever.
     "distributed.deploy.lost-worker-timeout": "10 minutes",
@@ -48,6 +49,8 @@ LOCAL_SETTINGS = {
 }
 NO_WORKER_TIMEOUT_SECONDS = 600.0
 """Without a single worker of "auto", after which the run ends."""
+RESTART_SECONDS = 60
+"""For a worker that hangs to end and to start again."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,11 @@ def check_workers(client: Any) -> None:
     Raises:
         RunError: some have another, or none; each is named with what it has.
     """
+    task = None
+    if not client.scheduler_info(n_workers=-1)["workers"]:
+        task = client.submit(int, pure=False)  # an adaptive cluster starts no worker without a task
     client.wait_for_workers(1)
+    del task
     # By builtins alone: a function of ours could not be unpickled where softcache is missing.
     found = client.run(eval, "__import__('softcache').__version__", on_error="return")
     wrong = [
@@ -192,17 +199,19 @@ class DaskCluster:
     is_local: bool = False
     _run: str = field(default_factory=lambda: uuid4().hex[:8])
     _threads: dict[str, int] = field(default_factory=dict)
+    _steps: list[tuple[str, Step]] = field(default_factory=list)
     _bound: list[tuple[Any, frozenset[str]]] = field(default_factory=list)
     _asked: float = -1e9
     _last_seen: float = field(default_factory=time.monotonic)
 
-    def submit(self, unit: int, *, last: bool, avoid: frozenset[str]) -> Any:
+    def submit(self, unit: int, *, last: bool, avoid: frozenset[str], alone: bool = False) -> Any:
         others = [worker for worker in self.threads() if worker not in avoid] if avoid else []
         handle = self.client.submit(
             label,
             self.job,
             unit,
             last=last,
+            alone=alone,
             key=f"unit-{unit:05d}-{self._run}-{uuid4().hex[:8]}",
             pure=False,
             workers=others or None,
@@ -223,10 +232,7 @@ class DaskCluster:
         try:
             return handle.result()
         except KilledWorker as error:
-            raise WorkerDied(
-                f"the worker process died {error.allowed_failures + 1} times while it had this unit, and again with "
-                "no other unit: out of memory, or a crash in native code; see the worker's log"
-            ) from error
+            raise WorkerDied(error.allowed_failures + 1) from error
         except Exception as error:  # it did not even start: no softcache there, or another version of Dask
             return Outcome(-1, "a worker", error=f"{type(error).__name__}: {error}")
 
@@ -240,8 +246,29 @@ class DaskCluster:
             self._asked = time.monotonic()
             workers = self.client.scheduler_info(n_workers=-1)["workers"]
             self._threads = {address: worker["nthreads"] for address, worker in workers.items()}
+            self._steps = [
+                (address, Step(**step))
+                for address, worker in workers.items()
+                for step in worker.get("metrics", {}).get(METRIC, ())
+            ]
             self._free_bound()
         return self._threads
+
+    def steps(self) -> list[tuple[str, Step]]:
+        """Returns what the threads of each worker are at, of this run's cache, by their last heartbeats."""
+        self.threads()
+        return [(worker, step) for worker, step in self._steps if step.url == self.job.url]
+
+    def restart(self, worker: str) -> None:
+        """Ends a worker's process, which starts again where a nanny watches it; returns at once."""
+        threading.Thread(target=self._restart, args=(worker,), daemon=True).start()
+
+    def _restart(self, worker: str) -> None:
+        with suppress(Exception):  # it has gone, or the scheduler has
+            try:
+                self.client.restart_workers([worker], timeout=RESTART_SECONDS, raise_for_error=False)
+            except ValueError:  # no nanny
+                self.client.run(os._exit, 1, workers=[worker], on_error="ignore")
 
     def _free_bound(self) -> None:
         """Cancels tasks whose workers are all gone, which Dask would keep for ever: they are asked for again."""

@@ -4,9 +4,10 @@
 
 A unit that fails is tried again on other workers; after three tries it is given up and the rest goes on, unless nothing
 but failures comes back. A worker is at fault where others make what failed on it: after three such units without one that
-it made itself, it gets no more, and is named. A unit whose worker process dies again and again may have been the neighbour
-of the one that kills it: it runs once more at the end with no other unit, and only then is it given up. Finished units are
-known by their markers alone; the driver's memory holds the window and the failures.
+it made itself, it gets no more, and is named. A unit whose worker process died twice may have been the neighbor of the one
+that kills it: it runs once more at the end with no other unit, and only then is it given up. A worker whose unit does not
+move on for long is restarted; at its next try each sample of the unit is taken by itself before, so that one which hangs is
+known by name. Finished units are known by their markers alone; the driver's memory holds the window and the failures.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ from __future__ import annotations
 import heapq
 import itertools
 import queue
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from softcache.errors import RunError
-from softcache.runs.dask.worker import Outcome
+from softcache.runs.dask.worker import Outcome, Step
 from softcache.runtime.logging import log_info
 from softcache.runtime.signals import raise_if_signalled
 
@@ -34,17 +37,37 @@ MAX_WORKER_FAULTS = 3
 CLAIM_RETRY_SECONDS = 1.0
 """Before a unit that another run holds is asked for again."""
 POLL_SECONDS = 0.25
+STALL_POLL_SECONDS = 2.0
+MEDIANS_OF_A_STALL, MIN_STALL_SECONDS, FIRST_STALL_SECONDS = 10.0, 300.0, 3600.0
+"""A unit hangs if it does not move on for ten times the median unit, for five minutes at least; for an hour before three are
+made, and while teacher and data are being opened."""
+HELD_SECONDS = 180.0
+"""For the claim of a process that hung to end, at least: a lease takes a minute."""
+MAX_DEATHS = 2
+"""Of a unit's workers, after which it runs with no other unit."""
 
 
 class WorkerDied(Exception):
-    """The process that worked on a unit died, as often as the cluster tries."""
+    """The process that worked on a unit died, as often as the cluster tries.
+
+    Attributes:
+        deaths: how often.
+    """
+
+    def __init__(self, deaths: int = 1) -> None:
+        super().__init__(f"the worker process died {deaths} times")
+        self.deaths = deaths
 
 
 class Cluster(Protocol):
     """What hands tasks to workers: Dask's client (`softcache.runs.dask.cluster`), or one of a test."""
 
-    def submit(self, unit: int, *, last: bool, avoid: frozenset[str]) -> Any:
-        """Starts a unit, on none of the workers in `avoid` as long as there are others; returns a handle."""
+    def submit(self, unit: int, *, last: bool, avoid: frozenset[str], alone: bool = False) -> Any:
+        """Starts a unit, on none of the workers in `avoid` as long as there are others; returns a handle.
+
+        Args:
+            alone: take each sample by itself before.
+        """
 
     def on_done(self, handle: Any, call: Callable[[], None]) -> None:
         """Calls back, from any thread, when the handle has a result."""
@@ -61,6 +84,11 @@ class Cluster(Protocol):
         """Returns how many tasks run at once."""
 
     def is_alive(self) -> bool: ...
+    def steps(self) -> Iterable[tuple[str, Step]]:
+        """Returns what the threads of each worker are at."""
+
+    def restart(self, worker: str) -> None:
+        """Ends a worker's process; returns at once."""
 
 
 @dataclass
@@ -72,15 +100,37 @@ class Failure:
     workers: list[str] = field(default_factory=list)
 
 
+@dataclass
+class Stall:
+    """How often a unit hung, since when the last time, and that failure until it is counted."""
+
+    count: int = 0
+    since: float = 0.0
+    pending: Outcome | None = None
+
+
 class Scheduler:
     """Hands out the units of one run.
 
     Args:
         on_outcome: called in this thread with every unit that is made or found.
+        stall_seconds: without progress, after which a unit hangs; None: by the median unit.
     """
 
-    def __init__(self, cluster: Cluster, units: Iterable[int], on_outcome: Callable[[Outcome], None]) -> None:
-        self._cluster, self._on_outcome = cluster, on_outcome
+    def __init__(
+        self,
+        cluster: Cluster,
+        units: Iterable[int],
+        on_outcome: Callable[[Outcome], None],
+        *,
+        stall_seconds: float | None = None,
+    ) -> None:
+        self._cluster, self._on_outcome, self._stall_seconds = cluster, on_outcome, stall_seconds
+        self._seconds: deque[float] = deque(maxlen=101)
+        self._next_look = time.monotonic() + STALL_POLL_SECONDS
+        self._restarted: set[str] = set()
+        self._stalls: dict[int, Stall] = {}
+        self._deaths: dict[int, int] = {}
         self._fresh: Iterator[int] = iter(units)
         self._later: list[tuple[float, int, int]] = []  # (not before, number, unit), a heap
         self._numbers = itertools.count()
@@ -110,10 +160,40 @@ class Scheduler:
                         raise RunError(
                             "dask: the scheduler is gone, or every local worker; finished units are kept: run again"
                         ) from None
+                if time.monotonic() >= self._next_look:
+                    self._look_for_stalls()
                 raise_if_signalled()
         finally:
             self._cluster.cancel(self._in_flight.values())
         return self.failures
+
+    def _limit(self) -> float:
+        if self._stall_seconds is not None:
+            return self._stall_seconds
+        if len(self._seconds) < 3:
+            return FIRST_STALL_SECONDS
+        return max(MIN_STALL_SECONDS, MEDIANS_OF_A_STALL * statistics.median(self._seconds))
+
+    def _look_for_stalls(self) -> None:
+        """Restarts workers that do not move on; what they had is tried again."""
+        self._next_look = time.monotonic() + STALL_POLL_SECONDS
+        for worker, step in self._cluster.steps():
+            limit = self._limit()
+            if step.is_opening:
+                limit = max(limit, self._stall_seconds or FIRST_STALL_SECONDS)
+            if step.is_waiting or step.seconds <= limit or worker in self._restarted:
+                continue
+            self._restarted.add(worker)
+            self._excluded.add(worker)
+            words = f"{step.doing}: no progress for {step.seconds:.0f} s; the limit is {limit:.0f} s"
+            log_info(f"dask: worker {worker}, unit {step.unit}, {words}; it is restarted")
+            handle = self._in_flight.get(step.unit)
+            if handle is not None:
+                known = self._stalls.setdefault(step.unit, Stall())
+                known.count, known.since = known.count + 1, time.monotonic()
+                known.pending = Outcome(step.unit, worker, error=words)
+                self._cluster.cancel([handle])
+            self._cluster.restart(worker)
 
     def _fill(self) -> bool:
         """Submits what the window has room for; returns whether anything is left to wait for."""
@@ -135,7 +215,10 @@ class Scheduler:
         tried = self._tried.get(unit)
         workers = tried.workers if tried else []
         handle = self._cluster.submit(
-            unit, last=len(workers) == MAX_ATTEMPTS - 1, avoid=frozenset(workers) | self._excluded
+            unit,
+            last=len(workers) == MAX_ATTEMPTS - 1,
+            avoid=frozenset(workers) | self._excluded,
+            alone=unit in self._stalls,
         )
         self._in_flight[unit] = handle
         self._cluster.on_done(handle, lambda: self._done.put(unit))
@@ -149,13 +232,22 @@ class Scheduler:
         try:
             outcome = self._cluster.result(handle)
         except WorkerDied as died:
-            if was_alone:
-                self._give_up(Failure(unit, str(died)))
-            else:
-                self._alone.append(unit)
+            self._died(unit, died.deaths, was_alone=was_alone)
             return
-        if outcome is None:
+        stall = self._stalls.get(unit)
+        if outcome is None and stall is not None and stall.pending is not None:
+            error, stall.pending = stall.pending, None
+            self._failed(unit, error, give_up=stall.count > 1)  # the second time its sample is known
+        elif outcome is None:
             self._again(unit)
+        elif (
+            outcome.held
+            and stall is not None
+            and time.monotonic() - stall.since > max(2 * self._limit(), HELD_SECONDS)
+        ):
+            tried = self._tried.pop(unit, Failure(unit, ""))
+            tried.error += "; its claim is still held, by a process that hangs and cannot be ended"
+            self._give_up(tried)
         elif outcome.held:
             self._again(unit, CLAIM_RETRY_SECONDS)
         elif outcome.error is not None:
@@ -163,15 +255,31 @@ class Scheduler:
         else:
             self._streak = 0
             if outcome.metrics is not None:
+                self._seconds.append(outcome.metrics.seconds)
                 self._blame(self._tried.get(unit), outcome.worker)
-            self._tried.pop(unit, None)
+            for known in (self._tried, self._stalls, self._deaths):
+                known.pop(unit, None)  # type: ignore[attr-defined]
             self._on_outcome(outcome)
 
-    def _failed(self, unit: int, outcome: Outcome) -> None:
+    def _died(self, unit: int, deaths: int, *, was_alone: bool) -> None:
+        """Tries a unit again whose worker died; alone from its second death on; gives it up if it dies alone."""
+        total = self._deaths[unit] = self._deaths.get(unit, 0) + deaths
+        if was_alone:
+            words = (
+                f"the worker process died {total} times while it had this unit, the last time with no other unit: out of "
+                "memory, or a crash in native code; see the worker's log"
+            )
+            self._give_up(Failure(unit, words))
+        elif total >= MAX_DEATHS:
+            self._alone.append(unit)
+        else:
+            self._again(unit)
+
+    def _failed(self, unit: int, outcome: Outcome, *, give_up: bool = False) -> None:
         tried = self._tried.setdefault(unit, Failure(unit, ""))
         tried.error = outcome.error or ""
         tried.workers.append(outcome.worker)
-        if len(tried.workers) < MAX_ATTEMPTS:
+        if len(tried.workers) < MAX_ATTEMPTS and not give_up:
             self._again(unit)
         else:
             self._give_up(self._tried.pop(unit))

@@ -5,7 +5,8 @@ by the config's paths, from the worker's own folder. The teacher is loaded once 
 units at a time: they take turns at the teacher, so that one is labeled while the other is published.
 
 Nothing is raised across the network: an error is returned as text, so that the driver needs none of the classes that
-a user's teacher may raise.
+a user's teacher may raise. What each thread is at goes to the scheduler with the worker's heartbeats (`Step`), so that the
+driver sees a worker that hangs.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from dataclasses import dataclass
+import time
+from dataclasses import asdict, dataclass, field
 from multiprocessing import current_process
+from typing import Any
 
 import torch
 
@@ -30,7 +33,10 @@ from softcache.runtime.logging import LogFormat, set_log_format
 from softcache.teacher.capture.plan import plan_manifest
 from softcache.teacher.capture.run import CaptureContext, UnitMetrics, capture_units
 
-__all__ = ["Job", "Outcome", "Prepared", "label", "prepare"]
+__all__ = ["METRIC", "Job", "Outcome", "Prepared", "Step", "label", "prepare"]
+
+METRIC = "softcache"
+"""Of a worker's metrics, in its heartbeats: the steps of its threads."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,52 @@ class Outcome:
     error: str | None = None
 
 
+@dataclass
+class Step:
+    """What a thread of a worker is at.
+
+    Attributes:
+        url: the cache.
+        doing: in words: opening, waiting, which samples, or publishing.
+        is_waiting: for a thread of the same worker.
+        is_opening: teacher and data are being opened.
+        seconds: since when, at the last heartbeat.
+    """
+
+    url: str
+    unit: int
+    doing: str = "waiting for its turn"
+    is_waiting: bool = True
+    is_opening: bool = False
+    seconds: float = 0.0
+    since: float = field(default_factory=time.monotonic)
+
+    def move(self, doing: str, *, is_waiting: bool = False, is_opening: bool = False) -> None:
+        """Notes that the thread has gone on to something else."""
+        self.doing, self.is_waiting, self.is_opening = doing, is_waiting, is_opening
+        self.since = time.monotonic()
+
+
+_STEPS: dict[int, Step] = {}
+"""By thread."""
+
+
+def _report_steps(worker: Any = None) -> list[dict[str, Any]]:
+    """Returns the steps of this process's threads, as numbers and texts."""
+    now = time.monotonic()
+    return [asdict(step) | {"seconds": now - step.since, "since": 0.0} for step in list(_STEPS.values())]
+
+
+def _send_steps() -> None:
+    """Has the steps sent with this worker's heartbeats, if this process is one."""
+    try:
+        from distributed import get_worker
+
+        get_worker().metrics[METRIC] = _report_steps
+    except (ImportError, ValueError):
+        return
+
+
 _OPEN: dict[str, tuple[CaptureContext, threading.Lock]] = {}
 _OPENING = threading.Lock()
 
@@ -107,17 +159,22 @@ def prepare(job: Job) -> Prepared:
         return Prepared(_address(), error=_format_error(error), is_storage=isinstance(error, OSError))
 
 
-def label(job: Job, number: int, *, last: bool = False) -> Outcome:
+def label(job: Job, number: int, *, last: bool = False, alone: bool = False) -> Outcome:
     """Labels and publishes one unit, unless another process has claimed it or has finished it.
 
     Args:
         last: the last attempt: where it fails, look for the sample that causes the error.
+        alone: each sample is loaded and labeled by itself before, so that one at which the worker hangs is known.
     """
     worker = _address()
     work: CaptureContext | None = None
+    step = _STEPS[threading.get_ident()] = Step(job.url, number)
+    _send_steps()
     try:
+        step.move("opening teacher and data", is_opening=True)
         with _OPENING:
             work, turn = _open(job)
+        step.move("waiting for its turn", is_waiting=True)
         if job.manifest_sha256 != work.manifest_sha256:
             raise IdentityError(
                 f"cache {job.url}: manifest {work.manifest_sha256[:12]}… was opened here, {job.manifest_sha256[:12]}… is "
@@ -126,7 +183,18 @@ def label(job: Job, number: int, *, last: bool = False) -> Outcome:
         made: list[UnitMetrics] = []
         found: list[int] = []
         unit = work.manifest.plan.unit(number)
-        held = capture_units(work, [unit], on_unit=made.append, on_found=found.append, turn=turn)
+
+        def at(_: int, samples: range) -> None:
+            words = f"view {unit.view}, samples {samples.start} to {samples.stop - 1}"
+            step.move(words if samples else "publishing")
+
+        if alone:
+            with turn:
+                for sample in range(unit.start, unit.stop):
+                    step.move(f"sample {work.data.source.key(sample)!r}, view {unit.view}")
+                    _fails(work, unit.view, sample, sample + 1)
+            step.move("waiting for its turn", is_waiting=True)
+        held = capture_units(work, [unit], on_unit=made.append, on_found=found.append, turn=turn, on_step=at)
         return Outcome(
             number, worker, made[0] if made else None, found[0] if found else None, held=bool(held)
         )
@@ -137,6 +205,8 @@ def label(job: Job, number: int, *, last: bool = False) -> Outcome:
                 words = bisect_failing_sample(work, number) + words
         _exit_if_device_is_lost(error)
         return Outcome(number, worker, error=words)
+    finally:
+        _STEPS.pop(threading.get_ident(), None)
 
 
 def _open(job: Job, *, create: bool = False) -> tuple[CaptureContext, threading.Lock]:

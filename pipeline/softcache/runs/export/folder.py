@@ -10,7 +10,6 @@ Each file is written under a temporary name, flushed, and renamed; a kill leaves
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.errors import CorruptionError, RunError, StorageError
-from softcache.runtime.files import read_json, to_json
+from softcache.runtime.files import read_json, to_json, try_lock
 from softcache.student.checkpoint import diff_settings
 
 __all__ = ["ExportFolder", "sha256_of"]
@@ -151,11 +150,13 @@ class ExportFolder:
         """
         with (self.path / ".lock").open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise RunError(
-                    f"export {self.path}: another process writes it now; wait for it to end"
+                is_free = try_lock(file.fileno())
+            except OSError as error:
+                raise StorageError(
+                    f"export {self.path}: cannot be locked: {error.strerror}; export to another place, and copy it"
                 ) from error
+            if not is_free:
+                raise RunError(f"export {self.path}: another process writes it now; wait for it to end")
             for left in self.path.glob(".[0-9]*.*"):  # of killed processes: this one holds the lock
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield

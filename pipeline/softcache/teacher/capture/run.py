@@ -180,6 +180,7 @@ def capture_units(
     on_found: Callable[[int], None] = lambda rows: None,
     turn: AbstractContextManager | None = None,
     together: int | None = None,
+    on_step: Callable[[int, range], None] = lambda unit, samples: None,
 ) -> list[Unit]:
     """Labels and publishes those of the units that are neither finished nor claimed; returns those that others hold.
 
@@ -192,6 +193,8 @@ def capture_units(
         turn: held while the teacher runs, but not while the last units are published: two threads that share a teacher
             take turns at it.
         together: how many units of one range at most are labeled together; None: as many as memory is meant for.
+        on_step: called before samples of a unit are loaded, and, with no samples, from the writer's thread before the unit
+            is published.
 
     Raises:
         LabelError, StorageError: as `capture`.
@@ -201,6 +204,7 @@ def capture_units(
 
     def publish(item: PendingUnit) -> None:
         nonlocal last
+        on_step(item.unit.number, range(0))
         columns = item.columns(codec, ragged=manifest.rows is not None)
         marker = publish_unit(work.objects, store, work.manifest_sha256, item.unit, columns)
         now = time.perf_counter()
@@ -221,7 +225,9 @@ def capture_units(
         with turn or nullcontext():
             last = time.perf_counter()
             groups = _groups(units, work, together)
-            _label_units((_claim_units(work, group, held, on_found) for group in groups), work, writer)
+            _label_units(
+                (_claim_units(work, group, held, on_found) for group in groups), work, writer, on_step
+            )
     return held
 
 
@@ -254,7 +260,12 @@ def _claim_units(
             yield PendingUnit(unit, claim)
 
 
-def _label_units(groups: Iterable[Iterator[PendingUnit]], work: CaptureContext, writer: Writer) -> None:
+def _label_units(
+    groups: Iterable[Iterator[PendingUnit]],
+    work: CaptureContext,
+    writer: Writer,
+    on_step: Callable[[int, range], None],
+) -> None:
     """Labels every claimed unit and hands it to the writer, one batch of device work ahead of the copies."""
     open_units: dict[int, PendingUnit] = {}
     # torch deals requests to its loader processes in turn: each has all views of a batch, one after the other.
@@ -272,7 +283,9 @@ def _label_units(groups: Iterable[Iterator[PendingUnit]], work: CaptureContext, 
             for first in range(0, len(starts), loaders):
                 block = starts[first : first + loaders]
                 for unit in units:
-                    yield from ((unit.number, unit.view, at, min(at + size, unit.stop)) for at in block)
+                    for at in block:
+                        on_step(unit.number, range(at, min(at + size, unit.stop)))
+                        yield unit.number, unit.view, at, min(at + size, unit.stop)
                     yield from [None] * (loaders - len(block))
 
     def finish(number: int, started: Callable[[], PendingLabels]) -> None:
