@@ -3,6 +3,7 @@
     .venv/bin/python -m tests.golden.make
     .venv/bin/python -m tests.golden.make packed
     .venv/bin/python -m tests.golden.make cells
+    .venv/bin/python -m tests.golden.make bins
     .venv/bin/python -m tests.golden.make bernoulli
     .venv/bin/python -m tests.golden.make drawn
     .venv/bin/python -m tests.golden.make tokens
@@ -15,13 +16,14 @@ by zarr-python and pyarrow, not by softcache; packed records are decoded by test
 
 Two label the first 24 digits with a teacher whose answers are known. Between them they use every step of a
 view, both stores and both dtypes of the values. Those of cells label 6 scenes with detectors that were never trained: one
-of sigmoids in Zarr, one with a softmax in Parquet.
+of sigmoids in Zarr, one with a softmax in Parquet; of bins both have distributions over the edges of boxes.
 """
 
 import json
 import shutil
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -157,10 +159,11 @@ def freeze_packed(folder: Path) -> None:
 
 
 CELL_SPECS = {"zarr": "fcos?width=8&depth=0&convs=1", "parquet": "ssdlite?width=8&depth=0"}
+BIN_SPECS = dict.fromkeys(CELL_SPECS, "fcos?width=8&depth=0&convs=1&bins=3")
 NUM_SCENES, NUM_CELLS = 6, 9
 
 
-def cell_config(store: str, weights: Path) -> RunConfig:
+def cell_config(store: str, weights: Path, specs: dict[str, str] = CELL_SPECS) -> RunConfig:
     return RunConfig.model_validate(
         {
             "name": f"golden-cells-{store}",
@@ -171,9 +174,9 @@ def cell_config(store: str, weights: Path) -> RunConfig:
                 "eval_scenes": 2,
             },
             "views": {"crop": "padded", "padding": 4, "flip": 0.5, "mean": [0.2], "std": [0.22]},
-            "teacher": {"model": CELL_SPECS[store], "weights": str(weights)},
+            "teacher": {"model": specs[store], "weights": str(weights)},
             "labels": {"k": K, "num_views": NUM_VIEWS, "positions": {"policy": "cells", "top": NUM_CELLS}}
-            | ({} if store == "zarr" else {"temperatures": TEMPERATURES}),
+            | ({} if specs[store].startswith("fcos") else {"temperatures": TEMPERATURES}),
             "capture": {
                 "store": store,
                 "codec": {"values": VALUES[store]},
@@ -182,7 +185,7 @@ def cell_config(store: str, weights: Path) -> RunConfig:
                 "device": "cpu",
                 "evaluate": False,
             },
-            "student": {"model": CELL_SPECS[store]},
+            "student": {"model": specs[store]},
             "loss": {"temperature": 1},
             "train": {"epochs": 1, "batch_size": 3, "device": "cpu"},
         }
@@ -218,14 +221,14 @@ def read_cells(url: Path) -> dict[str, np.ndarray]:
     return columns
 
 
-def freeze_cells(folder: Path) -> None:
+def freeze_cells(folder: Path, specs: dict[str, str] = CELL_SPECS) -> None:
     expected = {}
-    for store, spec in CELL_SPECS.items():
+    for store, spec in specs.items():
         torch.manual_seed(0)
         model = build_detector(spec, num_classes=10, input_shape=(1, 64, 64))
         with tempfile.TemporaryDirectory() as place:
             save_file(model.state_dict(), Path(place) / "weights.safetensors")
-            capture(cell_config(store, Path(place) / "weights.safetensors"), folder / store)
+            capture(cell_config(store, Path(place) / "weights.safetensors", specs), folder / store)
         expected |= {f"{store}/{name}": values for name, values in read_cells(folder / store).items()}
     np.savez_compressed(folder / "expected_cells.npz", **expected)
 
@@ -411,6 +414,7 @@ def main(arguments: list[str]) -> None:
         (): (freeze_open, ""),
         ("packed",): (freeze_packed, "-packed"),
         ("cells",): (freeze_cells, "-cells"),
+        ("bins",): (partial(freeze_cells, specs=BIN_SPECS), "-bins"),
         ("bernoulli",): (freeze_bernoulli, "-bernoulli"),
         ("drawn",): (freeze_drawn, "-drawn"),
         ("tokens",): (freeze_tokens, "-tokens"),

@@ -10,10 +10,11 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from softcache.config.run import RunConfig
-from softcache.errors import ConfigError
+from softcache.errors import ConfigError, SpecError
 from softcache.labels import MixedTargets
 from softcache.labels.sparsify import top_k
 from softcache.losses import distillation_loss
+from softcache.modalities import open_data
 from softcache.models.image import build_model
 from softcache.student.averaging import WeightAverage
 from softcache.student.loop import Trainer
@@ -202,3 +203,15 @@ def test_a_student_that_is_cut_has_no_average():
     tables["train"] = {"parallel": "fsdp", "ema_decay": 0.9}
     with pytest.raises(ValueError, match="ema_decay: does not go with parallel"):
         RunConfig.model_validate(tables)
+
+
+def test_the_file_that_a_student_starts_from_is_part_of_its_run(tmp_path):
+    data, spec = open_data(digits_config()), f"timm:test_vit?checkpoint_path={tmp_path / 'start.pth'}"
+    with pytest.raises(SpecError, match=r"checkpoint_path: no such file .*start.pth"):
+        data.model_identity(spec)
+    found = []
+    for content in (b"one", b"other", b"one"):
+        (tmp_path / "start.pth").write_bytes(content)
+        found.append(data.model_identity(spec))
+    assert found[0] == found[2] != found[1]
+    assert data.model_identity("timm:test_vit") == data.model_identity("cnn?width=8") == {}

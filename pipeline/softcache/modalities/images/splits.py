@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from softcache.data.transforms import Views, ViewSettings
+from softcache.errors import SpecError
+from softcache.hashing.digests import digest_bytes
 from softcache.modalities.base import Data
 from softcache.models.image import Normalize
+from softcache.models.spec import parse_spec
 
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
@@ -29,6 +33,23 @@ class ImageSplits(Data):
     def normalize(self) -> Normalize:
         """Returns a fresh module that makes model inputs of uint8 images."""
         return Normalize(self.views.settings.mean, self.views.settings.std)
+
+    def model_identity(self, model: str) -> dict[str, Any]:
+        """Returns the digest of the file that a student of timm starts from, where its spec names one.
+
+        Raises:
+            SpecError: there is no such file.
+        """
+        parsed = parse_spec(model)
+        place = parsed.args.get("checkpoint_path") if parsed.family == "timm" else None
+        if not place:
+            return {}
+        file = Path(str(place)).expanduser()
+        if not file.is_file():
+            raise SpecError(
+                f"model {model!r}: checkpoint_path: no such file {file}; expected weights of a student"
+            )
+        return {"checkpoint": digest_bytes(file.read_bytes())}
 
     def fresh_views(self, config: RunConfig) -> bool:
         """Returns whether the student sees augmented views, which it does where it sees the teacher's."""
