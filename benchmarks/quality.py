@@ -58,9 +58,7 @@ def make_cache(config: RunConfig, data: Data, record: str, out: Path, largest: i
 
 
 def bytes_per_row(cache: Cache) -> float:
-    markers = cache.markers.values()
-    num_bytes = sum(shard.num_bytes for marker in markers for shard in marker.shards)
-    return num_bytes / sum(marker.num_rows for marker in markers)
+    return sum(cache.bytes_by_column().values()) / cache.num_rows_done
 
 
 @click.command()

@@ -23,6 +23,9 @@ from softcache.labels import LabelKind
 
 __all__ = [
     "FORMAT_VERSION",
+    "Count",
+    "Digest",
+    "Document",
     "Manifest",
     "Plan",
     "RaggedRows",
@@ -33,6 +36,7 @@ __all__ = [
     "claim_path",
     "diff_manifests",
     "marker_path",
+    "owner_of",
 ]
 
 FORMAT_VERSION = 1
@@ -55,10 +59,12 @@ Path = Annotated[str, AfterValidator(_inside)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0, le=2**48)]
 Size = Annotated[int, Field(ge=1, le=2**40)]
-Self = TypeVar("Self", bound="_Document")
+Self = TypeVar("Self", bound="Document")
 
 
-class _Document(BaseModel):
+class Document(BaseModel):
+    """A JSON document of a cache: strict, frozen, without unknown keys."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     def to_bytes(self) -> bytes:
@@ -114,7 +120,7 @@ class Unit(NamedTuple):
     stop: int
 
 
-class Plan(_Document):
+class Plan(Document):
     """How samples and views are cut into units; units are numbered view by view.
 
     Attributes:
@@ -160,6 +166,17 @@ class Plan(_Document):
     def units(self) -> Iterator[Unit]:
         return map(self.unit, range(self.num_units))
 
+    def in_order(self, numbers: np.ndarray, *, by_range: bool = False) -> list[int]:
+        """Returns ascending numbers of units as a list; `by_range`: all views of a range of samples follow each other."""
+        if by_range:
+            numbers = numbers[np.lexsort((numbers // self.units_per_view, numbers % self.units_per_view))]
+        return numbers.tolist()
+
+    def num_samples_of(self, numbers: np.ndarray) -> int:
+        """Returns how many samples units have together, views counted."""
+        starts = numbers % self.units_per_view * self.unit_samples
+        return int((np.minimum(starts + self.unit_samples, self.num_samples) - starts).sum())
+
     def locate(self, view: int, sample: int) -> Unit:
         """Returns the unit that holds a sample of a view."""
         return self.unit(view * self.units_per_view + sample // self.unit_samples)
@@ -175,7 +192,7 @@ def _is_empty(value: Any) -> bool:
     return not value
 
 
-class RaggedRows(_Document):
+class RaggedRows(Document):
     """Samples with a row per token: how their rows lie in the arrays.
 
     Unit n's rows start at row n * `shard_rows` of every array and follow one another, sample by sample.
@@ -197,7 +214,7 @@ class RaggedRows(_Document):
         return self
 
 
-class TeacherReport(_Document):
+class TeacherReport(Document):
     """What is known of the teacher besides its identity; not compared between runs.
 
     Attributes:
@@ -217,7 +234,7 @@ class TeacherReport(_Document):
     eval_samples: Count = 0
 
 
-class Manifest(_Document):
+class Manifest(Document):
     """A whole cache; see docs/format.md.
 
     Attributes:
@@ -357,7 +374,7 @@ def _differ(one: Any, other: Any, prefix: str) -> Iterator[str]:
         yield f"{prefix.rstrip('.')}: {one!r}; {other!r}"
 
 
-class Shard(_Document):
+class Shard(Document):
     """One object of a unit.
 
     Attributes:
@@ -373,7 +390,7 @@ class Shard(_Document):
     sha256: Digest
 
 
-class UnitMarker(_Document):
+class UnitMarker(Document):
     """A finished unit; written last. A reader trusts only what a marker names.
 
     Attributes:
@@ -388,6 +405,12 @@ class UnitMarker(_Document):
     manifest_sha256: Digest
     shards: Annotated[tuple[Shard, ...], Field(min_length=1, max_length=64)]
     extensions: dict[Annotated[str, Field(pattern=EXTENSION_NAME)], Any] = Field({}, exclude_if=_is_empty)
+
+
+def owner_of(path: str, store: Any, number: int) -> int | None:
+    """Returns `number` if the unit of that number has a shard of this path in a store, else None."""
+    plan = store.manifest.plan
+    return number if 0 <= number < plan.num_units and path in store.shard_paths(plan.unit(number)) else None
 
 
 def marker_path(number: int) -> str:

@@ -6,9 +6,8 @@ names are looked at; `softcache verify` compares contents.
 
 from __future__ import annotations
 
-from softcache.cache.manifest import Manifest, UnitMarker, claim_path, marker_path
-from softcache.cache.storage.base import Objects
-from softcache.cache.units import finished_units, open_store
+from softcache.cache.finished import FinishedUnits, UnitIndex
+from softcache.cache.folding import fold_if_possible, unmark_units
 from softcache.runtime.logging import log_info
 
 __all__ = ["usable_units"]
@@ -18,26 +17,30 @@ MAX_LISTED_SHARDS = 200_000
 SHOWN = 5
 
 
-def usable_units(objects: Objects, manifest: Manifest, manifest_sha256: str) -> dict[int, UnitMarker]:
-    """Returns the markers of all finished units, by number, as `finished_units`; units that lack an object are unmarked.
+def usable_units(index: UnitIndex) -> FinishedUnits:
+    """Returns all finished units of a cache that is written; units that lack an object are unmarked.
+
+    Markers that earlier runs left loose are folded before.
 
     Raises:
-        ManifestError: a marker is malformed, of another cache, or of a unit that the plan does not have.
+        ManifestError: a marker or block is malformed, of another cache, or of a unit that the plan does not have.
+        CorruptionError: a block of folded markers is damaged.
         StorageError: a marker cannot be removed.
     """
-    found = finished_units(objects, manifest, manifest_sha256)
-    store = open_store(manifest, objects)
-    paths = {number: store.shard_paths(manifest.plan.unit(number)).keys() for number in found}
-    if not found or sum(map(len, paths.values())) > MAX_LISTED_SHARDS:
+    fold_if_possible(index)
+    found, objects, plan = index.snapshot(), index.objects, index.manifest.plan
+    if not found or len(found) * len(index.limits.columns) > MAX_LISTED_SHARDS:
         return found
-    there = set(objects.list(manifest.data))
-    broken = [number for number in found if not paths[number] <= there]
+    there = set(objects.list(index.manifest.data))
+    broken = [number for number in found if not index.store.shard_paths(plan.unit(number)).keys() <= there]
+
+    def lacks_object(number: int) -> bool:
+        return any(objects.size(path) is None for path in index.store.shard_paths(plan.unit(number)))
+
+    # Another run may have made one again meanwhile, or is about to.
+    unmark_units(index, broken, still=lacks_object)
     for number in broken:
-        with objects.claim(claim_path(number)) as is_ours:
-            # Another run may have made it again meanwhile, or is about to.
-            if is_ours and any(objects.size(path) is None for path in paths[number]):
-                objects.delete(marker_path(number))
-        del found[number]
+        found.discard(number)
     if broken:
         shown = ", ".join(map(str, broken[:SHOWN])) + (", …" if len(broken) > SHOWN else "")
         log_info(

@@ -1,12 +1,12 @@
 """Units on storage: published whole, marked last, and trusted only by their marker.
 
 publish:  every shard (whole or not at all), then units/NNNNN.json with size and sha256 of each
+fold:     markers of large caches into blocks (`folding`); `finished` reads both
 trust:    the marker is well-formed, belongs to this very manifest and unit, and its shards match it
 """
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -15,8 +15,9 @@ import numpy as np
 from softcache.cache.arrays.parquet import ParquetStore
 from softcache.cache.arrays.zarr import ZarrStore
 from softcache.cache.codecs import Column
+from softcache.cache.finished import FinishedUnits, UnitIndex, UnitNames
+from softcache.cache.folding import FOLD_EVERY, fold_if_possible, unmark_units
 from softcache.cache.manifest import (
-    MAX_MARKER_BYTES,
     Manifest,
     Shard,
     Unit,
@@ -25,19 +26,24 @@ from softcache.cache.manifest import (
     marker_path,
 )
 from softcache.cache.storage.base import Objects
-from softcache.errors import CacheNotFoundError, CorruptionError, ManifestError
+from softcache.errors import CorruptionError
 from softcache.hashing.digests import digest_bytes
 
 __all__ = [
+    "FinishedUnits",
     "Store",
+    "UnitIndex",
     "alignment_columns",
     "check_unit",
     "claimed_units",
     "finished_units",
+    "fold_if_possible",
+    "open_index",
     "open_store",
     "publish_unit",
     "read_marker",
     "stray_names",
+    "unmark_units",
 ]
 
 Store = ZarrStore | ParquetStore
@@ -97,124 +103,59 @@ def publish_unit(
     _failpoint("before_marker")
     objects.put(marker_path(unit.number), marker.to_bytes())
     _failpoint("after_marker")
+    if unit.number % FOLD_EVERY == FOLD_EVERY - 1:
+        fold_if_possible(UnitIndex(objects, store.manifest, manifest_sha256, store))
     return marker
+
+
+def open_index(objects: Objects, manifest: Manifest, manifest_sha256: str) -> UnitIndex:
+    """Returns what looks up the units of a cache; nothing is read yet."""
+    return UnitIndex(objects, manifest, manifest_sha256, open_store(manifest, objects))
 
 
 def read_marker(objects: Objects, manifest: Manifest, manifest_sha256: str, number: int) -> UnitMarker | None:
-    """Returns the marker of a unit, or None if the unit is not finished.
+    """Returns the marker of a unit, or None if the unit is not finished; of many units `open_index` reads less.
 
     Raises:
         ManifestError: the marker is malformed, or belongs to another cache or unit.
+        CorruptionError: the block of folded markers is damaged.
     """
-    try:
-        data = objects.get(marker_path(number), max_bytes=MAX_MARKER_BYTES)
-    except CacheNotFoundError:
-        return None
-    return _checked_marker(objects, manifest, manifest_sha256, number, open_store(manifest, objects), data)
+    return open_index(objects, manifest, manifest_sha256).marker(number)
 
 
-def _checked_marker(
-    objects: Objects,
-    manifest: Manifest,
-    manifest_sha256: str,
-    number: int,
-    store: Store,
-    data: bytes,
-) -> UnitMarker:
-    path = marker_path(number)
-    where = f"cache {objects.url}, {path}"
-    marker = UnitMarker.parse(data, where=where)
-    unit = manifest.plan.unit(number)
-    if marker.manifest_sha256 != manifest_sha256:
-        raise ManifestError(
-            f"{where}: written for another manifest (sha256 {marker.manifest_sha256[:12]}… there, "
-            f"{manifest_sha256[:12]}… here): the manifest was changed, or the marker is of another cache; restore both "
-            "from one copy"
-        )
-    expected = (unit.number, unit.view, unit.start, unit.stop)
-    found = (marker.unit, marker.view, marker.start, marker.stop)
-    room = manifest.rows.shard_rows if manifest.rows else unit.stop - unit.start
-    if found != expected or marker.num_rows > room or (manifest.rows is None and marker.num_rows != room):
-        raise ManifestError(
-            f"{where}: is of unit (number, view, start, stop) {found} with {marker.num_rows} rows; expected {expected} "
-            f"with {room} rows{' at most' if manifest.rows else ''}; delete it and rerun `softcache teacher-logits`"
-        )
-    names = {shard.path: shard.column for shard in marker.shards}
-    wanted = store.shard_paths(unit)
-    if names != wanted or len(names) != len(marker.shards):
-        raise ManifestError(
-            f"{where}: names the shards {sorted(names)}; expected {sorted(wanted)} for unit {number}; delete it and "
-            "rerun `softcache teacher-logits`"
-        )
-    for shard in marker.shards:
-        if shard.num_bytes > (most := store.max_shard_bytes(shard.column)):
-            raise ManifestError(
-                f"{where}: gives {shard.path} {shard.num_bytes:,} bytes; a unit of this cache has {most:,} at most; "
-                "restore it from a copy"
-            )
-    return marker
-
-
-def finished_units(objects: Objects, manifest: Manifest, manifest_sha256: str) -> dict[int, UnitMarker]:
-    """Returns the markers of all finished units, by number.
+def finished_units(objects: Objects, manifest: Manifest, manifest_sha256: str) -> FinishedUnits:
+    """Returns all finished units: a mapping from their numbers to their markers.
 
     Raises:
-        ManifestError: a marker is malformed, of another cache, or of a unit that the plan does not have.
+        ManifestError: a marker or block is malformed, of another cache, or of a unit that the plan does not have.
+        CorruptionError: a block of folded markers is damaged.
     """
-    numbers: dict[str, int] = {}
-    for path in objects.list("units"):
-        number = _number(path)
-        if number is None or path != marker_path(number):
-            continue  # stray_names has it
-        if number >= manifest.plan.num_units:
-            raise ManifestError(
-                f"cache {objects.url}, {path}: is of no unit of the plan (0 to {manifest.plan.num_units - 1}); remove it"
-            )
-        numbers[path] = number
-    store = open_store(manifest, objects)  # one for all markers: it costs as much as reading one
-    return {
-        number: _checked_marker(objects, manifest, manifest_sha256, number, store, data)
-        for number, data in zip(
-            numbers.values(), objects.get_many(list(numbers), max_bytes=MAX_MARKER_BYTES), strict=True
-        )
-        if data is not None
-    }
-
-
-def _number(path: str) -> int | None:
-    """Returns the unit in the name of a marker or claim; None for any other name."""
-    found = re.fullmatch(r"units/(\d{5,8})\.(?:json|lock)", path, re.ASCII)
-    return int(found[1]) if found else None
+    return open_index(objects, manifest, manifest_sha256).snapshot()
 
 
 def stray_names(objects: Objects) -> list[str]:
     """Returns the paths below units/ that softcache does not write, such as `._00000.json`; readers pass over them."""
-    return [
-        path
-        for path in objects.list("units")
-        if (number := _number(path)) is None or path not in (marker_path(number), claim_path(number))
-    ]
+    return UnitNames(objects.list("units")).strays
 
 
-def claimed_units(
-    objects: Objects, manifest: Manifest, manifest_sha256: str, units: Iterable[Unit]
-) -> Iterator[Unit]:
+def claimed_units(index: UnitIndex, units: Iterable[Unit]) -> Iterator[Unit]:
     """Yields those of `units` that are not finished, each claimed until the next one is asked for.
 
     Units that another process holds come last: they are waited for, and taken over if it dies.
     """
-    pending = list(units)
-    while pending:
-        held = []
+    pending = units
+    while True:
+        held: list[Unit] = []
         for unit in pending:
-            with objects.claim(claim_path(unit.number)) as ours:
+            with index.objects.claim(claim_path(unit.number)) as ours:
                 if not ours:
                     held.append(unit)
-                elif read_marker(objects, manifest, manifest_sha256, unit.number) is None:
+                elif index.marker(unit.number) is None:
                     yield unit
+        if not held:
+            return
         pending = held
-        if pending:
-            time.sleep(WAIT_SECONDS)
+        time.sleep(WAIT_SECONDS)
 
 
 def check_unit(objects: Objects, marker: UnitMarker, store: Store | None = None) -> None:

@@ -136,7 +136,7 @@ def _source_difference(cache: Cache, data: Dataset) -> str:
         changed = np.flatnonzero(data.load(samples, 0).fingerprints != stored)
         if len(changed):
             return f"the contents of sample {keys[samples[changed[0]]]!r} changed since it was labeled"
-    if cache.missing_units:
+    if not cache.is_complete:
         return (
             f"the contents of source {source.name} changed since it was labeled (in samples not finished yet)"
         )

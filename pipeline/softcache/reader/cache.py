@@ -12,7 +12,6 @@ a gather.
 from __future__ import annotations
 
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,8 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from softcache.cache.storage.base import is_bucket
-from softcache.cache.units import check_unit
-from softcache.errors import StorageError
+from softcache.errors import CorruptionError, StorageError
 from softcache.hashing.digests import digest_json
 from softcache.labels import SoftLabels
 from softcache.reader.chunk_cache import DecodedBlocks
@@ -147,15 +145,16 @@ class Cache(CacheReaderBase):
     @property
     def num_rows_done(self) -> int:
         """Rows of the finished units."""
-        return sum(marker.num_rows for marker in self.markers.values())
+        return self.markers.num_rows
+
+    @property
+    def num_samples_done(self) -> int:
+        """Samples of the finished units, views counted."""
+        return self.markers.num_samples
 
     def bytes_by_column(self) -> dict[str, int]:
         """Returns the stored bytes of the finished units by column, from the markers; of Parquet by "all columns"."""
-        totals: Counter[str] = Counter()
-        for marker in self.markers.values():
-            for shard in marker.shards:
-                totals[shard.column or "all columns"] += shard.num_bytes
-        return dict(totals)
+        return {column or "all columns": size for column, size in self.markers.bytes_by_column().items()}
 
     @property
     def fits_in_memmap(self) -> bool:
@@ -163,10 +162,9 @@ class Cache(CacheReaderBase):
 
         A function of the cache and of the settings alone: an order that depends on it is the same on every machine.
         """
-        if self._memmap_settings is None or self.missing_units:
+        if self._memmap_settings is None or not self.is_complete:
             return False
-        plan = self.memmap_plan(0)
-        return plan is not None and plan.num_bytes * self.num_views <= self._memmap_settings.limit_bytes
+        return self._plan_memmap(0, key="").num_bytes * self.num_views <= self._memmap_settings.limit_bytes
 
     def memmap(
         self,
@@ -191,13 +189,15 @@ class Cache(CacheReaderBase):
 
     def memmap_plan(self, view: int) -> MemmapPlan | None:
         """Returns the layout of a view's memory map, existing or not; None while units of the view are missing."""
-        units = [unit for unit in self.manifest.plan.units() if unit.view == view]
-        markers = [marker for unit in units if (marker := self.markers.get(unit.number)) is not None]
-        if len(markers) < len(units):
+        first, count = view * self.manifest.plan.units_per_view, self.manifest.plan.units_per_view
+        if not self.markers.is_finished[first : first + count].all():
             return None
-        content = [[shard.path, shard.sha256] for marker in markers for shard in marker.shards]
+        content = self.markers.digest(first, first + count)
+        return self._plan_memmap(view, key=digest_json([self.manifest_sha256, view, content])[:32])
+
+    def _plan_memmap(self, view: int, *, key: str) -> MemmapPlan:
         return MemmapPlan(
-            key=digest_json([self.manifest_sha256, view, content])[:32],
+            key=key,
             about=f"{self.url}, view {view}",
             record=self._record,
             num_rows=self.manifest.rows.num_rows if self.manifest.rows else len(self),
@@ -226,13 +226,15 @@ class Cache(CacheReaderBase):
                 yield decoded.rows
                 progress(len(decoded.rows))
             yield from fingerprints
+            if self.markers.num_refreshed != refreshed:  # the map's key names what was there before
+                raise CorruptionError(f"{what}: units were made again while it was decoded; try again")
 
-        what = f"cache {self.url}, view {view}"
+        what, refreshed = f"cache {self.url}, view {view}", self.markers.num_refreshed
         try:
             if not self._verify:  # every later process trusts the map
-                for unit in self.manifest.plan.units():
-                    if unit.view == view:
-                        check_unit(self._objects, self.markers[unit.number], self._opened_store())
+                count = self.manifest.plan.units_per_view
+                for number in range(view * count, (view + 1) * count):
+                    self._check_shards(number, self.markers[number])
             return folder.open(
                 plan, fill, limit_bytes=limit_bytes or self._memmap_settings.limit_bytes, what=what
             )

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from glob import glob
 from typing import Any
 
 import numpy as np
 
+from softcache.cache.finished import FinishedUnits
 from softcache.cache.kinds import FOREIGN
 from softcache.cache.manifest import Manifest, UnitMarker
 from softcache.cache.samples import RowIndex, SampleTable
@@ -91,13 +92,9 @@ class CacheParts(Cache):
     # -- what there is --------------------------------------------------------------------------------------
 
     @cached_property
-    def markers(self) -> dict[int, UnitMarker]:  # type: ignore[override]
-        """The markers of the finished units of all parts, numbered through."""
-        found, first = {}, 0
-        for part in self.parts:
-            found.update({first + number: marker for number, marker in part.markers.items()})
-            first += part.num_units
-        return found
+    def markers(self) -> PartUnits:  # type: ignore[override]
+        """The finished units of all parts, numbered through."""
+        return PartUnits([part.markers for part in self.parts])
 
     @property
     def num_units(self) -> int:
@@ -105,10 +102,10 @@ class CacheParts(Cache):
 
     @property
     def missing_units(self) -> list[int]:
-        return sorted(set(range(self.num_units)) - self.markers.keys())
+        return np.flatnonzero(~self.markers.is_finished).tolist()
 
     def describe_missing(self) -> str:
-        parts = ", ".join(part.url for part in self.parts if part.missing_units)
+        parts = ", ".join(part.url for part in self.parts if not part.is_complete)
         return f"{super().describe_missing()} ({parts})"
 
     def samples_in(self, view: int) -> np.ndarray:
@@ -133,6 +130,10 @@ class CacheParts(Cache):
     @property
     def num_rows_done(self) -> int:
         return sum(part.num_rows_done for part in self.parts)
+
+    @property
+    def num_samples_done(self) -> int:
+        return sum(part.num_samples_done for part in self.parts)
 
     def bytes_by_column(self) -> dict[str, int]:
         totals: Counter[str] = Counter()
@@ -164,7 +165,7 @@ class CacheParts(Cache):
     @property
     def fits_in_memmap(self) -> bool:
         settings = self.parts[0]._memmap_settings
-        if settings is None or self._chunked or any(part.missing_units for part in self.parts):
+        if settings is None or self._chunked or not self.is_complete:
             return False
         plans = [part.memmap_plan(0) for part in self.parts]
         num_bytes = sum(plan.num_bytes for plan in plans if plan is not None)
@@ -238,6 +239,35 @@ class CacheParts(Cache):
     def close(self) -> None:
         for part in self.parts:
             part.close()
+
+
+class PartUnits(Mapping[int, UnitMarker]):
+    """The finished units of several caches, numbered through.
+
+    Attributes:
+        is_finished: [units of all plans] bool.
+    """
+
+    def __init__(self, parts: Sequence[FinishedUnits]) -> None:
+        self._parts = list(parts)
+        self._starts = np.cumsum([0, *(len(part.is_finished) for part in parts)])
+        self.is_finished = np.concatenate([part.is_finished for part in parts])
+
+    def __len__(self) -> int:
+        return sum(map(len, self._parts))
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.flatnonzero(self.is_finished).tolist())
+
+    def __getitem__(self, number: int) -> UnitMarker:
+        if not 0 <= number < len(self.is_finished):
+            raise KeyError(number)
+        part = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self._parts[part][int(number - self._starts[part])]
+
+    def digest(self) -> str:
+        """Returns a digest of rows, sizes and checksums of the finished units; folding does not change it."""
+        return digest_of_parts([part.digest() for part in self._parts])
 
 
 def _check_part(first: Cache, part: Cache, *, several_teachers: bool) -> None:

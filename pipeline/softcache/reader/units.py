@@ -27,11 +27,12 @@ from softcache.cache.samples import (
 )
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import (
+    FinishedUnits,
+    UnitIndex,
     alignment_columns,
     check_unit,
-    finished_units,
+    open_index,
     open_store,
-    read_marker,
     stray_names,
 )
 from softcache.errors import CacheNotFoundError, CorruptionError, IncompleteCacheError, LabelError
@@ -75,7 +76,8 @@ class CacheReaderBase:
         self.manifest = Manifest.parse(stored, where=f"cache {self.url}")
         self.manifest_sha256 = digest_bytes(stored)
         self._store: Any = None
-        self._markers: dict[int, UnitMarker] | None = None
+        self._index: UnitIndex | None = None
+        self._markers: FinishedUnits | None = None
         self._checked: set[int] = set()
         self._unit_locks: dict[int, threading.Lock] = {}
         self._codec = self.manifest.build_codec()
@@ -101,11 +103,16 @@ class CacheReaderBase:
         return self.manifest.skips_positions
 
     @property
-    def markers(self) -> dict[int, UnitMarker]:
-        """The markers of the finished units, by unit number, as they were when first asked for."""
+    def markers(self) -> FinishedUnits:
+        """The finished units, a mapping from number to marker, as they were when first asked for."""
         if self._markers is None:
-            self._markers = finished_units(self._objects, self.manifest, self.manifest_sha256)
+            self._markers = self._opened_index().snapshot()
         return self._markers
+
+    def _opened_index(self) -> UnitIndex:
+        if self._index is None:
+            self._index = open_index(self._objects, self.manifest, self.manifest_sha256)
+        return self._index
 
     def marker(self, number: int) -> UnitMarker | None:
         """Returns the marker of a unit as it is now, or None if the unit is not finished.
@@ -113,7 +120,7 @@ class CacheReaderBase:
         Raises:
             ManifestError: the marker is malformed, or belongs to another cache or unit.
         """
-        return read_marker(self._objects, self.manifest, self.manifest_sha256, number)
+        return self._opened_index().marker(number)
 
     def unit_faults(self, marker: UnitMarker) -> Iterator[str]:
         """Compares every object of a unit with its marker, and its rows with the invariants; yields one line per fault.
@@ -196,17 +203,26 @@ class CacheReaderBase:
         return stray_names(self._objects)
 
     @property
+    def is_complete(self) -> bool:
+        """Whether every unit is finished."""
+        return len(self.markers) == self.num_units
+
+    @property
     def missing_units(self) -> list[int]:
-        return [unit.number for unit in self.manifest.plan.units() if unit.number not in self.markers]
+        return self.markers.missing.tolist()
 
     def describe_missing(self) -> str:
         """Returns in words how many units are missing."""
-        return f"{len(self.missing_units)} of {self.num_units} units are missing"
+        return f"{self.num_units - len(self.markers)} of {self.num_units} units are missing"
 
     def samples_in(self, view: int) -> np.ndarray:
         """Returns the sample numbers [N] int64, ascending, whose rows of `view` are finished."""
-        units = [u for u in self.manifest.plan.units() if u.view == view and u.number in self.markers]
-        return np.concatenate([np.arange(u.start, u.stop) for u in units] or [np.zeros(0, np.int64)])
+        plan = self.manifest.plan
+        first = view * plan.units_per_view
+        is_finished = self.markers.is_finished[first : first + plan.units_per_view]
+        if is_finished.all():
+            return np.arange(plan.num_samples)
+        return np.flatnonzero(np.repeat(is_finished, plan.unit_samples)[: plan.num_samples])
 
     @cached_property
     def _record(self) -> Record:
@@ -229,6 +245,8 @@ class CacheReaderBase:
         start = block * plan.chunk_samples
         unit = plan.locate(view, start)
         marker = self.markers.get(unit.number)
+        if marker is None and self.markers.refresh(unit.number):  # the listing was late
+            marker = self.markers[unit.number]
         if marker is None:
             raise IncompleteCacheError(
                 f"cache {self.url}: unit {unit.number} (view {unit.view}, samples {unit.start} to {unit.stop - 1}) "
@@ -237,12 +255,21 @@ class CacheReaderBase:
             )
         with self._unit_locks.setdefault(unit.number, threading.Lock()):
             if self._verify and unit.number not in self._checked:
-                check_unit(self._objects, marker, self._opened_store())
+                self._check_shards(unit.number, marker)
                 self._checked.add(unit.number)
         stop = min(start + plan.chunk_samples, unit.stop)
         columns = self._opened_store().read(unit, start, stop, rows=self.rows.span(unit, start, stop))
         fingerprints = columns["fingerprint"]
         return Chunk(self._record.pack(self._unpack(unit, columns)).view(np.uint64), fingerprints)
+
+    def _check_shards(self, number: int, marker: UnitMarker) -> None:
+        """Compares a unit with its marker; where they differ, with the marker as it is now: it may have been made again."""
+        try:
+            check_unit(self._objects, marker, self._opened_store())
+        except CorruptionError:
+            if not self.markers.refresh(number):
+                raise
+            check_unit(self._objects, self.markers[number], self._opened_store())
 
     def _opened_store(self) -> Any:
         if (

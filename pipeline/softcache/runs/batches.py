@@ -28,7 +28,7 @@ def cached_batches(
             f"reader.num_views: {num_views}, but cache {cache.url} holds {cache.num_views}; ask for at most that, or "
             "make a cache with more (labels.num_views)"
         )
-    if cache.missing_units:
+    if not cache.is_complete:
         plan = cache.manifest.plan
         rows = sum(len(cache.samples_in(view)) for view in range(num_views))
         found = cache.describe_missing()

@@ -53,7 +53,7 @@ def cache_is_ready(config: RunConfig, data: Data, url: str) -> bool:
     cache = open_cache(url)
     check_config_matches_cache(config, cache)
     check_alignment(cache, data.train)
-    return not cache.missing_units
+    return cache.is_complete
 
 
 def check_config_matches_cache(config: RunConfig, cache: Cache) -> None:

@@ -65,7 +65,7 @@ def train_student(
         )
         feed = cached_batches(config, data, cache, num_views, allow_partial)
         identity = {"cache": cache.manifest_sha256, "num_views": num_views}
-        if cache.missing_units:
+        if not cache.is_complete:
             identity["missing_units"] = cache.missing_units
     else:
         feed = hard_label_batches(config, data)

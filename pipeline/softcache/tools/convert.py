@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from softcache.cache.create import create_cache
 from softcache.cache.repair import usable_units
 from softcache.cache.storage.open import open_objects
-from softcache.cache.units import check_unit, claimed_units, open_store, publish_unit
+from softcache.cache.units import (
+    check_unit,
+    claimed_units,
+    fold_if_possible,
+    open_index,
+    open_store,
+    publish_unit,
+)
 from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
 
@@ -34,14 +43,16 @@ def convert_cache(
     source_objects = open_objects(cache.url)
     manifest, digest = create_cache(objects, manifest, source_objects.get(origin.samples))
     reading, writing = open_store(origin, source_objects), open_store(manifest, objects)
-    finished = usable_units(objects, manifest, digest)
-    progress(sum(marker.num_rows for number, marker in cache.markers.items() if number in finished))
-    pending = [origin.plan.unit(number) for number in cache.markers if number not in finished]
-    for unit in claimed_units(objects, manifest, digest, pending):
+    index = open_index(objects, manifest, digest)
+    finished = usable_units(index)
+    progress(finished.num_rows)
+    pending = np.flatnonzero(cache.markers.is_finished & ~finished.is_finished).tolist()
+    for unit in claimed_units(index, map(origin.plan.unit, pending)):
         marker = cache.markers[unit.number]
         check_unit(source_objects, marker, reading)
         rows = cache.rows.span(unit, unit.start, unit.stop)
         columns = reading.read(unit, unit.start, unit.stop, rows=rows)
         publish_unit(objects, writing, digest, unit, columns)
         progress(marker.num_rows)
+    fold_if_possible(index)
     return open_cache(target_url)

@@ -7,7 +7,7 @@
 
 A unit is claimed before its objects are called stray, and its marker is looked for again: what a run is making, or has
 just made, is never touched. Nor is anything that the manifest or a marker names. Whatever softcache does not write is
-reported and left where it is.
+reported and left where it is. Markers of a large cache that no run folded are folded with `delete`.
 
 A lock may hold on one host only (NFS, Lustre). So what was written within the last hour stays, too, by the storage's own
 clock, and so do the objects of a unit whose claim was made or renewed within it.
@@ -16,12 +16,15 @@ clock, and so do the objects of a unit whose claim was made or renewed within it
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections import defaultdict
 from dataclasses import dataclass, field
 
-from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, Unit, claim_path, marker_path
+from softcache.cache.finished import UnitIndex, UnitNames
+from softcache.cache.folded import block_claim_path
+from softcache.cache.folding import fold_markers
+from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, claim_path
 from softcache.cache.storage.base import Objects
-from softcache.cache.units import Store, finished_units, open_store, read_marker
+from softcache.cache.units import open_store
 from softcache.errors import CacheNotFoundError, StorageError
 from softcache.hashing.digests import digest_bytes
 
@@ -31,7 +34,6 @@ SAFE_SECONDS = 3600.0
 """Age from which a file without a marker is orphaned; from its first shard to its marker a unit takes seconds."""
 MANIFEST = "manifest.json"
 SAMPLES = re.compile(r"samples(-[0-9a-f]{16})?\.parquet")
-CLAIM = re.compile(r"units/(\d{5,})\.lock")
 
 
 @dataclass
@@ -75,41 +77,54 @@ def collect_garbage(objects: Objects, *, delete: bool, older_than: float = SAFE_
     report.stray |= objects.orphaned_writes(remove=delete, older_than=older_than)
 
     # Objects are listed before markers are: what a unit that is finished meanwhile wrote is then known to be its own.
-    left = set(objects.list("")) - {MANIFEST, manifest.samples, *store.described()}
-    for number, marker in finished_units(objects, manifest, digest).items():
-        left -= {marker_path(number), *(shard.path for shard in marker.shards)}
-    fresh = _end_stale_claims(objects, manifest, left, report, older_than)
-    for unit, paths in _unfinished(manifest, store, left):
-        if unit.number in fresh:
+    paths = objects.list("")
+    index = UnitIndex(objects, manifest, digest, store)
+    finished = index.snapshot()
+    known, names = {MANIFEST, manifest.samples, *store.described()}, UnitNames([])
+    unfinished: dict[int, list[str]] = defaultdict(list)
+    others: list[str] = []
+    for path in paths:
+        if path.startswith("units/"):
+            names.add(path)
+        elif path.startswith(f"{manifest.data}/") and (number := store.unit_of(path)) is not None:
+            if number not in finished:
+                unfinished[number].append(path)
+        elif SAMPLES.fullmatch(path) and path not in known:
+            others.append(path)
+        elif path not in known:
+            report.foreign.append(path)
+    fresh = _end_stale_claims(objects, manifest, names, report, older_than)
+    for number, shards in unfinished.items():
+        if number in fresh:
             continue
-        with objects.claim(claim_path(unit.number)) as is_held:
+        with objects.claim(claim_path(number)) as is_held:
             if not is_held:
-                report.held.append(unit.number)
-            elif read_marker(objects, manifest, digest, unit.number) is None:
-                if not any(_is_young(objects, path, older_than) for path in paths):
-                    _discard(objects, paths, report, delete)
+                report.held.append(number)
+            elif index.marker(number) is None:
+                if not any(_is_young(objects, path, older_than) for path in shards):
+                    _discard(objects, shards, report, delete)
                 else:
-                    report.young += paths
-    others = {path for path in left if SAMPLES.fullmatch(path)}
+                    report.young += shards
     young = {path for path in others if _is_young(objects, path, older_than)}
     report.young = sorted([*report.young, *young])
-    _discard(objects, sorted(others - young), report, delete)
+    _discard(objects, sorted(set(others) - young), report, delete)
+    if delete:
+        fold_markers(index)
     report.held = sorted(set(report.held))
-    report.foreign = sorted([*report.foreign, *(left - others)])
+    report.foreign = sorted([*report.foreign, *names.strays])
     return report
 
 
 def _end_stale_claims(
-    objects: Objects, manifest: Manifest, left: set[str], report: GarbageReport, older_than: float
+    objects: Objects, manifest: Manifest, names: UnitNames, report: GarbageReport, older_than: float
 ) -> set[int]:
-    """Takes the claims out of `left`, and returns the units of young ones; each other is claimed once, which ends it if
-    no process holds it."""
+    """Claims each claim once, which ends it if no process holds it; young ones are left alone, and their units returned."""
     fresh = set()
-    for path in sorted(path for path in left if CLAIM.fullmatch(path)):
-        number = int(path.removeprefix("units/").removesuffix(".lock"))
-        if number >= manifest.plan.num_units or path != claim_path(number):
+    for number in names.claimed:
+        path = claim_path(number)
+        if number >= manifest.plan.num_units:
+            report.foreign.append(path)
             continue
-        left.discard(path)
         if _is_young(objects, path, older_than):
             fresh.add(number)
             continue
@@ -118,6 +133,11 @@ def _end_stale_claims(
                 report.stale_claims += 1
             else:
                 report.held.append(number)
+    for block in names.claimed_blocks:
+        path = block_claim_path(block)
+        if not _is_young(objects, path, older_than):
+            with objects.claim(path) as is_held:
+                report.stale_claims += is_held
     report.held += fresh
     return fresh
 
@@ -131,19 +151,6 @@ def _is_young(objects: Objects, path: str, older_than: float) -> bool:
     except StorageError:  # a link out of the cache: foreign
         return False
     return age is not None and age < older_than
-
-
-def _unfinished(manifest: Manifest, store: Store, left: set[str]) -> Iterator[tuple[Unit, list[str]]]:
-    """Yields the units whose objects are among `left`, and takes them out of it; ends when no such object is left."""
-    candidates = {path for path in left if path.startswith(f"{manifest.data}/")}
-    for unit in manifest.plan.units():
-        if not candidates:
-            return
-        found = candidates.intersection(store.shard_paths(unit))
-        candidates -= found
-        left -= found
-        if found:
-            yield unit, sorted(found)
 
 
 def _discard(objects: Objects, paths: list[str], report: GarbageReport, delete: bool) -> None:

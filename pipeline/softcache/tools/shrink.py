@@ -33,7 +33,14 @@ from softcache.cache.create import create_cache
 from softcache.cache.manifest import Manifest, Unit
 from softcache.cache.repair import usable_units
 from softcache.cache.storage.open import open_objects
-from softcache.cache.units import check_unit, claimed_units, open_store, publish_unit
+from softcache.cache.units import (
+    check_unit,
+    claimed_units,
+    fold_if_possible,
+    open_index,
+    open_store,
+    publish_unit,
+)
 from softcache.errors import LabelError, SpecError, TemperatureError
 from softcache.labels import ARRAYS, SoftLabels, concat
 from softcache.labels.sparsify import POLICIES, LabelSettings
@@ -107,13 +114,15 @@ def shrink_cache(
     reading, writing = open_store(origin, source_objects), open_store(manifest, objects)
     codec = manifest.soft_codec("shrink")
     own = {column.name for column in origin_codec.columns}
-    finished = usable_units(objects, manifest, digest)
+    index = open_index(objects, manifest, digest)
+    finished = usable_units(index)
+    progress(finished.num_rows)
     # Views that are left out have the highest numbers.
-    wanted = {number: cache.markers[number] for number in cache.markers if number < manifest.plan.num_units}
-    progress(sum(marker.num_rows for number, marker in wanted.items() if number in finished))
-    pending = [manifest.plan.unit(number) for number in wanted if number not in finished]
-    for unit in claimed_units(objects, manifest, digest, pending):
-        check_unit(source_objects, wanted[unit.number], reading)
+    wanted = cache.markers.is_finished[: manifest.plan.num_units]
+    pending = np.flatnonzero(wanted & ~finished.is_finished).tolist()
+    for unit in claimed_units(index, map(manifest.plan.unit, pending)):
+        marker = cache.markers[unit.number]
+        check_unit(source_objects, marker, reading)
         records: list[SoftLabels] = []
         others: list[dict[str, np.ndarray]] = []
         for part in _parts(unit, origin.plan.chunk_samples):
@@ -122,7 +131,8 @@ def shrink_cache(
             others.append({name: column for name, column in columns.items() if name not in own})
         joined = {name: np.concatenate([other[name] for other in others]) for name in others[0]}
         publish_unit(objects, writing, digest, unit, {**codec.encode(concat(records)), **joined})
-        progress(wanted[unit.number].num_rows)
+        progress(marker.num_rows)
+    fold_if_possible(index)
     return open_cache(target_url)
 
 

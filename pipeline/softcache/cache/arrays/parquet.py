@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from softcache.cache.codecs import Column
-from softcache.cache.manifest import Manifest, Unit
+from softcache.cache.manifest import Manifest, Unit, owner_of
 from softcache.cache.storage.base import Objects, is_bucket
 from softcache.errors import CacheNotFoundError, CorruptionError, StorageError
 from softcache.labels import STATS
@@ -39,6 +39,11 @@ class ParquetStore:
         self._lock = threading.Lock()  # a file is read at one place at a time, and stays open meanwhile
 
     @property
+    def manifest(self) -> Manifest:
+        """What the cache is."""
+        return self._manifest
+
+    @property
     def columns(self) -> tuple[Column, ...]:
         return tuple(self._columns.values())
 
@@ -55,6 +60,11 @@ class ParquetStore:
     def shard_paths(self, unit: Unit) -> dict[str, str | None]:
         """Returns the path of a unit's file; it holds all columns."""
         return {f"{self._manifest.data}/{unit.number:05d}.parquet": None}
+
+    def unit_of(self, path: str) -> int | None:
+        """Returns the number of the unit whose shard has this path; None if no unit has it."""
+        name = path.removeprefix(f"{self._manifest.data}/").removesuffix(".parquet")
+        return owner_of(path, self, int(name) if name.isascii() and name.isdecimal() else -1)
 
     def max_shard_bytes(self, name: str | None) -> int:
         """Returns how large a unit's file can be: what does not compress grows by a little, and pages have heads."""

@@ -24,7 +24,7 @@ import numpy as np
 from softcache.cache.arrays.zarr_metadata import GEOMETRY, compressor_of, describe, metadata_equal
 from softcache.cache.arrays.zarr_shards import ShardCutter, WantedChunks
 from softcache.cache.codecs import Column
-from softcache.cache.manifest import Manifest, Unit
+from softcache.cache.manifest import Manifest, Unit, owner_of
 from softcache.cache.storage.base import Objects
 from softcache.errors import CorruptionError, StorageError
 
@@ -46,6 +46,11 @@ class ZarrStore:
         self._opened: dict[str, tensorstore.TensorStore] = {}
         self._geometries: dict[str, dict[str, Any]] = {}
         self._cutter = ShardCutter(objects)
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the cache is."""
+        return self._manifest
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -105,6 +110,17 @@ class ZarrStore:
                 name
             )
         return out
+
+    def unit_of(self, path: str) -> int | None:
+        """Returns the number of the unit whose shard has this path; None if no unit has it."""
+        name, _, place = path.removeprefix(f"{self._manifest.data}/").partition("/c/")
+        numbers = [int(part) if part.isascii() and part.isdecimal() else -1 for part in place.split("/")[:2]]
+        column = self._columns.get(name)
+        if column is None or min(numbers) < 0:
+            return None
+        if self._is_ragged(column):
+            return owner_of(path, self, numbers[0])
+        return owner_of(path, self, numbers[0] * self._manifest.plan.units_per_view + numbers[-1])
 
     def max_shard_bytes(self, name: str | None) -> int:
         """Returns how large a unit's shard of a column can be: what does not compress grows by a little."""

@@ -72,6 +72,9 @@ class Objects(Protocol):
     def age(self, path: str) -> float | None:
         """Returns the seconds since an object was last written, by the storage's own clock, or None if there is none."""
 
+    def delete_many(self, paths: Sequence[str]) -> None:
+        """Removes objects, as far as they are there; a bucket is asked for many at once."""
+
     def orphaned_writes(self, *, remove: bool, older_than: float = 0.0) -> dict[str, int]:
         """Returns the bytes of writes whose process crashed, by path; removes them if `remove` is on. Writes under way stay.
 

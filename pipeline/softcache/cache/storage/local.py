@@ -328,6 +328,10 @@ class LocalObjects:
         with _explained(self.path(path)):
             self.path(path).unlink(missing_ok=True)
 
+    def delete_many(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            self.delete(path)
+
     @contextmanager
     def claim(self, path: str) -> Iterator[bool]:
         target, handle, is_lease = self.path(path), None, False

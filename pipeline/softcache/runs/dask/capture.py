@@ -15,6 +15,7 @@ from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest
 from softcache.cache.repair import usable_units
 from softcache.cache.storage.base import Objects
 from softcache.cache.storage.open import open_objects
+from softcache.cache.units import fold_if_possible, open_index
 from softcache.config.run import RunConfig
 from softcache.errors import CacheNotFoundError, RunError, UnitsFailedError
 from softcache.hashing.digests import digest_bytes
@@ -126,11 +127,12 @@ def _capture(
 ) -> tuple[CaptureReport, list[Failure]]:
     started, report, seen = time.monotonic(), CaptureReport(workers=0), set[str]()
     url, num_units = cluster.job.url, manifest.plan.num_units
-    finished = usable_units(objects, manifest, cluster.job.manifest_sha256)
+    index = open_index(objects, manifest, cluster.job.manifest_sha256)
+    finished = usable_units(index)
     report.units_found = len(finished)
     event("run_started", run="teacher-logits", cache=url, rows=manifest.total_rows, units=num_units)
     with progress_bar("teacher: label", manifest.total_rows, "rows") as advance, defer_signals():
-        advance.found(sum(marker.num_rows for marker in finished.values()))
+        advance.found(finished.num_rows)
 
         def count(outcome: Outcome) -> None:
             seen.add(outcome.worker)
@@ -145,8 +147,9 @@ def _capture(
                 report.units_found += 1
                 advance(outcome.found_rows)
 
-        pending = (number for number in range(num_units) if number not in finished)
+        pending = iter(finished.missing.tolist())
         failures = Scheduler(cluster, pending, count, stall_seconds=stall_seconds).run()
+    fold_if_possible(index)
     report.seconds = time.monotonic() - started
     return report, failures
 

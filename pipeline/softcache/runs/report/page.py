@@ -52,7 +52,7 @@ def build_sections(
     if transfer is None and report.cache is not None:
         if report.cache.manifest.codec.get("sampling") or report.cache.skips_positions:
             why = f"{why}, and the cache holds classes drawn at random, or some positions only"
-        elif report.cache.missing_units:
+        elif not report.cache.is_complete:
             why = f"{why}, and the cache is not finished"
         else:
             progress("students on the training split")

@@ -36,7 +36,7 @@ def check_cache(cache: Cache, kind: str, advice: str) -> None:
     """
     if cache.manifest.kind != kind:
         raise ConfigError(f"cache {cache.url}: holds labels of kind {cache.manifest.kind!r}; {advice}")
-    if cache.missing_units:
+    if not cache.is_complete:
         raise IncompleteCacheError(
             f"cache {cache.url}: {cache.describe_missing()}; rerun `softcache teacher-logits` to finish it"
         )

@@ -89,9 +89,11 @@ def estimate_capture(
     manifest, _ = plan_manifest(data, teacher, labels, settings)
     found, digest = join_cache(objects, manifest) or (None, "")
     manifest = found or manifest
-    markers = finished_units(objects, manifest, digest) if found else {}
-    total, done = manifest.total_rows, sum(marker.num_rows for marker in markers.values())
-    bytes_done = sum(shard.num_bytes for marker in markers.values() for shard in marker.shards)
+    finished = finished_units(objects, manifest, digest) if found else None
+    units_done, done, bytes_done = (
+        (len(finished), finished.num_rows, finished.num_bytes) if finished is not None else (0, 0, 0)
+    )
+    total = manifest.total_rows
     measured: list[UnitMetrics] = []
     evaluate = 0.0
     if done < total:
@@ -107,8 +109,8 @@ def estimate_capture(
     bytes_left = round(left * per_row) if per_row is not None else 0
     return Estimate(
         units=manifest.plan.num_units,
-        units_done=len(markers),
-        units_left=manifest.plan.num_units - len(markers),
+        units_done=units_done,
+        units_left=manifest.plan.num_units - units_done,
         rows=total,
         rows_done=done,
         rows_left=left,

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby, islice
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader
 from softcache.cache.manifest import Manifest, TeacherReport, Unit
 from softcache.cache.repair import usable_units
 from softcache.cache.storage.base import Objects
-from softcache.cache.units import open_store, publish_unit, read_marker
+from softcache.cache.units import UnitIndex, fold_if_possible, open_index, open_store, publish_unit
 from softcache.data.batch import Dataset as Data
 from softcache.data.batch import ranges
 from softcache.labels.sparsify import LabelSettings
@@ -117,6 +118,11 @@ class CaptureContext:
     labels: LabelSettings
     settings: CaptureSettings
 
+    @cached_property
+    def index(self) -> UnitIndex:
+        """What looks up finished units."""
+        return open_index(self.objects, self.manifest, self.manifest_sha256)
+
 
 def capture(
     objects: Objects,
@@ -156,18 +162,19 @@ def capture(
         report.units_found += 1
         progress(rows)
 
-    finished = usable_units(objects, manifest, manifest_sha256)
+    finished = usable_units(work.index)
     report.units_found = len(finished)
-    getattr(progress, "found", progress)(sum(marker.num_rows for marker in finished.values()))
-    pending = [unit for unit in manifest.plan.units() if unit.number not in finished]
-    if data.decodes:  # the views of one range of samples follow each other
-        pending.sort(key=lambda unit: (unit.start, unit.view))
+    getattr(progress, "found", progress)(finished.num_rows)
+    # Where images are decoded, the views of one range of samples follow each other.
+    numbers = manifest.plan.in_order(finished.missing, by_range=data.decodes)
+    pending: Iterable[Unit] = map(manifest.plan.unit, numbers)
+    del finished
     with defer_signals():
-        while pending:
-            pending = capture_units(work, pending, on_unit=done, on_found=found)
-            if pending:
-                raise_if_signalled()
-                time.sleep(CLAIM_POLL_SECONDS)
+        while held := capture_units(work, pending, on_unit=done, on_found=found):
+            pending = held
+            raise_if_signalled()
+            time.sleep(CLAIM_POLL_SECONDS)
+    fold_if_possible(work.index)
     report.seconds = time.monotonic() - started
     return report
 
@@ -252,7 +259,7 @@ def _claim_units(
             held.append(unit)
             claim.close()
             continue
-        marker = read_marker(work.objects, work.manifest, work.manifest_sha256, unit.number)
+        marker = work.index.marker(unit.number)
         if marker is not None:
             claim.close()
             on_found(marker.num_rows)

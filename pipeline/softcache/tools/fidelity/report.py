@@ -37,9 +37,7 @@ def measure_cache(
     if cache.manifest.store == "zarr":
         other_bytes = sum(size for name, size in sizes.items() if name in LABEL_FREE)
     else:  # Parquet's one file holds all: 8 bytes of fingerprint per sample are most of what is not labels
-        other_bytes = (
-            8.0 * sum(marker.stop - marker.start for marker in cache.markers.values()) / cache.num_rows_done
-        )
+        other_bytes = 8.0 * cache.num_samples_done / cache.num_rows_done
     by_temperature = {
         f"{t:g}": _summary(rerun, ReferenceDistribution(rerun.logits_PV, t)) | _tail_bounds(rerun.labels, t)
         for t in temperatures

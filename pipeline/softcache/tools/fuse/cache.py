@@ -20,7 +20,7 @@ from softcache.cache.create import create_cache
 from softcache.cache.manifest import Manifest, TeacherReport, Unit
 from softcache.cache.repair import usable_units
 from softcache.cache.storage.open import open_objects
-from softcache.cache.units import claimed_units, open_store, publish_unit
+from softcache.cache.units import claimed_units, fold_if_possible, open_index, open_store, publish_unit
 from softcache.errors import AlignmentError, LabelError
 from softcache.hashing.digests import digest_json
 from softcache.labels import SoftLabels, concat
@@ -62,19 +62,21 @@ def fuse_caches(
     first, objects = caches[0], open_objects(target_url, create=True)
     samples = open_objects(first.url).get(first.manifest.samples)
     manifest, digest = create_cache(objects, manifest, samples)
-    writing, finished = open_store(manifest, objects), usable_units(objects, manifest, digest)
-    progress(sum(marker.num_rows for marker in finished.values()))
-    pending = [unit for unit in manifest.plan.units() if unit.number not in finished]
+    writing, index = open_store(manifest, objects), open_index(objects, manifest, digest)
+    finished = usable_units(index)
+    progress(finished.num_rows)
+    pending = finished.missing.tolist()
     if pending and not settings.allow_weak_teachers:
         check_teachers(caches)
     keys, targets = first.samples_table()[:2] if pending else ([], np.zeros(0, np.int64))
     codec = manifest.soft_codec("fuse")
-    for unit in claimed_units(objects, manifest, digest, pending):
+    for unit in claimed_units(index, map(manifest.plan.unit, pending)):
         stored = _read(caches, unit, keys)
         wanted = targets[unit.start : unit.stop] if len(targets) else None
         labels = _fused([rows.labels for rows in stored], settings.rule, codec.k, wanted)
         publish_unit(objects, writing, digest, unit, {**codec.encode(labels), **_other_columns(stored[0])})
         progress(len(labels))
+    fold_if_possible(index)
     return open_cache(target_url)
 
 

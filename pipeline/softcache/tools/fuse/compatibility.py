@@ -83,7 +83,7 @@ def _accuracy(cache: Cache) -> float | None:
 def _check_usable(cache: Cache) -> None:
     where = f"cache {cache.url}"
     codec = cache.manifest.soft_codec(f"fuse, {where}")
-    if cache.missing_units:
+    if not cache.is_complete:
         raise IncompleteCacheError(
             f"{where}: {cache.describe_missing()}; finish it with "
             "`softcache teacher-logits` before it is fused"

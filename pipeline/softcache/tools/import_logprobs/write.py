@@ -8,7 +8,7 @@ killed goes on, and several can be at it together.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +18,7 @@ from softcache.cache.create import create_cache
 from softcache.cache.manifest import Manifest, Unit
 from softcache.cache.repair import usable_units
 from softcache.cache.storage.open import open_objects
-from softcache.cache.units import open_store, publish_unit, read_marker
+from softcache.cache.units import fold_if_possible, open_index, open_store, publish_unit
 from softcache.data.sources.text.source import TokenSource
 from softcache.data.tokens import TokenData
 from softcache.errors import LabelError, SourceError
@@ -73,19 +73,20 @@ def import_labels(
         _check_complete(responses, data.source, manifest, set())
     objects = open_objects(url, create=True)
     manifest, digest = create_cache(objects, manifest, samples)
-    finished = usable_units(objects, manifest, digest)
+    index = open_index(objects, manifest, digest)
+    finished = usable_units(index)
     if not allow_missing:
-        _check_complete(responses, data.source, manifest, set(finished))
+        _check_complete(responses, data.source, manifest, finished)
     report.units_found = len(finished)
-    progress(sum(marker.num_rows for marker in finished.values()))
+    progress(finished.num_rows)
     store, codec = open_store(manifest, objects), manifest.soft_codec("import")
-    for unit in manifest.plan.units():
-        if unit.number in finished or not responses.found[unit.start : unit.stop].all():
+    for unit in map(manifest.plan.unit, finished.missing.tolist()):
+        if not responses.found[unit.start : unit.stop].all():
             continue
         with objects.claim(f"units/{unit.number:05d}.lock") as ours:
             if not ours:
                 continue  # another import is at it
-            if read_marker(objects, manifest, digest, unit.number) is not None:
+            if index.marker(unit.number) is not None:
                 report.units_found += 1
                 continue
             columns = _unit_columns(unit, data, responses, codec, settings.batch_size)
@@ -93,6 +94,7 @@ def import_labels(
         report.units_done += 1
         report.rows += marker.num_rows
         progress(marker.num_rows)
+    fold_if_possible(index)
     report.seconds = time.monotonic() - started
     return open_cache(url), report
 
@@ -140,7 +142,7 @@ def _check_attention(data: TokenData) -> None:
 
 
 def _check_complete(
-    responses: Responses, source: TokenSource, manifest: Manifest, finished: set[int]
+    responses: Responses, source: TokenSource, manifest: Manifest, finished: Collection[int]
 ) -> None:
     """Raises unless every sample of a unit that is not finished has an answer."""
     wanted = np.ones(len(source), bool)

@@ -205,6 +205,10 @@ class CloudObjects:
                 path, "deleted", lambda client, store: client.delete(store, path), patient=patient
             )
 
+    def delete_many(self, paths: Sequence[str]) -> None:
+        for _ in self._client.at_once(self.delete, paths):
+            pass
+
     # -- parts ---------------------------------------------------------------------------------------------
 
     def get_suffixes(self, lengths: Mapping[str, int]) -> Sequence[tuple[bytes, int]]:

@@ -71,8 +71,7 @@ def to_hf_dataset(
     else:
         check_cache(cache, "tokens", 'to_hf_dataset is for language models ("tokens")')
         data = SoftLabelDataset(source, cache)
-        shards = [shard.sha256 for marker in cache.markers.values() for shard in marker.shards]
-        made_from = ["labels", cache.manifest_sha256, *sorted(shards)]
+        made_from = ["labels", cache.manifest_sha256, cache.markers.digest()]
         features["soft_positions"] = library.Sequence(tokens)
         for name, array in _arrays(cache.read([])).items():
             value = library.Value("int32" if array.dtype.kind in "iu" else "float32")

@@ -1,0 +1,213 @@
+"""Storage in memory whose clients stop before each request, for state machines: between any two requests of one process, others
+have theirs.
+
+A test decides what becomes of each request: it is answered, its answer is lost, it arrives once more later, or the process
+dies before it. Listings show what was made visible so far. Claims end only when their process releases them or the test takes
+them away.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from softcache.cache.storage.base import size_error
+from softcache.errors import CacheNotFoundError, StorageError
+
+ANSWERED, LOST, REPEATED = "answered", "lost", "repeated"
+
+
+class Crash(BaseException):
+    """The process was killed."""
+
+
+class LateStorage:
+    """What is stored, and what listings show of it."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, bytes] = {}
+        self.written: dict[str, float] = {}
+        self.listed: dict[str, float] = {}
+        self.claims: dict[str, Process | None] = {}
+        self.late: list[Callable[[], None]] = []
+        self._clock = 0.0
+
+    def put(self, path: str, data: bytes) -> None:
+        self._clock += 1
+        self.data[path], self.written[path] = data, self._clock
+
+    def put_if_absent(self, path: str, data: bytes) -> bool:
+        if path in self.data:
+            return False
+        self.put(path, data)
+        return True
+
+    def delete(self, path: str) -> None:
+        self.data.pop(path, None)
+        self.written.pop(path, None)
+
+    def show(self, paths: list[str] | None = None) -> None:
+        """Lets listings see the present state of some paths, or of all."""
+        for path in paths if paths is not None else {*self.listed, *self.written}:
+            if path in self.written:
+                self.listed[path] = self.written[path]
+            else:
+                self.listed.pop(path, None)
+
+
+class Process:
+    """A function that runs in steps: one request for each.
+
+    Attributes:
+        is_done: it returned, failed or crashed.
+        result, error: what it returned or raised.
+    """
+
+    def __init__(self, storage: LateStorage, name: str, function: Callable[[Any], Any]) -> None:
+        self.storage, self.name = storage, name
+        self.is_done, self.is_dead, self.result, self.error = False, False, None, None
+        self.request = ""
+        self._fate = ANSWERED
+        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._thread = threading.Thread(target=self._run, args=(function,), daemon=True)
+        self._thread.start()
+        self._stopped.acquire()
+
+    def _run(self, function: Callable[[Any], Any]) -> None:
+        try:
+            self.result = function(LateObjects(self.storage, self))
+        except Crash:
+            self.is_dead = True
+        except Exception as error:
+            self.error = error
+        self.is_done = True
+        self._stopped.release()
+
+    def step(self, fate: str = ANSWERED) -> None:
+        """Lets the request that it stopped at happen, and runs on to the next."""
+        if not self.is_done:
+            self._fate = fate
+            self._go.release()
+            self._stopped.acquire()
+
+    def crash(self) -> None:
+        """Ends it before its request; its claims stay."""
+        if not self.is_done:
+            self.is_dead = True
+            self._go.release()
+            self._stopped.acquire()
+
+    def gate(self, request: str) -> str:
+        """Called before each request; returns what becomes of it."""
+        if self.is_dead:
+            raise Crash
+        if self.is_done:
+            return ANSWERED
+        self.request = request
+        self._stopped.release()
+        self._go.acquire()
+        if self.is_dead:
+            raise Crash
+        return self._fate
+
+
+class LateObjects:
+    """The objects as one process has them; without a process, every request is answered at once."""
+
+    url = "late://"
+
+    def __init__(self, storage: LateStorage, process: Process | None = None) -> None:
+        self._storage, self._process = storage, process
+
+    def _change(self, request: str, change: Callable[[], Any]) -> Any:
+        fate = self._process.gate(request) if self._process else ANSWERED
+        result = change()
+        if fate == REPEATED:
+            self._storage.late.append(change)
+        return None if fate == LOST else (result, True)
+
+    def _ask(self, request: str) -> None:
+        if self._process:
+            self._process.gate(request)
+
+    def put(self, path, data):
+        if self._change(f"put {path}", lambda: self._storage.put(path, data)) is None:
+            raise StorageError(f"{path}: cannot be written: no answer")
+
+    def put_if_absent(self, path, data):
+        found = self._change(f"put_if_absent {path}", lambda: self._storage.put_if_absent(path, data))
+        return found[0] if found else False
+
+    def delete(self, path):
+        if self._change(f"delete {path}", lambda: self._storage.delete(path)) is None:
+            raise StorageError(f"{path}: cannot be deleted: no answer")
+
+    def delete_many(self, paths):
+        for path in paths:
+            self.delete(path)
+
+    def get(self, path, *, max_bytes=None):
+        self._ask(f"get {path}")
+        if path not in self._storage.data:
+            raise CacheNotFoundError(f"{path}: missing")
+        data = self._storage.data[path]
+        if max_bytes is not None and len(data) > max_bytes:
+            raise size_error(path, len(data), max_bytes)
+        return data
+
+    def get_many(self, paths, *, max_bytes=None):
+        for path in paths:
+            try:
+                yield self.get(path, max_bytes=max_bytes)
+            except CacheNotFoundError:
+                yield None
+
+    def get_sized(self, sizes):
+        for path, expected in sizes.items():
+            found = self.size(path)
+            data = self._storage.data.get(path)
+            yield data if found == expected and data is not None else found
+
+    def get_suffixes(self, lengths):
+        found = [(self.get(path), length) for path, length in lengths.items()]
+        return [(data[-length:], len(data)) for data, length in found]
+
+    def get_ranges(self, ranges):
+        return [self.get(path)[start:stop] for path, start, stop in ranges]
+
+    def size(self, path):
+        self._ask(f"size {path}")
+        data = self._storage.data.get(path)
+        return None if data is None else len(data)
+
+    def list(self, prefix):
+        return sorted(self.times(prefix))
+
+    def times(self, prefix):
+        self._ask(f"list {prefix}")
+        return {
+            path: at
+            for path, at in self._storage.listed.items()
+            if not prefix or path.startswith(f"{prefix}/")
+        }
+
+    def orphaned_writes(self, *, remove, older_than=0.0):
+        return {}
+
+    @contextmanager
+    def claim(self, path) -> Iterator[bool]:
+        self._ask(f"claim {path}")
+        claims = self._storage.claims
+        if path in claims:
+            yield False
+            return
+        claims[path] = self._process
+        try:
+            yield True
+        finally:
+            if not (self._process and self._process.is_dead):
+                self._ask(f"release {path}")
+                if claims.get(path) is self._process:
+                    del claims[path]
