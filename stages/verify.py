@@ -13,7 +13,7 @@ from softcache.errors import missing_extra
 from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
 from softcache.runtime.logging import progress_bar
-from softcache.tools.verify.checksums import verify_units
+from softcache.tools.verify.checksums import unmark_damaged, verify_units
 
 from .options import CACHE, config_file_options, json_option, print_json
 
@@ -31,6 +31,9 @@ __all__ = ["verify"]
     help="Largest KL(soft labels || rerun teacher) of a row, in nats.",
 )
 @json_option
+@click.option(
+    "--repair", is_flag=True, help="Unmark damaged units: the next `teacher-logits` makes them again."
+)
 @click.option("--seed", default=0, help="Seed of the choice of rows.")
 def verify(
     url: str,
@@ -40,6 +43,7 @@ def verify(
     threshold: float,
     seed: int,
     as_json: bool,
+    repair: bool,
 ) -> None:
     """Check CACHE; exit with 1 and one line per fault if anything is wrong.
 
@@ -48,8 +52,16 @@ def verify(
       softcache verify runs/digits/cache --config configs/digits.toml
     """
     cache = open_cache(url)
+    damaged: dict[str, tuple[Cache, list[int]]] = {}
     with progress_bar("verify", cache.num_units, "units") as advance:
-        faults = list(verify_units(cache, advance))
+        faults = list(
+            verify_units(
+                cache,
+                advance,
+                on_damaged=lambda part, unit: damaged.setdefault(part.url, (part, []))[1].append(unit),
+            )
+        )
+    unmarked = sum(len(unmark_damaged(*found)) for found in damaged.values()) if repair else 0
     checked, num_rows = f"{cache.num_units} units", 0
     if config_path and not faults:
         num_rows = min(rows, len(cache) * cache.num_views)
@@ -59,9 +71,14 @@ def verify(
         click.echo(f"FAULT {fault}", err=True)
     if as_json:
         units = cache.num_units
-        print_json({"cache": url, "units": units, "teacher_rows": num_rows, "faults": faults})
+        found = {"cache": url, "units": units, "teacher_rows": num_rows, "faults": faults}
+        print_json(found | ({"unmarked": unmarked} if repair else {}))
     else:
         click.echo(f"cache {url}: {checked}; {len(faults)} faults")
+        if repair:
+            click.echo(
+                f"{unmarked} damaged units unmarked; rerun `softcache teacher-logits`, which makes them again"
+            )
     if faults:
         sys.exit(1)
 

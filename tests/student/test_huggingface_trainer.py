@@ -414,7 +414,7 @@ def test_another_source_or_an_unfinished_cache_is_refused(labeled, tmp_path, sha
     with pytest.raises(ConfigError, match="labels of kind 'image'; DistillTrainer is for language models"):
         DistillTrainer(llama(), arguments(tmp_path), cache=images, source=data.train)
     half = open_cache(cache.url)
-    half._markers = FinishedUnits(half._opened_index(), {0: cache.markers[0]}, {})
+    half._markers = FinishedUnits(half.index, {0: cache.markers[0]}, {})
     with pytest.raises(IncompleteCacheError, match="units are missing; rerun `softcache teacher-logits`"):
         DistillTrainer(llama(), arguments(tmp_path), cache=half, source=open_text(source, split="train"))
 

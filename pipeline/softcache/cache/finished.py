@@ -408,6 +408,14 @@ class FinishedUnits(Mapping[int, UnitMarker]):
             self.is_finished[number] = False
             self._count -= 1
 
+    def block_faults(self) -> Iterator[CorruptionError]:
+        """Reads each block whole; yields what is wrong with it."""
+        for block in list(self._blocks.values()):
+            try:
+                self._all_records(block)
+            except CorruptionError as error:
+                yield error
+
     # -- sums -----------------------------------------------------------------------------------------------
 
     @property

@@ -170,7 +170,7 @@ def check_unit(objects: Objects, marker: UnitMarker, store: Store | None = None)
     sizes = {shard.path: shard.num_bytes for shard in marker.shards}
     for shard, found in zip(marker.shards, objects.get_sized(sizes), strict=True):
         where = f"cache {objects.url}: unit {marker.unit} (view {marker.view}), {shard.path}"
-        what_next = f"restore it, or delete {marker_path(marker.unit)} and rerun `softcache teacher-logits`"
+        what_next = "restore it, or unmark the unit (`softcache verify --repair`) and rerun `softcache teacher-logits`"
         if found is None:
             raise CorruptionError(f"{where}: missing; {what_next}")
         if isinstance(found, int):

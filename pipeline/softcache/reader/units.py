@@ -106,10 +106,12 @@ class CacheReaderBase:
     def markers(self) -> FinishedUnits:
         """The finished units, a mapping from number to marker, as they were when first asked for."""
         if self._markers is None:
-            self._markers = self._opened_index().snapshot()
+            self._markers = self.index.snapshot()
         return self._markers
 
-    def _opened_index(self) -> UnitIndex:
+    @property
+    def index(self) -> UnitIndex:
+        """What looks up the units of this cache as they are now."""
         if self._index is None:
             self._index = open_index(self._objects, self.manifest, self.manifest_sha256)
         return self._index
@@ -120,7 +122,7 @@ class CacheReaderBase:
         Raises:
             ManifestError: the marker is malformed, or belongs to another cache or unit.
         """
-        return self._opened_index().marker(number)
+        return self.index.marker(number)
 
     def unit_faults(self, marker: UnitMarker) -> Iterator[str]:
         """Compares every object of a unit with its marker, and its rows with the invariants; yields one line per fault.
