@@ -38,6 +38,9 @@ __all__ = ["shrink"]
 @click.option("--temperatures", metavar="T,T,…", help="Grid temperatures to keep.")
 @click.option("--views", "num_views", type=click.IntRange(1), help="Keep the first so many views.")
 @click.option(
+    "--statistics", type=click.Choice(["all", "none"]), help="none leaves the rows' statistics out."
+)
+@click.option(
     "--codec", type=click.Choice(["open", "packed"]), help="How rows become columns [default: as CACHE]."
 )
 @click.option(

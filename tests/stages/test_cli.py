@@ -147,7 +147,8 @@ def contents(path):
 
 def flip(cache):
     """Flips one bit of the labels."""
-    path = max((p for p in (cache / "labels.zarr").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    shards = (p for p in (cache / "labels.zarr").rglob("*") if p.is_file() and p.name != "zarr.json")
+    path = max(shards, key=lambda p: p.stat().st_size)
     good = bytearray(path.read_bytes())
     good[len(good) // 2] ^= 4
     path.write_bytes(good)

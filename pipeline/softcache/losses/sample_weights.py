@@ -113,7 +113,7 @@ def _entropy(labels: SoftLabels) -> Tensor:
     if labels.k != labels.num_classes or labels.sampling is not None:
         raise LabelError(
             "loss.weights: teacher_entropy needs labels with stats, which hold the entropy over all classes; found "
-            'none; capture them with `softcache teacher-logits`, or use by = "teacher_correctness"'
+            'none; capture with labels.statistics = "all", or use by = "teacher_correctness"'
         )
     log_p_PK = promote_dtype(labels.log_probs)
     alive_PK = log_p_PK > -torch.inf

@@ -111,7 +111,7 @@ def _teacher_std(labels: SoftLabels) -> Tensor:
     if labels.k != labels.num_classes or labels.sampling is not None:
         raise LabelError(
             "loss.standardize: expected labels with stats, which say how far apart the teacher's logits are; found "
-            "none; capture them with `softcache teacher-logits`, or set standardize = false"
+            'none; capture with labels.statistics = "all", or set standardize = false'
         )
     alive_PK = labels.log_probs > -torch.inf
     finite_PK = promote_dtype(labels.log_probs).where(alive_PK, 0.0)

@@ -109,6 +109,7 @@ class TeacherFacts:
             num_classes=self.num_classes,
             k=k,
             temperatures=labels.temperatures,
+            stats=labels.statistics == "all",
             sampling=labels.sampling,
             **settings.parameters(),
         )

@@ -52,6 +52,11 @@ class DenseTeacher(Teacher):
         return ("background",) * (self.num_classes - len(names)) + names
 
     def codec(self, k: int, labels: LabelSettings, settings: CodecSettings) -> CellCodec:
+        if labels.statistics != "all":
+            raise ConfigError(
+                f"labels.statistics: {labels.statistics!r} is of one distribution over all classes of an image or a token; "
+                f"teacher {self.spec} has other labels; drop the setting"
+            )
         if not labels.labels_detections:
             raise ConfigError(
                 f'labels.policy: {labels.policy!r}; of a detector\'s cells "top_k" or "dense" is kept; choose one of them'

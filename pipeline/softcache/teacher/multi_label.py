@@ -48,6 +48,11 @@ class MultiLabelTeacher(ImageTeacher):
                 f"capture.codec: {settings.name!r} is of {'a detector' if 'image' not in kind.kinds else 'a softmax'}; the "
                 f'outputs of teacher {self.spec} are sigmoids, kept as plain columns; set codec = "open"'
             )
+        if labels.statistics != "all":
+            raise ConfigError(
+                f"labels.statistics: {labels.statistics!r} is of one distribution over all classes of an image or a token; "
+                f"teacher {self.spec} has other labels; drop the setting"
+            )
         if not labels.labels_detections:
             raise ConfigError(
                 f"labels.policy: {labels.policy!r} is of one distribution over all classes; the outputs of teacher "

@@ -63,6 +63,7 @@ class ShrinkSettings(Settings):
             `[labels]`.
         temperatures: the grid; some of the original's.
         num_views: the first so many views.
+        statistics: "none" leaves them out.
         codec: "open" with `values`, or "packed" with `step` and `tail`, as in `[capture]`.
         store: "zarr" or "parquet".
     """
@@ -75,6 +76,7 @@ class ShrinkSettings(Settings):
     seed: int | None = Field(None, ge=0, lt=2**63)
     temperatures: tuple[float, ...] | None = None
     num_views: int | None = Field(None, ge=1)
+    statistics: Literal["all", "none"] | None = None
     codec: Literal["open", "packed"] | None = None
     values: Literal["float16", "float32"] | None = None
     step: float | None = Field(None, ge=FINEST, le=COARSEST)
@@ -217,7 +219,8 @@ def shrink_manifest(cache: Cache, changes: ShrinkSettings) -> tuple[Manifest, La
             "slimmed_from": cache.manifest_sha256,
         }
     )
-    return manifest, None if described == found else labels
+    same_rows = {**described, "statistics": None} == {**found, "statistics": None}
+    return manifest, None if same_rows else labels
 
 
 def _labels(cache: Cache, changes: ShrinkSettings) -> LabelSettings:
@@ -245,6 +248,8 @@ def _labels(cache: Cache, changes: ShrinkSettings) -> LabelSettings:
     settings = kept | {"policy": policy, "num_views": changes.num_views or origin.plan.num_views} | asked
     if changes.temperatures:
         settings["temperatures"] = changes.temperatures
+    if changes.statistics:
+        settings["statistics"] = changes.statistics
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
@@ -267,7 +272,10 @@ def _check_labels(cache: Cache, target: LabelSettings) -> None:
             f"{where}: its tail is stored at the temperatures {list(codec.temperatures)}; found "
             f"{list(target.temperatures)}; choose among them, or capture with others"
         )
-    numbers = {name for name in {*wanted, *found} - {"temperatures"} if wanted.get(name) != found.get(name)}
+    if target.statistics == "all" and not codec.stats and found["policy"] != IMPORTED:
+        raise LabelError(f'{where}: it has no statistics; leave labels.statistics = "none", or capture again')
+    others = {*wanted, *found} - {"temperatures", "statistics"}
+    numbers = {name for name in others if wanted.get(name) != found.get(name)}
     if not numbers or (found["policy"] == IMPORTED and target.policy == "top_k"):
         return
     if codec.sampling is not None:
@@ -301,7 +309,7 @@ def _codec(cache: Cache, labels: LabelSettings, changes: ShrinkSettings) -> Soft
         "num_classes": origin.num_classes,
         "k": labels.num_slots(origin.num_classes),
         "temperatures": labels.temperatures,
-        "stats": origin.stats,
+        "stats": origin.stats and labels.statistics == "all",
         "max_temperature": origin.max_temperature,
         "sampling": labels.sampling,
     }

@@ -95,7 +95,7 @@ class SoftLabelCodec(Codec):
     @property
     def tail_rounding(self) -> float:
         """How far a stored tail may be off above T = 1, nats, besides float32."""
-        return 0.0
+        return 0.0 if self.precision is None else self.precision.tail.absolute
 
     def decode(self, columns: Mapping[str, np.ndarray]) -> SoftLabels:
         """Returns the labels of columns [P, ...]; nothing is copied or converted but what `unpack` converts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
 
@@ -44,12 +44,16 @@ class LabelSettings(Settings):
         temperatures: the grid on which the mass of the dropped classes is stored; 1 first, increasing.
         num_views: labeled views per sample.
         positions: which positions of a text get a label row.
+        statistics: "all": entropy, mean, deviation and support of each row are kept, which `loss.standardize`,
+            `loss.weights.by = "teacher_entropy"` and fusion read, and by which the tail is known better above the grid.
+            "none": five bytes a row less in codec `packed`, sixteen in `open`.
     """
 
     policy: str
     temperatures: Annotated[tuple[float, ...], BeforeValidator(_list_to_tuple)] = DEFAULT_TEMPERATURES
     num_views: int = Field(default=1, ge=1)
     positions: PositionSettings = PositionSettings()
+    statistics: Literal["all", "none"] = "all"
 
     labels_detections: ClassVar[bool] = False
     """Whether the policy also keeps the classes of a detector's anchors."""
@@ -112,6 +116,8 @@ class LabelSettings(Settings):
         }
         if self.positions.policy != "all":
             found["positions"] = self.positions.identity()
+        if self.statistics != "all":
+            found["statistics"] = self.statistics
         return found
 
     @classmethod

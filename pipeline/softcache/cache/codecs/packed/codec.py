@@ -121,10 +121,6 @@ class PackedCodec(SoftLabelCodec):
             pack(self, {name: values[part] for name, values in arrays.items()}, planes[:, part], start)
         return {"record": planes.T}
 
-    @property
-    def tail_rounding(self) -> float:
-        return self.step / 2 if self.step is not None and self.tail == "fixed" else 0.0
-
     def unpack(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns the arrays of the record by name, and any other columns unchanged.
 
