@@ -15,9 +15,9 @@ from softcache.cache.storage.open import open_objects
 from softcache.errors import StorageError
 from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
+from softcache.testing.fault_proxy import FAULTS, fault_proxy
 from softcache.tools.verify.teacher import verify_units
 from tests.support.caches import digits_config, make_cache
-from tests.support.fault_proxy import FAULTS, fault_proxy
 
 STALL = 1.5
 SAMPLES = np.random.default_rng(0).permutation(300)

@@ -32,11 +32,11 @@ from softcache.reader.memmap import MemmapSettings
 from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher
 from softcache.stages.cli import main
+from softcache.testing.fault_proxy import fault_proxy
 from softcache.tools.convert import convert_cache
 from softcache.tools.verify.teacher import verify_units
 from tests.contracts.test_stores import columns_of, manifest_of
 from tests.support.caches import digits_config, make_cache
-from tests.support.fault_proxy import fault_proxy
 from tests.support.object_server import environment_of
 from tests.support.programs import run_program
 from tests.support.text_caches import make_text_cache

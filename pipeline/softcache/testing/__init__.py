@@ -1,0 +1,1 @@
+"""What others prove a writer of caches, or a storage backend, with."""
