@@ -29,6 +29,7 @@ from softcache.runs.tables import translation_rows
 from softcache.stages.cli import softcache
 from softcache.student.tasks.translation import corpus_scores
 from softcache.teacher.generate import generate_source
+from softcache.testing import FaultyObjects, Killed
 from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.support.translations import translation_config, write_package
 
@@ -377,18 +378,6 @@ def files_of(folder: Path):
     }
 
 
-class Dies(LocalObjects):
-    """Dies in place of its n-th put."""
-
-    left = 0
-
-    def put(self, path, data):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
-        super().put(path, data)
-
-
 @pytest.fixture(scope="module")
 def generated(captured):
     folder, config, data, teacher, _ = captured
@@ -399,11 +388,10 @@ def generated(captured):
 @pytest.mark.parametrize("puts", [0, 1, 5, 6, 7])
 def test_killed_at_any_put_and_run_again_it_writes_the_same_bytes(captured, generated, tmp_path, puts):
     _, config, data, teacher, _ = captured
-    objects = Dies(tmp_path / "out", create=True)
-    objects.left = puts
+    objects = FaultyObjects(LocalObjects(tmp_path / "out", create=True), at={("put", puts): "killed"})
     try:
         generate_source(objects, data, teacher, config.generate)
-    except KeyboardInterrupt:
+    except Killed:
         assert not (tmp_path / "out" / "manifest.json").exists()
     again = LocalObjects(tmp_path / "out", create=True)
     generate_source(again, data, teacher, config.generate)
