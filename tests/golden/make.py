@@ -8,6 +8,7 @@
     .venv/bin/python -m tests.golden.make drawn
     .venv/bin/python -m tests.golden.make tokens
     .venv/bin/python -m tests.golden.make wide
+    .venv/bin/python -m tests.golden.make folded
 
 Run once per format version and codec, never to refresh a failing test: if today's code no longer reads what is frozen,
 users' caches are no longer read either, and the code is at fault. The caches go to tests/golden/vN, where N is
@@ -32,12 +33,13 @@ import torch
 import zarr
 from safetensors.torch import save_file
 
+from softcache.cache import finished, folding
 from softcache.cache.codecs import OpenCodec, PackedCodec
 from softcache.cache.create import create_cache
-from softcache.cache.manifest import FORMAT_VERSION, Manifest, Plan
+from softcache.cache.manifest import FORMAT_VERSION, Manifest, Plan, marker_path
 from softcache.cache.samples import encode_samples
 from softcache.cache.storage.open import open_objects
-from softcache.cache.units import open_store, publish_unit
+from softcache.cache.units import open_index, open_store, publish_unit
 from softcache.config.run import RunConfig
 from softcache.hashing.digests import digest_bytes
 from softcache.labels import SoftLabels
@@ -409,6 +411,26 @@ def _freeze_columns(folder: Path) -> None:
     np.savez_compressed(folder / "expected.npz", **found)
 
 
+def freeze_folded(folder: Path) -> None:
+    """The first caches again, units 0 and 2 in two generations of a block of folded markers."""
+    finished.MIN_FOLDED_UNITS = folding.MIN_LOOSE = 1
+    for store in ("zarr", "parquet"):
+        shutil.copytree(folder.parent / f"v{FORMAT_VERSION}" / store, folder / store)
+        objects = open_objects(str(folder / store))
+        manifest = Manifest.parse(objects.get("manifest.json"), where=store)
+        index = open_index(objects, manifest, digest_bytes(manifest.to_bytes()))
+        for number in (0, 2):
+            others = [marker_path(other) for other in range(4) if other != number]
+            kept = {path: objects.get(path) for path in others if objects.size(path) is not None}
+            for path in kept:
+                objects.delete(path)
+            folding.KEPT_LOOSE = 0
+            folding.fold_markers(index)
+            for path, data in kept.items():
+                objects.put(path, data)
+        shutil.rmtree(folder / store / ".staging", ignore_errors=True)
+
+
 def main(arguments: list[str]) -> None:
     ways = {
         (): (freeze_open, ""),
@@ -419,6 +441,7 @@ def main(arguments: list[str]) -> None:
         ("drawn",): (freeze_drawn, "-drawn"),
         ("tokens",): (freeze_tokens, "-tokens"),
         ("wide",): (freeze_wide, "-wide"),
+        ("folded",): (freeze_folded, "-folded"),
     }
     freeze, suffix = ways[tuple(arguments)]
     folder = Path(__file__).parent / f"v{FORMAT_VERSION}{suffix}"

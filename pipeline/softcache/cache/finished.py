@@ -402,8 +402,8 @@ class FinishedUnits(Mapping[int, UnitMarker]):
     def discard(self, number: int) -> None:
         """Takes a unit out, as one that is not finished."""
         if number in self:
-            marker = self[number]
-            self._sums -= _sizes(record_of(marker, self._index.limits.columns, self._index.dtype))
+            if (marker := self.get(number)) is not None:
+                self._sums -= _sizes(record_of(marker, self._index.limits.columns, self._index.dtype))
             self._loose.pop(number, None)
             self.is_finished[number] = False
             self._count -= 1

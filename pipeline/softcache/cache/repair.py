@@ -37,10 +37,10 @@ def usable_units(index: UnitIndex) -> FinishedUnits:
     def lacks_object(number: int) -> bool:
         return any(objects.size(path) is None for path in index.store.shard_paths(plan.unit(number)))
 
-    # Another run may have made one again meanwhile, or is about to.
-    unmark_units(index, broken, still=lacks_object)
     for number in broken:
         found.discard(number)
+    # Another run may have made one again meanwhile, or is about to.
+    unmark_units(index, broken, still=lacks_object)
     if broken:
         shown = ", ".join(map(str, broken[:SHOWN])) + (", …" if len(broken) > SHOWN else "")
         log_info(

@@ -13,8 +13,9 @@ from typing import Literal
 
 import numpy as np
 
+from softcache.cache import folded
 from softcache.cache.finished import UnitIndex, UnitNames
-from softcache.cache.folded import BLOCK_UNITS, block_path
+from softcache.cache.folded import block_path
 from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, marker_path
 from softcache.cache.storage.base import Objects
 from softcache.cache.units import open_index
@@ -74,7 +75,10 @@ def read_status(objects: Objects, *, now: float | None = None) -> Status:
     loose = {number: times[marker_path(number)] for number in names.loose if number < plan.num_units}
     is_done = np.zeros(plan.num_units, bool)
     for number, generation in names.generations.items():
-        if number * BLOCK_UNITS < plan.num_units and (block := index.known(number, generation)) is not None:
+        if (
+            number * folded.BLOCK_UNITS < plan.num_units
+            and (block := index.known(number, generation)) is not None
+        ):
             is_done[block.first : block.first + len(block.finished)] = block.finished
     is_done[list(loose)] = True
     num_done = int(is_done.sum())
