@@ -86,7 +86,9 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     save_file(nn.Linear(2, 2).state_dict(), tmp_path / "a.safetensors")
     with pytest.raises(SpecError, match=r"missing \['0.weight'"):
         load_weights(nn.Sequential(nn.Linear(2, 2)), tmp_path / "a.safetensors")
-    with pytest.raises(SpecError, match="size mismatch"):
+    with pytest.raises(
+        SpecError, match=r"1 of 2 tensors .* as weight: \[2, 2\] in the file, \[2, 3\] in the model"
+    ):
         load_weights(nn.Linear(3, 2), tmp_path / "a.safetensors")
     with pytest.raises(SpecError, match="no such file"):
         load_weights(nn.Linear(3, 2), tmp_path / "missing.safetensors")
@@ -117,16 +119,31 @@ def test_a_teacher_with_the_wrong_head_is_refused():
         )
 
 
+def loaded(model, num_classes=4):
+    return load_image_teacher(
+        TeacherSettings(model=model),
+        num_classes=num_classes,
+        input_shape=(3, 160, 160),
+        normalize=Normalize((0.5,), (0.5,)),
+        device=torch.device("cpu"),
+        dtype="float32",
+    )
+
+
 def test_a_random_teacher_is_refused():
     with pytest.raises(ConfigError, match=r"teacher.weights: missing, and timm:test_vit would be random"):
-        load_image_teacher(
-            TeacherSettings(model="timm:test_vit"),
-            num_classes=4,
-            input_shape=SHAPE,
-            normalize=Normalize((0.5,), (0.5,)),
-            device=torch.device("cpu"),
-            dtype="float32",
-        )
+        loaded("timm:test_vit")
+
+
+def test_a_teacher_of_timm_may_name_its_file_itself(tmp_path):
+    model = build_model("timm:test_vit", num_classes=4, input_shape=(3, 160, 160))
+    save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    spec = f"timm:test_vit?checkpoint_path={tmp_path / 'vit.safetensors'}"
+    images = torch.randint(0, 256, (1, 3, 160, 160), dtype=torch.uint8)
+    expected = model.eval()((images / 255 - 0.5) / 0.5)
+    torch.testing.assert_close(loaded(spec).logits(images), expected)
+    with pytest.raises(SpecError, match="cannot be built for 5 classes"):
+        loaded(spec, num_classes=5)
 
 
 def test_unknown_device():

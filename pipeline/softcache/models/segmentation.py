@@ -62,9 +62,14 @@ def build_segmenter(
             f"model {spec!r}: cannot be built for {num_classes or 'its own'} classes and images of {input_shape}: "
             f"{type(error).__name__}: {error}; check the arguments after '?'"
         ) from error
+    if (parsed.family, parsed.name) == ("builtin", BUILT_IN):
+        raise SpecError(
+            f"model {spec!r}: has as many outputs as it is asked for; teacher.class_map is for models that have their own; "
+            "drop teacher.class_map"
+        )
     raise SpecError(
         f"model {spec!r}: no model of segmentation; expected {BUILT_IN}, torchvision:NAME, hf:NAME_OR_FOLDER or "
-        "module:factory, and teacher.class_map only with weights that have classes of their own"
+        "module:factory"
     )
 
 

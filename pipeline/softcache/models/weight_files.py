@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from softcache.errors import SpecError
 from softcache.models.weights import frozen_names
@@ -31,8 +32,10 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
     """
     state = read_state(path)
     frozen = frozen_names(model)
+    state = _renamed(state, model, frozen, path)
+    _check_shapes(state, model, path)
     try:
-        problems = model.load_state_dict(_renamed(state, model, frozen, path), strict=False)
+        problems = model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # sizes differ
         raise SpecError(f"weights {path}: cannot be loaded: {type(error).__name__}: {error}") from error
     missing = [name for name in problems.missing_keys if name not in frozen]
@@ -40,6 +43,23 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         raise SpecError(
             f"weights {path}: do not fit the model; missing {missing[:5]}, "
             f"unexpected {problems.unexpected_keys[:5]}; check teacher.model and its arguments"
+        )
+
+
+def _check_shapes(state: dict[str, torch.Tensor], model: nn.Module, path: str | Path) -> None:
+    """Raises SpecError where a tensor has another shape than the model's of that name."""
+    shapes = {
+        name: (list(state[name].shape), list(value.shape))
+        for name, value in model.state_dict().items()
+        if name in state and isinstance(value, torch.Tensor) and not is_lazy(value)
+    }
+    wrong = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
+    if wrong:
+        name, (found, expected) = next(iter(wrong.items()))
+        raise SpecError(
+            f"weights {path}: {len(wrong)} of {len(shapes)} tensors have another shape than the model's, such as {name}: "
+            f"{found} in the file, {expected} in the model; a head of other classes than the source needs teacher.class_map "
+            "(which outputs are its classes), else check teacher.model and its arguments"
         )
 
 

@@ -162,7 +162,8 @@ def load_image_teacher(
         or parsed.args.get("weights")
         or (parsed.family == "factory" and scheme != "hf-config")
     )
-    pretrained = pretrained or (parsed.family == "timm" and has_source(parsed.name))
+    has_file = parsed.family == "timm" and bool(parsed.args.get("checkpoint_path"))
+    pretrained = pretrained or has_file or (parsed.family == "timm" and has_source(parsed.name))
     if settings.weights is None and not pretrained:
         raise ConfigError(
             f"teacher.weights: missing, and {settings.model} would be random; give a weights file "
@@ -175,7 +176,7 @@ def load_image_teacher(
                     f"teacher.{key}: {settings.model} makes an output of each class name with the weights of its folder; "
                     "drop it"
                 )
-    if settings.class_map is None and settings.weights is None:
+    if settings.class_map is None and settings.weights is None and not has_file:
         _check_pretrained_head(parsed, num_classes)
     if is_multi_label(parsed) not in (None, kind.has_sigmoids):
         found, wanted = (

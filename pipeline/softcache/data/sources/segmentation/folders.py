@@ -36,6 +36,8 @@ MAX_SHOWN = 10
 class MaskFolderSource(ImageFolderSource):
     """Image files with mask files; keys are the paths of images relative to `root`."""
 
+    can_skip = False
+
     def __init__(
         self,
         name: str,
