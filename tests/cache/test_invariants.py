@@ -1,23 +1,32 @@
 """The numbered invariants of docs/format.md: each one that is broken is named with its row, and no cache that is right breaks one."""
 
 import dataclasses
+import io
 import re
 import warnings
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from softcache.cache.codecs import OpenCodec, PackedCodec
 from softcache.cache.codecs.bernoulli import BernoulliCodec
 from softcache.cache.codecs.precision import HALF
+from softcache.cache.create import create_cache
 from softcache.cache.invariants import INVARIANTS
 from softcache.cache.invariants.independent import independent_violations
 from softcache.cache.invariants.soft_labels import RowFacts, soft_label_violations
+from softcache.cache.storage.open import open_objects
+from softcache.cache.units import open_store, publish_unit
+from softcache.hashing.digests import digest_bytes
 from softcache.labels import DEFAULT_TEMPERATURES
 from softcache.labels.sparsify import dense, hybrid, sample, top_k, top_p
 from softcache.labels.sparsify.bernoulli import top_k_bernoulli
 from softcache.labels.truncate import truncate_labels
+from softcache.reader.open import open_cache
+from softcache.tools.verify.checksums import verify_units
 from tests.support.caches import ROOT
 
 P, V, K = 12, 40, 6
@@ -224,3 +233,101 @@ def test_the_page_lists_every_invariant_by_its_number():
     page = (ROOT / "docs/format.md").read_text()
     listed = dict(re.findall(r"^\| (I\d+) \| (.+?) \|$", page, re.MULTILINE))
     assert listed.keys() == INVARIANTS.keys()
+
+
+# -- whole caches that are signed anew ------------------------------------------------------------------------------
+
+
+def rewritten(place, folder, change, *, samples=None):
+    """Copies a frozen cache; its first unit has changed columns, and all checksums are right."""
+    frozen = open_cache(place)
+    manifest, unit = frozen.manifest, frozen.manifest.plan.unit(0)
+    table = (place / "samples.parquet").read_bytes() if samples is None else samples
+    manifest = manifest.model_copy(update={"samples_sha256": digest_bytes(table)})
+    objects = open_objects(str(folder), create=True)
+    manifest, digest = create_cache(objects, manifest, table)
+    reading, writing = open_store(frozen.manifest, open_objects(str(place))), open_store(manifest, objects)
+    for unit in manifest.plan.units():
+        rows = frozen.rows.span(unit, unit.start, unit.stop)
+        columns = reading.read(unit, unit.start, unit.stop, rows=rows)
+        columns = {name: np.array(values) for name, values in columns.items()}
+        if unit.number == 0:
+            change(columns)
+        publish_unit(objects, writing, digest, unit, columns)
+    return list(verify_units(open_cache(str(folder))))
+
+
+def assigned(name, place, value):
+    def change(columns):
+        columns[name][place] = value
+
+    return change
+
+
+def reversed_positions(columns):
+    count = int(columns["num_rows"][0])
+    columns["position"][:count] = columns["position"][:count][::-1]
+
+
+def swapped_cells(columns):
+    columns["cells"][1] = columns["cells"][0]
+
+
+CACHES = [
+    ("v1/zarr", "I21", assigned("ids", (3, 1), 0), lambda c: c["ids"].__setitem__((3, 0), 0)),
+    ("v1/parquet", "I31", assigned("log_probs", (3, 0), 0.5), None),
+    ("v1/zarr", "I33", lambda c: c["log_tail"].__iadd__(np.float32(1.0)), None),
+    ("v1/zarr", "I50", assigned("stats", (3, 3), 99), None),
+    ("v1/parquet", "I60", assigned("target_log_prob", 3, np.nan), None),
+    ("v1-tokens/zarr", "I12", reversed_positions, None),
+    (
+        "v1-tokens/parquet",
+        "I12",
+        lambda c: c["position"].__setitem__(slice(1, 3), c["position"][0] + [1, 2]),
+        None,
+    ),
+    ("v1-cells/zarr", "I12", lambda c: c["position"].__iadd__(np.uint32(1)), None),
+    ("v1-cells/parquet", "I90", swapped_cells, None),
+    ("v1-cells/zarr", "I80", lambda c: c["logits"].__setitem__(3, c["logits"][3, ::-1].copy()), None),
+    ("v1-drawn/zarr", "I70", assigned("counts", (3, 0), 12), None),
+    ("v1-wide/zarr", "I20", assigned("ids", (3, 1), 70_001), None),
+]
+
+
+@pytest.mark.parametrize(
+    ("place", "number", "change", "before"), CACHES, ids=[f"{c[0]}-{c[1]}" for c in CACHES]
+)
+def test_verify_names_the_invariant_that_a_cache_breaks(tmp_path, place, number, change, before):
+    def both(columns):
+        if before:
+            before(columns)
+        change(columns)
+
+    faults = rewritten(ROOT / "tests/golden" / place, tmp_path / "cache", both)
+    assert any(f"invariant {number}: {INVARIANTS[number]}" in line and "unit 0" in line for line in faults), (
+        faults
+    )
+    assert all("row 3:" in line for line in faults) or number in ("I12", "I33", "I90"), faults
+
+
+@pytest.mark.parametrize(
+    ("place", "change", "number", "message"),
+    [
+        ("v1/zarr", lambda t: {**t, "key": ["same"] * len(t["key"])}, "I2", "key 'same' is there twice"),
+        ("v1/zarr", lambda t: {**t, "sample": t["sample"][::-1]}, "I2", "not numbered 0, 1, 2"),
+        (
+            "v1-tokens/parquet",
+            lambda t: {**t, "first_row": [1 + n for n in t["first_row"]]},
+            "I2",
+            "first_row of sample 0 is 1",
+        ),
+    ],
+)
+def test_the_table_of_samples(tmp_path, place, change, number, message):
+    table = pq.ParquetFile(ROOT / "tests/golden" / place / "samples.parquet").read()
+    sink = io.BytesIO()
+    pq.write_table(pa.table(change(table.to_pydict())), sink)
+    faults = rewritten(
+        ROOT / "tests/golden" / place, tmp_path / "cache", lambda columns: None, samples=sink.getvalue()
+    )
+    assert any(message in line and f"invariant {number}" in line for line in faults), faults

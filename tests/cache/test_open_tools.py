@@ -11,7 +11,7 @@ import zarr
 
 from softcache.labels import STATS
 from softcache.reader.open import open_cache
-from tests.support.caches import make_cache
+from tests.support.caches import ROOT, make_cache
 
 NAMES = ("ids", "log_probs", "log_tail", "target_log_prob", "stats")
 DIMS = {
@@ -205,3 +205,12 @@ def test_polars_joins_the_ground_truth(parquet_cache):
     # The ground truth's own log-probability is the kept one wherever it is the first.
     likely = np.concatenate([parquet_cache.read(range(300), view).log_probs[:, 0] for view in range(2)])
     np.testing.assert_allclose(joined["target_log_prob"].to_numpy()[right], likely[right], rtol=1e-3)
+
+
+def test_packed_records_are_left_out_by_tools_that_cannot_decode_them():
+    """As docs/format.md gives it; their encoding is one that DuckDB and polars lack."""
+    paths = str(ROOT / "tests/golden/v1-packed/parquet/parquet/*.parquet")
+    others = duckdb.sql(f"SELECT * EXCLUDE (record) FROM '{paths}'")
+    assert others.columns == ["view", "sample", "fingerprint"]
+    found = pl.scan_parquet(paths).select(pl.exclude("record")).collect()
+    assert found.sort("view", "sample").rows() == others.order("view, sample").fetchall()

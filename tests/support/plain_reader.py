@@ -45,8 +45,9 @@ def read(folder):
 
 
 def _zarr_unit(folder, manifest, marker, table):
-    group = zarr.open_group(folder / manifest["data"], mode="r")
     names = {shard["column"] for shard in marker["shards"]}
+    stored = zarr.open_group(folder / manifest["data"], mode="r")
+    group = {name: stored[name][...] for name in names}
     view, plan = marker["view"], manifest["plan"]
     units = -(-plan["num_samples"] // plan["unit_samples"])
     for sample in range(marker["start"], marker["stop"]):
