@@ -57,7 +57,10 @@ COMMANDS = {
     "gc": ("gc:gc", "List or delete files left by crashed runs."),
     "doctor": ("doctor:doctor", "Diagnose the installation, this machine and stores."),
     "query": ("query:query_command", "Ask a server for the log-probabilities of a text."),
-    "import": ("import_labels:import_command", "Make a cache from a server's log-probabilities."),
+    "import": (
+        "import_labels:import_command",
+        "Make a cache from a server's answers or another's cache.",
+    ),
     "completion": ("completion:completion", "Print the completion script of bash, zsh or fish."),
 }
 """By name: `module:attribute` below `stages`, and the command's line in the list."""

@@ -1,6 +1,7 @@
-"""Make a cache from log-probabilities of a vLLM or OpenAI-compatible server.
+"""Make a cache from log-probabilities of a vLLM or OpenAI-compatible server, or from another program's cache.
 
 softcache import responses.jsonl --config runs/my.toml --cache runs/my/cache
+softcache import logits_top100_epoch0 --format tinyvit --config imagenet.toml --cache runs/tinyvit/cache --model-name clip-l
 """
 
 from __future__ import annotations
@@ -17,21 +18,77 @@ from .options import PATH, cache_option, cache_report, config_options, json_opti
 
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
+    from softcache.reader.cache import Cache
+    from softcache.teacher.capture.run import CaptureReport
 
 __all__ = ["import_command"]
 
+RESPONSES = "responses"
+
 
 @click.command("import")
-@click.argument("responses", metavar="RESPONSES...", type=PATH, nargs=-1, required=True)
+@click.argument("paths", metavar="PATH...", type=PATH, nargs=-1, required=True)
 @config_options
 @cache_option
 @json_option
-@click.option("--k", type=click.IntRange(1), help="Tokens kept per row [default: labels.k of the config].")
+@click.option(
+    "--format",
+    "format_name",
+    metavar="NAME",
+    default=RESPONSES,
+    help="What PATH is: a server's responses, or a cache of distillkit, fkd, megatron, ml-dr or tinyvit.",
+)
+@click.option(
+    "--k",
+    type=click.IntRange(1),
+    help="Classes kept per row [default: labels.k of the config; of another program's cache all].",
+)
 @click.option("--model-name", metavar="TEXT", help="The teacher's name [default: the responses' `model`].")
 @click.option(
-    "--allow-missing", is_flag=True, help="Import the units whose samples are complete; others can follow."
+    "--allow-missing",
+    is_flag=True,
+    help="Of responses: import the units whose samples are complete; others can follow.",
+)
+@click.option(
+    "--plain-view",
+    is_flag=True,
+    help="Of one view of images: it was the plain view of [views], so students see that.",
 )
 def import_command(
+    paths: tuple[str, ...],
+    config: RunConfig,
+    url: str | None,
+    format_name: str,
+    k: int | None,
+    model_name: str | None,
+    allow_missing: bool,
+    plain_view: bool,
+    as_json: bool,
+) -> None:
+    """Make a cache from a server's log-probabilities, or from another program's cache.
+
+    Every answer of a server is compared, token by token, with the source (docs/how-to/import-logprobs.md); what other
+    programs keep, and what they lack, is in docs/how-to/import-caches.md. The labels serve temperature 1 only. A rerun
+    after a kill completes what is missing.
+
+    \b
+    Example:
+      softcache import responses.jsonl --config my.toml --cache runs/my/cache --k 20
+      softcache import saved_logits --format tinyvit --config my.toml --cache runs/my/cache --model-name clip-l
+    """
+    if format_name == RESPONSES:
+        if plain_view:
+            raise click.UsageError("--plain-view is of images; a server's responses are of text")
+        _import_responses(paths, config, url, k, model_name, allow_missing, as_json)
+        return
+    if allow_missing:
+        raise click.UsageError(
+            "--allow-missing is of a server's responses; give all files of another program's cache"
+        )
+    _import_cache(paths, config, url, format_name, k, model_name, plain_view, as_json)
+
+
+def _import_responses(
     responses: tuple[str, ...],
     config: RunConfig,
     url: str | None,
@@ -40,16 +97,6 @@ def import_command(
     allow_missing: bool,
     as_json: bool,
 ) -> None:
-    """Make a cache from RESPONSES: JSON lines with a server's log-probabilities over the config's text.
-
-    Every answer is compared, token by token, with the source. The labels serve temperature 1 only; see
-    docs/how-to/import-logprobs.md for the request and the accepted shapes. A rerun after a kill completes
-    what is missing.
-
-    \b
-    Example:
-      softcache import responses.jsonl --config my.toml --cache runs/my/cache --k 20
-    """
     from softcache.data.tokens import TokenData
     from softcache.modalities import modality_of
     from softcache.tools.import_logprobs import find_responses, import_labels
@@ -88,9 +135,60 @@ def import_command(
             allow_missing=allow_missing,
             progress=advance,
         )
+    _report(cache, report, url, as_json)
+
+
+def _import_cache(
+    paths: tuple[str, ...],
+    config: RunConfig,
+    url: str | None,
+    format_name: str,
+    k: int | None,
+    model_name: str | None,
+    plain_view: bool,
+    as_json: bool,
+) -> None:
+    from softcache.runs import open_data
+    from softcache.tools.import_caches import import_cache, open_original
+
+    if model_name is None:
+        raise click.UsageError(
+            f"--model-name: missing; files of format {format_name} do not name their teacher"
+        )
+    url, data = url or config.cache_url, open_data(config).train
+    original = open_original(format_name, paths, data)
+    num_rows = original.num_views * (
+        int(data.source.num_rows().sum()) if data.kind == "tokens" else len(data)
+    )
+    with progress_bar("import: write labels", num_rows, "rows") as advance:
+        cache, report = import_cache(
+            original,
+            data,
+            url,
+            settings=config.capture,
+            model_name=model_name,
+            k=k,
+            plain_view=plain_view,
+            progress=advance,
+        )
+    imported = cache.manifest.attributes["imported"]
+    more = {"agreement": report.agreement, "rows_scaled": report.rows_scaled, "imported": imported}
+    _report(cache, report, url, as_json, **more)
+    if as_json:
+        return
+    click.echo(
+        f"the teacher saw {imported['teacher_saw']}; the original lacks {', '.join(imported['missing'])}"
+    )
+    if report.agreement is not None:
+        click.echo(f"most likely class is the ground truth in {report.agreement:.2%} of the rows made now")
+    if report.rows_scaled:
+        click.echo(f"{report.rows_scaled:,} rows with a sum above 1 were scaled to 1")
+
+
+def _report(cache: Cache, report: CaptureReport, url: str, as_json: bool, **more: Any) -> None:
     if as_json:
         made = {"units_made": report.units_done, "units_found": report.units_found, "seconds": report.seconds}
-        print_json(cache_report(cache) | made)
+        print_json(cache_report(cache) | made | more)
         return
     plan, rows = cache.manifest.plan, cache.num_rows_done
     click.echo(

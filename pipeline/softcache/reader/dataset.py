@@ -297,6 +297,12 @@ class SoftLabelDataset(BatchedDataset):
             batch.fingerprints != 0
         )
         for row in np.flatnonzero(taken_B & (batch.fingerprints != stored.fingerprints)):
+            if stored.fingerprints[row] == 0 and "views" in foreign_parts(self.cache):
+                raise AlignmentError(
+                    f"cache {self.cache.url}: sample {self._data.source.key(int(batch.samples[row]))!r}, view {batch.view}: "
+                    "its labels are of a view of another program, which softcache cannot replay; give SoftLabelDataset a "
+                    "data set that shows these views, with fingerprints of 0 (docs/how-to/import-caches.md)"
+                )
             raise AlignmentError(
                 f"cache {self.cache.url}: sample {self._data.source.key(int(batch.samples[row]))!r}, view {batch.view}: "
                 f"the teacher saw content {int(stored.fingerprints[row]):016x}, the student would see "

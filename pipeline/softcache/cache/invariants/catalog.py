@@ -36,7 +36,8 @@ INVARIANTS: dict[str, str] = {
     "I51": "entropy is between 0 and log support",
     "I52": "entropy is what the exact slots and the tail allow",
     "I53": "the mean of the logits is at most -log support, and their deviation not below 0",
-    "I60": "target_log_prob is at most 0, and NaN exactly where there is no ground truth (-inf of masks)",
+    "I60": "target_log_prob is at most 0, and NaN exactly where there is no ground truth (-inf of masks), or an "
+    "imported row dropped it unknown",
     "I61": "target_log_prob is that of the ground truth's slot, where it has an exact one",
     "I62": "target_log_prob is at most that of the last exact slot and of the tail, where it has none",
     "I70": "counts are at least 1 in used slots, and sum to the draws",

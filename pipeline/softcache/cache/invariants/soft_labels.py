@@ -31,6 +31,7 @@ class RowFacts:
         is_exact_target: whether the ground truth's number is that of its slot, also where it is not known which class it is.
         moved: error of log p of classes that were moved into the tail.
         mass: how far the masses of a served distribution may be from 1.
+        lacks_targets: whether the ground truth's number may be unknown where it was dropped.
     """
 
     precision: Precision
@@ -38,6 +39,7 @@ class RowFacts:
     is_exact_target: bool = True
     moved: Error = EXACT
     mass: float = 0.0
+    lacks_targets: bool = False
 
 
 def soft_label_violations(
@@ -311,6 +313,8 @@ class _Rows:
         if targets_P is not None:
             missing_P = targets_P < 0
             wrong_P = np.isnan(target_P) & ~missing_P
+            if self._facts.lacks_targets:
+                wrong_P &= (ids_PK == targets_P[:, None]).any(axis=1)
             out += first_violation(
                 "I60", wrong_P, "target_log_prob", target_P, "a number: there is a ground truth"
             )

@@ -92,6 +92,7 @@ def _facts(manifest: Manifest, codec: SoftLabelCodec) -> RowFacts | None:
         is_exact_target=not is_fused,
         moved=COARSEST_INPUT if is_fused else HALF if manifest.slimmed_from else EXACT,
         mass=SERVED_MASS if policy == "imported" else 0.0,
+        lacks_targets=policy == "imported",
     )
 
 
