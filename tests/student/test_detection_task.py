@@ -14,7 +14,10 @@ from softcache.labels import BernoulliLabels, DetectionLabels
 from softcache.losses.detection import CellLossSettings
 from softcache.modalities import open_data
 from softcache.models.detection.mean_average_precision import new_metric, score_batch
+from softcache.reader.loader import SoftLabelLoader
 from softcache.runs import train_teacher
+from softcache.runs.batches import hard_label_batches
+from softcache.student.loop import Trainer
 from softcache.student.tasks import LossSettings
 from softcache.student.tasks.object_detection import DetectionTask
 
@@ -159,6 +162,31 @@ def test_a_detector_is_trained_and_scored_by_the_loop_of_all_students(tmp_path, 
     assert open_data(build_config(resolved, "resolved.json")).views.digest == data.views.digest
     assert 0 <= metrics["map"] <= metrics["map50"] <= 1
     assert metrics["history"][0]["eval_loss"] > 0
+
+
+def test_a_step_goes_along_the_gradient_of_its_loss_whatever_the_number_of_cells(data):
+    train = {
+        "optimizer": "sgd",
+        "lr": 0.01,
+        "weight_decay": 0,
+        "warmup_share": 0,
+        "batch_size": 8,
+        "device": "cpu",
+    }
+    run = config(None, train=train)
+    task, feed = data.task(run, SPEC), hard_label_batches(run, data)
+    batch = next(iter(SoftLabelLoader(feed.dataset, hard_label_batches(run, data).order)))
+    torch.manual_seed(0)
+    model = task.build().train()
+    task.loss(model, batch).backward()
+    expected = {
+        name: p.detach() - 0.01 * (0 if p.grad is None else p.grad) for name, p in model.named_parameters()
+    }
+    torch.manual_seed(0)
+    trainer = Trainer(Accelerator(cpu=True), task, feed, run.train)
+    next(trainer.epoch())
+    for name, parameter in trainer.model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], msg=name)
 
 
 def test_evaluation_needs_no_more_than_a_detector(data):

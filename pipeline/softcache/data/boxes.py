@@ -207,6 +207,10 @@ class ViewedScenes(Dataset):
     def max_rows(self) -> int:
         return self.rows_per_sample
 
+    def row_counts(self) -> np.ndarray:
+        """Returns the label rows of each image, [N] int64."""
+        return np.full(len(self), self.rows_per_sample, np.int64)
+
     def label_rows(self, positions: PositionSettings) -> np.ndarray:
         if not positions.chooses_cells:
             raise ConfigError(

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from softcache.data.boxes import DetectionBatch, ViewedScenes
@@ -52,6 +53,11 @@ class DetectionData(ImageSplits):
             for source in sources
         )
 
+    @property
+    def rows_of(self) -> np.ndarray:
+        """[N] label rows of each training sample."""
+        return self.train.row_counts()
+
     def loss_identity(self, config: RunConfig) -> dict[str, Any]:
         """Returns what distinguishes runs with this loss on soft labels from others."""
         return super().loss_identity(config) | {"cells": config.detection_loss.model_dump()}
@@ -82,6 +88,7 @@ class DetectionData(ImageSplits):
         """
         scenes = self.train.with_rows(rows_per_sample(cache))
         dataset = SoftLabelDataset(scenes, cache, **config.reader.fingerprint_checks)
+        dataset.rows_of = scenes.row_counts()
         self.check_student(config.student.model, cache)
         return dataset, None
 
