@@ -1,6 +1,7 @@
 """What a unit costs more on a Dask cluster than in a plain run, and how large units make that less than 1%.
 
     python -m benchmarks.scheduling [--quick] [--rounds N] [--json F] [--plot F]
+    python -m benchmarks.scheduling --many-units 100000
 
 Tiny units and a teacher that costs next to nothing (`linear` on 8 x 8 digits): what is left is handing out, claiming,
 publishing and counting. Every contender makes a few units and many; the slope between them is the cost of one, without
@@ -12,7 +13,10 @@ units are on a worker and two more are waiting.
 The overhead of a unit is a constant; a unit of R rows takes a teacher of r rows/s R / r seconds. So it stays below 1% from
 R = 100 r x overhead on.
 
-Beside that, the peak memory of driver and worker as the rows of a cache grow tenfold, each in processes of its own.
+In addition the peak memory of driver and worker as the rows of a cache grow tenfold, each in processes of its own.
+
+With `--many-units` labels are simulated: a unit is done when it is asked for, and what is left is the scheduler: the memory
+of the driver (in whose process Dask's scheduler runs) and units per second as they go by.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,9 +38,12 @@ from benchmarks.harness import Figure, draw, measure, save, show
 from softcache.config.run import RunConfig
 from softcache.runs import capture_labels, open_data, open_teacher
 from softcache.runs.dask import capture_on_dask
-from softcache.runs.dask.cluster import LocalWorkers, open_client
+from softcache.runs.dask.cluster import DaskCluster, LocalWorkers, open_client
+from softcache.runs.dask.scheduler import Scheduler
+from softcache.runs.dask.worker import Job, Outcome
 from softcache.stages.options import print_table
 from softcache.teacher.capture.plan import ROWS
+from softcache.teacher.capture.run import UnitMetrics
 
 UNIT_ROWS = 4
 TEACHER_ROWS = (100, 1_000, 10_000, 100_000)
@@ -136,6 +144,44 @@ def report_peak(growth: int, *, quick: bool) -> None:
     click.echo(f"{own_peak_mb():.1f} {worker:.1f}")
 
 
+def simulated(job: Job, unit: int, **how: Any) -> Outcome:
+    """Returns what a worker does for a unit, at once."""
+    return Outcome(unit, "worker", UnitMetrics(unit, 0, 4096, 1 << 20, 1.0, 1.0, 0))
+
+
+def own_mb() -> float:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmRSS"].split()[0]) / 1024
+
+
+def schedule_many(units: int, parts: int = 10) -> list[tuple[int, float, float]]:
+    """Schedules so many simulated units; returns for each part how many are done, the driver's MB, and units/s."""
+    from benchmarks import scheduling  # by its name: workers import it
+
+    rows: list[tuple[int, float, float]] = []
+    done, since = 0, time.perf_counter()
+
+    def count(outcome: Outcome) -> None:
+        nonlocal done, since
+        done += 1
+        if done % (units // parts) == 0:
+            now = time.perf_counter()
+            rows.append((done, own_mb(), units / parts / (now - since)))
+            since = now
+
+    with open_client("auto", LocalWorkers(1, gpus=False, torch_threads=1), dashboard=":0") as client:
+        cluster = DaskCluster(client, Job("{}", "nowhere"), is_local=True, function=scheduling.simulated)
+        cluster.result(cluster.submit(0, last=False, avoid=frozenset()))  # the worker's imports
+        since = time.perf_counter()
+        assert not Scheduler(cluster, range(units), count).run()
+    return rows
+
+
+def show_many(units: int) -> None:
+    rows = [(f"{done:,}", f"{mb:,.0f}", f"{rate:,.0f}") for done, mb, rate in schedule_many(units)]
+    print_table("simulated units through one scheduler", ("units done", "driver, MB", "units/s"), rows)
+
+
 def show_memory(*, quick: bool) -> None:
     peaks = {growth: peak_mb(growth, quick=quick) for growth in GROWTH}
     rows = [(f"{growth} x", *(f"{mb:,.0f}" for mb in both)) for growth, both in peaks.items()]
@@ -161,12 +207,25 @@ def show_sizes(overhead: float) -> None:
 @click.option("--rounds", default=5, show_default=True, help="Interleaved rounds.")
 @click.option("--json", "json_path", metavar="FILE", help="Also write the figures here.")
 @click.option("--plot", "plot_path", metavar="FILE", help="Also draw them here, PNG or SVG.")
+@click.option(
+    "--many-units", type=click.IntRange(min=10), metavar="N", help="Schedule N simulated units instead."
+)
 @click.option("--peak-of", type=int, hidden=True)
-def main(quick: bool, rounds: int, json_path: str | None, plot_path: str | None, peak_of: int | None) -> None:
+def main(
+    quick: bool,
+    rounds: int,
+    json_path: str | None,
+    plot_path: str | None,
+    many_units: int | None,
+    peak_of: int | None,
+) -> None:
     """Measure what a unit costs on a Dask cluster and what it costs in a plain run."""
     torch.set_num_threads(1)
     if peak_of is not None:
         report_peak(peak_of, quick=quick)
+        return
+    if many_units is not None:
+        show_many(many_units)
         return
     few, many = (4, 12) if quick else (40, 340)
     with open_client("auto", LocalWorkers(1, gpus=False, torch_threads=1), dashboard=":0") as client:

@@ -7,7 +7,6 @@ softcache distill --config configs/digits.toml --out exported
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -163,10 +162,10 @@ def _make_cache(config: RunConfig, data: Data, url: str) -> None:
 
 
 def _capture_seconds(config: RunConfig, cache: Cache) -> float | None:
-    try:
-        recorded = json.loads((config.root / "distill-capture.json").read_text())
-    except (OSError, ValueError):
+    file = config.root / "distill-capture.json"
+    if not file.exists():
         return None
+    recorded = read_json(file, "remove it: the time of the capture is then not known", error=RunError)
     return recorded.get("seconds") if recorded.get("cache") == cache.manifest_sha256 else None
 
 

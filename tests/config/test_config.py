@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from softcache.config.load import load_config
+from softcache.config.load import build_config, load_config
 from softcache.config.run import RunConfig
 from softcache.errors import ConfigError
 from tests.support.caches import ROOT
@@ -129,6 +129,16 @@ def test_a_wrong_key_is_named_with_what_is_allowed(tmp_path, line, message):
     given = "teacher.model = 'cnn'\n" + "source.name = 'digits'\n" * (not line.startswith("source"))
     with pytest.raises(ConfigError, match=message):
         load_config(written(tmp_path, given + line))
+
+
+@pytest.mark.parametrize(
+    "table", ["loss", "labels", "source", "views", "capture", "student", "train", "teacher", "reader"]
+)
+def test_a_value_in_the_place_of_a_table_is_named(small, table):
+    tables = load_config(small).model_dump(exclude_unset=True, mode="json")
+    for value in (0.5, "text", [1]):
+        with pytest.raises(ConfigError, match=table):
+            build_config(tables | {table: value}, "here")
 
 
 def test_every_wrong_key_is_named_at_once(tmp_path):

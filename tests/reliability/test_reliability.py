@@ -1,7 +1,10 @@
 """Kills and damage, the short versions; `make chaos` runs the long ones."""
 
+import time
+
 import pytest
 
+from tests.chaos import parsers
 from tests.chaos.corruption import KINDS, damage, merged
 from tests.support.programs import run_program
 
@@ -38,6 +41,13 @@ def test_damage_is_found_by_verify_and_never_learnt_from(tmp_path, kind):
     assert merged([table])["shard" if kind.endswith("zarr") else "file of a unit"]["stopped"] > 5
 
 
+def test_each_parser_meets_softcache_errors_only(tmp_path):
+    targets = [*parsers.cache_targets(tmp_path, "images-parquet"), *parsers.checkpoint_targets(tmp_path)]
+    assert len(targets) > 10
+    for target in targets:
+        assert parsers.fuzz(target, number=0, files=20).total() == 20
+
+
 # -- long --------------------------------------------------------------------------------------------------
 
 
@@ -48,6 +58,13 @@ def test_hundreds_of_kills(seed):
     table = crash("--kills", "300", "--seed", str(seed))
     assert table["all"]["killed"] >= 200
     assert table["all"]["reruns equal"] >= 200
+
+
+@pytest.mark.chaos
+def test_each_parser_for_two_minutes(tmp_path):
+    """An hour; at its end each file is what it was, so that the next one is changed alone."""
+    for target in parsers.make_targets(tmp_path):
+        assert parsers.fuzz(target, seconds=110, number=int(time.time()))["refused"] >= 0
 
 
 @pytest.mark.chaos

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
 from typing import Annotated, Any, Self
@@ -84,6 +85,8 @@ class LossSettings(Settings):
     def _choose_subclass(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
         if cls is not LossSettings:
             return handler(data)
+        if not isinstance(data, Mapping | LossSettings):
+            raise ValueError(f"expected a table; found {data!r}")
         found: Self = _READ_TABLE(_drop_nulls(data))
         return found
 

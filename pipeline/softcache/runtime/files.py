@@ -17,6 +17,7 @@ from softcache.errors import SoftcacheError
 __all__ = [
     "MISSING_FEATURE",
     "finite",
+    "parse_json",
     "read_json",
     "replace_file",
     "staged_file",
@@ -99,6 +100,18 @@ def to_json(content: Any) -> str:
     return json.dumps(finite(content), indent=2, allow_nan=False) + "\n"
 
 
+def parse_json(text: str | bytes, **how: Any) -> Any:
+    """Returns the value of a JSON document, as `json.loads`.
+
+    Raises:
+        ValueError: it is not JSON, not UTF-8, or nested too deep.
+    """
+    try:
+        return json.loads(text, **how)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
 def read_json(path: Path, what_next: str, *, error: type[SoftcacheError]) -> dict[str, Any]:
     """Returns the JSON object in a file.
 
@@ -110,10 +123,10 @@ def read_json(path: Path, what_next: str, *, error: type[SoftcacheError]) -> dic
         SoftcacheError: of class `error`: the file cannot be read, or holds something else.
     """
     try:
-        found = json.loads(path.read_bytes())
+        found = parse_json(path.read_bytes())
     except OSError as failure:
         raise error(f"{path}: cannot be read: {failure.strerror or failure}; {what_next}") from failure
-    except (ValueError, RecursionError) as failure:
+    except ValueError as failure:
         raise error(
             f"{path}: expected a JSON object; found damaged text ({failure}); {what_next}"
         ) from failure

@@ -28,7 +28,7 @@ from softcache.cache.storage.cloud.store import CloudObjects
 from softcache.cache.storage.lease import LEASE_SECONDS
 from softcache.errors import CacheNotFoundError, CorruptionError, RunError, StorageError
 from softcache.hashing.digests import digest_bytes
-from softcache.runtime.files import replace_file
+from softcache.runtime.files import parse_json, replace_file
 from softcache.runtime.logging import log_info
 
 __all__ = ["BucketSync", "hold_lease"]
@@ -76,7 +76,7 @@ def hold_lease(objects: Objects, path: str, what: str) -> Iterator[None]:
 def _holder(objects: Objects, path: str) -> dict[str, Any]:
     """Returns the content of a lease; nothing if it has just ended, or is not one."""
     try:
-        found = json.loads(objects.get(path, max_bytes=1 << 16))
+        found = parse_json(objects.get(path, max_bytes=1 << 16))
     except (CacheNotFoundError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -208,7 +208,7 @@ class BucketSync:
 
     def _noted(self) -> str | None:
         try:
-            return str(json.loads((self.folder / NOTE).read_text())["state"])
+            return str(parse_json((self.folder / NOTE).read_text())["state"])
         except (OSError, ValueError, TypeError, KeyError):
             return None
 
@@ -234,8 +234,10 @@ class BucketSync:
     def _named(self) -> dict[str, str]:
         """Returns the sha256 of each file of the checkpoint in the bucket, by name; nothing if there is none."""
         try:
-            found: Any = json.loads(self._objects.get(POINTER))["files"]
-            if all(_is_inside(name) and re.fullmatch("[0-9a-f]{64}", found[name]) for name in found):
+            found: Any = parse_json(self._objects.get(POINTER))["files"]
+            if isinstance(found, dict) and all(
+                _is_inside(name) and re.fullmatch("[0-9a-f]{64}", found[name]) for name in found
+            ):
                 return dict(found)
         except CacheNotFoundError:
             return {}

@@ -54,7 +54,10 @@ __all__ = ["RunDirectory", "diff_settings", "hold_run", "store_unwrapped"]
 
 CHECKSUMS = "checksums"
 
-_UNREADABLE = (RuntimeError, OSError, ValueError, KeyError, AttributeError, EOFError, UnpicklingError)
+_UNREADABLE = (
+    *(RuntimeError, OSError, ValueError, TypeError, LookupError, AttributeError, EOFError),
+    *(UnpicklingError, SafetensorError),
+)
 _TORCH_WRITER = "PytorchStreamWriter"  # in what torch.save raises where it cannot write
 _WHAT_NEXT = "remove the folder to begin this run anew, or restore it from a copy"
 
@@ -280,8 +283,8 @@ class RunDirectory:
         import torch
         from safetensors.torch import load_file
 
-        stored = load_file(self.path / f"{name}.safetensors")
-        with torch.no_grad():
+        with _readable(self.path / f"{name}.safetensors"), torch.no_grad():
+            stored = load_file(self.path / f"{name}.safetensors")
             for key, value in state.items():
                 value.copy_(stored[key])
 
@@ -348,8 +351,12 @@ def _is_safetensors(path: Path) -> bool:
 
 def _read_progress(folder: Path) -> dict[str, Any]:
     """Returns where a checkpoint's run stands, and the checksums of its files."""
-    with _readable(folder):
-        progress: dict[str, Any] = json.loads((folder / "progress.json").read_text())
+    progress = read_json(folder / "progress.json", _WHAT_NEXT, error=RunError)
+    for name in ("epoch", "step"):
+        if isinstance(progress.get(name), bool) or not isinstance(progress.get(name), int):
+            raise RunError(
+                f"run {folder}: progress.json: {name}: expected an integer; found {progress.get(name)!r}; {_WHAT_NEXT}"
+            )
     return progress
 
 
@@ -358,7 +365,7 @@ def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except _UNREADABLE as error:
-        if isinstance(error, RunError):
+        if isinstance(error, SoftcacheError):
             raise
         raise RunError(
             f"run {folder}: cannot be loaded: {type(error).__name__}: {error}; {_WHAT_NEXT}"

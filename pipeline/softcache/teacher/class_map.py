@@ -13,7 +13,6 @@ The labels are the softmax over the chosen outputs: what the teacher believes, g
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from torch import nn
 from softcache.errors import ConfigError
 from softcache.models.hugging_face import hf_output_names, hf_scheme
 from softcache.models.spec import ModelSpec
+from softcache.runtime.files import parse_json
 from softcache.runtime.logging import log_info
 from softcache.runtime.suggest import closest_matches
 
@@ -120,7 +120,7 @@ def read_class_map(
         found: Any = {name: names.index(name) for name in class_names if name in names}
     else:
         try:
-            found = json.loads(Path(setting).read_text(), object_pairs_hook=_once_each)
+            found = parse_json(Path(setting).read_text(), object_pairs_hook=_once_each)
         except (OSError, ValueError) as error:
             raise ConfigError(f'{what}: {error}; expected a JSON file, or "auto"') from error
     if isinstance(found, list) and len(found) == len(class_names):

@@ -31,6 +31,7 @@ from softcache.errors import IdentityError, SourceError
 from softcache.hashing.digests import digest_json
 from softcache.models.language import PairTokens
 from softcache.models.language.generate import GeneratedSequence, GenerateSettings, translate
+from softcache.runtime.files import parse_json
 from softcache.teacher.language import LanguageTeacher
 
 __all__ = ["GenerateReport", "SourcePairs", "generate_source"]
@@ -137,7 +138,15 @@ def _begin(objects: Objects, plan: dict[str, Any]) -> None:
                 f"source {objects.url}: there is something else ({', '.join(there[:3])}); give --out an empty place"
             )
         objects.put_if_absent("generation.json", _json(plan))
-    found = json.loads(objects.get("generation.json"))
+    try:
+        found = parse_json(objects.get("generation.json", max_bytes=1 << 24))
+        if not isinstance(found, dict):
+            raise ValueError(f"a {type(found).__name__}")
+    except ValueError as error:
+        raise SourceError(
+            f"source {objects.url}: generation.json: expected a JSON object; found {error}; restore it from a copy, or give "
+            "--out another place"
+        ) from error
     one, two = (_flat(value) for value in (plan, found))
     differing = sorted(key for key in one.keys() | two.keys() if one.get(key) != two.get(key))
     if differing:

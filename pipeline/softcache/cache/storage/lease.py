@@ -27,6 +27,7 @@ from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from softcache.errors import CacheNotFoundError, SoftcacheError
+from softcache.runtime.files import parse_json
 
 __all__ = ["LEASE_SECONDS", "Lease", "LeaseManager", "Tag"]
 
@@ -137,7 +138,7 @@ class Lease:
         """Returns the content of the lease there, {} if that cannot be understood, and its tag."""
         data, tag = self._objects.get_tagged(self._path, patient=patient)
         with suppress(ValueError):
-            found = json.loads(data)
+            found = parse_json(data)
             if isinstance(found, dict):
                 return found, tag
         return {}, tag

@@ -22,6 +22,7 @@ import pyarrow as pa
 from softcache.data.sources.build_cache import BuildSettings, build_dir_path, build_folder
 from softcache.data.sources.files import CorpusFiles, file_digest
 from softcache.errors import SourceError
+from softcache.runtime.files import parse_json
 from softcache.runtime.logging import progress_bar
 from softcache.runtime.optional import text_library
 
@@ -187,7 +188,7 @@ def stream_table(
 def _described(folder: Path) -> dict[str, Any] | None:
     """Returns stream.json, or None where the table is not whole."""
     try:
-        described: dict[str, Any] = json.loads((folder / "stream.json").read_text())
+        described: dict[str, Any] = parse_json((folder / "stream.json").read_text())
         is_whole = (folder / "documents.arrow").stat().st_size == described["num_bytes"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

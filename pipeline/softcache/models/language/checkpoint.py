@@ -5,7 +5,6 @@ An engine loads the backbone of such a folder; softcache reads its head, and the
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,6 +23,7 @@ from softcache.models.language.encoder_decoder_parts import is_encoder_decoder
 from softcache.models.language.splitting import head_of, split
 from softcache.models.spec import architecture_of, parse_spec
 from softcache.models.weights import count_parameters
+from softcache.runtime.files import read_json
 
 __all__ = ["Checkpoint"]
 
@@ -233,7 +233,12 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
     """Returns the file of each tensor: by the index, or else of model.safetensors, or else of all files."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return {key: folder / name for key, name in json.loads(index.read_text())["weight_map"].items()}
+        named = read_json(index, "download the model again", error=SpecError).get("weight_map")
+        if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+            raise SpecError(
+                f"{index}: weight_map: expected the file of each tensor; download the model again"
+            )
+        return {key: folder / name for key, name in named.items()}
     whole = folder / "model.safetensors"
     paths = [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
     with ExitStack() as files:

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from softcache.runtime.files import parse_json
+
 __all__ = ["MAGIC", "PAGE", "MemmapPlan", "Record", "read_header"]
 
 MAGIC = b"SOFTTHAW"
@@ -108,7 +110,7 @@ class MemmapPlan(NamedTuple):
 def read_header(page: bytes) -> dict[str, Any]:
     """Returns the fields of a header; an empty dict if it is not one."""
     try:
-        found = json.loads(page.removeprefix(MAGIC).rstrip(b"\0"))
+        found = parse_json(page.removeprefix(MAGIC).rstrip(b"\0"))
     except ValueError:
         return {}
     return found if page.startswith(MAGIC) and isinstance(found, dict) else {}

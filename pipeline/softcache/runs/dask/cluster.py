@@ -197,6 +197,7 @@ class DaskCluster:
     client: Any
     job: Job
     is_local: bool = False
+    function: Callable[..., Outcome] = label
     _run: str = field(default_factory=lambda: uuid4().hex[:8])
     _threads: dict[str, int] = field(default_factory=dict)
     _steps: list[tuple[str, Step]] = field(default_factory=list)
@@ -207,7 +208,7 @@ class DaskCluster:
     def submit(self, unit: int, *, last: bool, avoid: frozenset[str], alone: bool = False) -> Any:
         others = [worker for worker in self.threads() if worker not in avoid] if avoid else []
         handle = self.client.submit(
-            label,
+            self.function,
             self.job,
             unit,
             last=last,

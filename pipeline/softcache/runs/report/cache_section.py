@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from softcache.reader.cache import Cache
 from softcache.runs.report.load import Report
 from softcache.runs.report.metrics import entropies, kept_masses
 from softcache.runs.report.plots import Figure, Section, escaped, framed, load_plotly
+from softcache.runtime.files import parse_json
 from softcache.tools.fidelity.report import bytes_per_position
 
 __all__ = ["cache_section"]
@@ -123,7 +123,7 @@ def _entropy(entropy_P: np.ndarray) -> Figure:
 
 def _read_fidelity(cache: Cache, path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = parse_json(path.read_text())
         digest = str(found["manifest_sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(

@@ -201,6 +201,12 @@ def _read(path: Path) -> Run:
         read_json(path / f"{name}.json", "restore it from a copy, or train it again", error=RunError)
         for name in ("config", "resolved", "metrics")
     )
+    for table, name, key in ((identity, "config", "model"), (metrics, "metrics", "labels")):
+        if not isinstance(table.get(key), str):
+            raise RunError(
+                f"run {path}: {name}.json: {key}: expected a text; found {table.get(key)!r}; restore it from a copy, or "
+                "train it again"
+            )
     resolved.pop("sweep", None)
     config = build_config(resolved, str(path / "resolved.json"))
     if identity.get("student_data") and not config.student.has_own_input:

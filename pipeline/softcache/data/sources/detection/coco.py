@@ -17,7 +17,6 @@ file names.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from softcache.data.sources.images.base import Split
 from softcache.data.sources.images.image_folder import ImageFolderSource
 from softcache.errors import SourceError
 from softcache.hashing.digests import digest_source
+from softcache.runtime.files import parse_json
 from softcache.runtime.logging import log_info
 
 __all__ = ["Coco", "CocoSource"]
@@ -155,7 +155,7 @@ class _Annotations:
         self.path, self.images = path, images
         self.dropped: list[str] = []
         try:
-            tables = json.loads(path.read_bytes())
+            tables = parse_json(path.read_bytes())
             self._images = [
                 (_id(entry["id"]), str(entry["file_name"]), _size(entry)) for entry in tables["images"]
             ]

@@ -11,7 +11,6 @@ It lies under `data_dir`, in images/DIGEST, is as large as the pictures, and is 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +28,7 @@ from softcache.data.sources.images.base import Split
 from softcache.data.sources.images.pictures import PictureSource
 from softcache.data.sources.images.split_files import SplitFiles, file_facts
 from softcache.errors import SourceError
+from softcache.runtime.files import parse_json
 from softcache.runtime.logging import progress_bar
 
 __all__ = ["ParquetImages", "RowSource", "class_names_of"]
@@ -206,7 +206,7 @@ def _opened(file: Path) -> pa.Table:
 def class_names_of(metadata: Mapping[bytes, bytes] | None, column: str) -> list[str] | None:
     """Returns the names of classes that the datasets library writes into the metadata of a schema; None where it did not."""
     try:
-        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        features = parse_json((metadata or {})[b"huggingface"])["info"]["features"]
         names = features[column]["names"]
     except (KeyError, TypeError, ValueError):
         return None

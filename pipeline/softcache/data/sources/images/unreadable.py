@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from softcache.data.sources.build_cache import build_dir_path, build_folder
 from softcache.errors import SourceError
+from softcache.runtime.files import parse_json
 from softcache.runtime.logging import log_info, progress_bar
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def leave_out_unreadable(source: PictureSource, settings: PictureSettings) -> Pi
 
 def _stored(folder: Any) -> dict[str, str] | None:
     try:
-        found = json.loads((folder / "unreadable.json").read_text())
+        found = parse_json((folder / "unreadable.json").read_text())
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -7,7 +7,6 @@ under `data_dir`, in tar/DIGEST/index.arrow, and is made anew when a file change
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -26,6 +25,7 @@ from softcache.data.sources.images.image_folder import SUFFIXES
 from softcache.data.sources.images.pictures import PictureSource
 from softcache.data.sources.images.split_files import SplitFiles, file_facts
 from softcache.errors import SourceError
+from softcache.runtime.files import parse_json
 from softcache.runtime.logging import progress_bar
 
 __all__ = ["TarSource", "WebDataset"]
@@ -149,7 +149,7 @@ class WebDataset(SplitFiles):
     def _label(self, stream: Any, where: str) -> str:
         try:
             text = stream.read().decode().strip()
-            label = text if self.json_key is None else json.loads(text)[self.json_key]
+            label = text if self.json_key is None else parse_json(text)[self.json_key]
         except (ValueError, KeyError, TypeError) as error:
             raise SourceError(
                 f"{where}: {type(error).__name__}: {error}; expected a class as text"

@@ -6,7 +6,6 @@ template ({% generation %}), or derived from how it renders the turns (chat_mask
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from softcache.data.sources.text.chat_mask import Passages, assistant_passages
 from softcache.data.sources.text.documents import Document
 from softcache.data.sources.text.packing import Encoded
 from softcache.errors import SourceError, SpecError
+from softcache.runtime.files import parse_json
 from softcache.runtime.optional import text_library
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def read_tools(settings: TextSettings) -> list[Any] | None:
     if settings.tools is None:
         return None
     try:
-        tools = json.loads(Path(settings.tools).expanduser().read_text())
+        tools = parse_json(Path(settings.tools).expanduser().read_text())
     except (OSError, ValueError) as error:
         raise SourceError(
             f"source.tools {settings.tools!r}: cannot be read: {error}; expected a JSON file with a list of schemas"

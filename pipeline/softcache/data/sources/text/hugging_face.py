@@ -6,7 +6,6 @@ datasets library makes of them lies under `data_dir`, in datasets/DIGEST; a fold
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import cached_property
@@ -27,6 +26,7 @@ from softcache.data.sources.text.token_rows import read_tokens
 from softcache.data.sources.text.tokenizer import is_bpe
 from softcache.errors import MissingExtraError, SourceError
 from softcache.hashing.digests import digest_json
+from softcache.runtime.files import parse_json
 
 __all__ = ["HfDocuments", "HuggingFaceTexts"]
 
@@ -339,7 +339,7 @@ class HfDocuments:
             return None
         tools = values[-1]
         with suppress(ValueError):  # a text that is no JSON is refused as a text
-            tools = json.loads(tools or "[]") if isinstance(tools, str) else tools
+            tools = parse_json(tools or "[]") if isinstance(tools, str) else tools
         return self._checked(number, len(values) - 1, tools, list)
 
     def _checked(self, number: int, place: int, value: Any, kind: type) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import pyarrow as pa
 
 from softcache.data.sources.text.packing import KeyedSample, TokenSample
 from softcache.errors import SourceError
+from softcache.runtime.files import parse_json
 
 __all__ = ["TableWriter", "TokenSource", "described_table"]
 
@@ -73,7 +73,7 @@ def _chunks(path: Path) -> list[_Chunk]:
 def described_table(folder: Path) -> dict[str, Any] | None:
     """Returns table.json, or None where the table is not whole."""
     try:
-        described = json.loads((folder / "table.json").read_text())
+        described = parse_json((folder / "table.json").read_text())
         whole = (folder / "samples.arrow").stat().st_size == described["num_bytes"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -17,6 +17,7 @@ from urllib.parse import parse_qsl
 from softcache.data.sources.build_cache import build_dir_path, build_folder
 from softcache.errors import IdentityError, MissingExtraError, SourceError, SpecError
 from softcache.hashing.digests import digest_json
+from softcache.runtime.files import read_json
 from softcache.runtime.logging import log_info, progress_bar
 from softcache.runtime.optional import auto_tokenizer, text_library
 
@@ -196,7 +197,8 @@ def describe_tokenizer(settings: TextSettings) -> dict[str, Any]:
             f'source.bos: {settings.bos} with source.tokenizer = "bpe", which has no BOS token; drop it'
         )
     if is_bpe(settings.tokenizer) and settings.chat_template is None:
-        return json.loads((_bpe_folder(settings) / "bpe.json").read_text())
+        file = _bpe_folder(settings) / "bpe.json"
+        return read_json(file, "remove its folder: the tokenizer is then trained again", error=SourceError)
     return _described_tokenizer(load_tokenizer(settings), settings.bos, settings.tokenizer)
 
 

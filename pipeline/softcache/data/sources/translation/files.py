@@ -9,7 +9,6 @@ source, target and language are one, under the first key. A side without text is
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from softcache.data.sources.base import SOURCES, Split
 from softcache.data.sources.translation.settings import Pair, TranslationSettings
 from softcache.errors import SourceError
+from softcache.runtime.files import parse_json
 
 __all__ = ["PairFiles", "json_lines", "text_field"]
 
@@ -111,7 +111,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     for line, text in _lines(path):
         try:
-            found = json.loads(text)
+            found = parse_json(text)
         except ValueError as error:
             raise SourceError(f"source {path}, line {line}: not JSON: {error}") from error
         if not isinstance(found, dict):

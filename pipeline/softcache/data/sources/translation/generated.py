@@ -12,7 +12,6 @@ learn: such pairs are in the parts, are counted in the manifest, and are left ou
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from softcache.data.sources.base import SOURCES, Split
 from softcache.data.sources.translation.files import json_lines, text_field
 from softcache.data.sources.translation.settings import Pair, TranslationSettings
 from softcache.errors import SourceError
+from softcache.runtime.files import parse_json
 from softcache.runtime.logging import log_info
 
 __all__ = ["GENERATED_VERSION", "Generated"]
@@ -84,7 +84,7 @@ def _pair(found: dict[str, Any], place: str) -> Pair:
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
-        manifest = json.loads(path.read_text())
+        manifest = parse_json(path.read_text())
         parts = manifest["parts"]
         if manifest["version"] != GENERATED_VERSION or not isinstance(parts, dict):
             raise ValueError(f"version {manifest['version']}")
