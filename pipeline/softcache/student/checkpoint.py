@@ -161,7 +161,8 @@ class RunDirectory:
         if not (self.path / "checkpoint" / "progress.json").exists():
             return None
         progress = _read_progress(self.path / "checkpoint")
-        return progress["epoch"], progress["step"]
+        epoch, step = (_integer(progress, name, self.path / "checkpoint") for name in ("epoch", "step"))
+        return epoch, step
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         with _writing(self.path):
@@ -264,8 +265,8 @@ class RunDirectory:
                 final
             ):
                 raise RunError(f"run {final}: a file differs from what was saved; {_WHAT_NEXT}")
-        before(progress)
         with _readable(final):
+            before(progress)
             more(final)
             accelerator.load_state(str(final))
         return progress
@@ -351,13 +352,16 @@ def _is_safetensors(path: Path) -> bool:
 
 def _read_progress(folder: Path) -> dict[str, Any]:
     """Returns where a checkpoint's run stands, and the checksums of its files."""
-    progress = read_json(folder / "progress.json", _WHAT_NEXT, error=RunError)
-    for name in ("epoch", "step"):
-        if isinstance(progress.get(name), bool) or not isinstance(progress.get(name), int):
-            raise RunError(
-                f"run {folder}: progress.json: {name}: expected an integer; found {progress.get(name)!r}; {_WHAT_NEXT}"
-            )
-    return progress
+    return read_json(folder / "progress.json", _WHAT_NEXT, error=RunError)
+
+
+def _integer(progress: Mapping[str, Any], name: str, folder: Path) -> int:
+    found = progress.get(name)
+    if isinstance(found, bool) or not isinstance(found, int):
+        raise RunError(
+            f"run {folder}: progress.json: {name}: expected an integer; found {found!r}; {_WHAT_NEXT}"
+        )
+    return found
 
 
 @contextmanager

@@ -253,7 +253,15 @@ class Trainer:
             set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
     def resume_random_state(self, progress: dict[str, Any]) -> None:
-        """For a rank that was not there when the checkpoint was saved; the others' states are in it."""
+        """For a rank that was not there when the checkpoint was saved; the others' states are in it.
+
+        Raises:
+            ValueError: the progress is not what a checkpoint holds.
+        """
+        kinds = {"epoch": int, "step": int, "history": list, "seconds": int | float}
+        for name, kind in kinds.items():
+            if not isinstance(progress.get(name), kind):
+                raise ValueError(f"progress.json: {name}: expected {kind}; found {progress.get(name)!r}")
         self.seed_process(epoch=progress["epoch"], step=progress["step"])
 
     def loss_meters(self) -> list[tuple[float, int]]:
