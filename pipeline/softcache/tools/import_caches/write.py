@@ -21,7 +21,7 @@ from softcache.cache.kinds import FOREIGN
 from softcache.cache.manifest import Manifest, Plan, Unit, claim_path
 from softcache.cache.repair import usable_units
 from softcache.cache.storage.open import open_objects
-from softcache.cache.units import open_store, publish_unit, read_marker
+from softcache.cache.units import fold_if_possible, open_index, open_store, publish_unit
 from softcache.data.batch import Dataset
 from softcache.errors import AlignmentError, ConfigError, LabelError
 from softcache.hashing.digests import digest_json
@@ -88,9 +88,10 @@ def import_cache(
     manifest, samples = _manifest(original, data, k, settings, model_name, plain_view)
     objects = open_objects(url, create=True)
     manifest, digest = create_cache(objects, manifest, samples)
-    finished = usable_units(objects, manifest, digest)
+    index = open_index(objects, manifest, digest)
+    finished = usable_units(index)
     report.units_found = len(finished)
-    progress(sum(marker.num_rows for marker in finished.values()))
+    progress(finished.num_rows)
     store = open_store(manifest, objects)
     writer = _UnitColumns(original, data, manifest, settings.batch_size, plain_view)
     for unit in _order(manifest.plan, original):
@@ -99,13 +100,14 @@ def import_cache(
         with objects.claim(claim_path(unit.number)) as ours:
             if not ours:
                 continue  # another import is at it
-            if read_marker(objects, manifest, digest, unit.number) is not None:
+            if index.marker(unit.number) is not None:
                 report.units_found += 1
                 continue
             marker = publish_unit(objects, store, digest, unit, writer.make(unit))
         report.units_done += 1
         report.rows += marker.num_rows
         progress(marker.num_rows)
+    fold_if_possible(index)
     report.seconds, report.rows_scaled = time.monotonic() - started, writer.rows_scaled
     report.agreement = writer.rows_right / report.rows if report.rows else None
     return open_cache(url), report
