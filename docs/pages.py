@@ -87,8 +87,8 @@ def inside_links(place: str, markdown: str) -> str:
 
     >>> inside_links("README.md", "[how](docs/fusion.md#measured), [a config](configs/digits.toml)")
     '[how](fusion.md#measured), `configs/digits.toml`'
-    >>> inside_links("docs/how-to/sweep.md", "[the list](../../README.md#all-commands)")
-    '[the list](../index.md#all-commands)'
+    >>> inside_links("docs/how-to/sweep.md", "[the list](../../README.md#install)")
+    '[the list](../index.md#install)'
     """
     here = PurePosixPath(place).parent
     on_site = PurePosixPath(OUTSIDE[place] if place in OUTSIDE else place.removeprefix("docs/")).parent

@@ -18,6 +18,7 @@ __all__ = ["COMMANDS", "LazyCommands"]
 
 
 COMMANDS = {
+    "init": ("init:init", "Write a config to start from."),
     "teacher-logits": (
         "teacher_logits:teacher_logits",
         "Run the teacher once; write its soft labels to the cache.",

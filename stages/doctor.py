@@ -14,6 +14,23 @@ from .options import CACHE, json_option, print_json, print_table
 __all__ = ["doctor"]
 
 GIB = 2**30
+PURPOSES = {
+    "cloud": "caches in s3://, gs://, az://",
+    "dask": "capture on many processes and machines",
+    "detection": "detectors and COCO",
+    "export": "ONNX files of students",
+    "lightning": "students in Lightning",
+    "lora": "adapters of language models",
+    "report": "HTML reports of runs",
+    "sweep": "searches of a student's settings",
+    "text": "language models of Hugging Face",
+    "track": "TensorBoard",
+    "train": "torch: teachers and students",
+    "translation": "encoder-decoder models",
+    "vision": "image models of timm and torchvision",
+    "vllm": "teachers in vLLM",
+}
+"""What each extra is for."""
 BYTES_OF_16_BITS, SHARE_FOR_WEIGHTS = 2, 0.7
 
 
@@ -51,6 +68,10 @@ def doctor(urls: tuple[str, ...], as_json: bool) -> None:
 def _abilities(found: dict[str, Any]) -> list[str]:
     """Returns what this machine can do, as verb phrases."""
     machine, extras = found["devices"], found["versions"]["extras"]
+    if found["versions"]["packages"]["torch"] is None:
+        return [
+            "read and verify caches; for teachers and students: pip install 'softcache[vision]' or 'softcache[text]'"
+        ]
     working = [gpu for gpu in machine["cuda"] if not gpu["fault"]]
     can = []
     if working:
@@ -86,22 +107,24 @@ def _abilities(found: dict[str, Any]) -> list[str]:
 
 def _print(found: dict[str, Any]) -> None:
     versions = found["versions"]
-    rows = [("softcache", versions["softcache"]), ("python", versions["python"])]
-    rows += [(name, version or "missing") for name, version in versions["packages"].items()]
+    rows = [("softcache", "", versions["softcache"]), ("python", "", versions["python"])]
+    rows += [(name, "", version or "missing") for name, version in versions["packages"].items()]
     for extra, parts in versions["extras"].items():
         there = not [part for part, version in parts.items() if version is None]
-        rows.append((f"extra {extra}", "present" if there else f"pip install 'softcache[{extra}]'"))
-    print_table("versions", ("what", "version"), rows)
+        purpose = PURPOSES.get(extra, "")
+        rows.append((f"extra {extra}", purpose, "present" if there else f"pip install 'softcache[{extra}]'"))
+    print_table("versions", ("what", "for", "version"), rows)
     machine = found["devices"]
-    rows = [("CPU", f"{machine['cpu_cores']} cores, {machine['cpu_threads']} threads of torch")]
+    threads = machine["cpu_threads"]
+    devices = [("CPU", f"{machine['cpu_cores']} cores" + (f", {threads} threads of torch" if threads else ""))]
     for number, gpu in enumerate(machine["cuda"]):
         free = "" if gpu["free_bytes"] is None else f", {gpu['free_bytes'] / GIB:.1f} free"
         state = f"does not work: {gpu['fault']}" if gpu["fault"] else "works"
-        rows.append((f"cuda:{number}", f"{gpu['name']}, {gpu['total_bytes'] / GIB:.1f} GiB{free}; {state}"))
-    rows.append(("MPS", "present" if machine["mps"] else "none"))
+        devices.append((f"cuda:{number}", f"{gpu['name']}, {gpu['total_bytes'] / GIB:.1f} GiB{free}; {state}"))
+    devices.append(("MPS", "present" if machine["mps"] else "none"))
     for name, place in found["free_space"].items():
-        rows.append((f"disk for {name}", f"{place['folder']}: {place['free_bytes'] / GIB:.1f} GiB free"))
-    print_table("this machine", ("device", "what"), rows)
+        devices.append((f"disk for {name}", f"{place['folder']}: {place['free_bytes'] / GIB:.1f} GiB free"))
+    print_table("this machine", ("device", "what"), devices)
     click.echo("This machine can " + "; ".join(found["can"]) + ".")
     for store in found["stores"]:
         where = "" if store["tried"] == store["url"] else f" (does not exist yet; tested {store['tried']})"

@@ -54,6 +54,8 @@ class _CachePath(click.Path):
         return [CompletionItem(path) for path in known] or super().shell_complete(ctx, param, incomplete)
 
 
+OWN_CONFIG = "softcache.toml"
+"""What `softcache init` writes, and commands take where no --config is given."""
 PATH, CACHE = click.Path(readable=False), _CachePath(readable=False)
 """Types of options and arguments that shells complete; the path may be missing, or the URL of a bucket."""
 
@@ -62,12 +64,15 @@ def config_options(command: Callable | None = None, **settings: Any) -> Callable
     """Adds --config and --set; the command gets the config that they describe as `config`.
 
     Args:
-        settings: of the option --config, where they differ from `--config FILE [default: configs/digits.toml]`.
+        settings: of the option --config, where they differ from `--config FILE`, which is `softcache.toml` by default if
+            there is one, else `configs/digits.toml`.
     """
     if command is None:
         return partial(config_options, **settings)
 
-    @config_file_options(**settings or {"default": "configs/digits.toml"})
+    @config_file_options(
+        **settings or {"default": _default_config, "show_default": "softcache.toml, else configs/digits.toml"}
+    )
     @wraps(command)
     def with_config(config_path: str, overrides: tuple[str, ...], **others: Any) -> Any:
         from softcache.config.load import load_config
@@ -75,6 +80,10 @@ def config_options(command: Callable | None = None, **settings: Any) -> Callable
         return command(config=load_config(config_path, overrides), **others)
 
     return with_config
+
+
+def _default_config() -> str:
+    return OWN_CONFIG if Path(OWN_CONFIG).exists() else "configs/digits.toml"
 
 
 def config_file_options(*, help: str = "The run's TOML file.", **settings: Any) -> Callable:

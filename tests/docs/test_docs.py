@@ -13,25 +13,30 @@ from softcache.stages.commands import COMMANDS
 from tests.support.caches import ROOT
 
 README = (ROOT / "README.md").read_text()
+TABLE = (ROOT / "docs/how-to/command-line.md").read_text()
 MAKEFILE = (ROOT / "Makefile").read_text()
 TARGETS = re.search(r"^\.PHONY: (.*)$", MAKEFILE, re.M)[1].split()
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_every_target_has_help_and_a_readme_line(target):
+def test_every_target_has_help_and_a_line_in_the_table(target):
     assert re.search(rf"^{target}:.*  ## \w", MAKEFILE, re.M), f"make help does not list {target}"
-    assert f"make {target}`" in README or f"make {target} " in README
+    assert f"make {target}`" in TABLE or f"make {target} " in TABLE
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))
-def test_every_command_has_help_with_an_example_and_a_readme_line(name):
+def test_every_command_has_help_with_an_example_and_a_line_in_the_table(name):
     command = softcache.get_command(click.Context(softcache), name)
     assert command.name == name
     assert len(COMMANDS[name][1]) <= 80, "one line of the list"
     assert re.search(rf"softcache {name} (--|r|bash)", command.help), "an example"
-    assert f"`softcache {name}" in README
+    assert f"`softcache {name}" in TABLE
     for option in command.params:
         assert option.param_type_name == "argument" or option.help, f"{name} {option.name} has no help"
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 130
 
 
 def test_every_link_and_config_of_the_docs_exists():

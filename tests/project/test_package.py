@@ -158,7 +158,7 @@ def test_all_has_every_extra_of_users():
 
 
 def test_the_wheel_has_one_top_level_name(tmp_path):
-    for name in ("pipeline", "stages"):
+    for name in ("pipeline", "stages", "configs"):
         shutil.copytree(
             ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info")
         )
@@ -176,13 +176,15 @@ def test_the_wheel_has_one_top_level_name(tmp_path):
     tree = {str(path.relative_to(ROOT / "pipeline")) for path in (ROOT / "pipeline/softcache").rglob("*.py")}
     tree |= {f"softcache/stages/{path.name}" for path in (ROOT / "stages").glob("*.py")}
     assert {name for name in names if name.endswith(".py")} == tree
+    configs = {f"softcache/configs/{path.name}" for path in (ROOT / "configs").glob("*.toml")}
+    assert configs <= set(names)
 
 
 def test_the_packages_are_those_of_the_tree():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     tree = ROOT / "pipeline"
     found = {".".join(path.relative_to(tree).parent.parts) for path in tree.rglob("__init__.py")}
-    assert set(listed) == found | {"softcache.stages"}
+    assert set(listed) == found | {"softcache.stages", "softcache.configs"}
 
 
 def test_the_citation_is_of_this_version():

@@ -37,7 +37,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         tables = tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(
-            f"config {path}: cannot be read: {error.strerror}; see configs/ for examples"
+            f"config {path}: cannot be read: {error.strerror}; `softcache init` writes one, and `softcache init --list` "
+            "shows what there is"
         ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"config {path}: not valid TOML: {error}") from error

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-import torch
-
 from softcache import __version__
 from softcache.cache.storage.base import Objects, is_bucket
 from softcache.cache.storage.local import STAGING, LocalObjects
@@ -72,6 +70,11 @@ def _extras() -> dict[str, list[str]]:
 
 def devices() -> dict[str, Any]:
     """Returns CPU cores and threads, and each accelerator with its memory [bytes] and, if it fails a sum, why."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        import torch
+    except ModuleNotFoundError:  # a machine that only reads caches
+        return {"cpu_cores": cores, "cpu_threads": None, "cuda": [], "mps": False}
     gpus = []
     for number in range(torch.cuda.device_count()):
         free, total = None, torch.cuda.get_device_properties(number).total_memory
@@ -84,7 +87,7 @@ def devices() -> dict[str, Any]:
         name = torch.cuda.get_device_name(number)
         gpus.append({"name": name, "total_bytes": total, "free_bytes": free, "fault": fault})
     return {
-        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_cores": cores,
         "cpu_threads": torch.get_num_threads(),
         "cuda": gpus,
         "mps": torch.backends.mps.is_available(),

@@ -1,0 +1,187 @@
+"""Write a config to start from: a template that ships with softcache, with data, teacher and student put in.
+
+softcache init --list
+softcache init --task image --data data/pets --teacher 'timm:resnet50?pretrained=true' --student timm:resnet18
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import click
+
+from softcache.errors import ConfigError
+from softcache.runtime.suggest import did_you_mean
+
+from .options import OWN_CONFIG, PATH
+
+__all__ = ["can_ask", "init"]
+
+TEMPLATES = Path(__file__).resolve().parent.parent / "configs"
+TASKS = {"image": "imagefolder", "text": "hf-causal-lm"}
+DATA_KEYS = {
+    "imagefolder": "root",
+    "hf": "path",
+    "files": "root",
+    "fashion-mnist": "root",
+    "webdataset": "path",
+}
+"""By source, the key of `[source]` that says where its data are."""
+
+
+@click.command()
+@click.option("--list", "lists", is_flag=True, help="List the templates and write nothing.")
+@click.option(
+    "--task", type=click.Choice(sorted(TASKS)), help="A template for images in folders, or for texts."
+)
+@click.option("--template", metavar="NAME", help="One of --list, in place of --task.")
+@click.option(
+    "--data",
+    metavar="PATH",
+    help="Folder of images (train/CLASS/*, eval/CLASS/*); file, folder or hub name of texts.",
+)
+@click.option(
+    "--teacher", metavar="SPEC", help="The teacher, such as timm:resnet50?pretrained=true or hf:NAME."
+)
+@click.option("--student", metavar="SPEC", help="The student.")
+@click.option("--out", type=PATH, default=OWN_CONFIG, help="The config; an existing file is not replaced.")
+def init(
+    lists: bool,
+    task: str | None,
+    template: str | None,
+    data: str | None,
+    teacher: str | None,
+    student: str | None,
+    out: str,
+) -> None:
+    """Write a commented config to start from; every command takes softcache.toml of the current folder.
+
+    On a terminal, what is not given is asked for.
+
+    \b
+    Example:
+      softcache init --list
+      softcache init --task image --data data/pets --teacher 'timm:resnet50?pretrained=true'
+      softcache init --template digits
+    """
+    if lists:
+        formatter = click.HelpFormatter(max_width=110)
+        formatter.write_dl([(path.stem, _first_sentence(path)) for path in sorted(TEMPLATES.glob("*.toml"))])
+        click.echo(formatter.getvalue(), nl=False)
+        return
+    if not task and not template:
+        if not can_ask():
+            raise click.UsageError("give --task image, --task text or --template NAME (see --list)")
+        task = click.prompt("What are your data?", type=click.Choice(sorted(TASKS)))
+        data = data or click.prompt("Where are they? (a folder, a file, a hub name)")
+        teacher = teacher or click.prompt("Teacher", default="", show_default=False) or None
+        student = student or click.prompt("Student", default="", show_default=False) or None
+    if task and template:
+        raise click.UsageError("--task and --template: give one of them")
+    name = template or TASKS[str(task)]
+    text, path = _filled(_template(name), data, teacher, student), Path(out)
+    if path.stem != name and not re.search(r"^name = ", text.partition("\n[")[0], re.M):
+        text = text.replace("\n[", f'\nname = "{name}"   # results are in runs/{name}\n\n[', 1)
+    try:
+        with path.open("x") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise ConfigError(
+            f"config {path}: is there already; nothing was written; name another with --out"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"config {path}: cannot be written: {error.strerror}; name another with --out"
+        ) from error
+    config = "" if out == OWN_CONFIG else f" --config {out}"
+    click.echo(f"wrote {path} from template {name}; look it over, then:")
+    if find_spec("torch") is None:
+        extra = "text" if 'modality = "text"' in text else "vision"
+        click.echo(f"  pip install 'softcache[{extra}]'      # torch is not installed")
+    if _table(text, "train_teacher"):
+        click.echo(f"  softcache train-teacher{config}      # there is no teacher yet: this makes one")
+    click.echo(f"  softcache teacher-logits{config}     # the teacher runs once")
+    click.echo(f"  softcache train-student{config}      # as often as you like")
+
+
+def can_ask() -> bool:
+    """Whether there is a terminal to ask on."""
+    return sys.stdin.isatty()
+
+
+def _first_sentence(path: Path) -> str:
+    lines = (line[1:].strip() for line in path.read_text().splitlines())
+    text = " ".join(line for line, _ in zip(lines, range(3), strict=False))
+    return re.split(r"(?<=[^A-Z]\.) (?=[A-Z]|softcache)| softcache |  ", text)[0].rstrip(".: ")
+
+
+def _template(name: str) -> str:
+    path = TEMPLATES / f"{name}.toml"
+    if not path.is_file():
+        known = sorted(found.stem for found in TEMPLATES.glob("*.toml"))
+        question = did_you_mean(name, known)
+        raise ConfigError(
+            f"--template {name!r}: there is none; `softcache init --list` shows them{'; ' if question else ''}{question}"
+        )
+    return path.read_text()
+
+
+def _filled(text: str, data: str | None, teacher: str | None, student: str | None) -> str:
+    """Returns a template with data, teacher and student put in; comments stay."""
+    if data is not None:
+        source = re.search(r'^name = "(\w[\w-]*)"', text, re.M)
+        key = DATA_KEYS.get(source[1]) if source else None
+        if key is None:
+            raise ConfigError(f"--data {data}: the data of this template come with it; leave it out")
+        text = _with_key(text, "source", key, data)
+        if key == "path":
+            text = _without_keys(text, "source", "subset")
+    if teacher is not None:
+        text = _with_key(text, "teacher", "model", teacher)
+        if teacher.startswith("hf:") and re.search(r"^tokenizer = ", text, re.M):
+            text = _with_key(text, "source", "tokenizer", teacher.removeprefix("hf:").partition("?")[0])
+        if "pretrained=true" in teacher or teacher.startswith(("hf:", "timm:hf-hub:", "timm:local-dir:")):
+            # Its weights are there, and views default to what they were trained with.
+            text = _without_keys(text, "teacher", "weights")
+            text = _without_keys(_without_table(text, "train_teacher"), "views", "mean", "std", "size")
+    if student is not None:
+        text = _with_key(text, "student", "model", student)
+        text = _without_keys(text, "student", "models")
+    return text
+
+
+def _table(text: str, name: str) -> re.Match[str] | None:
+    return re.search(rf"^\[{re.escape(name)}\][^\n]*\n(?:(?!\[)[^\n]*\n?)*", text, re.M)
+
+
+def _with_key(text: str, table: str, key: str, value: str) -> str:
+    """Returns TOML with a key of a table set to a string; the comment behind it stays."""
+    found = _table(text, table)
+    line = f"{key} = {json.dumps(value)}"
+    if found is None:
+        return f"{text.rstrip()}\n\n[{table}]\n{line}\n"
+    old = re.compile(rf'^{key} = (?:"[^"\n]*"|[^#\n]*?)(?=\s*(?:#|$))', re.M)
+    body = found[0]
+    if old.search(body):
+        body = old.sub(lambda _: line, body, count=1)
+    else:
+        header, _, rest = body.partition("\n")
+        body = f"{header}\n{line}\n{rest}"
+    return text[: found.start()] + body + text[found.end() :]
+
+
+def _without_keys(text: str, table: str, *keys: str) -> str:
+    found = _table(text, table)
+    if found is None:
+        return text
+    body = re.sub(rf"^(?:{'|'.join(keys)}) = [^\n]*\n", "", found[0], flags=re.M)
+    return text[: found.start()] + body + text[found.end() :]
+
+
+def _without_table(text: str, name: str) -> str:
+    found = _table(text, name)
+    return text if found is None else text[: found.start()] + text[found.end() :]

@@ -1,0 +1,105 @@
+"""`softcache init`: every template is a config, and what is given is put in its place."""
+
+import tomllib
+
+import pytest
+from click.testing import CliRunner
+
+from softcache.config.load import load_config
+from softcache.errors import ConfigError
+from softcache.stages.cli import softcache
+from tests.support.caches import ROOT
+
+TEMPLATES = sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return lambda *arguments, **how: CliRunner().invoke(softcache, ["init", *arguments], **how)
+
+
+def test_every_template_is_listed_in_a_sentence(run):
+    lines = run("--list").output.splitlines()
+    assert sorted(line.split()[0] for line in lines if not line.startswith("   ")) == TEMPLATES
+    assert "Handwritten digits that ship inside scikit-learn" in " ".join(lines)
+
+
+def test_commands_take_the_config_that_was_written(run, tmp_path):
+    done = run("--template", "digits")
+    assert done.exit_code == 0, done.output
+    assert "softcache teacher-logits  " in done.output
+    own, original = (
+        load_config(path) for path in (tmp_path / "softcache.toml", ROOT / "configs/digits.toml")
+    )
+    assert own == original
+    shown = CliRunner().invoke(softcache, ["teacher-logits", "--dry-run"])
+    assert "config digits: the teacher has no weights" in str(shown.exception)
+    again = run("--template", "stdlib-lm")
+    assert "nothing was written" in str(again.exception)
+    assert (tmp_path / "softcache.toml").read_text().startswith("# Handwritten")
+
+
+def test_images_with_a_pretrained_teacher_keep_its_preprocessing(run, tmp_path):
+    spec = "timm:resnet50?pretrained=true"
+    done = run("--task", "image", "--data", "data/my pets", "--teacher", spec, "--student", "timm:resnet18")
+    assert done.exit_code == 0, done.output
+    assert "train-teacher" not in done.output
+    tables = tomllib.loads((tmp_path / "softcache.toml").read_text())
+    assert tables["source"]["root"] == "data/my pets"
+    assert tables["teacher"] == {"model": spec}
+    assert tables["student"] == {"model": "timm:resnet18"}
+    assert not {"size", "mean", "std"} & tables["views"].keys()
+    load_config(tmp_path / "softcache.toml")
+
+
+def test_images_without_a_teacher_train_one_first(run, tmp_path):
+    done = run("--task", "image", "--data", "pets", "--out", "pets.toml")
+    assert "softcache train-teacher --config pets.toml" in done.output
+    load_config(tmp_path / "pets.toml")
+
+
+def test_a_text_takes_the_tokenizer_of_its_teacher_and_comments_stay(run, tmp_path):
+    given = ("--data", "corpus.jsonl", "--teacher", "hf:org/big?dtype=bfloat16", "--student", "hf:org/small")
+    assert run("--task", "text", *given).exit_code == 0
+    config = load_config(tmp_path / "softcache.toml")
+    assert (config.source.path, config.source.tokenizer) == ("corpus.jsonl", "org/big")
+    assert (config.teacher.model, config.student.model) == ("hf:org/big?dtype=bfloat16", "hf:org/small")
+    text = (tmp_path / "softcache.toml").read_text()
+    assert 'path = "corpus.jsonl"     # hub name' in text
+    assert text.count("#") == (ROOT / "configs/hf-causal-lm.toml").read_text().count("#") + 1
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_with_a_teacher_and_a_student_is_a_config(run, tmp_path, name):
+    original = load_config(ROOT / f"configs/{name}.toml")
+    given = ("--teacher", original.teacher.model, "--student", original.student.model, "--out", "own.toml")
+    assert run("--template", name, *given).exit_code == 0
+    assert load_config(tmp_path / "own.toml").student.model == original.student.model
+
+
+def test_a_terminal_is_asked(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("softcache.stages.init.can_ask", lambda: True)
+    done = run(input="image\ndata/pets\n\ntimm:resnet18\n")
+    assert done.exit_code == 0, done.output
+    config = load_config(tmp_path / "softcache.toml")
+    assert (config.source.root, config.student.model) == ("data/pets", "timm:resnet18")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--template", "digit"), "did you mean digits"),
+        (("--template", "digits", "--data", "here"), "--data here: the data of this template come with it"),
+        (("--template", "digits", "--out", "no/such/folder.toml"), "cannot be written"),
+    ],
+)
+def test_what_cannot_be_filled_in_is_refused(run, arguments, message):
+    done = run(*arguments)
+    assert isinstance(done.exception, ConfigError)
+    assert message in str(done.exception)
+
+
+def test_without_a_terminal_something_has_to_be_given(run):
+    assert run().exit_code == 2
+    assert run("--task", "text", "--template", "digits").exit_code == 2
