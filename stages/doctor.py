@@ -116,11 +116,15 @@ def _print(found: dict[str, Any]) -> None:
     print_table("versions", ("what", "for", "version"), rows)
     machine = found["devices"]
     threads = machine["cpu_threads"]
-    devices = [("CPU", f"{machine['cpu_cores']} cores" + (f", {threads} threads of torch" if threads else ""))]
+    devices = [
+        ("CPU", f"{machine['cpu_cores']} cores" + (f", {threads} threads of torch" if threads else ""))
+    ]
     for number, gpu in enumerate(machine["cuda"]):
         free = "" if gpu["free_bytes"] is None else f", {gpu['free_bytes'] / GIB:.1f} free"
         state = f"does not work: {gpu['fault']}" if gpu["fault"] else "works"
-        devices.append((f"cuda:{number}", f"{gpu['name']}, {gpu['total_bytes'] / GIB:.1f} GiB{free}; {state}"))
+        devices.append(
+            (f"cuda:{number}", f"{gpu['name']}, {gpu['total_bytes'] / GIB:.1f} GiB{free}; {state}")
+        )
     devices.append(("MPS", "present" if machine["mps"] else "none"))
     for name, place in found["free_space"].items():
         devices.append((f"disk for {name}", f"{place['folder']}: {place['free_bytes'] / GIB:.1f} GiB free"))
