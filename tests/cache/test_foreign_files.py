@@ -148,6 +148,30 @@ def test_what_would_be_other_numbers_is_refused(small, tmp_path, change, message
     assert [line for line in verify_units(cache) if "invariant I10" in line]
 
 
+def bomb(data):
+    """Records of 2 MB each, of which a file needs one."""
+    table = pq.ParquetFile(io.BytesIO(data)).read()
+    records, sink = pa.array([bytes(2_000_000)] * len(table), pa.large_binary()), io.BytesIO()
+    pq.write_table(table.set_column(table.schema.get_field_index("record"), "record", records), sink)
+    return sink.getvalue()
+
+
+def many(data):
+    """Lists of a hundred thousand equal numbers, which take a few bytes."""
+    table = pq.ParquetFile(io.BytesIO(data)).read()
+    ids, sink = pa.array([np.zeros(100_000, np.uint16)] * len(table)), io.BytesIO()
+    pq.write_table(table.set_column(table.schema.get_field_index("ids"), "ids", ids), sink)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize(("kind", "forged"), [("packed-parquet", bomb), ("images-parquet", many)])
+def test_a_few_bytes_that_stand_for_many_are_not_expanded(small, tmp_path, kind, forged):
+    files, unit = small[kind], "parquet/00000.parquet"
+    write_files(tmp_path, signed(Files({**files, unit: forged(files[unit])})), Files())
+    with pytest.raises(CorruptionError, match=r"claims to hold|cannot be decoded: Failed casting"):
+        open_cache(tmp_path).read([0])
+
+
 # -- Zarr -----------------------------------------------------------------------------------------------------------
 
 
@@ -216,6 +240,11 @@ def test_parameters_of_compressors_attributes_and_further_arrays_are_the_writers
 def test_other_codecs_are_a_feature_that_the_manifest_names(small, tmp_path, codecs_of):
     changed = rewrite_zarr(small["images-zarr"], tmp_path / "made", codecs_of)
     check_same(small["images-zarr"], with_features(changed, "array_codecs"), tmp_path)
+    copy = convert_cache(open_cache(tmp_path / "after"), tmp_path / "copy", store="zarr")
+    assert copy.manifest.features == ()
+    np.testing.assert_array_equal(
+        copy.read(np.arange(40)).ids, open_cache(tmp_path / "before").read(np.arange(40)).ids
+    )
     write_files(tmp_path / "silent", signed(Files(changed)), Files())
     cache = open_cache(tmp_path / "silent")
     with pytest.raises(CorruptionError, match=r"cannot be decoded|claims to hold"):

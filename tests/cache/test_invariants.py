@@ -20,6 +20,7 @@ from softcache.cache.invariants.independent import independent_violations
 from softcache.cache.invariants.soft_labels import RowFacts, soft_label_violations
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import open_store, publish_unit
+from softcache.errors import CorruptionError
 from softcache.hashing.digests import digest_bytes
 from softcache.labels import DEFAULT_TEMPERATURES
 from softcache.labels.sparsify import dense, hybrid, sample, top_k, top_p
@@ -308,6 +309,11 @@ def test_verify_names_the_invariant_that_a_cache_breaks(tmp_path, place, number,
         faults
     )
     assert all("row 3:" in line for line in faults) or number in ("I12", "I33", "I90"), faults
+    if number in ("I20", "I31"):
+        with pytest.raises(
+            CorruptionError, match=r"in row 3; expected (0 to|at most 0: no probability is above 1)"
+        ):
+            open_cache(tmp_path / "cache").read(np.arange(8))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Whether a cache is what docs/format.md says, whoever wrote it; schemas and vectors of that page."""
+"""Whether a cache is what docs/format.md says, by any writer; schemas and vectors of that page."""
 
 from __future__ import annotations
 

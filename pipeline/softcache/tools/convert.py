@@ -37,7 +37,7 @@ def convert_cache(
     """
     origin = cache.manifest
     manifest = origin.model_copy(
-        update={"store": store, "data": "labels.zarr" if store == "zarr" else "parquet"}
+        update={"store": store, "data": "labels.zarr" if store == "zarr" else "parquet", "features": ()}
     )
     objects = open_objects(target_url, create=True)
     source_objects = open_objects(cache.url)

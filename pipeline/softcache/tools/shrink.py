@@ -217,6 +217,7 @@ def shrink_manifest(cache: Cache, changes: ShrinkSettings) -> tuple[Manifest, La
             "store": store,
             "data": "labels.zarr" if store == "zarr" else "parquet",
             "slimmed_from": cache.manifest_sha256,
+            "features": (),
         }
     )
     same_rows = {**described, "statistics": None} == {**found, "statistics": None}

@@ -95,11 +95,20 @@ class ParquetStore:
             ]
         except (pa.ArrowException, OSError, ValueError) as error:
             raise CorruptionError(f"{where}: is no Parquet file: {error}; restore it from a copy") from error
-        if found.num_rows > self._unit_rows() or any(claims):
+        if found.num_rows > self._unit_rows() or any(claims) or any(map(self._has_more_values, groups)):
             raise CorruptionError(
                 f"{where}: claims to hold {found.num_rows:,} rows, {max([g.total_byte_size for g in groups], default=0):,} "
                 f"bytes in a group of them; at most {self._unit_rows():,} rows expected; restore it from a copy"
             )
+
+    def _has_more_values(self, group: pq.RowGroupMetaData) -> bool:
+        """Whether a column has more numbers than its rows, which a few bytes of repeated ones could claim."""
+        leaves = (group.column(number) for number in range(group.num_columns))
+        return any(
+            leaf.num_values > group.num_rows * math.prod(() if column.planar else column.shape)
+            for leaf in leaves
+            if (column := self._columns.get(leaf.path_in_schema.partition(".")[0])) is not None
+        )
 
     def encode(self, unit: Unit, columns: Mapping[str, np.ndarray]) -> dict[str, tuple[str | None, bytes]]:
         """Returns path -> (None, bytes) of a unit's file; the same columns give the same bytes.
@@ -200,14 +209,15 @@ class ParquetStore:
         """Returns the open file and the first row of each of its row groups, however large another writer made them."""
         (path,) = self.shard_paths(unit)
         if path not in self._files:
-            file = pq.ParquetFile(
-                self._objects.open(path),
-                page_checksum_verification=True,
-                pre_buffer=is_bucket(
-                    self._objects.url
-                ),  # one request for neighbouring columns, not one for each
-            )
+            file = self._open_file(path, [])
             self._check_columns(file.schema_arrow)
+            free = [
+                c.name
+                for c in self.columns
+                if c.planar and not _is_fixed(file.schema_arrow.field(c.name).type)
+            ]
+            if free:  # each different record once, so that its size is looked at before it is repeated
+                file = self._open_file(path, free)
             sizes = [
                 file.metadata.row_group(number).num_rows for number in range(file.metadata.num_row_groups)
             ]
@@ -216,6 +226,14 @@ class ParquetStore:
                 self._files.popitem(last=False)[1][0].close(force=True)
         self._files.move_to_end(path)
         return self._files[path]
+
+    def _open_file(self, path: str, dictionaries: list[str]) -> pq.ParquetFile:
+        return pq.ParquetFile(
+            self._objects.open(path),
+            page_checksum_verification=True,
+            pre_buffer=is_bucket(self._objects.url),  # one request for neighboring columns, not one for each
+            read_dictionary=dictionaries,
+        )
 
     def _check_columns(self, schema: pa.Schema) -> None:
         """Raises ValueError unless every column is there, once, as lists or bytes of its size and dtype.
@@ -235,9 +253,14 @@ class ParquetStore:
     def _values(self, chunked: pa.ChunkedArray, column: Column, rows: int) -> np.ndarray:
         if chunked.null_count:
             raise ValueError(f"column {column.name} has nulls")
-        array = pa.concat_arrays(chunked.chunks) if chunked.num_chunks else pa.array([], chunked.type)
         if column.planar:
-            return _bytes_of(array, rows, *column.shape)
+            parts = [_bytes_of(chunk, len(chunk), *column.shape) for chunk in chunked.chunks]
+            return (
+                parts[0]
+                if len(parts) == 1
+                else np.concatenate([np.zeros((0, *column.shape), np.uint8), *parts])
+            )
+        array = pa.concat_arrays(chunked.chunks) if chunked.num_chunks else pa.array([], chunked.type)
         for size in column.shape:
             array = _flat(array, size, column.name)
         wanted = pa.from_numpy_dtype(np.dtype(column.dtype))
@@ -285,6 +308,9 @@ def _records(values: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.binary(size), rows, [None, pa.py_buffer(values)])
 
 
+_is_fixed = pa.types.is_fixed_size_binary
+
+
 def _flat(array: pa.Array, size: int, name: str) -> pa.Array:
     """Returns the items of lists that have `size` each."""
     if not pa.types.is_fixed_size_list(array.type):
@@ -313,10 +339,9 @@ def _is_readable(found: pa.DataType, expected: pa.DataType) -> bool:
 
 
 def _bytes_of(array: pa.Array, rows: int, size: int) -> np.ndarray:
-    if not pa.types.is_fixed_size_binary(
-        array.type
-    ):  # of a writer that has no such type; cast checks the sizes
-        array = array.cast(pa.binary(size))
+    if not _is_fixed(array.type):  # of a writer that has no such type; the cast refuses other sizes
+        array = pa.DictionaryArray.from_arrays(array.indices, array.dictionary.cast(pa.binary(size)))
+        array = array.dictionary_decode()
     buffer = array.buffers()[1]
     if buffer is None:
         return np.zeros((0, size), np.uint8)

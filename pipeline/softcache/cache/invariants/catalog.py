@@ -46,7 +46,7 @@ INVARIANTS: dict[str, str] = {
     "I81": "dropped_bound is at most the last logit, and -inf where K = V",
     "I82": "dropped_mass is between the share of dropped_bound and V - K times it",
     "I90": "cells are cells of the grid, and differ within a sample",
-    "I91": "what else a head says of a cell is finite",
+    "I91": "what else a head gives for a cell is finite",
 }
 """Numbers are never given to another invariant."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,7 @@ def soft_label_violations(
 
 
 def slot_violations(codec: SoftLabelCodec, arrays: Mapping[str, np.ndarray]) -> list[Violation]:
-    """Returns which of I20 to I30 rows break: what can be told without arithmetic."""
+    """Returns which of I20 to I30 rows break: what can be known without arithmetic."""
     ids, num_classes, out = arrays["ids"], codec.num_classes, []
     if not len(ids):
         return []
@@ -100,7 +101,10 @@ class _Rows:
         exact_PE = self._log_probs_PK[:, : self._exact]
         self._alive_PE = exact_PE > -np.inf
         self._lp_PE = np.where(self._alive_PE, exact_PE, 0)
-        self._p_PE = np.exp(exact_PE)
+        p_PE = np.exp(exact_PE)
+        self._size_PE = -p_PE * self._lp_PE
+        # Sums in pairs, of as many numbers as there are slots: float32 loses less than the allowance.
+        self._kept_P, self._entropy_P = (x.sum(axis=1).astype(np.float64) for x in (p_PE, self._size_PE))
         self._tail_PG = arrays["log_tail"].astype(np.float64)
         self._dropped_P = self._tail_PG[:, 0] > -np.inf
         self._inside_P = self._tail_PG.min(axis=1) > -END
@@ -165,8 +169,7 @@ class _Rows:
 
     def _mass(self) -> list[Violation]:
         error = self._facts.precision.log_probs + self._facts.moved
-        kept_P = self._p_PE.sum(axis=1, dtype=np.float64)
-        spread_P = -(self._p_PE * self._lp_PE).sum(axis=1, dtype=np.float64)  # the mean of |log p|
+        kept_P, spread_P = self._kept_P, self._entropy_P  # which is also the mean of |log p|
         tail_P = np.where(self._dropped_P, np.exp(np.minimum(self._tail_PG[:, 0], 700.0)), 0.0)
         total_P = kept_P + tail_P
         slack_P = (
@@ -273,10 +276,8 @@ class _Rows:
 
     def _entropy(self, entropy_P: np.ndarray, slack_P: np.ndarray) -> list[Violation]:
         error = self._facts.precision.log_probs + self._facts.moved
-        size_PE = -self._p_PE * self._lp_PE
-        kept_P = size_PE.sum(axis=1, dtype=np.float64)
-        square_P = -(size_PE * self._lp_PE).sum(axis=1, dtype=np.float64)
-        mass_P = self._p_PE.sum(axis=1, dtype=np.float64)
+        kept_P, mass_P = self._entropy_P, self._kept_P
+        square_P = -(self._size_PE * self._lp_PE).sum(axis=1).astype(np.float64)
         grown = np.exp(error.absolute)
         slack_P = slack_P + grown * (
             error.absolute * (mass_P + kept_P) + error.relative * (kept_P + square_P) * 1.02
@@ -329,22 +330,26 @@ class _Rows:
         errors = self._facts.precision.log_probs, self._facts.precision.target
         finite_P = np.where(target_P > -np.inf, target_P, 0.0)
         slack_P = self._error(finite_P, *errors)
-        slot_PE = np.where(self._alive_PE, self._lp_PE, -np.inf)
-        with np.errstate(invalid="ignore"):  # -inf less -inf
-            near_PE = (np.abs(slot_PE - target_P[:, None]) <= slack_P[:, None]) | (
-                slot_PE == target_P[:, None]
-            )
-        near_PE |= (slot_PE <= -END) & (target_P <= -END)[:, None]
+        slot_PE = self._log_probs_PK[:, : self._exact]
+
+        def is_near(slots: np.ndarray, like: tuple[Any, ...]) -> np.ndarray:
+            """Whether numbers of slots are the target's, [P] or [P, E]."""
+            target, slack = target_P[like], slack_P[like]
+            with np.errstate(invalid="ignore"):  # -inf less -inf
+                near = (np.abs(slots - target) <= slack) | (slots == target)
+            return near | ((slots <= -END) & (target <= -END))
+
         if targets_P is not None:
             is_target_PE = ids_PK[:, : self._exact] == targets_P[:, None]
-            in_slot_P = is_target_PE.any(axis=1) & there_P
-            place_P = is_target_PE.argmax(axis=1)
-            wrong_P = in_slot_P & ~np.take_along_axis(near_PE, place_P[:, None], 1)[:, 0]
-            expected = np.take_along_axis(slot_PE, place_P[:, None], 1)[:, 0]
-            out += first_violation("I61", wrong_P, "target_log_prob", target_P, expected)
+            place_P1 = is_target_PE.argmax(axis=1)[:, None]
+            in_slot_P = np.take_along_axis(is_target_PE, place_P1, 1)[:, 0] & there_P
+            slot_P = np.take_along_axis(slot_PE, place_P1, 1)[:, 0].astype(np.float64)
+            wrong_P = in_slot_P & ~is_near(slot_P, (slice(None),))
+            out += first_violation("I61", wrong_P, "target_log_prob", target_P, slot_P)
             outside_P = there_P & ~in_slot_P
         elif self._facts.is_exact_target:
-            outside_P = there_P & ~near_PE.any(axis=1)
+            target_P, slack_P = target_P.astype(np.float32), slack_P.astype(np.float32)
+            outside_P = there_P & ~is_near(slot_PE, (slice(None), None)).any(axis=1)
         else:
             return out
         if self._facts.takes_largest:

@@ -17,7 +17,7 @@ from softcache.cache.manifest import Manifest
 
 __all__ = ["broken_invariants"]
 
-CHUNK_NUMBERS = 2**19
+CHUNK_NUMBERS = 2**18
 """Log-probabilities that are looked at together: what is computed from them stays in the processor's cache."""
 LARGEST = ("top_k", "top_p", "dense", "hybrid")
 """Policies that keep the likeliest classes in their exact slots."""

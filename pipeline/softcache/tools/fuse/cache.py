@@ -167,6 +167,7 @@ def fused_manifest(caches: Sequence[Cache], settings: FusionSettings) -> Manifes
             "samples": "samples.parquet",
             "teacher": TeacherReport(num_parameters=parameters),
             "slimmed_from": None,
+            "features": (),
             "extensions": {},
             "attributes": {},
         }
