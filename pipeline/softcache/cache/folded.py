@@ -4,7 +4,7 @@
 
 A record is rows, and size and sha256 of each shard; paths, views and ranges follow from the plan. The end of the object
 is enough to know which units are there and what they sum up to. docs/format.md specifies the bytes; docs/design/decisions/
-0067 has the protocol, which is in `folding` (writing) and `finished` (reading).
+0071 has the protocol, which is in `folding` (writing) and `finished` (reading).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
     unmark    delete the loose marker, create a generation without the entry, retire the base
 
 A generation is created by `put_if_absent` and its number never used again, so that history is linear; whether it counts is
-decided by what is read back. docs/design/decisions/0067 goes through what can go wrong at each step.
+decided by what is read back. docs/design/decisions/0071 goes through what can go wrong at each step.
 """
 
 from __future__ import annotations
