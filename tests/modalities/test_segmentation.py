@@ -1,6 +1,7 @@
 """Images with masks: folders of pairs, views that masks follow, teachers of other libraries, students on another grid."""
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -231,6 +232,14 @@ def test_batches_are_cut_and_joined(root, tmp_path):
     part = whole.split(3)[1]
     assert torch.equal(part.labeled_rows, one.labeled_rows)
     assert torch.equal(part.labels.log_probs, one.labels.log_probs)
+
+
+def test_a_loader_process_has_the_same_images_and_masks(root):
+    data = open_data(config(root)).train
+    here, there = (one.load([2, 0], 1) for one in (data, pickle.loads(pickle.dumps(data))))
+    assert torch.equal(here.images, there.images)
+    assert torch.equal(here.masks, there.masks)
+    assert (here.fingerprints == there.fingerprints).all()
 
 
 # -- teachers of other libraries ---------------------------------------------------------------------------------
