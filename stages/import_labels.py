@@ -36,7 +36,7 @@ RESPONSES = "responses"
     "format_name",
     metavar="NAME",
     default=RESPONSES,
-    help="What PATH is: a server's responses, or a cache of distillkit, fkd, megatron, ml-dr or tinyvit.",
+    help="What PATH is: a server's responses, or a cache of distillkit, fkd, ml-dr or tinyvit.",
 )
 @click.option(
     "--k",

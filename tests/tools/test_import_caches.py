@@ -1,7 +1,10 @@
 """Caches of other programs: what their own writers wrote comes out as it was, and what cannot be a label is refused."""
 
+import io
 import json
+import pickle
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -335,6 +338,9 @@ class ManyData:
     def __init__(self, num_classes):
         self.source = ManyClasses(num_classes)
 
+    def __len__(self):
+        return len(self.source)
+
 
 def test_ids_of_16_bits(tmp_path):
     """Of 21,841 classes as they are; above 32,768 they come back from two's complement; above 65,536 they cannot."""
@@ -347,7 +353,8 @@ def test_ids_of_16_bits(tmp_path):
     original = open_original("tinyvit", [tmp_path], ManyData(65_536))
     assert original.facts["joined_by"] == "file name"
     assert original.read(np.array([0, 1]), 0, None).ids.tolist() == [[65535, 5], [21000, 3]]
-    assert open_original("tinyvit", [tmp_path], ManyData(21_841)).read(np.array([0]), 0, None).ids[0, 0] == -1
+    with pytest.raises(LabelError, match="class -1 in slot 0; expected 0 to 21840"):
+        open_original("tinyvit", [tmp_path], ManyData(21_841)).read(np.array([0]), 0, None)
 
 
 # -- DistillKit ----------------------------------------------------------------------------------------------
@@ -466,6 +473,138 @@ def test_what_distillkit_spoils_is_refused(words, tmp_path):
     legacy = whole.rename_columns(["coeffs", "packed_indices", "exact_values"])
     pq.write_table(legacy, path)
     refused(LabelError, "compressed as versions before 1.0 did")
+
+
+# -- FKD and ml-dr -------------------------------------------------------------------------------------------
+
+CROPS = np.load(ORIGINALS / "fkd" / "logits.npy").astype(np.float32) / 8
+
+
+def dozen():
+    return open_data(digits_config(source={"max_train_samples": 12})).train
+
+
+def test_fkd_is_read_as_its_writer_wrote_it(tmp_path):
+    cache, report = load("fkd", ORIGINALS / "fkd" / "labels", tmp_path / "cache", dozen())
+    assert (cache.num_views, cache.manifest.codec["k"], report.units_done) == (2, 5, 2)
+    digits_like(cache, CROPS)
+    assert list(verify_units(cache)) == []
+    said = cache.manifest.attributes["imported"]
+    assert said["joined_by"] == "file name"
+    assert "the temperature of the softmax, taken to be 1" in said["missing"]
+    crops = np.load(ORIGINALS / "fkd" / "crops.npz")
+    original = open_original("fkd", [ORIGINALS / "fkd" / "labels"], dozen())
+    found = original.parameters(np.arange(12), 1)
+    np.testing.assert_allclose(found["box"], crops["boxes"][:, 1], atol=2**-12)  # the last file is float16
+    assert np.array_equal(found["flip"], crops["flips"][:, 1])
+
+
+def test_ml_dr_is_read_as_its_writer_wrote_it(tmp_path):
+    cache, _ = load("ml-dr", ORIGINALS / "ml-dr" / "rdata", tmp_path / "cache", dozen())
+    assert (cache.num_views, cache.manifest.codec["k"]) == (2, 4)
+    digits_like(cache, CROPS)
+    assert list(verify_units(cache)) == []
+    said = cache.manifest.attributes["imported"]
+    assert said["image_augmentation"]["random_resized_crop"]["size"] == 8
+    original = open_original("ml-dr", [ORIGINALS / "ml-dr" / "rdata"], dozen())
+    params = original.parameters(np.arange(12), 1)["params"]
+    assert params[3][2:] == [True, [(3, 0.5), (11, -1.0)]]
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("code ran",)
+
+
+def dump(content):
+    return zlib.compress(pickle.dumps(content))
+
+
+def saved(content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+FKD_FILE, DR_FILE = "labels/imagenet/train/digits/0003.tar", "rdata/3.pth.tar"
+LABELS = np.array([[[3, 1], [0.5, 0.25]]] * 2, np.float32)
+CROP = np.zeros((2, 4), np.float32), np.zeros(2, bool)
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "error", "message"),
+    [
+        (
+            "fkd",
+            FKD_FILE,
+            saved([*CROP, Evil()]),
+            SourceError,
+            r"0003.tar: cannot be read as numbers and arrays: ",
+        ),
+        ("fkd", FKD_FILE, None, SourceError, r"0003.tar: cannot be read as numbers and arrays"),
+        (
+            "fkd",
+            FKD_FILE,
+            saved([*CROP, LABELS]),
+            SourceError,
+            r"\(2, 2, 2\); expected .* \(2, 2, 5\), as in the first",
+        ),
+        (
+            "fkd",
+            FKD_FILE,
+            saved([*CROP, np.array([3, 1])]),
+            LabelError,
+            'type "hard", which have no probability',
+        ),
+        (
+            "ml-dr",
+            DR_FILE,
+            dump(Evil()),
+            SourceError,
+            r"3.pth.tar: .* it names builtins.print, which could run code",
+        ),
+        ("ml-dr", DR_FILE, dump((3, []))[:-3], SourceError, "3.pth.tar: .* cut off, or too large"),
+        ("ml-dr", DR_FILE, dump((4, [])), SourceError, "3.pth.tar: holds image 4; expected that of its name"),
+        (
+            "ml-dr",
+            DR_FILE,
+            dump([1, 2, 3]),
+            SourceError,
+            r"3.pth.tar: is not \(number, list of params and prob",
+        ),
+        (
+            "ml-dr",
+            DR_FILE,
+            dump((3, [{"params": [], "prob": ([0.5], [1])}] * 2)),
+            SourceError,
+            "2 views of .*; expected 2 of 4",
+        ),
+        (
+            "ml-dr",
+            DR_FILE,
+            dump((3, [{"params": [], "prob": ([0.5, 0.2, 0.1, 0.1], [1, 2, 3, 10])}] * 2)),
+            LabelError,
+            "3.pth.tar: sample 'digits/0003', view 0: class 10 in slot 3",
+        ),
+    ],
+    ids=["code", "cut", "k", "hard", "pickled code", "zlib cut", "number", "shape", "two views", "class"],
+)
+def test_files_that_could_run_code_or_are_damaged_are_refused(
+    tmp_path, capfd, name, file, content, error, message
+):
+    folder = wrong_copy(name, tmp_path, file, lambda whole: whole[:-200] if content is None else content)
+    with pytest.raises(error, match=message):
+        load(name, folder / file.split("/")[0], tmp_path / "cache", dozen())
+    assert "code ran" not in capfd.readouterr().out
+
+
+def test_ids_that_float16_rounded_are_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("n01_1", "n01_2"):
+        (tmp_path / "a" / f"{name}.tar").write_bytes(saved([*CROP, LABELS.astype(np.float16)]))
+    with pytest.raises(LabelError, match="ids in float16, which rounds those above 2,048; source has 3,000"):
+        open_original("fkd", [tmp_path], ManyData(3000))
+    assert open_original("fkd", [tmp_path], ManyData(2048)).k == 2
 
 
 # -- the command ---------------------------------------------------------------------------------------------

@@ -20,13 +20,16 @@ class SampleKeys:
 
     Args:
         of: the format, for messages.
+        by_number: they are numbers, whatever the source's keys are.
     """
 
-    def __init__(self, source: Any, of: str) -> None:
+    def __init__(self, source: Any, of: str, *, by_number: bool = False) -> None:
         self._keys: list[str] = list(source.keys())
         self._name, self._of = source.name, of
         self._numbers: dict[str, int] | None = None
         self.joined_by = ""
+        if by_number:
+            self._numbers, self.joined_by = self._by_number(), "number"
 
     def samples(self, keys: Sequence[str], *, of: str) -> np.ndarray:
         """Returns the number [len(keys)] int64 of each key's sample.
@@ -55,20 +58,26 @@ class SampleKeys:
         numbers = {key: number for number, key in enumerate(self._keys)}
         self.joined_by = "key"
         if first not in numbers:
-            stems = {stem(key): number for number, key in enumerate(self._keys)}
-            if first in stems and len(stems) == len(self._keys):
-                numbers, self.joined_by = stems, "file name"
-            elif first.isdigit():
-                numbers = {str(number): number for number in range(len(self._keys))}
-                self.joined_by = "number"
+            for parts in (1, 2):
+                names = {last_parts(key, parts): number for number, key in enumerate(self._keys)}
+                if first in names and len(names) == len(self._keys):
+                    numbers, self.joined_by = names, "file name"
+                    break
+            else:
+                if first.isdigit():
+                    numbers, self.joined_by = self._by_number(), "number"
         self._numbers = numbers
         return numbers
 
+    def _by_number(self) -> dict[str, int]:
+        return {str(number): number for number in range(len(self._keys))}
 
-def stem(key: str) -> str:
-    """Returns the last part of a key without suffix.
 
-    >>> stem("train/n01440764/n01440764_10026.JPEG")
-    'n01440764_10026'
+def last_parts(key: str, count: int) -> str:
+    """Returns the last parts of a key, without what follows the first dot of its last one.
+
+    >>> last_parts("train/n01440764/n01440764_10026.JPEG", 2)
+    'n01440764/n01440764_10026'
     """
-    return PurePosixPath(key).stem
+    *folders, name = PurePosixPath(key).parts[-count:]
+    return "/".join([*folders, name.split(".")[0]])

@@ -47,7 +47,7 @@ def from_probabilities(ids_RK: np.ndarray, probs_RK: np.ndarray, num_classes: in
     """Returns rows of probabilities; one that was rounded to 0 counts as dropped: how likely it was is not known.
 
     Raises:
-        LabelError: a probability is negative or no number.
+        LabelError: a probability is negative or no number, or an id is no class; `position` is the row's.
     """
     probs_RK = np.asarray(probs_RK, np.float64)
     for row, slot in np.argwhere(~(probs_RK >= 0))[:1].tolist():
@@ -56,6 +56,7 @@ def from_probabilities(ids_RK: np.ndarray, probs_RK: np.ndarray, num_classes: in
             position=row,
         )
     is_used_RK = probs_RK > 0
+    _check_classes(ids_RK, is_used_RK, num_classes)
     with np.errstate(divide="ignore"):
         return TopRows(np.where(is_used_RK, ids_RK, num_classes).astype(np.int64), np.log(probs_RK))
 
@@ -115,13 +116,18 @@ def soft_labels(
     return labels, int(is_scaled_R.sum())
 
 
-def _check_ids(ids_RK: np.ndarray, num_classes: int) -> None:
-    for row, slot in np.argwhere((ids_RK < 0) | (ids_RK > num_classes))[:1].tolist():
+def _check_classes(ids_RK: np.ndarray, is_used_RK: np.ndarray, num_classes: int) -> None:
+    wrong_RK = is_used_RK & ((ids_RK < 0) | (ids_RK >= num_classes))
+    for row, slot in np.argwhere(wrong_RK)[:1].tolist():
         raise LabelError(
             f"class {ids_RK[row, slot]} in slot {slot}; expected 0 to {num_classes - 1}, the classes of the source; give "
             "the source and the classes that were labeled",
             position=row,
         )
+
+
+def _check_ids(ids_RK: np.ndarray, num_classes: int) -> None:
+    _check_classes(ids_RK, ids_RK != num_classes, num_classes)
     order_RK = np.sort(ids_RK, axis=1)
     is_twice_R = ((order_RK[:, 1:] == order_RK[:, :-1]) & (order_RK[:, 1:] < num_classes)).any(1)
     for row in np.flatnonzero(is_twice_R)[:1].tolist():
