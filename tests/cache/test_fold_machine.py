@@ -24,9 +24,9 @@ from softcache.cache.folding import fold_markers, unmark_units
 from softcache.cache.units import check_unit, claimed_units, publish_unit
 from softcache.errors import CorruptionError
 from softcache.hashing.digests import digest_bytes
+from softcache.testing.simulation import ANSWERED, LOST, REPEATED, LateObjects, LateStorage, Process
 from softcache.tools import garbage
 from tests.contracts.test_stores import manifest_of
-from tests.support.late_objects import ANSWERED, LOST, REPEATED, LateObjects, LateStorage, Process
 
 MANIFEST = manifest_of("parquet", num_samples=5, num_views=2, unit_samples=1, chunk_samples=1)
 DIGEST = digest_bytes(MANIFEST.to_bytes())

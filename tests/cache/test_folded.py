@@ -17,13 +17,13 @@ from softcache.errors import CorruptionError, IncompleteCacheError, ManifestErro
 from softcache.hashing.digests import digest_bytes
 from softcache.reader.open import open_cache
 from softcache.stages.cli import softcache
+from softcache.testing.simulation import LateObjects, LateStorage
 from softcache.tools.convert import convert_cache
 from softcache.tools.garbage import collect_garbage
 from softcache.tools.status import read_status
 from softcache.tools.verify.checksums import verify_units
 from tests.contracts.test_stores import manifest_of
 from tests.support.caches import ROOT, make_cache
-from tests.support.late_objects import LateObjects, LateStorage
 
 GOLDEN = ROOT / "tests" / "golden"
 
