@@ -134,6 +134,10 @@ class FaultyObjects:
     def delete(self, path: str) -> None:
         self._do("delete", path, lambda: self.objects.delete(path))
 
+    def delete_many(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            self.delete(path)
+
     def open(self, path: str) -> pa.NativeFile:
         return self._do("open", path, lambda: self.objects.open(path))
 

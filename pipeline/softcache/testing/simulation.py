@@ -1,20 +1,25 @@
-"""Storage in memory whose clients stop before each request, for state machines: between any two requests of one process, others
-have theirs.
+"""Storage in memory whose clients stop before each request, for state machines.
 
-A test decides what becomes of each request: it is answered, its answer is lost, it arrives once more later, or the process
-dies before it. Listings show what was made visible so far. Claims end only when their process releases them or the test takes
-them away.
+    storage = LateStorage()
+    one = Process(storage, "one", lambda objects: objects.put("a", b"1"))     # stops before its first request
+    one.step(LOST)                                                             # it happens, and its answer is lost
+
+Between any two requests of one process, others have theirs. A test decides what becomes of each: it is answered, its answer
+is lost, it arrives once more later, or the process dies before it. Listings show what was made visible so far. Claims end
+only when their process releases them or the test takes them away.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from softcache.cache.storage.base import size_error
 from softcache.errors import CacheNotFoundError, StorageError
+
+__all__ = ["ANSWERED", "LOST", "REPEATED", "Crash", "LateObjects", "LateStorage", "Process"]
 
 ANSWERED, LOST, REPEATED = "answered", "lost", "repeated"
 
@@ -67,7 +72,9 @@ class Process:
 
     def __init__(self, storage: LateStorage, name: str, function: Callable[[Any], Any]) -> None:
         self.storage, self.name = storage, name
-        self.is_done, self.is_dead, self.result, self.error = False, False, None, None
+        self.is_done, self.is_dead = False, False
+        self.result: Any = None
+        self.error: Exception | None = None
         self.request = ""
         self._fate = ANSWERED
         self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
@@ -132,23 +139,23 @@ class LateObjects:
         if self._process:
             self._process.gate(request)
 
-    def put(self, path, data):
+    def put(self, path: str, data: bytes) -> None:
         if self._change(f"put {path}", lambda: self._storage.put(path, data)) is None:
             raise StorageError(f"{path}: cannot be written: no answer")
 
-    def put_if_absent(self, path, data):
+    def put_if_absent(self, path: str, data: bytes) -> bool:
         found = self._change(f"put_if_absent {path}", lambda: self._storage.put_if_absent(path, data))
-        return found[0] if found else False
+        return bool(found[0]) if found else False
 
-    def delete(self, path):
+    def delete(self, path: str) -> None:
         if self._change(f"delete {path}", lambda: self._storage.delete(path)) is None:
             raise StorageError(f"{path}: cannot be deleted: no answer")
 
-    def delete_many(self, paths):
+    def delete_many(self, paths: Sequence[str]) -> None:
         for path in paths:
             self.delete(path)
 
-    def get(self, path, *, max_bytes=None):
+    def get(self, path: str, *, max_bytes: int | None = None) -> bytes:
         self._ask(f"get {path}")
         if path not in self._storage.data:
             raise CacheNotFoundError(f"{path}: missing")
@@ -157,35 +164,35 @@ class LateObjects:
             raise size_error(path, len(data), max_bytes)
         return data
 
-    def get_many(self, paths, *, max_bytes=None):
+    def get_many(self, paths: Sequence[str], *, max_bytes: int | None = None) -> Iterator[bytes | None]:
         for path in paths:
             try:
                 yield self.get(path, max_bytes=max_bytes)
             except CacheNotFoundError:
                 yield None
 
-    def get_sized(self, sizes):
+    def get_sized(self, sizes: Mapping[str, int]) -> Iterator[bytes | int | None]:
         for path, expected in sizes.items():
             found = self.size(path)
             data = self._storage.data.get(path)
             yield data if found == expected and data is not None else found
 
-    def get_suffixes(self, lengths):
+    def get_suffixes(self, lengths: Mapping[str, int]) -> Sequence[tuple[bytes, int]]:
         found = [(self.get(path), length) for path, length in lengths.items()]
         return [(data[-length:], len(data)) for data, length in found]
 
-    def get_ranges(self, ranges):
+    def get_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Sequence[bytes]:
         return [self.get(path)[start:stop] for path, start, stop in ranges]
 
-    def size(self, path):
+    def size(self, path: str) -> int | None:
         self._ask(f"size {path}")
         data = self._storage.data.get(path)
         return None if data is None else len(data)
 
-    def list(self, prefix):
+    def list(self, prefix: str) -> list[str]:
         return sorted(self.times(prefix))
 
-    def times(self, prefix):
+    def times(self, prefix: str) -> dict[str, float]:
         self._ask(f"list {prefix}")
         return {
             path: at
@@ -193,11 +200,11 @@ class LateObjects:
             if not prefix or path.startswith(f"{prefix}/")
         }
 
-    def orphaned_writes(self, *, remove, older_than=0.0):
+    def orphaned_writes(self, *, remove: bool, older_than: float = 0.0) -> dict[str, int]:
         return {}
 
     @contextmanager
-    def claim(self, path) -> Iterator[bool]:
+    def claim(self, path: str) -> Iterator[bool]:
         self._ask(f"claim {path}")
         claims = self._storage.claims
         if path in claims:

@@ -46,6 +46,13 @@ class StorageContract:
         with pytest.raises(CacheNotFoundError, match="missing"):
             objects.open("a/b.bin")
 
+    def test_many_objects_are_removed_as_far_as_they_are_there(self, objects: Objects) -> None:
+        for name in ("gone/a", "gone/b", "kept"):
+            objects.put(name, b"x")
+        objects.delete_many(["gone/a", "none", "gone/b"])
+        objects.delete_many([])
+        assert objects.list("") == ["kept"]
+
     def test_names_that_an_url_would_have_to_escape(self, objects: Objects) -> None:
         names = sorted(["data/a b", "data/100%", "data/ü?&=#+", "data/x%20y"])
         for name in names:
