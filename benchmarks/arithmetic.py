@@ -16,6 +16,10 @@ from pathlib import Path
 
 import click
 
+from softcache.cache.finished import MIN_FOLDED_UNITS
+from softcache.cache.folded import BLOCK_UNITS
+from softcache.cache.folding import FOLD_EVERY
+
 # -- measured here (docs/benchmarks.md, docs/fidelity.md) --------------------------------------------------
 
 OVERHEAD_SECONDS = 0.008
@@ -99,8 +103,13 @@ class Case:
 
     @property
     def rerun_reads(self) -> int:
-        """Requests of a rerun before its first unit, at worst: all markers, listed and read."""
-        return self.units + math.ceil(self.units / LISTED)
+        """Requests of a rerun before its first unit, at worst: two listings, the end of each block of markers, and the
+        markers that a run that was killed left loose, read to be folded, compared, and those that stay.
+        """
+        blocks = math.ceil(self.units / BLOCK_UNITS) if self.units >= MIN_FOLDED_UNITS else 0
+        loose = min(self.units, 3 * FOLD_EVERY)
+        listed = blocks * (BLOCK_UNITS // FOLD_EVERY + 1) + loose
+        return loose + 3 * blocks + 2 * math.ceil(listed / LISTED)
 
     @property
     def gpu_hours(self) -> float:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,15 @@ import pyarrow.parquet as pq
 from softcache.cache.manifest import Plan, RaggedRows, Unit
 from softcache.errors import CorruptionError
 
-__all__ = ["RowIndex", "SampleTable", "check_samples", "encode_samples", "read_row_counts", "read_samples"]
+__all__ = [
+    "RowIndex",
+    "SampleKeys",
+    "SampleTable",
+    "check_samples",
+    "encode_samples",
+    "read_row_counts",
+    "read_samples",
+]
 
 SCHEMA = pa.schema(
     [
@@ -31,6 +39,7 @@ ROW_FIELDS = [
 
 MAX_SAMPLE_BYTES = 4096
 """Of a sample in the file: its key is the most of it, and the longest path has no more."""
+KEYS_AT_ONCE = 1 << 16
 MAX_SAMPLES_PER_BYTE = 16
 """Keys differ: even numbered ones take a byte or two each. A file that claims more is made to fill memory."""
 
@@ -65,6 +74,46 @@ def encode_samples(
     return sink.getvalue()
 
 
+class SampleKeys(Sequence[str]):
+    """The keys of samples: a sequence of strings in Arrow's buffers, which take a tenth of a list's memory."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._column = column
+
+    @classmethod
+    def concat(cls, parts: Sequence[SampleKeys]) -> SampleKeys:
+        return cls(pa.chunked_array([chunk for part in parts for chunk in part._column.chunks], pa.string()))
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    @overload
+    def __getitem__(self, place: int) -> str: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[str]: ...
+    def __getitem__(self, place: int | slice) -> str | list[str]:
+        if isinstance(place, slice):
+            return [self._column[number].as_py() for number in range(*place.indices(len(self)))]
+        return self._column[int(place)].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), KEYS_AT_ONCE):
+            yield from self._column.slice(start, KEYS_AT_ONCE).to_pylist()
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, SampleKeys):
+            return self._column.equals(other._column)
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(repr, self[:3]))
+        return f"SampleKeys([{shown}{', …' if len(self) > 3 else ''}])"
+
+
 class SampleTable(NamedTuple):
     """The contents of the table.
 
@@ -74,7 +123,7 @@ class SampleTable(NamedTuple):
         num_rows: [N] int64 rows of each sample; empty where each has one.
     """
 
-    keys: list[str]
+    keys: SampleKeys
     targets: np.ndarray
     num_rows: np.ndarray
 
@@ -90,7 +139,7 @@ def read_samples(data: bytes, num_samples: int) -> SampleTable:
         keys, targets = (table[name].cast(SCHEMA.field(name).type) for name in ("key", "target"))
         ragged = "num_rows" in table.column_names
         return SampleTable(
-            keys.to_pylist(),
+            SampleKeys(keys),
             np.zeros(0, np.int64) if targets.null_count else _numbers(targets),
             _row_counts(table) if ragged else np.zeros(0, np.int64),
         )
@@ -105,7 +154,17 @@ def read_row_counts(data: bytes, num_samples: int) -> np.ndarray:
         CorruptionError: as `read_samples`.
     """
     try:
-        return _row_counts(_checked_table(data, ["sample", "num_rows"], num_samples))
+        file, _ = _checked_file(data, num_samples)
+        counts, start = np.empty(num_samples, np.int64), 0
+        for group in range(file.num_row_groups):  # all at once takes several times the memory
+            table = _checked_columns(
+                file.read_row_group(group, ["sample", "num_rows"], use_threads=False), start
+            )
+            counts[start : start + len(table)] = _row_counts(table)
+            start += len(table)
+        if start != num_samples:
+            raise ValueError(f"its row groups have {start} samples; expected {num_samples}")
+        return counts
     except _UNREADABLE as error:
         raise _damage(error) from error
 
@@ -136,6 +195,12 @@ _UNREADABLE = (pa.ArrowException, OSError, KeyError, ValueError)
 
 
 def _checked_table(data: bytes, columns: list[str] | None, num_samples: int) -> pa.Table:
+    file, expected = _checked_file(data, num_samples)
+    return _checked_columns(file.read(columns or expected, use_threads=False), 0)
+
+
+def _checked_file(data: bytes, num_samples: int) -> tuple[pq.ParquetFile, list[str]]:
+    """Returns the opened file and the names of its columns."""
     # Not `pq.read_table`, nor `to_numpy`: they import half a second of other code, pandas among it.
     file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
     found, schema = file.metadata.num_rows, file.schema_arrow
@@ -150,12 +215,18 @@ def _checked_table(data: bytes, columns: list[str] | None, num_samples: int) -> 
             raise ValueError(
                 f"its columns are {schema.names} of {schema.types}; expected {name}, once, of {fields[name]}"
             )
-    table = file.read(columns or expected, use_threads=False)
+    return file, expected
+
+
+def _checked_columns(table: pa.Table, start: int) -> pa.Table:
+    """Returns a table whose samples are numbered from `start` on; raises ValueError for another."""
     for name in set(table.column_names) - {"target"}:
         if table[name].null_count:
             raise ValueError(f"column {name} has nulls")
-    if not np.array_equal(_numbers(table["sample"]), np.arange(len(table))):
-        raise ValueError("its samples are not numbered 0, 1, 2, …")
+    for chunk in table["sample"].chunks:
+        if not np.array_equal(np.from_dlpack(chunk.cast(pa.int64())), np.arange(start, start + len(chunk))):
+            raise ValueError("its samples are not numbered 0, 1, 2, …")
+        start += len(chunk)
     return table
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from softcache.cache.finished import FinishedUnits
 from softcache.cache.kinds import FOREIGN
 from softcache.cache.manifest import Manifest, UnitMarker
-from softcache.cache.samples import RowIndex, SampleTable
+from softcache.cache.samples import RowIndex, SampleKeys, SampleTable
 from softcache.cache.storage.base import is_bucket
 from softcache.errors import CacheNotFoundError, IdentityError, LabelError
 from softcache.hashing.digests import digest_json, digest_of_parts
@@ -115,7 +115,7 @@ class CacheParts(Cache):
     def samples_table(self) -> SampleTable:
         tables = [part.samples_table() for part in self.parts]
         return SampleTable(
-            [key for table in tables for key in table.keys],
+            SampleKeys.concat([table.keys for table in tables]),
             np.concatenate([table.targets for table in tables]),
             np.concatenate([table.num_rows for table in tables]),
         )
