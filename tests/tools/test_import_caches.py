@@ -157,10 +157,10 @@ def test_tinyvit_is_read_as_its_writer_wrote_it(tinyvit):
     assert list(verify_units(tinyvit)) == []
     with pytest.raises(TemperatureError):
         labels.at_temperature(2.0)
-    said = tinyvit.manifest.attributes["imported"]
-    assert said["views"] == ["logits_top5_epoch0", "logits_top5_epoch1"]
-    assert said["joined_by"] == "number"
-    assert "statistics" in said["missing"]
+    facts = tinyvit.manifest.attributes["imported"]
+    assert facts["views"] == ["logits_top5_epoch0", "logits_top5_epoch1"]
+    assert facts["joined_by"] == "number"
+    assert "statistics" in facts["missing"]
     identity = tinyvit.manifest.identity
     assert identity["views"]["digest"].startswith("foreign:tinyvit:")
     assert identity["teacher"]["spec"] == "imported:theirs"
@@ -489,9 +489,9 @@ def test_fkd_is_read_as_its_writer_wrote_it(tmp_path):
     assert (cache.num_views, cache.manifest.codec["k"], report.units_done) == (2, 5, 2)
     digits_like(cache, CROPS)
     assert list(verify_units(cache)) == []
-    said = cache.manifest.attributes["imported"]
-    assert said["joined_by"] == "file name"
-    assert "the temperature of the softmax, taken to be 1" in said["missing"]
+    facts = cache.manifest.attributes["imported"]
+    assert facts["joined_by"] == "file name"
+    assert "the temperature of the softmax, taken to be 1" in facts["missing"]
     crops = np.load(ORIGINALS / "fkd" / "crops.npz")
     original = open_original("fkd", [ORIGINALS / "fkd" / "labels"], dozen())
     found = original.parameters(np.arange(12), 1)
@@ -504,8 +504,8 @@ def test_ml_dr_is_read_as_its_writer_wrote_it(tmp_path):
     assert (cache.num_views, cache.manifest.codec["k"]) == (2, 4)
     digits_like(cache, CROPS)
     assert list(verify_units(cache)) == []
-    said = cache.manifest.attributes["imported"]
-    assert said["image_augmentation"]["random_resized_crop"]["size"] == 8
+    facts = cache.manifest.attributes["imported"]
+    assert facts["image_augmentation"]["random_resized_crop"]["size"] == 8
     original = open_original("ml-dr", [ORIGINALS / "ml-dr" / "rdata"], dozen())
     params = original.parameters(np.arange(12), 1)["params"]
     assert params[3][2:] == [True, [(3, 0.5), (11, -1.0)]]
@@ -644,3 +644,5 @@ def test_the_command_says_what_the_original_lacks(tmp_path):
     with pytest.raises(ConfigError, match="tinyvit: holds labels of kind 'image'"):
         open_original("tinyvit", [TINYVIT], type("Text", (), {"kind": "tokens", "source": ManyClasses(9)})())
     assert open_cache(str(tmp_path / "cache")).num_views == 2
+    custom = open_original("softcache.tools.import_caches.formats.tinyvit:TinyViT", [TINYVIT], digits())
+    assert custom.num_views == 2

@@ -1,4 +1,4 @@
-"""The cache of an original: the manifest of a capture, with what is not known said, then unit by unit.
+"""The cache of an original: the manifest of a capture, which names what is not known, then unit by unit.
 
 Policy is "imported", the teacher is known by name only, there are no statistics and labels are known at T = 1. The
 identity names format and files (`original`), so that an import which was killed goes on from the same files only. Views
@@ -173,7 +173,7 @@ class _UnitColumns:
         return labels
 
     def _columns(self, labels: SoftLabels) -> dict[str, np.ndarray]:
-        """Returns encoded labels; codecs refuse NaN, which here says that the ground truth's probability is not known."""
+        """Returns encoded labels; codecs refuse NaN, which here means that the ground truth's probability is not known."""
         target_R = np.asarray(labels.target_log_prob)
         columns = self._codec.encode(replace(labels, target_log_prob=np.nan_to_num(target_R)))
         columns["target_log_prob"] = target_R
@@ -255,13 +255,13 @@ def _manifest(
         named = digest_json([original.name, original.digest])
         views = {"digest": f"{FOREIGN}{original.name}:{named}", "num_views": original.num_views}
         identity["views"] = views | {"settings": {}}
-    said = {
+    facts = {
         "format": original.name,
         "teacher_saw": sees,
         "missing": list(original.missing),
         **original.facts,
     }
-    fields = {"codec": codec, "identity": identity, "attributes": {"imported": said}}
+    fields = {"codec": codec, "identity": identity, "attributes": {"imported": facts}}
     return manifest.model_copy(update=fields), samples
 
 

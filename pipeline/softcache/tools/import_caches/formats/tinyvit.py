@@ -9,7 +9,7 @@ replay. With mixup, views are mixtures of the pairs of a batch. Samples that pad
 the lowest rank.
 
 Ids are softmax's largest, as int16: of up to 32,768 classes a negative one is damage; of up to 65,536 the two's complement
-holds all; beyond that ids cannot be told apart, and the format is refused. Probabilities are over all classes at T = 1.
+holds all; beyond that ids are ambiguous, and the format is refused. Probabilities are over all classes at T = 1.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class TinyViT(Original):
         if self._num_classes > 2**16:
             raise LabelError(
                 f"tinyvit: {self._num_classes:,} classes of source {data.source.name}; its ids are of 16 bits, and those of "
-                f"more than {2**16:,} classes cannot be told apart"
+                f"more than {2**16:,} classes are ambiguous"
             )
         self._folders = [epoch for path in paths for epoch in _epochs(path)]
         if not self._folders:
