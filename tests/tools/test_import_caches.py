@@ -31,6 +31,7 @@ from softcache.stages.import_labels import import_command
 from softcache.stages.inspect import inspect_command
 from softcache.tools.convert import convert_cache
 from softcache.tools.import_caches import TopRows, import_cache, open_original
+from softcache.tools.import_caches.crops import FKDCrops
 from softcache.tools.import_caches.top_rows import LEAST_TAIL, soft_labels
 from softcache.tools.verify.teacher import verify_units
 from tests.data.test_text_source import save_tokenizer
@@ -497,6 +498,18 @@ def test_fkd_is_read_as_its_writer_wrote_it(tmp_path):
     found = original.parameters(np.arange(12), 1)
     np.testing.assert_allclose(found["box"], crops["boxes"][:, 1], atol=2**-12)  # the last file is float16
     assert np.array_equal(found["flip"], crops["flips"][:, 1])
+
+
+def test_a_student_of_fkd_sees_the_crops_that_its_own_loader_shows(tmp_path):
+    cache, _ = load("fkd", ORIGINALS / "fkd" / "labels", tmp_path / "cache", dozen())
+    data, crops = dozen(), np.load(ORIGINALS / "fkd" / "crops.npz")
+    original = open_original("fkd", [ORIGINALS / "fkd" / "labels"], data)
+    dataset = SoftLabelDataset(FKDCrops(data.source, original, size=10), cache)
+    for view in range(2):
+        batch = dataset.load(np.array([7, 2, 11]), view)
+        assert np.array_equal(batch.images.numpy(), crops["seen"][[7, 2, 11], view])
+        assert batch.targets.tolist() == data.source.targets()[[7, 2, 11]].tolist()
+        assert np.array_equal(batch.labels.ids.numpy(), cache.read([7, 2, 11], view).ids)
 
 
 def test_ml_dr_is_read_as_its_writer_wrote_it(tmp_path):

@@ -4,6 +4,7 @@
     formats/      one module per format
     top_rows.py   its probabilities to soft labels, and what of them is refused
     write.py      the manifest, then unit by unit
+    crops.py      FKD's crops for a student
     unpickle.py   files of torch.save and pickle, without running code
 
 The config's source defines the samples. What the original lacks is in the manifest (`attributes.imported`), and nothing is
