@@ -303,6 +303,24 @@ def test_a_unit_that_hangs_costs_its_worker_and_is_named_by_its_sample(monkeypat
     assert "worker w1, unit 3, view 0, samples 0 to 9: no progress for 9 s" in capsys.readouterr().err
 
 
+def test_a_worker_that_hangs_since_an_earlier_run_is_restarted_too():
+    cluster = Answers(lambda unit, *_: made(unit))
+    cluster.steps = lambda: [("w5", Step("c", 50, "view 0, samples 0 to 9", is_waiting=False, seconds=99.0))]
+    scheduler = Scheduler(cluster, range(3), print, stall_seconds=60)
+    scheduler._look_for_stalls()
+    scheduler._look_for_stalls()
+    assert cluster.restarted == ["w5"]
+    assert scheduler.run() == []
+
+    def neighbor(unit, number, avoid):
+        return WorkerDied(5) if unit == 1 and number == 1 else made(unit)
+
+    scheduler = Scheduler(cluster := Answers(neighbor), range(3), print)
+    scheduler._restarting_until = time.monotonic() + 60
+    assert scheduler.run() == []
+    assert cluster.tries[1] == 2, "a death by a restart counts against no unit"
+
+
 def test_nothing_hangs_before_three_units_are_made():
     scheduler = Scheduler(Answers(None), [], print)
     assert scheduler._limit() == 3600
@@ -551,7 +569,7 @@ def test_a_sample_that_hangs_is_named_and_the_rest_is_done(tmp_path, address):
     with pytest.raises(
         UnitsFailedError, match=rf"1 of 10 units.*\n  unit 7 .*sample '{key}', view 1: no progress"
     ):
-        capture_on_dask(config, str(tmp_path / "cache"), address, stall_seconds=2)
+        capture_on_dask(config, str(tmp_path / "cache"), address, stall_seconds=15)
     assert list(open_cache(tmp_path / "cache").missing_units) == [7]
     with open_objects(str(tmp_path / "cache")).claim("units/00007.lock") as is_free:
         assert is_free, "the worker that hung is gone"

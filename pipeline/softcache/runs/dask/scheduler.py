@@ -41,6 +41,8 @@ STALL_POLL_SECONDS = 2.0
 MEDIANS_OF_A_STALL, MIN_STALL_SECONDS, FIRST_STALL_SECONDS = 10.0, 300.0, 3600.0
 """A unit hangs if it does not move on for ten times the median unit, for five minutes at least; for an hour before three are
 made, and while teacher and data are being opened."""
+RESTART_SECONDS = 60.0
+"""After a worker is restarted here, in which a death counts against no unit."""
 HELD_SECONDS = 180.0
 """For the claim of a process that hung to end, at least: a lease takes a minute."""
 MAX_DEATHS = 2
@@ -129,6 +131,7 @@ class Scheduler:
         self._seconds: deque[float] = deque(maxlen=101)
         self._next_look = time.monotonic() + STALL_POLL_SECONDS
         self._restarted: set[str] = set()
+        self._restarting_until = 0.0
         self._stalls: dict[int, Stall] = {}
         self._deaths: dict[int, int] = {}
         self._fresh: Iterator[int] = iter(units)
@@ -185,6 +188,7 @@ class Scheduler:
                 continue
             self._restarted.add(worker)
             self._excluded.add(worker)
+            self._restarting_until = time.monotonic() + RESTART_SECONDS
             words = f"{step.doing}: no progress for {step.seconds:.0f} s; the limit is {limit:.0f} s"
             log_info(f"dask: worker {worker}, unit {step.unit}, {words}; it is restarted")
             handle = self._in_flight.get(step.unit)
@@ -229,12 +233,18 @@ class Scheduler:
     def _take(self, unit: int) -> None:
         handle = self._in_flight.pop(unit)
         was_alone, self._running_alone = self._running_alone == unit, None
+        stall = self._stalls.get(unit)
         try:
             outcome = self._cluster.result(handle)
         except WorkerDied as died:
-            self._died(unit, died.deaths, was_alone=was_alone)
-            return
-        stall = self._stalls.get(unit)
+            if stall is not None and stall.pending is not None:
+                outcome = None
+            elif time.monotonic() < self._restarting_until:  # of its worker, for another unit
+                self._again(unit)
+                return
+            else:
+                self._died(unit, died.deaths, was_alone=was_alone)
+                return
         if outcome is None and stall is not None and stall.pending is not None:
             error, stall.pending = stall.pending, None
             self._failed(unit, error, give_up=stall.count > 1)  # the second time its sample is known
