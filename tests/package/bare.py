@@ -45,6 +45,12 @@ for store, place in places.items():
             assert np.array_equal(getattr(labels, name), expected[f"{store}/{name}"][view]), (store, name)
         soft = labels.at_temperature(2.0)
         assert np.allclose(np.exp(soft.log_probs).sum(1) + np.exp(soft.log_tail), 1, atol=1e-5), store
+from softcache.testing import validate, vectors  # noqa: E402
+
+assert "pytest" not in sys.modules
+assert vectors()["packed"]
+assert [validate(place) for place in places.values()] == [[], []]
+
 for manifest in sorted((golden / "v1-packed").rglob("manifest.json")):
     assert len(softcache.open_cache(manifest.parent).read([0], view=0)) >= 1, manifest
 

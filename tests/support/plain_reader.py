@@ -31,10 +31,9 @@ def read(folder):
         raise ValueError(f"{samples}: another table")
     table = pq.ParquetFile(samples).read()
     out = {}
-    for path in sorted((folder / "units").glob("*.json")):
-        marker = json.loads(path.read_text())
+    for number, marker in sorted(_markers(folder, manifest).items()):
         if marker["manifest_sha256"] != hashlib.sha256(stored).hexdigest():
-            raise ValueError(f"{path}: of another manifest")
+            raise ValueError(f"{folder}: marker {number}: of another manifest")
         for shard in marker["shards"]:
             if hashlib.sha256((folder / shard["path"]).read_bytes()).hexdigest() != shard["sha256"]:
                 raise ValueError(f"{shard['path']}: damaged")
@@ -42,6 +41,70 @@ def read(folder):
         for sample, row in columns(folder, manifest, marker, table):
             out[marker["view"], sample] = _decoded(manifest["codec"], row)
     return out
+
+
+def _markers(folder, manifest):
+    """Returns the markers of the finished units by number: single ones, and those in the newest generation of a block."""
+    plan, found = manifest["plan"], {}
+    num_units = -(-plan["num_samples"] // plan["unit_samples"]) * plan["num_views"]
+    newest = {path.name[:5]: path for path in sorted((folder / "units" / "folded").glob("*.fold"))}
+    for path in newest.values():
+        found |= _folded(path.read_bytes(), manifest, folder, num_units)
+    for path in (folder / "units").glob("*.json"):
+        if int(path.stem) < num_units:
+            found[int(path.stem)] = json.loads(path.read_text())
+    return found
+
+
+def _folded(data, manifest, folder, num_units):
+    if data[-8:] != b"SOFTFOLD":
+        raise ValueError("not a block")
+    length = int.from_bytes(data[-12:-8], "little")
+    header = json.loads(data[-44 - length : -44])
+    first, m, columns = header["block"] * 32_768, header["num_units"], header["columns"]
+    n = min(num_units - first, 32_768)
+    kind = np.dtype(
+        [("num_rows", "<u8"), ("num_bytes", "<u8", (len(columns),)), ("sha256", "u1", (len(columns), 32))]
+    )
+    start, pages = m * kind.itemsize, 32 * -(-m // 256)
+    bitmap = data[start : start + -(-n // 8)]
+    if len(data) != start + len(bitmap) + pages + length + 44:
+        raise ValueError("a block of another size")
+    if hashlib.sha256(data[start:-44]).digest() != data[-44:-12]:
+        raise ValueError("a damaged block")
+    records = np.frombuffer(data[:start], kind)
+    numbers = np.flatnonzero(np.unpackbits(np.frombuffer(bitmap, np.uint8), bitorder="little"))
+    plan = manifest["plan"]
+    per_view, out = -(-plan["num_samples"] // plan["unit_samples"]), {}
+    for number, record in zip((numbers + first).tolist(), records, strict=True):
+        view, place = divmod(number, per_view)
+        start = place * plan["unit_samples"]
+        digests = [bytes(digest).hex() for digest in record["sha256"]]
+        out[number] = {
+            "view": view,
+            "start": start,
+            "stop": min(start + plan["unit_samples"], plan["num_samples"]),
+            "num_rows": int(record["num_rows"]),
+            "manifest_sha256": header["manifest_sha256"],
+            "shards": [
+                {
+                    "column": column,
+                    "sha256": digest,
+                    "path": _path(manifest, folder, column, number, view, place),
+                }
+                for column, digest in zip(columns, digests, strict=True)
+            ],
+        }
+    return out
+
+
+def _path(manifest, folder, column, number, view, place):
+    if column is None:
+        return f"{manifest['data']}/{number:05d}.parquet"
+    axes = json.loads((folder / manifest["data"] / column / "zarr.json").read_text())["dimension_names"]
+    start = [number] if axes[0] == "row" else [view, place]
+    inner = len(axes) - len(start)
+    return "/".join([manifest["data"], column, "c", *map(str, start), *["0"] * inner])
 
 
 def _zarr_unit(folder, manifest, marker, table):

@@ -62,6 +62,12 @@ class TestFrozenCells(FormatContract):
         return GOLDEN / "v1-cells" / request.param
 
 
+class TestFrozenFoldedMarkers(FormatContract):
+    @pytest.fixture
+    def cache_url(self):
+        return GOLDEN / "v1-folded" / "parquet"
+
+
 # -- validate, schema, vectors ---------------------------------------------------------------------------------
 
 

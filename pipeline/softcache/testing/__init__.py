@@ -12,7 +12,8 @@
             return lambda: MyObjects("/somewhere/empty")
 
 `FaultyObjects` is a store that refuses, loses answers, repeats writes and ends its process, by a seed or at a given
-operation; `fault_proxy` does the same to connections. Nothing here imports pytest but `storage` and `format`.
+operation; `fault_proxy` does the same to connections, and `simulation` is a storage in memory whose clients are led step by
+step. Nothing here imports pytest but `storage` and `format`.
 """
 
 from softcache.testing.faults import FaultyObjects, Killed
