@@ -16,7 +16,13 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from softcache.cache import finished, folded, folding, units
 from softcache.cache.finished import UnitIndex
@@ -41,6 +47,7 @@ CONSTANTS = (
     (units, "FOLD_EVERY", 3),
     (units, "WAIT_SECONDS", 0.0),
 )
+MAX_LIVE = 4
 RECORDED = {"steps": 0, "examples": 0, "requests": 0}
 
 
@@ -93,6 +100,16 @@ class FoldMachine(RuleBasedStateMachine):
         self.clock = 0
         RECORDED["examples"] += 1
 
+    @initialize(count=st.integers(0, NUM_UNITS), is_folded=st.booleans())
+    def begin(self, count, is_folded):
+        objects = LateObjects(self.storage)
+        for number in range(count):
+            self.publish(objects, MANIFEST.plan.unit(number), 0)
+        self.storage.show()
+        if is_folded:
+            fold_markers(self.index(objects))
+            self.storage.show()
+
     # -- processes ------------------------------------------------------------------------------------------
 
     def start(self, name, function):
@@ -104,6 +121,7 @@ class FoldMachine(RuleBasedStateMachine):
         if not any(process.name == f"repair {unit.number}" for process in self.live()):
             self.unmarked[unit.number] = self.clock
 
+    @precondition(lambda self: len(self.live()) < MAX_LIVE)
     @rule(first=st.integers(0, NUM_UNITS - 1), count=st.integers(1, 5), maker=st.integers(0, 3))
     def start_writer(self, first, count, maker):
         wanted = [MANIFEST.plan.unit(number % NUM_UNITS) for number in range(first, first + count)]
@@ -115,11 +133,13 @@ class FoldMachine(RuleBasedStateMachine):
 
         self.start("writer", write)
 
+    @precondition(lambda self: len(self.live()) < MAX_LIVE)
     @rule(kept=st.integers(0, 2))
     def start_folder(self, kept):
         self.patch.setattr(folding, "KEPT_LOOSE", kept)
         self.start("folder", lambda objects: fold_markers(self.index(objects)))
 
+    @precondition(lambda self: len(self.live()) < MAX_LIVE)
     @rule()
     def start_reader(self):
         before, began = set(self.finished), self.clock
@@ -145,11 +165,12 @@ class FoldMachine(RuleBasedStateMachine):
 
         self.start("reader", read)
 
+    @precondition(lambda self: len(self.live()) < MAX_LIVE)
     @rule()
     def start_gc(self):
         self.start("gc", lambda objects: garbage.collect_garbage(objects, delete=True, older_than=0))
 
-    @precondition(lambda self: self.repairs)
+    @precondition(lambda self: self.repairs and len(self.live()) < MAX_LIVE)
     @rule(number=st.integers(0, NUM_UNITS - 1))
     def start_repair(self, number):
         def repair(objects):
@@ -175,13 +196,21 @@ class FoldMachine(RuleBasedStateMachine):
         return [process for process in self.processes if not process.is_done]
 
     @precondition(lambda self: self.live())
-    @rule(which=st.integers(0, 99), count=st.integers(1, 12))
+    @rule(which=st.integers(0, 99), count=st.integers(1, 30))
     def step(self, which, count):
         process = self.live()[which % len(self.live())]
         for _ in range(count):
+            if process.is_done:
+                break
             process.step()
             RECORDED["requests"] += 1
         self.look(process)
+
+    @precondition(lambda self: self.live())
+    @rule(which=st.integers(0, 99))
+    def finish(self, which):
+        """Lets a process run on, to its end unless it waits for another one."""
+        self.step(which, 150)
 
     @precondition(lambda self: self.live())
     @rule(which=st.integers(0, 99), fate=st.sampled_from([LOST, REPEATED]))

@@ -213,7 +213,7 @@ class FoldedBlock:
             raise self._damage(f"{size:,} bytes; {expected_size:,} bytes expected")
         content = content[len(content) - tail_bytes :]
         if hashlib.sha256(content).digest() != digest:
-            raise self._damage("its end has another sha256 than it says")
+            raise self._damage("its end has another sha256 than the one that is stored there")
         bits = np.unpackbits(np.frombuffer(content[:map_bytes], np.uint8), bitorder="little").astype(bool)
         self.finished = bits[: stop - start]
         if bits[stop - start :].any() or int(self.finished.sum()) != header.num_units:
@@ -272,7 +272,7 @@ class FoldedBlock:
         for page, data in pages:
             if hashlib.sha256(data).digest() != self._digests[page]:
                 raise self._damage(
-                    f"entries {page * PAGE_UNITS} and on have another sha256 than its end says"
+                    f"entries {page * PAGE_UNITS} and on have another sha256 than the one stored at its end"
                 )
         records = np.frombuffer(b"".join(data for _, data in pages), self._type)
         if pages:
