@@ -30,7 +30,7 @@ DATA_KEYS = {
     "fashion-mnist": "root",
     "webdataset": "path",
 }
-"""By source, the key of `[source]` that says where its data are."""
+"""By source, the key of `[source]` that holds the place of its data."""
 
 
 @click.command()

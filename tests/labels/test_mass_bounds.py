@@ -91,7 +91,7 @@ def test_bounds_are_narrow_on_logits_like_those_of_models():
 
 
 def test_known_values_where_the_promise_does_not_hold():
-    """Normal logits of standard deviation 30, one class kept: the interpolation is off by more than 2e-3, and says so."""
+    """Normal logits of standard deviation 30, one class kept: the interpolation is off by more than 2e-3, and the bound shows it."""
     rng = np.random.default_rng(3)
     logits = torch.from_numpy(30.0 * rng.normal(size=(200, 1000)))
     labels = top_k(logits, k=1)

@@ -30,7 +30,7 @@ IDENTITY_SCHEMA_BY_KIND: dict[LabelKind, dict[str, dict[str, Any]]] = {
     },
 }
 CELL_TRUTHS = ("boxes", "masks")
-"""Parts of the identity of cells, one of which says what their ground truth is."""
+"""Parts of the identity of cells, one of which names their ground truth."""
 
 
 def check_kind(

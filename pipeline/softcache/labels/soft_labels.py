@@ -1,5 +1,5 @@
 """The label record: a teacher's distribution over V classes, kept in a few numbers, good at every
-temperature from 1 up; how good, each row says (`SoftLabels.tail_error`).
+temperature from 1 up; how good, each row bounds (`SoftLabels.tail_error`).
 
 Shape suffixes: `P` positions (an image view, a token, a cell), `V` classes, `K` kept classes, `G` grid of
     temperatures.

@@ -58,7 +58,7 @@ class TeacherSettings(Settings):
 
 
 class TeacherFacts:
-    """What a cache's manifest says of the teacher of its labels; also of one that only its name is known of.
+    """What a cache's manifest holds of the teacher of its labels, also of one of which only the name is known.
 
     Attributes:
         spec: the model spec it was built from.

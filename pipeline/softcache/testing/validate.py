@@ -1,4 +1,4 @@
-"""Whether a cache is what docs/format.md says, by any writer; schemas and vectors of that page."""
+"""Whether a cache of any writer is as docs/format.md specifies; schemas and vectors of that page."""
 
 from __future__ import annotations
 

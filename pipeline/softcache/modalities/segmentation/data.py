@@ -66,7 +66,7 @@ class SegmentationData(ImageSplits):
     def train_dataset(self, config: RunConfig, cache: Cache) -> tuple[Any, None]:
         """Returns the student's dataset of labeled samples, and which of them it has (None: all)."""
         settings = cache.manifest.identity["grid"].get("settings", {})
-        if settings.keys() == {"height", "width"}:  # else the check of the cache says what it is of
+        if settings.keys() == {"height", "width"}:  # else the check of the cache names what it is of
             self.train = self.train.with_cells(Cells(**settings))
         return SoftLabelDataset(self.train, cache, **config.reader.fingerprint_checks), None
 
