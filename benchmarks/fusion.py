@@ -95,9 +95,7 @@ def _run(
 ) -> None:
     k = config.labels.k
     cut = {
-        name: shrink_cache(
-            cache, str(out / f"{name}-{k}"), ShrinkSettings(k=k, values="float16", allow_weak_teachers=False)
-        )
+        name: shrink_cache(cache, str(out / f"{name}-{k}"), ShrinkSettings(k=k, values="float16"))
         for name, cache in caches.items()
     }
     kinds: dict[str, Cache | None] = {"hard labels": None} | {f"teacher {name}": c for name, c in cut.items()}

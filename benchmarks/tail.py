@@ -145,7 +145,7 @@ def half_gaps(records: dict[str, Any]) -> list[float]:
 
 
 def bounds_above(records: dict[str, Any], truth: tuple) -> dict[str, tuple[float, float]]:
-    """99th percentile and largest of the bound that a record gives for its error (`SoftLabels.tail_error`), by range of T."""
+    """99th percentile and largest of a record's own bound (`SoftLabels.tail_error`), by range of T."""
     stored = log_tails(records, DEFAULT_TEMPERATURES)[0].astype(np.float32)
     known = {name: np.array(records[name]) for name in ("log_support_P", "highest_log_prob_P")}
     slopes = tuple(np.array(records["slopes"]).T)

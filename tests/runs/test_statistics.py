@@ -5,10 +5,11 @@ import pytest
 import torch
 
 from softcache.cache.codecs import PackedCodec
-from softcache.errors import LabelError
+from softcache.errors import IdentityError, LabelError
 from softcache.labels.sparsify import sample
 from softcache.losses import distillation_loss
 from softcache.runs import train_student
+from softcache.runs.cache import cache_is_ready
 from softcache.tools.shrink import ShrinkSettings, shrink_cache
 from softcache.tools.verify.teacher import verify_units
 from tests.support.caches import digits_config, make_cache
@@ -38,6 +39,15 @@ def test_labels_are_the_same_without_statistics(tmp_path, codec):
     np.testing.assert_array_equal(small.read(range(60)).log_probs, other.log_probs)
     with pytest.raises(LabelError, match="has no statistics"):
         shrink_cache(lean, str(tmp_path / "no"), ShrinkSettings(statistics="all"))
+
+
+def test_a_setting_is_compared_with_the_cache(tmp_path):
+    config, data, lean = make_cache(tmp_path / "lean", labels={"k": 4, **LEAN})
+    assert cache_is_ready(config, data, lean.url)
+    _, _, whole = make_cache(tmp_path / "whole", labels={"k": 4})
+    assert cache_is_ready(digits_config(labels={"k": 4, "statistics": "all"}), data, whole.url)
+    with pytest.raises(IdentityError, match="labels.statistics: 'none' in the config, 'all' in the cache"):
+        cache_is_ready(config, data, whole.url)
 
 
 def test_what_reads_statistics_names_the_setting(tmp_path):

@@ -123,7 +123,7 @@ class LabelSettings(Settings):
     @classmethod
     def keys_of_identity(cls, identity: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the labels' part of an identity by the keys of `[labels]`."""
-        return {**identity, "temperatures": tuple(identity["temperatures"])}
+        return {"statistics": "all", **identity, "temperatures": tuple(identity["temperatures"])}
 
 
 POLICIES: Registry[type[LabelSettings]] = Registry(
