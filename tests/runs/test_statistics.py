@@ -46,7 +46,7 @@ def test_a_setting_is_compared_with_the_cache(tmp_path):
     assert cache_is_ready(config, data, lean.url)
     _, _, whole = make_cache(tmp_path / "whole", labels={"k": 4})
     assert cache_is_ready(digits_config(labels={"k": 4, "statistics": "all"}), data, whole.url)
-    with pytest.raises(IdentityError, match="labels.statistics: 'none' in the config, 'all' in the cache"):
+    with pytest.raises(IdentityError, match=r"labels\.statistics: 'none' in the config, 'all' in the cache"):
         cache_is_ready(config, data, whole.url)
 
 
