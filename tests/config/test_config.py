@@ -175,7 +175,8 @@ def test_a_binary_file_is_no_toml(tmp_path):
 
 def test_a_missing_file_and_a_folder(tmp_path):
     with pytest.raises(
-        ConfigError, match=r"none\.toml: cannot be read: No such file or directory; see configs/"
+        ConfigError,
+        match=r"none\.toml: cannot be read: No such file or directory; `softcache init` writes one",
     ):
         load_config(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):

@@ -545,7 +545,7 @@ BAD = {
     ),
     "modality": (
         '[source]\nmodality="sound"\nname="x"\n',
-        r"source\.modality: modality 'sound': unknown; known: .*image, multi_label, text",
+        r"source\.modality: modality 'sound': unknown; known: .*image, multi_label, segmentation, text",
     ),
     "uld": ('[source]\nname="digits"\n[loss]\nname="uld"\n', r"loss\.name: uld compares"),
 }

@@ -412,7 +412,7 @@ def test_a_config_with_fusion_is_swept_from_the_fused_cache_and_its_best_reads_i
     shutil.copytree(shared_cache[2].url, in_tmp / "one")
     make_cache(in_tmp / "two", teacher={"model": "tests.fakes:known_scaled"})
     text = CONFIG.format(url=in_tmp / "fused").replace(
-        "[teacher]", '[fusion]\ncaches = ["one", "two"]\n[teacher]'
+        "[teacher]", '[fusion]\ncaches = ["one", "two"]\nallow_weak_teachers = true\n[teacher]'
     )
     (in_tmp / "fused.toml").write_text(text.replace('name = "small"', 'name = "fused"'))
     words = ("--set", "train.epochs=2", "--no-cost")

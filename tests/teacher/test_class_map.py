@@ -133,7 +133,7 @@ def test_other_modalities_have_no_class_map(tmp_path):
     (tmp_path / "run.toml").write_text(
         '[source]\nmodality = "text"\nname = "stdlib"\ntokenizer = "bytes"\n[teacher]\nmodel = "gpt2"\nclass_map = "auto"\n'
     )
-    with pytest.raises(ConfigError, match=r"teacher.class_map: of classifiers and detectors of images"):
+    with pytest.raises(ConfigError, match=r"teacher.class_map: of models of images"):
         load_config(tmp_path / "run.toml")
 
 
