@@ -8,6 +8,7 @@ import torch
 from click.testing import CliRunner
 
 from benchmarks import epochs, fused, fusion, iglm, quality, shuffle_quality, teacher_memory
+from softcache.tools.fuse import RULES
 from tests.support.programs import fork_interpreters
 
 
@@ -159,7 +160,7 @@ def test_fusion_benchmark_trains_students_of_every_rule_once_and_measures_estima
         done = CliRunner().invoke(fusion.main, ["--config", str(config), "--seeds", "1"])
         assert done.exit_code == 0, done.output
     rows = [json.loads(line) for line in (tmp_path / "runs/fusion/students.jsonl").read_text().splitlines()]
-    assert len(rows) == 1 + 3 + 5
+    assert len(rows) == 1 + 3 + len(RULES)
     done = CliRunner().invoke(fusion.main, ["--config", str(config), "--estimates"])
     assert done.exit_code == 0, done.output
     assert "fused top-k against fused whole distributions" in done.output

@@ -24,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from accelerate import Accelerator
@@ -319,9 +320,18 @@ def fuzz(
     Raises whatever is not an error of softcache's own, with the seed of the bytes that led there; or prints and counts it
     (`goes_on`).
     """
+    logger = logging.getLogger("softcache")
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)
+        with mock.patch.dict(os.environ, AWS_SECRET_ACCESS_KEY=SECRET, AWS_SESSION_TOKEN=SECRET):
+            return _fuzz(target, number, seconds, files, goes_on)
+    finally:
+        logger.setLevel(level)
+
+
+def _fuzz(target: Target, number: int, seconds: float, files: int, goes_on: bool) -> Counter[str]:
     tally, end, turn = Counter[str](), time.monotonic() + seconds, 0
-    os.environ.update(AWS_SECRET_ACCESS_KEY=SECRET, AWS_SESSION_TOKEN=SECRET)
-    logging.getLogger("softcache").setLevel(logging.ERROR)
     target.read(target.valid)
     while time.monotonic() < end and turn < files:
         draw, turn = random.Random(f"{target.name} {number} {turn}"), turn + 1

@@ -36,18 +36,18 @@ COMPRESSORS = ("blosc", "zstd", "gzip")
 def metadata_equal(found: bytes, expected: bytes, *, any_codec: bool = False) -> bool:
     """Whether two `zarr.json` describe the same numbers by the same names.
 
-    Parameters that no decoder needs (levels, shuffles, sizes of blocks), further attributes, consolidated metadata and what
-    later versions of Zarr may add are left alone; a key in place of another is damage.
+    Parameters that no decoder needs (levels, shuffles, sizes of blocks), further attributes, consolidated metadata and
+    extensions that need not be understood are left alone; Zarr v3 has no other key.
 
     Args:
         any_codec: chunks may be coded in any way of `array_codecs`.
     """
     try:
         one, other = json.loads(found), json.loads(expected)
-        renamed = (
-            one.keys() - other.keys() - {"consolidated_metadata"} and other.keys() - one.keys() - OPTIONAL
-        )
-        if renamed or one.get("storage_transformers") or one["zarr_format"] != 3:
+        further = one.keys() - other.keys() - OPTIONAL
+        if any(one[key].get("must_understand") is not False for key in further):
+            return False
+        if other.keys() - one.keys() - OPTIONAL or one.get("storage_transformers") or one["zarr_format"] != 3:
             return False
         mine, theirs = one.get("attributes", {}), other["attributes"]
         if one["node_type"] != other["node_type"] or any(
@@ -65,7 +65,7 @@ def metadata_equal(found: bytes, expected: bytes, *, any_codec: bool = False) ->
         return False
 
 
-OPTIONAL = {"attributes", "dimension_names", "storage_transformers"}
+OPTIONAL = {"attributes", "consolidated_metadata", "dimension_names", "storage_transformers"}
 
 
 def _codecs_equal(found: list[dict[str, Any]], expected: list[dict[str, Any]], *, any_codec: bool) -> bool:
