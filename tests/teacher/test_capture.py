@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from softcache.cache import units
+from softcache.cache.finished import UnitIndex
+from softcache.cache.storage.open import open_objects
 from softcache.errors import IdentityError, LabelError, StorageError
 from softcache.labels import sparsify
 from softcache.reader.open import open_cache
@@ -221,6 +223,18 @@ def test_an_error_while_labels_are_made_is_the_runs_own_and_frees_every_claim(tm
         thread for thread in threading.enumerate() if thread not in before
     ]  # other tests have caches open
     assert not [thread for thread in left if thread.name.startswith("softcache")]
+
+
+def test_a_lookup_that_fails_frees_its_claim_while_the_error_is_kept(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise StorageError("no answer")
+
+    monkeypatch.setattr(UnitIndex, "marker", refuse)
+    with pytest.raises(StorageError, match="no answer") as kept:
+        make_cache(tmp_path / "cache")
+    with open_objects(str(tmp_path / "cache")).claim("units/00000.lock") as ours:
+        assert ours
+    del kept
 
 
 def test_loader_processes_give_the_same_cache(tmp_path, shared_cache):

@@ -254,17 +254,16 @@ def _claim_units(
 ) -> Iterator[PendingUnit]:
     """Yields the units that this run may make; another run's go to `held`."""
     for unit in units:
-        claim = ExitStack()
-        if not claim.enter_context(work.objects.claim(f"units/{unit.number:05d}.lock")):
-            held.append(unit)
-            claim.close()
-            continue
-        marker = work.index.marker(unit.number)
-        if marker is not None:
-            claim.close()
-            on_found(marker.num_rows)
-        else:
-            yield PendingUnit(unit, claim)
+        with ExitStack() as claim:  # an error of the lookup ends it; an error that is kept would keep it
+            if not claim.enter_context(work.objects.claim(f"units/{unit.number:05d}.lock")):
+                held.append(unit)
+                continue
+            marker = work.index.marker(unit.number)
+            if marker is not None:
+                on_found(marker.num_rows)
+                continue
+            item = PendingUnit(unit, claim.pop_all())
+        yield item
 
 
 def _label_units(
