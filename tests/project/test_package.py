@@ -157,6 +157,12 @@ def test_all_has_every_extra_of_users():
     assert listed == extras
 
 
+def test_doctor_has_a_purpose_for_every_extra_of_users():
+    from softcache.stages.doctor import PURPOSES
+
+    assert PURPOSES.keys() == PROJECT["optional-dependencies"].keys() - {"all", "dev", "docs"}
+
+
 def test_the_wheel_has_one_top_level_name(tmp_path):
     for name in ("pipeline", "stages", "configs"):
         shutil.copytree(
