@@ -23,14 +23,8 @@ __all__ = ["can_ask", "init"]
 
 TEMPLATES = Path(__file__).resolve().parent.parent / "configs"
 TASKS = {"image": "imagefolder", "text": "hf-causal-lm"}
-DATA_KEYS = {
-    "imagefolder": "root",
-    "hf": "path",
-    "files": "root",
-    "fashion-mnist": "root",
-    "webdataset": "path",
-}
-"""By source, the key of `[source]` that holds the place of its data."""
+DATA_KEYS = ("root", "path")
+"""Of `[source]`: where the data are, in a template whose data do not come with it."""
 
 
 @click.command()
@@ -133,8 +127,8 @@ def _template(name: str) -> str:
 def _filled(text: str, data: str | None, teacher: str | None, student: str | None) -> str:
     """Returns a template with data, teacher and student put in; comments stay."""
     if data is not None:
-        source = re.search(r'^name = "(\w[\w-]*)"', text, re.M)
-        key = DATA_KEYS.get(source[1]) if source else None
+        source = _table(text, "source")
+        key = next((key for key in DATA_KEYS if source and re.search(rf"^{key} = ", source[0], re.M)), None)
         if key is None:
             raise ConfigError(f"--data {data}: the data of this template come with it; leave it out")
         text = _with_key(text, "source", key, data)

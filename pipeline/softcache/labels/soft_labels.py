@@ -187,8 +187,8 @@ class SoftLabels:
 
         A bound for each row, true whatever the teacher's logits: from the stored values next to T, convexity, and what
         moments leave open of a distribution between 0 and the largest dropped class (`softcache.labels.mass_bounds`). On
-        the grid it is the rounding of the stored values. Between, it is narrow for tails like those of trained models (below
-        1e-4 for most), and wide above the grid where log-probabilities are spread over tens of nats.
+        the grid it is the rounding of the stored values. Between, it is hardly wider than the error (docs/fidelity.md has
+        both, by family of logits), and wide above the grid where log-probabilities are spread over tens of nats.
 
         Args:
             T: a number of at least 1, or an array [] or [P] of such.
