@@ -18,12 +18,13 @@ import torch
 
 from softcache.data.batch import Dataset
 from softcache.data.images import ViewedSource
+from softcache.data.row_batch import RowBatch
 from softcache.data.sources.segmentation.base import IGNORED, MaskSource
 from softcache.data.transforms import Views
 from softcache.data.transforms.ops import nearest
 from softcache.errors import SourceError
 from softcache.hashing.digests import digest_json
-from softcache.labels import LabelKind, SoftLabels, concat
+from softcache.labels import LabelKind, SoftLabels
 from softcache.labels.positions import PositionSettings
 
 __all__ = ["Cells", "SegmentationBatch", "ViewedMasks"]
@@ -51,7 +52,7 @@ class Cells:
 
 
 @dataclass(frozen=True, eq=False)
-class SegmentationBatch:
+class SegmentationBatch(RowBatch):
     """Images of one view and their masks; see `softcache.data.batch.Batch`.
 
     Attributes:
@@ -80,44 +81,14 @@ class SegmentationBatch:
     labeled: torch.Tensor | None = None
     label_counts: np.ndarray | None = None
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     @property
-    def num_rows(self) -> int:
-        return len(self.rows)
-
-    @property
-    def labeled_rows(self) -> torch.Tensor:
-        """[Q] int64, the flat cells that have a label."""
-        return self.rows if self.labeled is None else self.rows[self.labeled]
-
-    @property
-    def positions(self) -> np.ndarray:
-        return (self.rows % len(self.cells)).cpu().numpy()
-
-    def split(self, pieces: int) -> list[SegmentationBatch]:
-        if pieces == 1:
-            return [self]
-        size = -(-len(self) // pieces)
-        return [self._slice(start, min(start + size, len(self))) for start in range(0, len(self), size)]
+    def row_stride(self) -> int:
+        return len(self.cells)
 
     def _slice(self, start: int, stop: int) -> SegmentationBatch:
         images = slice(start, stop)
-        rows = _span(self.row_counts, start, stop)
-        labeled = rows if self.label_counts is None else _span(self.label_counts, start, stop)
         return replace(
-            self,
-            images=self.images[images],
-            masks=self.masks[images],
-            rows=self.rows[rows] - start * len(self.cells),
-            targets=self.targets[rows],
-            row_counts=self.row_counts[images],
-            samples=self.samples[images],
-            fingerprints=self.fingerprints[images],
-            labels=self.labels and self.labels.take(labeled),
-            labeled=None if self.labeled is None else self.labeled[labeled] - rows.start,
-            label_counts=None if self.label_counts is None else self.label_counts[images],
+            self, images=self.images[images], masks=self.masks[images], **self._sliced_rows(start, stop)
         )
 
     def pin_memory(self) -> SegmentationBatch:
@@ -138,74 +109,20 @@ class SegmentationBatch:
             labeled=None if self.labeled is None else move(self.labeled),
         )
 
-    def select(self, chosen: np.ndarray) -> SegmentationBatch:
-        """Returns the batch with some of its rows only, without labels.
-
-        Args:
-            chosen: int64, which of the P rows, ascending.
-        """
-        index = torch.from_numpy(chosen).to(self.rows.device)
-        image_P = np.repeat(np.arange(len(self)), self.row_counts)
-        return replace(
-            self,
-            rows=self.rows[index],
-            targets=self.targets[index],
-            row_counts=np.bincount(image_P[chosen], minlength=len(self)),
-            labels=None,
-            labeled=None,
-            label_counts=None,
-        )
-
-    def rows_at(self, positions: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Returns which of the P rows are at these positions, int64; -1 where there is none, or not in order.
-
-        Args:
-            positions: of some rows of each image, ascending, image by image.
-            counts: [B] how many of them each image has.
-        """
-        rows_P = self.rows.cpu().numpy()
-        flat = np.repeat(np.arange(len(self)), counts) * len(self.cells) + positions.astype(np.int64)
-        found = np.searchsorted(rows_P, flat)
-        good = (found < len(rows_P)) & (positions < len(self.cells))
-        good[good] = rows_P[found[good]] == flat[good]
-        good[1:] &= np.diff(flat) > 0
-        return np.where(good, found, -1)
-
     @classmethod
     def merge(cls, batches: Sequence[SegmentationBatch]) -> SegmentationBatch:
         """Returns one batch of all images, in order."""
-        images = np.cumsum([0, *(len(batch) for batch in batches)])
-        before = np.cumsum([0, *(batch.num_rows for batch in batches)])
-        labels = [batch.labels for batch in batches if batch.labels is not None]
-        is_whole = all(batch.labeled is None for batch in batches)
-        labeled = [
-            (torch.arange(batch.num_rows) if batch.labeled is None else batch.labeled) + int(start)
-            for batch, start in zip(batches, before, strict=False)
+        firsts = np.cumsum([0, *(len(batch) for batch in batches[:-1])])
+        rows = [
+            batch.rows + int(first) * batch.row_stride for batch, first in zip(batches, firsts, strict=True)
         ]
-        counts = [batch.row_counts if batch.label_counts is None else batch.label_counts for batch in batches]
         return replace(
             batches[0],
             images=torch.cat([batch.images for batch in batches]),
             masks=torch.cat([batch.masks for batch in batches]),
-            rows=torch.cat(
-                [
-                    batch.rows + int(first) * len(batch.cells)
-                    for batch, first in zip(batches, images, strict=False)
-                ]
-            ),
-            targets=torch.cat([batch.targets for batch in batches]),
-            row_counts=np.concatenate([batch.row_counts for batch in batches]),
-            samples=np.concatenate([batch.samples for batch in batches]),
-            fingerprints=np.concatenate([batch.fingerprints for batch in batches]),
-            labels=concat(labels) if labels else None,
-            labeled=None if is_whole else torch.cat(labeled),
-            label_counts=None if is_whole else np.concatenate(counts),
+            rows=torch.cat(rows),
+            **cls._merged_rows(batches),
         )
-
-
-def _span(counts: np.ndarray, start: int, stop: int) -> slice:
-    """The rows of the images `start` to `stop`, of so many rows each."""
-    return slice(int(counts[:start].sum()), int(counts[:stop].sum()))
 
 
 class ViewedMasks(Dataset):

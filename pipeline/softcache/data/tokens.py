@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from softcache.data.batch import Dataset
+from softcache.data.row_batch import RowBatch
 from softcache.errors import SourceError
 from softcache.hashing.digests import fingerprint
-from softcache.labels import LabelKind, SoftLabels, concat
+from softcache.labels import LabelKind, SoftLabels
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +34,7 @@ ACROSS_DOCUMENTS = "across documents"
 
 
 @dataclass(frozen=True, eq=False)
-class TokenBatch:
+class TokenBatch(RowBatch):
     """Samples of tokens, padded on the right; see `softcache.data.batch.Batch`.
 
     Attributes:
@@ -63,45 +64,18 @@ class TokenBatch:
     labeled: torch.Tensor | None = None
     label_counts: np.ndarray | None = None
 
-    def __len__(self) -> int:
-        return len(self.samples)
-
     @property
-    def num_rows(self) -> int:
-        return len(self.rows)
-
-    @property
-    def num_labeled(self) -> int:
-        """Q, of a batch with labels."""
-        return self.num_rows if self.labeled is None else len(self.labeled)
-
-    @property
-    def positions(self) -> np.ndarray:
-        return (self.rows % max(self.tokens.shape[1], 1)).cpu().numpy()
-
-    def split(self, pieces: int) -> list[TokenBatch]:
-        if pieces == 1:
-            return [self]
-        size = -(-len(self) // pieces)
-        return [self._slice(start, min(start + size, len(self))) for start in range(0, len(self), size)]
+    def row_stride(self) -> int:
+        return self.tokens.shape[1]
 
     def _slice(self, start: int, stop: int) -> TokenBatch:
         samples = slice(start, stop)
-        rows = _span(self.row_counts, start, stop)
-        labeled = rows if self.label_counts is None else _span(self.label_counts, start, stop)
         return replace(
             self,
             tokens=self.tokens[samples],
             segments=self.segments[samples],
-            rows=self.rows[rows] - start * self.tokens.shape[1],
-            targets=self.targets[rows],
             lengths=self.lengths[samples],
-            row_counts=self.row_counts[samples],
-            samples=self.samples[samples],
-            fingerprints=self.fingerprints[samples],
-            labels=self.labels and self.labels.take(labeled),
-            labeled=None if self.labeled is None else self.labeled[labeled] - rows.start,
-            label_counts=None if self.label_counts is None else self.label_counts[samples],
+            **self._sliced_rows(start, stop),
         )
 
     def pin_memory(self) -> TokenBatch:
@@ -126,42 +100,6 @@ class TokenBatch:
             labeled=None if self.labeled is None else self.labeled.to(device, non_blocking=True),
         )
 
-    def select(self, chosen: np.ndarray) -> TokenBatch:
-        """Returns the batch with some of its rows only, without labels.
-
-        Args:
-            chosen: int64, which of the P rows, ascending.
-        """
-        import torch
-
-        index = torch.from_numpy(chosen).to(self.rows.device)
-        sample_P = np.repeat(np.arange(len(self)), self.row_counts)
-        return replace(
-            self,
-            rows=self.rows[index],
-            targets=self.targets[index],
-            row_counts=np.bincount(sample_P[chosen], minlength=len(self)),
-            labels=None,
-            labeled=None,
-            label_counts=None,
-        )
-
-    def rows_at(self, positions: np.ndarray, counts: np.ndarray) -> np.ndarray:
-        """Returns which of the P rows are at these positions, int64; -1 where there is none, or not in order.
-
-        Args:
-            positions: of some rows of each sample, ascending, sample by sample.
-            counts: [B] how many of them each sample has.
-        """
-        length, rows_P = self.tokens.shape[1], self.rows.cpu().numpy()
-        flat = np.repeat(np.arange(len(self)), counts) * length + positions.astype(np.int64)
-        found = np.searchsorted(rows_P, flat)
-        good = found < len(rows_P)
-        good[good] = rows_P[found[good]] == flat[good]
-        good &= positions < length  # beyond, it would be a position of the next sample
-        good[1:] &= np.diff(flat) > 0
-        return np.where(good, found, -1)
-
     @classmethod
     def merge(cls, batches: Sequence[TokenBatch]) -> TokenBatch:
         """Returns one batch of all samples, in order, padded to the longest."""
@@ -178,21 +116,13 @@ class TokenBatch:
             segments.append(torch.cat([batch.segments, padding_B[:, None].expand(-1, added)], 1))
             rows.append(batch.rows + batch.rows // batch.tokens.shape[1] * added + before * length)
             before += len(batch)
-        labels = [batch.labels for batch in batches if batch.labels is not None]
-        labeled, label_counts = _merged_labeled(batches)
         return replace(
             batches[0],
             tokens=torch.cat(tokens),
             segments=torch.cat(segments),
             rows=torch.cat(rows),
-            targets=torch.cat([batch.targets for batch in batches]),
             lengths=np.concatenate([batch.lengths for batch in batches]),
-            row_counts=np.concatenate([batch.row_counts for batch in batches]),
-            samples=np.concatenate([batch.samples for batch in batches]),
-            fingerprints=np.concatenate([batch.fingerprints for batch in batches]),
-            labels=concat(labels) if labels else None,
-            labeled=labeled,
-            label_counts=label_counts,
+            **cls._merged_rows(batches),
         )
 
 
@@ -298,25 +228,3 @@ class TokenData(Dataset):
             view=view,
             fingerprints=prints,
         )
-
-
-def _merged_labeled(batches: Sequence[TokenBatch]) -> tuple[torch.Tensor | None, np.ndarray | None]:
-    """`labeled` and `label_counts` of the batches together."""
-    import torch
-
-    if all(batch.labeled is None for batch in batches):
-        return None, None
-    labeled, counts, before = [], [], 0
-    for batch in batches:
-        here = batch.labeled
-        if here is None:
-            here = torch.arange(batch.num_rows, device=batch.rows.device)
-        labeled.append(here + before)
-        counts.append(batch.row_counts if batch.label_counts is None else batch.label_counts)
-        before += batch.num_rows
-    return torch.cat(labeled), np.concatenate(counts)
-
-
-def _span(counts: np.ndarray, start: int, stop: int) -> slice:
-    """The rows of the samples `start` to `stop`, of so many rows each."""
-    return slice(int(counts[:start].sum()), int(counts[:stop].sum()))
