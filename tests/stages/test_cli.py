@@ -115,7 +115,7 @@ def no_teacher(monkeypatch):
     def explode(*args, **kwargs):
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("softcache.modalities.images.data.load_image_teacher", explode)
+    monkeypatch.setattr("softcache.modalities.images.splits.load_image_teacher", explode)
 
 
 def shell(*arguments, cwd):

@@ -439,7 +439,7 @@ def test_the_cache_is_enough_without_a_teacher(tmp_path, shared_cache, monkeypat
     def explode(*args, **kwargs):
         raise AssertionError("the teacher was loaded")
 
-    monkeypatch.setattr("softcache.modalities.images.data.load_image_teacher", explode)
+    monkeypatch.setattr("softcache.modalities.images.splits.load_image_teacher", explode)
     assert fit(shared_cache[2], tmp_path)["epochs"] == 3
 
 

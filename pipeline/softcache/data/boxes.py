@@ -9,7 +9,6 @@ Shape suffixes: B batch, C channels, H height, W width, N or M boxes of one imag
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, ClassVar, Self
@@ -17,14 +16,13 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 
-from softcache.data.batch import Dataset
-from softcache.data.images import ViewedSource
+from softcache.data.images import ViewedTruth
 from softcache.data.sources.detection.base import BoxAnnotations, BoxSource
 from softcache.data.transforms import Views
 from softcache.data.transforms.boxes import MIN_VISIBLE
 from softcache.errors import ConfigError, LabelError, SourceError
 from softcache.hashing.digests import digest_json
-from softcache.labels import DetectionLabels, LabelKind
+from softcache.labels import DetectionLabels
 from softcache.labels.positions import PositionSettings
 
 __all__ = ["DetectionBatch", "ViewedScenes"]
@@ -176,20 +174,19 @@ class DetectionBatch:
         )
 
 
-class ViewedScenes(Dataset):
+class ViewedScenes(ViewedTruth):
     """A source of images with boxes through its views.
 
     Attributes:
         rows_per_sample: label rows of each image, `labels.positions.top`.
     """
 
-    kind: ClassVar[LabelKind] = "cells"
-    is_ragged: ClassVar[bool] = True
+    source: BoxSource
     uncompared: ClassVar[str] = "boxes"
 
     def __init__(self, source: BoxSource, views: Views, *, rows_per_sample: int) -> None:
-        self.source, self.views, self.rows_per_sample = source, views, rows_per_sample
-        self._images = ViewedSource(source, views)
+        super().__init__(source, views)
+        self.rows_per_sample = rows_per_sample
 
     @classmethod
     def from_identity(
@@ -221,15 +218,6 @@ class ViewedScenes(Dataset):
 
     def sample_columns(self) -> dict[str, np.ndarray]:
         return {}
-
-    @property
-    def decodes(self) -> bool:
-        return self._images.decodes
-
-    def sharing_reads(self, samples: Sequence[int] | np.ndarray) -> Self:
-        dataset = copy(self)
-        dataset._images = self._images.sharing_reads(samples)
-        return dataset
 
     def with_rows(self, rows_per_sample: int) -> ViewedScenes:
         """Returns the same scenes with so many label rows each."""

@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 
 from softcache.data.batch import Dataset
 from softcache.errors import SourceError
 from softcache.hashing.digests import fingerprints as content_fingerprints
-from softcache.labels import MixedTargets, SoftLabels, concat_labels
+from softcache.labels import LabelKind, MixedTargets, SoftLabels, concat_labels
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from softcache.data.transforms import Views
     from softcache.data.transforms.mix import Mixes
 
-__all__ = ["ImageBatch", "ViewedSource"]
+__all__ = ["ImageBatch", "ViewedSource", "ViewedTruth"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -268,3 +268,23 @@ def _check_shapes(images: Sequence[torch.Tensor], keys: Sequence[str], view: int
                 f"sample {key!r}, view {view}: image of shape {tuple(image.shape)}; expected "
                 f"{tuple(images[0].shape)} like the others of its batch; set views.size"
             )
+
+
+class ViewedTruth(Dataset):
+    """Images whose ground truth, boxes or masks, moves with the view; the images themselves are a `ViewedSource`."""
+
+    kind: ClassVar[LabelKind] = "cells"
+    is_ragged: ClassVar[bool] = True
+
+    def __init__(self, source: Any, views: Views) -> None:
+        self.source, self.views = source, views
+        self._images = ViewedSource(source, views)
+
+    @property
+    def decodes(self) -> bool:
+        return self._images.decodes
+
+    def sharing_reads(self, samples: Sequence[int] | np.ndarray) -> Self:
+        dataset = copy(self)
+        dataset._images = self._images.sharing_reads(samples)
+        return dataset

@@ -9,22 +9,20 @@ Shape suffixes: B batch, C channels, H height, W width, A cells of the grid, P r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 
-from softcache.data.batch import Dataset
-from softcache.data.images import ViewedSource
+from softcache.data.images import ViewedTruth
 from softcache.data.row_batch import RowBatch
 from softcache.data.sources.segmentation.base import IGNORED, MaskSource
 from softcache.data.transforms import Views
 from softcache.data.transforms.ops import nearest
 from softcache.errors import SourceError
 from softcache.hashing.digests import digest_json
-from softcache.labels import LabelKind, SoftLabels
+from softcache.labels import SoftLabels
 from softcache.labels.positions import PositionSettings
 
 __all__ = ["Cells", "SegmentationBatch", "ViewedMasks"]
@@ -125,20 +123,19 @@ class SegmentationBatch(RowBatch):
         )
 
 
-class ViewedMasks(Dataset):
+class ViewedMasks(ViewedTruth):
     """A source of images with masks through its views.
 
     Attributes:
         cells: the grid of each image's rows.
     """
 
-    kind: ClassVar[LabelKind] = "cells"
-    is_ragged: ClassVar[bool] = True
+    source: MaskSource
     uncompared: ClassVar[str] = "masks"
 
     def __init__(self, source: MaskSource, views: Views, *, cells: Cells) -> None:
-        self.source, self.views, self.cells = source, views, cells
-        self._images = ViewedSource(source, views)
+        super().__init__(source, views)
+        self.cells = cells
 
     @classmethod
     def from_identity(
@@ -172,15 +169,6 @@ class ViewedMasks(Dataset):
 
     def describe_position(self, position: int) -> str:
         return f", cell ({position // self.cells.width}, {position % self.cells.width})"
-
-    @property
-    def decodes(self) -> bool:
-        return self._images.decodes
-
-    def sharing_reads(self, samples: Sequence[int] | np.ndarray) -> Self:
-        dataset = copy(self)
-        dataset._images = self._images.sharing_reads(samples)
-        return dataset
 
     def with_cells(self, cells: Cells) -> ViewedMasks:
         """Returns the same images with another grid."""

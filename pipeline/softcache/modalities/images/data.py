@@ -8,14 +8,14 @@ from softcache.data.batch import Dataset
 from softcache.data.images import ViewedSource
 from softcache.modalities.images.splits import ImageSplits
 from softcache.modalities.images.student import StudentImages
-from softcache.modalities.images.views import check_channels, check_replays, is_trained_here, views_of
+from softcache.modalities.images.views import check_channels, check_replays, views_of
 from softcache.models.image import build_model
-from softcache.models.weights import float32_weights, select_device
+from softcache.models.weights import float32_weights
 from softcache.reader.cache import Cache
 from softcache.runtime.logging import log_info
 from softcache.student.tasks import ImageTask
 from softcache.teacher.base import Teacher, TeacherSettings
-from softcache.teacher.image import ImageTeacher, load_image_teacher
+from softcache.teacher.image import ImageTeacher
 
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
@@ -75,18 +75,7 @@ class ImageData(ImageSplits):
 
     def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:
         """Returns the teacher with its weights, on the device and dtype of [capture]."""
-        return load_image_teacher(
-            settings,
-            num_classes=self.num_classes,
-            input_shape=self.input_shape,
-            normalize=self.normalize(),
-            class_names=self.train.source.class_names,
-            order_is_guessed=getattr(self.train.source, "order_is_guessed", False)
-            and not is_trained_here(settings.weights),
-            device=select_device(config.capture.device),
-            dtype=config.capture.dtype,
-            kind=self.teacher_class,
-        )
+        return self.load_teacher(config, settings, self.teacher_class)
 
     def task(self, config: RunConfig, model: str, teacher: Teacher | None = None) -> ImageTask:
         """Returns what a student of that spec learns; `teacher` labels its batches online."""

@@ -10,8 +10,12 @@ from softcache.data.transforms import Views, ViewSettings
 from softcache.errors import SpecError
 from softcache.hashing.digests import digest_bytes
 from softcache.modalities.base import Data
+from softcache.modalities.images.views import is_trained_here
 from softcache.models.image import Normalize
 from softcache.models.spec import parse_spec
+from softcache.models.weights import select_device
+from softcache.teacher.base import TeacherSettings
+from softcache.teacher.image import ImageTeacher, load_image_teacher
 
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
@@ -33,6 +37,23 @@ class ImageSplits(Data):
     def normalize(self) -> Normalize:
         """Returns a fresh module that makes model inputs of uint8 images."""
         return Normalize(self.views.settings.mean, self.views.settings.std)
+
+    def load_teacher(
+        self, config: RunConfig, settings: TeacherSettings, kind: type[ImageTeacher]
+    ) -> ImageTeacher:
+        """Returns a teacher of images with its weights, on the device and dtype of [capture]."""
+        return load_image_teacher(
+            settings,
+            num_classes=self.num_classes,
+            input_shape=self.input_shape,
+            normalize=self.normalize(),
+            class_names=self.train.source.class_names,
+            order_is_guessed=getattr(self.train.source, "order_is_guessed", False)
+            and not is_trained_here(settings.weights),
+            device=select_device(config.capture.device),
+            dtype=config.capture.dtype,
+            kind=kind,
+        )
 
     def model_identity(self, model: str) -> dict[str, Any]:
         """Returns the digest of the file that a student of timm starts from, where its spec names one.

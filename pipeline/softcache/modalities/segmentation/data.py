@@ -9,14 +9,13 @@ import numpy as np
 from softcache.data.masks import Cells, ViewedMasks
 from softcache.errors import ConfigError
 from softcache.modalities.images.splits import ImageSplits
-from softcache.modalities.images.views import check_channels, is_trained_here, views_of
+from softcache.modalities.images.views import check_channels, views_of
 from softcache.models.segmentation import build_segmenter
-from softcache.models.weights import float32_weights, select_device
+from softcache.models.weights import float32_weights
 from softcache.reader.cache import Cache
 from softcache.reader.dataset import SoftLabelDataset
 from softcache.student.tasks.semantic_segmentation import SegmentationTask
 from softcache.teacher.base import Teacher, TeacherSettings
-from softcache.teacher.image import load_image_teacher
 from softcache.teacher.segmentation import SegmentationTeacher
 
 if TYPE_CHECKING:
@@ -72,18 +71,7 @@ class SegmentationData(ImageSplits):
 
     def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:
         """Returns the teacher with its weights, on the device and dtype of [capture]."""
-        return load_image_teacher(
-            settings,
-            num_classes=self.num_classes,
-            input_shape=self.input_shape,
-            normalize=self.normalize(),
-            class_names=self.train.source.class_names,
-            order_is_guessed=getattr(self.train.source, "order_is_guessed", False)
-            and not is_trained_here(settings.weights),
-            device=select_device(config.capture.device),
-            dtype=config.capture.dtype,
-            kind=SegmentationTeacher,
-        )
+        return self.load_teacher(config, settings, SegmentationTeacher)
 
     def task(self, config: RunConfig, model: str, teacher: Teacher | None = None) -> SegmentationTask:
         """Returns what a student of that spec learns; `teacher` labels its batches online."""

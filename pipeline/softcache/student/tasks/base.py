@@ -6,7 +6,7 @@ evaluation split. The loop (`softcache.student`) contains no code that is specif
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from softcache.data.batch import Dataset
 from softcache.losses import LossMix
 from softcache.student.tasks.inference import Serving
 
-__all__ = ["OnlineTeacher", "RowMeans", "Task", "even_batches", "is_sharded", "shard_batches"]
+__all__ = ["OnlineTeacher", "PlainTask", "RowMeans", "Task", "even_batches", "is_sharded", "shard_batches"]
 
 
 class OnlineTeacher(Protocol):
@@ -88,6 +88,25 @@ class Task(Protocol):
     def serve(self, model: nn.Module) -> Serving:
         """Returns the finished (unwrapped) model, or a teacher, as its users call it; it is moved to the CPU."""
         ...
+
+
+class PlainTask:
+    """A base of tasks whose student is one module, scored every epoch and kept as its weights."""
+
+    build_model: Callable[[], nn.Module]
+
+    def build(self) -> nn.Module:
+        return self.build_model()
+
+    def finish(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """Nothing: all that is scored is scored every epoch."""
+        return {}
+
+    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return model.state_dict()
+
+    def export(self, model: nn.Module, out: Path) -> None:
+        """Nothing: `model.safetensors` and the spec are all that is needed."""
 
 
 def shard_batches(num_samples: int, batch_size: int, accelerator: Accelerator) -> list[range]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -15,14 +14,14 @@ from softcache.data.images import ImageBatch
 from softcache.errors import SpecError
 from softcache.labels.sparsify import dense
 from softcache.losses import LossMix, LossSettings, cross_entropy, distillation_loss, row_weights
-from softcache.student.tasks.base import OnlineTeacher, RowMeans, shard_batches
+from softcache.student.tasks.base import OnlineTeacher, PlainTask, RowMeans, shard_batches
 from softcache.student.tasks.inference import ByteServing, ImageServing
 
 __all__ = ["ByteTask", "ImageTask"]
 
 
 @dataclass(frozen=True)
-class ImageTask:
+class ImageTask(PlainTask):
     """Classification of images, or of what else a student reads of them.
 
     Attributes:
@@ -43,9 +42,6 @@ class ImageTask:
 
     metric = "accuracy"
     larger_is_better = True
-
-    def build(self) -> nn.Module:
-        return self.build_model()
 
     def loss(
         self,
@@ -116,16 +112,6 @@ class ImageTask:
             means.update(logits_PV.argmax(-1) == batch.targets, cross_entropy(logits_PV, batch.targets))
         accuracy, loss = means.compute(2)
         return {"accuracy": accuracy, "eval_loss": loss}
-
-    def finish(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
-        """Nothing: all that is scored is scored every epoch."""
-        return {}
-
-    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        return model.state_dict()
-
-    def export(self, model: nn.Module, out: Path) -> None:
-        """Nothing: `model.safetensors` and the spec are all that is needed."""
 
     def serve(self, model: nn.Module) -> ImageServing:
         """Returns a student or teacher of this task as a function of images; the model is moved to the CPU."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,14 +30,14 @@ from softcache.losses.detection import CellLossSettings, box_giou, box_l1, edge_
 from softcache.models.detection.detector import CellOutputs
 from softcache.models.detection.mean_average_precision import as_detector, mean_average_precision
 from softcache.models.image import Normalize
-from softcache.student.tasks.base import shard_batches
+from softcache.student.tasks.base import PlainTask, shard_batches
 from softcache.student.tasks.inference import Serving
 
 __all__ = ["DetectionTask"]
 
 
 @dataclass(frozen=True)
-class DetectionTask:
+class DetectionTask(PlainTask):
     """Detection of boxes.
 
     Attributes:
@@ -55,9 +54,6 @@ class DetectionTask:
 
     metric = "map"
     larger_is_better = True
-
-    def build(self) -> nn.Module:
-        return self.build_model()
 
     def loss(
         self,
@@ -132,16 +128,6 @@ class DetectionTask:
             device=accelerator.device,
             batches=shard_batches(len(self.evaluation), batch_size, accelerator),
         )
-
-    def finish(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
-        """Nothing: all that is scored is scored every epoch."""
-        return {}
-
-    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        return model.state_dict()
-
-    def export(self, model: nn.Module, out: Path) -> None:
-        """Nothing: `model.safetensors` and the spec are all that is needed."""
 
     def serve(self, model: nn.Module) -> Serving:
         """Refuses: what a detector gives is boxes, which exported files are not compared by.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,14 +26,14 @@ from softcache.losses import LossMix, LossSettings, distillation_loss, row_weigh
 from softcache.models.image import Normalize
 from softcache.models.mean_iou import confusion_matrix, mask_scores
 from softcache.models.segmentation import scaled_logits
-from softcache.student.tasks.base import OnlineTeacher, shard_batches
+from softcache.student.tasks.base import OnlineTeacher, PlainTask, shard_batches
 from softcache.student.tasks.inference import Serving
 
 __all__ = ["SegmentationTask"]
 
 
 @dataclass(frozen=True)
-class SegmentationTask:
+class SegmentationTask(PlainTask):
     """Semantic segmentation.
 
     Attributes:
@@ -52,9 +51,6 @@ class SegmentationTask:
 
     metric = "miou"
     larger_is_better = True
-
-    def build(self) -> nn.Module:
-        return self.build_model()
 
     def loss(
         self,
@@ -132,16 +128,6 @@ class SegmentationTask:
         sums = accelerator.reduce(sums, reduction="sum")
         matrix_VV, loss = sums[:-1].view(size, size), float(sums[-1])
         return mask_scores(matrix_VV) | {"eval_loss": loss / max(1.0, float(matrix_VV.sum()))}
-
-    def finish(self, model: nn.Module, accelerator: Accelerator) -> dict[str, float]:
-        """Nothing: all that is scored is scored every epoch."""
-        return {}
-
-    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        return model.state_dict()
-
-    def export(self, model: nn.Module, out: Path) -> None:
-        """Nothing: `model.safetensors` and the spec are all that is needed."""
 
     def serve(self, model: nn.Module) -> Serving:
         """Refuses: exported files are compared by one row of logits for each sample.
