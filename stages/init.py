@@ -97,7 +97,9 @@ def init(
         extra = "text" if 'modality = "text"' in text else "vision"
         click.echo(f"  pip install 'softcache[{extra}]'      # torch is not installed")
     if _table(text, "train_teacher"):
-        click.echo(f"  softcache train-teacher{config}      # there is no teacher yet: this makes one")
+        click.echo(
+            f"  softcache train-teacher{config}      # makes or fine-tunes the teacher for your classes"
+        )
     click.echo(f"  softcache teacher-logits{config}     # the teacher runs once")
     click.echo(f"  softcache train-student{config}      # as often as you like")
 
@@ -138,10 +140,11 @@ def _filled(text: str, data: str | None, teacher: str | None, student: str | Non
         text = _with_key(text, "teacher", "model", teacher)
         if teacher.startswith("hf:") and re.search(r"^tokenizer = ", text, re.M):
             text = _with_key(text, "source", "tokenizer", teacher.removeprefix("hf:").partition("?")[0])
-        if "pretrained=true" in teacher or teacher.startswith(("hf:", "timm:hf-hub:", "timm:local-dir:")):
-            # Its weights are there, and views default to what they were trained with.
-            text = _without_keys(text, "teacher", "weights")
-            text = _without_keys(_without_table(text, "train_teacher"), "views", "mean", "std", "size")
+        is_finished = teacher.startswith(("hf:", "timm:hf-hub:", "timm:local-dir:"))
+        if is_finished or "pretrained=true" in teacher:  # views default to what the weights were trained with
+            text = _without_keys(text, "views", "mean", "std", "size")
+        if is_finished:  # else its head is of other classes, until [train_teacher] has fine-tuned it
+            text = _without_keys(_without_table(text, "train_teacher"), "teacher", "weights")
     if student is not None:
         text = _with_key(text, "student", "model", student)
         text = _without_keys(text, "student", "models")
