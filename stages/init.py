@@ -96,11 +96,8 @@ def init(
     if find_spec("torch") is None:
         extra = "text" if 'modality = "text"' in text else "vision"
         click.echo(f"  pip install 'softcache[{extra}]'      # torch is not installed")
-    if _table(text, "train_teacher"):
-        click.echo(
-            f"  softcache train-teacher{config}      # makes or fine-tunes the teacher for your classes"
-        )
-    click.echo(f"  softcache teacher-logits{config}     # the teacher runs once")
+    first = "is trained by [train_teacher], and " if _table(text, "train_teacher") else ""
+    click.echo(f"  softcache teacher-logits{config}     # the teacher {first}runs once")
     click.echo(f"  softcache train-student{config}      # as often as you like")
 
 

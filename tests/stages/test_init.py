@@ -44,7 +44,7 @@ def test_images_with_a_pretrained_teacher_keep_its_preprocessing(run, tmp_path):
     spec = "timm:resnet50?pretrained=true"
     done = run("--task", "image", "--data", "data/my pets", "--teacher", spec, "--student", "timm:resnet18")
     assert done.exit_code == 0, done.output
-    assert "softcache train-teacher" in done.output  # its head has other classes
+    assert "the teacher is trained by [train_teacher]" in done.output  # its head has other classes
     tables = tomllib.loads((tmp_path / "softcache.toml").read_text())
     assert tables["source"]["root"] == "data/my pets"
     assert tables["teacher"]["model"] == spec
@@ -58,15 +58,15 @@ def test_images_with_a_pretrained_teacher_keep_its_preprocessing(run, tmp_path):
 @pytest.mark.parametrize("spec", ["hf:org/vit-pets", "timm:hf-hub:org/vit-pets", "timm:local-dir:vit-pets"])
 def test_a_teacher_that_was_fine_tuned_is_not_trained_again(run, tmp_path, spec):
     done = run("--task", "image", "--data", "pets", "--teacher", spec)
-    assert "train-teacher" not in done.output
+    assert "is trained" not in done.output
     tables = tomllib.loads((tmp_path / "softcache.toml").read_text())
     assert tables["teacher"] == {"model": spec}
     assert "train_teacher" not in tables
 
 
-def test_images_without_a_teacher_train_one_first(run, tmp_path):
+def test_images_without_a_teacher_have_one_trained_first(run, tmp_path):
     done = run("--task", "image", "--data", "pets", "--out", "pets.toml")
-    assert "softcache train-teacher --config pets.toml" in done.output
+    assert "softcache teacher-logits --config pets.toml     # the teacher is trained by" in done.output
     load_config(tmp_path / "pets.toml")
 
 
