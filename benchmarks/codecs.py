@@ -35,10 +35,12 @@ from softcache.cache.storage.open import open_objects
 from softcache.cache.units import open_store, publish_unit
 from softcache.hashing.digests import digest_bytes
 from softcache.labels import SoftLabels, concat
-from softcache.labels.sparsify import top_k
+from softcache.labels.sparsify import sample, top_k
 from softcache.stages.options import print_table
 
 CHUNK_ROWS = 2048
+DRAWS = 22
+"""Of a row of text: some 12 distinct classes, as in arXiv 2503.16870."""
 STEPS = (1 / 32, 1 / 64, 1 / 128, 1 / 160, 1 / 256)
 COLUMNS = ("", "bytes", "/ bound", "KL mean", "KL max", "KL T=4", "decode M/s")
 
@@ -159,19 +161,48 @@ def measure_ours(labels: SoftLabels, codec: Codec, rounds: int, store_kind: str 
         columns = store.read(unit, 0, rows, names)
         decoding = cpu_rate(rows, lambda: codec.decode(columns), rounds)
         back = codec.decode(columns)
-    at_1, at_4 = (
-        divergence(labels, back.log_probs, back.log_tail[:, labels.temperatures.index(T)], T)
-        for T in (1.0, 4.0)
-    )
-    return {
+    found = {
         "bytes": num_bytes / rows,
-        "kl_mean": float(at_1.mean()),
-        "kl_max": float(at_1.max()),
-        "kl_at_4": float(at_4.mean()),
         "decode": rate,
         "decode_decompressed": decoding,
         "encode": encoding,
     }
+    if labels.sampling is not None:  # a few classes, which stand for all: no distribution to compare
+        return found
+    at_1, at_4 = (
+        divergence(labels, back.log_probs, back.log_tail[:, labels.temperatures.index(T)], T)
+        for T in (1.0, 4.0)
+    )
+    return found | {
+        "kl_mean": float(at_1.mean()),
+        "kl_max": float(at_1.max()),
+        "kl_at_4": float(at_4.mean()),
+    }
+
+
+def measure_drawn(rows: int, num_classes: int, rounds: int) -> dict[str, Any]:
+    """Classes drawn from bfloat16 logits, as the defaults keep them, and as a student at T = 1 reads them."""
+    how: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "defaults": ({}, {}),
+        "grid of T = 1": ({"temperatures": (1.0,)}, {}),
+        "and no statistics": ({"temperatures": (1.0,)}, {"stats": False}),
+        "and step 1": ({"temperatures": (1.0,)}, {"stats": False, "step": 1.0}),
+    }
+    out = {}
+    for name, (grid, kept) in how.items():
+        random, records, first = torch.Generator().manual_seed(1), [], 0
+        for logits_PV in text_logits(rows, num_classes, bfloat16=True):
+            targets_P = torch.multinomial(logits_PV.softmax(-1), 1, generator=random)[:, 0]
+            seeds_P = torch.arange(first, first + len(logits_PV))
+            records.append(
+                sample(logits_PV, draws=DRAWS, seeds_P=seeds_P, targets_P=targets_P, **grid).to_numpy()
+            )
+            first += len(logits_PV)
+        labels = concat(records)
+        codec = PackedCodec(num_classes, labels.k, labels.temperatures, sampling=labels.sampling, **kept)
+        distinct = float((labels.ids < num_classes).sum(axis=1).mean())
+        out[f"{name}, {distinct:.1f} distinct"] = measure_ours(labels, codec, rounds)
+    return out
 
 
 def measure_peer(labels: SoftLabels, layout: Any, rounds: int) -> dict[str, Any]:
@@ -211,6 +242,7 @@ def measure(labels: SoftLabels, peers: list[type], rounds: int, steps: tuple[flo
         }
     middle = PackedCodec(*common)
     rows["packed, default"] = measure_ours(labels, middle, rounds) | {"bound": bounds(labels, middle)}
+    rows["packed, no statistics"] = measure_ours(labels, PackedCodec(*common, stats=False), rounds)
     rows["packed, default, Parquet"] = measure_ours(labels, middle, rounds, "parquet")
     for row in rows.values():
         if "bound" in row:
@@ -272,6 +304,10 @@ def main(rows: int, rounds: int, logits_path: str | None, k: int, quick: bool, j
             kind = "bfloat16" if bfloat16 else "float32"
             labels = labels_of(text_logits(rows, num_classes, bfloat16=bfloat16), k)
             add(f"text, V={num_classes:,}, K={k}, {kind} logits", labels, [Megatron, DistillKit])
+        largest = 2000 if quick else 131_072
+        title = f"text, V={largest:,}, {DRAWS} draws"
+        results[title] = measure_drawn(rows, largest, rounds)
+        print_rows(title, results[title])
         images = labels_of(image_logits(2 * rows, 1000), 10)
         add("images, V=1,000, K=10, float32 logits", images, [TinyViT, MlDr])
     if json_path:
