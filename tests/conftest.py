@@ -12,8 +12,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import gc
-import multiprocessing
+import getpass
+import multiprocessing.util
+import shutil
 import sys
+import tempfile
 import uuid
 from importlib.util import find_spec
 from pathlib import Path
@@ -193,6 +196,23 @@ def _as_many_threads_as_before():
 def shared_cache(tmp_path_factory):
     """A complete Zarr cache that tests read and never change."""
     return make_cache(tmp_path_factory.mktemp("shared") / "cache")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_folder():
+    """A temporary folder of this process, removed with what killed programs leave in it; a socket's path must be short."""
+    # torch's default; what is compiled once serves all processes and the next run
+    compiled = os.environ.get(
+        "TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}"
+    )
+    folder = tempfile.mkdtemp(prefix="tests-")
+    # after multiprocessing has removed its own part of it, whose priority is -100
+    multiprocessing.util.Finalize(None, shutil.rmtree, (folder,), {"ignore_errors": True}, exitpriority=-101)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", compiled)
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,7 @@ def test_codec_benchmark_runs(tmp_path, monkeypatch):
         codecs.main, ["--quick", "--rows", "128", "--rounds", "1", "-k", "32", "--json", str(path)]
     )
     assert done.exit_code == 0, done.output
-    text, images = json.loads(path.read_text()).values()
+    text, drawn, images = json.loads(path.read_text()).values()
     assert {"Megatron-LM", "DistillKit", "open float16", "packed, default"} <= set(text)
     assert {"TinyViT", "ml-dr, labels alone"} <= set(images)
     for rows in (text, images):
@@ -23,3 +23,5 @@ def test_codec_benchmark_runs(tmp_path, monkeypatch):
             if name.startswith("packed, default"):
                 assert row["kl_max"] <= codecs.PackedCodec(9, 1, (1.0,)).step ** 2 / 8
             assert row["bytes"] > sum(row.get("bound", {}).values())
+    sizes = [row["bytes"] for row in drawn.values()]
+    assert sizes == sorted(sizes, reverse=True)  # each leaves out more than the one before
