@@ -21,6 +21,7 @@ __all__ = ["inspect_command"]
 
 TEMPERATURES = (1.0, 2.0, 4.0, 10.0)
 PERCENTILES = (1, 10, 50, 90)
+PART_ROWS, PART_BYTES = 65536, 2**27
 BOUND_ROWS = 65536
 """At most so many rows, evenly spread, are bounded between the grid's temperatures: 25 microseconds each."""
 
@@ -71,6 +72,14 @@ def inspect_command(url: str, as_json: bool) -> None:
 
 def _print_labels(report: dict[str, Any]) -> None:
     percentiles = ("mean", *(f"p{p}" for p in PERCENTILES))
+    if "norms" in report:
+        rows = [
+            (name, *(f"{value:.4g}" for value in norms.values())) for name, norms in report["norms"].items()
+        ]
+        print_table("Euclidean norm of a row's vector", ("vector", *percentiles), rows)
+        for name, size in report["shared_bytes"].items():
+            click.echo(f"{name:9} {size:,} bytes, once: {size / report['rows']:.2f} a row")
+        return
     if "score" in report:
         rows = [
             (words, *(f"{value:.4f}" for value in report[name].values()))
@@ -130,6 +139,8 @@ def _labels(cache: Cache) -> dict[str, Any]:
     codec = cache.manifest.codec
     if "bernoulli" in (codec["name"], codec.get("distribution")):
         return _bernoulli(cache)
+    if codec["name"] == "vectors":
+        return _vectors(cache)
     targets, highest = cache.samples_table().targets, cache.manifest.codec.get("max_temperature")
     temperatures = [t for t in TEMPERATURES if highest is None or t <= highest]
     mass: dict[float, list[np.ndarray]] = {t: [] for t in temperatures}
@@ -174,12 +185,25 @@ def _bernoulli(cache: Cache) -> dict[str, Any]:
     return {name: _summary(np.concatenate(values)) for name, values in found.items() if values}
 
 
-def _parts(cache: Cache) -> Iterator[tuple[int, np.ndarray, Any]]:
-    """Yields all finished samples a part at a time: view, samples, and their labels."""
+def _vectors(cache: Cache) -> dict[str, Any]:
+    """Returns how long vectors are, by name, and the bytes of what all rows share."""
+    norms: dict[str, list[np.ndarray]] = {name: [] for name in cache.manifest.codec["vectors"]}
+    for _, _, labels in _parts(cache, max(1, PART_BYTES // cache.manifest.build_codec().row_bytes)):
+        for name, found in norms.items():
+            found.append(np.linalg.norm(labels.vectors(name), axis=1))
+    shared = {name: one.num_bytes for name, one in cache.manifest.objects.items()}
+    return {
+        "norms": {name: _summary(np.concatenate(found)) for name, found in norms.items() if found},
+        "shared_bytes": shared,
+    }
+
+
+def _parts(cache: Cache, num_rows: int = PART_ROWS) -> Iterator[tuple[int, np.ndarray, Any]]:
+    """Yields all finished samples, about `num_rows` rows at a time: view, samples, and their labels."""
     for view in range(cache.num_views):
         samples = cache.samples_in(view)
         rows = int(cache.rows.counts(samples).sum())
-        for part in np.array_split(samples, max(1, rows // 65536)):
+        for part in np.array_split(samples, max(1, rows // num_rows)):
             if len(part):
                 yield view, part, cache.read(part, view)
 

@@ -16,7 +16,7 @@ from tests.support.extend_page import write_example
 
 def test_the_built_in_codecs_are_registered():
     assert {name: codec.name for name, codec in CODECS.items()} == {
-        name: name for name in ("open", "packed", "cells", "bernoulli")
+        name: name for name in ("open", "packed", "cells", "bernoulli", "vectors")
     }
 
 

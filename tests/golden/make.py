@@ -9,6 +9,7 @@
     .venv/bin/python -m tests.golden.make tokens
     .venv/bin/python -m tests.golden.make wide
     .venv/bin/python -m tests.golden.make folded
+    .venv/bin/python -m tests.golden.make hidden
 
 Run once per format version and codec, never to refresh a failing test: if today's code no longer reads what is frozen,
 users' caches are no longer read either, and the code is at fault. The caches go to tests/golden/vN, where N is
@@ -286,6 +287,22 @@ def read_columns(url: Path) -> dict[str, np.ndarray]:
     return {name: np.concatenate(parts) for name, parts in columns.items()}
 
 
+HIDDEN = {
+    "zarr": {"values": "bfloat16"},
+    "parquet": {"values": "int8", "positions": {"policy": "every", "every": 3}},
+    "zarr-coordinates": {"values": "float8_e4m3", "components": 6},
+    "parquet-float32": {"values": "float32", "components": 4},
+}
+
+
+def hidden_config(name: str, texts: Path, work: Path) -> RunConfig:
+    """Of the texts that are frozen with the caches of tokens."""
+    run = text_config(name.partition("-")[0], texts, work).model_dump(mode="json", exclude_unset=True)
+    run["labels"] = {"policy": "hidden", **HIDDEN[name]}
+    del run["capture"]["codec"]
+    return RunConfig.model_validate(run)
+
+
 def drawn_config(store: str) -> RunConfig:
     run = config(store, codec={"values": VALUES[store]}).model_dump(mode="json", exclude_unset=True)
     run["labels"] = {"num_views": NUM_VIEWS, **DRAWN[store]}
@@ -399,6 +416,14 @@ def freeze_tokens(folder: Path) -> None:
     _freeze_columns(folder)
 
 
+def freeze_hidden(folder: Path) -> None:
+    texts = (folder.parent / f"v{FORMAT_VERSION}-tokens/texts.jsonl").relative_to(Path.cwd())
+    for name in HIDDEN:
+        with tempfile.TemporaryDirectory() as work:
+            capture(hidden_config(name, texts, Path(work)), folder / name)
+    _freeze_columns(folder)
+
+
 def freeze_wide(folder: Path) -> None:
     for name in wide_codecs():
         write_wide(folder / name, name)
@@ -442,6 +467,7 @@ def main(arguments: list[str]) -> None:
         ("tokens",): (freeze_tokens, "-tokens"),
         ("wide",): (freeze_wide, "-wide"),
         ("folded",): (freeze_folded, "-folded"),
+        ("hidden",): (freeze_hidden, "-hidden"),
     }
     freeze, suffix = ways[tuple(arguments)]
     folder = Path(__file__).parent / f"v{FORMAT_VERSION}{suffix}"

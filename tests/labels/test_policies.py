@@ -10,7 +10,7 @@ from tests.support.extend_page import write_example
 
 
 def test_the_built_in_policies_are_registered():
-    assert set(dict(POLICIES.items())) == {"top_k", "top_p", "dense", "sample", "hybrid"}
+    assert set(dict(POLICIES.items())) == {"top_k", "top_p", "dense", "sample", "hybrid", "hidden"}
     for name, policy in POLICIES.items():
         assert policy().policy == name
 
@@ -26,6 +26,7 @@ def test_the_built_in_policies_are_registered():
         ("dense", "k"),
         ("sample", "k"),
         ("hybrid", "p"),
+        ("hidden", "k"),
     ],
 )
 def test_a_key_that_the_policy_does_not_read_is_refused_by_its_dotted_name(policy, key):

@@ -15,7 +15,7 @@ import zarr
 
 from tests.support import plain_packed
 
-KNOWN_FEATURES = {"array_codecs"}
+KNOWN_FEATURES = {"array_codecs", "vectors"}
 
 
 def read(folder):
@@ -144,6 +144,41 @@ def _decoded(codec, row):
         records = [plain_packed.decode(codec, bytes(record)) for record in row.pop("record")]
         row |= {name: [record[name] for record in records] for name in records[0]}
     return {name: np.asarray(values) for name, values in row.items()}
+
+
+def vectors(codec, row, name="hidden"):
+    """Returns the vectors [rows, size] of a decoded row of the codec `vectors`, number by number."""
+    values = codec["vectors"][name]["values"]
+
+    def number(stored):
+        if values == "bfloat16":
+            return np.array([int(stored) << 16], np.uint32).view(np.float32)[0]
+        if values != "float8_e4m3":
+            return float(stored)
+        sign, e, m = (-1) ** (int(stored) >> 7), int(stored) >> 3 & 15, int(stored) & 7
+        return sign * (2.0**-6 * m / 8 if e == 0 else 2.0 ** (e - 7) * (1 + m / 8))
+
+    found = np.array([[number(x) for x in vector] for vector in row[name]])
+    return found * row[f"{name}_scale"].astype(float)[:, None] if f"{name}_scale" in row else found
+
+
+def logits(folder, row):
+    """Returns what the head of a cache makes of a row's hidden states, [rows, V]; of heads in float32."""
+    manifest = json.loads((Path(folder) / "manifest.json").read_text())
+    described, codec = manifest["objects"]["head"], manifest["codec"]
+    data = (Path(folder) / described["path"]).read_bytes()
+    if (len(data), hashlib.sha256(data).hexdigest()) != (described["num_bytes"], described["sha256"]):
+        raise ValueError(f"{described['path']}: damaged")
+    length = int.from_bytes(data[:8], "little")
+    tensors = {}
+    for name, about in json.loads(data[8 : 8 + length]).items():
+        start, stop = (8 + length + offset for offset in about["data_offsets"])
+        tensors[name] = np.frombuffer(data[start:stop], "<f4").reshape(about["shape"]).astype(float)
+    found = (vectors(codec, row) @ tensors["weight"].T + tensors.get("bias", 0.0)) * codec["head"][
+        "logit_scale"
+    ]
+    cap = codec["head"]["softcap"]
+    return found if cap is None else cap * np.tanh(found / cap)
 
 
 def tail_at(codec, row, temperature):

@@ -6,9 +6,10 @@ converts, must have the identity of the cache that it finds.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, TeacherReport, diff_manifests
+from softcache.cache.shared import put_shared
 from softcache.cache.storage.base import Objects
 from softcache.cache.units import open_store
 from softcache.errors import IdentityError
@@ -25,6 +26,7 @@ def create_cache(
     samples: bytes,
     *,
     report: Callable[[], TeacherReport] | None = None,
+    shared: Callable[[], Mapping[str, bytes]] | None = None,
 ) -> tuple[Manifest, str]:
     """Creates the cache, or joins the one that is there; returns its manifest and the manifest's sha256.
 
@@ -32,6 +34,7 @@ def create_cache(
 
     Args:
         report: called only if there is no cache yet; measures the teacher for the manifest's report.
+        shared: called only if there is no cache yet; returns the objects that all rows share, by name.
 
     Raises:
         IdentityError: the cache there was made from something else; each field that differs is named.
@@ -39,6 +42,8 @@ def create_cache(
     if objects.size(MANIFEST) is None:
         if report is not None:
             manifest = manifest.model_copy(update={"teacher": report()})
+        if shared is not None and (contents := shared()):
+            manifest = manifest.model_copy(update={"objects": put_shared(objects, contents)})
         manifest = _put_samples(objects, manifest, samples)
         objects.put_if_absent(MANIFEST, manifest.to_bytes())
     found, digest = _joined(objects, manifest)

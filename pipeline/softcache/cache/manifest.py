@@ -7,7 +7,6 @@ and paths must stay inside of the cache.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -30,6 +29,7 @@ __all__ = [
     "Plan",
     "RaggedRows",
     "Shard",
+    "SharedObject",
     "TeacherReport",
     "Unit",
     "UnitMarker",
@@ -43,6 +43,8 @@ FORMAT_VERSION = 1
 MAX_UNITS = 10_000_000
 MAX_UNIT_ROWS, MAX_UNIT_BYTES, MAX_CHUNK_BYTES = 2**28, 2**36, 2**34
 """What a writer holds in memory and a reader decodes at once, before compression."""
+MAX_STATE_WIDTH = 2**17
+"""Of a teacher's hidden state, before coordinates are taken of it."""
 EXTENSION_NAME = r"^[A-Za-z0-9._-]{1,128}$"
 MAX_MANIFEST_BYTES, MAX_MARKER_BYTES = 2**26, 2**20
 
@@ -214,6 +216,20 @@ class RaggedRows(Document):
         return self
 
 
+class SharedObject(Document):
+    """An object that all rows of a cache share, such as the head of its hidden states.
+
+    Attributes:
+        path: relative to the cache.
+        num_bytes: its size.
+        sha256: of its bytes.
+    """
+
+    path: Path
+    num_bytes: Count
+    sha256: Digest
+
+
 class TeacherReport(Document):
     """What is known of the teacher besides its identity; not compared between runs.
 
@@ -243,6 +259,7 @@ class Manifest(Document):
         data: where the columns are, relative to the cache.
         rows: None where every sample has one row.
         samples: the table of keys and ground truth, relative to the cache.
+        objects: what all rows share, by name; written before the manifest.
         features: what a reader must know besides version 1 (`softcache.cache.features`).
         extensions: of others, by a name that is theirs; readers pass over them, copies keep them.
         attributes: free; readers pass over them, copies keep them.
@@ -265,6 +282,9 @@ class Manifest(Document):
     samples: Path = "samples.parquet"
     samples_sha256: Digest
     teacher: TeacherReport = TeacherReport()
+    objects: Annotated[
+        dict[Annotated[str, Field(pattern=EXTENSION_NAME)], SharedObject], Field(max_length=64)
+    ] = Field({}, exclude_if=_is_empty)
     features: Annotated[
         tuple[Annotated[str, Field(min_length=1, max_length=64)], ...], Field(max_length=64)
     ] = Field((), exclude_if=_is_empty)
@@ -281,12 +301,21 @@ class Manifest(Document):
             raise ValueError(str(error)) from error
         if codec.num_classes != self.num_classes:
             raise ValueError(f"num_classes {self.num_classes} differs from the codec's {codec.num_classes}")
+        if codec.feature is not None and codec.feature not in self.features:
+            raise ValueError(f"codec {codec.name}: features must name {codec.feature!r}, which it is of")
         check_kind(self.kind, codec=codec, identity=self.identity, has_rows=self.rows is not None)
         self._check_sizes(codec)
         return self
 
     def _check_sizes(self, codec: Codec) -> None:
         row_bytes = _row_bytes(codec)
+        for name, described in self.objects.items():
+            # Two matrices of float32, the head's and the coordinates', with a bias each.
+            most = 4 * (self.num_classes + MAX_STATE_WIDTH) * (row_bytes + 1) + MAX_MARKER_BYTES
+            if described.num_bytes > most:
+                raise ValueError(
+                    f"objects.{name}: has {described.num_bytes:,} bytes, at most {most:,} are read for this codec"
+                )
         unit_rows, chunk_rows = self.plan.unit_samples, self.plan.chunk_samples
         if self.rows is not None:
             unit_rows, chunk_rows = self.rows.shard_rows, self.rows.chunk_rows
@@ -302,6 +331,16 @@ class Manifest(Document):
                 f"a chunk has {chunk_rows:,} rows of {row_bytes:,} bytes, at most {MAX_CHUNK_BYTES:,} bytes together are "
                 "read; make chunks smaller (capture.chunk_samples)"
             )
+
+    @classmethod
+    def parse(cls, data: bytes, *, where: str) -> Manifest:
+        found = super().parse(data, where=where)
+        if missing := sorted(set(found.build_codec().shared) - found.objects.keys()):
+            raise ManifestError(
+                f"{where}: objects: expected {missing[0]!r}, which codec {found.codec['name']} reads; found "
+                f"{sorted(found.objects)}; restore the manifest from a copy"
+            )
+        return found
 
     @property
     def total_rows(self) -> int:
@@ -340,6 +379,7 @@ class Manifest(Document):
         codec = self.build_codec()
         if not isinstance(codec, SoftLabelCodec):
             whose = "a detector" if "boxes" in self.identity else "independent classes"
+            whose = "vectors (hidden states)" if codec.name == "vectors" else whose
             raise LabelError(
                 f"{what}: expected labels that are one distribution over all classes; found those of codec {codec.name!r}, "
                 f"of {whose}, for which it is not made; give another cache"
@@ -349,7 +389,7 @@ class Manifest(Document):
 
 def _row_bytes(codec: Codec) -> int:
     """Bytes of a row with its fingerprint and position, before compression."""
-    return sum(np.dtype(column.dtype).itemsize * math.prod(column.shape) for column in codec.columns) + 16
+    return codec.row_bytes + 16
 
 
 def diff_manifests(here: Manifest, there: Manifest) -> list[str]:

@@ -76,6 +76,38 @@ CODEC_SCHEMA: dict[str, Any] = {
                 "values": _VALUES,
             },
         ),
+        _codec(
+            "vectors",
+            _COMMON
+            | {
+                "temperatures": {"const": []},
+                "vectors": {
+                    "type": "object",
+                    "propertyNames": {"pattern": "^[a-z][a-z0-9_]{0,30}$"},
+                    "additionalProperties": {
+                        "type": "object",
+                        "properties": {
+                            "size": {"type": "integer", "minimum": 1, "maximum": 2**20},
+                            "values": {"enum": ["float32", "bfloat16", "float8_e4m3", "int8"]},
+                        },
+                        "required": ["size", "values"],
+                        "additionalProperties": False,
+                    },
+                    "minProperties": 1,
+                    "maxProperties": 16,
+                },
+                "head": {
+                    "type": "object",
+                    "properties": {
+                        "logit_scale": {"type": "number"},
+                        "softcap": {"type": ["number", "null"], "exclusiveMinimum": 0},
+                    },
+                    "required": ["logit_scale", "softcap"],
+                    "additionalProperties": False,
+                },
+            },
+            "head",
+        ),
         {"properties": {"name": {"pattern": ":"}}},  # package.module:Name of a codec that is a user's
     ],
 }

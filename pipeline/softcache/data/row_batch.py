@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from softcache.labels import SoftLabels, concat
+from softcache.labels import SoftLabels, concat_labels
 
 if TYPE_CHECKING:
     import torch
@@ -153,7 +153,7 @@ class RowBatch(ABC):
             "row_counts": np.concatenate([batch.row_counts for batch in batches]),
             "samples": np.concatenate([batch.samples for batch in batches]),
             "fingerprints": np.concatenate([batch.fingerprints for batch in batches]),
-            "labels": concat(labels) if labels else None,
+            "labels": concat_labels(labels) if labels else None,
             "labeled": labeled,
             "label_counts": label_counts,
         }

@@ -3,6 +3,7 @@
 soft_labels.py          the record
 bernoulli.py            the record of a sigmoid head: a logit per kept class
 detection.py            the record of a detector: either of the two at cells of a grid, with boxes
+vectors.py              the record of vectors, such as a teacher's hidden states, and their encodings
 arrays.py               what each of them does to its arrays
 validate.py             what its arrays must be
 temperature.py          the record at one temperature
@@ -22,22 +23,27 @@ from softcache.labels.soft_labels import ARRAYS, STATS, SoftLabels
 from softcache.labels.tail import DEFAULT_TEMPERATURES
 from softcache.labels.temperature import SoftenedLabels
 from softcache.labels.truncate import truncate_labels
+from softcache.labels.vectors import ENCODINGS, OutputHead, VectorLabels, encode_vectors
 
 __all__ = [
     "ARRAYS",
     "COLUMNS",
     "DEFAULT_TEMPERATURES",
+    "ENCODINGS",
     "STATS",
     "BernoulliLabels",
     "DetectionLabels",
     "LabelKind",
     "MixedTargets",
+    "OutputHead",
     "Sampling",
     "SoftLabels",
     "SoftenedBernoulli",
     "SoftenedLabels",
+    "VectorLabels",
     "collect",
     "concat",
     "concat_labels",
+    "encode_vectors",
     "truncate_labels",
 ]

@@ -21,6 +21,7 @@ from softcache.labels.join import concat
 from softcache.labels.soft_labels import SoftLabels
 from softcache.labels.temperature import SoftenedLabels
 from softcache.labels.validate import check_array, check_compatible, join_columns
+from softcache.labels.vectors import VectorLabels
 
 __all__ = ["COLUMNS", "DetectionLabels", "concat_labels"]
 
@@ -133,7 +134,7 @@ class DetectionLabels:
 
 def concat_labels(records: Sequence[Any]) -> Any:
     """Returns one record of all positions, in order, of records of one kind; raises as `concat` of that kind."""
-    if isinstance(records[0], DetectionLabels | BernoulliLabels):
+    if isinstance(records[0], DetectionLabels | BernoulliLabels | VectorLabels):
         return type(records[0]).concat(records)
     return concat(records)
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from softcache.cache.shared import shared_head
 from softcache.cache.storage.base import is_bucket
 from softcache.errors import CorruptionError, StorageError
 from softcache.hashing.digests import digest_json
@@ -43,7 +45,8 @@ class CachedBatch(NamedTuple):
     """The stored labels of some samples.
 
     Attributes:
-        labels: [P] of all their rows, sample by sample; `DetectionLabels` of a cache of cells.
+        labels: [P] of all their rows, sample by sample; `DetectionLabels` of a cache of cells, `VectorLabels` of one of
+            hidden states.
         fingerprints: [B] uint64.
         counts: [B] int64, the rows of each sample.
         positions: [P] where in its sample each row is; None where each sample has one row.
@@ -264,7 +267,9 @@ class Cache(CacheReaderBase):
     @cached_property
     def _pattern(self) -> Any:
         """A record without rows, checked once in the place of every batch that is read."""
-        return self._codec.decode(self._record.columns(np.zeros((0, self._record.num_bytes), np.uint8)))
+        empty: Any = self._codec.decode(self._record.columns(np.zeros((0, self._record.num_bytes), np.uint8)))
+        head = shared_head(self.url, self.manifest)
+        return empty if head is None else replace(empty, head=head)
 
     def prefetch(self, windows: Sequence[tuple[int, np.ndarray]]) -> None:
         """Decodes the chunks of the samples that will be read next ahead of time, in threads.

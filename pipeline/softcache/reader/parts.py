@@ -145,6 +145,10 @@ class CacheParts(Cache):
         for part in self.parts:
             part.check_metadata()
 
+    def check_objects(self) -> None:
+        for part in self.parts:
+            part.check_objects()
+
     def _one_by_one(self, what: str) -> LabelError:
         return LabelError(f"cache {self.url}: {what} is of one cache; do it for each part")
 
@@ -287,6 +291,7 @@ def _check_part(first: Cache, part: Cache, *, several_teachers: bool) -> None:
             "class names": digest_json(list(manifest.class_names)),
             "views": manifest.plan.num_views,
             "codec": manifest.codec,
+            "objects": {name: one.sha256 for name, one in manifest.objects.items()},
             **{f"identity.{name}": value for name, value in identity.items()},
             **({} if several_teachers else {"identity.teacher": weights}),
         }

@@ -25,6 +25,7 @@ from softcache.cache.samples import (
     read_row_counts,
     read_samples,
 )
+from softcache.cache.shared import get_shared
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import (
     FinishedUnits,
@@ -199,6 +200,15 @@ class CacheReaderBase:
             CorruptionError: one is missing or differs; it is named.
         """
         self._opened_store().check_metadata()
+
+    def check_objects(self) -> None:
+        """Compares the objects that all rows share with the manifest.
+
+        Raises:
+            CorruptionError: one is missing, or not what was written; it is named.
+        """
+        for described in self.manifest.objects.values():
+            get_shared(self._objects, described)
 
     def stray_names(self) -> list[str]:
         """Returns the paths of files in units/ that softcache does not write; nothing reads them."""

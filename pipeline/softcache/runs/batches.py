@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from softcache.cache.codecs import VectorCodec
 from softcache.config.run import RunConfig
 from softcache.errors import ConfigError, IncompleteCacheError
 from softcache.modalities import Data
@@ -47,6 +48,11 @@ def cached_batches(
             "the labeled images (student.views)"
         )
     codec = cache.manifest.build_codec()
+    if isinstance(codec, VectorCodec):
+        raise ConfigError(
+            f'cache {cache.url}: holds hidden states (labels.policy = "hidden"), which students are not trained from yet; '
+            'capture with labels.policy = "sample" or "top_k"'
+        )
     if codec.max_temperature is not None and config.loss.adapts:
         _check_highest(config, cache.url, codec.max_temperature)
     sampling = codec.sampling

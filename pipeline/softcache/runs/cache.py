@@ -25,6 +25,7 @@ from softcache.teacher.capture.estimate import Estimate, estimate_capture
 from softcache.teacher.capture.first_rows import score_first_rows
 from softcache.teacher.capture.plan import plan_manifest
 from softcache.teacher.capture.run import CaptureReport, UnitMetrics, capture, evaluate_teacher
+from softcache.teacher.capture.shared import shared_objects
 from softcache.tools.fuse import fuse_caches
 
 __all__ = [
@@ -131,7 +132,10 @@ def prepare_cache(config: RunConfig, data: Data, teacher: Teacher, url: str) -> 
                 data.evaluation, teacher, batch_size=config.capture.batch_size, progress=advance
             )
 
-    return objects, *create_cache(objects, manifest, samples, report=report)
+    def shared() -> dict[str, bytes]:
+        return shared_objects(teacher, data.train, config.labels, batch_size=config.capture.batch_size)
+
+    return objects, *create_cache(objects, manifest, samples, report=report, shared=shared)
 
 
 def log_first_rows(teacher: Teacher, data: Data, *, batch_size: int) -> None:

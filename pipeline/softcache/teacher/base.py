@@ -9,18 +9,21 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from softcache.cache.codecs import CODECS, Codec, CodecSettings
+from softcache.cache.codecs import CODECS, Codec, CodecSettings, OpenSettings, VectorCodec
+from softcache.cache.codecs.vectors import HeadFacts, Vector
 from softcache.data.batch import Dataset
 from softcache.errors import ConfigError
 from softcache.hashing.digests import digest_weights
-from softcache.labels import MixedTargets, SoftLabels, collect
-from softcache.labels.sparsify import LabelSettings, logit_faults
+from softcache.labels import MixedTargets, OutputHead, SoftLabels, VectorLabels, collect
+from softcache.labels.sparsify import Hidden, LabelSettings, logit_faults
 from softcache.models.language.placement import WholeState, is_placed
 from softcache.models.spec import architecture_of
 from softcache.models.weights import count_parameters
@@ -89,6 +92,11 @@ class TeacherFacts:
         """Returns the names of the classes that it labels, of the source's."""
         return names
 
+    @property
+    def head_identity(self) -> dict[str, Any]:
+        """What names the head of a cache of hidden states; nothing of a teacher of which only the name is known."""
+        return {}
+
     def codec(self, k: int, labels: LabelSettings, settings: CodecSettings) -> Codec:
         """Returns the codec of a cache of its labels.
 
@@ -151,6 +159,20 @@ class Teacher(TeacherFacts, ABC):
             return nullcontext()
         return torch.autocast(self.device.type, dtype=getattr(torch, self.dtype))
 
+    def codec(self, k: int, labels: LabelSettings, settings: CodecSettings) -> Codec:
+        if not labels.of_states:
+            return super().codec(k, labels, settings)
+        assert isinstance(labels, Hidden)
+        if settings != OpenSettings():
+            raise ConfigError(
+                f"capture.codec: {settings.name!r} is of classes; hidden states are kept as labels.values has it; drop the "
+                "table"
+            )
+        head = self.output_head()
+        size = labels.size(head.weight.shape[1])
+        facts = HeadFacts(float(head.logit_scale), None if head.softcap is None else float(head.softcap))
+        return VectorCodec(self.num_classes, (("hidden", Vector(size, labels.values)),), facts)
+
     @abstractmethod
     def chunks(self, batch: Any) -> Iterator[torch.Tensor]:
         """Yields float32 logits [p, V] on the teacher's device, which together cover the batch's rows in order.
@@ -159,15 +181,56 @@ class Teacher(TeacherFacts, ABC):
             LabelError: the model returns something of another shape.
         """
 
+    def states(self, batch: Any) -> Iterator[torch.Tensor]:
+        """Yields the inputs [p, D] of the head, which together cover the batch's rows in order; see `output_head`."""
+        raise self._no_states()
+
+    def output_head(self) -> OutputHead:
+        """Returns the linear layer that makes logits of hidden states, in the dtype that it is multiplied in.
+
+        Raises:
+            ConfigError: such a teacher is not seen as a backbone and a head.
+        """
+        raise self._no_states()
+
+    def _no_states(self) -> ConfigError:
+        return ConfigError(
+            f'labels.policy: "hidden" keeps the input of a language model\'s head; teacher {self.spec} has none; '
+            'use "dense", which keeps every class, or another policy'
+        )
+
+    @cached_property
+    def head_identity(self) -> dict[str, Any]:
+        """What names the head of a cache of hidden states."""
+        head = self.output_head()
+        tensors = {name: x for name, x in (("weight", head.weight), ("bias", head.bias)) if x is not None}
+        return {
+            "digest": digest_weights(tensors),
+            "dtype": str(head.weight.dtype).removeprefix("torch."),
+            "size": list(head.weight.shape),
+        }
+
+    def inputs(self, batch: Any, settings: LabelSettings) -> Iterator[torch.Tensor]:
+        """Yields what labels are made of: hidden states for a policy of states, else logits."""
+        return self.states(batch) if settings.of_states else self.chunks(batch)
+
     @torch.inference_mode()
     def label(
-        self, batch: Any, settings: LabelSettings, *, chunks: Iterable[torch.Tensor] | None = None
-    ) -> tuple[SoftLabels, torch.Tensor]:
+        self,
+        batch: Any,
+        settings: LabelSettings,
+        *,
+        chunks: Iterable[torch.Tensor] | None = None,
+        head: OutputHead | None = None,
+    ) -> tuple[Any, torch.Tensor]:
         """Returns the batch's record and the faults [P] uint8 of its logits, on the device, waiting for nothing.
 
         Args:
-            chunks: the logits, where another thread runs the model; None runs it here.
+            chunks: what `inputs` yields, where another thread runs the model; None runs it here.
+            head: of the cache, of coordinates of hidden states.
         """
+        if settings.of_states:
+            return self._label_states(batch, settings, chunks, head)
         targets_P = batch.targets.to(self.device, non_blocking=True)
         if isinstance(targets_P, MixedTargets):
             targets_P = (
@@ -189,6 +252,21 @@ class Teacher(TeacherFacts, ABC):
                 start = rows.stop
 
         return collect(records(), batch.num_rows), faults_P
+
+    def _label_states(
+        self,
+        batch: Any,
+        settings: LabelSettings,
+        chunks: Iterable[torch.Tensor] | None,
+        head: OutputHead | None,
+    ) -> tuple[VectorLabels, torch.Tensor]:
+        assert isinstance(settings, Hidden)
+        records, faults = [], []
+        for states_PD in self.states(batch) if chunks is None else chunks:
+            records.append(settings.apply_states(states_PD, head))
+            faults.append(logit_faults(states_PD.abs()))
+        record = records[0] if len(records) == 1 else VectorLabels.concat(records)
+        return replace(record, num_classes=self.num_classes), torch.cat(faults)
 
     @torch.inference_mode()
     def score(self, batch: Any) -> tuple[float, int]:

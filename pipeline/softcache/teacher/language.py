@@ -13,6 +13,7 @@ from torch import nn
 from softcache.data.tokens import TokenBatch
 from softcache.errors import ConfigError, LabelError
 from softcache.hashing.digests import digest_weights
+from softcache.labels import OutputHead
 from softcache.models.language import CausalParts, build_language_model, check_split, plain_logits, split
 from softcache.models.language.placement import WholeState, is_placed
 from softcache.models.spec import parse_spec
@@ -65,6 +66,20 @@ class LanguageTeacher(Teacher):
                     hidden_PD[start : start + self._chunk_positions].to(self.device)
                 )
             yield logits_PV
+
+    @torch.inference_mode()
+    def states(self, batch: TokenBatch) -> Iterator[torch.Tensor]:
+        hidden_PD = self._hidden_rows(batch)
+        rows = max(1, CHUNK_ELEMENTS // hidden_PD.shape[1])
+        for start in range(0, max(1, len(hidden_PD)), rows):
+            yield hidden_PD[start : start + rows].to(self.device)
+
+    def output_head(self) -> OutputHead:
+        parts, dtype = self.parts, self.parts.weight.dtype
+        if self.dtype != "float32" and dtype == torch.float32:  # autocast rounds it before it is multiplied
+            dtype = getattr(torch, self.dtype)
+        bias = None if parts.bias is None else parts.bias.detach()
+        return OutputHead(parts.weight.detach().to(dtype), bias, parts.logit_scale, parts.softcap)
 
     def _hidden_rows(self, batch: TokenBatch) -> torch.Tensor:
         """Returns the hidden states [P, D] of a batch's rows."""

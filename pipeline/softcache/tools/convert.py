@@ -8,6 +8,7 @@ import numpy as np
 
 from softcache.cache.create import create_cache
 from softcache.cache.repair import usable_units
+from softcache.cache.shared import get_shared
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import (
     check_unit,
@@ -37,11 +38,20 @@ def convert_cache(
     """
     origin = cache.manifest
     manifest = origin.model_copy(
-        update={"store": store, "data": "labels.zarr" if store == "zarr" else "parquet", "features": ()}
+        update={
+            "store": store,
+            "data": "labels.zarr" if store == "zarr" else "parquet",
+            "features": tuple(name for name in origin.features if name != "array_codecs"),
+        }
     )
     objects = open_objects(target_url, create=True)
     source_objects = open_objects(cache.url)
-    manifest, digest = create_cache(objects, manifest, source_objects.get(origin.samples))
+    manifest, digest = create_cache(
+        objects,
+        manifest,
+        source_objects.get(origin.samples),
+        shared=lambda: {name: get_shared(source_objects, one) for name, one in origin.objects.items()},
+    )
     reading, writing = open_store(origin, source_objects), open_store(manifest, objects)
     index = open_index(objects, manifest, digest)
     finished = usable_units(index)

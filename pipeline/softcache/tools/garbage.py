@@ -3,7 +3,7 @@
     staged files without a writer        a write holds a lock on its staged file, which ends with its process
     objects of unfinished units          a reader trusts what a marker names; a rerun writes the same bytes again
     claims without a holder              taking one ends it, so looking at one is enough
-    a table of samples of another run    that crashed, or came second, before there was a manifest
+    a table of samples of another run    that crashed, or came second, before there was a manifest; and its shared objects
 
 A unit is claimed before its objects are called stray, and its marker is looked for again: what a run is making, or has
 just made, is never touched. Nor is anything that the manifest or a marker names. Whatever softcache does not write is
@@ -23,6 +23,7 @@ from softcache.cache.finished import UnitIndex, UnitNames
 from softcache.cache.folded import block_claim_path
 from softcache.cache.folding import fold_markers
 from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, claim_path
+from softcache.cache.shared import OBJECT_PATH
 from softcache.cache.storage.base import Objects
 from softcache.cache.units import open_store
 from softcache.errors import CacheNotFoundError, StorageError
@@ -80,7 +81,8 @@ def collect_garbage(objects: Objects, *, delete: bool, older_than: float = SAFE_
     paths = objects.list("")
     index = UnitIndex(objects, manifest, digest, store)
     finished = index.snapshot()
-    known, names = {MANIFEST, manifest.samples, *store.described()}, UnitNames([])
+    shared = [one.path for one in manifest.objects.values()]
+    known, names = {MANIFEST, manifest.samples, *shared, *store.described()}, UnitNames([])
     unfinished: dict[int, list[str]] = defaultdict(list)
     others: list[str] = []
     for path in paths:
@@ -89,7 +91,7 @@ def collect_garbage(objects: Objects, *, delete: bool, older_than: float = SAFE_
         elif path.startswith(f"{manifest.data}/") and (number := store.unit_of(path)) is not None:
             if number not in finished:
                 unfinished[number].append(path)
-        elif SAMPLES.fullmatch(path) and path not in known:
+        elif (SAMPLES.fullmatch(path) or OBJECT_PATH.fullmatch(path)) and path not in known:
             others.append(path)
         elif path not in known:
             report.foreign.append(path)

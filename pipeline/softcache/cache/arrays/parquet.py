@@ -137,6 +137,11 @@ class ParquetStore:
                 flat = pa.FixedSizeListArray.from_arrays(flat, type=pa.list_(_item(flat.type), size))
             arrays.append(flat)
         planar = [name for name, column in self._columns.items() if column.planar]
+        split = [
+            f"{name}.list.element"
+            for name, column in self._columns.items()
+            if column.is_vector and np.dtype(column.dtype).itemsize > 1
+        ]
         sink = io.BytesIO()
         pq.write_table(
             pa.table(arrays, schema=self._schema),
@@ -144,7 +149,7 @@ class ParquetStore:
             row_group_size=self._chunk_rows,
             compression="zstd",
             use_dictionary=False,
-            use_byte_stream_split=planar,
+            use_byte_stream_split=[*planar, *split],
             # The smallest of records that are bytes means nothing, and would stand, unchecked, in every page's header.
             write_statistics=[name for name in self._schema.names if name not in planar] if planar else True,
             write_page_checksum=True,

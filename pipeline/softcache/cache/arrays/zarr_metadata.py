@@ -201,8 +201,9 @@ def _grid(plan: Plan) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]
 def _fill_value(manifest: Manifest, column: Column) -> Any:
     if column.name == "ids":
         return manifest.num_classes
-    # Of what is not written yet: no cell has the number -1.
-    return {"u": 0, "i": -1}.get(np.dtype(column.dtype).kind, float("nan"))
+    if column.name == "cells":  # of what is not written yet: no cell has the number -1
+        return -1
+    return 0 if np.dtype(column.dtype).kind in "iu" else float("nan")
 
 
 def _filters(column: Column, num_axes: int) -> list[Any]:

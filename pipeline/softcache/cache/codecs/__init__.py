@@ -6,6 +6,7 @@ from softcache.cache.codecs.detection import CellCodec
 from softcache.cache.codecs.packed.codec import COARSEST, DEFAULT_STEP, FINEST, PackedCodec, PackedSettings
 from softcache.cache.codecs.plain import OpenCodec, OpenSettings
 from softcache.cache.codecs.soft_labels import SoftLabelCodec
+from softcache.cache.codecs.vectors import VectorCodec
 
 __all__ = [
     "COARSEST",
@@ -22,5 +23,6 @@ __all__ = [
     "PackedCodec",
     "PackedSettings",
     "SoftLabelCodec",
+    "VectorCodec",
     "codec_from_dict",
 ]

@@ -5,6 +5,7 @@ Manifests are untrusted: every parameter is checked, and a name in a manifest im
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Self
@@ -42,6 +43,8 @@ class Codec(ABC):
         captures_softmax: whether `[capture.codec]` may name it for the labels of one distribution over all classes.
         captures_detections: whether `[capture.codec]` may name it for a detector's labels.
         settings: of `[capture.codec]`.
+        feature: of the format that caches of this codec name (`softcache.cache.features`); None of version 1 as it is.
+        shared: names of the objects of the cache that its labels need (`Manifest.objects`).
         num_classes, k, temperatures, stats, max_temperature, sampling: of the labels (`SoftLabels`).
     """
 
@@ -50,6 +53,8 @@ class Codec(ABC):
     captures_softmax: ClassVar[bool] = True
     captures_detections: ClassVar[bool] = False
     settings: ClassVar[type[CodecSettings]] = CodecSettings
+    feature: ClassVar[str | None] = None
+    shared: tuple[str, ...] = ()
 
     num_classes: int
     k: int
@@ -70,6 +75,11 @@ class Codec(ABC):
     @abstractmethod
     def columns(self) -> tuple[Column, ...]:
         """The columns of a label row."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a label row, before compression."""
+        return sum(np.dtype(column.dtype).itemsize * math.prod(column.shape) for column in self.columns)
 
     @abstractmethod
     def encode(self, labels: Any) -> dict[str, np.ndarray]:

@@ -22,6 +22,7 @@ class Column:
         dims: (name, size) of the inner axes.
         per_sample: one value for a sample, however many rows it has.
         planar: bytes of a record; a store keeps equal places of neighbouring rows together, where they compress.
+        is_vector: numbers of a vector, whose exponents compress and whose mantissas do not.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Column:
     dims: tuple[tuple[str, int], ...] = ()
     per_sample: bool = False
     planar: bool = False
+    is_vector: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ INVARIANTS: dict[str, str] = {
     "I4": "a marker is of its unit, of this manifest, and names the unit's objects",
     "I5": "an object has the size and sha256 of its marker",
     "I6": "zarr.json describes the numbers that the manifest implies",
+    "I7": "an object that the manifest names has its size and sha256",
     "I10": "objects decode to the unit's rows, by sample, then position, with one value for what is known per sample",
     "I11": "the column num_rows is that of the table of samples",
     "I12": "positions ascend within a sample, as far apart as the policy makes them",
@@ -47,6 +48,7 @@ INVARIANTS: dict[str, str] = {
     "I82": "dropped_mass is between the share of dropped_bound and V - K times it",
     "I90": "cells are cells of the grid, and differ within a sample",
     "I91": "what else a head gives for a cell is finite",
+    "I95": "the numbers of vectors are finite, and their scales above 0",
 }
 """Numbers are never given to another invariant."""
 

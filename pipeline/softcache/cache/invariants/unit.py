@@ -10,6 +10,7 @@ from softcache.cache.codecs import Codec, SoftLabelCodec
 from softcache.cache.codecs.bernoulli import BernoulliCodec
 from softcache.cache.codecs.detection import CellCodec
 from softcache.cache.codecs.precision import EXACT, HALF, Error
+from softcache.cache.codecs.vectors import VectorCodec, vector_faults
 from softcache.cache.invariants.catalog import Violation, first_violation
 from softcache.cache.invariants.independent import independent_violations
 from softcache.cache.invariants.soft_labels import RowFacts, slot_violations, soft_label_violations
@@ -71,6 +72,12 @@ def _labels(
         return independent_violations(arrays, codec.num_classes, codec.precision.log_probs)
     if isinstance(codec, CellCodec):
         return _cell_rows(codec, arrays)
+    if isinstance(codec, VectorCodec):
+        return [
+            violation
+            for name, wrong, expected in vector_faults(codec, arrays)
+            for violation in first_violation("I95", wrong, name, arrays[name], expected)
+        ]
     if not isinstance(codec, SoftLabelCodec):
         codec.validate(arrays)
         return []

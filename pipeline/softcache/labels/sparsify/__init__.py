@@ -3,6 +3,7 @@
 from softcache.labels.sparsify.bernoulli import bernoulli_faults, top_k_bernoulli
 from softcache.labels.sparsify.detection import DenseOutputs, cell_faults, choose_cells, sparsify_cells
 from softcache.labels.sparsify.policies.dense import Dense, dense, dense_labels_unsorted
+from softcache.labels.sparsify.policies.hidden import Hidden
 from softcache.labels.sparsify.policies.hybrid import Hybrid, hybrid
 from softcache.labels.sparsify.policies.sample import Sample, sample
 from softcache.labels.sparsify.policies.top_k import TopK, top_k
@@ -16,6 +17,7 @@ __all__ = [
     "AnyLabelSettings",
     "Dense",
     "DenseOutputs",
+    "Hidden",
     "Hybrid",
     "LabelSettings",
     "Sample",

@@ -57,6 +57,8 @@ class LabelSettings(Settings):
 
     labels_detections: ClassVar[bool] = False
     """Whether the policy also keeps the classes of a detector's anchors."""
+    of_states: ClassVar[bool] = False
+    """Whether labels are made of the inputs of the teacher's head (`policies.hidden`), and not of its logits."""
 
     @field_validator("temperatures")
     @classmethod

@@ -313,7 +313,8 @@ def bisect_failing_sample(work: CaptureContext, number: int) -> str:
 def _fails(work: CaptureContext, view: int, start: int, stop: int) -> bool:
     try:
         batch = work.data.load(range(start, stop), view)
-        _, faults_P = work.teacher.label(batch, work.labels)
+        more: Any = {} if work.head is None else {"head": work.head}
+        _, faults_P = work.teacher.label(batch, work.labels, **more)
         return bool(faults_P.any())
     except Exception:
         return True

@@ -25,12 +25,14 @@ from softcache.cache.storage.open import open_objects
 from softcache.cache.units import finished_units
 from softcache.data.batch import Dataset as Data
 from softcache.data.batch import ranges
+from softcache.labels import OutputHead
 from softcache.labels.sparsify import LabelSettings
 from softcache.runtime.signals import defer_signals
 from softcache.teacher.base import Teacher
 from softcache.teacher.capture.labeler import Labeler
 from softcache.teacher.capture.plan import CaptureSettings, plan_manifest
 from softcache.teacher.capture.run import CaptureContext, UnitMetrics, capture_units
+from softcache.teacher.capture.shared import parsed_head, shared_objects
 from softcache.teacher.capture.writer import PendingUnit, UnitBatches
 
 __all__ = ["MEASURE_SECONDS", "Estimate", "estimate_capture"]
@@ -97,8 +99,10 @@ def estimate_capture(
     measured: list[UnitMetrics] = []
     evaluate = 0.0
     if done < total:
-        _warm_up(data, teacher, labels, settings, manifest)
-        measured = _measure(data, teacher, labels, settings, manifest.plan, measure_seconds)
+        shared = shared_objects(teacher, data, labels, batch_size=settings.batch_size)
+        head = parsed_head(shared, teacher, labels)
+        _warm_up(data, teacher, labels, settings, manifest, head)
+        measured = _measure(data, teacher, labels, settings, manifest.plan, measure_seconds, shared)
         if found is None and settings.evaluate:
             evaluate = _evaluation_seconds(evaluation, teacher, settings.batch_size)
     steady = measured[1:] or measured
@@ -128,12 +132,17 @@ def estimate_capture(
 
 
 def _warm_up(
-    data: Data, teacher: Teacher, labels: LabelSettings, settings: CaptureSettings, manifest: Manifest
+    data: Data,
+    teacher: Teacher,
+    labels: LabelSettings,
+    settings: CaptureSettings,
+    manifest: Manifest,
+    head: OutputHead | None,
 ) -> None:
     """Labels and encodes one batch, so that compilers and allocators have done what they do once."""
     stop = min(settings.batch_size, manifest.plan.unit_samples)
     batch = UnitBatches(data, labels.positions)[0, 0, 0, stop]
-    with Labeler(teacher, labels) as labeler, ExitStack() as nothing:
+    with Labeler(teacher, labels, head) as labeler, ExitStack() as nothing:
         flight = labeler.start(batch)()
         record = flight.wait(data)
         item = PendingUnit(manifest.plan.unit(0), nothing)
@@ -148,6 +157,7 @@ def _measure(
     settings: CaptureSettings,
     plan: Plan,
     limit_seconds: float,
+    shared: dict[str, bytes],
 ) -> list[UnitMetrics]:
     """Captures chunks into a temporary folder, one to a unit; returns what each took."""
     small = settings.model_copy(
@@ -157,7 +167,7 @@ def _measure(
     measured: list[UnitMetrics] = []
     with tempfile.TemporaryDirectory(prefix="softcache-dry-run-") as folder:
         objects = open_objects(folder, create=True)
-        manifest, digest = create_cache(objects, manifest, samples)
+        manifest, digest = create_cache(objects, manifest, samples, shared=lambda: shared)
         work = CaptureContext(objects, manifest, digest, data, teacher, labels, small)
         with defer_signals():
             capture_units(

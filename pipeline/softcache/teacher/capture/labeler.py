@@ -19,12 +19,14 @@ import torch
 from softcache.data.batch import Batch
 from softcache.data.batch import Dataset as Data
 from softcache.errors import LabelError
-from softcache.labels import STATS, DetectionLabels, SoftLabels
+from softcache.labels import STATS, DetectionLabels, OutputHead, SoftLabels, VectorLabels
 from softcache.labels.positions import highest_rows
 from softcache.labels.sparsify import LabelSettings, describe_fault
 from softcache.teacher.base import Teacher
 
-__all__ = ["Labeler", "PendingLabels"]
+__all__ = ["AnyLabels", "Labeler", "PendingLabels"]
+
+AnyLabels = SoftLabels | DetectionLabels | VectorLabels
 
 
 class PendingLabels:
@@ -33,7 +35,7 @@ class PendingLabels:
     def __init__(
         self,
         batch: Any,
-        labels: SoftLabels | DetectionLabels,
+        labels: AnyLabels,
         faults_P: torch.Tensor,
         chosen: torch.Tensor | None,
     ) -> None:
@@ -46,7 +48,7 @@ class PendingLabels:
         if self._event is not None:
             self._event.record()
 
-    def wait(self, data: Data) -> SoftLabels | DetectionLabels:
+    def wait(self, data: Data) -> AnyLabels:
         """Returns the labels as NumPy, `batch` being theirs; raises LabelError naming the first sample with a bad row."""
         if self._event is not None:
             self._event.synchronize()
@@ -55,6 +57,13 @@ class PendingLabels:
             row = int(np.flatnonzero(faults_P)[0])
             sample = np.repeat(self.batch.samples, self.batch.row_counts)[row]
             place = data.describe_position(int(self.batch.positions[row]))
+            if isinstance(self._labels, VectorLabels):
+                raise LabelError(
+                    f"teacher state of sample {data.source.key(int(sample))!r}{place}, view {self.batch.view} (unit "
+                    f'{self.batch.unit}): NaN or infinite; expected finite numbers; try capture.dtype = "float32", or check '
+                    "the teacher's weights. The unit was not marked done",
+                    position=row,
+                )
             raise LabelError(
                 f"teacher logits of sample {data.source.key(int(sample))!r}{place}, view {self.batch.view} (unit "
                 f"{self.batch.unit}): {describe_fault(int(faults_P[row]))}; expected finite logits (-inf for a masked "
@@ -67,10 +76,15 @@ class PendingLabels:
 
 
 class Labeler:
-    """Runs a teacher over batches and makes soft labels of its logits; a context manager, which ends the thread."""
+    """Runs a teacher over batches and makes labels of its logits or hidden states; a context manager, which ends the thread.
 
-    def __init__(self, teacher: Teacher, settings: LabelSettings) -> None:
+    Args:
+        head: of the cache, of coordinates of hidden states; else None.
+    """
+
+    def __init__(self, teacher: Teacher, settings: LabelSettings, head: OutputHead | None = None) -> None:
         self._teacher, self._settings = teacher, settings
+        self._more: dict[str, Any] = {} if head is None else {"head": head}
         self._thread: ThreadPoolExecutor | None = None
         if teacher.device.type == "cpu":
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="softcache-labels")
@@ -94,14 +108,14 @@ class Labeler:
         chunks = _Chunks()
         record = self._thread.submit(chunks.read_by, lambda: self._labeled(batch, iter(chunks)))
         try:
-            for logits_PV in self._teacher.chunks(batch):
-                chunks.put(logits_PV)
+            for inputs in self._teacher.inputs(batch, self._settings):
+                chunks.put(inputs)
         finally:
             chunks.put(None)
         return record.result
 
     def _labeled(self, batch: Batch, chunks: Iterator[torch.Tensor] | None) -> PendingLabels:
-        record, faults_P = self._teacher.label(batch, self._settings, chunks=chunks)
+        record, faults_P = self._teacher.label(batch, self._settings, chunks=chunks, **self._more)
         return PendingLabels(batch, record, faults_P, _most_uncertain(batch, record, self._settings))
 
 
@@ -130,9 +144,7 @@ class _Chunks:
                 pass
 
 
-def _most_uncertain(
-    batch: Batch, record: SoftLabels | DetectionLabels, settings: LabelSettings
-) -> torch.Tensor | None:
+def _most_uncertain(batch: Batch, record: AnyLabels, settings: LabelSettings) -> torch.Tensor | None:
     """Returns which rows are kept, on the device, where the teacher's entropy decides; None where all are."""
     if settings.positions.policy != "entropy":
         return None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, ValidationError
 
 from softcache import __version__
@@ -24,6 +25,8 @@ __all__ = ["CaptureSettings", "default_plan", "plan_manifest"]
 
 ROWS, RAGGED_ROWS = (16384, 2048), (131072, 8192)
 """Rows of a unit and of a chunk where the settings do not say; of samples with one row each, and with several."""
+WIDE_BYTES = (2**28, 2**24)
+"""Of a unit and of a chunk of hidden states, at most, where the settings do not say."""
 CHUNK_ROWS = 2048
 """Rows of tokens, or of cells, that are compressed together."""
 
@@ -72,8 +75,9 @@ def plan_manifest(
             f'choose k <= {num_classes}, or policy = "dense"'
         )
     num_rows = data.label_rows(labels.positions)
-    plan = default_plan(data, settings, num_views=labels.num_views)
     codec = teacher.codec(k, labels, settings.codec)
+    row_bytes = codec.row_bytes if labels.of_states else 0
+    plan = default_plan(data, settings, num_views=labels.num_views, row_bytes=row_bytes)
     if num_rows is None:
         rows, samples = None, encode_samples(source.keys(), data.sample_columns().get("targets"))
     else:
@@ -87,6 +91,7 @@ def plan_manifest(
             **teacher.identity(),
             "source": _source_identity(source, len(data)),
             **data.identity(labels.num_views),
+            **({"head": teacher.head_identity} if labels.of_states else {}),
             "labels": labels.identity(num_classes) | {"temperatures": list(codec.temperatures)},
             "codec": codec.to_dict(),
         },
@@ -98,6 +103,7 @@ def plan_manifest(
         store=settings.store,
         data="labels.zarr" if settings.store == "zarr" else "parquet",
         samples_sha256=digest_bytes(samples),
+        features=() if codec.feature is None else (codec.feature,),
         teacher=TeacherReport(num_parameters=teacher.num_parameters),
     )
     return manifest, samples
@@ -122,9 +128,16 @@ def _built(**fields: Any) -> Manifest:
         raise ConfigError(f"capture: no cache can be made so: {error.errors()[0]['msg']}") from error
 
 
-def default_plan(data: Data, settings: CaptureSettings, *, num_views: int = 1) -> Plan:
-    """Returns how a source is cut: a unit is a whole number of chunks, and neither is larger than the source."""
-    unit, chunk = (max(1, round(rows / data.mean_rows)) for rows in (RAGGED_ROWS if data.is_ragged else ROWS))
+def default_plan(data: Data, settings: CaptureSettings, *, num_views: int = 1, row_bytes: int = 0) -> Plan:
+    """Returns how a source is cut: a unit is a whole number of chunks, and neither is larger than the source.
+
+    Args:
+        row_bytes: of a row that is wide, before compression; units and chunks then have no more bytes than `WIDE_BYTES`.
+    """
+    most = np.array(RAGGED_ROWS if data.is_ragged else ROWS)
+    if row_bytes:
+        most = np.minimum(most, np.array(WIDE_BYTES) // row_bytes)
+    unit, chunk = (max(1, round(rows / data.mean_rows)) for rows in most.tolist())
     unit = min(settings.unit_samples or max(unit, settings.chunk_samples or 1), len(data))
     chunk = min(settings.chunk_samples or chunk, unit)
     return Plan(

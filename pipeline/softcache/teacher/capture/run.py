@@ -28,10 +28,12 @@ from torch.utils.data import DataLoader
 
 from softcache.cache.manifest import Manifest, TeacherReport, Unit
 from softcache.cache.repair import usable_units
+from softcache.cache.shared import shared_head
 from softcache.cache.storage.base import Objects
 from softcache.cache.units import UnitIndex, fold_if_possible, open_index, open_store, publish_unit
 from softcache.data.batch import Dataset as Data
 from softcache.data.batch import ranges
+from softcache.labels import OutputHead
 from softcache.labels.sparsify import LabelSettings
 from softcache.runtime.signals import (
     defer_signals,
@@ -122,6 +124,14 @@ class CaptureContext:
     def index(self) -> UnitIndex:
         """What looks up finished units."""
         return open_index(self.objects, self.manifest, self.manifest_sha256)
+
+    @cached_property
+    def head(self) -> OutputHead | None:
+        """The cache's own head, where its coordinates are what hidden states are kept as; else None."""
+        if getattr(self.labels, "components", None) is None:
+            return None
+        head = shared_head(self.objects.url, self.manifest)
+        return None if head is None else head.load(self.teacher.device)
 
 
 def capture(
@@ -316,7 +326,7 @@ def _label_units(
     )
     in_flight: deque[tuple[int, Callable[[], PendingLabels]]] = deque()
     try:
-        with signals_first(), Labeler(work.teacher, work.labels) as labeler:
+        with signals_first(), Labeler(work.teacher, work.labels, work.head) as labeler:
             for batch in loader:
                 raise_if_signalled()
                 if batch is None:

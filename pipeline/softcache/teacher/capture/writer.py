@@ -16,8 +16,9 @@ from softcache.cache.codecs import Codec
 from softcache.cache.manifest import Unit
 from softcache.data.batch import Batch
 from softcache.data.batch import Dataset as Data
-from softcache.labels import DetectionLabels, SoftLabels, concat_labels
+from softcache.labels import concat_labels
 from softcache.labels.positions import PositionSettings, chosen_rows
+from softcache.teacher.capture.labeler import AnyLabels
 
 __all__ = ["PendingUnit", "UnitBatches", "Writer"]
 
@@ -64,12 +65,12 @@ class PendingUnit:
     claim: ExitStack
     teacher_seconds: float = 0.0
     num_left: int = 1
-    labels: list[SoftLabels | DetectionLabels] = field(default_factory=list)
+    labels: list[AnyLabels] = field(default_factory=list)
     fingerprints: list[np.ndarray] = field(default_factory=list)
     row_counts: list[np.ndarray] = field(default_factory=list)
     positions: list[np.ndarray] = field(default_factory=list)
 
-    def add(self, batch: Batch, labels: SoftLabels | DetectionLabels) -> None:
+    def add(self, batch: Batch, labels: AnyLabels) -> None:
         self.labels.append(labels)
         self.fingerprints.append(batch.fingerprints)
         self.row_counts.append(batch.row_counts)

@@ -28,7 +28,11 @@ def verify_units(
         for part in cache.parts:
             yield from verify_units(part, progress, on_damaged=on_damaged)
         return
-    for number, check in (("I2", cache.check_samples), ("I6", cache.check_metadata)):
+    for number, check in (
+        ("I2", cache.check_samples),
+        ("I6", cache.check_metadata),
+        ("I7", cache.check_objects),
+    ):
         try:
             check()
         except SoftcacheError as error:

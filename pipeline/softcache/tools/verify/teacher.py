@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -11,13 +12,16 @@ from torch.nn.functional import logsigmoid
 
 from softcache.data.batch import Dataset
 from softcache.errors import AlignmentError, IdentityError
-from softcache.labels import BernoulliLabels, DetectionLabels, SoftLabels
+from softcache.labels import BernoulliLabels, DetectionLabels, SoftLabels, VectorLabels, encode_vectors
 from softcache.labels.sparsify import DenseOutputs
-from softcache.losses import forward_kl
+from softcache.losses import forward_kl, kl_terms
 from softcache.reader.alignment import attach_labels, check_alignment
 from softcache.reader.cache import Cache
 from softcache.teacher.base import Teacher
 from softcache.tools.verify.checksums import verify_units
+
+CHUNK_ELEMENTS = 2**22
+"""Of the logits of hidden states that are held at once."""
 
 __all__ = ["verify_against_teacher", "verify_units"]
 
@@ -38,7 +42,8 @@ def verify_against_teacher(
     The measure is KL(record || fresh teacher) at T=1 over the kept classes and the tail's bucket, in nats.
     float16 log-probabilities cost about 1e-7 of it; another device or dtype costs more. At a detector's cells it is the sum
     over the kept classes of a sigmoid head and the best dropped one, and half the squared difference of the other outputs is
-    added, which is their KL as means of unit variance. Whether other cells should have been kept is not asked.
+    added, which is their KL as means of unit variance. Whether other cells should have been kept is not asked. Of hidden
+    states it is the KL of what the cache's head makes of the stored ones and of the teacher's, rounded alike.
 
     Raises:
         AlignmentError: `data` is not what was labeled.
@@ -50,6 +55,10 @@ def verify_against_teacher(
             "out, and verify the caches that it was fused of with the configs of their teachers"
         )
     check_alignment(cache, data)
+    there = cache.manifest.identity.get("head")
+    if there is not None and there != (here := json.loads(json.dumps(teacher.head_identity))):
+        yield f"cache {cache.url}: made with another head than this teacher's: {there} there, {here} here; other weights?"
+        return
     rows = [(view, int(sample)) for view in range(cache.num_views) for sample in cache.samples_in(view)]
     chosen = sorted(np.random.default_rng(seed).permutation(len(rows))[:num_rows])
     for view in range(cache.num_views):
@@ -87,13 +96,15 @@ def _compare(
 
 @torch.inference_mode()
 def _divergence(
-    labels: SoftLabels | BernoulliLabels | DetectionLabels, batch: Any, teacher: Teacher
+    labels: SoftLabels | BernoulliLabels | DetectionLabels | VectorLabels, batch: Any, teacher: Teacher
 ) -> np.ndarray:
     """Returns KL(record || teacher now) [P] at T=1, chunk by chunk.
 
     Of classes that were drawn at random, half the mean of (log p - log q)^2 over them: what KL is for small
     differences. The estimate of KL itself may be negative.
     """
+    if isinstance(labels, VectorLabels):
+        return _states_divergence(labels, batch, teacher)
     parts, start = [], 0
     for logits_PV in teacher.chunks(batch):
         if isinstance(labels, DetectionLabels):
@@ -111,6 +122,25 @@ def _divergence(
             kl_P = _drawn_difference(logits_PV.cpu(), rows)
         parts.append(kl_P.numpy())
         start += len(logits_PV)
+    return np.concatenate(parts)
+
+
+def _states_divergence(labels: VectorLabels, batch: Any, teacher: Teacher) -> np.ndarray:
+    """Returns KL(stored || teacher now) [P] at T=1 of hidden states through one head."""
+    labels, parts, start = labels.to_torch(teacher.device), [], 0
+    assert labels.head is not None
+    head, values = labels.head.load(teacher.device), labels.encodings["hidden"]
+    rows = max(1, CHUNK_ELEMENTS // labels.num_classes)
+    for states_PD in teacher.states(batch):
+        if head.encoder is not None:
+            states_PD = (states_PD.float() - head.mean) @ head.encoder
+        fresh = labels.with_arrays(encode_vectors(states_PD, values))
+        stored = labels.take(slice(start, start + len(fresh)))
+        for first in range(0, len(fresh), rows):
+            part = slice(first, first + rows)
+            log_p_PV, log_q_PV = (x.take(part).head_logits().log_softmax(1) for x in (stored, fresh))
+            parts.append(kl_terms(log_p_PV, log_q_PV).sum(1).cpu().numpy())
+        start += len(fresh)
     return np.concatenate(parts)
 
 
