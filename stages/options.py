@@ -111,12 +111,23 @@ student_option = click.option(
     "--student", "model", metavar="SPEC", help="The architecture [default: student.model of the config]."
 )
 
+
+def _track(context: click.Context, option: click.Parameter, names: str | None) -> None:
+    if names is not None:
+        from softcache.runs.tracking import tracking
+
+        context.with_resource(tracking(names))
+
+
 track_option = click.option(
     "--track",
-    "track_with",
-    type=click.Choice(["tensorboard"]),
-    help="Log the training curves with a tracker.",
+    metavar="NAME[:PROJECT],…",
+    expose_value=False,
+    callback=_track,
+    help="Send figures and settings to trackers: tensorboard, wandb, trackio, mlflow, comet_ml, aim, clearml, dvclive or "
+    "swanlab.",
 )
+"""Adds --track, which takes effect at once and is no argument of the command."""
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, and nothing else there."

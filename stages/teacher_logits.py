@@ -25,6 +25,7 @@ from .options import (
     log_option,
     print_json,
     print_table,
+    track_option,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ __all__ = ["teacher_logits"]
 @click.command()
 @config_options
 @cache_option
+@track_option
 @log_option
 @json_option
 @click.option(

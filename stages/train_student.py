@@ -49,7 +49,6 @@ __all__ = ["train_student_command"]
 def train_student_command(
     config: RunConfig,
     url: str | None,
-    track_with: str | None,
     model: str | None,
     out: str | None,
     baseline: bool,
@@ -79,7 +78,6 @@ def train_student_command(
         cache=cache,
         out=out,
         allow_partial=allow_partial,
-        track_with=track_with,
     )
     hard = train_student(config, data, model=model, labels="ground_truth") if baseline else None
     if as_json:

@@ -12,7 +12,7 @@ import click
 
 from softcache.modalities import modality_of
 
-from .options import cache_option, config_options, json_option, print_json, print_table
+from .options import cache_option, config_options, json_option, print_json, print_table, track_option
 
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
@@ -23,6 +23,7 @@ __all__ = ["train_students"]
 @click.command("train-students")
 @config_options
 @cache_option
+@track_option
 @json_option
 @click.option(
     "--student",

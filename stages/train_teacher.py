@@ -21,7 +21,7 @@ __all__ = ["train_teacher_command"]
 @config_options
 @track_option
 @json_option
-def train_teacher_command(config: RunConfig, track_with: str | None, as_json: bool) -> None:
+def train_teacher_command(config: RunConfig, as_json: bool) -> None:
     """Train the config's teacher on hard labels, with the settings of its [train_teacher] table.
 
     \b
@@ -30,7 +30,7 @@ def train_teacher_command(config: RunConfig, track_with: str | None, as_json: bo
     """
     from softcache.runs import format_score, open_data, train_teacher
 
-    metrics, weights = train_teacher(config, open_data(config), track_with=track_with)
+    metrics, weights = train_teacher(config, open_data(config))
     if as_json:
         print_json(
             {key: value for key, value in metrics.items() if key != "history"} | {"weights": str(weights)}

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,6 @@ from softcache.errors import (
     DivergedError,
     IdentityError,
     IncompleteCacheError,
-    MissingExtraError,
     RunError,
     SpecError,
     StorageError,
@@ -553,22 +551,6 @@ def test_runs_find_places_of_their_own(in_tmp, shared_cache):
     }
     assert len(places) == 5
     assert fit(shared_cache[2], None, tables=one_epoch)["out"] in places
-
-
-def test_the_tensorboard_tracker_writes_the_curves(tmp_path, shared_cache):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    metrics = fit(shared_cache[2], tmp_path, track_with="tensorboard")
-    (events,) = tmp_path.rglob("events.out.tfevents*")
-    curves = accumulator.EventAccumulator(str(events)).Reload()
-    for name in ("accuracy", "eval_loss", "train_loss"):
-        logged = [scalar.value for scalar in curves.Scalars(name)]
-        assert logged == pytest.approx([row[name] for row in metrics["history"]])
-
-
-def test_a_tracker_that_is_not_installed_names_its_extra(tmp_path, shared_cache, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    with pytest.raises(MissingExtraError, match="track"):
-        fit(shared_cache[2], tmp_path, track_with="tensorboard")
 
 
 # -- what is refused ---------------------------------------------------------------------------------------

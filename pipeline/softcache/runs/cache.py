@@ -181,7 +181,8 @@ def capture_labels(config: RunConfig, data: Data, teacher: Teacher, url: str) ->
 def _capture_labels(config: RunConfig, data: Data, teacher: Teacher, url: str) -> tuple[Cache, CaptureReport]:
     objects, manifest, digest = prepare_cache(config, data, teacher, url)
     total = manifest.total_rows
-    event("run_started", run="teacher-logits", cache=url, rows=total, units=manifest.plan.num_units)
+    units, settings = manifest.plan.num_units, config.model_dump(mode="json")
+    event("run_started", run="teacher-logits", cache=url, rows=total, units=units, config=settings)
     with progress_bar("teacher: label", total, "rows") as advance:
         done = capture(
             objects,

@@ -12,7 +12,7 @@ from softcache.cache.storage.base import is_bucket
 from softcache.config.run import RunConfig
 from softcache.hashing.digests import digest_json
 from softcache.modalities import Data, modality_of
-from softcache.runtime.logging import event, log_format, log_info, progress_bar
+from softcache.runtime.logging import Advance, event, log_format, log_info, progress_bar, sparkline
 from softcache.student import TrainBatches, train
 from softcache.student.bucket_sync import BucketSync
 from softcache.student.tasks import Task
@@ -29,7 +29,6 @@ def run_training(
     feed: TrainBatches,
     *,
     identity: dict[str, Any],
-    track_with: str | None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
     settings = config.train.with_default_exemption(modality_of(config).weight_decay_exempt)
@@ -56,16 +55,27 @@ def run_training(
     folder = mirror.folder if mirror else Path(out)
     label = f"train {model} ({config.train.labels})"
     finished = mirror.is_finished if mirror else (folder / "metrics.json").exists()
-    follow: AbstractContextManager = nullcontext(lambda samples: None)
+    follow: AbstractContextManager[Advance] = nullcontext(Advance(label, 0, "samples"))
     if finished:
         log_info(f"{label}: {out} holds this run, finished; reporting it")
     else:
         follow = progress_bar(label, config.train.epochs * len(feed.dataset))
     name = {"run": f"train {model}", "labels": config.train.labels, "out": str(out)}
-    event("run_started", **name, samples=len(feed.dataset), epochs=config.train.epochs)
+    views = getattr(data, "views", None)
+    resolved = (
+        config.model_dump(mode="json")
+        | {"train": settings.model_dump(mode="json"), "student": _as_trained(config, model)}
+        # The views as they are, with what the config leaves to the teacher or to the kind of data.
+        | ({"views": views.settings.model_dump(mode="json")} if views else {})
+    )
+    event("run_started", **name, samples=len(feed.dataset), epochs=config.train.epochs, config=resolved)
+    losses: list[float] = []
 
     def log_step(kind: str, row: dict[str, Any]) -> None:
         event(kind, **name, **row)
+        if kind == "step":
+            losses.append(row["loss"])
+            advance.note(f"loss {row['loss']:.4g} {sparkline(losses)} lr {row['lr']:.3g}")
         if log_format() == "text":
             log_info(f"{label}: {_format_row(kind, row)}")
 
@@ -82,15 +92,7 @@ def run_training(
             config=described,
             mirror=mirror,
             loss=None if config.train.labels == "ground_truth" else config.loss,
-            resolved=config.model_dump(mode="json")
-            | {"train": settings.model_dump(mode="json"), "student": _as_trained(config, model)}
-            # The views as they are, with what the config leaves to the teacher or to the kind of data.
-            | (
-                {"views": views.settings.model_dump(mode="json")}
-                if (views := getattr(data, "views", None))
-                else {}
-            ),
-            track=track_with,
+            resolved=resolved,
             on_step=advance,
             on_log=log_step,
             on_epoch=log_epoch,

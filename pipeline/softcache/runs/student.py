@@ -30,7 +30,6 @@ def train_student(
     num_views: int | None = None,
     out: str | Path | None = None,
     allow_partial: bool = False,
-    track_with: str | None = None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> dict[str, Any]:
     """Trains one student; returns its metrics, with `out` and `model` added.
@@ -82,6 +81,4 @@ def train_student(
     if labels != "ground_truth":
         identity |= data.loss_identity(config)
     task = data.task(config, model, teacher if labels == "online" else None)
-    return run_training(
-        config, data, task, model, out, feed, identity=identity, track_with=track_with, on_epoch=on_epoch
-    )
+    return run_training(config, data, task, model, out, feed, identity=identity, on_epoch=on_epoch)

@@ -37,9 +37,7 @@ def open_teacher(config: RunConfig, data: Data) -> Teacher:
     return data.teacher(config, teacher_settings(config))
 
 
-def train_teacher(
-    config: RunConfig, data: Data, *, track_with: str | None = None
-) -> tuple[dict[str, Any], Path]:
+def train_teacher(config: RunConfig, data: Data) -> tuple[dict[str, Any], Path]:
     """Trains the teacher of a config on hard labels; returns its metrics and its weights file.
 
     Raises:
@@ -61,9 +59,7 @@ def train_teacher(
         update={"train": config.train_teacher.model_copy(update={"labels": "ground_truth"})}
     )
     task = data.task(run, teacher.model)
-    metrics = run_training(
-        run, data, task, teacher.model, out, hard_label_batches(run, data), identity={}, track_with=track_with
-    )
+    metrics = run_training(run, data, task, teacher.model, out, hard_label_batches(run, data), identity={})
     return metrics, weights
 
 

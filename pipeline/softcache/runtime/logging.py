@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -30,14 +31,17 @@ __all__ = [
     "Advance",
     "LogFormat",
     "event",
+    "listen",
     "log_event",
     "log_format",
     "log_info",
     "progress_bar",
     "set_log_format",
+    "sparkline",
 ]
 
 PLAIN_SECONDS = 10.0
+BARS = "▁▂▃▄▅▆▇█"
 LogFormat = Literal["text", "json"]
 
 
@@ -74,13 +78,30 @@ def set_log_format(format: LogFormat) -> None:
     _HANDLER.log_format = format
 
 
+_LISTENERS: list[Callable[[str, dict[str, Any]], None]] = []
+
+
+@contextmanager
+def listen(call: Callable[[str, dict[str, Any]], None]) -> Iterator[None]:
+    """Calls back with the name and the fields of every event of this process in the block, on rank 0."""
+    _LISTENERS.append(call)
+    try:
+        yield
+    finally:
+        _LISTENERS.remove(call)
+
+
 def event(name: str, **fields: Any) -> None:
     """Logs one event as a JSON object; as text, or on a rank other than 0, nothing.
 
     Args:
         fields: numbers, strings, None, and lists and dicts of them.
     """
-    if log_format() == "json" and is_rank_zero():
+    if not is_rank_zero():
+        return
+    for call in _LISTENERS:
+        call(name, fields)
+    if log_format() == "json":
         _LOGGER.info(name, extra={"event": (name, fields)})
 
 
@@ -123,6 +144,19 @@ class Advance:
         return (self._done - self._found) / max(time.monotonic() - self._started, 1e-9)
 
     def _show(self) -> None: ...
+
+
+def sparkline(values: Sequence[float], width: int = 16) -> str:
+    """Returns a line of bars of the values, of means of neighbors where there are more of them than bars."""
+    size = -(-len(values) // width) or 1
+    means = [
+        sum(part) / len(part)
+        for part in (values[start : start + size] for start in range(0, len(values), size))
+    ]
+    if not all(map(math.isfinite, means)):
+        return ""
+    low, high = min(means, default=0.0), max(means, default=0.0)
+    return "".join(BARS[int((mean - low) / ((high - low) or 1.0) * (len(BARS) - 1))] for mean in means)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin, set_seed
 
-from softcache.errors import DivergedError, MissingExtraError, RunError
+from softcache.errors import DivergedError, RunError
 from softcache.losses import LossSettings
 from softcache.models.weights import count_parameters, is_adapted
 from softcache.runtime.distributed import broadcast_from_rank0, check_same, join, on_cpu, translate_errors
@@ -42,7 +41,6 @@ def train(
     resolved: dict[str, Any] | None = None,
     mirror: BucketSync | None = None,
     loss: LossSettings | None = None,
-    track: str | None = None,
     on_step: Callable[[int], None] = lambda samples: None,
     on_log: Callable[[str, dict[str, Any]], None] = lambda name, row: None,
     on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
@@ -58,7 +56,6 @@ def train(
         loss: [loss], where its temperature and alpha may change over the run; `task.loss` is then given a step's `mix`.
         on_log: called with "step" and its loss, learning rate and throughput every `log_every_steps`, and with "evaluation"
             and its scores every `eval_every_steps`.
-        track: an accelerate tracker's name, e.g. "tensorboard".
 
     Raises:
         RunError: `out` holds another run, another process works on it, or the processes of this one disagree about
@@ -67,8 +64,6 @@ def train(
         DivergedError: the loss or the weights are not finite any more; the last checkpoint is from before that.
         LostProcessError: another process of the run is gone or silent.
     """
-    if track:
-        _need_tracker(track)
     join(cpu=on_cpu(settings.device), timeout_seconds=settings.ddp_timeout_seconds)
     with translate_errors():
         check_same("the run", config)
@@ -76,15 +71,12 @@ def train(
             directory = RunDirectory(out, config, resolved, mirror=mirror)
             if (finished := directory.metrics) is not None:
                 return finished
-            accelerator = _accelerator(settings, track, out)
+            accelerator = _accelerator(settings)
             with _group(accelerator, settings):
-                metrics = _trained(
+                return _trained(
                     *(accelerator, task, feed, settings, loss, directory),
                     *(on_step, on_log, on_epoch),
                 )
-            if track:
-                accelerator.end_training()
-            return metrics
 
 
 def _trained(
@@ -127,7 +119,7 @@ def _group(accelerator: Accelerator, settings: TrainSettings) -> AbstractContext
     return one_process_group(accelerator)
 
 
-def _accelerator(settings: TrainSettings, track: str | None, out: str | Path) -> Accelerator:
+def _accelerator(settings: TrainSettings) -> Accelerator:
     # accelerate keeps the precision of the first run of a process; this one may have another.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
@@ -136,8 +128,6 @@ def _accelerator(settings: TrainSettings, track: str | None, out: str | Path) ->
         mixed_precision=settings.precision if settings.parallel == "ddp" else "no",
         # `accelerate launch` has a setting of its own, which would divide the loss; a step is ours to split.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        log_with=track,
-        project_dir=str(out) if track else None,
     )
     if accelerator.distributed_type not in _DATA_PARALLEL:
         raise RunError(
@@ -145,21 +135,10 @@ def _accelerator(settings: TrainSettings, track: str | None, out: str | Path) ->
             'by train.parallel = "fsdp": choose multi-GPU or multi-CPU in `accelerate config`, or use torchrun'
         )
     store_unwrapped(accelerator)
-    if track:
-        accelerator.init_trackers("softcache")
     return accelerator
 
 
 _DATA_PARALLEL = {kind for kind in DistributedType if kind.value == "NO" or kind.value.startswith("MULTI_")}
-
-
-def _need_tracker(name: str) -> None:
-    try:
-        importlib.import_module(name)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"--track {name}: {name} is not installed; pip install 'softcache[track]'"
-        ) from error
 
 
 def _run(
@@ -189,11 +168,6 @@ def _run(
             state["adaptation"] = loop.adaptation.state_dict()
         directory.save_checkpoint(loop.accelerator, state, loop.save_shards)
 
-    def log(name: str, row: dict[str, Any]) -> None:
-        values = {f"{name}/{key}": value for key, value in row.items() if key not in ("epoch", "step")}
-        loop.accelerator.log(values, step=row["step"])
-        on_log(name, row)
-
     order.load_state_dict(progress)
     loop.resume_loss_meter(progress.get("loss"))
     if loop.adaptation is not None:
@@ -205,12 +179,12 @@ def _run(
             pace.count(samples)
             place = {"epoch": epoch, "step": loop.step}
             if settings.log_every_steps and loop.step % settings.log_every_steps == 0:
-                log("step", place | pace.rates(loop.log_row()))
+                on_log("step", place | pace.rates(loop.log_row()))
             is_last = order.step == order.num_steps(epoch)
             if settings.eval_every_steps and loop.step % settings.eval_every_steps == 0 and not is_last:
                 with pace.paused():
                     evaluations.append(place | broadcast_from_rank0(loop.evaluate()))
-                    log("evaluation", evaluations[-1])
+                    on_log("evaluation", evaluations[-1])
                     loop.model.train()
             if loop.step % FINITE_CHECK_STEPS == 0:
                 check_finite(weights=False)
@@ -230,11 +204,10 @@ def _run(
         history.append(row)
         if loop.adaptation is not None:
             loop.adaptation.end_epoch(row)
-        loop.accelerator.log(row, step=order.epoch)
         if all(_is_better(loop.task, row, past) for past in history[:-1]):
             loop.save_weights(directory, "best")
         save(None)
-        on_epoch(row)
+        on_epoch(row | {"step": loop.step})
         pace.restart()
     best = history[0]
     for row in history[1:]:

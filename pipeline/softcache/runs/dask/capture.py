@@ -5,6 +5,7 @@ The driver loads neither teacher nor data, and may die at any moment: a rerun do
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -130,7 +131,15 @@ def _capture(
     index = open_index(objects, manifest, cluster.job.manifest_sha256)
     finished = usable_units(index)
     report.units_found = len(finished)
-    event("run_started", run="teacher-logits", cache=url, rows=manifest.total_rows, units=num_units)
+    settings = json.loads(cluster.job.config)
+    event(
+        "run_started",
+        run="teacher-logits",
+        cache=url,
+        rows=manifest.total_rows,
+        units=num_units,
+        config=settings,
+    )
     with progress_bar("teacher: label", manifest.total_rows, "rows") as advance, defer_signals():
         advance.found(finished.num_rows)
 
