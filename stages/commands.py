@@ -49,6 +49,7 @@ COMMANDS = {
         "inspect:inspect_command",
         "Show the contents of a cache and its share of the teacher.",
     ),
+    "browse": ("browse:browse", "Look through a cache in a browser."),
     "verify": ("verify:verify", "Check everything in a cache."),
     "fidelity": ("fidelity:fidelity", "Measure a cache against its teacher."),
     "convert": ("convert:convert", "Copy a cache to another store, bit for bit."),

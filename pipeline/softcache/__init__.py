@@ -15,6 +15,7 @@ __all__ = [
     "SoftLabelLoader",
     "SoftLabels",
     "__version__",
+    "browse",
     "losses",
     "open_cache",
     "sparsify",
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from softcache.reader.open import open_cache
     from softcache.reader.sampler import BlockSampler
     from softcache.student.integrations.huggingface import DistillTrainer
+    from softcache.tools.browse.browser import browse
 
 _HOMES = {
     "BlockSampler": "softcache.reader.sampler",
@@ -39,6 +41,7 @@ _HOMES = {
     "SoftLabelDataset": "softcache.reader.dataset",
     "SoftLabelLoader": "softcache.reader.loader",
     "SoftLabels": "softcache.labels",
+    "browse": "softcache.tools.browse.browser",
     "losses": "softcache.losses",
     "open_cache": "softcache.reader.open",
     "sparsify": "softcache.labels.sparsify",

@@ -24,7 +24,7 @@ HEAVY = ["torch", "numba", "zarr", "tensorstore", "pyarrow", "pydantic", "scipy"
 EXPORTS = {
     "softcache": [
         *("BlockSampler", "Cache", "DistillTrainer", "MemmapSettings", "SoftLabelDataset", "SoftLabelLoader"),
-        *("SoftLabels", "__version__", "losses", "open_cache", "sparsify"),
+        *("SoftLabels", "__version__", "browse", "losses", "open_cache", "sparsify"),
     ],
     "softcache.labels": ["Sampling", "SoftLabels", "concat"],
     "softcache.data": ["Batch", "open_source"],

@@ -1,27 +1,14 @@
 """The page in a real browser: it opens without console messages and network requests, and its controls work."""
 
-import shutil
-
 import pytest
 from click.testing import CliRunner
 
 from softcache.stages.cli import softcache
+from tests.support.pages import chromium, needs_chromium, page_opener
 from tests.support.report_runs import HOSTILE, inside, make_runs
 
 pytest.importorskip("plotly")
-sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium")
-FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
+pytestmark = needs_chromium
 
 
 @pytest.fixture(scope="module")
@@ -38,32 +25,15 @@ def page_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser(page_file):  # made before: playwright keeps an event loop running in this thread
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+def browser(page_file):
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def opened(browser, page_file):
-    """Returns a function that opens the page, the console messages and the requests."""
-    contexts = []
-
-    def open_page(width=1200, scheme="light"):
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        contexts.append(context)
-        page, messages, requests = context.new_page(), [], []
-        page.on("console", lambda message: messages.append(message.text))
-        page.on("pageerror", lambda error: messages.append(str(error)))
-        page.on("request", lambda request: requests.append(request.url))
-        page.goto(page_file.as_uri())
-        page.wait_for_selector("html[data-drawn=yes]", timeout=60_000)
-        return page, messages, requests
-
-    yield open_page
-    for context in contexts:
-        context.close()
+    with page_opener(browser) as open_page:
+        yield lambda **how: open_page(page_file.as_uri(), **how)
 
 
 MARKS = ".point, .trace.bars path, .heatmaplayer image, .lines path"

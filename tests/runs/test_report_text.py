@@ -6,8 +6,8 @@ import torch
 
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from softcache.runs.report import build_sections, open_report
-from softcache.runs.report.examples import _readable
 from softcache.runs.report.predictions import observe
+from softcache.tools.browse.samples import group_tokens
 from tests.support.report_runs import inside
 from tests.support.text_caches import make_text_cache
 from tests.support.translations import translation_config
@@ -66,12 +66,11 @@ def test_texts_are_shown_as_shaded_tokens_up_to_the_row(report):
 
 
 def test_tokens_that_only_together_make_a_letter_are_shown_as_one():
-    def decode(*numbers):
+    def decode(numbers):
         return bytes(numbers).decode(errors="replace")
 
-    tokens = [(byte, float(place)) for place, byte in enumerate("aÄ!".encode())]
-    assert _readable(decode, tokens) == [("a", 0.0), ("Ä", 2.0), ("!", 3.0)]
-    whole = "".join(text for text, _ in _readable(decode, [(byte, None) for byte in "tür€".encode()[:-1]]))
+    assert group_tokens(decode, list("aÄ!".encode())) == [("a", [0]), ("Ä", [1, 2]), ("!", [3])]
+    whole = "".join(text for text, _ in group_tokens(decode, list("tür€".encode()[:-1])))
     assert whole.startswith("tür")
     assert whole.endswith("\ufffd"), "a letter that is cut off at the end is still there"
 

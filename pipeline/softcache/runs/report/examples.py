@@ -7,10 +7,7 @@ student is from its teacher there.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +16,14 @@ import numpy as np
 from softcache.runs.report.load import Report
 from softcache.runs.report.metrics import agrees_with_teacher, misses_teacher
 from softcache.runs.report.predictions import Observed, Predictions
+from softcache.tools.browse.samples import group_tokens
+from softcache.tools.page import encode_picture
 
 __all__ = ["Example", "ExampleSet", "Names", "example_sets"]
 
 EXAMPLES = 12
 MAX_ROWS_PER_SAMPLE = 2
 CONTEXT_TOKENS = 24
-UNFINISHED, LONGEST_LETTER = (
-    "\ufffd",
-    4,
-)  # what stands for bytes that are no letter yet; bytes of a letter at most
 THUMBNAIL = 96  # pixels, of a picture's longer side
 
 
@@ -120,20 +115,9 @@ def _example(report: Report, observed: Observed, student: Predictions, row: int,
         teacher=names[int(observed.teacher.guess_P[row])],
         student=names[int(student.guess_P[row])],
         confidence=float(observed.teacher.confidence_P[row]),
-        picture=None if image is None else _picture(image),
+        picture=None if image is None else encode_picture(image, THUMBNAIL),
         tokens=_tokens(report, data, observed, student, row) if image is None else [],
     )
-
-
-def _picture(image_CHW: Any) -> str:
-    from PIL import Image
-
-    array = image_CHW.numpy()
-    picture = Image.fromarray(array[0] if len(array) == 1 else np.moveaxis(array, 0, 2))
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    file = io.BytesIO()
-    picture.save(file, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def _tokens(
@@ -144,25 +128,12 @@ def _tokens(
     kl_of = dict(zip(observed.position_P[of_sample].tolist(), student.kl_P[of_sample].tolist(), strict=True))
     tokens = data.source.sample(sample).tokens
     first = max(0, position + 1 - CONTEXT_TOKENS)
-    decode = report.data.decode_tokens  # type: ignore[attr-defined]
-    return _readable(decode, [(int(tokens[at]), kl_of.get(at)) for at in range(first, position + 1)])
-
-
-def _readable(
-    decode: Callable[..., str], tokens: list[tuple[int, float | None]]
-) -> list[tuple[str, float | None]]:
-    """Returns texts with their distances; tokens that only together make a letter are one text, with their largest."""
-    found: list[tuple[str, float | None]] = []
-    part: list[int] = []
-    distances: list[float] = []
-    for number, kl in tokens:
-        part.append(number)
-        distances += [] if kl is None else [kl]
-        text = decode(*part)
-        if UNFINISHED in text and len(part) < LONGEST_LETTER:
-            continue
-        found.append((text, max(distances, default=None)))
-        part, distances = [], []
-    if part:
-        found.append((decode(*part), max(distances, default=None)))
-    return found
+    shown = range(first, position + 1)
+    pieces = group_tokens(
+        lambda numbers: report.data.decode_tokens(*numbers),  # type: ignore[attr-defined]
+        [int(tokens[at]) for at in shown],
+    )
+    return [
+        (text, max((kl for place in places if (kl := kl_of.get(shown[place])) is not None), default=None))
+        for text, places in pieces
+    ]

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import base64
 import gzip
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from softcache.errors import StorageError
 from softcache.runs.report.cache_section import cache_section
 from softcache.runs.report.examples import Names
 from softcache.runs.report.load import Report
@@ -27,6 +25,7 @@ from softcache.runs.report.student_sections import (
     glance_section,
 )
 from softcache.runs.report.transfer_sections import compression_section, knowledge_section
+from softcache.tools.page import escape_json, read_asset, write_whole
 
 __all__ = ["build_sections", "write_page"]
 
@@ -105,19 +104,9 @@ def write_page(
         facts=facts,
         students=students,
         sections=sections,
-        # Inside <script>, "</script>" in a name would end it.
-        plots=to_json_plotly(plots)
-        .replace("<", "\\u003c")
-        .replace("\u2028", "\\u2028")
-        .replace("\u2029", "\\u2029"),
+        style=read_asset("style.css") + environment.loader.get_source(environment, "page.css")[0],  # type: ignore[union-attr]
+        theme=read_asset("theme.js"),
+        plots=escape_json(to_json_plotly(plots)),
         plotly=base64.b64encode(gzip.compress(get_plotlyjs().encode(), 9, mtime=0)).decode(),
     )
-    out = Path(out)
-    staged = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(html, encoding="utf-8")
-        staged.replace(out)
-    except OSError as error:
-        raise StorageError(f"report {out}: cannot be written: {error}; choose another --out") from error
-    return out.stat().st_size
+    return write_whole(out, html, "report")

@@ -1,0 +1,129 @@
+"""Images, texts and names of a cache's samples, from the source that it was made of."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from softcache.errors import MissingExtraError, SoftcacheError
+from softcache.reader.alignment import check_alignment
+from softcache.reader.cache import Cache
+from softcache.tools.page import encode_picture
+
+__all__ = ["SourceSamples", "group_tokens"]
+
+PICTURE_PIXELS = 160
+UNFINISHED = "\ufffd"
+"""What stands for bytes that are no letter yet."""
+LONGEST_LETTER = 4
+"""Bytes, and so tokens, of a letter at most."""
+BUILT_IN = "digits/train"
+"""The source that its name describes whole: it needs no setting, no file and no network."""
+
+
+class SourceSamples:
+    """The samples of a cache's source, each made when it is shown.
+
+    Attributes:
+        reason: why nothing of the samples can be shown; empty where it can.
+        tokenizes: whether the text of tokens is known.
+    """
+
+    def __init__(self, cache: Cache, data: Any = None) -> None:
+        """Args:
+            data: the two splits of the config that made the cache (`softcache.modalities.open_data`); None: the source that
+                the manifest describes, where its name alone does.
+
+        Raises:
+            AlignmentError: the cache was made of other data.
+        """
+        self._names, self.reason = cache.manifest.class_names, ""
+        self._what = "token" if cache.manifest.kind == "tokens" else "class"
+        self._picture: Callable[[int], Any] = lambda sample: None
+        self._source: Any = None
+        self._data = data
+        if data is not None:
+            check_alignment(cache, data.train)
+            self._source, self._picture = data.train.source, data.train.picture
+        elif (name := cache.manifest.identity["source"]["name"]) == BUILT_IN:
+            self._open_built_in(cache)
+        else:
+            self.reason = (
+                f"the manifest names the source {name!r} and not where it is; give the config that made the cache "
+                "(--config)"
+            )
+        self.tokenizes = hasattr(data, "decode_tokens")
+
+    def _open_built_in(self, cache: Cache) -> None:
+        try:
+            from softcache.data.sources import open_source
+
+            table = {"name": "digits", "max_train_samples": len(cache)}
+            self._source = open_source(table, split="train")
+            self._picture = self._source.image
+        except (ImportError, SoftcacheError) as error:
+            self.reason = str(error)
+            return
+        if self._source.digest != cache.manifest.identity["source"]["digest"]:
+            self._source, self._picture = None, lambda sample: None
+            self.reason = f"the source {BUILT_IN!r} here is not the one that was labeled"
+
+    def class_name(self, number: int) -> str:
+        """Returns the name of a class, or its number."""
+        if number < len(self._names):
+            return self._names[number]
+        if self._data is None:
+            return f"{self._what} {number}"
+        try:
+            return str(self._data.class_name(number))
+        except (IndexError, KeyError, OverflowError):  # a padded vocabulary has more ids than names
+            return f"{self._what} {number}"
+
+    def picture(self, sample: int) -> tuple[str | None, str]:
+        """Returns a data URI of a sample's image or None, and why there is none."""
+        if self.reason:
+            return None, ""
+        try:
+            image = self._picture(sample)
+            return (None, "") if image is None else (encode_picture(image, PICTURE_PIXELS), "")
+        except MissingExtraError:
+            raise
+        except (SoftcacheError, OSError, ValueError, TypeError) as error:
+            return None, f"its image cannot be shown: {error}"
+
+    def tokens(self, sample: int) -> Any:
+        """Returns the token ids of a text, or None."""
+        return self._source.sample(sample).tokens if self.tokenizes else None
+
+    def decode(self, numbers: Sequence[int]) -> str:
+        return str(self._data.decode_tokens(*numbers))
+
+    def truth(self, sample: int) -> str:
+        """Returns the ground truth that only the source has: several classes, boxes; empty where there is none."""
+        if (hot := getattr(self._source, "multi_hot", None)) is not None:
+            return (
+                ", ".join(self.class_name(number) for number in hot[sample].nonzero()[0].tolist())
+                or "no class"
+            )
+        if hasattr(self._source, "truth"):
+            classes = Counter(self._source.truth(sample).classes.tolist())
+            names = self._source.class_names
+            return ", ".join(f"{count} × {names[number]}" for number, count in classes.items()) or "no box"
+        return ""
+
+
+def group_tokens(
+    decode: Callable[[Sequence[int]], str], tokens: Sequence[int]
+) -> list[tuple[str, list[int]]]:
+    """Returns texts with the places of their tokens; tokens that only together make a letter are one text."""
+    found: list[tuple[str, list[int]]] = []
+    part: list[int] = []
+    for place in range(len(tokens)):
+        part.append(place)
+        text = decode([tokens[at] for at in part])
+        if UNFINISHED in text and len(part) < LONGEST_LETTER and place + 1 < len(tokens):
+            continue
+        found.append((text, part))
+        part = []
+    return found
