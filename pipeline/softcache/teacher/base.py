@@ -23,7 +23,7 @@ from softcache.data.batch import Dataset
 from softcache.errors import ConfigError
 from softcache.hashing.digests import digest_weights
 from softcache.labels import MixedTargets, OutputHead, SoftLabels, VectorLabels, collect
-from softcache.labels.sparsify import Hidden, LabelSettings, logit_faults
+from softcache.labels.sparsify import Hidden, LabelSettings, logit_faults, record_faults
 from softcache.models.language.placement import WholeState, is_placed
 from softcache.models.spec import architecture_of
 from softcache.models.weights import count_parameters
@@ -246,7 +246,9 @@ class Teacher(TeacherFacts, ABC):
                 seeds = None if seeds_P is None else seeds_P[rows]
                 record = settings.apply(logits_PV, targets_P=targets_P[rows], seeds_P=seeds, check=False)
                 # A bad logit makes its row's statistics NaN; what it was is asked only then, where asking waits for nothing.
-                if logits_PV.device.type != "cpu" or bool(record.stats.isnan().any()):  # type: ignore[union-attr]
+                if logits_PV.device.type != "cpu":
+                    faults_P[rows] = record_faults(record, logits_PV)
+                elif bool(record.stats.isnan().any()):  # type: ignore[union-attr]
                     faults_P[rows] = logit_faults(logits_PV)
                 yield record
                 start = rows.stop

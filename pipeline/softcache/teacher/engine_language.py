@@ -17,7 +17,7 @@ from softcache.models.language.checkpoint import Checkpoint
 from softcache.runtime.logging import log_info
 from softcache.teacher.base import Dtype, TeacherFacts, TeacherSettings
 from softcache.teacher.engines import Engine
-from softcache.teacher.language import CHUNK_ELEMENTS, LanguageTeacher
+from softcache.teacher.language import LanguageTeacher, default_chunk
 
 __all__ = ["EngineTeacher", "load_engine_teacher"]
 
@@ -63,7 +63,7 @@ class EngineTeacher(LanguageTeacher):
         self.architecture = checkpoint.architecture
         if identity:
             self.architecture += "?" + "&".join(f"{key}={value}" for key, value in sorted(identity.items()))
-        self._chunk_positions = chunk_positions or max(1, CHUNK_ELEMENTS // self.num_classes)
+        self._chunk_positions = chunk_positions or default_chunk(self.device, self.num_classes)
         self._cross_documents = cross_documents
         self._engine = engine
         self._backbone_dtype = _backbone_dtype(checkpoint, dtype)

@@ -26,6 +26,13 @@ __all__ = ["LanguageTeacher", "load_language_teacher"]
 
 MAX_CHECKED_TOKENS = 512
 CHUNK_ELEMENTS = 2**23  # of one chunk of a language model's logits: 32 MiB in float32
+# On a GPU the head's weight is read anew for every chunk: 64 positions, at V = 131,072, take as long as the whole model.
+CUDA_CHUNK_ELEMENTS = 2**26
+
+
+def default_chunk(device: torch.device, num_classes: int) -> int:
+    """Returns how many positions' logits a head makes at once."""
+    return max(1, (CUDA_CHUNK_ELEMENTS if device.type == "cuda" else CHUNK_ELEMENTS) // num_classes)
 
 
 class LanguageTeacher(Teacher):
@@ -33,7 +40,7 @@ class LanguageTeacher(Teacher):
 
     Memory besides the weights: the backbone's own for B x L tokens, hidden states of 4 B L D bytes, and for one chunk
     about 4 * 6 * chunk_positions * V bytes (the logits, their log-softmax, and what top-k and the tail's sums need).
-    At the default chunk that is 200 MB, whatever B, L and V.
+    At the default chunk that is 200 MB, whatever B, L and V; on a GPU 300 MB, of which 256 MiB are the logits.
     """
 
     group: TeacherGroup | None = None
@@ -54,7 +61,7 @@ class LanguageTeacher(Teacher):
         if is_placed(model):
             common["device"] = self.parts.weight.device  # where logits are made
         super().__init__(model, num_classes=self.parts.vocab_size, weights_digest=digest, **common)
-        self._chunk_positions = chunk_positions or max(1, CHUNK_ELEMENTS // self.num_classes)
+        self._chunk_positions = chunk_positions or default_chunk(self.device, self.num_classes)
         self._cross_documents = cross_documents
 
     @torch.inference_mode()

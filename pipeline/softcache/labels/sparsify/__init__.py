@@ -10,7 +10,7 @@ from softcache.labels.sparsify.policies.top_k import TopK, top_k
 from softcache.labels.sparsify.policies.top_p import TopP, top_p
 from softcache.labels.sparsify.sampled import row_seeds
 from softcache.labels.sparsify.settings import POLICIES, AnyLabelSettings, LabelSettings, label_settings
-from softcache.labels.sparsify.validate import describe_fault, logit_faults
+from softcache.labels.sparsify.validate import describe_fault, logit_faults, record_faults
 
 __all__ = [
     "POLICIES",
@@ -32,6 +32,7 @@ __all__ = [
     "hybrid",
     "label_settings",
     "logit_faults",
+    "record_faults",
     "row_seeds",
     "sample",
     "sparsify_cells",

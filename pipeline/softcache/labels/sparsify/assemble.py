@@ -4,22 +4,24 @@ Shape suffixes: `P` positions, `V` classes, `K` slots, `G` grid of temperatures.
 
 The mass of the classes outside the record is summed from those classes themselves, at every grid temperature; 1 -
 sum(kept) would lose all its digits on confident rows. Rows of float32 on the CPU go through compiled code, which holds
-24 bytes times V besides the logits. Others are worked on in chunks by torch, and there about 20 bytes times chunk x V are
-held (at the default chunk under 100 MB, whatever P). Nothing here waits for a GPU unless `check` is on.
+24 bytes times V besides the logits; on CUDA a kernel in Triton reads the rows once (`one_pass.is_one_pass`), and holds
+64 bytes for each 32,768 classes and 16 K for each 4,096. Others are worked on in chunks by torch, and there about 20 bytes
+times chunk x V are held (at the default chunk under 100 MB, whatever P). Nothing here waits for a GPU unless `check` is on.
 """
 
 from collections.abc import Callable
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from softcache.labels import Sampling, SoftLabels, collect
-from softcache.labels.sparsify.validate import checked_targets, raise_on_fault
+from softcache.labels.sparsify.one_pass import OnePass, is_one_pass, read_rows
+from softcache.labels.sparsify.validate import checked_targets, logit_faults, raise_on_fault
 
-__all__ = ["Chosen", "Rows", "build_soft_labels", "top_k_indices"]
+__all__ = ["Chosen", "Rows", "build_soft_labels", "one_pass_labels", "top_k_indices"]
 
 _CHUNK_ELEMENTS = 2**22
 
@@ -30,13 +32,27 @@ class Rows:
     Attributes:
         logits_PV: float32, or float64 where the logits are.
         part: where among all rows they are.
+        read: what one pass over the rows gave, or None.
     """
 
-    def __init__(self, logits_PV: Tensor, part: slice) -> None:
-        self.logits_PV, self.part = logits_PV, part
+    def __init__(self, logits_PV: Tensor, part: slice, read: OnePass | None = None) -> None:
+        self.logits_PV, self.part, self.read = logits_PV, part, read
+
+    def largest(self, k: int) -> Tensor:
+        """Ids [P, k] of the most likely classes, as of `top_k_indices`; k is the `num_largest` of `build_soft_labels`."""
+        return top_k_indices(self.logits_PV, k) if self.read is None else self.read.ids_PK
+
+    def largest_log_probs(self, k: int) -> Tensor:
+        """Log-probabilities [P, k] of these."""
+        if self.read is None:
+            return self.log_probs_PV.gather(1, self.largest(k))
+        return self.read.log_probs_PK
 
     @cached_property
     def log_probs_PV(self) -> Tensor:
+        if self.read is not None:
+            highest_P1, log_mass_P1 = self.read.normalizer_P2.split(1, dim=1)
+            return (self.logits_PV - highest_P1).sub_(log_mass_P1)
         if not _is_compiled(self.logits_PV):
             return self.logits_PV.log_softmax(dim=-1)
         from softcache.labels.sparsify.kernels import fill_log_probs
@@ -69,6 +85,7 @@ def build_soft_labels(
     chunk_positions: int | None = None,
     check: bool = True,
     sampling: Sampling | None = None,
+    num_largest: int = 0,
 ) -> SoftLabels:
     """Makes the record of the classes that `choose` names, chunk by chunk of rows.
 
@@ -80,6 +97,8 @@ def build_soft_labels(
         chunk_positions: rows worked on at once; None picks 2^22 / V.
         check: raise on faulty logits and targets, which waits for a GPU.
         sampling: how the choice was drawn; the tail then holds all classes but the exact ones.
+        num_largest: of how many of the most likely classes `choose` takes the exact ones, in their order, leaving V in
+            place of what it does not take.
 
     Raises:
         LabelError: a faulty logit or target, with its position.
@@ -89,6 +108,11 @@ def build_soft_labels(
         raise_on_fault(logits_PV)
     num_positions, num_classes = logits_PV.shape
     rows = chunk_positions or max(1, _CHUNK_ELEMENTS // num_classes)
+    if is_one_pass(logits_PV, choose if isinstance(choose, int) else num_largest, temperatures):
+        with torch.no_grad():
+            return one_pass_labels(
+                logits_PV.detach(), choose, num_largest, temperatures, targets, sampling, rows
+            )
 
     def chunk(part: slice) -> SoftLabels:
         dtype = torch.float64 if logits_PV.dtype == torch.float64 else torch.float32
@@ -97,7 +121,8 @@ def build_soft_labels(
         if _is_compiled(chunk.logits_PV):
             return _compiled_record(chunk, choose, temperatures, targets_p, sampling)
         chosen = Chosen(top_k_indices(chunk.logits_PV, choose)) if isinstance(choose, int) else choose(chunk)
-        return _record(chunk.log_probs_PV, chosen, temperatures, targets_p, sampling)
+        record = _record(chunk.log_probs_PV, chosen, temperatures, targets_p, sampling)
+        return _with_faults(record, logit_faults(chunk.logits_PV))
 
     with torch.no_grad():
         starts = range(0, max(num_positions, 1), rows)
@@ -110,6 +135,66 @@ def _is_compiled(values_PV: Tensor) -> bool:
     from softcache.runtime.jit import compiled_is_on
 
     return compiled_is_on()
+
+
+def one_pass_labels(
+    logits_PV: Tensor,
+    choose: Callable[[Rows], Chosen] | int,
+    num_largest: int,
+    temperatures: tuple[float, ...],
+    targets_P: Tensor | None,
+    sampling: Sampling | None,
+    rows: int,
+) -> SoftLabels:
+    """`build_soft_labels` of rows that `is_one_pass` serves; `rows` at once where `choose` is a function."""
+    num_positions, num_classes = logits_PV.shape
+    k = choose if isinstance(choose, int) else num_largest
+    read = read_rows(logits_PV, k, temperatures, targets_P)
+    found: dict[str, Any] = {"num_classes": num_classes, "temperatures": temperatures, "sampling": sampling}
+
+    def chunk(part: slice) -> SoftLabels:
+        assert callable(choose)
+        here = read.rows(part)
+        chosen = choose(Rows(logits_PV[part].float(), part, here))
+        used_PK = chosen.ids_PK < num_classes
+        safe_PK = chosen.ids_PK.where(used_PK, 0)
+        highest_P1, log_mass_P1 = here.normalizer_P2.split(1, dim=1)
+        log_probs_PK = (logits_PV[part].gather(1, safe_PK).float() - highest_P1) - log_mass_P1
+        log_tail_PG = here.log_tail_PG
+        if sampling is None:  # what was not taken of the largest is in the tail
+            left_PK = here.log_probs_PK.masked_fill(used_PK, -torch.inf)
+            moved_PG = torch.stack([(left_PK * (1.0 / t)).logsumexp(dim=1) for t in temperatures], dim=1)
+            log_tail_PG = torch.logaddexp(log_tail_PG, moved_PG)
+        return SoftLabels(
+            ids=chosen.ids_PK,
+            log_probs=log_probs_PK.where(used_PK, -torch.inf),
+            log_tail=log_tail_PG,
+            target_log_prob=here.target_log_prob_P,
+            stats=here.stats_P4,
+            counts=chosen.counts_PK,
+            log_threshold=chosen.log_threshold_P,
+            **found,
+        )
+
+    if callable(choose):
+        starts = range(0, num_positions, rows)
+        return collect((chunk(slice(i, i + rows)) for i in starts), num_positions)
+    return SoftLabels(
+        ids=read.ids_PK,
+        log_probs=read.log_probs_PK,
+        log_tail=read.log_tail_PG,
+        target_log_prob=read.target_log_prob_P,
+        stats=read.stats_P4,
+        **found,
+    )
+
+
+def _with_faults(labels: SoftLabels, faults_P: Tensor) -> SoftLabels:
+    """The labels of torch with the faults of their rows where `record_faults` reads them."""
+    stats = labels.stats
+    assert stats is not None
+    stats[:, 3] = stats[:, 3].where(faults_P == 0, -faults_P.to(stats.dtype))
+    return labels
 
 
 def _compiled_record(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from softcache.errors import LabelError
+from softcache.labels.soft_labels import SoftLabels
 
 __all__ = [
     "CELL_FAULT",
@@ -12,6 +13,7 @@ __all__ = [
     "describe_fault",
     "logit_faults",
     "raise_on_fault",
+    "record_faults",
 ]
 
 CELL_FAULT = 4  # of a detector's outputs, see `cell_faults`
@@ -36,6 +38,19 @@ def logit_faults(logits_PV: Tensor) -> Tensor:
     """
     peak = logits_PV.amax(dim=-1)  # carries a NaN along, is +inf or -inf exactly in the other two cases
     return (1 * peak.isnan() + 2 * peak.isposinf() + 3 * peak.isneginf()).to(torch.uint8)
+
+
+def record_faults(labels: SoftLabels, logits_PV: Tensor) -> Tensor:
+    """The codes [P] uint8 of `logit_faults` of the rows that labels were made of on a GPU, without reading those again.
+
+    A label policy of softcache writes the code of a row with a fault, negative, in the place of its support. Labels of
+    other policies without statistics are looked up in the logits; a NaN entropy of theirs counts as a NaN logit.
+    """
+    if labels.stats is None:
+        return logit_faults(logits_PV)
+    entropy_P, support_P = labels.stats[:, 0], labels.stats[:, 3]
+    code_P = torch.where(support_P < 0, -support_P, entropy_P.isnan().to(support_P.dtype))
+    return code_P.to(torch.uint8)
 
 
 def describe_fault(code: int) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from softcache.hashing.splitmix import SPLITMIX64_GAMMA
 from softcache.labels.sampling import Sampling
 from softcache.labels.soft_labels import SoftLabels
-from softcache.labels.sparsify.assemble import Chosen, Rows, build_soft_labels, top_k_indices
+from softcache.labels.sparsify.assemble import Chosen, Rows, build_soft_labels
 from softcache.labels.sparsify.sampled import CHUNK_ELEMENTS, checked_seeds, most_likely_first, uniform
 from softcache.labels.sparsify.settings import POLICIES, SampledSettings
 from softcache.labels.sparsify.validate import check_arguments
@@ -102,7 +102,7 @@ def hybrid(
     num_classes = logits_PV.shape[1]
 
     def choose(rows: Rows) -> Chosen:
-        log_probs_PV, ids_PK = rows.log_probs_PV, top_k_indices(rows.logits_PV, k)
+        log_probs_PV, ids_PK = rows.log_probs_PV, rows.largest(k)
         class_V = torch.arange(1, num_classes + 1, device=log_probs_PV.device) * SPLITMIX64_GAMMA
         log_uniform_PV = uniform(seeds_P[rows.part, None] + class_V).log().to(log_probs_PV.dtype)
         priority_PV = (log_probs_PV * exponent).sub_(log_uniform_PV).scatter_(1, ids_PK, -torch.inf)
@@ -124,4 +124,5 @@ def hybrid(
         chunk_positions=chunk_positions or max(1, CHUNK_ELEMENTS // num_classes),
         check=check,
         sampling=sampling,
+        num_largest=k,
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from softcache.errors import LabelError
 from softcache.labels.soft_labels import SoftLabels
-from softcache.labels.sparsify.assemble import Chosen, Rows, build_soft_labels, top_k_indices
+from softcache.labels.sparsify.assemble import Chosen, Rows, build_soft_labels
 from softcache.labels.sparsify.settings import POLICIES, LabelSettings
 from softcache.labels.sparsify.validate import check_arguments
 from softcache.labels.tail import DEFAULT_TEMPERATURES
@@ -79,8 +79,7 @@ def top_p(
         raise LabelError(f"labels.p: expected a mass in (0, 1]; found {p}; 0.9 keeps nine tenths of it")
 
     def choose(rows: Rows) -> Chosen:
-        ids_PK = top_k_indices(rows.logits_PV, max_k)
-        probs_PK = rows.log_probs_PV.gather(1, ids_PK).exp()
+        ids_PK, probs_PK = rows.largest(max_k), rows.largest_log_probs(max_k).exp()
         before_PK = probs_PK.cumsum(dim=1) - probs_PK
         wanted_PK = before_PK < p
         wanted_PK[:, 0] = True
@@ -93,4 +92,5 @@ def top_p(
         targets_P=targets_P,
         chunk_positions=chunk_positions,
         check=check,
+        num_largest=max_k,
     )

@@ -1,0 +1,141 @@
+"""What a record needs of rows of logits, from one pass over them on a GPU (`one_pass_kernels`, in Triton).
+
+Shape suffixes: `P` positions, `V` classes, `K` slots, `G` grid of temperatures.
+
+The logits are read once, in the dtype that they have, and the tiles of eight classes that hold the largest a second time.
+Written are, for each row, 2 K places of 8 bytes for each 4,096 classes, and 64 bytes for each 32,768. Which rows are read so
+is one function, `is_one_pass`; all others go through torch, which is also what the tests compare with.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from softcache.runtime.jit import compiled_is_on
+
+__all__ = ["MAX_LARGEST", "OnePass", "is_one_pass", "read_rows"]
+
+MAX_LARGEST = 512
+"""The most slots: there are no more lanes, whose maxima bound the candidates."""
+
+_PART, _LANES = 32768, 512
+_NUM_SUMS, _NUM_FIGURES, _TILE = 8, 16, 8  # of one_pass_kernels
+
+
+class OnePass(NamedTuple):
+    """What one pass over rows of logits gives; NaN in the rows with a fault, whose ids are any classes.
+
+    Attributes:
+        ids_PK: int64, the K largest, equal ones by ascending id.
+        log_probs_PK: float32, of these, at T = 1.
+        log_tail_PG: float32, log of the sum over all other classes of p^(1/T).
+        target_log_prob_P: float32, or None.
+        stats_P4: the columns of `softcache.labels.STATS`; the support of a row with a fault is minus its code.
+        normalizer_P2: the largest logit, and the log of the sum of exp(x - largest).
+    """
+
+    ids_PK: Tensor
+    log_probs_PK: Tensor
+    log_tail_PG: Tensor
+    target_log_prob_P: Tensor | None
+    stats_P4: Tensor
+    normalizer_P2: Tensor
+
+    def rows(self, part: slice) -> OnePass:
+        """Returns this of some rows."""
+        return OnePass(*(x if x is None else x[part] for x in self))  # type: ignore[arg-type]
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def is_one_pass(logits_PV: Tensor, num_largest: int, temperatures: tuple[float, ...]) -> bool:
+    """Whether `read_rows` makes the records of these logits: on CUDA (or ROCm) with Triton, in float32 or half precision.
+
+    Not of more than `MAX_LARGEST` slots, on more than eight temperatures, with SOFTCACHE_COMPILED=0 in the environment, or
+    where Triton only interprets (TRITON_INTERPRET=1).
+    """
+    return (
+        logits_PV.device.type == "cuda"
+        and logits_PV.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and logits_PV.numel() > 0
+        and num_largest <= MAX_LARGEST
+        and len(temperatures) <= _NUM_SUMS
+        and compiled_is_on()
+        and os.environ.get("TRITON_INTERPRET", "0") in ("", "0")
+        and _has_triton()
+    )
+
+
+def read_rows(
+    logits_PV: Tensor, num_largest: int, temperatures: tuple[float, ...], targets_P: Tensor | None = None
+) -> OnePass:
+    """Returns what a record needs of logits, without waiting for the device.
+
+    Args:
+        logits_PV: [P, V] float32, bfloat16 or float16, P and V at least 1.
+        num_largest: K, 0 to V.
+        temperatures: the grid, at most eight.
+        targets_P: [P] int64 on the same device; one outside of the range gives NaN.
+    """
+    import triton
+
+    from softcache.labels.sparsify.one_pass_kernels import finish_rows, gather_tiles, scan_parts
+
+    if logits_PV.stride(1) != 1:
+        logits_PV = logits_PV.contiguous()
+    (num_rows, num_classes), k, device = logits_PV.shape, num_largest, logits_PV.device
+    parts = triton.cdiv(num_classes, _PART)
+    blocks = triton.cdiv(min(num_classes, _PART), _TILE * _LANES)
+    capacity = min(2 * k, _LANES)
+    places = blocks * capacity
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    candidates = empty(num_rows, parts * places, dtype=torch.int64)
+    figures, peaks = empty(num_rows, parts, _NUM_FIGURES), empty(num_rows, parts, dtype=torch.int32)
+    betas = [1.0 / t for t in temperatures]
+    eighths = tuple(temperatures) == tuple(8.0 / n for n in range(8, 0, -1))
+    grid = (*betas, *[1.0] * (_NUM_SUMS - len(betas)))
+    scan_parts[(num_rows, parts)](
+        logits_PV, logits_PV.stride(0), num_classes, candidates, figures, peaks, *grid,
+        NUM=len(betas), EIGHTHS=eighths, K=k, CAPACITY=capacity, PLACES=places,
+        PART=_PART, LANES=_LANES, num_warps=8,
+    )  # fmt: skip
+    largest = candidates
+    if k:
+        tiles = candidates.topk(min(k, parts * places), dim=1).values
+        packed = empty(num_rows, tiles.shape[1] * _TILE, dtype=torch.int64)
+        gather_tiles[(num_rows,)](
+            logits_PV, logits_PV.stride(0), num_classes, tiles, packed,
+            NUM_TILES=tiles.shape[1], TILES=triton.next_power_of_2(tiles.shape[1]), num_warps=4,
+        )  # fmt: skip
+        largest = packed.topk(k, dim=1).values
+    ids_PK, log_probs_PK = empty(num_rows, k, dtype=torch.int64), empty(num_rows, k)
+    log_tail, stats, normalizer = empty(num_rows, _NUM_SUMS), empty(num_rows, 4), empty(num_rows, 2)
+    target_log_prob = empty(num_rows)
+    finish_rows[(num_rows,)](
+        logits_PV, logits_PV.stride(0), num_classes, candidates, figures, peaks, largest,
+        stats if targets_P is None else targets_P.contiguous(),
+        ids_PK, log_probs_PK, log_tail, target_log_prob, stats, normalizer, parts, *grid,
+        NUM=len(betas), EIGHTHS=eighths, HAS_TARGETS=targets_P is not None,
+        K=k, SLOTS=triton.next_power_of_2(max(k, 1)), NUM_PLACES=parts * places,
+        PARTS=triton.next_power_of_2(parts), LANES=128, num_warps=4,
+    )  # fmt: skip
+    return OnePass(
+        ids_PK,
+        log_probs_PK,
+        log_tail[:, : len(betas)],
+        None if targets_P is None else target_log_prob,
+        stats,
+        normalizer,
+    )
