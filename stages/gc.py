@@ -56,6 +56,10 @@ def gc(url: str, delete: bool, older_than: float, as_json: bool) -> None:
         summary += f"; {report.stale_claims} stale claims released"
     if report.held:
         summary += f"; {len(report.held)} units of live runs, or of runs that ended less than {older_than:g} s ago, kept"
+    if report.unmarked:
+        summary += (
+            f"; {len(report.unmarked)} units that were made meanwhile are unfinished again: rerun its command"
+        )
     if report.young:
         summary += f"; {len(report.young)} files younger than {older_than:g} s kept (--older-than)"
     if report.foreign:

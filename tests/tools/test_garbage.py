@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from softcache.cache.manifest import UnitMarker
 from softcache.cache.storage.open import open_objects
 from softcache.errors import CacheNotFoundError, ManifestError
+from softcache.reader.open import open_cache
 from softcache.stages.cli import softcache
 from softcache.tools.convert import convert_cache
 from softcache.tools.garbage import collect_garbage
@@ -156,3 +157,26 @@ def test_the_command_lists_first_and_deletes_with_delete(cache):
         "orphaned 0 objects, 0 bytes"
         in CliRunner().invoke(softcache, ["gc", str(cache), "--older-than", "0"]).output
     )
+
+
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_unit_that_is_made_while_its_objects_are_deleted(cache, monkeypatch, is_whole):
+    """Its collector was paused for longer than a lease lasts, and another run has made the unit meanwhile."""
+    made = files(cache)
+    strays = unmark(cache, 3)
+    objects = open_objects(str(cache))
+    delete, deleted = objects.delete, []
+
+    def delete_late(path):
+        (cache / "units/00003.json").write_bytes(made["units/00003.json"])
+        delete(path)
+        deleted.append(path)
+        if is_whole and len(deleted) == len(strays):
+            for shard in strays:
+                (cache / shard).write_bytes(made[shard])
+
+    monkeypatch.setattr(objects, "delete", delete_late)
+    report = collect_garbage(objects, delete=True, older_than=0)
+    assert report.unmarked == ([] if is_whole else [3])
+    assert list(open_cache(str(cache)).missing_units) == report.unmarked
+    assert files(cache).items() <= made.items()

@@ -11,6 +11,7 @@ only when their process releases them or the test takes them away.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ class LateStorage:
         self.written: dict[str, float] = {}
         self.listed: dict[str, float] = {}
         self.claims: dict[str, Process | None] = {}
+        self.writers: dict[str, Process | None] = {}
         self.late: list[Callable[[], None]] = []
         self._clock = 0.0
 
@@ -140,6 +142,7 @@ class LateObjects:
             self._process.gate(request)
 
     def put(self, path: str, data: bytes) -> None:
+        self._storage.writers[path] = self._process
         if self._change(f"put {path}", lambda: self._storage.put(path, data)) is None:
             raise StorageError(f"{path}: cannot be written: no answer")
 
@@ -183,6 +186,13 @@ class LateObjects:
 
     def get_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Sequence[bytes]:
         return [self.get(path)[start:stop] for path, start, stop in ranges]
+
+    def age(self, path: str) -> float | None:
+        """Returns 0 as long as the process that wrote it runs, then infinity: none pauses for as long as collectors wait."""
+        if self.size(path) is None:
+            return None
+        writer = self._storage.writers.get(path)
+        return math.inf if writer is None or writer.is_done else 0.0
 
     def size(self, path: str) -> int | None:
         self._ask(f"size {path}")

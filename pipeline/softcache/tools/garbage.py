@@ -9,6 +9,9 @@ A unit is claimed before its objects are called stray, and its marker is looked 
 just made, is never touched. Nor is anything that the manifest or a marker names. Whatever softcache does not write is
 reported and left where it is. Markers of a large cache that no run folded are folded with `delete`.
 
+A lease may run out while its holder is paused, and a bucket deletes without a condition. So a unit whose objects were
+deleted is looked for once more: one that was made meanwhile, and has lost them, is unmarked, and a rerun makes it.
+
 A lock may hold on one host only (NFS, Lustre). So what was written within the last hour stays, too, by the storage's own
 clock, and so do the objects of a unit whose claim was made or renewed within it.
 """
@@ -21,12 +24,12 @@ from dataclasses import dataclass, field
 
 from softcache.cache.finished import UnitIndex, UnitNames
 from softcache.cache.folded import block_claim_path
-from softcache.cache.folding import fold_markers
+from softcache.cache.folding import fold_markers, unmark_units
 from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, claim_path
 from softcache.cache.shared import OBJECT_PATH
 from softcache.cache.storage.base import Objects
-from softcache.cache.units import open_store
-from softcache.errors import CacheNotFoundError, StorageError
+from softcache.cache.units import check_unit, open_store
+from softcache.errors import CacheNotFoundError, CorruptionError, StorageError
 from softcache.hashing.digests import digest_bytes
 
 __all__ = ["SAFE_SECONDS", "GarbageReport", "collect_garbage"]
@@ -47,6 +50,7 @@ class GarbageReport:
         stale_claims: number of claims that had outlived their process.
         foreign: paths that softcache did not write; they are left alone.
         young: paths that may be orphaned, and are too young to be called so; they are left alone.
+        unmarked: numbers of the units that were made while their objects were deleted; they are unfinished again.
     """
 
     stray: dict[str, int] = field(default_factory=dict)
@@ -54,6 +58,7 @@ class GarbageReport:
     stale_claims: int = 0
     foreign: list[str] = field(default_factory=list)
     young: list[str] = field(default_factory=list)
+    unmarked: list[int] = field(default_factory=list)
 
 
 def collect_garbage(objects: Objects, *, delete: bool, older_than: float = SAFE_SECONDS) -> GarbageReport:
@@ -95,7 +100,7 @@ def collect_garbage(objects: Objects, *, delete: bool, older_than: float = SAFE_
             others.append(path)
         elif path not in known:
             report.foreign.append(path)
-    fresh = _end_stale_claims(objects, manifest, names, report, older_than)
+    fresh, emptied = _end_stale_claims(objects, manifest, names, report, older_than), []
     for number, shards in unfinished.items():
         if number in fresh:
             continue
@@ -105,12 +110,16 @@ def collect_garbage(objects: Objects, *, delete: bool, older_than: float = SAFE_
             elif index.marker(number) is None:
                 if not any(_is_young(objects, path, older_than) for path in shards):
                     _discard(objects, shards, report, delete)
+                    emptied.append(number)
                 else:
                     report.young += shards
     young = {path for path in others if _is_young(objects, path, older_than)}
     report.young = sorted([*report.young, *young])
     _discard(objects, sorted(set(others) - young), report, delete)
     if delete:
+        report.unmarked = unmark_units(
+            index, filter(index.marker, emptied), still=lambda number: _is_damaged(index, number)
+        )
         fold_markers(index)
     report.held = sorted(set(report.held))
     report.foreign = sorted([*report.foreign, *names.strays])
@@ -142,6 +151,17 @@ def _end_stale_claims(
                 report.stale_claims += is_held
     report.held += fresh
     return fresh
+
+
+def _is_damaged(index: UnitIndex, number: int) -> bool:
+    marker = index.marker(number)
+    if marker is None:
+        return False
+    try:
+        check_unit(index.objects, marker)
+    except CorruptionError:
+        return True
+    return False
 
 
 def _is_young(objects: Objects, path: str, older_than: float) -> bool:
