@@ -106,6 +106,12 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _check_states(self) -> Self:
+        if self.labels.of_states and (fault := self.loss.state_fault()) is not None:
+            raise ValueError(f'loss.{fault} (labels.policy = "hidden")')
+        return self
+
+    @model_validator(mode="after")
     def _check_curriculum(self) -> Self:
         if self.loss.curriculum is not None and self.train.precision == "fp16":
             raise ValueError(

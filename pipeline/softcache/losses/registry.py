@@ -39,6 +39,8 @@ class LossSpec:
             `has_entropy`. Such a loss can be estimated without bias from classes drawn at random, and its derivatives
             by log s are known: -p.
         has_entropy: whether a linear loss is 0 at s = p (a divergence), or the teacher's entropy (a cross-entropy).
+        classwise: the sum over the buckets of a function of p and s of each, which can be taken block by block of
+            classes; such a loss is made of hidden states (`losses.fused.hidden`).
         needs_target: it reads the ground-truth class, which has a bucket of its own then, the last but one.
         weighs_truth: it holds, in addition to the formula, the cross-entropy at T=1 times the teacher's probability of
             the ground-truth class at T=1.
@@ -56,6 +58,7 @@ class LossSpec:
     temperature_power: int = 2
     linear: bool = False
     has_entropy: bool = True
+    classwise: bool = False
     needs_target: bool = False
     weighs_truth: bool = False
     fast_paths: tuple[str, ...] = ()
@@ -96,6 +99,7 @@ def divergence(
     temperature_power: int = 2,
     linear: bool = False,
     has_entropy: bool = True,
+    classwise: bool = False,
     needs_target: bool = False,
     weighs_truth: bool = False,
     fast_paths: tuple[str, ...] = (),
@@ -108,6 +112,7 @@ def divergence(
         temperature_power=temperature_power,
         linear=linear,
         has_entropy=has_entropy,
+        classwise=classwise,
         needs_target=needs_target,
         weighs_truth=weighs_truth,
         fast_paths=fast_paths,

@@ -144,6 +144,21 @@ class LossSettings(Settings):
         tables = (self.temperature_schedule, self.alpha_schedule, self.curriculum)
         return any(table is not None for table in tables)
 
+    def state_fault(self) -> str | None:
+        """Returns what of these settings cannot be had of a teacher's hidden states, and what can; None where all can."""
+        if self.highest_alpha == 0:
+            return None
+        if not LOSSES.get(self.name).classwise:
+            able = ", ".join(sorted(name for name, kind in LOSSES.items() if kind.classwise))
+            return f"name: {self.name} is no sum over classes, as hidden states are compared by; use one of {able}"
+        if self.standardize:
+            return "standardize: reads the deviation of all logits of a row, which are never there at once; drop it"
+        if self.weights is not None:
+            return "weights: read the entropy or the ground truth of soft labels, which these have not; drop the table"
+        if self.curriculum is not None:
+            return "curriculum: learns a temperature, which needs all logits at once; use loss.temperature_schedule"
+        return None
+
     @property
     def highest_temperature(self) -> float:
         """The highest T that a run may ask labels for."""

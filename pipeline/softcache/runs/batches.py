@@ -48,10 +48,9 @@ def cached_batches(
             "the labeled images (student.views)"
         )
     codec = cache.manifest.build_codec()
-    if isinstance(codec, VectorCodec):
+    if isinstance(codec, VectorCodec) and (fault := config.loss.state_fault()) is not None:
         raise ConfigError(
-            f'cache {cache.url}: holds hidden states (labels.policy = "hidden"), which students are not trained from yet; '
-            'capture with labels.policy = "sample" or "top_k"'
+            f"cache {cache.url}: holds hidden states, for which [loss] is not made: loss.{fault}"
         )
     if codec.max_temperature is not None and config.loss.adapts:
         _check_highest(config, cache.url, codec.max_temperature)

@@ -6,7 +6,7 @@ from softcache.losses.registry import LOSSES, divergence
 
 
 @LOSSES.register("cross_entropy")
-@divergence(linear=True, has_entropy=False, fast_paths=("hidden",))
+@divergence(linear=True, classwise=True, has_entropy=False, fast_paths=("hidden",))
 def soft_cross_entropy(log_p_PB: Tensor, log_s_PB: Tensor) -> Tensor:
     r"""Cross-entropy of the student on the labels, per position, in nats; `loss.name = "cross_entropy"`.
 

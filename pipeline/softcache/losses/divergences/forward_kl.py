@@ -7,7 +7,7 @@ from softcache.losses.registry import LOSSES, divergence
 
 
 @LOSSES.register("forward_kl")
-@divergence(linear=True, fast_paths=("logits", "hidden"))
+@divergence(linear=True, classwise=True, fast_paths=("logits", "hidden"))
 def forward_kl(log_p_PB: Tensor, log_s_PB: Tensor) -> Tensor:
     r"""Divergence of the student from the teacher at a temperature, per position, in nats.
 

@@ -15,7 +15,7 @@ class JsdSettings(Settings):
 
 
 @LOSSES.register("jsd")
-@divergence(JsdSettings)
+@divergence(JsdSettings, classwise=True)
 def jsd(log_p_PB: Tensor, log_s_PB: Tensor, *, beta: float) -> Tensor:
     r"""Generalized Jensen-Shannon divergence, per position, in nats.
 

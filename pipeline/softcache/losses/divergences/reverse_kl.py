@@ -7,7 +7,7 @@ from softcache.losses.registry import LOSSES, divergence
 
 
 @LOSSES.register("reverse_kl")
-@divergence(tails=("bucket", "uniform", "ignore"))
+@divergence(classwise=True, tails=("bucket", "uniform", "ignore"))
 def reverse_kl(log_p_PB: Tensor, log_s_PB: Tensor) -> Tensor:
     r"""Divergence of the teacher from the student, the mode-seeking one, per position, in nats.
 

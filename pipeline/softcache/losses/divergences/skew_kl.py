@@ -15,7 +15,7 @@ class SkewSettings(Settings):
 
 
 @LOSSES.register("skew_kl")
-@divergence(SkewSettings)
+@divergence(SkewSettings, classwise=True)
 def skew_kl(log_p_PB: Tensor, log_s_PB: Tensor, *, skew: float) -> Tensor:
     r"""Skew divergence: the student is mixed with a little of the teacher, per position, in nats.
 
@@ -32,7 +32,7 @@ def skew_kl(log_p_PB: Tensor, log_s_PB: Tensor, *, skew: float) -> Tensor:
 
 
 @LOSSES.register("skew_reverse_kl")
-@divergence(SkewSettings)
+@divergence(SkewSettings, classwise=True)
 def skew_reverse_kl(log_p_PB: Tensor, log_s_PB: Tensor, *, skew: float) -> Tensor:
     r"""Skew reverse divergence: the teacher is mixed with a little of the student, per position, in nats.
 

@@ -6,7 +6,7 @@ from softcache.losses.registry import LOSSES, divergence
 
 
 @LOSSES.register("total_variation")
-@divergence(temperature_power=0)
+@divergence(classwise=True, temperature_power=0)
 def total_variation(log_p_PB: Tensor, log_s_PB: Tensor) -> Tensor:
     r"""Total variation distance, per position, in [0, 1].
 

@@ -1,6 +1,7 @@
 """Losses through a language model's head, from its hidden states: [P, V] logits are never held.
 
     distillation.py   the losses, as a student's training calls them
+    hidden.py         the losses of a teacher's hidden states, through both heads
     evaluate.py       likelihood and correctness, for evaluation
 
     rows.py           the positions that count: checked once, and how much each weighs
@@ -24,5 +25,6 @@ D = 256, V = 32768 (`python -m benchmarks.fused`).
 
 from softcache.losses.fused.distillation import fused_distillation_loss, fused_uld_loss
 from softcache.losses.fused.evaluate import token_scores
+from softcache.losses.fused.hidden import fused_hidden_loss
 
-__all__ = ["fused_distillation_loss", "fused_uld_loss", "token_scores"]
+__all__ = ["fused_distillation_loss", "fused_hidden_loss", "fused_uld_loss", "token_scores"]

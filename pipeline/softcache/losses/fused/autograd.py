@@ -18,10 +18,10 @@ from softcache.losses.fused.head import Head
 from softcache.losses.fused.rows import Rows
 from softcache.runtime.linear import matmul_float32
 
-__all__ = ["HeadLoss"]
+__all__ = ["Gradients", "HeadLoss"]
 
 
-class _Gradients:
+class Gradients:
     """Sums the gradients of hidden states, weight and bias over chunks; None where none is needed.
 
     Rows come in with a weight of at most 1 and the common factor at the end, so that half precision neither
@@ -83,7 +83,7 @@ class HeadLoss(torch.autograd.Function):
     ) -> Tensor:
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden_PD, weight_VD, bias_V)]
         with torch.autocast(hidden_PD.device.type, enabled=False):
-            gradients = _Gradients(head, rows, needs)
+            gradients = Gradients(head, rows, needs)
             loss_P = torch.zeros(rows.num_active, dtype=head.dtype, device=hidden_PD.device)
             for part, hidden_cD in head.chunks(rows.take(hidden_PD.detach())):
                 loss_P[part], gradient_PV = mixture(head, head.logits(hidden_cD), part, any(needs))

@@ -54,10 +54,11 @@ class Head:
             self._buffers[name] = torch.empty(shape, dtype=dtype or self.dtype, device=device)
         return self._buffers[name][:num_rows]
 
-    def chunks(self, hidden_PD: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Chunks of rows in the products' dtype."""
-        for start in range(0, len(hidden_PD), self._chunk):
-            part = slice(start, min(start + self._chunk, len(hidden_PD)))
+    def chunks(self, hidden_PD: Tensor, size: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Chunks of rows in the products' dtype, of `size` rows or as many as the settings give."""
+        size = size or self._chunk
+        for start in range(0, len(hidden_PD), size):
+            part = slice(start, min(start + size, len(hidden_PD)))
             yield part, hidden_PD[part].to(self._rounded).to(self.product_dtype)
 
     def logits(self, hidden_PD: Tensor) -> Tensor:

@@ -11,10 +11,10 @@ from torch import nn
 
 from softcache.data.tokens import TokenBatch
 from softcache.errors import SpecError
-from softcache.labels import SoftLabels
+from softcache.labels import SoftLabels, VectorLabels
 from softcache.labels.sparsify import dense_labels_unsorted
 from softcache.losses import LossSettings, cross_entropy, distillation_loss, kl_terms, row_weights
-from softcache.losses.fused import fused_distillation_loss, token_scores
+from softcache.losses.fused import fused_distillation_loss, fused_hidden_loss, token_scores
 from softcache.models.language import check_context, check_loss, check_split, split
 from softcache.models.language.backbone_head import CausalParts
 from softcache.student.tasks.base import OnlineTeacher
@@ -93,7 +93,7 @@ class TokenStudent(nn.Module):
     def forward(
         self,
         batch: TokenBatch,
-        labels: SoftLabels | None,
+        labels: SoftLabels | VectorLabels | None,
         alpha: float,
         label_share: float | None = None,
         temperature: Any = None,
@@ -113,7 +113,7 @@ class TokenStudent(nn.Module):
         return self._sparse_loss(batch, labels, alpha, label_share or batch.num_labeled / batch.num_rows, T)
 
     def _sparse_loss(
-        self, batch: TokenBatch, labels: SoftLabels, alpha: float, label_share: float, T: Any
+        self, batch: TokenBatch, labels: SoftLabels | VectorLabels, alpha: float, label_share: float, T: Any
     ) -> torch.Tensor:
         """Mean over all rows of (1 - alpha) * CE + (alpha / label_share) * soft part, which unlabeled_dataset rows lack.
 
@@ -138,7 +138,7 @@ class TokenStudent(nn.Module):
     def _mixed(
         self,
         hidden_PD: torch.Tensor,
-        labels: SoftLabels | None,
+        labels: SoftLabels | VectorLabels | None,
         targets_P: torch.Tensor,
         alpha: float,
         T: Any,
@@ -149,6 +149,8 @@ class TokenStudent(nn.Module):
         """
         if labels is None or alpha == 0:
             return self._fused(hidden_PD, None, targets_P, 0.0, T)
+        if isinstance(labels, VectorLabels):
+            return self._fused(hidden_PD, labels, targets_P, alpha, T)
         weights_P = self._row_weights(hidden_PD, labels, targets_P)
         if isinstance(T, torch.Tensor) and T.requires_grad:
             return self._unfused(hidden_PD, labels, targets_P, alpha, T, weights_P)
@@ -207,13 +209,14 @@ class TokenStudent(nn.Module):
     def _fused(
         self,
         hidden_PD: torch.Tensor,
-        labels: SoftLabels | None,
+        labels: SoftLabels | VectorLabels | None,
         targets_P: torch.Tensor,
         alpha: float,
         T: Any,
         weights_P: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        return fused_distillation_loss(
+        fused: Any = fused_hidden_loss if isinstance(labels, VectorLabels) else fused_distillation_loss
+        found: torch.Tensor = fused(
             hidden_PD,
             self._parts.weight,
             labels,
@@ -227,6 +230,7 @@ class TokenStudent(nn.Module):
             padded_vocabulary=True,
             loss=self._loss.loss,
         )
+        return found
 
     def _online_loss(self, batch: TokenBatch, teacher: OnlineTeacher, alpha: float, T: Any) -> torch.Tensor:
         """Mean loss against the full distributions of an online teacher.
