@@ -1,6 +1,6 @@
 """mkdocs' hook of `make docs`: the pages outside of docs/, links out of it, and the order of the sections.
 
-README.md is the site's first page, and the page of all commands is generated from their --help. A link to a file that is
+README.md is the site's first page. The pages of all commands and all config keys are generated. A link to a file that is
 no page (a config, an example, a test) becomes its name, because the site holds pages only.
 """
 
@@ -13,6 +13,7 @@ from typing import Any
 import click
 from mkdocs.structure.files import File, Files
 
+from softcache.config.reference import keys_page
 from softcache.stages.cli import softcache
 from softcache.stages.commands import COMMANDS
 
@@ -28,6 +29,7 @@ TITLES = {
 FIRST = ["index.md"]
 LAST = [
     "commands.md",
+    "keys.md",
     "reference.md",
     "format.md",
     "compatibility.md",
@@ -53,12 +55,13 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """Adds the pages outside of docs/ and the page of all commands; removes this file."""
+    """Adds the pages outside of docs/ and those that are generated; removes this file."""
     for outside, page in OUTSIDE.items():
         files.append(
             File.generated(config, page, content=inside_links(outside, (ROOT / outside).read_text()))
         )
     files.append(File.generated(config, "commands.md", content=commands()))
+    files.append(File.generated(config, "keys.md", content=keys_page()))
     files.remove(files.get_file_from_path("pages.py"))  # type: ignore[arg-type]
     return files
 
@@ -77,7 +80,7 @@ def commands() -> str:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Rewrites the links of a page of docs/."""
-    if page.file.src_uri in {*OUTSIDE.values(), "commands.md"}:
+    if page.file.src_uri in {*OUTSIDE.values(), "commands.md", "keys.md"}:
         return markdown
     return inside_links(f"docs/{page.file.src_uri}", markdown)
 

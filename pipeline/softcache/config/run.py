@@ -35,10 +35,24 @@ def _source_class(modality: str, name: str) -> type[SourceSettings]:
 class RunConfig(Settings):
     """A whole run: what is labeled, by whom, how it is kept, and what is trained on it.
 
-    `name` names the folder under `runs/` (default: the file's stem); `cache` is where the cache is, if not in that
-    folder; for students it may be a list or a pattern of several, which are read as one, and for a corpus in parts it has
-    the {part}, for teachers, too; `train_teacher` configures
-    `softcache train-teacher`, for users without a teacher.
+    Attributes:
+        name: of the folder under `runs/`; without it the file's stem.
+        cache: where the cache is, if not in that folder; for students it may be a list or a pattern of several, which are
+            read as one. Of a corpus in parts it has the {part}, for teachers, too.
+        source: which data.
+        views: what the teacher sees of an image.
+        teacher: what labels the data; not needed to train from a cache.
+        labels: what is kept of each row of logits.
+        capture: how the teacher is run and how its labels are laid out.
+        student: the architecture.
+        loss: what the student minimizes.
+        detection_loss: the same, of object detectors.
+        train: the training loop of a student.
+        train_teacher: the same, of `softcache train-teacher`, for users without a teacher.
+        reader: how a student reads the cache.
+        fusion: how `softcache fuse` makes one cache of several teachers.
+        generate: how sequences are searched.
+        sweep: the search of `softcache sweep`.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")

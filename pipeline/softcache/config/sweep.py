@@ -69,7 +69,11 @@ def to_json(axis: Axis) -> Any:
 
 
 class SpaceSettings(Settings):
-    """[sweep.space]: what each parameter may be; one that is not named stays as the config has it."""
+    """[sweep.space]: what each parameter may be; one that is not named stays as the config has it.
+
+    Attributes:
+        temperature, alpha, loss, k, lr, student: values to choose among, a list, or a range `{low, high, log}`.
+    """
 
     temperature: Axis | None = None
     alpha: Axis | None = None

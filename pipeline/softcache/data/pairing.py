@@ -33,7 +33,14 @@ __all__ = ["Pairing", "PairingSettings", "pair_sources"]
 
 
 class PairingSettings(Settings):
-    """[student.pairing]: how keys of the student's source are found to be those of the teacher's."""
+    """[student.pairing]: how keys of the student's source are found to be those of the teacher's.
+
+    Attributes:
+        file: a table of pairs of keys, `teacher` and `student`.
+        replace: texts in the keys of the student that are replaced, in this order, to get those of the teacher.
+        suffix: "ignore": keys are compared without what follows the last dot.
+        subset: whether samples of the cache may have no match.
+    """
 
     file: str | None = Field(None, min_length=1)
     replace: tuple[Annotated[tuple[str, str], Field(strict=False)], ...] = Field((), strict=False)

@@ -24,6 +24,11 @@ class ReaderSettings(Settings):
     With `memmap` "auto" a view is decoded once into a memory map in `memmap_dir` (see `softcache.reader.memmap`), if the
     whole cache takes at most `memmap_limit_bytes` there. The order is then a full shuffle, otherwise a shuffle within
     windows of 16 chunks; `window_blocks` and `block_samples` override that.
+
+    Attributes:
+        workers: processes that read batches; 0: a thread of this process.
+        num_views: the first so many views of the cache are used; none: all.
+        several_teachers: whether caches that are read as one may be of different teachers.
     """
 
     workers: int = Field(0, ge=0)

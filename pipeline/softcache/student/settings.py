@@ -34,6 +34,10 @@ class StudentSettings(Settings):
 
     Images: `source` is what it reads where that is not what the teacher saw, `views` how it reduces the teacher's views,
     `pairing` which of its samples are the teacher's (`softcache.data.pairing`).
+
+    Attributes:
+        model: a spec, such as `cnn?width=8`, `timm:resnet18`, `hf:NAME_OR_PATH` or `package.module:factory`.
+        models: the specs of `softcache train-students`.
     """
 
     model: str = "mlp"
@@ -104,6 +108,16 @@ class TrainSettings(Settings):
     `parallel` is what several processes do: each holds the whole student (`ddp`), or a share of a language model (`fsdp`,
     with [train.fsdp]; `softcache.student.sharding`). There `precision = "bf16"` gathers weights in bfloat16, computes with
     those and sums gradients in float32.
+
+    Attributes:
+        epochs: passes over the training samples, each with one view.
+        eval_batch_size: samples of a batch of the evaluation.
+        weight_decay: decoupled where the optimizer has it so (AdamW).
+        seed: of weights, order and dropout.
+        device: "auto": the accelerator that is there.
+        accumulation_steps: parts of a batch that are computed one after the other before a step.
+        clip_norm: the largest norm of the gradient; none: it is left as it is.
+        checkpoint_steps: steps between checkpoints within an epoch; none: one at the end of each epoch.
     """
 
     labels: Literal["cache", "ground_truth", "online"] = "cache"

@@ -40,6 +40,13 @@ class TeacherSettings(Settings):
 
     With `test_time_augmentation = "flip"` the labels of an image are the mean of the probabilities of the image and of its
     mirror image.
+
+    Attributes:
+        model: its spec, such as `timm:resnet50`, `hf:NAME_OR_PATH` or `package.module:factory`.
+        weights: a file of weights, `.safetensors` or a checkpoint that holds tensors alone; none: those that the spec
+            names.
+        class_map: a file that maps the classes of the teacher to those of the data.
+        engine: what runs a language model.
     """
 
     model: str

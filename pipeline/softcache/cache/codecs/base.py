@@ -23,7 +23,11 @@ __all__ = ["CODECS", "AnyCodecSettings", "Codec", "CodecSettings", "codec_from_d
 
 
 class CodecSettings(Settings):
-    """`[capture.codec]`: a codec by name; the settings that a codec reads are those of a subclass."""
+    """`[capture.codec]`: a codec by name; the settings that a codec reads are those of a subclass.
+
+    Attributes:
+        name: "open", "packed", or `package.module:Name`.
+    """
 
     name: str
 

@@ -46,6 +46,11 @@ class SourceSettings(Settings, ABC):
     """[source]: which data; a subclass for each source.
 
     The two maxima take the first so many samples of a split, in its order.
+
+    Attributes:
+        modality: the kind of data, such as "image" or "text"; "image" where it is left out.
+        name: a built-in source of that modality, or `package.module:Name`.
+        max_train_samples, max_eval_samples: take the first so many samples of a split.
     """
 
     modality: str

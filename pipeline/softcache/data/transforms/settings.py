@@ -40,6 +40,15 @@ class ViewSettings(Settings):
     A view above 0 is mixed with that of another sample (`softcache.data.transforms.mix`) where `mixup_alpha` or
     `cutmix_alpha`, the parameters of their shares' Beta(alpha, alpha), are above 0: with `mix_probability`, and where both
     are set by CutMix with probability `mix_switch`.
+
+    Attributes:
+        seed: of all random parameters of views, with the key of the sample and the number of the view.
+        eval_share: share of the resized image that the plain view takes (timm: crop_pct).
+        scale, ratio: area as a share of the image, and width / height, of a random rectangle (low, high).
+        color_jitter: brightness, contrast, saturation and hue, as torchvision has them.
+        erase_scale, erase_ratio: area and width / height of what is erased (low, high).
+        erase_fill: what it is filled with.
+        mean, std: of the pixels in 0..1, by which they are normalized: one number, or one per channel.
     """
 
     seed: int = Field(0, ge=0, lt=2**64)

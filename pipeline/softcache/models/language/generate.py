@@ -29,6 +29,11 @@ class GenerateSettings(Settings):
 
     `score_beams` is the width of the search at the end of a student's training, 1 for greedy, 0 for no scores. `part_pairs`
     is how many pairs a part of the written source has: what a killed run does again at most.
+
+    Attributes:
+        beams: width of the search; 1: greedy.
+        length_penalty: exponent of the length by which the score of a sequence is divided.
+        batch_size: sequences that are searched at once.
     """
 
     beams: int = Field(4, ge=1)

@@ -26,6 +26,9 @@ class LoraSettings(Settings):
 
     Weights of `target_modules` get an update of rank `rank`, times `alpha / rank`; "all-linear" are all linear layers but
     the head. `modules_to_save` are trained whole. Both hold names, or the ends of names, of the student's modules.
+
+    Attributes:
+        dropout: probability, of what goes into an adapter.
     """
 
     rank: int = Field(16, ge=1)

@@ -42,6 +42,15 @@ class CaptureSettings(Settings):
     `codec` is a table with the settings of the codec that its `name` gives: "open" has plain columns, with
     log-probabilities of dtype `values`; "packed" takes half to 70% of it on disk: log-probabilities to half a `step`
     (nats), and so the tail, but at T = 1 or with `tail` "float32". A bare name stands for the table.
+
+    Attributes:
+        batch_size: samples of a forward pass of the teacher.
+        device: "auto", "cpu", "cuda", "cuda:1" and so on.
+        dtype: of autocast; records are computed in float32 or better in any case.
+        store: of the cache.
+        workers: processes that load samples; 0: a thread.
+        queue_units: units that wait to be written while the next one is labeled.
+        evaluate: score the teacher on samples with a ground truth first, and warn of one that guesses.
     """
 
     batch_size: int = Field(256, ge=1)

@@ -52,7 +52,11 @@ class Engine(ABC):
 
 
 class EngineSettings(Settings):
-    """`[teacher.engine]`: an engine by name; the settings that it reads are those of a subclass."""
+    """`[teacher.engine]`: an engine by name; the settings that it reads are those of a subclass.
+
+    Attributes:
+        name: "transformers", "vllm", or `package.module:Name`.
+    """
 
     name: str
 

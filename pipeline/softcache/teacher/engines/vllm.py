@@ -51,6 +51,18 @@ class VllmSettings(EngineSettings):
     `max_model_len` is by default the longest row of the source. `gpu_memory_utilization` leaves room for the head, which
     runs on the first device. `separate_process` runs vLLM's core in a process of its own, which is started again when it
     ends; batches may then be scheduled otherwise from run to run, and labels agree to rounding.
+
+    Attributes:
+        max_num_seqs, max_num_batched_tokens: rows and tokens of a step.
+        tensor_parallel_size, pipeline_parallel_size: devices over which layers, and of which groups of layers, are
+            cut.
+        enable_expert_parallel: cut experts over devices.
+        distributed_executor_backend: what starts the processes of several devices.
+        quantization: of the weights, where the checkpoint does not have it.
+        kv_cache_memory_bytes: memory of keys and values; none: what `gpu_memory_utilization` leaves.
+        cpu_offload_gb: weights that are kept in host memory, GiB.
+        enforce_eager: run without CUDA graphs.
+        enable_prefix_caching, enable_chunked_prefill: change labels by rounding alone.
     """
 
     name: Literal["vllm"] = "vllm"

@@ -61,6 +61,9 @@ class Scenes(DetectionSettings):
     """Scenes composed from `originals`: digits, or Fashion-MNIST whose files are in `root`.
 
     `size` is the side of a scene in pixels, `train_scenes` and `eval_scenes` are how many there are.
+
+    Attributes:
+        seed: of the scenes.
     """
 
     name: str = "scenes"

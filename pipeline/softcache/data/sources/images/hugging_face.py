@@ -51,6 +51,12 @@ class HuggingFaceImages(PictureSettings):
     `streaming = true` reads a dataset that is too large for this machine: the first `max_images` of each split become a
     local table. `eval_share` of the images, chosen by a hash of their key, are held out where the dataset has no split of
     its own (`eval_split`).
+
+    Attributes:
+        path: name on the hub, folder or file.
+        subset: the configuration of a dataset of the hub.
+        train_split: name of the split that is labeled.
+        image_column: column of the images.
     """
 
     name: str = "hf"

@@ -81,6 +81,11 @@ class ImageFolder(PictureSettings):
     """Folders of image files; the maxima take the first samples, class after class.
 
     `eval_share` holds out so many of the training images, chosen by a hash of their path.
+
+    Attributes:
+        root: a folder of splits, or of classes.
+        train_folder, eval_folder: folders of classes, in place of `root`.
+        eval_labels: a file of the classes of a flat folder of held-out images.
     """
 
     name: str = "imagefolder"

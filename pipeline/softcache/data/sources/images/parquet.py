@@ -42,6 +42,9 @@ class ParquetImages(SplitFiles):
 
     Keys are FILE/ROW, or those of `key_column`, which may be "path" of the struct. Labels are whole numbers or names; the
     names that the datasets library writes into a file are taken.
+
+    Attributes:
+        label_column: column of the classes.
     """
 
     name: str = "parquet"

@@ -25,6 +25,9 @@ class CsvImages(SplitFiles):
 
     Columns are named by the header; `header = false` counts them from 0. `delimiter` is by default a tab in .tsv files, else
     a comma. Labels that are whole numbers are the numbers of classes, others are their names.
+
+    Attributes:
+        path_column, label_column: columns of the table.
     """
 
     name: str = "csv"

@@ -40,7 +40,11 @@ _IDX_FILES = {  # of the MNIST family: name -> (magic number, axes)
 
 
 class Torchvision(ImageSourceSettings):
-    """A dataset of torchvision's; `root` is where its files are read, `data_dir` where they are unpacked or downloaded."""
+    """A dataset of torchvision's; `root` is where its files are read, `data_dir` where they are unpacked or downloaded.
+
+    Attributes:
+        download: fetch the dataset where it is not there.
+    """
 
     root: str | None = None
     data_dir: str = "runs/data"

@@ -128,6 +128,9 @@ class MaskFolders(SegmentationSettings):
     the training images, chosen by a hash of their path.
 
     The number n in a mask is class n - `first_value`; those of `ignore` are no class. `class_names` are a list, or a file.
+
+    Attributes:
+        images, masks: folders with files of the same names.
     """
 
     name: str = "folders"

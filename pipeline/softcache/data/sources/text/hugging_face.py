@@ -50,6 +50,13 @@ class HuggingFaceTexts(TextSettings):
     `eval_share` of the documents, chosen by a hash of their key, are held out where the dataset has no split of
     its own (`eval_split`). Documents come in the order of another hash of their key, or with
     `shuffle_documents = false` in that of the dataset.
+
+    Attributes:
+        path: name on the hub, folder, file or glob.
+        subset: the configuration of a dataset of the hub.
+        train_split: name of the split that is labeled.
+        text_column: column of the texts.
+        key_column: column of the keys; without it keys are SPLIT/ROW.
     """
 
     name: str = "hf"

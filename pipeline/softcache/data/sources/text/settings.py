@@ -34,6 +34,14 @@ class TextSettings(SourceSettings):
 
     `packing`: how documents become samples, see `softcache.data.sources.text.packing`; by default "packed" for texts and
     "best_fit" for what has a prompt, which is never cut from its answer.
+
+    Attributes:
+        tokenizer: name on the hub, or folder; "bytes": UTF-8 bytes.
+        seq_len: tokens of a sample.
+        chat_template: a Jinja template, or a file of one, in place of that of the tokenizer.
+        template_args: arguments of the template, such as `enable_thinking`.
+        tools: a JSON file of the tools that all chats have.
+        data_dir: where tokenized documents are kept, to be used again.
     """
 
     modality: Literal["text"] = "text"

@@ -25,7 +25,11 @@ COLUMNS = ("source", "target", "language", "key")
 
 @SOURCES.register("translation/files")
 class PairFiles(TranslationSettings):
-    """Files of pairs; `eval_path` names pairs to be held out, in place of `eval_share`."""
+    """Files of pairs; `eval_path` names pairs to be held out, in place of `eval_share`.
+
+    Attributes:
+        path: file or folder of the pairs.
+    """
 
     name: str = "files"
     path: str

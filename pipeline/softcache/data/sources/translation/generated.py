@@ -29,7 +29,11 @@ GENERATED_VERSION = 1
 
 @SOURCES.register("translation/generated")
 class Generated(TranslationSettings):
-    """The folder that `softcache teacher-generate` wrote; `tokenizer` is its own unless the table names another."""
+    """The folder that `softcache teacher-generate` wrote; `tokenizer` is its own unless the table names another.
+
+    Attributes:
+        path: what `softcache teacher-generate` wrote.
+    """
 
     name: str = "generated"
     path: str

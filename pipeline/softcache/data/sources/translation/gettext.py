@@ -41,7 +41,11 @@ PLACEHOLDER = re.compile(
 
 @SOURCES.register("translation/gettext")
 class Gettext(TranslationSettings):
-    """The catalogs of an installed package, from English to `languages`."""
+    """The catalogs of an installed package, from English to `languages`.
+
+    Attributes:
+        package: installed Python package whose message catalogs are read.
+    """
 
     name: str = "gettext"
     package: str

@@ -48,6 +48,11 @@ class TranslationSettings(SourceSettings):
     Pairs with a side of more than `max_tokens` tokens are left out, and counted. `prefixes` gives what is put before a
     source text for a language, where the tokenizer has no token for it. `eval_share` of the source texts, chosen by a hash
     of the text, are held out, in all languages, unless the source has a split of its own.
+
+    Attributes:
+        languages: of the targets; empty: all that there are.
+        tokenizer: name on the hub, or folder.
+        data_dir: where tokenized pairs are kept, to be used again.
     """
 
     modality: Literal["translation"] = "translation"
