@@ -25,7 +25,7 @@ COMMANDS = {
     ),
     "teacher-generate": (
         "teacher_generate:teacher_generate",
-        "Generate teacher translations as a training set.",
+        "Generate teacher translations or rollouts as a training set.",
     ),
     "status": ("status:status", "Show the progress of a capture, its rate and time left."),
     "train-student": (

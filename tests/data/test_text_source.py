@@ -676,7 +676,10 @@ def test_without_a_path_there_is_no_dataset(words):
     [
         ({"tokenizer": None}, "tokenizer"),
         ({"modality": "image"}, "source 'stdlib': unknown"),
-        ({"name": "c4"}, "source 'c4': unknown; known: hf, megatron, mixture, parts, stdlib, token_stream"),
+        (
+            {"name": "c4"},
+            "source 'c4': unknown; known: hf, megatron, mixture, parts, rollouts, stdlib, token_stream",
+        ),
         ({"seq_len": 1}, "seq_len"),
         ({"eval_share": 1.0}, "eval_share"),
         ({"packing": "tight"}, "packing"),

@@ -22,17 +22,17 @@ from tests.losses.test_fused import (
     make_labels,
     make_targets,
 )
+from tests.support.losses_dense import COMPARING, NEEDS_TARGET
 
 INF = math.inf
 COMBINATIONS = [
     (name, tail, standardize)
-    for name, kind in LOSSES.items()
-    for tail in kind.tails
+    for name in COMPARING
+    for tail in LOSSES.get(name).tails
     for standardize in (False, True)
 ]
-NEEDS_TARGET = [name for name, kind in LOSSES.items() if kind.needs_target]
 SMOOTH = [
-    name for name in LOSSES.names() if name not in ("adaptive_kl", "uld")
+    name for name in COMPARING if name not in ("adaptive_kl", "uld")
 ]  # whose gradient is of fixed weights; in test_fused
 
 
@@ -83,7 +83,7 @@ def test_labels_of_all_classes(name, tail, standardize):
 
 
 @pytest.mark.parametrize("standardize", [False, True])
-@pytest.mark.parametrize("name", LOSSES.names())
+@pytest.mark.parametrize("name", COMPARING)
 def test_bias_softcap_and_scale_of_the_head(name, standardize):
     targets, head = make_targets(), {"softcap": 2.0, "logit_scale": 3.0}
     loss = make_loss(name, standardize=standardize)
@@ -161,7 +161,7 @@ def test_gradient_is_that_of_the_reported_value(name, temperature, standardize):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", LOSSES.names())
+@pytest.mark.parametrize("name", COMPARING)
 def test_half_precision(name, dtype):
     targets = make_targets()
     labels = labels_of(4, targets)
@@ -177,7 +177,7 @@ def test_half_precision(name, dtype):
 
 def test_without_a_need_for_gradients_none_are_made():
     targets = make_targets()
-    for name in LOSSES.names():
+    for name in COMPARING:
         with torch.no_grad():
             found = fused_distillation_loss(
                 *make_case(), labels_of(4, targets), targets, temperature=2.0, alpha=0.5, loss=name
@@ -207,7 +207,7 @@ def test_no_tensor_of_all_logits_is_ever_made(name, tail, standardize):
 
 @pytest.mark.parametrize("num_positions", [0, P])
 @pytest.mark.parametrize("standardize", [False, True])
-@pytest.mark.parametrize("name", LOSSES.names())
+@pytest.mark.parametrize("name", COMPARING)
 def test_nothing_with_weight_gives_zero_with_zero_gradients(name, standardize, num_positions):
     targets = make_targets()[:num_positions]
     labels = labels_of(4, make_targets()).take(slice(0, num_positions))

@@ -16,6 +16,7 @@ from softcache.labels.sparsify import top_k
 from softcache.losses import LOSSES, LossSettings, distillation_loss, make_loss
 from softcache.losses.fused import fused_distillation_loss
 from tests.losses.test_functional import make_logits
+from tests.support.losses_dense import COMPARING
 
 CUSTOM = """
 from pydantic import Field
@@ -91,7 +92,7 @@ def test_unknown_names_are_refused(name, tmp_path):
 
 
 def test_settings_of_any_loss_are_copied_pickled_and_read():
-    for name in LOSSES.names():
+    for name in COMPARING:
         settings = LossSettings(name=name, temperature=2.0)
         for other in (
             pickle.loads(pickle.dumps(settings)),
@@ -120,7 +121,7 @@ def test_public_functions_have_the_name_the_parameters_and_the_maths_of_their_fo
         assert part in function.__doc__
 
 
-@pytest.mark.parametrize("name", LOSSES.names())
+@pytest.mark.parametrize("name", COMPARING)
 @pytest.mark.parametrize("alpha", [0.7, 1.0])
 def test_fast_paths_can_be_off_and_change_nothing(name, alpha, monkeypatch):
     """Values and gradients of both losses, with SOFTCACHE_COMPILED at 1 and at 0."""

@@ -8,10 +8,10 @@ import torch
 
 from softcache.errors import LabelError, TemperatureError
 from softcache.labels.sparsify import dense, dense_labels_unsorted, top_k
-from softcache.losses import LOSSES, distillation_loss, forward_kl, make_loss, standardized
+from softcache.losses import distillation_loss, forward_kl, make_loss, standardized
 from softcache.losses.fused import fused_distillation_loss
 from tests.losses.test_functional import make_logits
-from tests.support.losses_dense import DENSE, TARGETS, P, V
+from tests.support.losses_dense import COMPARING, DENSE, TARGETS, P, V
 
 INF = math.inf
 
@@ -38,7 +38,7 @@ def test_it_is_the_loss_of_z_scores(name, temperature):
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES.names() if name not in ("cross_entropy", "nkd")])
+@pytest.mark.parametrize("name", [name for name in COMPARING if name not in ("cross_entropy", "nkd")])
 def test_scale_and_shift_of_the_student_do_not_matter(name):
     teacher = make_logits(P, V, 2)
     labels = top_k(teacher, k=4, targets_P=TARGETS, temperatures=(1.0, 2.0))

@@ -10,7 +10,10 @@ from softcache.losses import LOSSES, functional
 
 P, V = 5, 12
 TARGETS = torch.tensor([3, 0, 11, 7, 3])
-NEEDS_TARGET = [name for name, kind in LOSSES.items() if kind.needs_target]
+COMPARING = [
+    name for name, kind in LOSSES.items() if kind.of_samples is None
+]  # distributions, not sampled tokens
+NEEDS_TARGET = [name for name in COMPARING if LOSSES.get(name).needs_target]
 
 
 def _plogq(p, q):

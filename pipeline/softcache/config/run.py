@@ -16,6 +16,7 @@ from softcache.losses import LOSSES, AnyLoss
 from softcache.losses.detection import CellLossSettings
 from softcache.modalities.base import MODALITIES, modality_of
 from softcache.models.language.generate import GenerateSettings
+from softcache.models.language.sample import RolloutSettings
 from softcache.reader.parts import is_pattern
 from softcache.reader.settings import ReaderSettings
 from softcache.settings import Settings
@@ -70,6 +71,7 @@ class RunConfig(Settings):
     reader: ReaderSettings = ReaderSettings()
     fusion: FusionSettings | None = None
     generate: GenerateSettings = GenerateSettings()
+    rollouts: RolloutSettings = RolloutSettings()
     sweep: SweepSettings = SweepSettings()
 
     @model_validator(mode="after")
@@ -123,6 +125,15 @@ class RunConfig(Settings):
     def _check_states(self) -> Self:
         if self.labels.of_states and (fault := self.loss.state_fault()) is not None:
             raise ValueError(f'loss.{fault} (labels.policy = "hidden")')
+        return self
+
+    @model_validator(mode="after")
+    def _check_rollouts(self) -> Self:
+        if self.loss.reads_rollouts and not self.source.has_rollouts:
+            raise ValueError(
+                f"loss.name: {self.loss.name} is of tokens that a policy sampled; found source.name = {self.source.name!r}; "
+                'use source.name = "rollouts", or another loss'
+            )
         return self
 
     @model_validator(mode="after")

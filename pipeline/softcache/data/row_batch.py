@@ -17,7 +17,7 @@ from softcache.labels import SoftLabels, concat_labels
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["RowBatch"]
+__all__ = ["RowBatch", "span"]
 
 
 class RowBatch(ABC):
@@ -79,8 +79,8 @@ class RowBatch(ABC):
 
     def _sliced_rows(self, start: int, stop: int) -> dict[str, Any]:
         """Returns the attributes of this class for some samples."""
-        samples, rows = slice(start, stop), _span(self.row_counts, start, stop)
-        labeled = rows if self.label_counts is None else _span(self.label_counts, start, stop)
+        samples, rows = slice(start, stop), span(self.row_counts, start, stop)
+        labeled = rows if self.label_counts is None else span(self.label_counts, start, stop)
         return {
             "rows": self.rows[rows] - start * self.row_stride,
             "targets": self.targets[rows],
@@ -159,6 +159,6 @@ class RowBatch(ABC):
         }
 
 
-def _span(counts: np.ndarray, start: int, stop: int) -> slice:
+def span(counts: np.ndarray, start: int, stop: int) -> slice:
     """The rows of the samples `start` to `stop`, of so many rows each."""
     return slice(int(counts[:start].sum()), int(counts[:stop].sum()))

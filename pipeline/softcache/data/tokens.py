@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from softcache.data.batch import Dataset
-from softcache.data.row_batch import RowBatch
+from softcache.data.row_batch import RowBatch, span
 from softcache.errors import SourceError
 from softcache.hashing.digests import fingerprint
 from softcache.labels import LabelKind, SoftLabels
@@ -48,6 +48,8 @@ class TokenBatch(RowBatch):
         labels: the record of the rows that have a label, where there is one.
         labeled: [Q] int64, which of the P rows they are, ascending; None: all of them.
         label_counts: [B] int64 (NumPy), how many each sample has; None: `row_counts`.
+        sampling_log_probs: [P] float32, of the policy that sampled the targets, in nats, NaN where none did; None: of no
+            rollouts.
     """
 
     tokens: torch.Tensor
@@ -63,20 +65,32 @@ class TokenBatch(RowBatch):
     labels: SoftLabels | None = None
     labeled: torch.Tensor | None = None
     label_counts: np.ndarray | None = None
+    sampling_log_probs: torch.Tensor | None = None
 
     @property
     def row_stride(self) -> int:
         return self.tokens.shape[1]
 
     def _slice(self, start: int, stop: int) -> TokenBatch:
-        samples = slice(start, stop)
+        samples, log_probs_P = slice(start, stop), self.sampling_log_probs
         return replace(
             self,
             tokens=self.tokens[samples],
             segments=self.segments[samples],
             lengths=self.lengths[samples],
+            sampling_log_probs=None
+            if log_probs_P is None
+            else log_probs_P[span(self.row_counts, start, stop)],
             **self._sliced_rows(start, stop),
         )
+
+    def select(self, chosen: np.ndarray) -> TokenBatch:
+        import torch
+
+        kept, log_probs_P = super().select(chosen), self.sampling_log_probs
+        if log_probs_P is None:
+            return kept
+        return replace(kept, sampling_log_probs=log_probs_P[torch.from_numpy(chosen).to(log_probs_P.device)])
 
     def pin_memory(self) -> TokenBatch:
         return replace(
@@ -87,6 +101,9 @@ class TokenBatch(RowBatch):
             targets=self.targets.pin_memory(),
             labels=self.labels and self.labels.pin_memory(),
             labeled=None if self.labeled is None else self.labeled.pin_memory(),
+            sampling_log_probs=self.sampling_log_probs
+            if self.sampling_log_probs is None
+            else self.sampling_log_probs.pin_memory(),
         )
 
     def to(self, device: torch.device) -> TokenBatch:
@@ -98,6 +115,9 @@ class TokenBatch(RowBatch):
             targets=self.targets.to(device, non_blocking=True),
             labels=self.labels and self.labels.to_torch(device, non_blocking=True),
             labeled=None if self.labeled is None else self.labeled.to(device, non_blocking=True),
+            sampling_log_probs=None
+            if self.sampling_log_probs is None
+            else self.sampling_log_probs.to(device, non_blocking=True),
         )
 
     @classmethod
@@ -116,8 +136,10 @@ class TokenBatch(RowBatch):
             segments.append(torch.cat([batch.segments, padding_B[:, None].expand(-1, added)], 1))
             rows.append(batch.rows + batch.rows // batch.tokens.shape[1] * added + before * length)
             before += len(batch)
+        sampled = [batch.sampling_log_probs for batch in batches if batch.sampling_log_probs is not None]
         return replace(
             batches[0],
+            sampling_log_probs=torch.cat(sampled) if sampled else None,
             tokens=torch.cat(tokens),
             segments=torch.cat(segments),
             rows=torch.cat(rows),
@@ -206,11 +228,15 @@ class TokenData(Dataset):
         shape = len(loaded), int(lengths.max(initial=0))
         tokens_BL, segments_BL = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
         learnt_BL = np.zeros(shape, bool)
+        is_sampled = any(sample.log_probs is not None for sample in loaded)
+        log_probs_BL = np.full(shape if is_sampled else (0, 0), np.nan, np.float32)
         for row, (sample, length) in enumerate(zip(loaded, lengths.tolist(), strict=True)):
             tokens_BL[row, :length] = sample.tokens
             segments_BL[row, :length] = sample.segments
             segments_BL[row, length:] = sample.segments[-1] + 1
             learnt_BL[row, :length] = sample.learnt
+            if sample.log_probs is not None:
+                log_probs_BL[row, :length] = sample.log_probs
         labeled_BL = np.zeros(shape, bool)
         labeled_BL[:, :-1] = (segments_BL[:, 1:] == segments_BL[:, :-1]) & learnt_BL[:, 1:]
         rows_P = np.flatnonzero(labeled_BL)
@@ -227,4 +253,5 @@ class TokenData(Dataset):
             samples=numbers,
             view=view,
             fingerprints=prints,
+            sampling_log_probs=torch.from_numpy(log_probs_BL.reshape(-1)[rows_P + 1]) if is_sampled else None,
         )

@@ -11,11 +11,12 @@ from torch import Tensor
 from softcache.errors import LabelError
 from softcache.labels import MixedTargets, SoftLabels
 from softcache.losses.bucketed import bucketed_loss
-from softcache.losses.buckets import promote_dtype
+from softcache.losses.buckets import check_student, check_vocabulary, promote_dtype
 from softcache.losses.direct import direct_loss, is_fast_path
 from softcache.losses.registry import Loss, as_loss
+from softcache.losses.sampled import check_samples
 from softcache.losses.standardize import check_tails, standardized
-from softcache.losses.target_class import teacher_log_probs
+from softcache.losses.target_class import IGNORED, check_targets, teacher_log_probs
 
 __all__ = ["add_truth_part", "check_alpha", "check_needs", "cross_entropy", "distillation_loss"]
 
@@ -57,6 +58,7 @@ def distillation_loss(
     loss: Loss | str = "forward_kl",
     soft_weights: Tensor | None = None,
     label_smoothing: float = 0.0,
+    sampling_log_probs: Tensor | None = None,
 ) -> Tensor:
     """Masked mean of (1 - alpha) * cross-entropy + alpha * T^2 * soft loss.
 
@@ -77,6 +79,7 @@ def distillation_loss(
         loss: the soft part: a name, or what `make_loss` gives. With "uld" the labels' classes may be others.
         soft_weights: [P] non-negative factors of the soft part alone; the mean stays one over positions.
         label_smoothing: of the cross-entropy.
+        sampling_log_probs: [P] of the targets by the policy that sampled them; for "policy_gradient".
 
     Returns:
         Scalar; 0 with a zero gradient where the mask is empty. In the usual case (`losses.direct`) it is one operation
@@ -134,6 +137,7 @@ def distillation_loss(
             temperature=temperature,
             padded_vocabulary=padded_vocabulary,
             active_P=None if mask is None else mask > 0,
+            log_q_P=sampling_log_probs,
         )
         terms.append(
             alpha * soft_P if soft_weights is None else alpha * soft_weights.to(soft_P.dtype) * soft_P
@@ -198,8 +202,14 @@ def _soft_part(
     temperature: Any,
     padded_vocabulary: bool,
     active_P: Tensor | None,
+    log_q_P: Tensor | None,
 ) -> Tensor:
     """The soft loss [P], with its factor T^2."""
+    if loss.kind.of_samples is not None:
+        assert isinstance(targets_P, Tensor)
+        return _sampled_part(
+            loss, student_logits, labels, targets_P.long(), log_q_P, temperature, padded_vocabulary, active_P
+        )
     logits_PV, T = student_logits, temperature
     if loss.standardize:
         logits_PV, T = standardized(student_logits, labels, temperature=temperature, active_P=active_P)
@@ -216,6 +226,30 @@ def _soft_part(
         assert targets_P is not None
         value_P = add_truth_part(value_P, student_logits, labels, targets_P)
     return value_P
+
+
+def _sampled_part(
+    loss: Loss,
+    student_logits: Tensor,
+    labels: SoftLabels,
+    targets_P: Tensor,
+    log_q_P: Tensor | None,
+    temperature: Any,
+    padded_vocabulary: bool,
+    active_P: Tensor | None,
+) -> Tensor:
+    """The loss [P] of the sampled tokens, which are the targets; 0 where there is none."""
+    check_student(student_logits, labels)
+    loss.check_labels(labels)
+    num_student_classes = student_logits.shape[1]
+    check_vocabulary(labels.num_classes, num_student_classes, padded_vocabulary=padded_vocabulary)
+    check_targets(labels, targets_P, num_student_classes)
+    log_q_P = check_samples(loss, temperature, log_q_P, targets_P, active_P=active_P)
+    log_p_P = teacher_log_probs(labels, targets_P)
+    assert loss.kind.of_samples is not None
+    log_s_P = -cross_entropy(student_logits, targets_P)
+    value_P: Tensor = loss.kind.of_samples(log_s_P, log_p_P, log_q_P, **loss.parameters)
+    return value_P.where(targets_P != IGNORED, 0.0)
 
 
 def add_truth_part(value_P: Tensor, student_logits: Tensor, labels: SoftLabels, targets_P: Tensor) -> Tensor:

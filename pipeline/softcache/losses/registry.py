@@ -31,7 +31,7 @@ class LossSpec:
     Attributes:
         formula: (log_p_PB, log_s_PB, **parameters) to [P], from the log-masses of teacher and student in the same B
             buckets, of which the last is the tail; or, where the loss is `linear`, to each bucket's term [P, B].
-            None: it compares ranks, not classes.
+            None: it compares ranks, not classes, or one class alone.
         settings: the model of its parameters, which are keys of `[loss]`.
         tails: what may become of the dropped classes.
         temperature_power: the loss counts times T to this power.
@@ -47,6 +47,9 @@ class LossSpec:
         fast_paths: the special implementations that are of this loss: "logits" (`losses.direct`) and "hidden"
             (`losses.fused.cpu`). They have the value and gradient of the formula, and are off with SOFTCACHE_COMPILED=0.
         of_logits: for a loss without a formula: (student_logits, labels, temperature=) to [P].
+        of_samples: for a loss of the token that a policy sampled, which is the target: (log_s_P, log_p_P, log_q_P,
+            **parameters) to [P], from its log-probability at T=1 by student, teacher and sampling policy; of log_q_P None
+            where the rollouts lack it.
 
     Raises (from the constructor):
         SpecError: `settings` is no settings model.
@@ -63,6 +66,7 @@ class LossSpec:
     weighs_truth: bool = False
     fast_paths: tuple[str, ...] = ()
     of_logits: Callable[..., Tensor] | None = None
+    of_samples: Callable[..., Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.settings, type) and issubclass(self.settings, Settings)):
@@ -79,7 +83,7 @@ class LossSpec:
     @property
     def compares_ranks(self) -> bool:
         """Whether it compares ranks and not classes, so that teacher and student may have different ones."""
-        return self.formula is None
+        return self.of_logits is not None
 
     @property
     def parameters(self) -> list[str]:

@@ -133,6 +133,29 @@ class LossSettings(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_samples(self) -> Self:
+        if not self.reads_rollouts:
+            return self
+        wrong = {
+            "temperature": self.temperature != 1,
+            "alpha": self.alpha != 1,
+            "standardize": self.standardize,
+            "temperature_schedule, alpha_schedule, curriculum": self.adapts,
+        }
+        if found := next((key for key, is_wrong in wrong.items() if is_wrong), None):
+            raise ValueError(
+                f"{found}: {self.name} is of tokens that were sampled at temperature 1, and cross-entropy with these would "
+                "train the student on its own samples; expected temperature = 1, alpha = 1, and neither standardize nor "
+                "schedules"
+            )
+        return self
+
+    @property
+    def reads_rollouts(self) -> bool:
+        """Whether the loss is of sampled tokens, which a source of rollouts has."""
+        return LOSSES.get(self.name).of_samples is not None
+
     @property
     def compares_ranks(self) -> bool:
         """Whether the loss is for a student whose classes are others than the teacher's."""
@@ -209,7 +232,9 @@ def settings_of(spec: LossSpec) -> type[LossSettings]:
             f"{spec.settings.__name__}.{shared[0]}: every [loss] has this key; give the loss's parameter another name"
         )
     bases: Any = LossSettings if spec.settings is Settings else (spec.settings, LossSettings)
-    return create_model("LossSettings", __base__=bases, __module__=__name__)
+    # Cross-entropy with tokens that the student sampled would train it on its own samples.
+    changed: Any = {} if spec.of_samples is None else {"alpha": (float, Field(1.0, ge=0, le=1))}
+    return create_model("LossSettings", __base__=bases, __module__=__name__, **changed)
 
 
 def _drop_nulls(table: Any) -> Any:

@@ -12,6 +12,7 @@ from softcache.reader.cache import Cache
 from softcache.runs.batches import cached_batches, hard_label_batches
 from softcache.runs.cache import check_config_matches_cache
 from softcache.runs.fit import run_training
+from softcache.runs.rollouts import check_teacher_consistency
 from softcache.teacher.base import Teacher
 
 __all__ = ["train_student"]
@@ -57,6 +58,8 @@ def train_student(
     if labels == "cache":
         assert cache is not None
         check_config_matches_cache(config, cache)
+        if config.loss.reads_rollouts:
+            check_teacher_consistency(config, cache.manifest.identity["teacher"], f"cache {cache.url}")
         num_views = (
             num_views
             or config.reader.num_views
@@ -71,6 +74,8 @@ def train_student(
         if labels == "online":
             assert teacher is not None
             facts = teacher.identity()["teacher"]
+            if config.loss.reads_rollouts:
+                check_teacher_consistency(config, facts, f"teacher {teacher.spec}")
             named = {
                 "spec": facts.pop("spec"),
                 "weights": facts.pop("weights_digest"),

@@ -34,7 +34,7 @@ from softcache.models.language.generate import GeneratedSequence, GenerateSettin
 from softcache.runtime.files import parse_json
 from softcache.teacher.language import LanguageTeacher
 
-__all__ = ["GenerateReport", "SourcePairs", "generate_source"]
+__all__ = ["GenerateReport", "SourcePairs", "generate_source", "lines", "write_source"]
 
 
 class SourcePairs(Protocol):
@@ -55,11 +55,11 @@ class GenerateReport:
     """What a call did.
 
     Attributes:
-        num_pairs, num_silent: written in all, and those of them for which the teacher wrote nothing.
+        num_rows, num_silent: written in all, and those of them for which the model wrote nothing.
         parts_done, parts_found: made now, and there already.
     """
 
-    num_pairs: int
+    num_rows: int
     num_silent: int
     parts_done: int
     parts_found: int
@@ -79,35 +79,72 @@ def generate_source(
         IdentityError: something else is being written there, or was.
         SourceError: there is something else than a generated source.
     """
-    plan = _plan(data, teacher, settings)
-    _begin(objects, plan)
-    _put_tokenizer(objects, data)
-    parts, done, silent = {}, 0, 0
-    size = settings.part_pairs
-    for number, start in enumerate(range(0, len(data.train), size)):
-        samples = np.arange(start, min(start + size, len(data.train)))
-        name = f"train/{number:05d}.jsonl"
-        if objects.size(name) is None:
-            objects.put(name, _part(data, teacher, settings, samples))
-            done += 1
-        written = objects.get(name)
-        parts[name] = hashlib.sha256(written).hexdigest()
-        silent += sum(not json.loads(line)["target"] for line in written.splitlines())
-        progress(len(samples))
-    held_out = _lines(
+    held_out = lines(
         {"key": pair.key, "source": pair.source, "target": pair.target, "language": pair.language}
         for pair in data.pairs_by_key("eval").values()
     )
+    return write_source(
+        objects,
+        _plan(data, teacher, settings),
+        lambda samples: _part(data, teacher, settings, samples),
+        num_rows=len(data.train),
+        part_rows=settings.part_pairs,
+        held_out=held_out,
+        save_tokenizer=data.save_tokenizer,
+        written="target",
+        rows="pairs",
+        progress=progress,
+    )
+
+
+def write_source(
+    objects: Objects,
+    plan: Mapping[str, Any],
+    part: Callable[[np.ndarray], bytes],
+    *,
+    num_rows: int,
+    part_rows: int,
+    held_out: bytes,
+    save_tokenizer: Callable[[Path], None],
+    written: str,
+    rows: str,
+    progress: Callable[[int], None],
+) -> GenerateReport:
+    """Writes a source in parts, or what is missing of one; the manifest is last.
+
+    Args:
+        plan: what is made; the same plan gives the same bytes on the same machine.
+        part: from the numbers of rows to their lines.
+        held_out: the lines of eval.jsonl.
+        written: the field of a line that holds what a model wrote; empty where it wrote nothing.
+        rows: what a row is, in the manifest's counts.
+
+    Raises:
+        IdentityError: something else is being written there, or was.
+        SourceError: there is something else than a generated source.
+    """
+    _begin(objects, plan)
+    _put_tokenizer(objects, save_tokenizer)
+    parts, done, silent = {}, 0, 0
+    for number, start in enumerate(range(0, num_rows, part_rows)):
+        numbers = np.arange(start, min(start + part_rows, num_rows))
+        name = f"train/{number:05d}.jsonl"
+        if objects.size(name) is None:
+            objects.put(name, part(numbers))
+            done += 1
+        content = objects.get(name)
+        parts[name] = hashlib.sha256(content).hexdigest()
+        silent += sum(not json.loads(line)[written] for line in content.splitlines())
+        progress(len(numbers))
     objects.put("eval.jsonl", held_out)
     parts["eval.jsonl"] = hashlib.sha256(held_out).hexdigest()
-    manifest = {**plan, "num_pairs": len(data.train), "num_silent": silent, "parts": parts}
-    content = _json(manifest)
+    content = _json({**plan, f"num_{rows}": num_rows, "num_silent": silent, "parts": parts})
     if not objects.put_if_absent("manifest.json", content) and objects.get("manifest.json") != content:
         raise IdentityError(
             f"source {objects.url}: manifest.json is of other parts than those that are there; one was changed since: "
             "restore it, or give --out another place"
         )
-    return GenerateReport(len(data.train), silent, done, len(parts) - 1 - done)
+    return GenerateReport(num_rows, silent, done, len(parts) - 1 - done)
 
 
 def _plan(data: SourcePairs, teacher: LanguageTeacher, settings: GenerateSettings) -> dict[str, Any]:
@@ -129,7 +166,7 @@ def _plan(data: SourcePairs, teacher: LanguageTeacher, settings: GenerateSetting
     }
 
 
-def _begin(objects: Objects, plan: dict[str, Any]) -> None:
+def _begin(objects: Objects, plan: Mapping[str, Any]) -> None:
     """Creates the source, or joins the one that is there."""
     if objects.size("generation.json") is None:
         there = [path for path in objects.list("") if not path.startswith(".")]
@@ -164,9 +201,9 @@ def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return flat
 
 
-def _put_tokenizer(objects: Objects, data: SourcePairs) -> None:
+def _put_tokenizer(objects: Objects, save_tokenizer: Callable[[Path], None]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        data.save_tokenizer(Path(folder))
+        save_tokenizer(Path(folder))
         for path in sorted(Path(folder).rglob("*")):
             name = f"tokenizer/{path.relative_to(folder).as_posix()}"
             if path.is_file() and objects.size(name) is None:
@@ -191,7 +228,7 @@ def _part(
     texts = data.decode([one.tokens for one in found])
     originals = data.pairs_by_key("train")
     keys = [data.train.source.key(int(sample)) for sample in samples]
-    return _lines(_line(originals[key], text, one) for key, text, one in zip(keys, texts, found, strict=True))
+    return lines(_line(originals[key], text, one) for key, text, one in zip(keys, texts, found, strict=True))
 
 
 def _line(pair: Any, text: str, found: GeneratedSequence) -> dict[str, Any]:
@@ -209,7 +246,8 @@ def _line(pair: Any, text: str, found: GeneratedSequence) -> dict[str, Any]:
     }
 
 
-def _lines(objects: Any) -> bytes:
+def lines(objects: Any) -> bytes:
+    """Returns JSON lines."""
     return "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in objects).encode()
 
 

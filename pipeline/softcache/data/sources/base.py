@@ -66,6 +66,11 @@ class SourceSettings(Settings, ABC):
         """The parts that the source is of, of a corpus in parts; none for any other source."""
         return []
 
+    @property
+    def has_rollouts(self) -> bool:
+        """Whether its samples are rollouts, whose tokens a policy sampled."""
+        return False
+
     def describe(self) -> str:
         """Returns the source as a part of a run's name."""
         return self.name

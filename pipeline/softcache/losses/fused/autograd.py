@@ -16,6 +16,7 @@ from softcache.losses.fused.chunk import ChunkObjective
 from softcache.losses.fused.cpu import CompiledMixture, RecordMixture
 from softcache.losses.fused.head import Head
 from softcache.losses.fused.rows import Rows
+from softcache.losses.fused.sampled import SampledObjective
 from softcache.runtime.linear import matmul_float32
 
 __all__ = ["Gradients", "HeadLoss"]
@@ -78,7 +79,7 @@ class HeadLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         head: Head,
         rows: Rows,
-        mixture: ChunkObjective | CompiledMixture | RecordMixture,
+        mixture: ChunkObjective | CompiledMixture | RecordMixture | SampledObjective,
         needs: tuple[bool, bool, bool],
     ) -> Tensor:
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden_PD, weight_VD, bias_V)]

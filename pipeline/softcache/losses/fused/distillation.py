@@ -17,8 +17,10 @@ from softcache.losses.fused.chunk import ChunkObjective
 from softcache.losses.fused.cpu import CompiledMixture, RecordMixture, is_compiled, is_record
 from softcache.losses.fused.head import Head
 from softcache.losses.fused.rows import Rows
+from softcache.losses.fused.sampled import SampledObjective
 from softcache.losses.fused.soft import Buckets, ChunkLoss, Uld
 from softcache.losses.registry import as_loss
+from softcache.losses.sampled import check_samples
 from softcache.losses.standardize import check_tails, teacher_temperature
 from softcache.losses.target_class import dropped_log_probs, teacher_log_probs
 
@@ -40,6 +42,7 @@ def fused_distillation_loss(
     padded_vocabulary: bool = False,
     chunk_positions: int | None = None,
     loss: Loss | str = "forward_kl",
+    sampling_log_probs_P: Tensor | None = None,
 ) -> Tensor:
     """Weighted mean of (1 - alpha) * cross-entropy + alpha * T^2 * soft loss, without the logits.
 
@@ -67,6 +70,7 @@ def fused_distillation_loss(
         loss: the soft part: a name, or what `losses.make_loss` gives; all of them, with every tail mode. "uniform"
             and labels of all classes need about ten chunks' memory; `standardize` one more, and one more wait for a
             GPU.
+        sampling_log_probs_P: [P] of the targets by the policy that sampled them; for "policy_gradient".
 
     Returns:
         Scalar, float32 (float64 for float64 hidden states); 0 with zero gradients where nothing has weight.
@@ -95,9 +99,9 @@ def fused_distillation_loss(
     """
     head = Head(hidden_PD, weight_VD, bias_V, softcap, logit_scale, chunk_positions)
     loss = as_loss(loss)
-    if labels is not None and alpha > 0.0 and loss.kind.formula is not None:
+    if labels is not None and alpha > 0.0 and not loss.kind.compares_ranks:
         check_vocabulary(labels.num_classes, head.num_classes, padded_vocabulary=padded_vocabulary)
-    return _mean_loss(head, loss, labels, targets_P, weights_P, temperature, alpha)
+    return _mean_loss(head, loss, labels, targets_P, weights_P, temperature, alpha, sampling_log_probs_P)
 
 
 def fused_uld_loss(
@@ -184,6 +188,7 @@ def _mean_loss(
     weights_P: Tensor | None,
     temperature: Any,
     alpha: float,
+    log_q_P: Tensor | None = None,
 ) -> Tensor:
     hidden_PD, weight_VD, bias_V = head.tensors
     labels, targets_P = _checked_parts(loss, alpha, labels, targets_P, temperature, len(hidden_PD))
@@ -194,8 +199,10 @@ def _mean_loss(
         head, labels, targets_P, weights_P, needs_truth=loss.kind.needs_target, checks_ids=not as_it_is
     )
     with torch.no_grad():
-        run: ChunkObjective | CompiledMixture | RecordMixture
-        if labels is not None and as_it_is:
+        run: ChunkObjective | CompiledMixture | RecordMixture | SampledObjective
+        if labels is not None and loss.kind.of_samples is not None:
+            run = _sampled(loss, labels, targets_P, log_q_P, rows, head, temperature, alpha)
+        elif labels is not None and as_it_is:
             run = RecordMixture(loss, labels, rows, float(temperature), alpha)
         else:
             run = ChunkObjective(rows.targets_P, 0.0, None, 1.0)
@@ -207,6 +214,27 @@ def _mean_loss(
     )
     value: Tensor = HeadLoss.apply(hidden_PD, weight_VD, bias_V, head, rows, run, needs)
     return value
+
+
+def _sampled(
+    loss: Loss,
+    labels: SoftLabels,
+    targets_P: Tensor | None,
+    log_q_P: Tensor | None,
+    rows: Rows,
+    head: Head,
+    temperature: Any,
+    alpha: float,
+) -> SampledObjective:
+    """The loss of the active rows' sampled tokens, which are their targets."""
+    assert targets_P is not None
+    assert rows.targets_P is not None
+    targets_P = targets_P.to(rows.active_P.device).long()
+    log_q_P = None if log_q_P is None else log_q_P.to(rows.active_P.device)
+    log_q_P = check_samples(loss, temperature, log_q_P, targets_P, active_P=rows.active_P)
+    log_p_P = rows.take(teacher_log_probs(labels, targets_P)).to(head.dtype)
+    log_q_P = None if log_q_P is None else rows.take(log_q_P).to(head.dtype)
+    return SampledObjective(loss, rows.targets_P, log_p_P, log_q_P, alpha)
 
 
 def _mixture(

@@ -12,10 +12,12 @@ import numpy as np
 from softcache.data.sources.text.settings import TextSettings
 from softcache.data.sources.text.tokenizer import accept_tokenizer, load_tokenizer, save_with_tokenizer
 from softcache.data.tokens import TokenData
-from softcache.errors import ConfigError
+from softcache.errors import ConfigError, IdentityError
+from softcache.hashing.digests import digest_weights
 from softcache.modalities.base import Data
 from softcache.models.language import build_language_model, tokenizer_of
 from softcache.models.language.lora import trainable
+from softcache.models.language.placement import WholeState
 from softcache.models.weights import select_device
 from softcache.reader.cache import Cache
 from softcache.reader.paired import MatchedDocuments
@@ -27,7 +29,7 @@ from softcache.teacher.language import LanguageTeacher, load_language_teacher
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
 
-__all__ = ["TextData", "TokenSplits"]
+__all__ = ["TextData", "TokenSplits", "check_start"]
 
 
 class TokenSplits(Data):
@@ -115,6 +117,10 @@ class TextData(TokenSplits):
         matched = MatchedDocuments(self.train, self.student_data(config).train, cache)
         return labeled.for_student(matched), matched.samples
 
+    def save_tokenizer(self, folder: Path) -> None:
+        """Writes the tokenizer of the text, and into the generation config of a model that is there its special tokens."""
+        save_with_tokenizer(folder, load_tokenizer(self._settings))
+
     def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:
         """Returns the teacher with its weights, on the device and dtype of [capture]."""
         self._check_tokenizer("teacher.model", settings.model)
@@ -149,20 +155,19 @@ class TextData(TokenSplits):
         self._check_tokenizer("student.model", model)
         context = min(config.student.context or self._settings.seq_len, self._settings.seq_len)
 
-        def save_tokenizer(folder: Path) -> None:
-            save_with_tokenizer(folder, load_tokenizer(self._settings))
+        def build() -> Any:
+            student = build_language_model(model, vocab_size=self.num_classes, context=context)
+            if config.loss.reads_rollouts:
+                check_start(config.source, model, student)
+            return trainable(student, model, config.student.lora)
 
         return TokenTask(
-            lambda: trainable(
-                build_language_model(model, vocab_size=self.num_classes, context=context),
-                model,
-                config.student.lora,
-            ),
+            build,
             self.evaluation,
             config.loss,
             context,
             self._settings.cross_documents,
-            save_tokenizer,
+            self.save_tokenizer,
             teacher,
         )
 
@@ -175,3 +180,21 @@ class TextData(TokenSplits):
         tokenizer = tokenizer_of(spec)
         if tokenizer is not None:
             accept_tokenizer(tokenizer, self.train.source, of=f"{key} {spec}")
+
+
+def check_start(source: Any, spec: str, student: Any) -> None:
+    """Raises unless a student of rollouts starts as the policy that sampled them, where that is known.
+
+    Raises:
+        IdentityError: its weights are others.
+    """
+    manifest = getattr(source, "manifest", None)
+    if manifest is None or source.other_policy:
+        return
+    policy, found = manifest["policy"], digest_weights(WholeState(student))
+    if policy["weights_digest"] != found:
+        raise IdentityError(
+            f"source {source.path}: sampled by {policy['spec']}, weights {policy['weights_digest'][:12]}…; student {spec} "
+            f"starts with weights {found[:12]}…, and would not sample these tokens; name that policy as student.model, "
+            "sample rollouts of this student, or set source.other_policy = true to weigh them by importance"
+        )

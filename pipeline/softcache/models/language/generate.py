@@ -21,7 +21,7 @@ from softcache.data.tokens import TokenBatch, TokenData
 from softcache.models.language import BackboneHead, PairTokens, split_source_target
 from softcache.settings import Settings
 
-__all__ = ["GenerateSettings", "GeneratedSequence", "translate"]
+__all__ = ["GenerateSettings", "GeneratedSequence", "plain_generate", "translate"]
 
 
 class GenerateSettings(Settings):
@@ -81,7 +81,7 @@ def translate(
     for chosen, batch in _by_length(data, samples, batch_size):
         batch = batch.to(parts.weight.device)
         source_BS, mask_BS, _, _ = split_source_target(batch.tokens, batch.segments)
-        ids_BT = _plain_generate(
+        ids_BT = plain_generate(
             model,
             input_ids=source_BS,
             attention_mask=mask_BS,
@@ -95,7 +95,7 @@ def translate(
     return [one for one in found if one is not None]
 
 
-def _plain_generate(model: Any, **how: Any) -> torch.Tensor:
+def plain_generate(model: Any, **how: Any) -> torch.Tensor:
     """What `generate` finds by our settings alone.
 
     transformers fills what they leave open from the checkpoint's own generation_config.json (a repetition penalty, banned

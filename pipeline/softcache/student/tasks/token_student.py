@@ -109,7 +109,7 @@ class TokenStudent(nn.Module):
         if teacher is not None:
             return self._online_loss(batch, teacher, alpha, T)
         if labels is None or (batch.labeled is None and label_share is None):
-            return self._mixed(self._hidden(batch), labels, batch.targets, alpha, T)
+            return self._mixed(self._hidden(batch), labels, batch.targets, alpha, T, batch.sampling_log_probs)
         return self._sparse_loss(batch, labels, alpha, label_share or batch.num_labeled / batch.num_rows, T)
 
     def _sparse_loss(
@@ -119,17 +119,20 @@ class TokenStudent(nn.Module):
 
         Labeled and unlabeled_dataset rows go through the head apart, so that each goes once.
         """
-        hidden_PD, targets_P = self._hidden(batch), batch.targets
+        hidden_PD, targets_P, log_q_P = self._hidden(batch), batch.targets, batch.sampling_log_probs
         soft = alpha / label_share if label_share else alpha  # without any label, the soft part is 0 anyway
         weight = 1 - alpha + soft
         if batch.labeled is None:
-            return weight * self._mixed(hidden_PD, labels, targets_P, soft / weight, T)
+            return weight * self._mixed(hidden_PD, labels, targets_P, soft / weight, T, log_q_P)
         # A stable sort and not nonzero, which would wait for a GPU.
         is_bare_P = torch.ones(batch.num_rows, dtype=torch.int8, device=hidden_PD.device)
         is_bare_P[batch.labeled] = 0
         bare = is_bare_P.argsort(descending=True, stable=True)[: batch.num_rows - batch.num_labeled]
         share = batch.num_labeled / batch.num_rows
-        loss = self._mixed(hidden_PD[batch.labeled], labels, targets_P[batch.labeled], soft / weight, T)
+        log_q_P = None if log_q_P is None else log_q_P[batch.labeled]
+        loss = self._mixed(
+            hidden_PD[batch.labeled], labels, targets_P[batch.labeled], soft / weight, T, log_q_P
+        )
         loss = share * weight * loss
         if alpha == 1:
             return loss
@@ -142,6 +145,7 @@ class TokenStudent(nn.Module):
         targets_P: torch.Tensor,
         alpha: float,
         T: Any,
+        log_q_P: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mean of (1 - alpha) * CE + alpha * weight * T^2 * soft loss, fused unless T is learnt.
 
@@ -155,9 +159,9 @@ class TokenStudent(nn.Module):
         if isinstance(T, torch.Tensor) and T.requires_grad:
             return self._unfused(hidden_PD, labels, targets_P, alpha, T, weights_P)
         if weights_P is None:
-            return self._fused(hidden_PD, labels, targets_P, alpha, T)
+            return self._fused(hidden_PD, labels, targets_P, alpha, T, log_q_P=log_q_P)
         share = weights_P.sum() / max(1, len(weights_P))  # a piece may have no label
-        soft = share * self._fused(hidden_PD, labels, targets_P, 1.0, T, weights_P)
+        soft = share * self._fused(hidden_PD, labels, targets_P, 1.0, T, weights_P, log_q_P)
         if alpha == 1:
             return soft
         return (1 - alpha) * self._fused(hidden_PD, None, targets_P, 0.0, T) + alpha * soft
@@ -214,6 +218,7 @@ class TokenStudent(nn.Module):
         alpha: float,
         T: Any,
         weights_P: torch.Tensor | None = None,
+        log_q_P: torch.Tensor | None = None,
     ) -> torch.Tensor:
         fused: Any = fused_hidden_loss if isinstance(labels, VectorLabels) else fused_distillation_loss
         found: torch.Tensor = fused(
@@ -229,6 +234,7 @@ class TokenStudent(nn.Module):
             logit_scale=self._parts.logit_scale,
             padded_vocabulary=True,
             loss=self._loss.loss,
+            sampling_log_probs_P=log_q_P,
         )
         return found
 
@@ -238,15 +244,20 @@ class TokenStudent(nn.Module):
         A batch of at most MAX_DENSE_ELEMENTS is compared at once; of a larger one, each chunk of the teacher's rows goes
         through the fused loss, so that memory holds one chunk of logits, and one gradient of the head per chunk.
         """
-        hidden_PD, start, terms = self._hidden(batch), 0, []
+        hidden_PD, start, terms, log_q_P = self._hidden(batch), 0, [], batch.sampling_log_probs
         # Of two heads of other sizes (one tokenizer, padded otherwise), the classes that both have are compared.
         chunks = (logits_PV[:, : self._parts.weight.shape[0]] for logits_PV in teacher.chunks(batch))
         if batch.num_rows * teacher.num_classes <= MAX_DENSE_ELEMENTS:
-            return self._dense_loss(hidden_PD, torch.cat(list(chunks)), batch.targets, alpha, T)
+            return self._dense_loss(hidden_PD, torch.cat(list(chunks)), batch.targets, alpha, T, log_q_P)
         for teacher_PV in chunks:
             rows = slice(start, start + len(teacher_PV))
             term = self._mixed(
-                hidden_PD[rows], dense_labels_unsorted(teacher_PV), batch.targets[rows], alpha, T
+                hidden_PD[rows],
+                dense_labels_unsorted(teacher_PV),
+                batch.targets[rows],
+                alpha,
+                T,
+                None if log_q_P is None else log_q_P[rows],
             )
             terms.append(term * (len(teacher_PV) / batch.num_rows))
             start = rows.stop
@@ -259,6 +270,7 @@ class TokenStudent(nn.Module):
         targets_P: torch.Tensor,
         alpha: float,
         T: Any,
+        log_q_P: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Mean of (1 - alpha) * CE + alpha * T^2 * soft loss of whole distributions."""
         loss, logits_PV = self._loss.loss, self._parts.logits(hidden_PD)
@@ -273,6 +285,7 @@ class TokenStudent(nn.Module):
                 padded_vocabulary=True,
                 loss=loss,
                 soft_weights=self._row_weights(hidden_PD, record, targets_P),
+                sampling_log_probs=log_q_P,
             )
         log_s_PV = (logits_PV / T).log_softmax(-1)[:, : teacher_PV.shape[1]]
         log_p_PV = (teacher_PV / T).log_softmax(-1)

@@ -25,6 +25,8 @@ class Document:
         tools: JSON schemas that the chat template describes to the model; None: those of the settings.
         tokens: [L] ids of a document that is tokenized already, of the tokenizer in the settings; None: it is not.
         learnt: [L] bool, which of them are learned, the others are a prompt; None: all, and there is no prompt.
+        log_probs: of a rollout, the sampling policy's log-probability of each learned token, in order, in nats; None: not
+            known, or no rollout.
     """
 
     key: str
@@ -34,6 +36,7 @@ class Document:
     tools: Sequence[Any] | None = None
     tokens: np.ndarray | None = None
     learnt: np.ndarray | None = None
+    log_probs: np.ndarray | None = None
 
     @property
     def size(self) -> int:
@@ -79,7 +82,7 @@ class InMemoryDocuments:
 
 def _described(document: Document) -> dict[str, Any]:
     described = asdict(document)
-    for name in ("tokens", "learnt"):
+    for name in ("tokens", "learnt", "log_probs"):
         if (array := described.pop(name)) is not None:
             described[name] = np.asarray(array).tolist()
     return described

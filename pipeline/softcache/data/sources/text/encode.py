@@ -22,6 +22,9 @@ __all__ = ["DocumentEncoder", "UnknownTokens", "batches"]
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1024, 2**20
 """What the tokenizer gets at once: what it returns takes some 150 bytes a token until it is an array."""
 
+MAX_LOG_PROB = 1e-4
+"""Rounding of a log-probability of 0, as engines in half precision write it."""
+
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Yields documents in lists of at most `BATCH_DOCUMENTS`, which end where they have `BATCH_CHARACTERS`."""
@@ -75,6 +78,8 @@ class DocumentEncoder:
     def _encoder(self, document: Document) -> Any:
         if document.tokens is not None:
             return self._ids
+        if document.log_probs is not None:
+            return self._rollouts
         return self._chat if len(document.messages) else self._texts
 
     def _texts(self, batch: Sequence[Document]) -> Iterator[Encoded]:
@@ -103,16 +108,35 @@ class DocumentEncoder:
             learnt = np.ones(len(tokens), bool)
             if document.learnt is not None:
                 learnt = np.array(document.learnt, bool)
+            log_probs = _of_tokens(document, learnt)
             has_prefix = len(prefix) > 0 and np.array_equal(tokens[: len(prefix)], prefix)
             if len(tokens) and len(prefix) and not has_prefix:
                 self._check_start(document, int(tokens[0]))
                 tokens = np.concatenate([prefix, tokens])
                 learnt = np.concatenate([np.zeros(len(prefix), bool), learnt])
+                if log_probs is not None:
+                    log_probs = np.concatenate([np.full(len(prefix), np.nan, np.float32), log_probs])
                 has_prefix = True
             elif self._settings.bos is False and tokens[:1].tolist() == [self._tokenizer.bos_token_id]:
                 tokens, learnt = tokens[1:], learnt[1:]
+                log_probs = None if log_probs is None else log_probs[1:]
             num_prefix = len(prefix) if has_prefix else 0
-            yield Encoded(document.key, tokens, learnt, num_prefix, has_prompt=document.learnt is not None)
+            has_prompt = document.learnt is not None
+            yield Encoded(document.key, tokens, learnt, num_prefix, has_prompt, log_probs)
+
+    def _rollouts(self, batch: Sequence[Document]) -> Iterator[Encoded]:
+        """Yields prompts and sampled responses of text: each tokenized by itself, as a policy reads and writes them."""
+        prefix = list(self._around.prefix)
+        texts = [part for one in batch for part in (one.text[: one.num_given], one.text[one.num_given :])]
+        ids = tokenize(self._tokenizer, texts)["input_ids"]
+        for document, prompt, response in zip(batch, ids[::2], ids[1::2], strict=True):
+            if prompt[: len(prefix)] != prefix:
+                prompt = [*prefix, *prompt]
+            tokens = np.array([*prompt, *response], np.int32)
+            learnt = np.arange(len(tokens)) >= len(prompt)
+            yield Encoded(
+                document.key, tokens, learnt, len(prefix), True, log_probs=_of_tokens(document, learnt)
+            )
 
     def _checked(self, document: Document, ids: np.ndarray) -> np.ndarray:
         if len(ids) and not (ids.min() >= 0 and ids.max() < self._vocab_size):
@@ -132,3 +156,29 @@ class DocumentEncoder:
                 f"{list(self._around.prefix)} ({token}), which tokenizer {self._settings.tokenizer!r} puts in front of each "
                 "text; set source.bos = true to add it where it is missing, or false to label documents without it"
             )
+
+
+def _of_tokens(document: Document, learnt: np.ndarray) -> np.ndarray | None:
+    """The log-probabilities of a rollout's tokens [L] float32, NaN where they are given.
+
+    Raises:
+        SourceError: they are not one for each sampled token, or are none.
+    """
+    if document.log_probs is None:
+        return None
+    found = np.asarray(document.log_probs, np.float64)
+    if len(found) != (expected := int(learnt.sum())):
+        raise SourceError(
+            f"document {document.key!r}: {len(found)} log-probabilities of a response of {expected} tokens; expected one "
+            "for each token that was sampled; of a text, write its end token, too, where the policy sampled one, or give "
+            "prompt and response as token ids"
+        )
+    bad = np.flatnonzero(~((found <= MAX_LOG_PROB) & np.isfinite(found)))
+    if len(bad):
+        raise SourceError(
+            f"document {document.key!r}: log-probability {found[bad[0]]} of response token {bad[0]}; expected a finite "
+            "number of at most 0, in nats, of the policy that sampled the token"
+        )
+    of_tokens = np.full(len(learnt), np.nan, np.float32)
+    of_tokens[learnt] = found
+    return of_tokens

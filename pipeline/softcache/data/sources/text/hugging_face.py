@@ -200,10 +200,15 @@ class HfDocuments:
             return self._streamed[1]
         return self._table._fingerprint if self._files is None else self._files.digest
 
+    @property
+    def _eval_share(self) -> float | None:
+        """Of the rows, which are held out; None where the splits are apart already."""
+        return self._settings.eval_share if self._settings.eval_split is None else None
+
     @cached_property
     def digest(self) -> str:
         settings = self._settings
-        part = None if settings.eval_split is not None else [self._split, settings.eval_share]
+        part = None if self._eval_share is None else [self._split, settings.eval_share]
         columns: list[Any] = [self._columns, settings.has_prompts, settings.key_column]
         if settings.has_tokens:
             columns.append("labels" if settings.labels_column else "tokens")
@@ -297,7 +302,7 @@ class HfDocuments:
         return choose_samples(
             self._keys(),
             self._split,
-            eval_share=self._settings.eval_share if self._settings.eval_split is None else None,
+            eval_share=self._eval_share,
             shuffle=self._settings.shuffle_documents,
         )
 

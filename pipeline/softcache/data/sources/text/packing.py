@@ -56,11 +56,13 @@ class TokenSample(NamedTuple):
         tokens: [L] int32.
         segments: [L] int32, the number of the segment that each token belongs to, from 0.
         learnt: [L] bool, whether the token is to be predicted.
+        log_probs: [L] float32, of the policy that sampled the token, in nats, NaN where none did; None: of all.
     """
 
     tokens: np.ndarray
     segments: np.ndarray
     learnt: np.ndarray
+    log_probs: np.ndarray | None = None
 
     @property
     def rows(self) -> np.ndarray:
@@ -88,6 +90,7 @@ class Encoded(NamedTuple):
         learnt: [L] bool.
         num_prefix: how many of the first tokens are the tokenizer's own, such as BOS; each piece starts with them.
         has_prompt: whether it is a chat or a prompt with its answer, which must not continue in another sample.
+        log_probs: [L] float32, as in `TokenSample`; of a document with a prompt only.
     """
 
     key: str
@@ -95,6 +98,7 @@ class Encoded(NamedTuple):
     learnt: np.ndarray
     num_prefix: int = 0
     has_prompt: bool = False
+    log_probs: np.ndarray | None = None
 
     def piece(self, start: int, room: int) -> Piece:
         """Returns at most `room` tokens: those from `start` on, after the prefix where it is not the start.
@@ -103,7 +107,10 @@ class Encoded(NamedTuple):
         """
         if start == 0 or self.num_prefix == 0:
             stop = min(start + room, len(self.tokens))
-            return Piece(f"{self.key}@{start}", self.tokens[start:stop], self.learnt[start:stop], stop)
+            log_probs = None if self.log_probs is None else self.log_probs[start:stop]
+            return Piece(
+                f"{self.key}@{start}", self.tokens[start:stop], self.learnt[start:stop], stop, log_probs
+            )
         stop = min(start + room - self.num_prefix, len(self.tokens))
         learnt = np.concatenate([np.zeros(self.num_prefix, bool), self.learnt[start:stop]])
         learnt[self.num_prefix] = False
@@ -125,6 +132,7 @@ class Piece(NamedTuple):
     tokens: np.ndarray
     learnt: np.ndarray
     stop: int
+    log_probs: np.ndarray | None = None
 
 
 class KeyedSample(NamedTuple):
@@ -208,7 +216,11 @@ def cut_documents(
 
 
 def _truncated(document: Encoded, seq_len: int) -> Encoded:
-    return document._replace(tokens=document.tokens[:seq_len], learnt=document.learnt[:seq_len])
+    return document._replace(
+        tokens=document.tokens[:seq_len],
+        learnt=document.learnt[:seq_len],
+        log_probs=None if document.log_probs is None else document.log_probs[:seq_len],
+    )
 
 
 def one_sample_per_document(documents: Iterable[Encoded], seq_len: int) -> Iterator[list[Piece]]:
@@ -281,4 +293,12 @@ def _concat(pieces: list[Piece]) -> TokenSample:
     lengths = [len(piece.tokens) for piece in pieces]
     tokens = np.concatenate([piece.tokens for piece in pieces])
     learnt = np.concatenate([piece.learnt for piece in pieces])
-    return TokenSample(tokens, np.arange(len(pieces), dtype=np.int32).repeat(lengths), learnt)
+    segments = np.arange(len(pieces), dtype=np.int32).repeat(lengths)
+    if all(piece.log_probs is None for piece in pieces):
+        return TokenSample(tokens, segments, learnt)
+    unknown = (np.full(length, np.nan, np.float32) for length in lengths)
+    log_probs = [
+        filler if piece.log_probs is None else piece.log_probs
+        for piece, filler in zip(pieces, unknown, strict=True)
+    ]
+    return TokenSample(tokens, segments, learnt, np.concatenate(log_probs))

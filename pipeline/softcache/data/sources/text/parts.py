@@ -79,6 +79,10 @@ class PartsTexts(TextSettings):
         return self.settings_of(0).may_have_chats
 
     @property
+    def has_rollouts(self) -> bool:
+        return self.settings_of(0).has_rollouts
+
+    @property
     def has_tokens(self) -> bool:
         return self.settings_of(0).has_tokens
 

@@ -53,6 +53,7 @@ SCHEMA = pa.schema(
         ("has_prompt", pa.bool_()),
     ]
 )
+WITH_LOG_PROBS = SCHEMA.append(pa.field("log_probs", pa.list_(pa.float32())))  # of rollouts
 
 
 def shards_of(documents: Iterable[Document]) -> Iterator[tuple[list[Document], bool]]:
@@ -120,8 +121,9 @@ class Shards:
         staged = self.folder / f".{number:06d}.{uuid.uuid4().hex[:8]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, SCHEMA) as writer:
-                writer.write_batch(_batch(encoded))
+            batch = _batch(encoded)
+            with pa.OSFile(str(staged), "wb") as file, pa.ipc.new_file(file, batch.schema) as writer:
+                writer.write_batch(batch)
             return staged.rename(self.folder / f"{number:06d}-{_checksum(staged)}.arrow")
         finally:
             staged.unlink(missing_ok=True)
@@ -145,28 +147,40 @@ def _batch(encoded: Sequence[Encoded]) -> pa.RecordBatch:
         offsets = np.cumsum([0, *map(len, arrays)], dtype=np.int32)
         return pa.ListArray.from_arrays(offsets, np.concatenate(arrays).astype(dtype, copy=False))
 
-    return pa.record_batch(
-        [
-            pa.array([document.key for document in encoded], pa.string()),
-            lists([document.tokens for document in encoded], np.int32),
-            lists([document.learnt for document in encoded], np.uint8),
-            pa.array([document.num_prefix for document in encoded], pa.int32()),
-            pa.array([document.has_prompt for document in encoded], pa.bool_()),
-        ],
-        schema=SCHEMA,
-    )
+    columns = [
+        pa.array([document.key for document in encoded], pa.string()),
+        lists([document.tokens for document in encoded], np.int32),
+        lists([document.learnt for document in encoded], np.uint8),
+        pa.array([document.num_prefix for document in encoded], pa.int32()),
+        pa.array([document.has_prompt for document in encoded], pa.bool_()),
+    ]
+    if all(document.log_probs is None for document in encoded):
+        return pa.record_batch(columns, schema=SCHEMA)
+    log_probs = [
+        np.full(len(document.tokens), np.nan) if document.log_probs is None else document.log_probs
+        for document in encoded
+    ]
+    return pa.record_batch([*columns, lists(log_probs, np.float32)], schema=WITH_LOG_PROBS)
 
 
 def _read(path: Path) -> list[Encoded]:
     batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-    keys, tokens, learnt, prefixes, prompts = batch.columns
+    keys, tokens, learnt, prefixes, prompts, *more = batch.columns
     ids, mask = tokens.values.to_numpy(), learnt.values.to_numpy().view(bool)
     ends = tokens.offsets.to_numpy()
     places = zip(
         keys.to_pylist(), ends[:-1], ends[1:], prefixes.to_pylist(), prompts.to_pylist(), strict=True
     )
+    log_probs = more[0].values.to_numpy() if more else None
     return [
-        Encoded(key, ids[start:stop], mask[start:stop], num_prefix, has_prompt)
+        Encoded(
+            key,
+            ids[start:stop],
+            mask[start:stop],
+            num_prefix,
+            has_prompt,
+            None if log_probs is None else log_probs[start:stop],
+        )
         for key, start, stop, num_prefix, has_prompt in places
     ]
 

@@ -123,7 +123,7 @@ def _tokenize(
         encoder.processes(),
         build_folder(folder, lambda made: described_table(made) is not None) as staged,
     ):
-        writer = TableWriter(staged / "samples.arrow")
+        writer = TableWriter(staged / "samples.arrow", has_log_probs=settings.has_rollouts)
         for sample in islice(samples, made_from["max_samples"]):
             writer.add(sample)
         described = writer.close()

@@ -3,8 +3,9 @@
     samples.arrow       an Arrow stream (`datasets.Dataset.from_file` reads it)
     table.json          the digest, the counts, what it was made from; written last
 
-The digest covers keys, order, tokens, segments and masks; fingerprints repeat that sample by sample. A sample
-of 256 tokens is read in about 2 microseconds.
+The digest covers keys, order, tokens, segments and masks, and of rollouts their log-probabilities; fingerprints repeat
+that sample by sample, but for the log-probabilities, which no teacher reads. A sample of 256 tokens is read in about 2
+microseconds.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ SCHEMA = pa.schema(
         ("num_rows", pa.int32()),
     ]
 )
+WITH_LOG_PROBS = SCHEMA.append(
+    pa.field("log_probs", pa.list_(pa.float32()))
+)  # of rollouts; NaN where none sampled
 CHUNK_TOKENS = 2**22  # of a record batch: about 20 MB; the samples that wait for it take some 60
 
 
@@ -47,6 +51,7 @@ class _Chunk(NamedTuple):
     lengths: np.ndarray
     length_offsets: np.ndarray
     num_rows: np.ndarray
+    log_probs: np.ndarray | None
 
 
 def _chunks(path: Path) -> list[_Chunk]:
@@ -55,7 +60,7 @@ def _chunks(path: Path) -> list[_Chunk]:
 
     chunks = []
     for batch in pa.ipc.open_stream(pa.memory_map(str(path))):
-        key, tokens, learnt, lengths, num_rows = batch.columns
+        key, tokens, learnt, lengths, num_rows, *more = batch.columns
         chunks.append(
             _Chunk(
                 key,
@@ -65,6 +70,7 @@ def _chunks(path: Path) -> list[_Chunk]:
                 flat(lengths.values),
                 flat(lengths.offsets),
                 flat(num_rows),
+                flat(more[0].values) if more else None,
             )
         )
     return chunks
@@ -159,22 +165,30 @@ class TokenSource:
         piece = slice(chunk.offsets[row], chunk.offsets[row + 1])
         lengths = chunk.lengths[chunk.length_offsets[row] : chunk.length_offsets[row + 1]]
         segments = np.arange(len(lengths), dtype=np.int32).repeat(lengths)
-        return TokenSample(chunk.tokens[piece], segments, chunk.learnt[piece])
+        log_probs = None if chunk.log_probs is None else chunk.log_probs[piece]
+        return TokenSample(chunk.tokens[piece], segments, chunk.learnt[piece], log_probs)
 
 
 class TableWriter:
-    """Writes samples in large record batches, and digests them on their way."""
+    """Writes samples in large record batches, and digests them on their way.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        has_log_probs: whether samples are rollouts; the log-probabilities of one without are NaN.
+    """
+
+    def __init__(self, path: Path, *, has_log_probs: bool = False) -> None:
         self._path, self._digest = path, hashlib.sha256()
-        self._writer = pa.ipc.new_stream(str(path), SCHEMA)
+        self._schema = WITH_LOG_PROBS if has_log_probs else SCHEMA
+        self._writer = pa.ipc.new_stream(str(path), self._schema)
         self._waiting: list[KeyedSample] = []
         self._waiting_tokens = self.num_samples = self.num_tokens = 0
         self.largest = -1
 
     def add(self, cut: KeyedSample) -> None:
-        content = np.ascontiguousarray(cut.sample.content, "<i4")
-        for part in (cut.key.encode(), content.data):
+        parts: list[Any] = [cut.key.encode(), np.ascontiguousarray(cut.sample.content, "<i4").data]
+        if self._schema is WITH_LOG_PROBS:
+            parts.append(np.ascontiguousarray(_log_probs(cut), "<f4").data)
+        for part in parts:
             self._digest.update(memoryview(part).nbytes.to_bytes(8, "little"))
             self._digest.update(part)
         self.num_samples += 1
@@ -198,7 +212,10 @@ class TableWriter:
             pa.ListArray.from_arrays(length_offsets, lengths),
             pa.array([len(cut.sample.rows) for cut in self._waiting], pa.int32()),
         ]
-        self._writer.write_batch(pa.record_batch(columns, schema=SCHEMA))
+        if self._schema is WITH_LOG_PROBS:
+            log_probs = np.concatenate([_log_probs(cut) for cut in self._waiting])
+            columns.append(pa.ListArray.from_arrays(offsets, log_probs))
+        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
         self.num_tokens += len(tokens)
         self.largest = max(self.largest, int(tokens.max()))
         self._waiting, self._waiting_tokens = [], 0
@@ -213,3 +230,8 @@ class TableWriter:
             "num_tokens": self.num_tokens,
             "num_bytes": self._path.stat().st_size,
         }
+
+
+def _log_probs(cut: KeyedSample) -> np.ndarray:
+    found = cut.sample.log_probs
+    return np.full(len(cut.sample.tokens), np.nan, np.float32) if found is None else found
