@@ -15,7 +15,7 @@ PICK   := $(if $(STUDENT),--student '$(STUDENT)')
 SWEEP  := $(strip $(if $(TRIALS),--trials '$(TRIALS)') $(if $(WORKERS),--workers '$(WORKERS)') $(if $(SEEDS),--seeds '$(SEEDS)'))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-logits train-student train-students sweep distill compare report train-teacher inspect verify fidelity materialize gc test test-fast test-programs docs package chaos check format test-vllm clean bench
+.PHONY: help setup teacher-logits train-student train-students sweep distill compare report train-teacher inspect verify fidelity materialize gc test test-fast test-programs docs package chaos check format test-vllm clean bench gpu
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ gc: setup  ## list files left by crashed runs in CACHE; DELETE=1 deletes them
 
 bench: setup  ## measure capture, reading, training and opening against named baselines
 	$(VENV)/bin/python -m benchmarks
+
+gpu: setup  ## on a machine with a GPU: its tests and measurements, nine minutes, into docs/benchmarks.md
+	$(VENV)/bin/python -m benchmarks.gpu --write docs/benchmarks.md
 
 test: setup  ## run the tests, minutes: all but PROGRAMS of tests/conftest.py
 	$(VENV)/bin/python -m pytest
