@@ -27,7 +27,7 @@ order = BlockSampler(dataset, seed=0)
 for epoch in range(12):
     order.set_epoch(epoch)
     dataset.view = epoch % cache.num_views  # every epoch sees the images as another of the teacher's views
-    for batch in torch.utils.data.DataLoader(dataset, 64, sampler=order, collate_fn=dataset.collate):
+    for batch in torch.utils.data.DataLoader(dataset, 64, sampler=order):
         logits = student(normalize(batch.images))
         loss = losses.distillation_loss(logits, batch.labels, batch.targets, temperature=4.0, alpha=0.9)
         optimizer.zero_grad()

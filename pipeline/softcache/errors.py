@@ -26,6 +26,7 @@ __all__ = [
     "StorageError",
     "TemperatureError",
     "UnitsFailedError",
+    "UnknownKeyError",
     "missing_extra",
 ]
 
@@ -40,6 +41,7 @@ EXTRA_BY_PACKAGE = {
     "lightning": "lightning",
     **dict.fromkeys(("onnx", "onnxruntime", "onnxscript"), "export"),
     "obstore": "cloud",
+    **dict.fromkeys(("pandas", "xarray"), "frames"),
     "peft": "lora",
     "tensorboard": "track",
 }
@@ -106,6 +108,12 @@ class ManifestError(SoftcacheError, ValueError):
 
 class IdentityError(SoftcacheError, ValueError):
     """A cache was made from another teacher, source, transform, policy or codec."""
+
+
+class UnknownKeyError(SoftcacheError, KeyError):
+    """A cache has no sample of this key."""
+
+    __str__ = Exception.__str__  # KeyError shows the repr of its argument
 
 
 class IncompleteCacheError(SoftcacheError, LookupError):

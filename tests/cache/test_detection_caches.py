@@ -146,7 +146,7 @@ def test_a_student_learns_from_the_cache_what_it_learns_beside_the_teacher(folde
     """Same batch, same loss; float32 on disk, so that nothing but summation order differs."""
     config, data, cache = make_cells(folder, "exact", capture={"codec": {"values": "float32"}})
     dataset, _ = data.train_dataset(config, cache)
-    cached = dataset.__getitems__([(4, 1), (9, 1)])
+    cached = dataset.fetch([(4, 1), (9, 1)])
     plain = data.train.load([4, 9], 1)
     task, live = data.task(config, SPEC), data.task(config, SPEC, open_teacher(config, data))
     torch.manual_seed(1)
@@ -201,7 +201,7 @@ def test_a_folder_in_cocos_format_teaches_as_scenes_do(folder, zarr):
 def test_labels_are_joined_by_number_whatever_the_order(zarr):
     _, data, cache = zarr
     dataset = SoftLabelDataset(data.train, cache)
-    batch = dataset.__getitems__([(11, 1), (3, 1), (11, 1)])
+    batch = dataset.fetch([(11, 1), (3, 1), (11, 1)])
     assert batch.rows_per_sample == TOP
     alone = dataset[(3, 1)]
     assert torch.equal(batch.labels.take(slice(TOP, 2 * TOP)).cells, alone.labels.cells)
@@ -231,7 +231,7 @@ def test_pixels_that_changed_are_refused_and_the_image_named(zarr, monkeypatch):
 
     monkeypatch.setattr(data.train, "load", changed)
     with pytest.raises(AlignmentError, match=f"sample {key!r}.*the teacher saw content"):
-        dataset.__getitems__([(2, 0), (6, 0)])
+        dataset.fetch([(2, 0), (6, 0)])
 
 
 def test_a_box_that_changed_is_refused_though_the_pixels_are_the_same(zarr):

@@ -130,7 +130,7 @@ def test_a_student_still_learns_from_a_frozen_cache(store, tmp_path):
     assert cached_views(cache).digest == data.train.views.digest
     dataset = SoftLabelDataset(data.train.source, cache)  # the views are rebuilt from the frozen manifest
     for view in range(NUM_VIEWS):
-        batch = dataset.__getitems__([(sample, view) for sample in range(NUM_SAMPLES)])
+        batch = dataset.fetch([(sample, view) for sample in range(NUM_SAMPLES)])
         assert (batch.images == data.train.load(range(NUM_SAMPLES), view).images).all()
     metrics = train_student(run, data, model="linear", labels="cache", cache=cache, out=tmp_path / "student")
     assert metrics["epochs"] == 2

@@ -173,7 +173,7 @@ def _train(root: Path, config: Any, data: Any, memmap_folder: Path) -> None:
     samples = cache.samples_in(0)[:20]
     if not len(samples):
         return
-    batch = SoftLabelDataset(data.train, cache).__getitems__(samples)
+    batch = SoftLabelDataset(data.train, cache).fetch(samples)
     rows = len(batch.labels)
     loss_P = forward_kl(torch.zeros(rows, cache.num_classes), batch.labels, temperature=2.0, tail="drop")
     assert loss_P.shape == (rows,)

@@ -230,7 +230,7 @@ def test_a_copy_in_the_other_store_is_the_same(packed, tmp_path):
     for name in ("positions", "fingerprints", "counts"):
         np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
     np.testing.assert_array_equal(one.labels.log_probs, two.labels.log_probs)
-    batch = SoftLabelDataset(packed.data.train, copy).__getitems__([3, 1])
+    batch = SoftLabelDataset(packed.data.train, copy).fetch([3, 1])
     assert batch.num_labeled == len(batch.labels) < batch.num_rows
 
 

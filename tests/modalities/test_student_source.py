@@ -86,7 +86,7 @@ def labeled(folders, tmp_path):
 
 def batches_of(feed):
     feed.order.epoch = feed.order.step = 0
-    return [feed.dataset.__getitems__(request) for request in feed.order]
+    return [feed.dataset.fetch(request) for request in feed.order]
 
 
 # -- labels ------------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ def test_every_sample_of_another_source_has_the_label_of_its_own_key(labeled):
     student = data.student_data(config)
     seen = set()
     for indices in np.array_split(np.random.default_rng(0).permutation(60), 4):
-        batch = data.train_dataset(config, cache)[0].__getitems__([(int(n), 0) for n in indices])
+        batch = data.train_dataset(config, cache)[0].fetch([(int(n), 0) for n in indices])
         assert batch.samples.tolist() == indices.tolist()
         for row, sample in enumerate(indices):
             key = data.train.source.key(int(sample))
@@ -120,7 +120,7 @@ def test_a_reduced_view_is_of_the_very_crop_that_was_labeled(shared_cache):
     assert chosen is None
     samples = [7, 3, 250]
     for view in (0, 1):
-        batch, whole = dataset.__getitems__([(n, view) for n in samples]), data.train.load(samples, view)
+        batch, whole = dataset.fetch([(n, view) for n in samples]), data.train.load(samples, view)
         assert batch.images.shape == (3, 1, 4, 4)
         for row in range(3):
             expected = torch.nn.functional.interpolate(
@@ -157,7 +157,7 @@ def test_who_cannot_replay_has_the_plain_view_and_its_label_unless_told_otherwis
     assert json.loads((tmp_path / "run" / "config.json").read_text())["num_views"] == 1
     assert metrics["epochs"] == 2
     dataset, _ = data.train_dataset(config, cache)
-    plain, other = dataset.__getitems__([(5, 0)]), dataset.__getitems__([(5, 1)])
+    plain, other = dataset.fetch([(5, 0)]), dataset.fetch([(5, 1)])
     assert torch.equal(plain.images, other.images)
     assert not np.array_equal(plain.labels.log_probs, other.labels.log_probs)
     assert {batch.view for batch in batches_of(hard_label_batches(config, data))} == {0}
@@ -177,9 +177,7 @@ def test_a_live_teacher_sees_its_own_images_of_the_students_samples(labeled):
     cached = data.task(config, config.student.model)
     torch.manual_seed(0)
     model = live.build().eval()
-    dense = data.train_dataset(config, cache)[0].__getitems__(
-        [(int(teacher_of[n]), 0) for n in batch.samples]
-    )
+    dense = data.train_dataset(config, cache)[0].fetch([(int(teacher_of[n]), 0) for n in batch.samples])
     # The cache keeps 4 of 10 classes; at T = 1 with its exact tail the losses are near each other, not equal.
     losses = [float(task.loss(model, rows).detach()) for task, rows in ((live, batch), (cached, dense))]
     assert losses[0] == pytest.approx(losses[1], rel=0.2)

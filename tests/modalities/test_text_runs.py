@@ -162,7 +162,7 @@ def test_every_sample_is_joined_with_its_own_labels(made):
     _, data, cache, _ = made
     dataset = SoftLabelDataset(data.train.source, cache)
     order = np.random.default_rng(1).permutation(len(cache))[:9].tolist()
-    batch = dataset.__getitems__(order)
+    batch = dataset.fetch(order)
     start = 0
     for number, sample in enumerate(order):
         count = int(batch.row_counts[number])
@@ -218,7 +218,7 @@ def test_a_sample_that_changes_under_way_is_refused(made):
 
     dataset = SoftLabelDataset(Swapped(data.train.source), cache)
     with pytest.raises(AlignmentError, match="the teacher saw content"):
-        dataset.__getitems__([3, 4])
+        dataset.fetch([3, 4])
 
 
 def test_a_pretrained_student_of_another_tokenizer_is_refused_with_the_way_out(made, tmp_path):
@@ -289,7 +289,7 @@ def test_a_student_of_shorter_context_loses_no_label(made, tmp_path, context):
     task = data.task(config, "gpt2?width=16&depth=1&heads=2")
     torch.manual_seed(0)
     student = task.build()
-    batch = SoftLabelDataset(data.train, cache).__getitems__([0, 1, 2, 3, 4])
+    batch = SoftLabelDataset(data.train, cache).fetch([0, 1, 2, 3, 4])
     loss = task.loss(student, batch).item()
     logits = []
     for row in range(len(batch)):
@@ -417,7 +417,7 @@ def test_row_r_of_a_document_meets_row_r_of_the_students_tokens(documents):
     student = data.student_data(config).train.source
     keys = student.keys()
     order = [int(chosen[4]), int(chosen[1]), int(chosen[2])]
-    batch, start = dataset.__getitems__([(sample, 0) for sample in order]), 0
+    batch, start = dataset.fetch([(sample, 0) for sample in order]), 0
     for number, sample in enumerate(order):
         partner = student.sample(keys.index(data.train.source.key(sample)))
         labels = cache.read([sample])
@@ -606,7 +606,7 @@ class Largest(TorchDispatchMode):
 def test_neither_side_ever_holds_the_logits_of_a_batch(made):
     """A batch of 8 x 32 positions over 300 classes is 73,000 logits; nothing comes near."""
     config, data, cache, _ = made
-    batch = SoftLabelDataset(data.train, cache).__getitems__(list(range(8)))
+    batch = SoftLabelDataset(data.train, cache).fetch(list(range(8)))
     assert batch.num_rows > 150
     teacher = open_teacher(config, data)
     with Largest() as teaching:

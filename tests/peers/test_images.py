@@ -337,7 +337,7 @@ def test_a_recorded_flip_is_a_flip_of_the_students_image(tmp_path):
         tmp_path / "cache", views=views, capture={"codec": {"values": "float32"}}
     )
     source, teacher = data.train.source, open_teacher(config, data)
-    batch = SoftLabelDataset(source, cache, view=1).__getitems__(list(range(300)))
+    batch = SoftLabelDataset(source, cache, view=1).fetch(list(range(300)))
     flips = [data.train.views.parameters(source.key(n), 1, 8, 8).flip for n in range(300)]
     assert 100 < sum(flips) < 200
     for sample, flip in enumerate(flips):

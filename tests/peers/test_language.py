@@ -55,7 +55,7 @@ def test_an_id_beyond_the_students_vocabulary_raises():
 def test_whatever_the_batch_size_and_order_a_sample_keeps_its_labels(made, batch_size, shuffle):
     _, data, cache, _ = made
     dataset, seen = SoftLabelDataset(data.train.source, cache), []
-    loader = DataLoader(dataset, batch_size=batch_size, shuffle=shuffle, collate_fn=dataset.collate)
+    loader = DataLoader(dataset, batch_size=batch_size, shuffle=shuffle)
     for batch in loader:
         ends = np.cumsum(batch.row_counts)
         for number, sample in enumerate(batch.samples.tolist()):
@@ -94,8 +94,8 @@ def test_the_loss_is_the_plain_mean_over_labeled_rows_and_never_negative(made):
     torch.manual_seed(0)
     student = task.build()
     dataset = SoftLabelDataset(data.train.source, cache)
-    whole = task.loss(student, dataset.__getitems__([0, 1, 2, 3])).item()
-    parts = [dataset.__getitems__([sample]) for sample in range(4)]
+    whole = task.loss(student, dataset.fetch([0, 1, 2, 3])).item()
+    parts = [dataset.fetch([sample]) for sample in range(4)]
     losses = [task.loss(student, part).item() * part.num_rows for part in parts]
     assert whole == pytest.approx(sum(losses) / sum(part.num_rows for part in parts), rel=1e-5)
     assert min(losses) > 0

@@ -112,7 +112,7 @@ def test_single_items_and_mixed_views(shared_cache):
     dataset = SoftLabelDataset(data.train.source, cache)
     assert len(dataset) == 300
     assert dataset[5].samples.tolist() == [5]
-    mixed = dataset.__getitems__([(5, 0), (6, 1)])
+    mixed = dataset.fetch([(5, 0), (6, 1)])
     assert torch.equal(mixed.labels.log_tail[1], torch.from_numpy(cache.read([6], 1).log_tail[0]))
 
 
@@ -153,11 +153,11 @@ def test_changed_contents_are_refused_by_digest(shared_cache):
 def test_changed_contents_behind_an_unchanged_digest_are_caught_on_the_batch(shared_cache, view):
     _, data, cache = shared_cache
     dataset = SoftLabelDataset(Renamed(data.train.source, image=33), cache, view=view)
-    dataset.__getitems__(list(range(33)))
+    dataset.fetch(list(range(33)))
     with pytest.raises(
         AlignmentError, match=rf"sample '{data.train.source.key(33)}', view {view}: the teacher saw content"
     ):
-        dataset.__getitems__(list(range(20, 40)))
+        dataset.fetch(list(range(20, 40)))
 
 
 def test_swapped_samples_behind_an_unchanged_digest_are_caught(shared_cache):
@@ -166,16 +166,16 @@ def test_swapped_samples_behind_an_unchanged_digest_are_caught(shared_cache):
     order[[10, 20]] = order[[20, 10]]
     dataset = SoftLabelDataset(Renamed(data.train.source, order=order), cache)
     with pytest.raises(AlignmentError, match=data.train.source.key(20)):
-        dataset.__getitems__([10])
+        dataset.fetch([10])
 
 
 def test_the_first_samples_are_checked_even_with_a_share_of_zero(shared_cache):
     _, data, cache = shared_cache
     source = Renamed(data.train.source, image=33)
     with pytest.raises(AlignmentError, match=data.train.source.key(33)):
-        SoftLabelDataset(source, cache, fingerprint_fraction=0.0, fingerprint_first=64).__getitems__([33])
+        SoftLabelDataset(source, cache, fingerprint_fraction=0.0, fingerprint_first=64).fetch([33])
     unchecked = SoftLabelDataset(source, cache, fingerprint_fraction=0.0, fingerprint_first=0)
-    assert len(unchecked.__getitems__([33])) == 1
+    assert len(unchecked.fetch([33])) == 1
 
 
 @pytest.mark.parametrize("change", [{"padding": 2}, {"seed": 5}, {"flip": 0.5}, {"mean": [0.1]}])

@@ -154,7 +154,7 @@ def test_a_loader_gives_every_sample_once_over_two_ranks_and_resumes(folder, who
 def test_torch_loader_and_pickle(folder, whole):
     cache = pickle.loads(pickle.dumps(reading(folder, "chunks")))
     dataset = SoftLabelDataset(config_of(folder).source.open("train"), cache)
-    loader = DataLoader(dataset, batch_size=5, sampler=BlockSampler(dataset), collate_fn=dataset.collate)
+    loader = DataLoader(dataset, batch_size=5, sampler=BlockSampler(dataset))
     assert sorted(sample for batch in loader for sample in batch.samples.tolist()) == list(range(len(whole)))
 
 

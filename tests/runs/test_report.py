@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from softcache.errors import IdentityError, MissingExtraError, RunError
+from softcache.labels.base import dense_log_probs
 from softcache.labels.sparsify import Dense, TopK
 from softcache.reader.open import open_cache
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
@@ -26,7 +27,7 @@ from softcache.runs.report.metrics import (
     reliability,
 )
 from softcache.runs.report.plots import Styles, load_plotly
-from softcache.runs.report.predictions import dense_log_probs, observe
+from softcache.runs.report.predictions import observe
 from softcache.tools.fidelity.report import bytes_per_position
 from softcache.tools.shrink import ShrinkSettings, shrink_cache
 from tests.support.caches import digits_config
@@ -117,9 +118,9 @@ def test_break_even_is_the_first_number_of_students_with_no_more_passes(views, e
 def test_a_record_of_all_classes_gives_the_distribution_back_and_a_short_one_its_mass():
     logits = torch.randn(6, 9, generator=torch.Generator().manual_seed(0))
     exact = logits.log_softmax(1)
-    whole = dense_log_probs(Dense().apply(logits))
+    whole = torch.from_numpy(dense_log_probs(Dense().apply(logits)))
     torch.testing.assert_close(whole, exact, atol=1e-5, rtol=0)
-    short = dense_log_probs(TopK(k=3).apply(logits))
+    short = torch.from_numpy(dense_log_probs(TopK(k=3).apply(logits)))
     torch.testing.assert_close(short.exp().sum(1), torch.ones(6), atol=1e-5, rtol=0)
     kept = exact.topk(3)
     torch.testing.assert_close(short.gather(1, kept.indices), kept.values, atol=1e-5, rtol=0)

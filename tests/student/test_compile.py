@@ -44,7 +44,7 @@ def test_documents_of_a_packed_row_stay_apart_in_a_compiled_student(tmp_path, mo
     compiled = copy.deepcopy(student)
     compiled.__init__(compiled.model, config.loss, context=task.context)
     compiling.compile_in_place(compiled, torch.device("cpu"))
-    batch = SoftLabelDataset(data.train, cache).__getitems__([0, 1, 2, 3, 4])
+    batch = SoftLabelDataset(data.train, cache).fetch([0, 1, 2, 3, 4])
     assert batch.segments.max() > 0
     losses = [task.loss(one, batch) for one in (student, compiled)]
     torch.testing.assert_close(*losses, atol=1e-5, rtol=1e-5)

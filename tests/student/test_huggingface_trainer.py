@@ -350,7 +350,7 @@ def test_a_model_can_be_made_by_the_trainer(labeled, tmp_path):
 def test_evaluation_is_the_mean_over_all_rows_of_the_split(labeled, tmp_path):
     held_out = open_text(labeled[1], split="eval")
     everything = HardLabelDataset(TokenData(held_out))
-    batch = everything.__getitems__([(sample, 0) for sample in range(len(held_out))])
+    batch = everything.fetch([(sample, 0) for sample in range(len(held_out))])
     with torch.no_grad():
         expected = float(cross_entropy(dense_logits(llama().eval(), batch), batch.targets).mean())
     for settings in ({}, {"per_device_eval_batch_size": 2}, {"dataloader_num_workers": 1}):

@@ -175,7 +175,7 @@ def test_lightning_steps_by_the_loss_of_the_settings(shared_cache):
     _, data, cache = shared_cache
     module = SoftLabelModule(student(), cache, loss=LossSettings(name="jsd", temperature=3.0, alpha=0.5))
     module.log = lambda *args, **kwargs: None
-    batch = SoftLabelDataset(data.train.source, cache).__getitems__([1, 7, 4])
+    batch = SoftLabelDataset(data.train.source, cache).fetch([1, 7, 4])
     logits = module.model((batch.images.float() / 255 - 0.3) / 0.4)
     expected = distillation_loss(logits, batch.labels, batch.targets, temperature=3.0, alpha=0.5, loss="jsd")
     assert module.training_step(batch, 0).item() == pytest.approx(expected.item(), rel=1e-5)
@@ -224,7 +224,7 @@ def test_labels_and_pixels_come_through_timms_loader_as_they_were_stored(shared_
     for epoch in range(2):
         dataset.set_epoch(epoch)
         stored = SoftLabelDataset(data.train.source, cache, view=epoch)
-        everything = stored.__getitems__(list(range(300)))
+        everything = stored.fetch(list(range(300)))
         pixels = (everything.images.float() - 0.3 * 255) / (0.4 * 255)
         found = []
         for images, targets in loader:
@@ -233,7 +233,7 @@ def test_labels_and_pixels_come_through_timms_loader_as_they_were_stored(shared_
             samples = distances.argmin(1).tolist()
             assert float(distances.min(1).values.max()) < 1e-2
             labels, truth = dataset.rows.unpack(targets)
-            expected = stored.__getitems__(samples)
+            expected = stored.fetch(samples)
             for name in ("ids", "log_probs", "log_tail", "stats", "target_log_prob"):
                 here, there = getattr(labels, name), torch.as_tensor(getattr(expected.labels, name))
                 assert torch.equal(here.double(), there.double()), name
@@ -331,7 +331,7 @@ def test_a_row_of_which_one_bit_is_off_is_refused(shared_cache):
 )
 def test_rows_hold_every_kind_of_record(policy, tmp_path):
     _, data, cache = make_cache(tmp_path / "cache", labels={"num_views": 1} | policy)
-    batch = SoftLabelDataset(data.train.source, cache).__getitems__([5, 2])
+    batch = SoftLabelDataset(data.train.source, cache).fetch([5, 2])
     rows = LabelRows.of(batch.labels)
     packed = rows.pack(batch.labels, batch.targets)
     assert packed.shape == (2, rows.width)

@@ -67,7 +67,7 @@ def test_a_row_never_gets_another_positions_label(made, policy):
     }
     dataset = SoftLabelDataset(made.data.train, made.cache(policy))
     order = np.random.default_rng(2).permutation(len(whole)).tolist()
-    batches = [dataset.__getitems__(order[start : start + 5]) for start in range(0, len(order), 5)]
+    batches = [dataset.fetch(order[start : start + 5]) for start in range(0, len(order), 5)]
     merged = TokenBatch.merge(batches)
     wanted = [
         (sample, position) for sample in order for position in stored_positions(made.cache(policy), sample)
@@ -85,7 +85,7 @@ def test_a_row_never_gets_another_positions_label(made, policy):
 
 def test_batches_with_all_rows_and_with_some_go_together(packed):
     some, whole = (SoftLabelDataset(packed.data.train, packed.cache(p)) for p in ("every", "all"))
-    parts = [some.__getitems__([1, 2]), whole.__getitems__([3]), some.__getitems__([0])]
+    parts = [some.fetch([1, 2]), whole.fetch([3]), some.fetch([0])]
     merged = TokenBatch.merge(parts)
     assert merged.label_counts.tolist() == [
         *parts[0].label_counts,
@@ -119,11 +119,11 @@ def test_a_stored_position_that_the_source_lacks_is_refused(packed, monkeypatch,
         return stored._replace(positions=np.concatenate([wrong(positions[:first]), positions[first:]]))
 
     dataset = SoftLabelDataset(packed.data.train, packed.cache("every"))
-    assert dataset.__getitems__([2, 3]).labels is not None
+    assert dataset.fetch([2, 3]).labels is not None
     monkeypatch.setattr(Cache, "read_stored", spoilt)
     key = packed.data.train.source.key(2)
     with pytest.raises(AlignmentError, match=rf"sample '{key}' has a label for position \d+"):
-        dataset.__getitems__([2, 3])
+        dataset.fetch([2, 3])
 
 
 def test_a_row_missing_from_a_cache_of_all_positions_is_refused(packed, monkeypatch):
@@ -140,7 +140,7 @@ def test_a_row_missing_from_a_cache_of_all_positions_is_refused(packed, monkeypa
     dataset = SoftLabelDataset(packed.data.train, packed.cache())
     monkeypatch.setattr(Cache, "read_stored", shorter)
     with pytest.raises(AlignmentError, match=r"rows of labels for .* rows of samples"):
-        dataset.__getitems__([2, 3])
+        dataset.fetch([2, 3])
 
 
 def test_a_changed_text_is_told_by_its_contents(documents, tmp_path):
@@ -182,7 +182,7 @@ def test_the_loss_is_that_of_a_dense_reference(made, policy, temperature, alpha)
     task = made.data.task(config, STUDENT)
     torch.manual_seed(0)
     student = task.build()
-    batch = SoftLabelDataset(made.data.train, made.cache(policy)).__getitems__([4, 0, 7, 2, 1])
+    batch = SoftLabelDataset(made.data.train, made.cache(policy)).fetch([4, 0, 7, 2, 1])
     assert batch.num_labeled < batch.num_rows
     found = task.loss(student, batch)
     expected = dense_loss(student, batch, temperature=temperature, alpha=alpha)
@@ -199,7 +199,7 @@ def test_the_pieces_of_a_step_sum_to_the_steps_loss(packed, alpha):
     torch.manual_seed(0)
     student = task.build()
     some, whole = (SoftLabelDataset(packed.data.train, packed.cache(p)) for p in ("every", "all"))
-    parts = [some.__getitems__([5, 0]), whole.__getitems__([3]), some.__getitems__([8, 1, 2])]
+    parts = [some.fetch([5, 0]), whole.fetch([3]), some.fetch([8, 1, 2])]
     step = TokenBatch.merge(parts)
     share = step.num_labeled / step.num_rows
     expected = task.loss(student, step)
@@ -303,7 +303,7 @@ def test_row_r_of_a_document_still_meets_row_r_of_the_students_tokens(
     whole, _ = documents.data.train_dataset(config, documents.cache())
     for samples in (chosen[:7], chosen[::-1][:5]):
         requests = [(int(sample), 0) for sample in samples]
-        batch, full = dataset.__getitems__(requests), whole.__getitems__(requests)
+        batch, full = dataset.fetch(requests), whole.fetch(requests)
         assert full.labeled is None
         assert torch.equal(batch.rows, full.rows)
         assert batch.label_counts.tolist() == dataset.labeled_of[samples].tolist()
@@ -330,7 +330,7 @@ def test_a_batch_whose_labels_all_lie_beyond_the_students_rows_has_cross_entropy
         task = packed.data.task(packed.config("every", loss={"alpha": alpha}), STUDENT)
         torch.manual_seed(0)
         student = task.build()
-        batch = SoftLabelDataset(packed.data.train, packed.cache("every")).__getitems__([0, 1])
+        batch = SoftLabelDataset(packed.data.train, packed.cache("every")).fetch([0, 1])
         bare = replace(
             batch,
             labels=batch.labels.take(slice(0, 0)),
@@ -384,7 +384,7 @@ def test_the_trainer_takes_the_steps_of_a_dense_loop(chats, tmp_path):
     optimizer, expected = torch.optim.SGD(student.parameters(), lr=0.1), []
     dataset = SoftLabelDataset(source, cache)
     for samples in (range(6), range(6, 12)):
-        loss = dense_loss(student, dataset.__getitems__(list(samples)), **how)
+        loss = dense_loss(student, dataset.fetch(list(samples)), **how)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

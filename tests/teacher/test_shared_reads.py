@@ -125,12 +125,12 @@ def test_views_of_one_sample_in_a_batch_come_from_one_decoding(config, tmp_path)
     for dataset in (SoftLabelDataset(source(), cache), HardLabelDataset(OfSource(config, Files).train)):
         DECODED.clear()
         pairs = [(4, 1), (7, 1), (4, 2), (9, 2), (4, 1), (7, 0)]
-        batch = dataset.__getitems__(pairs)
+        batch = dataset.fetch(pairs)
         assert Counter({4: 1, 7: 1, 9: 1}) == DECODED
         for row, (sample, view) in enumerate(pairs):
             assert torch.equal(batch.images[row], dataset[sample, view].images[0])
         DECODED.clear()
-        dataset.__getitems__(pairs[:2])
+        dataset.fetch(pairs[:2])
         assert Counter({4: 1, 7: 1}) == DECODED
 
 

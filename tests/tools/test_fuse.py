@@ -110,7 +110,7 @@ def test_a_student_reads_fused_texts(texts, folder, tmp_path):
     fused = fuse_caches(texts, tmp_path / "fused", asked())
     config = text_config(folder, labels={"positions": {"policy": "every", "every": 3}})
     dataset = open_data(config).train_dataset(config, fused)[0]
-    batch = dataset.__getitems__([0, 3, 5])  # every token is compared with its fingerprint
+    batch = dataset.fetch([0, 3, 5])  # every token is compared with its fingerprint
     assert len(batch.labels) == batch.label_counts.sum() > 0
 
 

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from softcache.cache.manifest import Plan, RaggedRows, Unit
 from softcache.errors import CorruptionError
+from softcache.runtime.indexing import row_numbers
 
 __all__ = [
     "RowIndex",
@@ -90,11 +91,20 @@ class SampleKeys(Sequence[str]):
     @overload
     def __getitem__(self, place: int) -> str: ...
     @overload
-    def __getitem__(self, place: slice) -> list[str]: ...
-    def __getitem__(self, place: int | slice) -> str | list[str]:
-        if isinstance(place, slice):
-            return [self._column[number].as_py() for number in range(*place.indices(len(self)))]
-        return self._column[int(place)].as_py()
+    def __getitem__(self, place: slice | list[int] | np.ndarray) -> list[str]: ...
+    def __getitem__(self, place: int | slice | list[int] | np.ndarray) -> str | list[str]:
+        """Returns one key, or those that an index of NumPy chooses."""
+        numbers = row_numbers(place, len(self), "keys")
+        if isinstance(place, int | np.integer):
+            return self._column[int(numbers[0])].as_py()
+        return self._column.take(pa.array(numbers)).to_pylist()
+
+    def find(self, keys: Sequence[str]) -> np.ndarray:
+        """Returns the number of the sample of each key [B] int64, -1 where there is none; one pass over all keys."""
+        import pyarrow.compute as pc
+
+        found = pc.index_in(pa.array(keys, pa.string()), value_set=self._column)
+        return _numbers(pa.chunked_array([found.fill_null(-1)]))
 
     def __iter__(self) -> Iterator[str]:
         for start in range(0, len(self), KEYS_AT_ONCE):
@@ -126,6 +136,13 @@ class SampleTable(NamedTuple):
     keys: SampleKeys
     targets: np.ndarray
     num_rows: np.ndarray
+
+    def __repr__(self) -> str:
+        shown = [f"{len(self.keys):,} samples", f"keys={self.keys!r}"]
+        shown += [
+            f"{name}={column!r}" for name, column in self._asdict().items() if name != "keys" and len(column)
+        ]
+        return f"SampleTable({', '.join(shown)})"
 
 
 def read_samples(data: bytes, num_samples: int) -> SampleTable:

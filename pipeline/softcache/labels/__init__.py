@@ -4,6 +4,7 @@ soft_labels.py          the record
 bernoulli.py            the record of a sigmoid head: a logit per kept class
 detection.py            the record of a detector: either of the two at cells of a grid, with boxes
 vectors.py              the record of vectors, such as a teacher's hidden states, and their encodings
+base.py                 what all of them show, and how they are indexed
 arrays.py               what each of them does to its arrays
 validate.py             what its arrays must be
 temperature.py          the record at one temperature

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
+import numpy as np
 from array_api_compat import array_namespace, is_numpy_array, is_torch_array
 
 from softcache.errors import LabelError, TemperatureError
 from softcache.labels.arrays import Array, as_numpy, as_torch, row_index, rows
+from softcache.labels.base import LabelsBase
 from softcache.labels.validate import check_array, check_compatible, join_columns
 
 __all__ = ["BernoulliLabels", "SoftenedBernoulli"]
@@ -37,8 +39,8 @@ class SoftenedBernoulli:
     dropped_bound: Array
 
 
-@dataclass(frozen=True, eq=False)
-class BernoulliLabels:
+@dataclass(frozen=True, eq=False, repr=False)
+class BernoulliLabels(LabelsBase):
     """The V independent probabilities of a teacher with a sigmoid head, at P positions.
 
     Attributes:
@@ -47,6 +49,7 @@ class BernoulliLabels:
         dropped_bound: [P] float, the largest logit of a dropped class; -inf where none was dropped (K = V).
         num_classes: V; a sigmoid head has no class for the background.
         dropped_mass: [P] float, sum of sigmoid(logit) over the dropped classes at T=1, or None.
+        class_names: [V] names of the classes, for people; () where they have none.
 
     Raises:
         LabelError: a shape, dtype or kind of array breaks the contract.
@@ -68,6 +71,7 @@ class BernoulliLabels:
     dropped_bound: Array
     num_classes: int
     dropped_mass: Array | None = None
+    class_names: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         shape = tuple(self.ids.shape)
@@ -77,7 +81,7 @@ class BernoulliLabels:
                 f"found {list(shape)}; keep fewer classes, or all"
             )
         wanted = {"ids": shape, "logits": shape, "dropped_bound": shape[:1], "dropped_mass": shape[:1]}
-        for name, array in self._arrays().items():
+        for name, array in self.arrays().items():
             check_array(f"BernoulliLabels.{name}", array, wanted[name], like=self.ids, integer=name == "ids")
 
     def __len__(self) -> int:
@@ -140,21 +144,22 @@ class BernoulliLabels:
 
     def map_arrays(self, function: Callable[[Array], Array]) -> Self:
         """The record with a function applied to each of its arrays."""
-        mapped: dict[str, Any] = {name: function(x) for name, x in self._arrays().items()}
+        mapped: dict[str, Any] = {name: function(x) for name, x in self.arrays().items()}
         return replace(self, **mapped)
 
     def with_arrays(self, arrays: Mapping[str, Array]) -> Self:
         """The same record of other positions, unchecked; see `SoftLabels.with_arrays`."""
         derived = object.__new__(type(self))
         derived.__dict__.update(self.__dict__)
-        derived.__dict__.update({name: arrays[name] for name in self._arrays()})
+        derived.__dict__.update({name: arrays[name] for name in self.arrays()})
         return derived
 
-    def _arrays(self) -> dict[str, Array]:
-        values = {
-            field.name: getattr(self, field.name) for field in fields(self) if field.name != "num_classes"
-        }
+    def arrays(self) -> dict[str, Array]:
+        values = {name: getattr(self, name) for name in ("ids", "logits", "dropped_bound", "dropped_mass")}
         return {name: x for name, x in values.items() if x is not None}
+
+    def _probabilities(self, T: float) -> np.ndarray:
+        return np.exp(-np.logaddexp(0.0, -np.asarray(self.at_temperature(T).logits, np.float64)))
 
     @classmethod
     def concat(cls, records: Sequence[BernoulliLabels]) -> BernoulliLabels:
@@ -164,7 +169,7 @@ class BernoulliLabels:
             LabelError: no records, or records that differ in more than their positions.
         """
         check_compatible("BernoulliLabels", records, ("num_classes", "k", "is_torch"))
-        parts = [record._arrays() for record in records]
+        parts = [record.arrays() for record in records]
         joined = join_columns("BernoulliLabels", parts)
         return replace(records[0], **joined)
 

@@ -10,12 +10,16 @@ Shape suffixes: `P` positions, `A` cells of the teacher's grid (anchors or locat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Self
 
+import numpy as np
+
 from softcache.errors import LabelError
 from softcache.labels.arrays import Array, as_numpy, as_torch, row_index, rows
+from softcache.labels.base import LabelsBase
 from softcache.labels.bernoulli import BernoulliLabels, SoftenedBernoulli
 from softcache.labels.join import concat
 from softcache.labels.soft_labels import SoftLabels
@@ -29,8 +33,8 @@ COLUMNS = ("boxes", "bins", "centerness")
 """What `DetectionLabels.columns` may hold."""
 
 
-@dataclass(frozen=True, eq=False)
-class DetectionLabels:
+@dataclass(frozen=True, eq=False, repr=False)
+class DetectionLabels(LabelsBase):
     """The outputs of a dense teacher at P cells.
 
     Attributes:
@@ -69,9 +73,19 @@ class DetectionLabels:
         return len(self.labels)
 
     @property
-    def num_classes(self) -> int:
+    def num_classes(self) -> int:  # type: ignore[override]
         """V of the distribution; of a softmax the background is one of them."""
         return self.labels.num_classes
+
+    @property
+    def ids(self) -> Array:  # type: ignore[override]
+        """[P, K] integer, the kept classes of the P cells."""
+        return self.labels.ids
+
+    @property
+    def class_names(self) -> Sequence[str]:  # type: ignore[override]
+        """[V] names of the classes, for people; () where they have none."""
+        return self.labels.class_names
 
     @property
     def k(self) -> int:
@@ -86,6 +100,20 @@ class DetectionLabels:
     def at_temperature(self, T: Any) -> SoftenedLabels | SoftenedBernoulli:
         """The distributions at temperature T; see `at_temperature` of `SoftLabels` and `BernoulliLabels`."""
         return self.labels.at_temperature(T)
+
+    def _probabilities(self, T: float) -> np.ndarray:
+        return self.labels._probabilities(T)
+
+    def arrays(self) -> dict[str, Array]:
+        return {**self.labels.arrays(), "cells": self.cells, **self.columns}
+
+    def with_class_names(self, names: Sequence[str]) -> Self:
+        named = copy(self)
+        object.__setattr__(named, "labels", self.labels.with_class_names(names))
+        return named
+
+    def _facts(self) -> list[tuple[str, str]]:
+        return [("columns", ", ".join(["cells", *self.columns]))]
 
     def take(self, indices: Any) -> Self:
         """The record of some positions, in the order given; a slice shares memory. See `SoftLabels.take`."""

@@ -14,7 +14,7 @@ torch only when it is asked for torch. Half-precision `log_probs` (float16, bflo
 before any maths; float64 stays float64.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -23,6 +23,7 @@ from array_api_compat import array_namespace, is_torch_array
 
 from softcache.errors import TemperatureError
 from softcache.labels.arrays import Array, as_numpy, as_torch, row_index, rows
+from softcache.labels.base import LabelsBase, dense_log_probs
 from softcache.labels.sampling import Sampling
 from softcache.labels.tail import log_sum_exp
 from softcache.labels.temperature import (
@@ -39,8 +40,8 @@ from softcache.labels.validate import ARRAYS, STATS, check_array_types, check_gr
 __all__ = ["ARRAYS", "STATS", "Array", "SoftLabels"]
 
 
-@dataclass(frozen=True, eq=False)
-class SoftLabels:
+@dataclass(frozen=True, eq=False, repr=False)
+class SoftLabels(LabelsBase):
     """The teacher's distribution at P positions.
 
     Attributes:
@@ -62,6 +63,7 @@ class SoftLabels:
             `sampling.replacement` only.
         log_threshold: [P] float, log of the priority above which a class was taken, -inf where all were; with
             `sampling` without replacement only.
+        class_names: [V] names of the classes, for people; () where they have none.
 
     Raises:
         LabelError: a shape, dtype or kind of array breaks the contract.
@@ -92,6 +94,7 @@ class SoftLabels:
     counts: Array | None = None
     log_threshold: Array | None = None
     tail_rounding: float = 0.0
+    class_names: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
@@ -241,6 +244,33 @@ class SoftLabels:
             xp.where(log_mass > 0, 0.0, log_mass)
         )  # the sum of a normalised row may round to above 1
 
+    def probabilities(self, T: float = 1.0) -> np.ndarray:
+        """The whole distribution at temperature T, [P, V] float32 NumPy in [0, 1]: 4 V bytes a row.
+
+        The kept classes are as they were; the mass of the dropped ones is spread evenly over them. Of drawn labels a drawn
+        class has the probability that it stands for, and a row sums to 1 on average.
+
+        Raises:
+            TemperatureError: as `at_temperature`.
+        """
+        return np.exp(dense_log_probs(self, T))
+
+    def _probabilities(self, T: float) -> np.ndarray:
+        probs_PK: np.ndarray = np.exp(self.at_temperature(T).log_probs)
+        return probs_PK
+
+    def _facts(self) -> list[tuple[str, str]]:
+        highest = "any" if self.max_temperature is None else f"{self.max_temperature:g}"
+        facts = [
+            ("T", f"from 1 to {highest}"),
+            ("arrays", f"{'torch' if self.is_torch else 'NumPy'}, {self.log_probs.dtype}"),
+        ]
+        if self.sampling is not None:
+            facts.append(
+                ("drawn", f"{self.sampling.draws} classes a row, behind {self.sampling.exact} exact ones")
+            )
+        return facts
+
     def num_dropped(self) -> Array:
         """How many classes with p > 0 have no exact slot, [P] float; without `stats` masked classes count as well."""
         return num_dropped(self, self.exact(self.log_probs))
@@ -251,15 +281,17 @@ class SoftLabels:
 
     def map_arrays(self, function: Callable[[Array], Array]) -> Self:
         """The record with a function applied to each of its arrays."""
-        values: dict[str, Any] = {name: getattr(self, name) for name in ARRAYS}
-        mapped: dict[str, Any] = {name: None if x is None else function(x) for name, x in values.items()}
+        mapped: dict[str, Any] = {name: function(x) for name, x in self.arrays().items()}
         return replace(self, **mapped)
+
+    def arrays(self) -> dict[str, Array]:
+        arrays = {name: getattr(self, name) for name in ARRAYS}
+        return {name: x for name, x in arrays.items() if x is not None}
 
     def _derived(self, function: Callable[[Array], Array]) -> Self:
         """`map_arrays` without the checks, which take longer than the rest of a small batch; for functions that keep
         shapes (but for the number of rows, alike for all) and kinds of dtype."""
-        arrays = {name: getattr(self, name) for name in ARRAYS}
-        return self.with_arrays({name: function(x) for name, x in arrays.items() if x is not None})
+        return self.with_arrays({name: function(x) for name, x in self.arrays().items()})
 
     def with_arrays(self, arrays: Mapping[str, Array]) -> Self:
         """The same record of other positions, unchecked: for arrays of the kinds and inner shapes that it has.

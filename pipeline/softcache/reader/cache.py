@@ -24,9 +24,11 @@ from softcache.cache.storage.base import is_bucket
 from softcache.errors import CorruptionError, StorageError
 from softcache.hashing.digests import digest_json
 from softcache.labels import SoftLabels
+from softcache.labels.base import LabelsBase
 from softcache.reader.chunk_cache import DecodedBlocks
+from softcache.reader.contents import CacheContents
 from softcache.reader.memmap import MemmapFile, MemmapFolder, MemmapPlan, MemmapSettings
-from softcache.reader.units import CacheReaderBase, Chunk
+from softcache.reader.units import Chunk
 from softcache.runtime.logging import log_info
 
 __all__ = ["DEFAULT_WINDOW_BLOCKS", "Cache", "CachedBatch", "ranges"]
@@ -58,8 +60,10 @@ class CachedBatch(NamedTuple):
     positions: np.ndarray | None
 
 
-class Cache(CacheReaderBase):
+class Cache(CacheContents):
     """Soft labels on storage, read by (sample, view).
+
+    `cache[index]` reads by key or as NumPy indexes (`CacheContents`); `read` is the fast way in a loop.
 
     Picklable: a loader process opens the store again by itself, on its first read.
     """
@@ -103,7 +107,8 @@ class Cache(CacheReaderBase):
             IncompleteCacheError: a row's unit is not finished.
             CorruptionError: the stored bytes are not what was written; unit and object are named.
         """
-        return self.read_rows(samples, view)[0]
+        labels = self.read_rows(samples, view)[0]
+        return labels.with_class_names(self.class_names) if isinstance(labels, LabelsBase) else labels
 
     def read_rows(self, samples: Sequence[int] | np.ndarray, view: int = 0) -> tuple[SoftLabels, np.ndarray]:
         """Returns the labels [P] and the content fingerprints [len(samples)] uint64 of `samples`."""

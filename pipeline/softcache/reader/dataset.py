@@ -1,8 +1,7 @@
 """The reading half: a cache and its source, joined sample by sample and checked by content.
 
 dataset = SoftLabelDataset(source, open_cache("runs/digits/cache"))
-loader = DataLoader(dataset, batch_size=256, shuffle=True, collate_fn=dataset.collate)
-for batch in loader:
+for batch in DataLoader(dataset, batch_size=256, shuffle=True):
     batch.images, batch.targets, batch.labels.at_temperature(4.0)
 """
 
@@ -15,6 +14,10 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data._utils.collate import (
+    default_collate_fn_map,  # as the docstring of `default_collate` adds to it
+)
 
 from softcache.data.batch import Dataset
 from softcache.errors import AlignmentError, ManifestError
@@ -22,6 +25,8 @@ from softcache.hashing.splitmix import SPLITMIX64_GAMMA, splitmix64
 from softcache.reader.alignment import attach_labels, check_alignment, foreign_parts
 from softcache.reader.cache import Cache, CachedBatch
 from softcache.reader.order import Request
+from softcache.runtime.display import Displayed, Summary
+from softcache.runtime.indexing import row_numbers
 
 if TYPE_CHECKING:
     from softcache.data.transforms import Views
@@ -85,8 +90,10 @@ def rows_per_sample(cache: Cache) -> int:
     return cache.manifest.total_rows // (len(cache) * cache.num_views)
 
 
-class BatchedDataset(ABC):
+class BatchedDataset(Displayed, TorchDataset[Any]):
     """A map-style torch dataset that fetches whole batches: an index is a sample number, or a pair (sample, view).
+
+    A batch comes from torch's `DataLoader(dataset, batch_size=256)` as it is; nothing is collated a second time.
 
     Attributes:
         view: of an index that names none.
@@ -95,14 +102,33 @@ class BatchedDataset(ABC):
     view = 0
 
     @abstractmethod
+    def __len__(self) -> int: ...
+    @abstractmethod
     def load(self, samples: np.ndarray, view: int) -> Any:
         """Returns the batch of `samples` of one view."""
 
-    def __getitem__(self, index: int | tuple[int, int]) -> Any:
-        return self.__getitems__([index])
+    def __getitem__(self, index: Any) -> Any:
+        """Returns the batch of the samples that an index of NumPy chooses, or a pair of one and a view.
 
-    def __getitems__(self, indices: Request | np.ndarray | Sequence[int | tuple[int, int]]) -> Any:
-        """Returns one batch; torch's DataLoader calls it once per batch.
+        Raises:
+            IndexError: there is no such sample.
+        """
+        chosen, view = index if isinstance(index, tuple) and len(index) == 2 else (index, self.view)
+        numbers = self.sample_numbers(chosen)
+        return self.load(numbers, view)
+
+    def sample_numbers(self, index: Any) -> np.ndarray:
+        """Returns the numbers [B] int64 of the samples that an index chooses."""
+        return row_numbers(index, len(self), type(self).__name__)
+
+    def __getitems__(self, indices: Request | np.ndarray | Sequence[int | tuple[int, int]]) -> list[Any]:
+        """Returns a list of one batch, which is what torch's DataLoader then collates."""
+        batch = self.fetch(indices)
+        default_collate_fn_map.setdefault(type(batch), _collate)
+        return [batch]
+
+    def fetch(self, indices: Request | np.ndarray | Sequence[int | tuple[int, int]]) -> Any:
+        """Returns one batch.
 
         Args:
             indices: sample numbers, of `view`; or pairs (sample, view); an array of either is the fast way.
@@ -119,8 +145,16 @@ class BatchedDataset(ABC):
 
     @staticmethod
     def collate(items: Any) -> Any:
-        """Returns one batch from what `__getitems__` or several `__getitem__` returned."""
-        return type(items[0]).merge(items) if isinstance(items, list) else items
+        """Returns one batch from several; what a DataLoader collates by default, too."""
+        return items[0] if len(items) == 1 else type(items[0]).merge(items)
+
+    def _describe(self, data: Dataset, facts: Sequence[tuple[str, str]] = ()) -> Summary:
+        about = [("source", str(getattr(data.source, "name", "?"))), ("data", type(data).__name__), *facts]
+        return Summary(f"{type(self).__name__}: {len(self):,} samples, torch Dataset", about)
+
+
+def _collate(batches: Any, *, collate_fn_map: Any = None) -> Any:
+    return BatchedDataset.collate(batches)
 
 
 class MatchedSamples(ABC):
@@ -177,6 +211,9 @@ class FingerprintedSamples(BatchedDataset):
     def __len__(self) -> int:
         return len(self.data if self.student is None else self.student)
 
+    def summarize(self) -> Summary:
+        return self._describe(self.data)
+
     @contextmanager
     def shared_reads(self, samples: np.ndarray) -> Iterator[None]:
         numbers, counts = np.unique(samples, return_counts=True)
@@ -212,9 +249,9 @@ class FingerprintedSamples(BatchedDataset):
 class SoftLabelDataset(BatchedDataset):
     """Samples as the teacher saw them, with their soft labels.
 
-    Use `collate` with a DataLoader; it fetches whole batches at once:
+    A DataLoader fetches whole batches at once:
 
-        DataLoader(dataset, batch_size=256, shuffle=True, collate_fn=dataset.collate)
+        DataLoader(dataset, batch_size=256, shuffle=True)
 
     `SoftLabelLoader` is faster with loader processes: they load what they are good at, and labels are read once.
 
@@ -268,6 +305,18 @@ class SoftLabelDataset(BatchedDataset):
 
     def __len__(self) -> int:
         return len(self.unlabeled_dataset)
+
+    def sample_numbers(self, index: Any) -> np.ndarray:
+        """Returns the numbers [B] int64 of the samples that an index or keys choose; see `Cache.__getitem__`."""
+        return self.cache.sample_numbers(index)
+
+    def summarize(self) -> Summary:
+        cache = self.cache
+        labels = f"{cache.url}, view {self.view} of {cache.num_views}, {cache.num_classes:,} classes"
+        matched = [("student", type(self.unlabeled_dataset.student).__name__)] * bool(
+            self.unlabeled_dataset.student
+        )
+        return self._describe(self._data, [("cache", labels), *matched])
 
     def load(self, samples: np.ndarray, view: int) -> Any:
         """Returns the batch of `samples` with its labels."""

@@ -41,7 +41,7 @@ class JoinedDataset(Protocol):
 
     Attributes:
         cache: None: the batches have no labels.
-        unlabeled_dataset: picklable; a loader process calls its `__getitems__(request)`.
+        unlabeled_dataset: picklable; a loader process calls its `__getitems__(request)`, which gives a list of one batch.
     """
 
     @property
@@ -135,7 +135,7 @@ class SoftLabelLoader:
         return DataLoader(
             self._dataset.unlabeled_dataset,
             batch_sampler=self._order,  # type: ignore[arg-type]
-            collate_fn=_as_it_is,
+            collate_fn=_only_batch,
             num_workers=self._workers,
             multiprocessing_context="forkserver" if self._workers else None,
             persistent_workers=self._workers > 0,
@@ -227,5 +227,5 @@ class _Labels:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _as_it_is(batch: Any) -> Any:
-    return batch
+def _only_batch(batches: list[Any]) -> Any:
+    return batches[0]

@@ -1,7 +1,7 @@
 """Block order for plain map-style loops: Lightning, Hugging Face, or a DataLoader of your own.
 
     sampler = BlockSampler(dataset, seed=0, rank=rank, num_ranks=num_ranks)
-    loader = DataLoader(dataset, batch_size=256, sampler=sampler, collate_fn=dataset.collate)
+    loader = DataLoader(dataset, batch_size=256, sampler=sampler)
     for epoch in range(epochs):
         sampler.set_epoch(epoch)
         for batch in loader: ...

@@ -101,9 +101,8 @@ class BernoulliCodec(Codec):
 
     def decode(self, columns: Mapping[str, np.ndarray]) -> BernoulliLabels:
         """Returns the record of columns [P, ...]; nothing is copied or converted."""
-        return BernoulliLabels(
-            **{column.name: columns[column.name] for column in self.columns}, num_classes=self.num_classes
-        )
+        arrays: dict[str, Any] = {column.name: columns[column.name] for column in self.columns}
+        return BernoulliLabels(**arrays, num_classes=self.num_classes)
 
     def validate(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Looks at every number of columns [P, ...].

@@ -159,7 +159,8 @@ class CellCodec(Codec):
         labels: SoftLabels | BernoulliLabels
         if self.distribution == "bernoulli":
             names = ("ids", "logits", "dropped_bound", "dropped_mass")
-            labels = BernoulliLabels(**{name: columns[name] for name in names}, num_classes=self.num_classes)
+            arrays: dict[str, Any] = {name: columns[name] for name in names}
+            labels = BernoulliLabels(**arrays, num_classes=self.num_classes)
         else:
             labels = SoftLabels(
                 ids=columns["ids"],

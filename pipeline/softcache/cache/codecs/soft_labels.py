@@ -99,7 +99,7 @@ class SoftLabelCodec(Codec):
 
     def decode(self, columns: Mapping[str, np.ndarray]) -> SoftLabels:
         """Returns the labels of columns [P, ...]; nothing is copied or converted but what `unpack` converts."""
-        arrays = self.unpack(columns)
+        arrays: Mapping[str, Any] = self.unpack(columns)
         return SoftLabels(
             **{name: arrays[name] for name in ARRAYS if name in arrays},
             num_classes=self.num_classes,

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from softcache.errors import RunError
-from softcache.labels import SoftLabels
+from softcache.labels.base import dense_log_probs
 from softcache.runs.report.load import Report, Run, match_samples
 from softcache.student.tasks import TokenStudent
 
-__all__ = ["Observed", "Predictions", "dense_log_probs", "observe"]
+__all__ = ["Observed", "Predictions", "observe"]
 
 MAX_ELEMENTS = 2**24  # of logits that are held at once
 MAX_CLASSES_SHOWN = 20
@@ -68,18 +68,6 @@ class Observed:
     classes_C: np.ndarray
     teacher: Predictions | None
     students: list[Predictions]
-
-
-def dense_log_probs(labels: SoftLabels) -> torch.Tensor:
-    """Returns float32 log-probabilities [P, V] of a record that was not drawn, its tail spread evenly."""
-    softened = labels.to_torch().at_temperature(1.0)
-    num_rows, num_classes = len(labels), labels.num_classes
-    kept_PK = softened.ids.long()
-    used_PK = kept_PK < num_classes
-    left_P = (num_classes - used_PK.sum(1)).clamp(min=1)
-    out_PV = (softened.log_tail.float() - left_P.log())[:, None].repeat(1, num_classes + 1)
-    out_PV.scatter_(1, kept_PK, softened.log_probs.float())
-    return out_PV[:num_rows, :num_classes]
 
 
 def observe(report: Report, *, split: str) -> Observed:
@@ -170,7 +158,7 @@ def _teacher_log_probs(report: Report, batch: Any, samples: np.ndarray, split: s
             return None
         return torch.cat([chunk.float().cpu() for chunk in report.teacher.chunks(batch)]).log_softmax(1)
     assert report.cache is not None
-    return dense_log_probs(report.cache.read(samples, 0))
+    return torch.from_numpy(dense_log_probs(report.cache.read(samples, 0)))
 
 
 def _facts(

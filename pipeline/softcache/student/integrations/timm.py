@@ -86,7 +86,7 @@ class TimmImages(torch.utils.data.Dataset[tuple[torch.Tensor, Any]]):
         self._data: Any = HardLabelDataset(ViewedSource(source, views))
 
     def _batch(self, indices: Any) -> ImageBatch:
-        return self._data[indices[0]] if len(indices) == 1 else self._data.__getitems__(indices)
+        return self._data[indices[0]] if len(indices) == 1 else self._data.fetch(indices)
 
     def _targets(self, batch: ImageBatch) -> Any:
         return batch.targets
@@ -165,7 +165,7 @@ class TimmDataset(TimmImages):
 
     def _batch(self, indices: Any) -> ImageBatch:
         view = int(self._view)
-        return self._data.__getitems__([(int(index), view) for index in indices])
+        return self._data.fetch([(int(index), view) for index in indices])
 
     def _targets(self, batch: ImageBatch) -> torch.Tensor:
         assert batch.labels is not None

@@ -350,11 +350,11 @@ class _RankSamples:
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def __getitems__(self, indices: list[int]) -> TokenBatch:
+    def __getitems__(self, indices: list[int]) -> list[TokenBatch]:
         if indices[0] >= 0:
-            return self._dataset.__getitems__(indices)  # type: ignore[no-any-return]
-        batch = self._dataset.__getitems__([~indices[0]])
-        return replace(batch, samples=~batch.samples)  # type: ignore[no-any-return]
+            return [self._dataset.fetch(indices)]
+        batch = self._dataset.fetch([~indices[0]])
+        return [replace(batch, samples=~batch.samples)]
 
 
 class SetEpoch(TrainerCallback):
