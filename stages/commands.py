@@ -14,7 +14,7 @@ from click.shell_completion import CompletionItem
 
 from softcache.errors import missing_extra
 
-__all__ = ["COMMANDS", "LazyCommands"]
+__all__ = ["COMMANDS", "GROUPS", "LazyCommands"]
 
 
 COMMANDS = {
@@ -68,6 +68,24 @@ COMMANDS = {
 """By name: `module:attribute` below `stages`, and the command's line in the list."""
 
 
+GROUPS = {
+    "Run": [
+        "init",
+        "distill",
+        "train-teacher",
+        "teacher-logits",
+        "teacher-generate",
+        "status",
+        "train-student",
+    ],
+    "Compare and show": ["train-students", "sweep", "compare", "report", "export"],
+    "Look at a cache": ["inspect", "verify", "fidelity"],
+    "Change or make a cache": ["convert", "shrink", "fuse", "materialize", "gc", "query", "import"],
+    "This machine": ["doctor", "completion"],
+}
+"""Titles in `softcache --help`, with their commands; a command that none has is under "Commands"."""
+
+
 class LazyCommands(click.Group):
     """A group of COMMANDS, each imported when it is needed."""
 
@@ -108,6 +126,11 @@ class LazyCommands(click.Group):
             raise click.NoSuchCommand(args[0], possibilities=COMMANDS, ctx=ctx) from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Writes the list without importing a command."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+        """Writes the list by groups, without importing a command."""
+        grouped = {name for names in GROUPS.values() for name in names}
+        groups = {**GROUPS, "Commands": [name for name in COMMANDS if name not in grouped]}
+        width = max(map(len, COMMANDS))
+        for title, names in groups.items():
+            if names:
+                with formatter.section(title):
+                    formatter.write_dl([(name.ljust(width), COMMANDS[name][1]) for name in names])

@@ -41,10 +41,11 @@ def compare(
     Example:
       softcache compare --config configs/digits.toml --seeds 3
     """
-    from softcache.runs import open_data, open_labels, open_teacher, train_student
+    from softcache.runs import open_data, open_labels, open_teacher, train_student, with_cached_labels
 
-    data = open_data(config)
     cache = open_labels(config, url)
+    config = with_cached_labels(config, cache)
+    data = open_data(config)
     model = model or config.student.model
     teacher = open_teacher(config, data)
     kinds: dict[str, dict[str, Any]] = {"hard labels": {"labels": "ground_truth"}}

@@ -7,6 +7,7 @@ import click
 
 from softcache.reader.open import open_cache
 from softcache.runtime.logging import progress_bar
+from softcache.tools.card import write_card
 from softcache.tools.convert import convert_cache
 
 from .options import CACHE, PATH, cache_report, json_option, print_json
@@ -19,7 +20,10 @@ __all__ = ["convert"]
 @click.argument("target_url", metavar="OUT", type=PATH)
 @json_option
 @click.option("--store", type=click.Choice(["zarr", "parquet"]), required=True, help="The store to write.")
-def convert(source_url: str, target_url: str, store: str, as_json: bool) -> None:
+@click.option(
+    "--card", is_flag=True, help="Write a README.md by which datasets.load_dataset reads OUT (Parquet)."
+)
+def convert(source_url: str, target_url: str, store: str, card: bool, as_json: bool) -> None:
     """Copy CACHE to OUT in another store; every value stays the same, bit for bit.
 
     A rerun after a kill goes on; OUT is refused if it holds something else.
@@ -28,10 +32,14 @@ def convert(source_url: str, target_url: str, store: str, as_json: bool) -> None
     Example:
       softcache convert runs/digits/cache runs/digits/cache-parquet --store parquet
     """
+    if card and store != "parquet":
+        raise click.UsageError("--card: the datasets library reads Parquet alone; give --store parquet")
     cache = open_cache(source_url)
     plan, total = cache.manifest.plan, cache.num_rows_done
     with progress_bar("convert", total, "rows") as advance:
         copied = convert_cache(cache, target_url, store=store, progress=advance)
+    if card:
+        write_card(target_url)
     if as_json:
         print_json(cache_report(copied))
         return

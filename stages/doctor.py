@@ -19,6 +19,7 @@ PURPOSES = {
     "dask": "capture on many processes and machines",
     "detection": "detectors and COCO",
     "export": "ONNX files of students",
+    "frames": "caches as tables of pandas and xarray",
     "lightning": "students in Lightning",
     "lora": "adapters of language models",
     "report": "HTML reports of runs",

@@ -11,6 +11,7 @@ import click
 import numpy as np
 
 from softcache.labels import STATS, BernoulliLabels, DetectionLabels, SoftLabels
+from softcache.labels.sampling import estimate_mass
 from softcache.modalities import percent
 from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
@@ -91,8 +92,11 @@ def _print_labels(report: dict[str, Any]) -> None:
         where = " at the kept anchors" if "grid" in report["identity"] else ""
         print_table(f"the teacher's probabilities{where}", ("", *percentiles), rows)
         return
-    rows = [(f"T={t}", *(f"{v:.4f}" for v in mass.values())) for t, mass in report["kept_mass"].items()]
-    print_table("share of the teacher's mass in the kept classes", ("kept mass at", *percentiles), rows)
+    if "drawn" in report:
+        _print_drawn(report["drawn"])
+    else:
+        rows = [(f"T={t}", *(f"{v:.4f}" for v in mass.values())) for t, mass in report["kept_mass"].items()]
+        print_table("share of the teacher's mass in the kept classes", ("kept mass at", *percentiles), rows)
     rows = [(f"T={t}", *(f"{v:.1e}" for v in error.values())) for t, error in report["tail_error"].items()]
     print_table(
         f"bound of the tail's error, {report['tail_error_rows']:,} rows",
@@ -105,6 +109,26 @@ def _print_labels(report: dict[str, Any]) -> None:
         click.echo(
             f"teacher agrees with the ground truth on {percent(report['agreement'])} of {report['agreement_rows']:,} rows"
         )
+
+
+def _print_drawn(drawn: dict[str, Any]) -> None:
+    rows = [
+        (
+            f"T={t}",
+            f"{drawn['exact_mass'][t]['mean']:.4f}",
+            f"{found['mean']:.1f}",
+            f"{found['p10']:.1f}",
+            f"{drawn['mass_error'][t]:.4f}",
+        )
+        for t, found in drawn["effective_samples"].items()
+    ]
+    how = f"{drawn['draws']} draws a row of {drawn['classes']['mean']:.1f} classes behind {drawn['exact']} exact ones"
+    print_table(
+        f"what {how} stand for",
+        ("at", "exact mass", "effective draws", "p10", "standard error of the mass"),
+        rows,
+        note="The drawn classes stand for all others on average; the error is that of one row's sum, whose truth is 1.",
+    )
 
 
 def _identity(cache: Cache) -> dict[str, Any]:
@@ -124,6 +148,7 @@ def _storage(cache: Cache) -> dict[str, Any]:
 
 
 def _summary(values: np.ndarray) -> dict[str, float]:
+    values = values if len(values) else np.zeros(1)
     return {"mean": float(values.mean())} | {
         f"p{p}": float(value)
         for p, value in zip(PERCENTILES, np.percentile(values, PERCENTILES), strict=True)
@@ -145,7 +170,10 @@ def _labels(cache: Cache) -> dict[str, Any]:
     temperatures = [t for t in TEMPERATURES if highest is None or t <= highest]
     mass: dict[float, list[np.ndarray]] = {t: [] for t in temperatures}
     error: dict[float, list[np.ndarray]] = {t: [] for t in temperatures}
+    sampling = cache.manifest.codec.get("sampling")
+    estimates: dict[float, list[tuple[np.ndarray, np.ndarray]]] = {t: [] for t in temperatures}
     entropy: list[np.ndarray] = []
+    drawn_classes: list[np.ndarray] = []
     num_rows, compared, hits = 0, 0, 0
     stride = max(1, -(-cache.num_rows_done // BOUND_ROWS))
     for view, part, record in _parts(cache):
@@ -155,6 +183,10 @@ def _labels(cache: Cache) -> dict[str, Any]:
         for t in temperatures:
             mass[t].append(np.asarray(labels.kept_mass(t)))
             error[t].append(labels.take(slice(0, None, stride)).tail_error(t))
+            if sampling:
+                estimates[t].append(estimate_mass(labels, t))
+        if sampling:
+            drawn_classes.append((labels.ids < labels.num_classes).sum(1) - sampling["exact"])
         if labels.stats is not None:
             entropy.append(labels.stats[:, STATS.index("entropy")])
         # The target of a detector's anchor depends on matched boxes; a mixed image has two classes.
@@ -163,14 +195,37 @@ def _labels(cache: Cache) -> dict[str, Any]:
             hits += _agreeing(labels, targets[part] if len(targets) else None)
     if not num_rows:
         return {}
+    kept = {t: _summary(np.concatenate(values)) for t, values in mass.items()}
     return {
-        "kept_mass": {t: _summary(np.concatenate(values)) for t, values in mass.items()},
+        **({"drawn": _drawn(sampling, kept, estimates, drawn_classes)} if sampling else {"kept_mass": kept}),
         "tail_error": {t: _worst(np.concatenate(values)) for t, values in error.items()},
         "tail_error_rows": sum(map(len, error[temperatures[0]])),
         "entropy_nats": _summary(np.concatenate(entropy)) if entropy else None,
         # The most likely class of the sampled ones need not be the teacher's prediction.
         "agreement": hits / compared if compared and not cache.manifest.codec.get("sampling") else None,
         "agreement_rows": compared,
+    }
+
+
+def _drawn(
+    sampling: dict[str, Any],
+    exact_mass: dict[float, dict[str, float]],
+    estimates: dict[float, list[tuple[np.ndarray, np.ndarray]]],
+    classes: list[np.ndarray],
+) -> dict[str, Any]:
+    """Returns what drawn classes are worth: none of them is the teacher's mass, each stands for others."""
+    error, effective = {}, {}
+    for t, parts in estimates.items():
+        mass_P, effective_P = (np.concatenate(column) for column in zip(*parts, strict=True))
+        error[t] = float(np.sqrt(np.mean((mass_P - 1) ** 2)))
+        effective[t] = _summary(effective_P[np.isfinite(effective_P)])
+    return {
+        "draws": sampling["draws"],
+        "exact": sampling["exact"],
+        "classes": _summary(np.concatenate(classes).clip(min=0)),
+        "exact_mass": exact_mass,
+        "effective_samples": effective,
+        "mass_error": error,
     }
 
 

@@ -64,11 +64,12 @@ def train_student_command(
     Example:
       softcache train-student --config configs/digits.toml --student cnn --set loss.temperature=2
     """
-    from softcache.runs import open_data, open_labels, train_student
+    from softcache.runs import open_data, open_labels, train_student, with_cached_labels
     from softcache.runs.tables import student_advice, student_report, student_tables
 
-    data = open_data(config)
     cache = open_labels(config, url)
+    config = with_cached_labels(config, cache)
+    data = open_data(config)
     model = model or config.student.model
     cached = train_student(
         config,

@@ -39,11 +39,12 @@ def train_students(config: RunConfig, url: str | None, models: tuple[str, ...], 
     Example:
       softcache train-students --config configs/digits.toml
     """
-    from softcache.runs import open_data, open_labels, train_student
+    from softcache.runs import open_data, open_labels, train_student, with_cached_labels
     from softcache.runs.tables import student_advice, student_report, student_tables
 
-    data = open_data(config)
     cache = open_labels(config, url)
+    config = with_cached_labels(config, cache)
+    data = open_data(config)
     results = []
     for model in models or modality_of(config).models(config):
         cached = train_student(config, data, model=model, labels="cache", cache=cache)

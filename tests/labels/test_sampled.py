@@ -9,6 +9,7 @@ import torch
 
 from softcache.errors import LabelError, TemperatureError
 from softcache.labels import DEFAULT_TEMPERATURES, Sampling, SoftLabels, concat
+from softcache.labels.sampling import estimate_mass
 from softcache.labels.sparsify import (
     dense,
     hybrid,
@@ -284,3 +285,21 @@ def test_all_outcomes_of_two_draws_add_up_to_the_distribution():
             )
             total += probs[pair[0]] * probs[pair[1]] * estimates(labels, T)[0]
         torch.testing.assert_close(total, (logits / T).softmax(0))
+
+
+@pytest.mark.parametrize("exponent", [1.0, 0.75])
+@pytest.mark.parametrize("temperature", [1.0, 4 / 3, 2.0])
+def test_the_error_of_the_mass_is_that_of_importance_sampling(exponent, temperature):
+    """Of N draws from q, the variance of the sum of p / q is (sum p^2 / q - 1) / N."""
+    z, draws = make_logits(9), 5
+    labels = sample(z.expand(DRAWS, -1), draws=draws, seeds_P=seeds(DRAWS), exponent=exponent).to_numpy()
+    p_V, q_V = (z / temperature).softmax(0), (z * exponent).softmax(0)
+    expected = max(float((p_V**2 / q_V).sum() - 1), 0.0) ** 0.5 / draws**0.5
+    mass_P, effective_P = estimate_mass(labels, temperature)
+    assert mass_P.mean() == pytest.approx(1, abs=4 * expected / DRAWS**0.5 + 1e-6)
+    assert ((mass_P - 1) ** 2).mean() ** 0.5 == pytest.approx(expected, rel=0.05, abs=1e-5)
+    assert effective_P.max() <= draws + 1e-4
+    if abs(temperature * exponent - 1) < 1e-9:  # drawn as they weigh: every draw is worth one
+        assert effective_P.min() == pytest.approx(draws, rel=1e-4)
+    else:
+        assert effective_P.mean() < draws - 0.02

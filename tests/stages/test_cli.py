@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from softcache import open_cache
 from softcache.stages.cli import main
 from softcache.stages.cli import softcache as group
-from softcache.stages.commands import COMMANDS
+from softcache.stages.commands import COMMANDS, GROUPS
 from tests.support.caches import ROOT
 from tests.support.programs import run_program
 
@@ -372,6 +372,19 @@ def test_inspect_shows_identity_bytes_and_mass(run, cache):
     assert report["bytes_per_row"]["total"] == pytest.approx(sum(parts.values()))
 
 
+def test_inspect_of_drawn_labels_shows_what_they_stand_for(run):
+    drawn = ROOT / "tests/golden/v1-drawn/zarr"
+    printed = run("inspect", drawn).out
+    assert "12 draws a row of 4.8 classes behind 0 exact ones" in printed
+    assert "kept mass" not in printed
+    report = json.loads(run("inspect", drawn, "--json").out)
+    found = report["drawn"]
+    assert "kept_mass" not in report
+    assert found["effective_samples"]["1.0"]["mean"] == pytest.approx(12)
+    assert found["mass_error"]["1.0"] == pytest.approx(0, abs=1e-5)
+    assert found["mass_error"]["4.0"] > found["mass_error"]["2.0"] > 0.1
+
+
 def test_inspect_of_a_cache_that_was_only_begun(run, cache):
     for marker in (cache / "units").glob("*.json"):
         marker.unlink()
@@ -521,6 +534,10 @@ def test_the_commands_are_listed_with_one_line_each():
     for name, (_, line) in COMMANDS.items():
         listed = next(row for row in result.output.splitlines() if row.startswith(f"  {name} "))
         assert listed.endswith(f"  {line}"), "in full"
+
+
+def test_every_command_is_in_one_group():
+    assert sorted(name for names in GROUPS.values() for name in names) == sorted(COMMANDS)
 
 
 def test_as_a_process_errors_go_to_stderr_with_exit_1(place):

@@ -45,7 +45,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _apply(tables, override)
     tables.setdefault("name", path.stem)
-    return build_config(tables, str(path))
+    return build_config(tables, str(path)).with_overrides(
+        override.partition("=")[0] for override in overrides
+    )
 
 
 def build_config(tables: dict[str, Any], where: str) -> RunConfig:

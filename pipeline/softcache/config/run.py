@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import Field, PrivateAttr, SerializeAsAny, model_validator
 
 from softcache.config.sweep import SweepSettings
 from softcache.data.sources.base import SourceSettings, built_in_sources, source_table
@@ -74,6 +75,29 @@ class RunConfig(Settings):
     rollouts: RolloutSettings = RolloutSettings()
     sweep: SweepSettings = SweepSettings()
 
+    _overrides: frozenset[str] | None = PrivateAttr(None)
+
+    @property
+    def overrides(self) -> frozenset[str] | None:
+        """The keys that were set over those of a file (`--set`); None where the config was read from no file."""
+        return self._overrides
+
+    def with_overrides(self, overrides: Iterable[str] | None) -> Self:
+        """Returns the config with other `overrides`."""
+        config = self.model_copy()
+        config._overrides = None if overrides is None else frozenset(overrides)
+        return config
+
+    def insists_on(self, key: str) -> bool:
+        """Whether a set key of [labels] or [capture] is asked of a cache that is there already.
+
+        A file describes a capture, and its students may have another cache; what is set for one run, or in a config that
+        was read from no file, is asked of that run.
+        """
+        set_keys = [f"{name}." for name in self._overrides or ()]
+        wanted = f"{key}."
+        return self._overrides is None or any(k.startswith(wanted) or wanted.startswith(k) for k in set_keys)
+
     @model_validator(mode="after")
     def _check_modality(self) -> Self:
         modality = modality_of(self)
@@ -108,7 +132,12 @@ class RunConfig(Settings):
         return self
 
     @model_validator(mode="after")
-    def _check_drawn(self) -> Self:
+    def _check_loss(self) -> Self:
+        self.check_loss()
+        return self
+
+    def check_loss(self) -> None:
+        """Raises ValueError where the loss cannot be computed from labels as [labels] describes them."""
         if (
             self.labels.sampling is not None
             and self.loss.highest_alpha > 0
@@ -119,7 +148,6 @@ class RunConfig(Settings):
                 f"loss.name: {self.loss.name} cannot be estimated from classes drawn at random (labels.policy = "
                 f'"{self.labels.policy}"); use one of {able}, or a policy that draws none'
             )
-        return self
 
     @model_validator(mode="after")
     def _check_states(self) -> Self:

@@ -9,14 +9,20 @@ them for its mean; with x_j = p_j^(1/T) / Z(T) that is the softened distribution
 estimated but known (`SoftLabels.log_tail`).
 """
 
-from dataclasses import dataclass
-from typing import Any
+from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 from array_api_compat import array_namespace
 
 from softcache.errors import LabelError, TemperatureError
 
-__all__ = ["Sampling"]
+if TYPE_CHECKING:
+    from softcache.labels.soft_labels import SoftLabels
+
+__all__ = ["Sampling", "estimate_mass"]
 
 Array = Any  # a NumPy array or a torch tensor
 
@@ -100,3 +106,32 @@ class Sampling:
             log_weights_PK = xp.clip(threshold_P1 - log_q_PK, min=0.0)
         slot_K = xp.arange(log_probs_PK.shape[1], device=log_probs_PK.device)
         return xp.where(used_PK & (slot_K >= self.exact), log_weights_PK, 0.0)
+
+
+def estimate_mass(labels: SoftLabels, T: float) -> tuple[np.ndarray, np.ndarray]:
+    """Returns how well the drawn classes stand for all classes at temperature T.
+
+    Args:
+        labels: drawn ones, of NumPy.
+
+    Returns:
+        mass: [P] float64, the exact classes' mass and what the drawn ones stand for: on average over the draws 1, and how
+            far from it is the error of one row.
+        effective: [P] float64, the number of draws of equal weight that would do as well (Kish): (sum w)^2 / sum w^2 over
+            the draws; NaN where nothing was drawn.
+
+    References:
+        Kish 1965, Survey Sampling.
+    """
+    assert labels.sampling is not None
+    softened = labels.at_temperature(T)
+    probs_PK = np.exp(softened.log_probs.astype(np.float64))
+    log_weights_PK: np.ndarray = softened.log_weights  # type: ignore[assignment]
+    weighted_PK = probs_PK * np.exp(log_weights_PK)
+    drawn_PK = weighted_PK[:, labels.sampling.exact :]
+    counts_PK = np.ones_like(drawn_PK)
+    if labels.counts is not None:  # a class that was drawn n times is n draws of an n-th each
+        counts_PK = np.maximum(labels.counts[:, labels.sampling.exact :], 1).astype(np.float64)
+    squares_P = (drawn_PK**2 / counts_PK).sum(1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return weighted_PK.sum(1), drawn_PK.sum(1) ** 2 / squares_P

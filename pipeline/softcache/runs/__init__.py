@@ -17,6 +17,7 @@ from softcache.runs.cache import (
     log_unit,
     open_labels,
     prepare_cache,
+    with_cached_labels,
 )
 from softcache.runs.fit import slugify
 from softcache.runs.student import train_student
@@ -45,4 +46,5 @@ __all__ = [
     "teacher_is_missing",
     "train_student",
     "train_teacher",
+    "with_cached_labels",
 ]

@@ -6,13 +6,16 @@ import math
 from dataclasses import asdict
 from typing import Any
 
+from pydantic import ValidationError
+
 from softcache.cache.create import create_cache
 from softcache.cache.manifest import Manifest
 from softcache.cache.storage.base import Objects
 from softcache.cache.storage.open import open_objects
 from softcache.config.run import RunConfig
-from softcache.errors import ConfigError, IdentityError
+from softcache.errors import ConfigError, IdentityError, ManifestError
 from softcache.hashing.digests import digest_json
+from softcache.labels.sparsify import POLICIES, LabelSettings
 from softcache.modalities import Data
 from softcache.models.spec import is_same_origin
 from softcache.reader.alignment import check_alignment
@@ -37,6 +40,7 @@ __all__ = [
     "log_unit",
     "open_labels",
     "prepare_cache",
+    "with_cached_labels",
 ]
 
 FUSED_CACHE_SETTINGS = {"num_views", "temperatures", "positions"}
@@ -58,7 +62,62 @@ def cache_is_ready(config: RunConfig, data: Data, url: str) -> bool:
 
 
 def check_config_matches_cache(config: RunConfig, cache: Cache) -> None:
-    """Checks explicitly set config keys against the manifest; defaults are not compared."""
+    """Checks explicitly set config keys against the manifest; defaults are not compared.
+
+    Raises:
+        IdentityError: a key has another value in the cache.
+    """
+    if differing := _differences(config, cache):
+        raise _other_settings(cache, differing)
+
+
+def with_cached_labels(config: RunConfig, cache: Cache) -> RunConfig:
+    """Returns a student's config with the [labels] that its cache was made with.
+
+    [labels] and capture.store of a file describe a capture, so they need not be those of the cache. A policy that is not
+    one of softcache's (of imported labels, or the user's own) stays as the config has it.
+
+    Raises:
+        IdentityError: a key that the config insists on (`RunConfig.insists_on`), or the teacher, is another in the cache.
+        ConfigError: the loss cannot be computed from the cache's labels.
+    """
+    differing = _differences(config, cache)
+    contradicting = {
+        key: d for key, d in differing.items() if key == "teacher.model" or config.insists_on(key)
+    }
+    if contradicting:
+        raise _other_settings(cache, contradicting)
+    if taken := ", ".join(
+        f"{key} = {there!r} ({here!r} in the config)"
+        for key, (here, there) in sorted(differing.items())
+        if key.startswith("labels.")
+    ):
+        log_info(f"cache {cache.url}: was made with {taken}; the student takes what is there")
+    config = config.model_copy(update={"labels": _cached_labels(config, cache)})
+    try:
+        config.check_loss()
+    except ValueError as error:
+        raise ConfigError(f"cache {cache.url}: {error}") from error
+    return config
+
+
+def _cached_labels(config: RunConfig, cache: Cache) -> LabelSettings:
+    found = cache.manifest.identity["labels"]
+    known = POLICIES.get(found["policy"]) if found["policy"] in POLICIES else None
+    if known is None or "fusion" in cache.manifest.identity:
+        return config.labels.model_copy(update={"num_views": cache.num_views})
+    keys = known.keys_of_identity(found) | {"num_views": cache.num_views}
+    keys["positions"] = config.labels.positions.model_copy(update=found.get("positions", {"policy": "all"}))
+    if not keys["temperatures"]:  # of independent classes, whose labels have no grid
+        del keys["temperatures"]
+    try:
+        return known.model_validate({key: value for key, value in keys.items() if key in known.model_fields})
+    except ValidationError as error:
+        raise ManifestError(f"cache {cache.url}: identity.labels cannot be read: {error}") from error
+
+
+def _differences(config: RunConfig, cache: Cache) -> dict[str, tuple[Any, Any]]:
+    """Returns the explicitly set keys whose values differ, with the config's value and the cache's."""
     labels, found = config.labels, cache.manifest.identity
     given = {f"labels.{key}": getattr(labels, key) for key in labels.model_fields_set}
     there = {f"labels.{key}": value for key, value in labels.keys_of_identity(found["labels"]).items()}
@@ -69,7 +128,7 @@ def check_config_matches_cache(config: RunConfig, cache: Cache) -> None:
     imported = found["labels"]["policy"] == "imported"
     if imported:
         given.pop("labels.policy", None)
-    fused = "fusion" in found  # [labels] and [teacher] then say how one of several teachers labels
+    fused = "fusion" in found  # [labels] and [teacher] are then of one of several teachers
     if fused:
         given = {key: value for key, value in given.items() if key.split(".")[1] in FUSED_CACHE_SETTINGS}
     named, spec = config.teacher, found["teacher"]["spec"]
@@ -77,17 +136,18 @@ def check_config_matches_cache(config: RunConfig, cache: Cache) -> None:
         given["teacher.model"], there["teacher.model"] = named.model, spec
     if "store" in config.capture.model_fields_set:
         given["capture.store"], there["capture.store"] = config.capture.store, cache.manifest.store
-    differing = [
-        f"{key}: {value!r} in the config, {there.get(key)!r} in the cache"
-        for key, value in given.items()
-        if value != there.get(key)
+    return {key: (value, there.get(key)) for key, value in given.items() if value != there.get(key)}
+
+
+def _other_settings(cache: Cache, differing: dict[str, tuple[Any, Any]]) -> IdentityError:
+    lines = [
+        f"{key}: {here!r} in the config, {there!r} in the cache" for key, (here, there) in differing.items()
     ]
-    if differing:
-        raise IdentityError(
-            f"cache {cache.url}: made with other settings:\n  "
-            + "\n  ".join(sorted(differing))
-            + "\ndrop the setting to use this cache, or give --cache another place to make a new one"
-        )
+    return IdentityError(
+        f"cache {cache.url}: made with other settings:\n  "
+        + "\n  ".join(sorted(lines))
+        + "\ndrop the setting to use this cache, or give --cache another place to make a new one"
+    )
 
 
 def open_labels(config: RunConfig, url: str | None = None) -> Cache:

@@ -10,7 +10,7 @@ from softcache.config.run import RunConfig
 from softcache.modalities import Data
 from softcache.reader.cache import Cache
 from softcache.runs.batches import cached_batches, hard_label_batches
-from softcache.runs.cache import check_config_matches_cache
+from softcache.runs.cache import with_cached_labels
 from softcache.runs.fit import run_training
 from softcache.runs.rollouts import check_teacher_consistency
 from softcache.teacher.base import Teacher
@@ -57,7 +57,7 @@ def train_student(
     identity: dict[str, Any] = {}
     if labels == "cache":
         assert cache is not None
-        check_config_matches_cache(config, cache)
+        config = with_cached_labels(config, cache)
         if config.loss.reads_rollouts:
             check_teacher_consistency(config, cache.manifest.identity["teacher"], f"cache {cache.url}")
         num_views = (

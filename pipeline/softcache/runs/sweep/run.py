@@ -27,7 +27,8 @@ from softcache.config.sweep import to_json
 from softcache.errors import IncompleteCacheError, RunError, SoftcacheError
 from softcache.losses.settings import IDENTITY_PARAMETERS
 from softcache.modalities import modality_of, open_data
-from softcache.runs import cache_is_ready
+from softcache.reader.alignment import check_alignment
+from softcache.runs import with_cached_labels
 from softcache.runs.sweep.space import Space, baseline_params, checked_space, format_params
 from softcache.runs.sweep.study import SharedStudy
 from softcache.runs.sweep.trial import TrialContext, run_trial
@@ -71,9 +72,10 @@ def open_sweep(config: RunConfig, url: str, path: Path) -> Sweep:
             f"sweep {path}: started as {num_ranks()} processes of one run; a trial is trained by one process: start "
             "`softcache sweep --workers N` without a launcher"
         )
-    data = open_data(config)
     cache = config.reader.open_cache(url)
-    if not cache_is_ready(config, data, url):
+    data = open_data(with_cached_labels(config, cache))
+    check_alignment(cache, data.train)
+    if not cache.is_complete:
         raise IncompleteCacheError(
             f"cache {url}: {cache.describe_missing()}; rerun "
             "`softcache teacher-logits` to finish it: trials are compared, so all of them learn from the whole cache"

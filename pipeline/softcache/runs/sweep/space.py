@@ -56,7 +56,7 @@ def candidate(config: RunConfig, params: dict[str, Any], cache: Cache) -> RunCon
         tables["loss"] = {
             key: value for key, value in tables["loss"].items() if key not in config.loss.parameters
         }
-    return build_config(tables, f"of a trial with {format_params(params)}")
+    return build_config(tables, f"of a trial with {format_params(params)}").with_overrides(config.overrides)
 
 
 def _labels(labels: dict[str, Any], k: int, cache: Cache) -> dict[str, Any]:
