@@ -79,7 +79,7 @@ GROUPS = {
         "train-student",
     ],
     "Compare and show": ["train-students", "sweep", "compare", "report", "export"],
-    "Look at a cache": ["inspect", "verify", "fidelity"],
+    "Look at a cache": ["inspect", "browse", "verify", "fidelity"],
     "Change or make a cache": ["convert", "shrink", "fuse", "materialize", "gc", "query", "import"],
     "This machine": ["doctor", "completion"],
 }

@@ -22,6 +22,8 @@ from array_api_compat import is_torch_array
 from softcache.errors import LabelError
 from softcache.labels.arrays import Array, as_numpy, as_torch, row_index, rows
 from softcache.labels.validate import check_compatible, join_columns
+from softcache.runtime.display import Displayed, Summary
+from softcache.runtime.indexing import row_numbers
 
 __all__ = [
     "ENCODINGS",
@@ -90,8 +92,8 @@ class HeadHandle(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
-class VectorLabels:
+@dataclass(frozen=True, eq=False, repr=False)
+class VectorLabels(Displayed):
     """Vectors of P positions.
 
     Attributes:
@@ -137,6 +139,17 @@ class VectorLabels:
 
     def __len__(self) -> int:
         return len(next(iter(self.arrays.values())))
+
+    def __getitem__(self, index: Any) -> Self:
+        """The record of the rows that an index chooses, as NumPy chooses them; an integer gives a record of one row."""
+        return self.take(row_numbers(index, len(self), type(self).__name__))
+
+    def summarize(self) -> Summary:
+        facts = [
+            (name, f"{self.arrays[name].shape[1]:,} numbers, {encoding}")
+            for name, encoding in self.encodings.items()
+        ]
+        return Summary(f"{type(self).__name__}: {len(self):,} rows, {self.num_classes:,} classes", facts)
 
     @property
     def is_torch(self) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from softcache.errors import missing_extra
-from softcache.labels import STATS, DetectionLabels, SoftLabels
+from softcache.labels import STATS, DetectionLabels, SoftLabels, VectorLabels
 from softcache.labels.base import LabelsBase
 from softcache.runtime.indexing import row_numbers
 
@@ -81,7 +81,10 @@ def xarray_dataset(cache: Cache, index: Any, view: int | None) -> xr.Dataset:
     on_samples = dims[-1:]
     for name, column in _of_samples(cache, samples).items():
         coordinates[name] = on_samples, column
-    variables = {name: (dims + inner.get(name, ()), column) for name, column in columns.items()}
+    variables = {
+        name: (dims + inner.get(name, (name,) if column.ndim > len(dims) else ()), column)
+        for name, column in columns.items()
+    }
     return library.Dataset(variables, coordinates, {"cache": cache.url, "kind": str(cache.manifest.kind)})
 
 
@@ -103,6 +106,8 @@ def _read(cache: Cache, index: Any, view: int | None) -> Iterator[_Rows]:
 
 def _columns(labels: Any) -> dict[str, np.ndarray]:
     """Returns the arrays of a record, statistics one by one, with the likeliest class and its probability."""
+    if isinstance(labels, VectorLabels):
+        return {name: labels.vectors(name) for name in labels.encodings}
     columns = dict(labels.arrays())
     stats = columns.pop("stats", None)
     if stats is not None:
