@@ -23,6 +23,7 @@ from softcache.runs.report.metrics import (
     by_decile,
     calibration_error,
     deciles,
+    kept_by_k,
     misses_teacher,
     reliability,
 )
@@ -296,6 +297,50 @@ def test_seeds_of_one_architecture_are_told_apart_and_compared_by_their_mean(pla
         [f"linear (cache) {one.name}", "linear (cache) again"]
     )
     assert "its mean is compared" in build_sections(report)[0].lead
+
+
+def test_the_first_table_has_one_line_for_seeds_and_names_what_differs(place):
+    one = sorted(place.glob("linear-cache-*"))[0]
+    identity, resolved = (json.loads((one / f"{name}.json").read_text()) for name in ("config", "resolved"))
+    for name, seed, temperature, accuracy in (("seed", 1, 4.0, 0.5), ("hot", 0, 2.0, 0.25)):
+        shutil.copytree(one, place / name)
+        train = identity["train"] | {"seed": seed}
+        change(place / name, "config", train=train, loss=identity["loss"] | {"temperature": temperature})
+        change(place / name, "resolved", loss=resolved["loss"] | {"temperature": temperature})
+        change(place / name, "metrics", accuracy=accuracy)
+    section = build_sections(report := open_report([place]))[0]
+    assert section.key == "glance"
+    assert "train.seed (0, 1); loss.temperature (2, 4). All other settings are the same." in section.lead
+    names = {run.path.name: run.name for run in report.runs}
+    assert names["hot"] == "linear (cache, seed = 0, T = 2)"
+    table = section.figures[0]
+    assert table.sortable
+    lines = [dict(zip(table.columns, cells, strict=True)) | {"of": of} for of, cells in table.rows]
+    assert [line["student"] for line in lines] == ["teacher", *(line["student"] for line in lines[1:])]
+    scores = {run.path.name: run.metrics["accuracy"] for run in report.runs}
+    first = [scores[one.name], 0.5]
+    (seeds,) = [line for line in lines if line["runs"] == "2"]
+    assert seeds["of"] == (names[one.name], names["seed"])
+    assert seeds["accuracy"] == f"{100 * np.mean(first):.2f}% ± {100 * np.std(first, ddof=1):.2g}"
+    assert (seeds["loss"], seeds["T"], seeds["K"], seeds["alpha"]) == ("forward_kl", "4", "4", "0.9")
+    hard = next(score for name, score in scores.items() if name.startswith("linear-hard"))
+    assert seeds["gain"] == f"{100 * (np.mean(first) - hard):+.2f}"
+    teacher = float(lines[0]["accuracy"].rstrip("%"))
+    assert float(seeds["gap"]) == pytest.approx(100 * np.mean(first) - teacher, abs=0.011)
+    (surface,) = [figure for figure in section.figures if figure.key.startswith("glance-settings")]
+    assert [cells[:3] for _, cells in surface.rows] == [("2", "0.9", 1), ("4", "0.9", 2)]
+
+
+def test_kept_mass_by_k_is_that_of_smaller_caches(made):
+    cache = open_cache(made[0] / "runs/test/cache")
+    found, labels = kept_by_k(cache), cache.read(np.arange(len(cache)), 0)
+    assert {k for k, _ in found} == {1, 2, 4}
+    for (k, t), mass in found.items():
+        assert mass == pytest.approx(
+            np.exp(labels.at_temperature(t).log_probs)[:, :k].sum(1).mean(), abs=1e-6
+        )
+        if k == 4:
+            assert mass == pytest.approx(float(np.mean(labels.kept_mass(t))), abs=1e-6)
 
 
 def test_without_the_extra_the_error_names_it(monkeypatch):

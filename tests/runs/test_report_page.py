@@ -83,6 +83,24 @@ def test_the_filter_works_by_keyboard(opened):
     assert messages == []
 
 
+def test_the_first_table_is_sorted_by_a_column_and_filtered(opened):
+    page, messages, _ = opened()
+    table = page.locator("table.sortable")
+    values = lambda: [
+        float(text.replace(",", "")) for text in table.locator("tbody tr td:nth-child(3)").all_inner_texts()
+    ]
+    button = table.locator("th button", has_text="parameters")
+    button.click()
+    assert values() == sorted(values(), reverse=True)
+    button.click()
+    assert values() == sorted(values())
+    assert table.locator("th[aria-sort=ascending]").inner_text().startswith("parameters")
+    before = table.locator("tbody tr:visible").count()
+    page.locator("#filter input[value='linear (cache)']").uncheck()
+    assert table.locator("tbody tr:visible").count() == before - 1
+    assert messages == []
+
+
 def test_a_student_taken_out_and_put_back_has_its_figures_again(opened):
     page, messages, _ = opened()
     own = page.locator("figure[data-student]").first

@@ -10,8 +10,8 @@ import numpy as np
 from softcache.errors import RunError
 from softcache.reader.cache import Cache
 from softcache.runs.report.load import Report
-from softcache.runs.report.metrics import entropies, kept_masses
-from softcache.runs.report.plots import Figure, Section, escaped, framed, load_plotly
+from softcache.runs.report.metrics import entropies, kept_by_k, kept_masses
+from softcache.runs.report.plots import TEACHER, Figure, Section, escaped, framed, heat_of_values, load_plotly
 from softcache.runtime.files import parse_json
 from softcache.tools.fidelity.report import bytes_per_position
 
@@ -38,9 +38,14 @@ def cache_section(report: Report, fidelity: Path | None) -> Section:
         f"{first}{cache.url}: {rows:,} rows of {cache.num_classes:,} classes, policy {labels['policy']}, "
         f"{sum(sizes.values()):.1f} bytes a row."
     )
-    section.figures.append(_bytes(sizes))
-    masses = kept_masses(cache)
-    section.figures.append(_masses(masses))
+    section.figures.append(_bytes(sizes, cache.num_classes))
+    section.figures.append(_masses(kept_masses(cache)))
+    if by_k := kept_by_k(cache):
+        section.figures.append(_masses_by_k(by_k))
+    else:
+        section.missing.append(
+            "Kept mass over K and T: the classes of this cache were drawn, and have no order."
+        )
     if (entropy := entropies(cache)) is not None:
         section.figures.append(_entropy(entropy))
     else:
@@ -55,18 +60,40 @@ def cache_section(report: Report, fidelity: Path | None) -> Section:
     return section
 
 
-def _bytes(sizes: dict[str, float]) -> Figure:
+def _bytes(sizes: dict[str, float], num_classes: int) -> Figure:
     go = load_plotly()
-    trace = go.Bar(x=list(sizes.values()), y=list(sizes), orientation="h", marker={"color": COLORS[0]})
-    plot = framed([trace], "bytes per row", "", y_type="category")
-    rows: list[Any] = [(None, (name, f"{size:.2f}")) for name, size in sizes.items()]
+    total, dense = sum(sizes.values()), 2.0 * num_classes
+    shown = sizes | {"all of it": total, "dense float16": dense}
+    colors = [COLORS[0]] * len(sizes) + [COLORS[2], TEACHER]
+    trace = go.Bar(x=list(shown.values()), y=list(shown), orientation="h", marker={"color": colors})
+    plot = framed([trace], "bytes per row", "", x_type="log", y_type="category")
+    rows: list[Any] = [(None, (name, f"{size:.2f}", f"{size / dense:.1%}")) for name, size in shown.items()]
+    ratio = (
+        f"{dense / total:,.1f} times fewer than"
+        if total < dense
+        else f"{total / dense:,.1f} times as many as"
+    )
     return Figure(
         "cache-bytes",
         "Bytes per column",
-        "Stored bytes of a row, by column, as compressed.",
+        f"Stored bytes of a row, by column, as compressed: {ratio} all {num_classes:,} logits in float16.",
         plot,
-        ("column", "bytes"),
+        ("column", "bytes", "of dense"),
         rows,
+        width="half",
+    )
+
+
+def _masses_by_k(by_k: dict[tuple[float, float], float]) -> Figure:
+    rows: list[Any] = [(None, (k, f"{t:g}", f"{mass:.4f}")) for (k, t), mass in by_k.items()]
+    return Figure(
+        "cache-mass-k",
+        "Kept mass over K and T",
+        "Mean mass of the K likeliest classes (across), softened by T (up): what a smaller cache would keep.",
+        heat_of_values(by_k, {place: f"{mass:.3f}" for place, mass in by_k.items()}, x="K", y="temperature"),
+        ("K", "T", "mass"),
+        rows,
+        width="half",
     )
 
 
@@ -96,6 +123,7 @@ def _masses(masses: dict[float, np.ndarray]) -> Figure:
         plot,
         ("T", "mean", "1st percentile", "median"),
         rows,
+        width="half",
     )
 
 
@@ -118,6 +146,7 @@ def _entropy(entropy_P: np.ndarray) -> Figure:
         plot,
         ("nats", "rows"),
         rows,
+        width="half",
     )
 
 

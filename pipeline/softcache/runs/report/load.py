@@ -23,6 +23,7 @@ from softcache.models.weight_files import load_weights
 from softcache.reader.cache import Cache
 from softcache.runs import Data, open_data, open_teacher
 from softcache.runs.report.caches import describe_policy, find_caches
+from softcache.runs.report.differences import describe_settings, differing_settings
 from softcache.runtime.files import read_json
 from softcache.student import StudentSettings
 from softcache.student.checkpoint import diff_settings
@@ -31,6 +32,7 @@ from softcache.teacher.base import Teacher
 
 __all__ = ["Report", "Run", "match_samples", "open_report", "open_run"]
 
+MAX_SETTINGS_IN_NAME = 4
 DATA_IDENTITY_KEYS = ("source", "views", "evaluation", "tokenizer", "cross_documents")
 
 
@@ -145,7 +147,7 @@ def open_report(paths: Sequence[str | Path], *, cache_url: str | Sequence[str] |
 
 
 def _rename_unique(runs: list[Run], caches: list[Cache]) -> list[Run]:
-    """Returns the runs with unique names: with the policy of the cache, if there are several, else with the directory."""
+    """Returns the runs with unique names: with the policy of the cache, of several, what else differs, or the directory."""
     if len(caches) > 1:
         kept = {cache.manifest_sha256: describe_policy(cache) for cache in caches}
         runs = [
@@ -154,9 +156,24 @@ def _rename_unique(runs: list[Run], caches: list[Cache]) -> list[Run]:
             else run
             for run in runs
         ]
+    runs = _name_by_settings(runs)
     names = [run.name for run in runs]
     return [
         replace(run, name=f"{run.name} {run.path.name}") if names.count(run.name) > 1 else run for run in runs
+    ]
+
+
+def _name_by_settings(runs: list[Run]) -> list[Run]:
+    """Returns the runs, those of one name with the settings in which they differ."""
+    named: dict[str, list[Run]] = {}
+    for run in runs:
+        named.setdefault(run.name, []).append(run)
+    varying = {name: differing_settings(equal)[:MAX_SETTINGS_IN_NAME] for name, equal in named.items()}
+    return [
+        replace(run, name=f"{run.name[:-1]}, {what})")
+        if (what := describe_settings(run, varying[run.name]))
+        else run
+        for run in runs
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,7 @@ __all__ = [
     "calibration_error",
     "deciles",
     "entropies",
+    "kept_by_k",
     "kept_masses",
     "misses_teacher",
     "reliability",
@@ -31,7 +32,7 @@ MAX_ROWS = 65536
 """Of the cache, read for a histogram."""
 
 
-def _rows(cache: Cache) -> object:
+def _rows(cache: Cache) -> Any:
     samples = cache.samples_in(0)
     counts = np.cumsum(cache.rows.counts(samples))
     return cache.read(samples[: max(1, int(np.searchsorted(counts, MAX_ROWS)))], 0)
@@ -39,15 +40,35 @@ def _rows(cache: Cache) -> object:
 
 def kept_masses(cache: Cache) -> dict[float, np.ndarray]:
     """Returns the mass [P] of the kept classes of view 0, for each temperature that the cache reaches."""
-    highest = cache.manifest.codec.get("max_temperature")
     labels = _rows(cache)
-    wanted = [t for t in MASS_TEMPERATURES if highest is None or t <= highest]
-    return {t: np.asarray(labels.kept_mass(t)) for t in wanted}  # type: ignore[attr-defined]
+    return {t: np.asarray(labels.kept_mass(t)) for t in _served(cache)}
+
+
+def kept_by_k(cache: Cache) -> dict[tuple[float, float], float]:
+    """Returns the mean mass of the K likeliest classes of view 0 at T, by (K, T); empty where classes were drawn.
+
+    K is each power of two that the cache keeps, and all that it keeps.
+    """
+    if cache.manifest.codec.get("sampling"):
+        return {}
+    labels = _rows(cache)
+    counts = sorted({*(2**power for power in range(labels.k.bit_length())), labels.k})
+    found: dict[tuple[float, float], float] = {}
+    for t in _served(cache):
+        mass_PK = np.exp(np.asarray(labels.at_temperature(t).log_probs, np.float64)).cumsum(1)
+        found |= {(k, t): float(np.minimum(mass_PK[:, k - 1], 1).mean()) for k in counts}
+    return found
+
+
+def _served(cache: Cache) -> list[float]:
+    """Returns those of `MASS_TEMPERATURES` that a cache reaches."""
+    highest = cache.manifest.codec.get("max_temperature")
+    return [t for t in MASS_TEMPERATURES if highest is None or t <= highest]
 
 
 def entropies(cache: Cache) -> np.ndarray | None:
     """Returns the teacher's entropy [P] at T = 1 of view 0, nats; None where the cache does not have it."""
-    stats = _rows(cache).stats  # type: ignore[attr-defined]
+    stats = _rows(cache).stats
     return None if stats is None else np.asarray(stats[:, STATS.index("entropy")], np.float64)
 
 

@@ -17,6 +17,7 @@ from softcache.errors import MissingExtraError
 from softcache.runs.report.load import Run
 
 __all__ = [
+    "TEACHER",
     "Figure",
     "Section",
     "Styles",
@@ -24,6 +25,7 @@ __all__ = [
     "escaped",
     "framed",
     "heat",
+    "heat_of_values",
     "lines",
     "load_plotly",
     "points",
@@ -31,6 +33,8 @@ __all__ = [
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
 TEACHER = "#7f7f7f"
+MAX_GRID = 12
+"""Different values on an axis of a heat map, at most."""
 DASHES = {"cache": "solid", "hard": "dot", "online": "dash"}
 
 
@@ -60,6 +64,7 @@ class Figure:
         columns, rows: the table; a row is (name of the student or None, cells).
         width: of the page, where there is room: "third", "half" or "whole".
         student: the one that the figure is about, and is hidden with.
+        sortable: the table is shown by itself, and a column's name sorts it. Its rows may be of several students, a tuple.
     """
 
     key: str
@@ -67,9 +72,10 @@ class Figure:
     summary: str
     plot: dict[str, Any] | None
     columns: Sequence[str]
-    rows: Sequence[tuple[str | None, Sequence[Any]]] = ()
+    rows: Sequence[tuple[Any, Sequence[Any]]] = ()
     width: str = "third"
     student: str | None = None
+    sortable: bool = False
 
 
 @dataclass
@@ -225,6 +231,45 @@ def heat(names: Sequence[str], values: Any, *, x: str, y: str, meta: str) -> dic
     figure = framed([trace], x, y, x_type="category", y_type="category")
     figure["layout"]["yaxis"]["autorange"] = "reversed"
     return figure
+
+
+def heat_of_values(
+    values: Mapping[tuple[float, float], float],
+    texts: Mapping[tuple[float, float], str],
+    *,
+    x: str,
+    y: str,
+    reverse: bool = False,
+) -> dict[str, Any]:
+    """Returns a heat map of values by (x, y), each with its text; where there are many, one mark each.
+
+    Args:
+        reverse: the smallest value has the brightest colour.
+    """
+    go = load_plotly()
+    xs, ys = sorted({place[0] for place in values}), sorted({place[1] for place in values})
+    scale = "Cividis_r" if reverse else "Cividis"
+    if max(len(xs), len(ys)) > MAX_GRID:
+        trace = go.Scatter(
+            x=[place[0] for place in values],
+            y=[place[1] for place in values],
+            mode="markers",
+            text=[escaped(texts[place]) for place in values],
+            hovertemplate=f"{escaped(x)} %{{x}}<br>{escaped(y)} %{{y}}<br>%{{text}}<extra></extra>",
+            marker={"color": list(values.values()), "colorscale": scale, "size": 11, "showscale": True},
+        )
+        return framed([trace], x, y)
+    trace = go.Heatmap(
+        z=[[values.get((one, other)) for one in xs] for other in ys],
+        text=[[texts.get((one, other), "") for one in xs] for other in ys],
+        texttemplate="%{text}",
+        x=[f"{one:g}" for one in xs],
+        y=[f"{other:g}" for other in ys],
+        colorscale=scale,
+        showscale=False,
+        hovertemplate=f"{escaped(x)} %{{x}}<br>{escaped(y)} %{{y}}<br>%{{text}}<extra></extra>",
+    )
+    return framed([trace], x, y, x_type="category", y_type="category")
 
 
 def framed(

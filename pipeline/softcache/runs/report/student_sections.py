@@ -15,8 +15,9 @@ from softcache.errors import RunError
 from softcache.models.weights import count_parameters
 from softcache.runs.report.load import Report
 from softcache.runs.report.metrics import break_even, calibration_error, reliability
-from softcache.runs.report.plots import Figure, Section, Styles, bars, lines, points
+from softcache.runs.report.plots import TEACHER, Figure, Section, Styles, bars, lines, points
 from softcache.runs.report.predictions import Observed
+from softcache.runs.report.student_table import describe_differences, settings_figures, student_table
 from softcache.runtime.files import read_json
 from softcache.student.tasks import TokenStudent
 
@@ -29,6 +30,8 @@ __all__ = [
 ]
 
 TIMED_RUNS, WARM_RUNS = 20, 3
+TIMED_SAMPLES, TIMED_PASSES = 64, 5
+TIME_UNITS = (("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
 
 
 def _latency_seconds(forward: Callable[[], Any]) -> float:
@@ -100,8 +103,9 @@ def glance_section(report: Report, styles: Styles, held_out: Observed) -> Sectio
     sizes = {run.name: float(run.metrics["num_parameters"]) for run in report.runs}
     latencies = _latencies(report)
     seconds = {run.name: float(run.metrics["seconds"]) for run in report.runs}
-    section = Section("glance", "Students at a glance", _lead(report, scores))
+    section = Section("glance", "Students at a glance", _lead(report, scores) + describe_differences(report))
     teacher, size = _teacher_score(report, held_out), _teacher_size(report)
+    section.figures.append(student_table(report, latencies, {"score": teacher, "parameters": size}))
     trained = _teacher_seconds(report)
     what: list[tuple[str, str, dict[str, float], float | None]] = [
         ("size", "parameters", sizes, float(size) if size else None),
@@ -133,6 +137,7 @@ def glance_section(report: Report, styles: Styles, held_out: Observed) -> Sectio
                 rows,
             )
         )
+    section.figures += settings_figures(report)
     if any("chrf" in run.metrics for run in report.runs):
         section.figures.append(_translations_figure(report, styles))
     if teacher is None:
@@ -287,10 +292,63 @@ def cost_section(report: Report) -> Section:
             plot,
             ("students", "online teacher", "cache"),
             [(None, (x, f"{y:g}", views)) for x, y in zip(xs, online, strict=True)],
-            width="whole",
+            width="half",
         )
     )
+    if (saved := _saved_figure(report, views, each, xs)) is not None:
+        section.figures.append(saved)
+    else:
+        section.missing.append(f"Teacher time saved: {report.missing['teacher']}.")
     return section
+
+
+def _teacher_pass_seconds(report: Report) -> float | None:
+    """Returns the seconds of one teacher pass over the training split, from those of one batch here; None without it."""
+    if (teacher := report.teacher) is None:
+        return None
+    samples = list(range(min(TIMED_SAMPLES, len(report.data.train))))
+    batch: Any = report.data.train.load(samples, 0, fingerprints=False)
+    spent = []
+    with torch.inference_mode():
+        for _ in range(TIMED_PASSES):
+            start = time.perf_counter()
+            for chunk in teacher.chunks(batch):
+                chunk.float().cpu()
+            spent.append(time.perf_counter() - start)
+    return min(spent) / len(samples) * len(report.data.train)
+
+
+def _saved_figure(report: Report, views: int, each: float, xs: list[int]) -> Figure | None:
+    """Returns the teacher time that the cache saves, by number of students; None without the teacher."""
+    if (seconds := _teacher_pass_seconds(report)) is None:
+        return None
+    saved = [seconds * (each * x - views) for x in xs]
+    unit, size = next((u, s) for u, s in TIME_UNITS if max(map(abs, saved)) >= s or s == TIME_UNITS[-1][1])
+    ys = [round(value / size, 4) for value in saved]
+    plot = lines(Styles([]), {"saved": (xs, ys)}, x="students", y=f"teacher {unit} saved", marks=False)
+    plot["data"][0]["line"]["color"] = "#0072B2"
+    plot["data"][0].pop("meta")
+    plot["layout"]["shapes"] = [
+        {
+            "type": "line",
+            "xref": "paper",
+            "x0": 0,
+            "x1": 1,
+            "y0": 0,
+            "y1": 0,
+            "line": {"color": TEACHER, "width": 1},
+        }
+    ]
+    return Figure(
+        "cost-saved",
+        "Teacher time saved by number of students",
+        f"Against an online teacher that takes {seconds / size:.3g} {unit} a pass (estimated from one batch here); "
+        "below zero the cache has not paid yet.",
+        plot,
+        ("students", f"{unit} saved"),
+        [(None, (x, f"{y:+.3g}")) for x, y in zip(xs, ys, strict=True)],
+        width="half",
+    )
 
 
 def _translations_figure(report: Report, styles: Styles) -> Figure:

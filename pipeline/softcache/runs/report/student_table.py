@@ -1,0 +1,186 @@
+"""The table that a report begins with: one line for runs that differ in their seed alone, sorted by their score."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from softcache.runs.report.differences import (
+    SEED,
+    differing_settings,
+    format_setting,
+    settings_of,
+    short_name,
+)
+from softcache.runs.report.load import Report, Run
+from softcache.runs.report.plots import Figure, heat_of_values
+
+__all__ = ["describe_differences", "settings_figures", "student_table"]
+
+ALWAYS = ("loss.name", "loss.temperature", "loss.alpha")
+MAX_SETTINGS, MAX_SURFACES = 6, 3
+
+
+def grouped(report: Report) -> list[list[Run]]:
+    """Returns the runs in groups that differ in nothing but the seed."""
+    varying = [name for name in differing_settings(report.runs) if name != SEED]
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in report.runs:
+        own = settings_of(run)
+        key = (run.model, run.labels, run.identity.get("cache"), *(repr(own.get(name)) for name in varying))
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
+
+
+def describe_differences(report: Report) -> str:
+    """Returns a sentence that names what differs between the runs."""
+    what = []
+    if len(models := {run.model for run in report.runs}) > 1:
+        what.append(f"architecture ({len(models)})")
+    if len(labels := {run.labels for run in report.runs}) > 1:
+        what.append(f"labels ({', '.join(sorted(labels))})")
+    if len(report.caches) > 1:
+        what.append(f"cache ({len(report.caches)})")
+    for name in differing_settings(report.runs):
+        values = [own[name] for run in report.runs if (own := settings_of(run)).get(name) is not None]
+        try:
+            values = sorted(set(values))
+        except TypeError:  # lists, or numbers and words
+            values = list({repr(value): value for value in values}.values())
+        shown = ", ".join(map(format_setting, values[:MAX_SETTINGS])) + (
+            ", …" if len(values) > MAX_SETTINGS else ""
+        )
+        what.append(f"{name} ({shown})")
+    if not what:
+        return ""
+    return f" The runs differ in {'; '.join(what)}. All other settings are the same."
+
+
+def student_table(
+    report: Report, latencies: Mapping[str, float], teacher: Mapping[str, float | None]
+) -> Figure:
+    """Returns the sortable table of students.
+
+    Args:
+        latencies: milliseconds of one sample, by run, and "teacher".
+        teacher: its "score" and "parameters".
+    """
+    score, sign = report.score, 1 if report.score.larger_is_better else -1
+    groups = grouped(report)
+    varying = [name for name in differing_settings(report.runs) if name not in (*ALWAYS, SEED)][:MAX_SETTINGS]
+    means = [float(np.mean([run.metrics[score.metric] for run in group])) for group in groups]
+    hard: dict[str, list[float]] = {}
+    for group, mean in zip(groups, means, strict=True):
+        if group[0].labels == "hard":
+            hard.setdefault(group[0].model, []).append(mean)
+    # Where hard labels were tried with several settings, the best of them is what a cache has to beat.
+    best = {model: (max if sign > 0 else min)(values) for model, values in hard.items()}
+    rows: list[Any] = []
+    for place in sorted(range(len(groups)), key=lambda place: -sign * means[place]):
+        group, mean = groups[place], means[place]
+        run, own = group[0], settings_of(group[0])
+        cache = report.cache_of(run)
+        spread = (
+            float(np.std([one.metrics[score.metric] for one in group], ddof=1)) if len(group) > 1 else None
+        )
+        gap = None if teacher["score"] is None else sign * (mean - teacher["score"])
+        gain = None if run.labels == "hard" or run.model not in best else sign * (mean - best[run.model])
+        cells = (
+            run.model,
+            run.labels,
+            f"{int(run.metrics['num_parameters']):,}",
+            f"{np.mean([latencies[one.name] for one in group]):.3g}",
+            *(format_setting(own.get(name)) if run.labels != "hard" else "–" for name in ALWAYS),
+            "–" if cache is None else str(cache.manifest.identity["labels"]["k"]),
+            *(format_setting(own.get(name)) for name in varying),
+            str(len(group)),
+            score.format(mean) + ("" if spread is None else f" ± {score.scale * spread:.2g}"),
+            _points(report, gap),
+            _points(report, gain),
+        )
+        rows.append((tuple(one.name for one in group), cells))
+    if teacher["score"] is not None:
+        size = teacher["parameters"]
+        dashes = ["–"] * (len(ALWAYS) + 1 + len(varying))
+        cells = (
+            "teacher",
+            "–",
+            "–" if size is None else f"{int(size):,}",
+            f"{latencies['teacher']:.3g}" if "teacher" in latencies else "–",
+            *dashes,
+            "–",
+            score.format(teacher["score"]),
+            "–",
+            "–",
+        )
+        rows.insert(0, (None, cells))
+    unit = "points" if score.scale == 100 else "nats"
+    columns = (
+        "student",
+        "labels",
+        "parameters",
+        "ms",
+        "loss",
+        "T",
+        "alpha",
+        "K",
+        *map(short_name, varying),
+        "runs",
+        score.title,
+    )
+    return Figure(
+        "glance-table",
+        "All students",
+        "One line for runs that differ in their seed alone; ± is the standard deviation over seeds. Gap is to the teacher, "
+        f"gain over the best run of the same architecture on hard labels, both in {unit}: above zero is better. ms: one "
+        "sample on this CPU. A column's name sorts by it.",
+        None,
+        (*columns, "gap", "gain"),
+        rows,
+        width="whole",
+        sortable=True,
+    )
+
+
+def _points(report: Report, value: float | None) -> str:
+    return "–" if value is None else f"{report.score.scale * value:+.2f}"
+
+
+def settings_figures(report: Report) -> list[Figure]:
+    """Returns for each architecture its score over T and alpha, where it ran with several; the mean of equal ones."""
+    found: dict[str, dict[tuple[float, float], list[float]]] = {}
+    for run in report.runs:
+        if run.labels != "hard":
+            loss = run.config.loss
+            place = (loss.temperature, loss.alpha)
+            found.setdefault(run.model, {}).setdefault(place, []).append(
+                float(run.metrics[report.score.metric])
+            )
+    several = {model: cells for model, cells in found.items() if len(cells) > 1}
+    figures: list[Figure] = []
+    for model, cells in list(several.items())[:MAX_SURFACES]:
+        means = {place: float(np.mean(values)) for place, values in cells.items()}
+        rows: list[Any] = [
+            (None, (f"{t:g}", f"{alpha:g}", len(cells[t, alpha]), report.score.format(mean)))
+            for (t, alpha), mean in sorted(means.items())
+        ]
+        figures.append(
+            Figure(
+                f"glance-settings-{len(figures)}",
+                f"T and alpha: {model}",
+                f"{report.score.axis} by temperature (across) and alpha (up), the mean of runs with the same two.",
+                heat_of_values(
+                    {place: report.score.scale * mean for place, mean in means.items()},
+                    {place: report.score.format(mean) for place, mean in means.items()},
+                    x="temperature",
+                    y="alpha",
+                    reverse=not report.score.larger_is_better,
+                ),
+                ("T", "alpha", "runs", report.score.title),
+                rows,
+                width="half",
+            )
+        )
+    return figures
