@@ -42,7 +42,7 @@ class RolloutSettings(Settings):
     prompt_tokens: int = Field(16, ge=1)
     num_samples: int = Field(1, ge=1)
     temperature: float = Field(1.0, gt=0)
-    stop_tokens: tuple[str, ...] = ()
+    stop_tokens: tuple[str, ...] = Field((), strict=False)
     seed: int = Field(0, ge=0)
     batch_size: int = Field(64, ge=1)
     part_prompts: int = Field(512, ge=1)

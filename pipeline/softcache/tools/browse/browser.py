@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from softcache.errors import IncompleteCacheError
+from softcache.errors import IncompleteCacheError, LabelError
 from softcache.reader.cache import Cache
 from softcache.tools.browse.details import describe_sample
 from softcache.tools.browse.overview import MAX_VIEWS, Overview, choose_samples, summarize
@@ -37,9 +37,15 @@ class Browser:
             source: images and texts; None: those of the source that the manifest describes, where it is there.
 
         Raises:
+            LabelError: the cache holds vectors, which have no classes.
             IncompleteCacheError: no unit of view 0 is finished.
             CorruptionError: the stored bytes are not what was written.
         """
+        if cache.manifest.codec["name"] == "vectors":
+            raise LabelError(
+                f"cache {cache.url}: expected labels with classes; found hidden states (codec 'vectors'), without "
+                "class or entropy; `softcache inspect` has their lengths"
+            )
         self.cache, self.source = cache, source or SourceSamples(cache)
         self._lock = threading.Lock()
         self._chosen = choose_samples(cache)
