@@ -41,7 +41,7 @@ def test_tensorboard_has_the_curves_of_a_capture_and_a_student(tmp_path):
         assert [value for _, value in trained[name]] == pytest.approx(expected)
     per_epoch = metrics["steps"] // 2
     assert [step for step, _ in trained["accuracy"]] == [per_epoch, 2 * per_epoch]
-    assert [step for step, _ in trained["step/loss"]] == list(range(4, metrics["steps"] + 1, 4))
+    assert [step for step, _ in trained["train/loss"]] == list(range(4, metrics["steps"] + 1, 4))
     settings = next((out / "softcache").rglob("hparams.yml")).read_text()
     assert f"loss.temperature: {config.loss.temperature}" in settings
     assert "student.model: linear" in settings
@@ -89,7 +89,7 @@ def test_a_tracker_gets_project_run_settings_and_numbers(in_tmp, monkeypatch, na
     assert calls == [
         ("init", (first,), others),
         ("config", {"loss.alpha": 0.5, "loss.mix": "None"}),
-        (7, {"step/loss": 0.5, "step/lr": 1e-3}),
+        (7, {"train/loss": 0.5, "train/lr": 1e-3}),
         (8, {"evaluation/accuracy": 0.75}),
         "finish",
     ]

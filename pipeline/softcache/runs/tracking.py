@@ -86,7 +86,7 @@ class _Follower:
             self.close()
             self._started = fields  # opened with the first figures: a finished run has none
         elif event in ("step", "evaluation", "epoch"):
-            prefix = "" if event == "epoch" else f"{event}/"
+            prefix = {"epoch": "", "step": "train/"}.get(event, f"{event}/")
             self._log({f"{prefix}{key}": value for key, value in fields.items()}, fields["step"])
         elif event == "unit_done":
             self._units, self._rows = self._units + 1, self._rows + fields["rows"]
