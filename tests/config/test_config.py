@@ -42,12 +42,14 @@ def test_the_configs_of_the_repository_are_valid(path):
     assert config.name == path.stem
     kind = {
         "-lm": "text",
+        "hidden-states": "text",
+        "on-policy": "text",
         "-detection": "detection",
         "-segmentation": "segmentation",
         "translation": "translation",
     }
     assert config.source.modality == next((kind[end] for end in kind if path.stem.endswith(end)), "image")
-    pretrained = ("clip-zero-shot", "coco-detection", "hf-causal-lm", "imagenet-tar")
+    pretrained = ("clip-zero-shot", "coco-detection", "hf-causal-lm", "imagenet-tar", "on-policy")
     if path.stem not in pretrained:
         assert config.teacher.weights == f"runs/{path.stem}/teacher/model.safetensors"
         assert config.train_teacher is not None

@@ -54,6 +54,7 @@ class RunConfig(Settings):
         reader: how a student reads the cache.
         fusion: how `softcache fuse` makes one cache of several teachers.
         generate: how sequences are searched.
+        rollouts: how responses are sampled from a policy.
         sweep: the search of `softcache sweep`.
     """
 

@@ -33,6 +33,12 @@ class RolloutSettings(Settings):
     A prompt is what precedes the first learned token; of a text without prompts, its first `prompt_tokens`. A response ends
     with the tokenizer's end-of-text token or one of `stop_tokens`, or after `max_tokens`. At temperature 1,
     log-probabilities are those of the policy itself. `part_prompts` is what a killed run does again at most.
+
+    Attributes:
+        num_samples: responses to each prompt.
+        temperature: of the softmax that tokens are drawn from.
+        seed: of the draws.
+        batch_size: responses that are sampled at once.
     """
 
     policy: str | None = Field(None, min_length=1)
