@@ -108,6 +108,7 @@ PROGRAMS = [
     "docs/test_docs_site.py",
     "docs/test_extend.py",
     "docs/test_notebook.py",
+    "docs/test_snippets.py",
     "labels/test_one_pass.py::test_the_kernels_compile_for_gpus_without_spills",
     "labels/test_sparsify_compiled.py::test_the_process_that_compiles_makes_the_bits_of_all_that_come_after_it",
     "modalities/test_student_source_shown.py",

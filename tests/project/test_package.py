@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,16 @@ def test_a_package_exports_its_public_names(package):
     assert [name for name in module.__all__ if not hasattr(module, name)] == []
     with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'there_is_none'"):
         _ = module.there_is_none
+
+
+def test_the_public_names_are_those_that_are_promised():
+    text = (ROOT / "docs/compatibility.md").read_text().partition("## Public names")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(softcache[\w.]*)` \| (`.*) \|$", text, re.M)
+    promised = {module: set(re.findall(r"`(\w+)`", names)) for module, names in rows}
+    assert {"softcache", "softcache.reader", "softcache.labels", "softcache.losses"} <= promised.keys()
+    for module, names in promised.items():
+        assert names == set(import_module(module).__all__), f"{module}: docs/compatibility.md lists others"
+    assert (ROOT / "pipeline/softcache/py.typed").exists()
 
 
 def test_a_package_opens_with_a_sentence():

@@ -14,7 +14,7 @@ from softcache.data.images import ImageBatch
 from softcache.errors import ConfigError, LabelError
 from softcache.hashing.digests import digest_json
 from softcache.models.hugging_face import hf_scheme, is_multi_label, num_hf_outputs
-from softcache.models.image import Normalize, build_model
+from softcache.models.image import build_model
 from softcache.models.spec import ModelSpec, parse_spec
 from softcache.models.timm_config import has_source, timm_config
 from softcache.models.weight_files import load_weights
@@ -40,7 +40,7 @@ class ImageTeacher(Teacher):
         self,
         model: nn.Module,
         *,
-        normalize: Normalize,
+        normalize: nn.Module,
         class_map: tuple[int, ...] | None = None,
         num_outputs: int | None = None,
         flips: bool = False,
@@ -137,7 +137,7 @@ def load_image_teacher(
     *,
     num_classes: int,
     input_shape: tuple[int, int, int],
-    normalize: Normalize,
+    normalize: nn.Module,
     class_names: Sequence[str] = (),
     order_is_guessed: bool = False,
     device: torch.device,
