@@ -75,7 +75,7 @@ def fidelity(
     teacher = open_teacher(config, data)
     with progress_bar("fidelity: teacher", rows, "rows") as advance:
         rerun = rerun_teacher(cache, data.train, teacher, num_rows=rows, seed=seed, progress=advance)
-    with progress_bar("fidelity: frontier", num_points(cache.num_classes), "points") as advance:
+    with progress_bar("fidelity: frontier", num_points(cache.num_classes, rerun.width), "points") as advance:
         report, points = measure_cache(cache, rerun, temperatures=wanted, progress=advance)
     report = {"config": config.name, "seed": seed, **report}
     folder = Path(out) if out else config.root / "fidelity"
@@ -104,6 +104,8 @@ def _kind(report: dict[str, Any]) -> str:
     """Returns the cache's policy as the figure labels it."""
     labels = report["labels"]
     policy = labels["policy"]
+    if policy == "hidden":
+        return f"hidden, {labels['components']} coordinates" if "components" in labels else "hidden states"
     if policy == "hybrid":
         return f"hybrid, K={labels['k']}+{labels['draws']}"
     if policy == "sample":
@@ -114,6 +116,8 @@ def _kind(report: dict[str, Any]) -> str:
 
 def _codec(report: dict[str, Any]) -> str:
     codec = report["codec"]
+    if codec["name"] == "vectors":
+        return str(codec["vectors"]["hidden"]["values"])
     return f"packed 1/{1 / codec['step']:.0f}" if codec.get("step") else f"{codec['name']} {codec['values']}"
 
 
@@ -165,5 +169,35 @@ def _print(report: dict[str, Any]) -> None:
             row += [f"{found[name]:.2e}" for name in names]
         rows.append(row)
     print_table(f"{_title(report)}: {_kind(report)}, {_codec(report)}", columns, rows)
+    _print_states(report)
     sizes = [(name, f"{size:.2f}") for name, size in report["bytes_per_position"].items()]
     print_table("bytes per position", ("column", "bytes"), sizes)
+
+
+def _print_states(report: dict[str, Any]) -> None:
+    """Prints what hidden states would take and hold, next to the best of the other policies in at most as many bytes."""
+    points = report["frontier"]
+    states = [point for point in points if point["policy"] == "hidden"]
+    if not states:
+        return
+    at = next(iter(report["temperatures"])), list(report["temperatures"])[-1]
+    cut = [point for point in points if point["policy"] in ("top_k", "top_p")]
+    rows = []
+    for point in sorted(states, key=lambda point: point["bytes_per_position"]["total"]):
+        size, kept = point["bytes_per_position"]["total"], point["components"]
+        row = [f"{point['codec']}{'' if kept is None else f', {kept} coordinates'}", f"{size:.0f}"]
+        for t in at:
+            other = min(
+                (
+                    one["temperatures"][t]["kl_nats"]
+                    for one in cut
+                    if one["bytes_per_position"]["total"] <= size
+                ),
+                default=None,
+            )
+            row += [f"{point['temperatures'][t]['kl_nats']:.1e}", "-" if other is None else f"{other:.1e}"]
+        rows.append(row)
+    columns = ["hidden states as", "bytes"]
+    for t in at:
+        columns += [f"KL at T={t}", "top-k, as many bytes"]
+    print_table("hidden states of these rows, and top-k or top-p in at most as many bytes", columns, rows)

@@ -223,3 +223,36 @@ def test_an_empty_cache_has_nothing_to_measure(tmp_path):
         unit.unlink()
     with pytest.raises(IncompleteCacheError, match="no finished row"):
         rerun_teacher(type(cache)(cache.url), data.train, open_teacher(config, data), num_rows=10, seed=0)
+
+
+def test_hidden_states_are_points_of_the_frontier_and_a_cache_of_them_is_measured(tmp_path):
+    config, data, cache = make_text_cache(
+        tmp_path / "cache", tmp_path, labels={"policy": "hidden", "values": "int8"}
+    )
+    rerun = rerun_teacher(cache, data.train, open_teacher(config, data), num_rows=60, seed=0)
+    report, points = measure_cache(cache, rerun, temperatures=[1.0, 4.0])
+    states = {(point.codec, point.components): point for point in points if point.policy == "hidden"}
+    assert set(states) == {
+        ("bfloat16", None),
+        ("int8", None),
+        ("float8_e4m3", None),
+        ("int8", 8),
+        ("int8", 4),
+    }
+    for t in ("1", "4"):
+        nats = {key: point.temperatures[t]["kl_nats"] for key, point in states.items()}
+        assert nats["bfloat16", None] < nats["float8_e4m3", None] < nats["int8", 8] < nats["int8", 4]
+        # The rows of the cache are the states in int8, and their error is that of the frontier's point.
+        found = report["temperatures"][t]
+        assert found["kl_mean_nats"] == pytest.approx(nats["int8", None], rel=0.02)
+        assert found["gradient_error"] == pytest.approx(
+            states["int8", None].temperatures[t]["gradient_error"], rel=0.02
+        )
+        assert found["tail_bound_max"] == 0.0
+    p_PV = (rerun.logits_PV.double()).softmax(1)
+    assert rerun.states is not None
+    head = rerun.states.head
+    whole_PV = rerun.states.states_PD.double() @ head.weight.double().T
+    torch.testing.assert_close(whole_PV.softmax(1), p_PV, atol=1e-6, rtol=0)
+    sizes = {key: point.bytes_per_position["hidden"] for key, point in states.items()}
+    assert sizes["int8", 4] < sizes["int8", 8] < sizes["int8", None] < sizes["bfloat16", None]

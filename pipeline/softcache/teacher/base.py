@@ -135,6 +135,7 @@ class Teacher(TeacherFacts, ABC):
 
     Attributes:
         has_row_scores: whether each row has one ground-truth class, by which `score` scores it.
+        has_states: whether it is seen as a backbone and a head: `states`, `output_head`.
 
     Args:
         weights_digest: of the model; None: digested now. It is to be taken before the model's first forward pass:
@@ -143,6 +144,7 @@ class Teacher(TeacherFacts, ABC):
     """
 
     has_row_scores = True
+    has_states = False
 
     def __init__(
         self,

@@ -44,6 +44,7 @@ class LanguageTeacher(Teacher):
     """
 
     group: TeacherGroup | None = None
+    has_states = True
 
     def __init__(
         self,

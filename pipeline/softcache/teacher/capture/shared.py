@@ -25,7 +25,7 @@ from softcache.labels import OutputHead
 from softcache.labels.sparsify import Hidden, LabelSettings
 from softcache.teacher.base import Teacher
 
-__all__ = ["SAMPLED_ROWS", "leading_coordinates", "parsed_head", "shared_objects"]
+__all__ = ["SAMPLED_ROWS", "leading_coordinates", "parsed_head", "sample_states", "shared_objects"]
 
 SAMPLED_ROWS = 8192
 """Rows that coordinates are chosen by; at least four for each number of a state, of samples from all over the source."""
@@ -47,7 +47,7 @@ def shared_objects(
     assert isinstance(labels, Hidden)
     head = teacher.output_head()
     if labels.components is not None:
-        states_ND = _sample_states(teacher, data, labels, batch_size)
+        states_ND = sample_states(teacher, data, batch_size=batch_size)
         head = leading_coordinates(states_ND, head, labels.components)
     tensors = {name: getattr(head, name) for name in ("weight", "bias", "mean", "encoder")}
     stored = save({name: x.cpu().contiguous() for name, x in tensors.items() if x is not None})
@@ -66,7 +66,7 @@ def parsed_head(objects: Mapping[str, bytes], teacher: Teacher, labels: LabelSet
 
 
 @torch.inference_mode()
-def _sample_states(teacher: Teacher, data: Data, labels: LabelSettings, batch_size: int) -> torch.Tensor:
+def sample_states(teacher: Teacher, data: Data, *, batch_size: int) -> torch.Tensor:
     """Returns hidden states [N, D] of samples from all over the source, in the order of their numbers."""
     width = teacher.output_head().weight.shape[1]
     wanted = max(SAMPLED_ROWS, 4 * width)

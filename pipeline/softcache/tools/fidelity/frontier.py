@@ -13,18 +13,21 @@ noise; with so few draws a bias below a third of the noise cannot be distinguish
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from softcache.cache.codecs import DEFAULT_STEP, Codec, OpenCodec, PackedCodec
+from softcache.cache.codecs import DEFAULT_STEP, Codec, OpenCodec, PackedCodec, VectorCodec
+from softcache.cache.codecs.vectors import Vector
 from softcache.cache.manifest import Manifest, Plan
 from softcache.cache.storage.local import LocalObjects
 from softcache.cache.units import open_store
-from softcache.labels import SoftLabels, truncate_labels
-from softcache.labels.sparsify import LabelSettings, TopK, label_settings
+from softcache.labels import DEFAULT_TEMPERATURES, OutputHead, SoftLabels, VectorLabels, truncate_labels
+from softcache.labels.sparsify import Hidden, LabelSettings, TopK, label_settings
+from softcache.losses import kl_terms
+from softcache.teacher.capture.shared import leading_coordinates
 from softcache.tools.fidelity.metrics import gradient_difference, measure
 from softcache.tools.fidelity.reference import ReferenceDistribution
 from softcache.tools.fidelity.teacher_logits import Rerun
@@ -37,6 +40,7 @@ STEPS = (1 / 8, 1 / 32, DEFAULT_STEP)
 DEFAULT_CODECS = ("open float16", f"packed 1/{round(1 / DEFAULT_STEP)}")
 """The codecs under which every policy is measured: the defaults of the two."""
 DRAWS = 4
+STATE_VALUES = ("bfloat16", "int8", "float8_e4m3")
 _CHUNK_ELEMENTS = 2**22
 
 
@@ -46,8 +50,8 @@ class Point:
 
     Attributes:
         policy: as in `[labels]`.
-        codec: "open float16", "open float32" or "packed 1/32".
-        k, p, draws, proposal_exponent: of the policy; None where it does not read them.
+        codec: "open float16", "open float32" or "packed 1/32"; of hidden states how their numbers are stored.
+        k, p, draws, proposal_exponent, components: of the policy; None where it does not read them.
         bytes_per_position: of a column and in total, with the columns other than labels.
         temperatures: the means by temperature: `kl_nats` and `bucket_kl_nats` (None of drawn records), `gradient_error`
             and of drawn records its two parts `gradient_bias` and `gradient_noise`; all relative to the true gradient.
@@ -59,6 +63,7 @@ class Point:
     p: float | None = None
     draws: int | None = None
     proposal_exponent: float | None = None
+    components: int | None = None
     bytes_per_position: dict[str, float] = field(default_factory=dict)
     temperatures: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
@@ -96,9 +101,20 @@ def plan_points(num_classes: int, names: Sequence[str], exponent: float = 1.0) -
     return points
 
 
-def num_points(num_classes: int) -> int:
-    """Returns how many points `frontier` measures."""
-    return len(plan_points(num_classes, list(codecs(num_classes, (1.0,)))))
+def plan_state_points(width: int | None) -> list[Point]:
+    """Returns the points of hidden states of that width: every encoding, and halves of the coordinates down to a 16th."""
+    if width is None:
+        return []
+    sizes = [width // 2**power for power in range(1, 5) if width // 2**power >= 4]
+    return [
+        *(Point("hidden", values) for values in STATE_VALUES),
+        *(Point("hidden", "int8", components=size) for size in sizes),
+    ]
+
+
+def num_points(num_classes: int, width: int | None = None) -> int:
+    """Returns how many points `frontier` measures; `width` is that of the teacher's hidden states, if it has any."""
+    return len(plan_points(num_classes, list(codecs(num_classes, (1.0,))))) + len(plan_state_points(width))
 
 
 def frontier(
@@ -117,7 +133,7 @@ def frontier(
         other_bytes: of a position's columns other than labels.
         progress: called with a number of points.
     """
-    grid = tuple(manifest.codec["temperatures"])
+    grid = tuple(manifest.codec["temperatures"]) or DEFAULT_TEMPERATURES
     num_classes = rerun.logits_PV.shape[1]
     makers = codecs(num_classes, grid)
     truths = [ReferenceDistribution(rerun.logits_PV, t) for t in temperatures]
@@ -148,7 +164,72 @@ def frontier(
             replace(point, bytes_per_position=size | {"total": sum(size.values())}, temperatures=found)
         )
         progress(1)
+    for state_point in _measure_states(rerun, manifest, truths, other_bytes):
+        out.append(state_point)
+        progress(1)
     return out
+
+
+def _measure_states(
+    rerun: Rerun, manifest: Manifest, truths: Sequence[ReferenceDistribution], other_bytes: float
+) -> Iterator[Point]:
+    """Yields the points of hidden states, measured; none where the teacher has none."""
+    if rerun.states is None:
+        return
+    whole, points = rerun.states.head, plan_state_points(rerun.width)
+    most = max((point.components or 0 for point in points), default=0)
+    leading = leading_coordinates(rerun.states.sampled_ND, whole, most) if most else whole
+    for point in points:
+        size, head = point.components, whole
+        if size is not None:  # fewer coordinates are the first of more
+            head = leading._replace(weight=leading.weight[:, :size], encoder=leading.encoder[:, :size])
+        settings = Hidden.model_validate({"values": point.codec, "components": size})
+        labels = settings.apply_states(rerun.states.states_PD, head)
+        vector = Vector(size or rerun.states.states_PD.shape[1], point.codec)
+        codec = VectorCodec(rerun.logits_PV.shape[1], (("hidden", vector),))
+        sizes = encoded_bytes(dict(labels.to_numpy().arrays), codec, manifest) | {
+            "other columns": other_bytes
+        }
+        yield replace(
+            point,
+            bytes_per_position=sizes | {"total": sum(sizes.values())},
+            temperatures=_state_errors(labels, head, rerun, truths),
+        )
+
+
+def _state_errors(
+    labels: VectorLabels, head: OutputHead, rerun: Rerun, truths: Sequence[ReferenceDistribution]
+) -> dict[str, dict[str, float | None]]:
+    """Returns the errors of what a head makes of stored states, by temperature; each class is a bucket."""
+    rows = max(1, _CHUNK_ELEMENTS // rerun.logits_PV.shape[1])
+    nats, squares = [0.0] * len(truths), [0.0] * len(truths)
+    labels = replace(labels, head=_Known(head))
+    for start in range(0, len(rerun), rows):
+        part = slice(start, start + rows)
+        found_PV, truth_PV = labels.take(part).head_logits().double(), rerun.logits_PV[part].double()
+        for index, truth in enumerate(truths):
+            log_p_PV, log_q_PV = ((z / truth.temperature).log_softmax(1) for z in (truth_PV, found_PV))
+            nats[index] += float(kl_terms(log_p_PV, log_q_PV).sum())
+            squares[index] += float((log_p_PV.exp() - log_q_PV.exp()).square().sum())
+    return {
+        f"{truth.temperature:g}": {
+            "kl_nats": total / len(rerun),
+            "bucket_kl_nats": total / len(rerun),
+            "gradient_error": (square / float(truth.gradient_P.sum())) ** 0.5,
+            "gradient_bias": (square / float(truth.gradient_P.sum())) ** 0.5,
+            "gradient_noise": 0.0,
+        }
+        for truth, total, square in zip(truths, nats, squares, strict=True)
+    }
+
+
+class _Known(NamedTuple):
+    """A head that is there already."""
+
+    head: OutputHead
+
+    def load(self, device: Any) -> OutputHead:
+        return self.head
 
 
 def _sparse(rerun: Rerun, settings: LabelSettings, draw: int, rows: slice = slice(None)) -> SoftLabels:

@@ -44,6 +44,9 @@ STYLE: Any = {
     "svg.hashsalt": "softcache",
 }
 
+STATE_STYLE: Any = {"bfloat16": ("s", "hidden, bfloat16"), "float8_e4m3": ("X", "hidden, float8")}
+STATE_COLOR = "#7F7F7F"
+
 LEGEND: Any = {"handlelength": 2.6, "labelspacing": 0.3, "columnspacing": 1.5}
 
 
@@ -117,6 +120,7 @@ def _draw_divergence(axes: Any, points: Sequence[Point], key: str, own: dict[str
                 )
             if (policy, codec) == ("top_p", "open float16"):
                 _annotate(axes, chosen, key, "kl_nats", lambda point: f"p={point.p:g}", color, (5, 1), "left")
+    _draw_states(axes, points, key, "kl_nats")
     if own["kl_nats"] is not None:
         _star(axes, own, "kl_nats")
 
@@ -136,7 +140,30 @@ def _draw_gradient(axes: Any, points: Sequence[Point], key: str, own: dict[str, 
             _annotate(
                 axes, chosen, key, "gradient_error", lambda point: f"N={point.draws}", color, (3, 4), "left"
             )
+    _draw_states(axes, points, key, "gradient_error")
     _star(axes, own, "gradient_error")
+
+
+def _draw_states(axes: Any, points: Sequence[Point], key: str, name: str) -> None:
+    """Draws hidden states, where the teacher has any: a curve over the coordinates that are kept, and other encodings."""
+    states = [point for point in points if point.policy == "hidden"]
+    curve = sorted(
+        (point for point in states if point.codec == "int8"),
+        key=lambda point: point.bytes_per_position["total"],
+    )
+    x, y = _curve(curve, key, name)
+    if x:
+        axes.plot(x, y, "-", color=STATE_COLOR, marker="P", label="hidden, int8 (R of D)")
+        texts = {True: "whole", False: "R={}"}
+        _annotate(
+            *(axes, curve, key, name),
+            lambda point: texts[point.components is None].format(point.components),
+            *(STATE_COLOR, (3, 4), "left"),
+        )
+    for codec, (marker, label) in STATE_STYLE.items():
+        x, y = _curve([point for point in states if point.codec == codec], key, name)
+        if x:
+            axes.plot(x, y, marker, color=STATE_COLOR, label=label)
 
 
 def _curve(points: Sequence[Point], key: str, name: str) -> tuple[list[float], list[float]]:

@@ -13,7 +13,7 @@ from softcache.reader.cache import Cache
 from softcache.tools.fidelity.frontier import Point, frontier
 from softcache.tools.fidelity.metrics import measure
 from softcache.tools.fidelity.reference import STUDENT_T, ReferenceDistribution
-from softcache.tools.fidelity.teacher_logits import Rerun
+from softcache.tools.fidelity.teacher_logits import Rerun, check_measured
 
 __all__ = ["bytes_per_position", "measure_cache"]
 
@@ -32,7 +32,7 @@ def measure_cache(
     Raises:
         TemperatureError: the cache does not reach one of the temperatures.
     """
-    cache.manifest.soft_codec(f"fidelity, cache {cache.url}")
+    check_measured(cache)
     sizes = bytes_per_position(cache)
     if cache.manifest.store == "zarr":
         other_bytes = sum(size for name, size in sizes.items() if name in LABEL_FREE)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,15 +17,30 @@ from torch import Tensor
 
 from softcache.data.batch import Dataset
 from softcache.errors import AlignmentError, IdentityError, IncompleteCacheError
-from softcache.labels import MixedTargets, SoftLabels, concat
-from softcache.labels.sparsify import describe_fault, logit_faults, row_seeds
+from softcache.labels import MixedTargets, OutputHead, SoftLabels, VectorLabels, concat
+from softcache.labels.sparsify import dense, describe_fault, logit_faults, row_seeds
 from softcache.reader.alignment import attach_labels, check_alignment
 from softcache.reader.cache import Cache
 from softcache.teacher.base import Teacher
+from softcache.teacher.capture.shared import sample_states
 
-__all__ = ["Rerun", "rerun_teacher"]
+__all__ = ["Rerun", "RerunStates", "check_measured", "rerun_teacher"]
 
 ROWS_PER_SAMPLE = 8
+
+
+class RerunStates(NamedTuple):
+    """The hidden states of the rows of a rerun, of a language model; on the CPU.
+
+    Attributes:
+        states_PD: [P, D] float32.
+        head: that makes logits of them.
+        sampled_ND: [N, D] float32, states of samples from all over the source, by which coordinates are chosen.
+    """
+
+    states_PD: Tensor
+    head: OutputHead
+    sampled_ND: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +49,11 @@ class Rerun:
 
     Attributes:
         logits_PV: [P, V] float32.
-        labels: torch record of the P rows, as the cache holds them.
+        labels: torch record of the P rows, as the cache holds them; of hidden states what its head makes of them.
         targets_P: [P] int64, the ground truth.
         seeds_P: [P] int64, of draws from these rows (`sparsify.row_seeds`).
         num_samples: that the rows are of.
+        states: of a teacher that is seen as a backbone and a head; else None.
     """
 
     logits_PV: Tensor
@@ -44,6 +61,12 @@ class Rerun:
     targets_P: Tensor
     seeds_P: Tensor
     num_samples: int
+    states: RerunStates | None = None
+
+    @property
+    def width(self) -> int | None:
+        """D of the hidden states, where there are any."""
+        return None if self.states is None else self.states.states_PD.shape[1]
 
     def __len__(self) -> int:
         return len(self.logits_PV)
@@ -72,7 +95,7 @@ def rerun_teacher(
         IncompleteCacheError: the cache has no finished row.
         LabelError: it is of a detector's cells.
     """
-    cache.manifest.soft_codec(f"fidelity, cache {cache.url}")
+    check_measured(cache)
     check_teacher(cache, teacher)
     check_alignment(cache, data)
     draw = np.random.default_rng(seed)
@@ -87,13 +110,27 @@ def rerun_teacher(
         raise IncompleteCacheError(
             f"cache {cache.url}: no finished row to measure; run `softcache teacher-logits` first"
         )
+    states = None
+    if teacher.has_states:
+        head = teacher.output_head()
+        on_cpu = head._replace(weight=head.weight.cpu(), bias=None if head.bias is None else head.bias.cpu())
+        sampled_ND = sample_states(teacher, data, batch_size=batch_size).cpu()
+        states_PD = torch.cat([part.states.states_PD for part in parts if part.states is not None])
+        states = RerunStates(states_PD, on_cpu, sampled_ND)
     return Rerun(
         torch.cat([part.logits_PV for part in parts]),
         concat([part.labels for part in parts]),
         torch.cat([part.targets_P for part in parts]),
         torch.cat([part.seeds_P for part in parts]),
         sum(part.num_samples for part in parts),
+        states,
     )
+
+
+def check_measured(cache: Cache) -> None:
+    """Raises LabelError unless the labels of a cache are one distribution over all classes, or hidden states."""
+    if cache.manifest.codec["name"] != "vectors":
+        cache.manifest.soft_codec(f"fidelity, cache {cache.url}")
 
 
 def check_teacher(cache: Cache, teacher: Teacher) -> None:
@@ -157,5 +194,11 @@ def _rerun(
             raise IdentityError(
                 f"teacher {teacher.spec}: {describe_fault(code)} in view {view}, where it had none when it made the cache"
             )
+    states = None
+    if teacher.has_states:
+        states_PD = torch.cat([chunk_PD.float().cpu() for chunk_PD in teacher.states(batch)])
+        states = RerunStates(states_PD, teacher.output_head(), states_PD)
+    if isinstance(labels, VectorLabels):
+        labels = dense(labels.to_torch().head_logits(), temperatures=(1.0,))
     seeds_P = row_seeds(batch.fingerprints, batch.row_counts, batch.positions, seed=0)
-    return Rerun(logits_PV, labels, MixedTargets.own_classes(batch.targets), seeds_P, len(samples))
+    return Rerun(logits_PV, labels, MixedTargets.own_classes(batch.targets), seeds_P, len(samples), states)
