@@ -24,7 +24,7 @@ from tests.support.losses_dense import (
 )
 
 INF = math.inf
-SYMMETRIC = [name for name in DENSE if name not in ("cross_entropy", "nkd")]  # 0 where both are equal
+SYMMETRIC = [name for name in DENSE if name not in ("cross_entropy", "nkd", "pld")]  # 0 where both are equal
 COMBINATIONS = [(name, tail) for name in COMPARING for tail in LOSSES.get(name).tails]
 
 
@@ -70,6 +70,8 @@ def test_with_every_class_kept_it_is_the_papers_formula(name, num_classes, tempe
         ("adaptive_kl", {"mu": 0.1}),
         ("dkd", {"dkd_alpha": 0.5, "dkd_beta": 2.0}),
         ("nkd", {"nkd_gamma": 0.7}),
+        ("tail_decoupled_kl", {"head": 3, "tail_weight": 5.0}),
+        ("tail_decoupled_kl", {"head": 2, "tail_weight": 0.5}),
     ],
 )
 def test_parameters_mean_what_the_papers_say(name, parameters):
@@ -110,6 +112,18 @@ def test_dkd_of_equal_coupling_is_the_forward_divergence():
     )
     whole = plain("forward_kl", student, labels, temperature=2.0)
     torch.testing.assert_close(target + (1 - p_t) * others, whole, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [3, 7, V])
+def test_a_decoupled_tail_of_weight_one_is_the_forward_divergence(k):
+    labels, student = top_k(make_logits(P, V, 16), k=k), make_logits(P, V, 17)
+    how = {"temperature": 2.0}
+    whole = plain("forward_kl", student, labels, **how)
+    one, heavy = (
+        plain("tail_decoupled_kl", student, labels, head=3, tail_weight=w, **how) for w in (1.0, 4.0)
+    )
+    torch.testing.assert_close(one, whole, rtol=1e-9, atol=1e-12)
+    assert (heavy > whole + 1e-6).all() == (k > 3), "with as many kept as in the head, the tail has no shape"
 
 
 def test_soft_cross_entropy_is_the_divergence_plus_the_teachers_entropy():
@@ -238,7 +252,7 @@ def test_the_factor_for_the_temperature_is_the_papers(name):
         if name == "uld"
         else plain(name, student, labels, temperature=4.0)
     )
-    factor = 1 if name in ("uld", "total_variation", "nkd") else 16  # nkd's is in one of its terms
+    factor = 1 if name in ("uld", "total_variation", "nkd", "pld") else 16  # nkd's is in one of its terms
     assert found.item() == pytest.approx(factor * plain_.mean().item(), rel=1e-12)
 
 

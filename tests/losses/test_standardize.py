@@ -11,7 +11,7 @@ from softcache.labels.sparsify import dense, dense_labels_unsorted, top_k
 from softcache.losses import distillation_loss, forward_kl, make_loss, standardized
 from softcache.losses.fused import fused_distillation_loss
 from tests.losses.test_functional import make_logits
-from tests.support.losses_dense import COMPARING, DENSE, TARGETS, P, V
+from tests.support.losses_dense import COMPARING, DENSE, TARGETS, WITH_TAIL, P, V
 
 INF = math.inf
 
@@ -27,9 +27,9 @@ def test_it_is_the_loss_of_z_scores(name, temperature):
     loss = make_loss(name, standardize=True)
     found = distillation_loss(student, dense(teacher), TARGETS, temperature=temperature, alpha=1.0, loss=loss)
     p, s = ((z_scores(x) / temperature).softmax(1) for x in (teacher, student))
-    if name == "adaptive_kl":
+    if name in WITH_TAIL:
         p, s = (torch.cat([x, torch.zeros(P, 1)], 1) for x in (p, s))
-    expected = temperature ** (0 if name == "total_variation" else 2) * DENSE[name](p, s, TARGETS)
+    expected = temperature ** (0 if name in ("total_variation", "pld") else 2) * DENSE[name](p, s, TARGETS)
     if name == "nkd":  # whose other part is at T=1, of the logits as they are
         at = (TARGETS[:, None], student.log_softmax(1), teacher.softmax(1))
         expected = expected - (at[2].gather(1, at[0]) * at[1].gather(1, at[0]))[:, 0]
@@ -38,7 +38,7 @@ def test_it_is_the_loss_of_z_scores(name, temperature):
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", [name for name in COMPARING if name not in ("cross_entropy", "nkd")])
+@pytest.mark.parametrize("name", [name for name in COMPARING if name not in ("cross_entropy", "nkd", "pld")])
 def test_scale_and_shift_of_the_student_do_not_matter(name):
     teacher = make_logits(P, V, 2)
     labels = top_k(teacher, k=4, targets_P=TARGETS, temperatures=(1.0, 2.0))

@@ -86,6 +86,33 @@ def nkd(p, s, targets, nkd_gamma=1.5):
     return -nkd_gamma * _plogq(_split(p, targets)[2], _split(s, targets)[2]).sum(1)
 
 
+def tail_decoupled_kl(p, s, targets, head=10, tail_weight=2.0):
+    """The last column is the tail, and never in the head."""
+    out = []
+    for p_row, s_row in zip(p, s, strict=True):
+        ranked = sorted(range(len(p_row) - 1), key=lambda j: -p_row[j].item())
+        near, far = ranked[:head], [*ranked[head:], len(p_row) - 1]
+        coarse = [torch.cat([x[near], x[far].sum()[None]])[None] for x in (p_row, s_row)]
+        alpha, rest = p_row[far].sum(), s_row[far].sum()
+        within = kl((p_row[far] / alpha)[None], (s_row[far] / rest)[None])[0] if alpha > 0 else 0.0
+        out.append(kl(*coarse)[0] + tail_weight * alpha * within)
+    return torch.stack(out)
+
+
+def pld(p, s, targets):
+    """The last column is the tail, and chosen last."""
+    out = []
+    for p_row, s_row, target in zip(p, s, targets.tolist(), strict=True):
+        others = [j for j in range(len(p_row) - 1) if j != target and p_row[j] > 0]
+        order = [target, *sorted(others, key=lambda j: -p_row[j].item())]
+        left, value = s_row.sum(), 0.0
+        for j in order:
+            value = value - p_row[j] * (s_row[j].log() - left.log())
+            left = left - s_row[j]
+        out.append(value)
+    return torch.stack(out)
+
+
 DENSE = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
@@ -97,7 +124,11 @@ DENSE = {
     "dkd": dkd,
     "nkd": nkd,
     "cross_entropy": cross_entropy,
+    "tail_decoupled_kl": tail_decoupled_kl,
+    "pld": pld,
 }
+WITH_TAIL = ("adaptive_kl", "tail_decoupled_kl", "pld")
+"""Of whose formulas the last column is a tail."""
 
 
 def plain(name, student, labels, targets=TARGETS, *, temperature, tail="bucket", padded=False, **parameters):
@@ -122,7 +153,7 @@ def truth_part(name, teacher, student, targets=TARGETS):
 def written_out(name, teacher, student, targets=TARGETS, *, temperature, **parameters):
     """The papers' formula over whole distributions."""
     p, s = (teacher / temperature).softmax(1), (student / temperature).softmax(1)
-    if name == "adaptive_kl":  # whose last column is a tail
+    if name in WITH_TAIL:
         p, s = (torch.cat([x, torch.zeros(len(x), 1)], 1) for x in (p, s))
     value = DENSE[name](p, s, targets, **parameters)
     return value * (temperature**2 if name == "nkd" else 1) + truth_part(name, teacher, student, targets)

@@ -36,10 +36,12 @@ from softcache.losses.functional import (
     forward_kl,
     jsd,
     nkd,
+    pld,
     reverse_kl,
     skew_kl,
     skew_reverse_kl,
     soft_cross_entropy,
+    tail_decoupled_kl,
     total_variation,
 )
 from softcache.losses.log_space import kl_terms
@@ -71,6 +73,7 @@ __all__ = [
     "kl_terms",
     "make_loss",
     "nkd",
+    "pld",
     "reverse_kl",
     "row_weights",
     "scheduled",
@@ -78,6 +81,7 @@ __all__ = [
     "skew_reverse_kl",
     "soft_cross_entropy",
     "standardized",
+    "tail_decoupled_kl",
     "total_variation",
     "uld",
 ]

@@ -25,10 +25,12 @@ __all__ = [
     "forward_kl",
     "jsd",
     "nkd",
+    "pld",
     "reverse_kl",
     "skew_kl",
     "skew_reverse_kl",
     "soft_cross_entropy",
+    "tail_decoupled_kl",
     "total_variation",
 ]
 
@@ -169,5 +171,7 @@ skew_reverse_kl = _make_function("skew_reverse_kl")
 adaptive_kl = _make_function("adaptive_kl")
 total_variation = _make_function("total_variation")
 soft_cross_entropy = _make_function("cross_entropy")
+tail_decoupled_kl = _make_function("tail_decoupled_kl")
 dkd = _make_target_function("dkd")
 nkd = _make_target_function("nkd")
+pld = _make_target_function("pld")
