@@ -3,8 +3,8 @@
     python -m benchmarks.losses
 
 Images: 1,501 digits, K = 3 of 10 classes, T = 2. Text: the standard library's source, a teacher and students of
-transformers' architectures, K = 32 of 1,024 tokens, T = 1. alpha = 0.9 throughout; the parameters of each loss are its
-defaults, but for the head of `tail_decoupled_kl`, which is below K. Results are kept in OUT, one line each, and not run again.
+transformers' architectures, K = 32 of 1,024 tokens, T = 1. alpha = 0.9 throughout; its parameters are the
+defaults, but the head of `tail_decoupled_kl`, which is below K. Results are kept in OUT, one line each, and not made again.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def run_kind(kind: str, seeds: list[int], out: Path) -> dict[str, list[Any]]:
     tables = tables_of(kind, out)
     config = build_config(tables, "benchmarks.losses")
     data = open_data(config)
-    _make_teacher(config, data, out / kind)
+    train_missing_teacher(config, data, out / kind)
     cache, _ = capture_labels(config, data, open_teacher(config, data), str(out / kind / "cache"))
     metric = modality_of(config).score.metric
     found: dict[str, list[Any]] = {}
@@ -118,8 +118,9 @@ def run_kind(kind: str, seeds: list[int], out: Path) -> dict[str, list[Any]]:
     return found
 
 
-def _make_teacher(config: RunConfig, data: Any, folder: Path) -> None:
-    """Trains the teacher where its weights are missing."""
+def train_missing_teacher(config: RunConfig, data: Any, folder: Path) -> None:
+    """Trains the teacher where FOLDER/teacher.safetensors is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
     weights = folder / "teacher.safetensors"
     if weights.exists():
         return

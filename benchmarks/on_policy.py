@@ -1,9 +1,10 @@
 """On-policy distillation from a cache of rollouts against the live form: same student, same number of updates.
 
+    OMP_NUM_THREADS=1 python -m benchmarks.on_policy
     pip download iglm==0.1.0 --no-deps
-    OMP_NUM_THREADS=1 python -m benchmarks.on_policy iglm-0.1.0-py3-none-any.whl
+    OMP_NUM_THREADS=1 python -m benchmarks.on_policy --wheel iglm-0.1.0-py3-none-any.whl
 
-Teacher and student are those of `benchmarks.iglm`: a published GPT-2 of antibody sequences, and the architecture of its
+Teacher and student are transformers' architectures on the standard library's source (`benchmarks.losses`), or those of `benchmarks.iglm`: a published GPT-2 of antibody sequences, and the architecture of its
 small sibling, fine-tuned first on a cache of the teacher's own sequences. Each arm goes on from that student:
 
     live        every step samples from the student as it is and asks the teacher: a pass of both for each rollout
@@ -24,13 +25,14 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import numpy as np
 import torch
 
-from benchmarks.iglm import save_checkpoint, tables_of, write_sequences
+from benchmarks import iglm
+from benchmarks import losses as losses_benchmark
 from softcache.cache.storage.local import LocalObjects
 from softcache.config.load import build_config
 from softcache.config.run import RunConfig
@@ -46,13 +48,20 @@ from softcache.student.tasks import TokenStudent
 from softcache.teacher.language import LanguageTeacher
 from softcache.teacher.rollouts import Prompt, generate_rollouts, prompts_of, rollout_prompts
 
-SEQ_LEN, PROMPT_TOKENS, MAX_TOKENS = 160, 8, 150
 FORMS: dict[str, dict[str, Any]] = {
     "offline, A of the policy": {},
     "offline, A of the policy, clip 0.2": {"clip": 0.2},
     "offline, A of the student": {"advantage": "student"},
     "offline, as Lightning OPD": {"advantage": "student", "importance": False},
 }
+
+
+class Lengths(NamedTuple):
+    """Tokens of a sample, of a prompt, and of a response at most."""
+
+    sample: int
+    prompt: int
+    response: int
 
 
 @dataclass
@@ -67,6 +76,7 @@ class Stage:
     sequences: SoftLabelDataset
     evaluation: Any
     end: int
+    lengths: Lengths
     vocab_size: int
 
 
@@ -77,7 +87,7 @@ def sample(model: Any, stage: Stage, prompts: list[Prompt], seed: int) -> list[A
         model.eval(),
         split(model),
         tokens,
-        max_tokens=[min(MAX_TOKENS, SEQ_LEN - len(x)) for x in tokens],
+        max_tokens=[min(stage.lengths.response, stage.lengths.sample - len(x)) for x in tokens],
         end_tokens={stage.end},
         vocab_size=stage.vocab_size,
         seed=seed,
@@ -113,8 +123,10 @@ def batch_of(prompts: list[Prompt], responses: list[Any]) -> TokenBatch:
 
 
 def student_of(stage: Stage, loss: LossSettings) -> TokenStudent:
-    model = build_language_model(f"hf:{stage.start}", vocab_size=stage.vocab_size, context=SEQ_LEN)
-    return TokenStudent(model, loss, context=SEQ_LEN)
+    model = build_language_model(
+        f"hf:{stage.start}", vocab_size=stage.vocab_size, context=stage.lengths.sample
+    )
+    return TokenStudent(model, loss, context=stage.lengths.sample)
 
 
 def updates(student: TokenStudent, losses: Iterator[torch.Tensor], lr: float) -> Iterator[None]:
@@ -212,10 +224,12 @@ class _Known:
         yield from self.logits
 
 
-def prepare(out: Path, seed: int, *, epochs: int, steps: int, batch: int) -> tuple[Stage, dict[str, float]]:
+def prepare(
+    out: Path, tables: dict[str, Any], lengths: Lengths, seed: int, *, steps: int, batch: int
+) -> tuple[Stage, dict[str, float]]:
     """Makes what is missing of a seed's first stage, rollouts and caches; returns it and what it took."""
     cost: dict[str, float] = {}
-    config = build_config(tables_of(out, epochs), "benchmarks.on_policy")
+    config = build_config(tables, "benchmarks.on_policy")
     config = config.model_copy(update={"train": config.train.model_copy(update={"seed": seed})})
     data = open_data(config)
     teacher = open_teacher(config, data)
@@ -224,7 +238,7 @@ def prepare(out: Path, seed: int, *, epochs: int, steps: int, batch: int) -> tup
     config = config.model_copy(update={"cache": str(out / "sequences")})
     train_student(config, data, model=config.student.model, labels="cache", cache=cache, out=sft)
     settings = {
-        "policy": str(sft), "prompt_tokens": PROMPT_TOKENS, "max_tokens": MAX_TOKENS, "seed": seed, "part_prompts": 10**6,
+        "policy": str(sft), "prompt_tokens": lengths.prompt, "max_tokens": lengths.response, "seed": seed, "part_prompts": 10**6,
         "num_samples": -(-steps * batch // len(data.train)),
     }  # fmt: skip
     sampling = config.model_copy(update={"rollouts": type(config.rollouts)(**settings)})
@@ -237,13 +251,14 @@ def prepare(out: Path, seed: int, *, epochs: int, steps: int, batch: int) -> tup
     )
     if made.parts_done:
         cost["sampling_seconds"] = time.perf_counter() - begun
-    tables = tables_of(out, epochs)
-    tables["source"] = {
-        "modality": "text", "name": "rollouts", "path": str(folder), "seq_len": SEQ_LEN, "packing": "documents",
+    source = {
+        "modality": "text", "name": "rollouts", "path": str(folder), "seq_len": lengths.sample, "packing": "documents",
         "data_dir": str(out / "data"), "shuffle_documents": False,
     }  # fmt: skip
-    tables["student"] = {"model": f"hf:{sft / 'hf'}"}
-    tables["loss"] = {"name": "policy_gradient"}
+    student = {"model": f"hf:{sft / 'hf'}"}
+    tables = {
+        **tables, "source": source, "student": student, "loss": {"name": "policy_gradient"}, "labels": {"policy": "dense"},
+    }  # fmt: skip
     of_rollouts: RunConfig = build_config(tables, "benchmarks.on_policy")
     rollouts = open_data(of_rollouts)
     begun = time.perf_counter()
@@ -255,11 +270,12 @@ def prepare(out: Path, seed: int, *, epochs: int, steps: int, batch: int) -> tup
         teacher=teacher,
         start=sft / "hf",
         prompts=prompts,
-        held_out=list(prompts_of(data.evaluation, PROMPT_TOKENS)),
+        held_out=list(prompts_of(data.evaluation, lengths.prompt)),
         rollouts=SoftLabelDataset(rollouts.train, labels),
         sequences=SoftLabelDataset(data.train, cache),
         evaluation=data.evaluation,
         end=int(data.tokenizer.eos_token_id),
+        lengths=lengths,
         vocab_size=data.num_classes,
     )
     cost["teacher_tokens"] = labels.manifest.total_rows
@@ -267,17 +283,19 @@ def prepare(out: Path, seed: int, *, epochs: int, steps: int, batch: int) -> tup
 
 
 @click.command()
-@click.argument("wheel", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--wheel", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Of iglm.")
 @click.option("--seeds", default="0,1,2", show_default=True)
 @click.option("--steps", default=60, show_default=True, help="Updates of each arm.")
 @click.option("--batch", default=32, show_default=True, help="Rollouts of an update.")
 @click.option("--lr", default=3e-4, show_default=True)
-@click.option("--train", "num_train", default=1000, show_default=True, help="Sequences of the first stage.")
-@click.option("--held-out", "num_held_out", default=250, show_default=True)
+@click.option(
+    "--train", "num_train", default=1000, show_default=True, help="Sequences of iglm's first stage."
+)
+@click.option("--held-out", "num_held_out", default=250, show_default=True, help="Of iglm.")
 @click.option("--epochs", default=3, show_default=True, help="Of the first stage.")
-@click.option("--out", type=click.Path(path_type=Path), default="runs/on-policy-iglm", show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default="runs/on-policy-bench", show_default=True)
 def main(
-    wheel: Path,
+    wheel: Path | None,
     seeds: str,
     steps: int,
     batch: int,
@@ -289,12 +307,20 @@ def main(
 ) -> None:
     """Distil on-policy from stored rollouts and live; print score, teacher tokens and seconds of each arm."""
     (out / "texts").mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(wheel) as file:
-        for name in ("IgLM", "IgLM-S"):
-            if not (out / name / "tokenizer.json").exists():
-                save_checkpoint(file, name, out / name)
-    write_sequences(out / "IgLM", out / "texts/train.jsonl", num_train, seed=0)
-    write_sequences(out / "IgLM", out / "texts/test.jsonl", num_held_out, seed=10**6)
+    if wheel is None:
+        lengths = Lengths(64, 16, 32)
+        tables: dict[str, Any] = losses_benchmark.tables_of("text", out)
+        tables["train"]["epochs"] = epochs
+        config = build_config(tables, "benchmarks.on_policy")
+        losses_benchmark.train_missing_teacher(config, open_data(config), out / "text")
+    else:
+        lengths, tables = Lengths(160, 8, 150), iglm.tables_of(out, epochs)
+        with zipfile.ZipFile(wheel) as file:
+            for name in ("IgLM", "IgLM-S"):
+                if not (out / name / "tokenizer.json").exists():
+                    iglm.save_checkpoint(file, name, out / name)
+        iglm.write_sequences(out / "IgLM", out / "texts/train.jsonl", num_train, seed=0)
+        iglm.write_sequences(out / "IgLM", out / "texts/test.jsonl", num_held_out, seed=10**6)
     quarter = [f"{name}, a quarter four times" for name in FORMS]
     arms = ["live", *FORMS, *quarter, "exact reverse KL", "off-policy forward KL"]
     path = out / "results.jsonl"
@@ -307,7 +333,7 @@ def main(
         log_info(json.dumps(row))
 
     for seed in map(int, seeds.split(",")):
-        stage, cost = prepare(out, seed, epochs=epochs, steps=steps, batch=batch)
+        stage, cost = prepare(out, tables, lengths, seed, steps=steps, batch=batch)
         done = {(row["arm"], row["seed"], row.get("lr")) for row in results}
         if ("start", seed, None) not in done:
             first = scores(student_of(stage, LossSettings(name="policy_gradient")), stage)
