@@ -8,6 +8,9 @@ NAME   := $(basename $(notdir $(CONFIG)))
 CACHE  ?= runs/$(NAME)/cache
 VENV   := .venv
 STAMP  := $(VENV)/.installed
+VISION := $(VENV)/.vision
+# What images need, where nothing else is asked for and not all is there already.
+NEEDED := $(if $(wildcard $(STAMP)),$(STAMP),$(if $(filter configs/digits.toml configs/fashion-mnist.toml,$(CONFIG)),$(VISION),$(STAMP)))
 VLLM   := .venv-vllm
 RUN    := $(VENV)/bin/softcache
 ARGS   := --config $(CONFIG) $(foreach pair,$(SET),--set '$(pair)')
@@ -23,15 +26,21 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## make .venv with everything in it
 $(STAMP): pyproject.toml constraints.txt
+	$(call install,dev)
+$(VISION): pyproject.toml constraints.txt
+	$(call install,vision)
+
+define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "softcache needs Python 3.11 or later: make PYTHON=python3.11")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[$(1)]'
 	@touch $@
+endef
 
-teacher-logits: setup  ## run the teacher once over CONFIG's data and fill CACHE
+teacher-logits: $(NEEDED)  ## run the teacher once over CONFIG's data and fill CACHE
 	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)'
 
-train-student: setup  ## train STUDENT from CACHE, made first if there is none, and on hard labels (BASELINE=0: not)
+train-student: $(NEEDED)  ## train STUDENT from CACHE, made first if there is none, and on hard labels (BASELINE=0: not)
 	$(RUN) teacher-logits $(ARGS) --cache '$(CACHE)' --reuse
 	$(RUN) train-student $(ARGS) --cache '$(CACHE)' $(PICK) $(if $(filter 0 no,$(BASELINE)),,--baseline)
 

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from softcache.cache.manifest import Plan, RaggedRows
-from softcache.cache.samples import SCHEMA, RowIndex, encode_samples, read_row_counts
+from softcache.cache.row_index import RowIndex
+from softcache.cache.samples import SCHEMA, encode_samples, read_row_counts
 from softcache.errors import CorruptionError
 
 

@@ -48,6 +48,26 @@ def test_every_target_that_is_no_file_is_phony():
     assert sorted(rules) == sorted(TARGETS)
 
 
+@pytest.mark.parametrize(
+    ("config", "is_there", "extra"),
+    [
+        ("configs/digits.toml", "", "vision"),
+        ("configs/stdlib-lm.toml", "", "dev"),
+        ("configs/digits.toml", ".vision", None),
+        ("configs/stdlib-lm.toml", ".vision", "dev"),
+        ("configs/digits.toml", ".installed", None),
+        ("configs/stdlib-lm.toml", ".installed", None),
+    ],
+)
+def test_training_installs_what_its_data_need_and_nothing_twice(make, tmp_path, config, is_there, extra):
+    (tmp_path / ".venv").mkdir()
+    if is_there:
+        (tmp_path / ".venv" / is_there).touch()
+    found = re.findall(r"pip install .*'\.\[(\w+)\]'", make("-n", "train-student", f"CONFIG={config}"))
+    assert found == ([extra] if extra else [])
+    assert re.findall(r"'\.\[(\w+)\]'", make("-n", "setup")) == ([] if is_there == ".installed" else ["dev"])
+
+
 @pytest.mark.parametrize("target", ["teacher-logits", "train-teacher"])
 def test_a_target_runs_the_command_of_its_name(make, target):
     (command,) = commands(make("-n", target, "CONFIG=configs/fashion-mnist.toml"))

@@ -21,7 +21,8 @@ import numpy as np
 from softcache.cache.finished import FinishedUnits
 from softcache.cache.kinds import FOREIGN
 from softcache.cache.manifest import Manifest, UnitMarker
-from softcache.cache.samples import RowIndex, SampleKeys, SampleTable
+from softcache.cache.row_index import RowIndex
+from softcache.cache.samples import SampleKeys, SampleTable
 from softcache.cache.storage.base import is_bucket
 from softcache.errors import CacheNotFoundError, IdentityError, LabelError
 from softcache.hashing.digests import digest_json, digest_of_parts

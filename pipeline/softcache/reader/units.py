@@ -17,9 +17,9 @@ import numpy as np
 from softcache.cache.codecs import SoftLabelCodec
 from softcache.cache.invariants import broken_invariants, name_invariant
 from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, Unit, UnitMarker
+from softcache.cache.row_index import RowIndex
 from softcache.cache.samples import (
     MAX_SAMPLE_BYTES,
-    RowIndex,
     SampleTable,
     check_samples,
     read_row_counts,

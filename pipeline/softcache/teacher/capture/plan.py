@@ -13,7 +13,8 @@ from pydantic import Field, ValidationError
 from softcache import __version__
 from softcache.cache.codecs import AnyCodecSettings, OpenSettings
 from softcache.cache.manifest import Manifest, Plan, TeacherReport
-from softcache.cache.samples import RowIndex, encode_samples
+from softcache.cache.row_index import RowIndex
+from softcache.cache.samples import encode_samples
 from softcache.data.batch import Dataset as Data
 from softcache.errors import ConfigError, LabelError
 from softcache.hashing.digests import digest_bytes
