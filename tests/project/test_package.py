@@ -89,7 +89,10 @@ def test_a_package_opens_with_a_sentence():
 
 
 def test_the_names_that_read_a_cache_import_no_torch():
-    code = "from softcache.reader import Cache, open_cache; from softcache.cache import Codec, Manifest"
+    code = (
+        "from softcache.reader import Cache, open_cache; from softcache.cache import Codec, Manifest; "
+        "cache = open_cache('tests/golden/v1/zarr'); repr(cache[:2].top(1)); cache.to_arrow()"
+    )
     loaded = json.loads(run(LOADED.format(code=code)).stdout)
     assert "softcache.reader.cache" in loaded
     assert "torch" not in loaded

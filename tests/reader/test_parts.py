@@ -122,6 +122,14 @@ def test_any_samples_in_any_order_are_those_of_one_cache(folder, whole, how):
         cache.read([len(whole)])
 
 
+def test_parts_are_indexed_and_shown_as_one_cache(folder, whole):
+    cache = reading(folder, "chunks")
+    keys = cache.keys[[0, len(cache) - 1, len(cache) // 2]]
+    same(cache[keys], whole[keys])
+    assert cache.to_arrow(keys).equals(whole.to_arrow(keys))
+    assert f"{cache.num_units} units of 3 caches" in repr(cache)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_gives_every_sample_once_over_two_ranks_and_resumes(folder, whole, workers):
     config = config_of(folder)

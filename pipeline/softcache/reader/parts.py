@@ -150,6 +150,9 @@ class CacheParts(Cache):
         for part in self.parts:
             part.check_objects()
 
+    def _progress(self) -> str:
+        return f"{self.num_units:,} units of {len(self.parts):,} caches"
+
     def _one_by_one(self, what: str) -> LabelError:
         return LabelError(f"cache {self.url}: {what} is of one cache; do it for each part")
 
