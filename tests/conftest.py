@@ -111,6 +111,7 @@ PROGRAMS = [
     "docs/test_snippets.py",
     "labels/test_one_pass.py::test_the_kernels_compile_for_gpus_without_spills",
     "labels/test_sparsify_compiled.py::test_the_process_that_compiles_makes_the_bits_of_all_that_come_after_it",
+    "losses/test_fused_gpu.py::test_in_a_student_that_is_compiled_or_cut_by_fully_shard",
     "modalities/test_student_source_shown.py",
     "modalities/test_translation_processes.py",
     "models/test_architectures.py::test_labels_are_those_of_a_plain_forward",

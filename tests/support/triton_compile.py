@@ -88,10 +88,21 @@ def one_pass() -> None:
     read_rows(torch.zeros(2, 4096, dtype=torch.bfloat16), 10, (1.0, 3.0, 5.0))
 
 
+def losses() -> None:
+    """Launches what turns logits into gradients: both parts at T = 2 in float32, one at T = 1 with a softcap in bfloat16."""
+    from softcache.losses.fused.gpu import RowSums
+
+    logits, some = torch.zeros(2, 32000), torch.zeros(2)
+    targets = torch.zeros(2, dtype=torch.int64)
+    RowSums(logits, 2.0, at_one=True).share_out(logits, some, some, targets, some, None)
+    RowSums(logits, None, at_one=True).share_out(logits.bfloat16(), some, None, targets, some, 30.0)
+
+
 def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
-    for line in compile_launches(one_pass, tuple(map(int, sys.argv[1:])) or CAPABILITIES):
-        print(line, flush=True)
+    for run in (one_pass, losses):
+        for line in compile_launches(run, tuple(map(int, sys.argv[1:])) or CAPABILITIES):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

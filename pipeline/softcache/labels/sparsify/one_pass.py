@@ -9,15 +9,12 @@ is one function, `is_one_pass`; all others go through torch, which is also what 
 
 from __future__ import annotations
 
-import os
-from functools import cache
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from softcache.runtime.jit import compiled_is_on
+from softcache.runtime.triton import is_triton_on
 
 __all__ = ["MAX_LARGEST", "OnePass", "is_one_pass", "read_rows"]
 
@@ -52,26 +49,15 @@ class OnePass(NamedTuple):
         return OnePass(*(x if x is None else x[part] for x in self))  # type: ignore[arg-type]
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
 def is_one_pass(logits_PV: Tensor, num_largest: int, temperatures: tuple[float, ...]) -> bool:
-    """Whether `read_rows` makes the records of these logits: on CUDA (or ROCm) with Triton, in float32 or half precision.
-
-    Not of more than `MAX_LARGEST` slots, on more than eight temperatures, with SOFTCACHE_COMPILED=0 in the environment, or
-    where Triton only interprets (TRITON_INTERPRET=1).
-    """
+    """Whether `read_rows` makes the records of these logits: where `is_triton_on`, in float32 or half precision, of at most
+    `MAX_LARGEST` slots and eight temperatures."""
     return (
-        logits_PV.device.type == "cuda"
+        is_triton_on(logits_PV)
         and logits_PV.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and logits_PV.numel() > 0
         and num_largest <= MAX_LARGEST
         and len(temperatures) <= _NUM_SUMS
-        and compiled_is_on()
-        and os.environ.get("TRITON_INTERPRET", "0") in ("", "0")
-        and _has_triton()
     )
 
 

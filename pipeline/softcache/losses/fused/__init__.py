@@ -15,7 +15,8 @@ Beside the gradients themselves, kept in float32, that takes, with P positions, 
     chunk x V x 4 bytes x (1 + 1 where both parts are on at T != 1, or the tail is spread + 1 for a softcap
                              + 1 for standardised logits + 1/2 in half precision)
 
-where chunk x V is 2^23: at most 32 or 64 MiB in the usual cases, whatever P. (In half precision the product
+where chunk x V is 2^23: at most 32 or 64 MiB in the usual cases, whatever P. On a GPU it is 2^26, and with kernels in Triton
+(`gpu.py`) 256 MiB and half of that for a gradient in half precision are all. (In half precision the product
 that is added to the head's gradient is one more [V, D] of 4 bytes, and so is, on a CPU, the head.) Logits of half-precision
 inputs keep the float32 accumulator.
 Three matrix products per chunk are as many as autograd needs, and all else happens in place: on two cores it

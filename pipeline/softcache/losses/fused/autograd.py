@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from softcache.losses.fused.chunk import ChunkObjective
 from softcache.losses.fused.cpu import CompiledMixture, RecordMixture
+from softcache.losses.fused.gpu import TritonObjective
 from softcache.losses.fused.head import Head
 from softcache.losses.fused.rows import Rows
 from softcache.losses.fused.sampled import SampledObjective
@@ -79,7 +80,7 @@ class HeadLoss(torch.autograd.Function):
         bias_V: Tensor | None,
         head: Head,
         rows: Rows,
-        mixture: ChunkObjective | CompiledMixture | RecordMixture | SampledObjective,
+        mixture: ChunkObjective | CompiledMixture | RecordMixture | SampledObjective | TritonObjective,
         needs: tuple[bool, bool, bool],
     ) -> Tensor:
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden_PD, weight_VD, bias_V)]

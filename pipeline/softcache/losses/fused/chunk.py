@@ -26,7 +26,7 @@ from softcache.losses.fused.soft import ChunkLoss, StudentBuckets
 from softcache.losses.standardize import LEAST_STD
 from softcache.losses.target_class import IGNORED
 
-__all__ = ["ChunkObjective"]
+__all__ = ["ChunkObjective", "hard_term", "is_one", "student_buckets", "summed", "take_out"]
 
 
 class _Term(NamedTuple):
@@ -86,47 +86,52 @@ class ChunkObjective:
         else:
             ids_PK = soft.kept(logits_PV, part)
         dropped = _Dropped(head, logits_PV, ids_PK) if soft is not None and soft.even else None
-        ids_PK, kept_PK, peak_P1 = _take_out(logits_PV, ids_PK)
+        ids_PK, kept_PK = take_out(logits_PV, ids_PK)
+        peak_P1 = logits_PV.amax(dim=1, keepdim=True)
+        # A softmax over nothing would be NaN. This one's factor is 0.
+        logits_PV[:, :1].masked_fill_(peak_P1 == -torch.inf, 0.0)
 
         terms: list[tuple[Tensor, _Term]] = []  # each with what its tail is shared out by
         if targets_P is not None and at_target_P is not None:
-            apart = soft is not None and not _is_one(T)
+            apart = soft is not None and not is_one(T)
             within_PV = head.buffer("second", len(logits_PV)) if apart else logits_PV
             masses = _soften(logits_PV, kept_PK, peak_P1, within_PV)
-            weight_P = self._hard_weight(part, targets_P, at_target_P.dtype)
-            terms.append((within_PV, _hard_term(masses, weight_P, at_target_P)))
+            weight_P = self.hard_weight(part, targets_P, at_target_P.dtype)
+            terms.append((within_PV, hard_term(masses, weight_P, at_target_P)))
         correction = None
         if soft is not None:
-            if not terms or not _is_one(T):
+            if not terms or not is_one(T):
                 logits_PV.mul_(1.0 / T)
                 masses = _soften(logits_PV, kept_PK / T, peak_P1 / T, logits_PV)
-            term = self._soft_term(masses, part, base, T, dropped)
+            term = self.soft_term(masses, part, base, T, dropped)
             terms.append((logits_PV, term))
             if scores is not None and needs_gradient:
                 correction = scores.slope(ids_PK, term.kept_PK, logits_PV, term.tail_P)
-        loss_P = _summed([term.loss_P for _, term in terms])
+        loss_P = summed([term.loss_P for _, term in terms])
         if not needs_gradient:
             return loss_P, logits_PV
         gradient_PV = _shared_out(terms)
         if dropped is not None and term.even_P is not None:
             gradient_PV.add_(term.even_P[:, None])
-        gradient_PV.scatter_add_(1, ids_PK, _summed([term.kept_PK for _, term in terms]))
+        gradient_PV.scatter_add_(1, ids_PK, summed([term.kept_PK for _, term in terms]))
         if targets_P is not None:
-            one_P = self._hard_weight(part, targets_P, loss_P.dtype)
+            one_P = self.hard_weight(part, targets_P, loss_P.dtype)
             gradient_PV.scatter_add_(1, targets_P.clamp(min=0)[:, None], -one_P[:, None])
         if scores is not None and correction is not None:
             gradient_PV.addcmul_(scores.centred_PV, correction)
         return loss_P, gradient_PV
 
-    def _hard_weight(self, part: slice, targets_P: Tensor, dtype: torch.dtype) -> Tensor:
+    def hard_weight(self, part: slice, targets_P: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight [P] of each row's cross-entropy, 0 where there is no target."""
         weight_P = (1.0 - self.alpha) * (targets_P != IGNORED).to(dtype)
         if self.truth_P is None:
             return weight_P
         return weight_P + (self.alpha * self.truth_P[part]).where(targets_P != IGNORED, 0.0)
 
-    def _soft_term(
+    def soft_term(
         self, masses: StudentBuckets, part: slice, base: Any, T: Any, dropped: "_Dropped | None"
     ) -> _Term:
+        """The soft part of a chunk whose kept classes were asked for, of the student's masses at T."""
         assert self.soft is not None
         if dropped is not None:
             mean_P = (dropped.mean_P1 / T)[:, 0] - masses.log_z_P
@@ -149,7 +154,8 @@ class ChunkObjective:
         )
 
 
-def _hard_term(masses: StudentBuckets, weight_P: Tensor, at_target_P: Tensor) -> _Term:
+def hard_term(masses: StudentBuckets, weight_P: Tensor, at_target_P: Tensor) -> _Term:
+    """The cross-entropy, of which the target's own gradient, minus the weight, is left out."""
     return _Term(
         loss_P=weight_P * (masses.log_z_P - at_target_P).where(weight_P > 0, 0.0),
         kept_PK=weight_P[:, None] * masses.kept_PK.exp(),
@@ -195,17 +201,14 @@ class _Dropped:
         self.mean_P1 = mean_P1.masked_fill(num_masked_P[:, None] > 0, -torch.inf)
 
 
-def _take_out(logits_PV: Tensor, ids_PK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Masks the kept classes; returns their ids, now all valid, their logits, and the largest other logit."""
+def take_out(logits_PV: Tensor, ids_PK: Tensor) -> tuple[Tensor, Tensor]:
+    """Masks the kept classes; returns their ids, now all valid, and their logits, -inf in unused slots."""
     used_PK = ids_PK < logits_PV.shape[1]
     ids_PK = ids_PK.where(used_PK, 0)
     kept_PK = logits_PV.gather(1, ids_PK).where(used_PK, -torch.inf)
     # Adding, not setting: an unused slot must leave the class that it points at alone, be that kept or not.
     logits_PV.scatter_add_(1, ids_PK, torch.zeros_like(kept_PK).masked_fill_(used_PK, -torch.inf))
-    peak_P1 = logits_PV.amax(dim=1, keepdim=True)
-    # A softmax over nothing would be NaN. This one's factor is 0.
-    logits_PV[:, :1].masked_fill_(peak_P1 == -torch.inf, 0.0)
-    return ids_PK, kept_PK, peak_P1
+    return ids_PK, kept_PK
 
 
 def _soften(logits_PV: Tensor, kept_PK: Tensor, peak_P1: Tensor, out_PV: Tensor) -> StudentBuckets:
@@ -216,6 +219,11 @@ def _soften(logits_PV: Tensor, kept_PK: Tensor, peak_P1: Tensor, out_PV: Tensor)
     """
     torch.softmax(logits_PV, dim=1, out=out_PV)
     tail_P1 = peak_P1 - out_PV.amax(dim=1, keepdim=True).log()
+    return student_buckets(kept_PK, tail_P1)
+
+
+def student_buckets(kept_PK: Tensor, tail_P1: Tensor) -> StudentBuckets:
+    """The masses of the logits of kept classes and of the log-sum-exp of all others."""
     log_z_P1 = torch.cat([kept_PK, tail_P1], dim=1).logsumexp(dim=1, keepdim=True)
     return StudentBuckets(kept_PK - log_z_P1, (tail_P1 - log_z_P1)[:, 0], log_z_P1[:, 0])
 
@@ -231,7 +239,7 @@ def _shared_out(terms: list[tuple[Tensor, _Term]]) -> Tensor:
     return first_PV
 
 
-def _summed(parts: list[Tensor]) -> Tensor:
+def summed(parts: list[Tensor]) -> Tensor:
     """The sum of one or two parts."""
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
@@ -240,5 +248,6 @@ def _pick(logits_PV: Tensor, targets_P: Tensor) -> Tensor:
     return logits_PV.gather(1, targets_P.clamp(min=0)[:, None])[:, 0]
 
 
-def _is_one(T: Any) -> bool:
+def is_one(T: Any) -> bool:
+    """Whether a temperature is the number 1."""
     return not isinstance(T, Tensor) and T == 1.0

@@ -15,6 +15,7 @@ from softcache.losses.distillation import check_needs
 from softcache.losses.fused.autograd import HeadLoss
 from softcache.losses.fused.chunk import ChunkObjective
 from softcache.losses.fused.cpu import CompiledMixture, RecordMixture, is_compiled, is_record
+from softcache.losses.fused.gpu import TritonObjective, is_triton
 from softcache.losses.fused.head import Head
 from softcache.losses.fused.rows import Rows
 from softcache.losses.fused.sampled import SampledObjective
@@ -199,7 +200,7 @@ def _mean_loss(
         head, labels, targets_P, weights_P, needs_truth=loss.kind.needs_target, checks_ids=not as_it_is
     )
     with torch.no_grad():
-        run: ChunkObjective | CompiledMixture | RecordMixture | SampledObjective
+        run: ChunkObjective | CompiledMixture | RecordMixture | SampledObjective | TritonObjective
         if labels is not None and loss.kind.of_samples is not None:
             run = _sampled(loss, labels, targets_P, log_q_P, rows, head, temperature, alpha)
         elif labels is not None and as_it_is:
@@ -208,11 +209,22 @@ def _mean_loss(
             run = ChunkObjective(rows.targets_P, 0.0, None, 1.0)
             if labels is not None:
                 run = _mixture(loss, labels, targets_P, rows, head, temperature, alpha)
-            run = CompiledMixture(run) if is_compiled(head, run) else run
+            if is_triton(head, run):
+                run = TritonObjective(head, run)
+            elif is_compiled(head, run):
+                run = CompiledMixture(run)
     needs = tuple(
         x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden_PD, weight_VD, bias_V)
     )
-    value: Tensor = HeadLoss.apply(hidden_PD, weight_VD, bias_V, head, rows, run, needs)
+    given = (hidden_PD, weight_VD, bias_V, head, rows, run, needs)
+    if isinstance(run, TritonObjective) and torch.compiler.is_compiling():
+        # Between two graphs: torch.compile would trace the launches of kernels, chunk by chunk.
+        return torch.compiler.disable(_apply)(*given)
+    return _apply(*given)
+
+
+def _apply(*given: Any) -> Tensor:
+    value: Tensor = HeadLoss.apply(*given)
     return value
 
 

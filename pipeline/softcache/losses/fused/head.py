@@ -20,10 +20,16 @@ __all__ = ["Head"]
 # 1.20, 0.97, 0.61, 0.64, 0.82 for V = 131072 and 0.89, 0.80, 0.85, 0.88, - for V = 32768. Thin chunks make
 # slow products, thick ones leave the cache.
 _CHUNK_ELEMENTS = 2**23
+# On a GPU every chunk reads the head's weight, and reads and writes its gradient.
+_CUDA_CHUNK_ELEMENTS = 2**26
 
 
 class Head:
-    """A head and the buffers of one chunk. A chunk's logits overwrite those of the chunk before."""
+    """A head and the buffers of one chunk. A chunk's logits overwrite those of the chunk before.
+
+    Attributes:
+        keeps_squares: whether `logits` keeps what `through_softcap` needs.
+    """
 
     def __init__(
         self,
@@ -41,8 +47,9 @@ class Head:
         self.dtype = torch.float64 if self._rounded == torch.float64 else torch.float32
         self.product_dtype = self._rounded if hidden_PD.is_cuda else self.dtype  # of the matrix products
         self.num_classes = weight_VD.shape[0]
-        self.scale, self._softcap = logit_scale, softcap
-        self._chunk = chunk_positions or max(1, _CHUNK_ELEMENTS // max(1, self.num_classes))
+        self.scale, self.softcap, self.keeps_squares = logit_scale, softcap, True
+        elements = _CUDA_CHUNK_ELEMENTS if hidden_PD.is_cuda else _CHUNK_ELEMENTS
+        self._chunk = chunk_positions or max(1, elements // max(1, self.num_classes))
         self.weight_VD = weight_VD.detach().to(self._rounded).to(self.product_dtype)
         self._bias_V = None if bias_V is None else bias_V.detach().to(self.dtype)
         self._buffers: dict[str, Tensor] = {}
@@ -75,22 +82,32 @@ class Head:
                 logits_PV.add_(self._bias_V)
             if scale != 1.0:
                 logits_PV.mul_(scale)
-        if self._softcap is not None:
-            bounded_PV = logits_PV.div_(self._softcap).tanh_()
-            torch.mul(bounded_PV, bounded_PV, out=self.buffer("squared", num_rows))
-            logits_PV.mul_(self._softcap)
+        if self.softcap is not None:
+            bounded_PV = logits_PV.div_(self.softcap).tanh_()
+            if self.keeps_squares:
+                torch.mul(bounded_PV, bounded_PV, out=self.buffer("squared", num_rows))
+            logits_PV.mul_(self.softcap)
         return logits_PV
 
     def through_softcap(self, gradient_PV: Tensor) -> Tensor:
-        """Turns, in place, the gradient of a chunk's logits into that of the logits before the softcap."""
-        if self._softcap is None:
+        """Turns, in place, the gradient of a chunk's logits into that of the logits before the softcap.
+
+        Where the squares of these were not kept, it is that already.
+        """
+        if self.softcap is None or not self.keeps_squares:
             return gradient_PV
         squared_PV = self.buffer("squared", len(gradient_PV))
         return gradient_PV.addcmul_(gradient_PV, squared_PV, value=-1.0)  # d tanh = 1 - tanh^2
 
+    def gradient_buffer(self, logits_PV: Tensor) -> Tensor:
+        """Where a chunk's gradient is written: over its logits, or in the products' dtype where no bias needs it wide."""
+        if self.product_dtype == self.dtype or self._bias_V is not None:
+            return logits_PV
+        return self.buffer("narrow", len(logits_PV), self.product_dtype)
+
     def narrow(self, gradient_PV: Tensor) -> Tensor:
         """The gradient in the products' dtype."""
-        if self.product_dtype == self.dtype:
+        if self.product_dtype == gradient_PV.dtype:
             return gradient_PV
         return self.buffer("narrow", len(gradient_PV), self.product_dtype).copy_(gradient_PV)
 
