@@ -4,8 +4,9 @@
     pip download iglm==0.1.0 --no-deps
     OMP_NUM_THREADS=1 python -m benchmarks.on_policy --wheel iglm-0.1.0-py3-none-any.whl
 
-Teacher and student are transformers' architectures on the standard library's source (`benchmarks.losses`), or those of `benchmarks.iglm`: a published GPT-2 of antibody sequences, and the architecture of its
-small sibling, fine-tuned first on a cache of the teacher's own sequences. Each arm goes on from that student:
+Teacher and student are transformers' architectures on the standard library's source (`benchmarks.losses`), or with --wheel
+those of `benchmarks.iglm`: a published GPT-2 of antibody sequences, and the architecture of its small sibling. The student
+is fine-tuned first, on a cache of the teacher's labels. Each arm goes on from that student:
 
     live        every step samples from the student as it is and asks the teacher: a pass of both for each rollout
     offline     one cache of the first student's rollouts, each form of the policy gradient
@@ -238,7 +239,8 @@ def prepare(
     config = config.model_copy(update={"cache": str(out / "sequences")})
     train_student(config, data, model=config.student.model, labels="cache", cache=cache, out=sft)
     settings = {
-        "policy": str(sft), "prompt_tokens": lengths.prompt, "max_tokens": lengths.response, "seed": seed, "part_prompts": 10**6,
+        "policy": str(sft), "prompt_tokens": lengths.prompt, "max_tokens": lengths.response, "seed": seed,
+        "part_prompts": 10**6,
         "num_samples": -(-steps * batch // len(data.train)),
     }  # fmt: skip
     sampling = config.model_copy(update={"rollouts": type(config.rollouts)(**settings)})
