@@ -133,6 +133,10 @@ def _filled(text: str, data: str | None, teacher: str | None, student: str | Non
         text = _with_key(text, "source", key, data)
         if key == "path":
             text = _without_keys(text, "source", "subset")
+        labels = _table(text, "labels")
+        kept = re.search(r"^k = (\d+)", labels[0], re.M) if labels else None
+        if key == "root" and kept and 0 < (classes := _class_folders(Path(data))) < int(kept[1]):
+            text = _with_key(text, "labels", "k", classes)
     if teacher is not None:
         text = _with_key(text, "teacher", "model", teacher)
         if teacher.startswith("hf:") and re.search(r"^tokenizer = ", text, re.M):
@@ -152,8 +156,14 @@ def _table(text: str, name: str) -> re.Match[str] | None:
     return re.search(rf"^\[{re.escape(name)}\][^\n]*\n(?:(?!\[)[^\n]*\n?)*", text, re.M)
 
 
-def _with_key(text: str, table: str, key: str, value: str) -> str:
-    """Returns TOML with a key of a table set to a string; the comment behind it stays."""
+def _class_folders(data: Path) -> int:
+    """Returns how many classes a folder of images has; 0 where it is none."""
+    folder = data / "train" if (data / "train").is_dir() else data
+    return sum(path.is_dir() for path in folder.iterdir()) if folder.is_dir() else 0
+
+
+def _with_key(text: str, table: str, key: str, value: str | int) -> str:
+    """Returns TOML with a key of a table set to a value; the comment behind it stays."""
     found = _table(text, table)
     line = f"{key} = {json.dumps(value)}"
     if found is None:

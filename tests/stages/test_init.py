@@ -70,6 +70,14 @@ def test_images_without_a_teacher_have_one_trained_first(run, tmp_path):
     load_config(tmp_path / "pets.toml")
 
 
+@pytest.mark.parametrize(("folders", "k"), [(3, 3), (40, 20), (0, 20)])
+def test_no_more_classes_are_kept_than_the_folder_has(run, tmp_path, folders, k):
+    for number in range(folders):
+        (tmp_path / f"pets/train/{number}").mkdir(parents=True)
+    assert run("--task", "image", "--data", "pets").exit_code == 0
+    assert load_config(tmp_path / "softcache.toml").labels.k == k
+
+
 def test_a_text_takes_the_tokenizer_of_its_teacher_and_comments_stay(run, tmp_path):
     given = ("--data", "corpus.jsonl", "--teacher", "hf:org/big?dtype=bfloat16", "--student", "hf:org/small")
     assert run("--task", "text", *given).exit_code == 0

@@ -4,6 +4,7 @@ import random
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from softcache.cache.storage.open import open_objects
 from softcache.errors import IdentityError, LabelError, StorageError
 from softcache.labels import sparsify
 from softcache.reader.open import open_cache
-from softcache.runs import capture_labels, open_data, open_teacher
+from softcache.runs import capture_labels, make_teacher, open_data, open_teacher
 from softcache.teacher.capture.writer import PendingUnit
 from tests.support.caches import digits_config, make_cache
 from tests.support.programs import Program
@@ -318,3 +319,16 @@ def test_the_record_does_not_bake_a_temperature_in(shared_cache):
         expected = torch.log_softmax(logits_PV / temperature, -1).gather(1, labels.ids.long())
         assert torch.allclose(labels.at_temperature(temperature).log_probs, expected, atol=5e-3)
     assert sparsify.dense(logits_PV).k == 10
+
+
+def test_a_k_that_is_too_large_is_refused_before_a_teacher_is_trained(in_tmp):
+    weights = "runs/small/teacher/model.safetensors"
+    tables = {
+        "teacher": {"model": "linear", "weights": weights},
+        "train_teacher": {"epochs": 1},
+        "labels": {"k": 11},
+    }
+    config = digits_config(**tables)
+    with pytest.raises(LabelError, match=r"labels.k: 11 is more than the 10 classes"):
+        make_teacher(config, open_data(config))
+    assert not Path("runs").exists()

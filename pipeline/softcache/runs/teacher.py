@@ -13,6 +13,7 @@ from softcache.runs.fit import run_training
 from softcache.runtime.logging import log_info
 from softcache.student import StudentSettings
 from softcache.teacher.base import Teacher, TeacherSettings
+from softcache.teacher.capture.plan import num_slots
 
 __all__ = [
     "format_score",
@@ -90,9 +91,14 @@ def format_score(metrics: dict[str, Any]) -> str:
 
 
 def make_teacher(config: RunConfig, data: Data) -> None:
-    """Trains the teacher if its weights file is missing and the config has [train_teacher]."""
+    """Trains the teacher if its weights file is missing and the config has [train_teacher].
+
+    Raises:
+        LabelError: [labels] keeps more classes than there are, which only its labels would tell after the training.
+    """
     teacher = teacher_settings(config)
     if teacher_is_missing(config):
+        num_slots(config.labels, data.num_classes, data.train.source.name)
         log_info(f"teacher {teacher.model}: no weights at {teacher.weights} yet; training it once")
         metrics, _ = train_teacher(config, data)
         log_info(

@@ -22,7 +22,7 @@ from softcache.labels.sparsify import LabelSettings
 from softcache.settings import Settings
 from softcache.teacher.base import Dtype, TeacherFacts
 
-__all__ = ["CaptureSettings", "default_plan", "plan_manifest"]
+__all__ = ["CaptureSettings", "default_plan", "num_slots", "plan_manifest"]
 
 ROWS, RAGGED_ROWS = (16384, 2048), (131072, 8192)
 """Rows of a unit and of a chunk where the settings do not say; of samples with one row each, and with several."""
@@ -67,6 +67,21 @@ class CaptureSettings(Settings):
     evaluate: bool = True
 
 
+def num_slots(labels: LabelSettings, num_classes: int, source: str) -> int:
+    """Returns K, the slots of a row.
+
+    Raises:
+        LabelError: there are fewer classes.
+    """
+    k = labels.num_slots(num_classes)
+    if k > num_classes:
+        raise LabelError(
+            f"labels.k: {k} is more than the {num_classes} classes of source {source}; "
+            f'choose k <= {num_classes}, or policy = "dense"'
+        )
+    return k
+
+
 def plan_manifest(
     data: Data, teacher: TeacherFacts, labels: LabelSettings, settings: CaptureSettings
 ) -> tuple[Manifest, bytes]:
@@ -78,12 +93,7 @@ def plan_manifest(
             are larger than readers take.
     """
     source, num_classes = data.source, teacher.num_classes
-    k = labels.num_slots(num_classes)
-    if k > num_classes:
-        raise LabelError(
-            f"labels.k: {k} is more than the {num_classes} classes of source {source.name}; "
-            f'choose k <= {num_classes}, or policy = "dense"'
-        )
+    k = num_slots(labels, num_classes, source.name)
     num_rows = data.label_rows(labels.positions)
     codec = teacher.codec(k, labels, settings.codec)
     row_bytes = codec.row_bytes if labels.of_states else 0
