@@ -341,7 +341,10 @@ def test_students_need_a_cache(run, command):
         ("labels.k=3", ("labels.k: 3 in the config, 4 in the cache",)),
         ("teacher.model=linear", ("teacher.model: 'linear' in the config", "parametric")),
         ("views.padding=2", ("its views were made by another transform",)),
-        ("source.max_train_samples=200", ("300 samples were labeled, the source has 200",)),
+        (
+            "source.max_train_samples=200",
+            ("300 samples were labeled, the source has 200", "set source.max_train_samples = 300"),
+        ),
     ],
 )
 def test_a_cache_of_something_else_is_refused(run, cache, change, parts):

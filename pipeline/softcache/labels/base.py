@@ -117,7 +117,7 @@ class LabelsBase(Displayed):
         if self.class_names:
             facts.append(("classes", shorten_list(self.class_names)))
         for row, classes in enumerate(self.take(slice(0, SHOWN_ROWS)).top(SHOWN_CLASSES)):
-            facts.append((f"row {row}", ", ".join(f"{name} {p:.2%}" for name, p in classes)))
+            facts.append((f"row {row}", ", ".join(f"{name}: {p:.2%}" for name, p in classes)))
         if len(self) > SHOWN_ROWS:
             facts.append(("…", f"{len(self) - SHOWN_ROWS:,} more rows"))
         kept = int(self.ids.shape[1])

@@ -260,9 +260,9 @@ class SoftLabels(LabelsBase):
         return probs_PK
 
     def _facts(self) -> list[tuple[str, str]]:
-        highest = "any" if self.max_temperature is None else f"{self.max_temperature:g}"
+        highest = "up" if self.max_temperature is None else f"to {self.max_temperature:g}"
         facts = [
-            ("T", f"from 1 to {highest}"),
+            ("T", f"from 1 {highest}"),
             ("arrays", f"{'torch' if self.is_torch else 'NumPy'}, {self.log_probs.dtype}"),
         ]
         if self.sampling is not None:

@@ -105,7 +105,12 @@ def _table_difference(cache: Cache, data: Dataset) -> str | None:
     lost, new = sorted(set(table.keys) - set(keys)), sorted(set(keys) - set(table.keys))
     changes = [f"{key!r} is gone" for key in lost[:1]] + [f"{key!r} is new" for key in new[:1]]
     if len(table.keys) != len(source):
-        return f"{len(table.keys)} samples were labeled, the source has {len(source)} ({', '.join(changes)})"
+        found = f"{len(table.keys)} samples were labeled, the source has {len(source)} ({', '.join(changes)})"
+        if all(
+            one == other for one, other in zip(table.keys, keys, strict=False)
+        ):  # the beginning of one is the other
+            found += f"; if the capture took the first ones, set source.max_train_samples = {len(table.keys)}"
+        return found
     for sample, (there, here) in enumerate(zip(table.keys, keys, strict=True)):
         if there != here:
             why = ", ".join(changes) or "the order changed"

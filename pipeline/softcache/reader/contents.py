@@ -184,13 +184,17 @@ class CacheContents(Displayed, CacheReaderBase):
         teacher, report = identity.get("teacher", {}), manifest.teacher
         scores = {"accuracy": report.eval_accuracy, "mAP": report.eval_map, "mIoU": report.eval_miou}
         score = ", ".join(f"{name} {value:.2%}" for name, value in scores.items() if value is not None)
+        labels = identity.get("labels", {})
+        shown = sorted(
+            (k for k in labels if not isinstance(labels[k], list)), key=lambda k: (k != "policy", k)
+        )
         facts = [
             ("teacher", f"{teacher.get('spec', '?')}{f' ({score})' if score else ''}"),
             ("source", str(identity.get("source", {}).get("name", "?"))),
             (
                 "labels",
                 ", ".join(
-                    f"{k} {v}" for k, v in identity.get("labels", {}).items() if not isinstance(v, list)
+                    str(labels.get("policy", "?")) if k == "policy" else f"{k} {labels[k]}" for k in shown
                 ),
             ),
             ("classes", shorten_list(self.class_names)),

@@ -49,7 +49,7 @@ class Displayed(ABC):
             f'<td style="text-align:left">{escape(printable(text))}</td></tr>'
             for name, text in facts
         )
-        return f"<table><caption>{escape(printable(title))}</caption><tbody>{rows}</tbody></table>"
+        return f"<div><strong>{escape(printable(title))}</strong><table><tbody>{rows}</tbody></table></div>"
 
 
 def printable(text: str) -> str:
