@@ -128,6 +128,13 @@ def test_a_token_has_the_row_that_predicts_it(texts):
     assert min(row["at"] for _, found in rest["pieces"] for row in found) == 3
 
 
+def test_a_place_with_dots_in_it_is_read():
+    place = ROOT / "tests" / ".." / "tests/golden/v1/zarr"
+    np.testing.assert_array_equal(
+        open_cache(place).read([0]).ids, open_cache(ROOT / "tests/golden/v1/zarr").read([0]).ids
+    )
+
+
 def test_texts_of_another_source_are_refused(texts, digits):
     with pytest.raises(AlignmentError, match="kind 'image', the source is of kind 'tokens'"):
         SourceSamples(digits, texts[0])

@@ -308,9 +308,13 @@ class LocalObjects:
         return found
 
     def kvstore(self, prefix: str) -> dict[str, str] | None:
-        if "\\" in os.fspath(self.root.absolute()):  # which TensorStore reads as a separator
+        root = os.path.realpath(self.root)  # TensorStore takes no `..`
+        if "\\" in root:  # which it reads as a separator
             return None
-        return {"driver": "file", "path": f"{self.path(prefix.rstrip('/')).absolute()}/"}
+        return {
+            "driver": "file",
+            "path": f"{Path(root, self.path(prefix.rstrip('/')).relative_to(self.root))}/",
+        }
 
     def open(self, path: str) -> pa.NativeFile:
         target = self.path(path)

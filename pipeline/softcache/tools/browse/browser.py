@@ -54,8 +54,7 @@ class Browser:
                 f"cache {cache.url}: no unit of view 0 is finished, so there is nothing to look at; rerun "
                 "`softcache teacher-logits`"
             )
-        table = cache.samples_table()
-        self._keys, self._targets = table.keys, table.targets
+        self._keys, self._targets = cache.keys, cache.samples.targets
 
     @cached_property
     def overview(self) -> Overview:
