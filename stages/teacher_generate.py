@@ -37,9 +37,9 @@ __all__ = ["teacher_generate"]
 def teacher_generate(config: RunConfig, out: str) -> None:
     """Generate a training set: teacher translations (sequence-level KD), or rollouts of a policy on a text's prompts.
 
-    A rerun after a kill writes what is missing, with the same bytes. Pairs of texts: the teacher searches as [generate]
-    says; train with source.name = "generated" and source.path = SOURCE. Texts: the policy of [rollouts], a student or the
-    teacher, samples, and its log-probabilities are kept; label and train with source.name = "rollouts".
+    A rerun after a kill writes what is missing, with the same bytes. Pairs of texts: the teacher searches by the table
+    [generate]; train with source.name = "generated" and source.path = SOURCE. Texts: the policy of [rollouts], a student
+    or the teacher, samples, and its log-probabilities are kept; label and train with source.name = "rollouts".
 
     \b
     Example:

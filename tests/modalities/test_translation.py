@@ -448,7 +448,7 @@ def test_a_part_that_changed_or_is_not_finished_is_refused(captured, generated, 
     changed = settings(name="generated", path=str(tmp_path / "copy"), tokenizer=None)
     part = tmp_path / "copy" / "train" / "00000.jsonl"
     part.write_bytes(part.read_bytes() + b"\n")
-    with pytest.raises(SourceError, match=r"00000\.jsonl: sha256 .* as manifest.json says"):
+    with pytest.raises(SourceError, match=r"00000\.jsonl: sha256 .* that of manifest.json"):
         load_pairs(changed, "train")
     (tmp_path / "copy" / "manifest.json").unlink()
     with pytest.raises(SourceError, match=r"run `softcache teacher-generate` to the end"):

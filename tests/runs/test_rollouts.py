@@ -261,5 +261,5 @@ def test_the_command_samples_and_a_changed_part_is_refused(tmp_path, monkeypatch
     assert [row["key"][-2:] for row in rows[:2]] == ["/0", "/1"]
     path = tmp_path / "out" / "train" / "00000.jsonl"
     path.write_text(path.read_text().replace("-", "-1", 1))
-    with pytest.raises(SourceError, match=r"expected .* as manifest.json says"):
+    with pytest.raises(SourceError, match=r"expected .* that of manifest"):
         open_data(rollout_config(tmp_path, tmp_path / "out"))

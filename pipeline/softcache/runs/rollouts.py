@@ -101,7 +101,7 @@ def open_policy(config: RunConfig, data: TextData) -> tuple[LanguageTeacher, Map
     """Returns the policy of [rollouts] with its weights, and the teacher that it was fine-tuned on.
 
     Raises:
-        ConfigError: it is of a run that is not finished, or whose teacher cannot be told.
+        ConfigError: it is of a run that is not finished, or whose teacher is not known any more.
     """
     settings = config.rollouts
     if settings.policy is None:

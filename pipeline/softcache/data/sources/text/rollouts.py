@@ -13,7 +13,6 @@ run compares it with the teacher of the labels (`softcache.runs.rollouts`).
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +20,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from softcache.data.sources.base import SOURCES, Split
+from softcache.data.sources.generated_parts import check_part
 from softcache.data.sources.text.documents import Document
 from softcache.data.sources.text.hugging_face import HfDocuments, HuggingFaceTexts
 from softcache.errors import SourceError
@@ -52,7 +52,7 @@ class RolloutTexts(HuggingFaceTexts):
     it, a folder's own are taken, or `eval_share` of the rollouts.
 
     `sft_teacher` is the teacher that the sampling policy was fine-tuned on: its spec or weights digest, or "none"; of
-    a folder that says so by itself, leave it out. `other_sft_teacher` accepts labels of another teacher than that one,
+    a folder that names it by itself, leave it out. `other_sft_teacher` accepts labels of another teacher than that one,
     and names that one as the error does. `other_policy = true` accepts a student that does not start as the sampling policy.
     """
 
@@ -189,18 +189,7 @@ def read_manifest(path: str) -> dict[str, Any] | None:
 def _check_parts(folder: Path, manifest: dict[str, Any]) -> None:
     """Raises SourceError unless the parts are those of the manifest, byte by byte."""
     for name, digest in manifest["parts"].items():
-        path = folder / name
-        if path.resolve().parent not in (folder.resolve(), folder.resolve() / "train"):
-            raise SourceError(f"source {folder}: manifest.json names {name!r}, which lies outside")
-        try:
-            found = hashlib.sha256(path.read_bytes()).hexdigest()
-        except OSError as error:
-            raise SourceError(f"source {path}: cannot be read: {error}; generate the source again") from error
-        if found != digest:
-            raise SourceError(
-                f"source {path}: sha256 {found[:12]}…; expected {str(digest)[:12]}…, as manifest.json says; restore the "
-                "file, or generate the source again"
-            )
+        check_part(folder, name, digest)
     if more := sorted(
         {f"train/{path.name}" for path in folder.glob("train/*.jsonl")} - manifest["parts"].keys()
     ):

@@ -11,11 +11,11 @@ learn: such pairs are in the parts, are counted in the manifest, and are left ou
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from softcache.data.sources.base import SOURCES, Split
+from softcache.data.sources.generated_parts import check_part
 from softcache.data.sources.translation.files import json_lines, text_field
 from softcache.data.sources.translation.settings import Pair, TranslationSettings
 from softcache.errors import SourceError
@@ -59,10 +59,7 @@ def _read(settings: Generated, split: Split) -> tuple[str, list[Pair], bool]:
     for name, digest in manifest["parts"].items():
         if (name == "eval.jsonl") != (split == "eval"):
             continue
-        path = folder / name
-        if path.resolve().parent not in (folder.resolve(), folder.resolve() / "train"):
-            raise SourceError(f"source {folder}: manifest.json names {name!r}, which lies outside")
-        _check(path, digest)
+        path = check_part(folder, name, digest)
         for line, found in json_lines(path):
             pair = _pair(found, f"source {path}, line {line}")
             if settings.languages and pair.language not in settings.languages:
@@ -101,15 +98,3 @@ def _manifest(folder: Path) -> dict[str, Any]:
             f"source.path {folder}: manifest.json is not of this version {GENERATED_VERSION}: {error}"
         ) from error
     return manifest
-
-
-def _check(path: Path, digest: str) -> None:
-    try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise SourceError(f"source {path}: cannot be read: {error}; generate the source again") from error
-    if found != digest:
-        raise SourceError(
-            f"source {path}: sha256 {found[:12]}…; expected {str(digest)[:12]}…, as manifest.json says; restore the file, "
-            "or generate the source again"
-        )
