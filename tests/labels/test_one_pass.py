@@ -168,6 +168,24 @@ def test_policies_that_choose_among_all_classes(policy):
         assert (found.ids == 5000).any()
 
 
+@pytest.mark.usefixtures("one_pass")
+@pytest.mark.parametrize("exponent", [1.0, 0.6])
+@pytest.mark.parametrize(("num_classes", "k", "draws"), [(24, 4, 20), (24, 4, 19), (9000, 1, 300)])
+def test_draws_without_replacement(num_classes, k, draws, exponent):
+    logits = make_logits(2, num_classes)
+    logits[1, ::3] = -INF  # at V = 24 fewer classes than slots
+    seeds = row_seeds(np.arange(2, dtype=np.uint64), np.ones(2, np.int64), np.zeros(2, np.int64), 7)
+    found, wanted = (
+        hybrid(
+            z, k=k, draws=draws, seeds_P=seeds, exponent=exponent, targets_P=torch.zeros(2, dtype=torch.int64)
+        )
+        for z in (logits.to(DEVICE), logits.double())
+    )
+    assert_agrees(found, wanted)
+    threshold = found.log_threshold.cpu().double()
+    torch.testing.assert_close(threshold, wanted.log_threshold, rtol=1e-6, atol=1e-6)
+
+
 def test_which_rows_it_serves(monkeypatch):
     class Device:
         type = "cuda"
@@ -202,5 +220,5 @@ def test_the_kernels_compile_for_gpus_without_spills(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == 20
+    assert len(lines) == 24
     assert all(line.endswith(" 0 bytes of spills") for line in lines), done.stdout

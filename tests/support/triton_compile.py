@@ -80,11 +80,13 @@ def _compiled(kernel: Any, named: dict[str, Any], options: dict[str, Any], capab
 
 def one_pass() -> None:
     """Launches what makes records, as for V = 131,072 and K = 64, and on a grid of another kind in half precision."""
-    from softcache.labels.sparsify.one_pass import read_rows
+    from softcache.labels.sparsify.one_pass import draw_by_priority, read_rows
     from softcache.labels.tail import DEFAULT_TEMPERATURES
 
     targets = torch.zeros(2, dtype=torch.int64)
-    read_rows(torch.zeros(2, 131072), 64, DEFAULT_TEMPERATURES, targets)
+    logits = torch.zeros(2, 131072)
+    read = read_rows(logits, 64, DEFAULT_TEMPERATURES, targets)
+    draw_by_priority(logits, read, targets, 1.0, 33)
     read_rows(torch.zeros(2, 4096, dtype=torch.bfloat16), 10, (1.0, 3.0, 5.0))
 
 

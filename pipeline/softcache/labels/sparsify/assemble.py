@@ -30,7 +30,7 @@ class Rows:
     """Some rows of logits, for a policy to choose from.
 
     Attributes:
-        logits_PV: float32, or float64 where the logits are.
+        logits_PV: float32, or float64 where the logits are; as they are given where `read` is.
         part: where among all rows they are.
         read: what one pass over the rows gave, or None.
     """
@@ -48,11 +48,18 @@ class Rows:
             return self.log_probs_PV.gather(1, self.largest(k))
         return self.read.log_probs_PK
 
+    def log_probs_of(self, ids_PK: Tensor) -> Tensor:
+        """Log-probabilities [P, K] of classes, the very numbers of `log_probs_PV`."""
+        if self.read is None:
+            return self.log_probs_PV.gather(1, ids_PK)
+        highest_P1, log_mass_P1 = self.read.normalizer_P2.split(1, dim=1)
+        return (self.logits_PV.gather(1, ids_PK).float() - highest_P1) - log_mass_P1
+
     @cached_property
     def log_probs_PV(self) -> Tensor:
         if self.read is not None:
             highest_P1, log_mass_P1 = self.read.normalizer_P2.split(1, dim=1)
-            return (self.logits_PV - highest_P1).sub_(log_mass_P1)
+            return (self.logits_PV.float() - highest_P1).sub_(log_mass_P1)
         if not _is_compiled(self.logits_PV):
             return self.logits_PV.log_softmax(dim=-1)
         from softcache.labels.sparsify.kernels import fill_log_probs
@@ -83,9 +90,11 @@ def build_soft_labels(
     temperatures: tuple[float, ...],
     targets_P: Tensor | None = None,
     chunk_positions: int | None = None,
+    chunk_elements: int = _CHUNK_ELEMENTS,
     check: bool = True,
     sampling: Sampling | None = None,
     num_largest: int = 0,
+    holds_rows: bool = False,
 ) -> SoftLabels:
     """Makes the record of the classes that `choose` names, chunk by chunk of rows.
 
@@ -94,11 +103,12 @@ def build_soft_labels(
         choose: names the slots of a chunk; or a number, for so many of the most likely classes.
         temperatures: grid of the tail.
         targets_P: [P] integer classes in [0, V), or None.
-        chunk_positions: rows worked on at once; None picks 2^22 / V.
+        chunk_positions: rows worked on at once; None picks `chunk_elements` / V.
         check: raise on faulty logits and targets, which waits for a GPU.
         sampling: how the choice was drawn; the tail then holds all classes but the exact ones.
         num_largest: of how many of the most likely classes `choose` takes the exact ones, in their order, leaving V in
             place of what it does not take.
+        holds_rows: whether `choose` makes numbers for all classes; else it is asked once where one pass reads the rows.
 
     Raises:
         LabelError: a faulty logit or target, with its position.
@@ -107,11 +117,17 @@ def build_soft_labels(
     if check:
         raise_on_fault(logits_PV)
     num_positions, num_classes = logits_PV.shape
-    rows = chunk_positions or max(1, _CHUNK_ELEMENTS // num_classes)
+    rows = chunk_positions or max(1, chunk_elements // num_classes)
     if is_one_pass(logits_PV, choose if isinstance(choose, int) else num_largest, temperatures):
         with torch.no_grad():
             return one_pass_labels(
-                logits_PV.detach(), choose, num_largest, temperatures, targets, sampling, rows
+                logits_PV.detach(),
+                choose,
+                num_largest,
+                temperatures,
+                targets,
+                sampling,
+                rows if holds_rows or chunk_positions else num_positions,
             )
 
     def chunk(part: slice) -> SoftLabels:
@@ -144,9 +160,9 @@ def one_pass_labels(
     temperatures: tuple[float, ...],
     targets_P: Tensor | None,
     sampling: Sampling | None,
-    rows: int,
+    at_once: int,
 ) -> SoftLabels:
-    """`build_soft_labels` of rows that `is_one_pass` serves; `rows` at once where `choose` is a function."""
+    """`build_soft_labels` of rows that `is_one_pass` serves; `at_once` so many where `choose` is a function."""
     num_positions, num_classes = logits_PV.shape
     k = choose if isinstance(choose, int) else num_largest
     read = read_rows(logits_PV, k, temperatures, targets_P)
@@ -155,11 +171,10 @@ def one_pass_labels(
     def chunk(part: slice) -> SoftLabels:
         assert callable(choose)
         here = read.rows(part)
-        chosen = choose(Rows(logits_PV[part].float(), part, here))
+        rows = Rows(logits_PV[part], part, here)
+        chosen = choose(rows)
         used_PK = chosen.ids_PK < num_classes
-        safe_PK = chosen.ids_PK.where(used_PK, 0)
-        highest_P1, log_mass_P1 = here.normalizer_P2.split(1, dim=1)
-        log_probs_PK = (logits_PV[part].gather(1, safe_PK).float() - highest_P1) - log_mass_P1
+        log_probs_PK = rows.log_probs_of(chosen.ids_PK.where(used_PK, 0))
         log_tail_PG = here.log_tail_PG
         if sampling is None:  # what was not taken of the largest is in the tail
             left_PK = here.log_probs_PK.masked_fill(used_PK, -torch.inf)
@@ -177,8 +192,8 @@ def one_pass_labels(
         )
 
     if callable(choose):
-        starts = range(0, num_positions, rows)
-        return collect((chunk(slice(i, i + rows)) for i in starts), num_positions)
+        starts = range(0, num_positions, at_once)
+        return collect((chunk(slice(i, i + at_once)) for i in starts), num_positions)
     return SoftLabels(
         ids=read.ids_PK,
         log_probs=read.log_probs_PK,

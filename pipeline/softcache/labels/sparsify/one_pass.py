@@ -9,20 +9,20 @@ is one function, `is_one_pass`; all others go through torch, which is also what 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from softcache.runtime.triton import is_triton_on
 
-__all__ = ["MAX_LARGEST", "OnePass", "is_one_pass", "read_rows"]
+__all__ = ["MAX_LARGEST", "OnePass", "draw_by_priority", "is_one_pass", "read_rows"]
 
 MAX_LARGEST = 512
 """The most slots: there are no more lanes, whose maxima bound the candidates."""
 
 _PART, _LANES = 32768, 512
-_NUM_SUMS, _NUM_FIGURES, _TILE = 8, 16, 8  # of one_pass_kernels
+_NUM_SUMS, _NUM_FIGURES, _TILE, _EMPTY = 8, 16, 8, -(2**63)  # of one_pass_kernels
 
 
 class OnePass(NamedTuple):
@@ -35,6 +35,7 @@ class OnePass(NamedTuple):
         target_log_prob_P: float32, or None.
         stats_P4: the columns of `softcache.labels.STATS`; the support of a row with a fault is minus its code.
         normalizer_P2: the largest logit, and the log of the sum of exp(x - largest).
+        last_P: int64, the key of the K-th largest logit above its class, reversed; None where K is 0.
     """
 
     ids_PK: Tensor
@@ -43,6 +44,7 @@ class OnePass(NamedTuple):
     target_log_prob_P: Tensor | None
     stats_P4: Tensor
     normalizer_P2: Tensor
+    last_P: Tensor | None
 
     def rows(self, part: slice) -> OnePass:
         """Returns this of some rows."""
@@ -79,10 +81,7 @@ def read_rows(
     if logits_PV.stride(1) != 1:
         logits_PV = logits_PV.contiguous()
     (num_rows, num_classes), k, device = logits_PV.shape, num_largest, logits_PV.device
-    parts = triton.cdiv(num_classes, _PART)
-    blocks = triton.cdiv(min(num_classes, _PART), _TILE * _LANES)
-    capacity = min(2 * k, _LANES)
-    places = blocks * capacity
+    parts, places = triton.cdiv(num_classes, _PART), _num_places(num_classes, k)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -94,7 +93,7 @@ def read_rows(
     grid = (*betas, *[1.0] * (_NUM_SUMS - len(betas)))
     scan_parts[(num_rows, parts)](
         logits_PV, logits_PV.stride(0), num_classes, candidates, figures, peaks, *grid,
-        NUM=len(betas), EIGHTHS=eighths, K=k, CAPACITY=capacity, PLACES=places,
+        NUM=len(betas), EIGHTHS=eighths, K=k, PLACES=places,
         PART=_PART, LANES=_LANES, num_warps=8,
     )  # fmt: skip
     largest = candidates
@@ -124,4 +123,55 @@ def read_rows(
         None if targets_P is None else target_log_prob,
         stats,
         normalizer,
+        largest[:, k - 1].contiguous() if k else None,
     )
+
+
+def _num_places(num_classes: int, k: int) -> int:
+    """Candidates of a part, whatever its numbers."""
+    return -(-min(num_classes, _PART) // (_TILE * _LANES)) * min(2 * k, _LANES)
+
+
+def draw_by_priority(
+    logits_PV: Tensor, read: OnePass, seeds_P: Tensor, exponent: float, count: int
+) -> tuple[Tensor, Tensor]:
+    """Returns the highest priorities of rows and their classes, as of `policies.hybrid`, in a second pass over the logits.
+
+    Args:
+        read: of these rows; its K largest classes are left out.
+        seeds_P: [P] int64 on the same device.
+        count: N, at most `MAX_LARGEST` and V.
+
+    Returns:
+        Log-priorities [P, N] float32, descending, -inf where no class is left; classes [P, N] int64.
+    """
+    import triton
+
+    from softcache.labels.sparsify.draw_kernels import gather_priorities, scan_priorities
+
+    if logits_PV.stride(1) != 1:
+        logits_PV = logits_PV.contiguous()
+    (num_rows, num_classes), device = logits_PV.shape, logits_PV.device
+    parts, places = triton.cdiv(num_classes, _PART), _num_places(num_classes, count)
+    like: dict[str, Any] = {"dtype": torch.int64, "device": device}
+    candidates = torch.empty((num_rows, parts * places), **like)
+    rows = (
+        logits_PV, logits_PV.stride(0), num_classes,
+        seeds_P.contiguous(), read.normalizer_P2.contiguous(), read.last_P, float(exponent),
+    )  # fmt: skip
+    # Rounded as torch does: no multiplication is fused with a subtraction.
+    how = {"num_warps": 8, "enable_fp_fusion": False}
+    scan_priorities[(num_rows, parts)](
+        *rows, candidates, K=count, PLACES=places, PART=_PART, LANES=_LANES, **how
+    )
+    tiles = candidates.topk(min(count, parts * places), dim=1).values
+    packed = torch.empty((num_rows, tiles.shape[1] * _TILE), **like)
+    gather_priorities[(num_rows,)](
+        *rows, tiles, packed, NUM_TILES=tiles.shape[1], TILES=triton.next_power_of_2(tiles.shape[1]), **how
+    )
+    found = packed.topk(count, dim=1).values
+    key = (found >> 32).to(torch.int32)
+    priorities = torch.where(key < 0, key ^ 0x7FFFFFFF, key).view(torch.float32)
+    is_class = found != _EMPTY
+    classes = ((found & 0xFFFFFFFF) ^ 0xFFFFFFFF).where(is_class, 0)
+    return priorities.where(is_class, -torch.inf), classes

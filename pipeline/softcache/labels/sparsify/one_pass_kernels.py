@@ -22,7 +22,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["EMPTY", "NUM_FIGURES", "NUM_SUMS", "TILE", "finish_rows", "gather_tiles", "scan_parts"]
+__all__ = [
+    "EMPTY",
+    "LOWEST",
+    "NO_CANDIDATE",
+    "NUM_FIGURES",
+    "NUM_SUMS",
+    "REVERSED_ID",
+    "TILE",
+    "TILE_SIZE",
+    "fill_places",
+    "finish_rows",
+    "gather_tiles",
+    "keep_tiles",
+    "key_of",
+    "scan_parts",
+]
 
 NUM_SUMS = 8  # temperatures that one launch serves
 NUM_FIGURES = 16  # float32 of a part
@@ -42,7 +57,7 @@ TILE_SIZE = tl.constexpr(TILE)
 
 
 @triton.jit
-def _key_of(x):
+def key_of(x):
     """An int32 in the order of the floats; -0.0 is 0.0, and NaN the highest."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -171,10 +186,45 @@ def _kth_largest(key, least, K: tl.constexpr):
 
 
 @triton.jit
+def keep_tiles(key, peak, bound, filled, tile, places_ptr, K: tl.constexpr):
+    """Writes the tiles [C] of a block that may hold one of the K largest: whose `key` is above a bound that K others reach.
+
+    Args:
+        key: of the largest number of each tile; peak: of the lanes, the largest so far.
+        bound: so far; where it is reached by too many, it is raised to the K-th largest of `peak`.
+        filled: places of `places_ptr` that are used; at most 2 K more of a block.
+
+    Returns:
+        Which tiles were written, the bound, and the number of places that are used.
+    """
+    chosen = key > bound
+    if _count(chosen) > K // 2:
+        raised = _kth_largest(peak, tl.maximum(bound, tl.min(peak, axis=0)), K)
+        if raised > bound:  # of equal ones, the first K
+            equal = key == raised
+            chosen = (key > raised) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= K))
+            bound = raised
+    many = _count(chosen)
+    if many > 0:
+        at = filled + tl.cumsum(chosen.to(tl.int32), 0) - 1
+        packed = (key.to(tl.int64) << 32) | (tile.to(tl.int64) ^ REVERSED_ID)
+        tl.store(places_ptr + at, packed, mask=chosen)
+    return chosen, bound, filled + many
+
+
+@triton.jit
+def fill_places(places_ptr, filled, PLACES: tl.constexpr, LANES: tl.constexpr):
+    """Writes EMPTY into the places that are not used."""
+    for start in range(filled, PLACES, LANES):
+        place = start + tl.arange(0, LANES)
+        tl.store(places_ptr + place, NO_CANDIDATE, mask=place < PLACES)
+
+
+@triton.jit
 def scan_parts(
     logits_ptr, row_stride, num_classes, candidates_ptr, figures_ptr, peaks_ptr,
     b0, b1, b2, b3, b4, b5, b6, b7, NUM: tl.constexpr, EIGHTHS: tl.constexpr,
-    K: tl.constexpr, CAPACITY: tl.constexpr, PLACES: tl.constexpr, PART: tl.constexpr, LANES: tl.constexpr,
+    K: tl.constexpr, PLACES: tl.constexpr, PART: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Reads the parts of rows: writes their candidates, and the sums of all other classes at each temperature.
 
@@ -184,7 +234,7 @@ def scan_parts(
         figures_ptr: out, [P, S, NUM_FIGURES] float32: of the classes in no candidate the largest logit, the sums of
             exp((x - largest) b), and that of exp(x - largest) (x - largest); of all the count, mean and sum of squares.
         peaks_ptr: out, [P, S] int32, the key of the largest logit; HIGHEST where one is NaN.
-        K: slots, at most LANES; CAPACITY: candidates of one block, min(2 K, LANES); PLACES: of all blocks of a part.
+        K: slots, at most LANES; PLACES: candidates of all blocks of a part, min(2 K, LANES) each.
         PART: columns of a part; LANES: tiles of a block.
     """
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -210,31 +260,20 @@ def scan_parts(
         right = tl.load(first_ptr + there, mask=there < width, other=float("-inf")).to(tl.float32)
         x = tl.reshape(tl.join(left, right), [LANES, TILE_SIZE])
         largest = tl.max(x, axis=1)
-        key = tl.where(tl.max((x != x).to(tl.int32), axis=1) > 0, HIGHEST, _key_of(largest))
+        key = tl.where(tl.max((x != x).to(tl.int32), axis=1) > 0, HIGHEST, key_of(largest))
         peak = tl.maximum(peak, key)
         count, mean, square = _add_moments(x, count, mean, square)
         if K > 0:
-            chosen = key > bound
-            many = _count(chosen)
-            if many > K // 2:
-                raised = _kth_largest(peak, tl.maximum(bound, tl.min(peak, axis=0)), K)
-                if raised > bound:
-                    equal = key == raised
-                    chosen = (key > raised) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= K))
-                    bound = raised
-            if _count(chosen) > 0:
-                at = filled + tl.cumsum(chosen.to(tl.int32), 0) - 1
-                tile = (begin + start) // TILE_SIZE + lane
-                packed = (key.to(tl.int64) << 32) | (tile.to(tl.int64) ^ REVERSED_ID)
-                tl.store(candidates_ptr + place * PLACES + at, packed, mask=chosen)
-                filled += _count(chosen)
-                largest = tl.where(chosen, float("-inf"), largest)
+            tile = (begin + start) // TILE_SIZE + lane
+            chosen, bound, filled = keep_tiles(
+                key, peak, bound, filled, tile, candidates_ptr + place * PLACES, K
+            )
+            largest = tl.where(chosen, float("-inf"), largest)
         top, s0, s1, s2, s3, s4, s5, s6, s7, dot = _add_tiles(
             x, largest, top, s0, s1, s2, s3, s4, s5, s6, s7, dot,
             b0, b1, b2, b3, b4, b5, b6, b7, NUM, EIGHTHS,
         )  # fmt: skip
-    for start in range(filled, PLACES, LANES):
-        tl.store(candidates_ptr + place * PLACES + start + lane, NO_CANDIDATE, mask=start + lane < PLACES)
+    fill_places(candidates_ptr + place * PLACES, filled, PLACES, LANES)
     top, s0, s1, s2, s3, s4, s5, s6, s7, dot = _add_lanes(
         top, s0, s1, s2, s3, s4, s5, s6, s7, dot, b0, b1, b2, b3, b4, b5, b6, b7, NUM, EIGHTHS
     )
@@ -268,7 +307,7 @@ def _load_tiles(logits_ptr, row_stride, num_classes, row, found):
     column = tile[:, None] * TILE_SIZE + tl.arange(0, TILE_SIZE)[None, :]
     inside = (found != NO_CANDIDATE)[:, None] & (column < num_classes)
     x = tl.load(logits_ptr + row * row_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
-    packed = (_key_of(x).to(tl.int64) << 32) | (column.to(tl.int64) ^ REVERSED_ID)
+    packed = (key_of(x).to(tl.int64) << 32) | (column.to(tl.int64) ^ REVERSED_ID)
     return x, tl.where(inside, packed, NO_CANDIDATE)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from softcache.errors import LabelError
 from softcache.hashing.splitmix import SPLITMIX64_GAMMA, splitmix64
-from softcache.labels.sparsify.assemble import Chosen
+from softcache.labels.sparsify.assemble import Chosen, Rows
 
 __all__ = ["CHUNK_ELEMENTS", "checked_seeds", "most_likely_first", "row_seeds", "uniform"]
 
@@ -43,13 +43,13 @@ def row_seeds(
     return splitmix64(rows_P + torch.from_numpy(np.asarray(positions_P, np.int64)) * SPLITMIX64_GAMMA)
 
 
-def most_likely_first(log_probs_PV: Tensor, ids_PN: Tensor, counts_PN: Tensor) -> Chosen:
+def most_likely_first(rows: Rows, ids_PN: Tensor, counts_PN: Tensor) -> Chosen:
     """The slots in order of probability, ties by id, unused ones last."""
-    num_classes = log_probs_PV.shape[1]
+    num_classes = rows.logits_PV.shape[1]
     by_id_PN = ids_PN.sort(dim=1).indices
     ids_PN, counts_PN = ids_PN.gather(1, by_id_PN), counts_PN.gather(1, by_id_PN)
     used_PN = ids_PN < num_classes
-    log_probs_PN = log_probs_PV.gather(1, ids_PN.where(used_PN, 0)).where(used_PN, -torch.inf)
+    log_probs_PN = rows.log_probs_of(ids_PN.where(used_PN, 0)).where(used_PN, -torch.inf)
     order_PN = log_probs_PN.sort(dim=1, descending=True, stable=True).indices
     counts_PN = counts_PN.where(used_PN, 0)
     return Chosen(ids_PN.gather(1, order_PN), counts_PK=counts_PN.gather(1, order_PN))

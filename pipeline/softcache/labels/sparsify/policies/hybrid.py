@@ -13,6 +13,7 @@ from softcache.hashing.splitmix import SPLITMIX64_GAMMA
 from softcache.labels.sampling import Sampling
 from softcache.labels.soft_labels import SoftLabels
 from softcache.labels.sparsify.assemble import Chosen, Rows, build_soft_labels
+from softcache.labels.sparsify.one_pass import MAX_LARGEST, draw_by_priority
 from softcache.labels.sparsify.sampled import CHUNK_ELEMENTS, checked_seeds, most_likely_first, uniform
 from softcache.labels.sparsify.settings import POLICIES, SampledSettings
 from softcache.labels.sparsify.validate import check_arguments
@@ -101,19 +102,23 @@ def hybrid(
     seeds_P = checked_seeds(seeds_P, logits_PV)
     num_classes = logits_PV.shape[1]
 
+    in_kernels = draws < MAX_LARGEST
+
     def choose(rows: Rows) -> Chosen:
-        log_probs_PV, ids_PK = rows.log_probs_PV, rows.largest(k)
-        class_V = torch.arange(1, num_classes + 1, device=log_probs_PV.device) * SPLITMIX64_GAMMA
-        log_uniform_PV = uniform(seeds_P[rows.part, None] + class_V).log().to(log_probs_PV.dtype)
-        priority_PV = (log_probs_PV * exponent).sub_(log_uniform_PV).scatter_(1, ids_PK, -torch.inf)
-        found = priority_PV.topk(min(draws + 1, num_classes), dim=1)
-        taken_PN = found.indices[:, :draws].where(found.values[:, :draws] > -torch.inf, num_classes)
+        ids_PK, count = rows.largest(k), min(draws + 1, num_classes)
+        seeds_p = seeds_P[rows.part]
+        if rows.read is not None and in_kernels:
+            values_PN, indices_PN = draw_by_priority(rows.logits_PV, rows.read, seeds_p, exponent, count)
+        else:
+            class_V = torch.arange(1, num_classes + 1, device=ids_PK.device) * SPLITMIX64_GAMMA
+            log_uniform_PV = uniform(seeds_p[:, None] + class_V).log().to(rows.log_probs_PV.dtype)
+            priority_PV = (rows.log_probs_PV * exponent).sub_(log_uniform_PV)
+            values_PN, indices_PN = priority_PV.scatter_(1, ids_PK, -torch.inf).topk(count, dim=1)
+        taken_PN = indices_PN[:, :draws].where(values_PN[:, :draws] > -torch.inf, num_classes)
         # With no class left outside the slots, all are taken and weigh 1.
         all_taken = draws + 1 > num_classes
-        threshold_P = (
-            found.values.new_full((len(ids_PK),), -torch.inf) if all_taken else found.values[:, draws]
-        )
-        taken_PN = most_likely_first(log_probs_PV, taken_PN, torch.ones_like(taken_PN)).ids_PK
+        threshold_P = values_PN.new_full((len(ids_PK),), -torch.inf) if all_taken else values_PN[:, draws]
+        taken_PN = most_likely_first(rows, taken_PN, torch.ones_like(taken_PN)).ids_PK
         return Chosen(torch.cat([ids_PK, taken_PN], dim=1), log_threshold_P=threshold_P)
 
     return build_soft_labels(
@@ -121,8 +126,10 @@ def hybrid(
         choose,
         temperatures=temperatures,
         targets_P=targets_P,
-        chunk_positions=chunk_positions or max(1, CHUNK_ELEMENTS // num_classes),
+        chunk_positions=chunk_positions,
+        chunk_elements=CHUNK_ELEMENTS,
         check=check,
         sampling=sampling,
         num_largest=k,
+        holds_rows=not in_kernels,
     )

@@ -103,14 +103,16 @@ def sample(
         counts_PN = torch.zeros_like(drawn_PN).scatter_add_(1, slot_PN, torch.ones_like(drawn_PN))
         ids_PN = torch.full_like(drawn_PN, log_probs_PV.shape[1]).scatter_(1, slot_PN, drawn_PN)
         slots = min(draws, log_probs_PV.shape[1])
-        return most_likely_first(log_probs_PV, ids_PN[:, :slots], counts_PN[:, :slots])
+        return most_likely_first(rows, ids_PN[:, :slots], counts_PN[:, :slots])
 
     return build_soft_labels(
         logits_PV,
         choose,
         temperatures=temperatures,
         targets_P=targets_P,
-        chunk_positions=chunk_positions or max(1, CHUNK_ELEMENTS // logits_PV.shape[1]),
+        chunk_positions=chunk_positions,
+        chunk_elements=CHUNK_ELEMENTS,
         check=check,
         sampling=sampling,
+        holds_rows=True,
     )
