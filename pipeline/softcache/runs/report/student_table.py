@@ -145,7 +145,8 @@ def student_table(
 
 
 def _points(report: Report, value: float | None) -> str:
-    return "–" if value is None else f"{report.score.scale * value:+.2f}"
+    digits = 4 if report.score.scale == 1 else 2
+    return "–" if value is None else f"{report.score.scale * value:+.{digits}f}"
 
 
 def settings_figures(report: Report) -> list[Figure]:

@@ -55,10 +55,13 @@ class Browser:
                 "`softcache teacher-logits`"
             )
         self._keys, self._targets = cache.keys, cache.samples.targets
+        first = cache.read(self._chosen[:1], 0)
+        self._first: Any = getattr(first, "labels", first)
 
     @cached_property
     def overview(self) -> Overview:
-        return summarize(self.cache, self._chosen, self._targets)
+        with self._lock:
+            return summarize(self.cache, self._chosen, self._targets)
 
     def details(self, samples: Sequence[int], first: int = 0) -> list[dict[str, Any]]:
         """Returns what is shown of samples, in that order.
@@ -147,11 +150,9 @@ class Browser:
             missing.append(f"{what}: {self.source.reason}.")
         if manifest.codec.get("sampling"):
             notes.append("The classes of this cache were drawn at random: a likelier class may be missing.")
-        first = self.cache.read(self._chosen[:1], 0)
-        first = getattr(first, "labels", first)
-        if getattr(first, "dropped_bound", None) is not None:
+        if getattr(self._first, "dropped_bound", None) is not None:
             notes.append("Classes are independent: the entropy is the sum over the kept ones.")
-        elif first.stats is None:
+        elif self._first.stats is None:
             notes.append(
                 "The cache has no statistics: the entropy is that of the kept classes and of the rest as one class, "
                 "at least so much."

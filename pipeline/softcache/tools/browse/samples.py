@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from softcache.errors import MissingExtraError, SoftcacheError
+from softcache.errors import SoftcacheError
 from softcache.reader.alignment import check_alignment
 from softcache.reader.cache import Cache
 from softcache.tools.page import encode_picture
@@ -81,9 +81,7 @@ class SourceSamples:
         try:
             image = self._picture(sample)
             return (None, "") if image is None else (encode_picture(image, PICTURE_PIXELS), "")
-        except MissingExtraError:
-            raise
-        except (SoftcacheError, OSError, ValueError, TypeError) as error:
+        except (SoftcacheError, ImportError, OSError, ValueError, TypeError) as error:
             return None, f"its image cannot be shown: {error}"
 
     def tokens(self, sample: int) -> Any:
