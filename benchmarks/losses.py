@@ -10,6 +10,7 @@ defaults, but the head of `tail_decoupled_kl`, which is below K. Results are kep
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def tables_of(kind: str, out: Path) -> dict[str, Any]:
         "teacher": {"model": "gpt2?width=96&depth=2&heads=4", "weights": weights},
         "labels": {"policy": "top_k", "k": 32},
         "student": {"model": "llama?width=32&depth=1&heads=2"},
-        "train": {"epochs": 2, "batch_size": 16, "lr": 3e-3, "eval_batch_size": 50},
+        "train": {"epochs": 1, "batch_size": 16, "lr": 3e-3, "eval_batch_size": 50},
         "train_teacher": {"epochs": 4, "batch_size": 16, "lr": 3e-3, "eval_batch_size": 50},
     }  # fmt: skip
 
@@ -91,30 +92,21 @@ def run_kind(kind: str, seeds: list[int], out: Path) -> dict[str, list[Any]]:
     cache, _ = capture_labels(config, data, open_teacher(config, data), str(out / kind / "cache"))
     metric = modality_of(config).score.metric
     found: dict[str, list[Any]] = {}
-    for name, table in losses_of(kind).items():
-        for seed in seeds:
-            row = next((row for row in done if (row["loss"], row["seed"]) == (name, seed)), None)
-            if row is None:
-                chosen = build_config(
-                    {**tables, "loss": table, "train": {**tables["train"], "seed": seed}}, "benchmarks.losses"
-                )
-                labels: Any = "ground_truth" if name == "hard labels" else "cache"
-                folder = out / kind / "students" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
-                metrics = train_student(
-                    chosen,
-                    data,
-                    model=chosen.student.model,
-                    labels=labels,
-                    cache=cache if labels == "cache" else None,
-                    out=folder,
-                )
-                row = {"loss": name, "seed": seed, "score": metrics["history"][-1][metric]}
-                with path.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                log_info(json.dumps(row))
-            found.setdefault(name, []).append(row["score"])
-    report = cache.manifest.teacher or {}
-    found["teacher"] = [f"teacher {report.get(modality_of(config).score.of_teacher)}, {metric}"]
+    for seed, (name, table) in product(seeds, losses_of(kind).items()):
+        row = next((row for row in done if (row["loss"], row["seed"]) == (name, seed)), None)
+        if row is None:
+            train = {**tables["train"], "seed": seed}
+            chosen = build_config({**tables, "loss": table, "train": train}, "benchmarks.losses")
+            labels: Any = "ground_truth" if name == "hard labels" else "cache"
+            folder = out / kind / "students" / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}"
+            how = {"labels": labels, "cache": cache if labels == "cache" else None, "out": folder}
+            metrics = train_student(chosen, data, model=chosen.student.model, **how)
+            row = {"loss": name, "seed": seed, "score": metrics["history"][-1][metric]}
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            log_info(json.dumps(row))
+        found.setdefault(name, []).append(row["score"])
+    found["teacher"] = [f"teacher {cache.manifest.teacher}, {metric}"]
     return found
 
 

@@ -50,10 +50,10 @@ from softcache.teacher.language import LanguageTeacher
 from softcache.teacher.rollouts import Prompt, generate_rollouts, prompts_of, rollout_prompts
 
 FORMS: dict[str, dict[str, Any]] = {
-    "offline, A of the policy": {},
-    "offline, A of the policy, clip 0.2": {"clip": 0.2},
-    "offline, A of the student": {"advantage": "student"},
-    "offline, as Lightning OPD": {"advantage": "student", "importance": False},
+    "offline, A of the policy": {"advantage": "sampling"},
+    "offline, A of the policy, clip 0.2": {"advantage": "sampling", "clip": 0.2},
+    "offline, A of the student": {},
+    "offline, as Lightning OPD": {"importance": False},
 }
 
 

@@ -17,10 +17,10 @@ P, V = 6, 9
 FORMS = [
     {},
     {"clip": 0.2},
-    {"advantage": "student"},
-    {"advantage": "student", "clip": 0.2},
+    {"advantage": "sampling"},
+    {"advantage": "sampling", "clip": 0.2},
     {"importance": False},
-    {"advantage": "student", "importance": False},
+    {"advantage": "sampling", "importance": False},
 ]
 TARGETS = torch.tensor([3, 0, 8, 7, 3, 1])
 
@@ -29,7 +29,7 @@ def sampled(policy, targets=TARGETS):
     return policy.log_softmax(1).gather(1, targets[:, None])[:, 0]
 
 
-def by_loops(student, teacher, policy, *, now, advantage="sampling", importance=True, clip=None):
+def by_loops(student, teacher, policy, *, now, advantage="student", importance=True, clip=None):
     """Token by token; `now` are the student's logits as constants, wherever its gradient is stopped."""
     values = []
     for row, token in enumerate(TARGETS.tolist()):
@@ -104,8 +104,8 @@ def test_through_the_head_it_is_the_same_and_holds_a_chunk_of_logits(form):
 
 @pytest.mark.parametrize(
     ("form", "is_moved"),
-    [({}, False), ({"advantage": "student"}, False), ({"advantage": "student"}, True),
-     ({"advantage": "student", "importance": False}, False), ({"clip": 0.2}, False)],
+    [({}, False), ({}, True), ({"importance": False}, False), ({"clip": 0.2}, False), ({"advantage": "sampling"}, False),
+     ({"advantage": "sampling", "clip": 0.2}, False)],
 )  # fmt: skip
 def test_its_mean_over_all_tokens_is_the_exact_reverse_divergence(form, is_moved):
     """Each token of the vocabulary weighed by its probability under the policy: value and gradient of KL(s || p).
@@ -177,10 +177,11 @@ def test_what_it_cannot_be_is_refused():
     with pytest.raises(LabelError, match=r"expected temperature 1, .* found standardize = true"):
         run(loss=make_loss("policy_gradient", standardize=True))
     with pytest.raises(
-        LabelError, match=r"found rollouts without; store it in the source \(log_probs\), or set"
+        LabelError,
+        match=r"found rollouts without; store it in the source \(log_probs\), or set loss.importance",
     ):
         run(sampling_log_probs=None)
-    run(sampling_log_probs=None, loss=make_loss("policy_gradient", advantage="student", importance=False))
+    run(sampling_log_probs=None, loss=make_loss("policy_gradient", importance=False))
     for bad in (0.5, math.nan, -math.inf):
         with pytest.raises(LabelError, match=r"sampling_log_probs, position 2: expected a finite") as error:
             run(sampling_log_probs=torch.where(torch.arange(P) == 2, bad, log_q))

@@ -22,12 +22,12 @@ class PolicyGradientSettings(Settings):
     """How the advantage and the ratio of a sampled token are taken.
 
     Attributes:
-        advantage: "sampling": log p - log q; "student": log p - log s, at the student as it is now.
+        advantage: "student": log p - log s, at the student as it is now; "sampling": log p - log q, for a single step.
         importance: whether a token counts s / q; without it, rollouts count as if the student had sampled them now.
         clip: e of the clipped ratio of PPO, within [1 - e, 1 + e]; None: not clipped.
     """
 
-    advantage: Literal["sampling", "student"] = "sampling"
+    advantage: Literal["student", "sampling"] = "student"
     importance: bool = True
     clip: float | None = Field(None, gt=0, lt=1)
 
@@ -43,21 +43,21 @@ def policy_gradient(
     log_p_P: Tensor,
     log_q_P: Tensor | None,
     *,
-    advantage: str = "sampling",
+    advantage: str = "student",
     importance: bool = True,
     clip: float | None = None,
 ) -> Tensor:
     r"""Negative advantage of a sampled token times its ratio, in nats; an estimate of KL(student || teacher).
 
-    .. math:: -r A, \quad r = s / q, \quad A = \log p - \log q
+    .. math:: -r A, \quad r = s / q, \quad A = \log p - \log s
 
     where s, p and q are the probabilities of the token y that the policy q sampled, by student, teacher and policy. The
-    advantage is a constant, so the gradient is -r A grad log s; its mean over y ~ q is the sum of grad s (log q - log p),
-    which is the gradient of the exact KL(s || p) at s = q, with the value of it. With `advantage = "student"`, log s
-    without a gradient replaces log q in A, and the mean is the gradient of KL(s || p) at any s; with `importance =
-    false` it replaces log q in r, which is then 1 with the gradient of log s. With both, q is not read: the update of
-    Lightning OPD's code, on rollouts that it takes for the student's. With `clip` the loss is the larger of -r A and -A
-    times r within [1 - e, 1 + e].
+    advantage is a constant, so the gradient is -r A grad log s; its mean over y ~ q is the sum of grad s (log s - log p),
+    the gradient of the exact KL(s || p), with the value of it. With `importance = false`, log s without a gradient
+    replaces log q in r, which is then 1 with the gradient of log s: exact at s = q, and the update of Lightning OPD's
+    code, which reads no q. With `advantage = "sampling"`, log q replaces log s in A: the usual form of reinforcement
+    learning, exact at s = q, too, but linear in s, so that its minimum is all mass on one token; it is for few steps
+    from each rollout, and for `clip`: the larger of -r A and -A times r within [1 - e, 1 + e].
 
     A token whose teacher's probability is 0 has log p = -100. The return of a token is its own advantage alone (discount
     0): how it changes the later tokens' divergence is left out, as in both references.
@@ -81,7 +81,7 @@ def policy_gradient(
     if log_q_P is None and (advantage == "sampling" or importance):
         raise LabelError(
             "loss policy_gradient: expected the sampling policy's log-probability of each token; found rollouts without; "
-            'store it in the source (log_probs), or set loss.advantage = "student" and loss.importance = false'
+            'store it in the source (log_probs), or set loss.importance = false with loss.advantage = "student"'
         )
     sampled_P = now_P if log_q_P is None else log_q_P
     advantage_P = log_p_P.clamp(min=LOG_PROB_FLOOR) - (sampled_P if advantage == "sampling" else now_P)
