@@ -44,7 +44,7 @@ def made(tmp_path_factory):
 
 def distributions(model, source, sample):
     """Log-probabilities of every labeled position, document by document, token by token: slow and obvious."""
-    tokens, segments, learnt = source.sample(sample)
+    tokens, segments, learnt = source.sample(sample)[:3]
     rows = []
     for number in range(segments[-1] + 1):
         document = torch.from_numpy(tokens[segments == number].astype(np.int64))
