@@ -186,6 +186,21 @@ def test_draws_without_replacement(num_classes, k, draws, exponent):
     torch.testing.assert_close(threshold, wanted.log_threshold, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("one_pass")
+@pytest.mark.parametrize("exponent", [1.0, 0.5])
+def test_draws_with_replacement(exponent):
+    logits = make_logits(3, 1500)
+    logits[1, :1400] = -INF
+    logits[2, 700] = 200.0
+    seeds = row_seeds(np.arange(3, dtype=np.uint64), np.ones(3, np.int64), np.zeros(3, np.int64), 7)
+    found, wanted = (
+        sample(z, draws=200, seeds_P=seeds, exponent=exponent, targets_P=torch.zeros(3, dtype=torch.int64))
+        for z in (logits.to(DEVICE), logits.double())
+    )
+    assert_agrees(found, wanted)
+    assert torch.equal(found.counts.cpu(), wanted.counts)
+
+
 def test_which_rows_it_serves(monkeypatch):
     class Device:
         type = "cuda"
@@ -220,5 +235,5 @@ def test_the_kernels_compile_for_gpus_without_spills(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
-    assert len(lines) == 24
+    assert len(lines) == 28
     assert all(line.endswith(" 0 bytes of spills") for line in lines), done.stdout

@@ -19,6 +19,7 @@ import torch
 
 CAPABILITIES = (80, 90)
 _TYPES = {
+    torch.float64: "fp64",
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
@@ -80,13 +81,14 @@ def _compiled(kernel: Any, named: dict[str, Any], options: dict[str, Any], capab
 
 def one_pass() -> None:
     """Launches what makes records, as for V = 131,072 and K = 64, and on a grid of another kind in half precision."""
-    from softcache.labels.sparsify.one_pass import draw_by_priority, read_rows
+    from softcache.labels.sparsify.one_pass import draw, draw_by_priority, read_rows
     from softcache.labels.tail import DEFAULT_TEMPERATURES
 
     targets = torch.zeros(2, dtype=torch.int64)
     logits = torch.zeros(2, 131072)
     read = read_rows(logits, 64, DEFAULT_TEMPERATURES, targets)
     draw_by_priority(logits, read, targets, 1.0, 33)
+    draw(logits, read, torch.zeros(2, 5, dtype=torch.float64), 1.0)
     read_rows(torch.zeros(2, 4096, dtype=torch.bfloat16), 10, (1.0, 3.0, 5.0))
 
 

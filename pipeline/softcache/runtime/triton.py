@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from softcache.runtime.jit import compiled_is_on
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["is_triton_on"]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+__all__ = ["is_triton_on", "on_its_device"]
 
 
 @cache
@@ -31,3 +35,16 @@ def is_triton_on(tensor: Tensor) -> bool:
         and os.environ.get("TRITON_INTERPRET", "0") in ("", "0")
         and _is_installed()
     )
+
+
+def on_its_device(function: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+    """Has a function launch kernels on the device of its first argument, whichever of several is the current one."""
+
+    @wraps(function)
+    def call(tensor: Tensor, *args: P.args, **more: P.kwargs) -> R:
+        import torch
+
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *args, **more)
+
+    return call

@@ -1,8 +1,10 @@
-"""Priorities of all classes of a row on a GPU, in Triton: hashed, compared and forgotten, tile by tile.
+"""Draws of classes on a GPU, in Triton: numbers of all classes of a row are made, compared and forgotten, tile by tile.
 
 A class of probability p gets the priority p^exponent / u, u uniform of the row's seed and the class (`sampled.uniform`).
 As `one_pass_kernels` does with logits, `scan_priorities` sets aside the tiles that may hold one of the highest, and
-`gather_priorities` lists those of the first. Logarithms of u are float64's, as torch takes them.
+`gather_priorities` lists those of the first. Logarithms of u are float64's, as torch takes them. Draws with replacement go
+by sums of p^exponent over blocks of classes (`sum_weights`), among which the block of each draw is found, and then the class
+in its block (`find_draws`).
 
 Shape suffixes: `P` rows, `V` classes, `S` parts of a row.
 """
@@ -26,7 +28,7 @@ from softcache.labels.sparsify.one_pass_kernels import (
     key_of,
 )
 
-__all__ = ["gather_priorities", "scan_priorities"]
+__all__ = ["find_draws", "gather_priorities", "scan_priorities", "sum_weights"]
 
 GAMMA = tl.constexpr(SPLITMIX64_GAMMA)
 MIX_1, MIX_2 = tl.constexpr(0xBF58476D1CE4E5B9 - 2**64), tl.constexpr(0x94D049BB133111EB - 2**64)
@@ -97,3 +99,53 @@ def gather_priorities(
     packed = (key_of(priority).to(tl.int64) << 32) | (column.to(tl.int64) ^ REVERSED_ID)
     at = (row * NUM_TILES + place)[:, None] * TILE_SIZE + tl.arange(0, TILE_SIZE)[None, :]
     tl.store(packed_ptr + at, tl.where(inside, packed, NO_CANDIDATE), mask=used[:, None])
+
+
+@triton.jit
+def _weights(logits_ptr, row_stride, num_classes, normalizer_ptr, exponent_ptr, row, column):
+    """p^exponent of classes in float64; 0 outside of the row."""
+    inside = column < num_classes
+    x = tl.load(logits_ptr + row * row_stride + column, mask=inside, other=float("-inf")).to(tl.float32)
+    log_prob = (x - tl.load(normalizer_ptr + row * 2)) - tl.load(normalizer_ptr + row * 2 + 1)
+    return tl.where(inside, tl.exp(log_prob.to(tl.float64) * tl.load(exponent_ptr)), 0.0)
+
+
+@triton.jit
+def sum_weights(
+    logits_ptr, row_stride, num_classes, normalizer_ptr, exponent_ptr, sums_ptr, num_blocks,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes the sums of p^exponent over blocks of classes: [P, num_blocks] float64.
+
+    Args:
+        exponent_ptr: [1] float64.
+        BLOCKS: of one program; BLOCK: classes of each.
+    """
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCKS
+    block = first + tl.arange(0, BLOCKS)
+    column = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    weight = _weights(logits_ptr, row_stride, num_classes, normalizer_ptr, exponent_ptr, row, column)
+    tl.store(sums_ptr + row * num_blocks + block, tl.sum(weight, axis=1), mask=block < num_blocks)
+
+
+@triton.jit
+def find_draws(
+    logits_ptr, row_stride, num_classes, normalizer_ptr, exponent_ptr, blocks_ptr, before_ptr, wanted_ptr, drawn_ptr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes the class of each draw: the first of its block whose cumulative weight is above what is wanted.
+
+    Args:
+        blocks_ptr, before_ptr, wanted_ptr: [P, N] int64 and float64: the block, the weight before it, the draw.
+        drawn_ptr: out, [P, N] int64; never a class of weight 0.
+    """
+    row, draw = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    place = row * tl.num_programs(1) + draw
+    offset = tl.arange(0, BLOCK)
+    begin = tl.load(blocks_ptr + place) * BLOCK
+    weight = _weights(logits_ptr, row_stride, num_classes, normalizer_ptr, exponent_ptr, row, begin + offset)
+    reached = tl.load(before_ptr + place) + tl.cumsum(weight, 0)
+    # The sums of a block and of its parts may differ in their last bit.
+    last = tl.max(tl.where(weight > 0.0, offset, 0), axis=0)
+    count = tl.sum((reached <= tl.load(wanted_ptr + place)).to(tl.int32), axis=0)
+    tl.store(drawn_ptr + place, begin + tl.minimum(count, last))

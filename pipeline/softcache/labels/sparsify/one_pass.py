@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from softcache.runtime.triton import is_triton_on
+from softcache.runtime.triton import is_triton_on, on_its_device
 
-__all__ = ["MAX_LARGEST", "OnePass", "draw_by_priority", "is_one_pass", "read_rows"]
+__all__ = ["MAX_LARGEST", "OnePass", "draw", "draw_by_priority", "is_one_pass", "read_rows"]
 
 MAX_LARGEST = 512
 """The most slots: there are no more lanes, whose maxima bound the candidates."""
 
-_PART, _LANES = 32768, 512
+_PART, _LANES, _BLOCK = 32768, 512, 512
 _NUM_SUMS, _NUM_FIGURES, _TILE, _EMPTY = 8, 16, 8, -(2**63)  # of one_pass_kernels
 
 
@@ -63,6 +63,7 @@ def is_one_pass(logits_PV: Tensor, num_largest: int, temperatures: tuple[float, 
     )
 
 
+@on_its_device
 def read_rows(
     logits_PV: Tensor, num_largest: int, temperatures: tuple[float, ...], targets_P: Tensor | None = None
 ) -> OnePass:
@@ -132,6 +133,7 @@ def _num_places(num_classes: int, k: int) -> int:
     return -(-min(num_classes, _PART) // (_TILE * _LANES)) * min(2 * k, _LANES)
 
 
+@on_its_device
 def draw_by_priority(
     logits_PV: Tensor, read: OnePass, seeds_P: Tensor, exponent: float, count: int
 ) -> tuple[Tensor, Tensor]:
@@ -175,3 +177,35 @@ def draw_by_priority(
     is_class = found != _EMPTY
     classes = ((found & 0xFFFFFFFF) ^ 0xFFFFFFFF).where(is_class, 0)
     return priorities.where(is_class, -torch.inf), classes
+
+
+@on_its_device
+def draw(logits_PV: Tensor, read: OnePass, uniform_PN: Tensor, exponent: float) -> Tensor:
+    """Returns the classes [P, N] int64 that uniform numbers draw in proportion to p^exponent, with replacement.
+
+    Args:
+        read: of these rows.
+        uniform_PN: [P, N] float64 in (0, 1) on the same device.
+    """
+    from softcache.labels.sparsify.draw_kernels import find_draws, sum_weights
+
+    if logits_PV.stride(1) != 1:
+        logits_PV = logits_PV.contiguous()
+    (num_rows, num_classes), num_blocks = logits_PV.shape, -(-logits_PV.shape[1] // _BLOCK)
+    rows = (
+        logits_PV, logits_PV.stride(0), num_classes,
+        read.normalizer_P2.contiguous(), uniform_PN.new_full((1,), exponent),
+    )  # fmt: skip
+    sums_PB = uniform_PN.new_empty((num_rows, num_blocks))
+    sum_weights[(num_rows, -(-num_blocks // 8))](
+        *rows, sums_PB, num_blocks, BLOCKS=8, BLOCK=_BLOCK, num_warps=8
+    )
+    reached_PB = sums_PB.cumsum(dim=1)
+    wanted_PN = uniform_PN * reached_PB[:, -1:]
+    block_PN = torch.searchsorted(reached_PB, wanted_PN, right=True).clamp_(max=num_blocks - 1)
+    before_PN = reached_PB.gather(1, (block_PN - 1).clamp_(min=0)).where(block_PN > 0, 0.0)
+    drawn_PN = torch.empty_like(block_PN)
+    find_draws[tuple(drawn_PN.shape)](
+        *rows, block_PN, before_PN, wanted_PN, drawn_PN, BLOCK=_BLOCK, num_warps=4
+    )
+    return drawn_PN.clamp_(max=num_classes - 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from softcache.losses.fused.chunk import ChunkObjective, hard_term, is_one, student_buckets, summed, take_out
 from softcache.losses.fused.head import Head
-from softcache.runtime.triton import is_triton_on
+from softcache.runtime.triton import is_triton_on, on_its_device
 
 __all__ = ["RowSums", "TritonObjective", "is_triton"]
 
@@ -103,7 +103,7 @@ class RowSums:
         self._beta_P = logits_PV.new_ones(num_rows)
         if T is not None:
             self._beta_P = self._beta_P / (T[:, 0] if isinstance(T, Tensor) else T)
-        sum_rows[(num_rows,)](
+        on_its_device(sum_rows[(num_rows,)])(
             logits_PV, logits_PV.shape[1], self._beta_P, self.at_one_P, self.softened_P,
             **self._flags, LANES=_LANES, num_warps=8,
         )  # fmt: skip
@@ -122,7 +122,7 @@ class RowSums:
 
         num_rows, num_classes = out_PV.shape
         grid = (num_rows, -(-num_classes // _BLOCK))
-        share_out[grid](
+        on_its_device(share_out[grid])(
             self._logits_PV, out_PV, num_classes, self._beta_P, self.at_one_P, self.softened_P,
             hard_P if by_one_P is None else by_one_P, hard_P if by_beta_P is None else by_beta_P,
             targets_P, hard_P, 1.0 if softcap is None else float(softcap),

@@ -12,6 +12,7 @@ from softcache.hashing.splitmix import SPLITMIX64_GAMMA
 from softcache.labels.sampling import Sampling
 from softcache.labels.soft_labels import SoftLabels
 from softcache.labels.sparsify.assemble import Chosen, Rows, build_soft_labels
+from softcache.labels.sparsify.one_pass import draw
 from softcache.labels.sparsify.sampled import CHUNK_ELEMENTS, checked_seeds, most_likely_first, uniform
 from softcache.labels.sparsify.settings import POLICIES, SampledSettings
 from softcache.labels.sparsify.validate import check_arguments
@@ -88,21 +89,23 @@ def sample(
     seeds_P = checked_seeds(seeds_P, logits_PV)
 
     def choose(rows: Rows) -> Chosen:
-        log_probs_PV = rows.log_probs_PV
-        weights_PV = (log_probs_PV.double() * exponent).exp()
-        reached_PV = weights_PV.cumsum(dim=1)
-        number_N = torch.arange(1, draws + 1, device=log_probs_PV.device)
+        num_classes = rows.logits_PV.shape[1]
+        number_N = torch.arange(1, draws + 1, device=seeds_P.device)
         uniform_PN = uniform(seeds_P[rows.part, None] + number_N * SPLITMIX64_GAMMA)
-        wanted_PN = uniform_PN * reached_PV[:, -1:]
-        # The first class whose cumulative weight is above the draw; it never has weight 0.
-        drawn_PN = torch.searchsorted(reached_PV, wanted_PN, right=True)
-        drawn_PN = drawn_PN.clamp_(max=log_probs_PV.shape[1] - 1).sort(dim=1).values
+        if rows.read is not None:
+            drawn_PN = draw(rows.logits_PV, rows.read, uniform_PN, exponent)
+        else:
+            reached_PV = (rows.log_probs_PV.double() * exponent).exp().cumsum(dim=1)
+            wanted_PN = uniform_PN * reached_PV[:, -1:]
+            # The first class whose cumulative weight is above the draw; it never has weight 0.
+            drawn_PN = torch.searchsorted(reached_PV, wanted_PN, right=True).clamp_(max=num_classes - 1)
+        drawn_PN = drawn_PN.sort(dim=1).values
         first_PN = torch.ones_like(drawn_PN, dtype=torch.bool)
         first_PN[:, 1:] = drawn_PN[:, 1:] != drawn_PN[:, :-1]
         slot_PN = first_PN.cumsum(dim=1) - 1
         counts_PN = torch.zeros_like(drawn_PN).scatter_add_(1, slot_PN, torch.ones_like(drawn_PN))
-        ids_PN = torch.full_like(drawn_PN, log_probs_PV.shape[1]).scatter_(1, slot_PN, drawn_PN)
-        slots = min(draws, log_probs_PV.shape[1])
+        ids_PN = torch.full_like(drawn_PN, num_classes).scatter_(1, slot_PN, drawn_PN)
+        slots = min(draws, num_classes)
         return most_likely_first(rows, ids_PN[:, :slots], counts_PN[:, :slots])
 
     return build_soft_labels(
@@ -114,5 +117,4 @@ def sample(
         chunk_elements=CHUNK_ELEMENTS,
         check=check,
         sampling=sampling,
-        holds_rows=True,
     )
