@@ -121,6 +121,7 @@ def test_a_schedule_that_waits_for_held_out_losses_goes_on_when_resumed(labeled,
     ("loss", "more", "match"),
     [
         ({"name": "uld"}, {}, r"loss\.name uld is for a student of another tokenizer"),
+        ({"name": "policy_gradient"}, {}, r"loss\.name policy_gradient is of tokens that a policy sampled"),
         (
             {"curriculum": {}, "temperature": 4.0},
             {},

@@ -47,13 +47,18 @@ def check_loss(loss: LossSettings, cache: Cache) -> None:
     """Raises for what the Trainer cannot do of a loss, and for what these labels cannot serve.
 
     Raises:
-        ConfigError: the loss is uld, learns its temperature, is not estimated from drawn classes, or leaves the
-            temperatures that imported labels are known at.
+        ConfigError: the loss is uld or of rollouts, learns its temperature, is not estimated from drawn classes, or
+            leaves the temperatures that imported labels are known at.
     """
     if loss.compares_ranks:
         raise ConfigError(
             f"DistillTrainer: loss.name {loss.name} is for a student of another tokenizer, whose samples are not read here; "
             "use a loss that compares class by class, or `softcache train-student` with student.tokenizer"
+        )
+    if loss.reads_rollouts:
+        raise ConfigError(
+            f"DistillTrainer: loss.name {loss.name} is of tokens that a policy sampled, whose teacher and log-probabilities "
+            "are not read here; use `softcache train-student` with a source of rollouts"
         )
     if loss.curriculum is not None:
         raise ConfigError(
