@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import socket
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -42,7 +43,9 @@ def ids(pairs):
 def parsed(words: list[str]) -> click.Context:
     command = softcache.get_command(click.Context(softcache), words[0])
     assert command is not None, f"there is no softcache {words[0]}"
-    return command.make_context(words[0], words[1:])
+    with pytest.MonkeyPatch.context() as patch:  # --track opens trackers, which need not be installed
+        patch.setattr("softcache.runs.tracking.tracking", lambda names: nullcontext())
+        return command.make_context(words[0], words[1:])
 
 
 @pytest.mark.parametrize(("page", "command"), SHOWN, ids=ids(SHOWN))
