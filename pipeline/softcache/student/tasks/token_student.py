@@ -220,23 +220,22 @@ class TokenStudent(nn.Module):
         weights_P: torch.Tensor | None = None,
         log_q_P: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        fused: Any = fused_hidden_loss if isinstance(labels, VectorLabels) else fused_distillation_loss
-        found: torch.Tensor = fused(
-            hidden_PD,
-            self._parts.weight,
-            labels,
-            targets_P,
-            temperature=T,
-            alpha=alpha,
-            weights_P=weights_P,
-            bias_V=self._parts.bias,
-            softcap=self._parts.softcap,
-            logit_scale=self._parts.logit_scale,
-            padded_vocabulary=True,
-            loss=self._loss.loss,
-            sampling_log_probs_P=log_q_P,
+        how: dict[str, Any] = {
+            "temperature": T,
+            "alpha": alpha,
+            "weights_P": weights_P,
+            "bias_V": self._parts.bias,
+            "softcap": self._parts.softcap,
+            "logit_scale": self._parts.logit_scale,
+            "padded_vocabulary": True,
+            "loss": self._loss.loss,
+        }
+        weight_VD = self._parts.weight
+        if isinstance(labels, VectorLabels):
+            return fused_hidden_loss(hidden_PD, weight_VD, labels, targets_P, **how)
+        return fused_distillation_loss(
+            hidden_PD, weight_VD, labels, targets_P, sampling_log_probs_P=log_q_P, **how
         )
-        return found
 
     def _online_loss(self, batch: TokenBatch, teacher: OnlineTeacher, alpha: float, T: Any) -> torch.Tensor:
         """Mean loss against the full distributions of an online teacher.
