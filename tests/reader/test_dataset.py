@@ -93,7 +93,7 @@ def test_a_plain_dataloader_gives_batches_with_their_labels(shared_cache, worker
         dataset,
         batch_size=64,
         shuffle=True,
-        collate_fn=dataset.collate,
+        collate_fn=None if workers else dataset.collate,
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
     )
