@@ -300,8 +300,18 @@ def write_page(path: str, text: str) -> None:
     Path(path).write_text(f"{old[: start + len(BEGIN)]}\n{text}\n{old[end:]}")
 
 
-def run(sizes: Sizes, seconds: float) -> dict[str, Any]:
-    """Runs all parts, from the smallest vocabulary, until the time is over."""
+def save(path: Path, results: dict[str, Any]) -> None:
+    """Writes what there is as JSON."""
+    parts = {
+        title: {str(v): [asdict(row) for row in rows] for v, rows in figures.items()}
+        for title, figures in results["parts"].items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results | {"parts": parts}, indent=2) + "\n")
+
+
+def run(sizes: Sizes, seconds: float, path: Path) -> dict[str, Any]:
+    """Runs all parts, from the smallest vocabulary, until the time is over; writes the figures after each."""
     ends, is_rehearsal = time.monotonic() + seconds, sizes.device != "cuda"
     name = "a CPU: a rehearsal" if is_rehearsal else torch.cuda.get_device_name()
     results: dict[str, Any] = {"machine": machine(), "device": name, "sizes": asdict(sizes), "left_out": []}
@@ -325,6 +335,7 @@ def run(sizes: Sizes, seconds: float) -> dict[str, Any]:
                 torch.cuda.empty_cache()
             slowest = max(slowest, time.monotonic() - started)
             log_info(f"V = {num_classes:,}: {title}, {time.monotonic() - started:.0f} s")
+            save(path, results)
     return results
 
 
@@ -358,13 +369,7 @@ def main(out: str, page_path: str | None, minutes: float, rehearse: bool) -> Non
     if not rehearse and not torch.cuda.is_available():
         raise click.ClickException("expected a CUDA device; found none; --rehearse runs it on a CPU in small")
     with rehearsing() if rehearse else nullcontext(Sizes()) as sizes:
-        results = run(sizes, 60 * minutes)
-    Path(out).mkdir(parents=True, exist_ok=True)
-    figures = {
-        title: {str(v): [asdict(row) for row in rows] for v, rows in of.items()}
-        for title, of in results["parts"].items()
-    }
-    Path(out, "gpu.json").write_text(json.dumps(results | {"parts": figures}, indent=2) + "\n")
+        results = run(sizes, 60 * minutes, Path(out, "gpu.json"))
     click.echo(page(results))
     if page_path:
         write_page(page_path, page(results))

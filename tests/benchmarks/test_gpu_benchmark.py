@@ -30,8 +30,8 @@ def test_it_is_rehearsed_and_fills_the_page(tmp_path):
     assert "| fused, forward KL of K = 64 | 300 |" in text
 
 
-def test_what_no_time_is_left_for_is_named():
-    results = gpu.run(gpu.REHEARSAL, 0.0)
+def test_what_no_time_is_left_for_is_named(tmp_path):
+    results = gpu.run(gpu.REHEARSAL, 0.0, tmp_path / "gpu.json")
     assert not any(results["parts"].values())
     assert "decoding at V = 300, because the time was over" in results["left_out"]
 
