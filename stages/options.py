@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from softcache.errors import TemperatureError
+from softcache.errors import SpecError, TemperatureError
 from softcache.runtime.files import finite
 from softcache.runtime.logging import set_log_format
 
@@ -116,7 +116,10 @@ def _track(context: click.Context, option: click.Parameter, names: str | None) -
     if names is not None:
         from softcache.runs.tracking import tracking
 
-        context.with_resource(tracking(names))
+        try:
+            context.with_resource(tracking(names))
+        except SpecError as error:
+            raise click.BadParameter(str(error)) from error
 
 
 track_option = click.option(

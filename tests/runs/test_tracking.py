@@ -6,7 +6,7 @@ import pytest
 from accelerate import tracking as accelerate_tracking
 from accelerate.utils import LoggerType
 
-from softcache.errors import ConfigError, MissingExtraError
+from softcache.errors import MissingExtraError, SpecError
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from softcache.runs.tracking import TRACKERS, tracking
 from softcache.runtime.logging import event, sparkline
@@ -96,7 +96,7 @@ def test_a_tracker_gets_project_run_settings_and_numbers(in_tmp, monkeypatch, na
 
 
 def test_what_cannot_track_is_refused_before_anything_runs(monkeypatch):
-    with pytest.raises(ConfigError, match="'tensorbord' is no tracker"), tracking("tensorbord"):
+    with pytest.raises(SpecError, match="tracker 'tensorbord': unknown"), tracking("tensorbord"):
         raise AssertionError("it runs")
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with (

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.cache.storage.base import is_bucket
-from softcache.errors import ConfigError, MissingExtraError
+from softcache.errors import MissingExtraError, SpecError
 from softcache.runtime.logging import listen, log_info
 
 __all__ = ["TRACKERS", "tracking"]
@@ -43,14 +43,14 @@ def tracking(names: str) -> Iterator[None]:
             `softcache`: `tensorboard`, `wandb:my-project`, `mlflow,trackio`.
 
     Raises:
-        ConfigError: there is no such tracker.
+        SpecError: there is no such tracker.
         MissingExtraError: its package is not installed.
     """
     with ExitStack() as stack:
         for given in names.split(","):
             name, _, project = given.strip().partition(":")
             if name not in TRACKERS:
-                raise ConfigError(f"--track {names}: {name!r} is no tracker; choose of {', '.join(TRACKERS)}")
+                raise SpecError(f"tracker {name!r}: unknown; choose of {', '.join(TRACKERS)}")
             if not _is_installed(name):
                 extra = "'softcache[track]'" if name == "tensorboard" else name.replace("_", "-")
                 raise MissingExtraError(f"--track {name}: {name} is not installed; pip install {extra}")
