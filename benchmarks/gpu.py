@@ -336,6 +336,7 @@ def run(sizes: Sizes, seconds: float, path: Path) -> dict[str, Any]:
             slowest = max(slowest, time.monotonic() - started)
             log_info(f"V = {num_classes:,}: {title}, {time.monotonic() - started:.0f} s")
             save(path, results)
+    save(path, results)
     return results
 
 

@@ -58,7 +58,9 @@ def check(chunks, parts, labels, targets, *, weights=None, head=None, padded=Fal
         bias = there[2] if len(parts) > 2 else None
         given = (labels.to_torch(DEVICE), targets.to(DEVICE))
         more = {"bias_V": bias, "weights_P": weights, "chunk_positions": 6}
-        return fused_distillation_loss(*there[:2], *given, **more, **head, **how).cpu()
+        if isinstance(how.get("temperature"), torch.Tensor):
+            more["temperature"] = how["temperature"].to(DEVICE)
+        return fused_distillation_loss(*there[:2], *given, **{**head, **how, **more}).cpu()
 
     assert_narrow_same(run, parts, wanted)
     assert chunks
