@@ -31,6 +31,7 @@ REASONS = {
     "page": "is run word for word by tests/docs/test_extend.py, in an empty folder",
     "machines": "needs several machines, or a cluster's own software",
     "measured": "is a measurement whose parts have a test of their own",
+    "server": "runs until it is stopped; tests/tools/test_browse.py asks its server",
     "shell": "is for another shell than bash",
     "yours": "needs what only the reader has, such as credentials",
 }
