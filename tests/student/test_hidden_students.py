@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from softcache.errors import ConfigError
 from softcache.runs import capture_labels, open_data, open_teacher
+from softcache.runs.report.load import open_run
 from softcache.runs.student import train_student
 from tests.support.text_caches import text_config
 
@@ -92,6 +93,9 @@ def test_interrupted_and_accumulated_it_ends_with_the_same_weights(made):
     again = run("again")
     for name, values in whole.items():
         assert torch.equal(values, again[name]), name
+    report = open_run(folder / "whole", cache_url=cache.url)
+    assert report.caches == []
+    assert "holds hidden states, and no classes to show" in report.missing["cache"]
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def find_caches(runs: Sequence[Run], urls: Sequence[str], missing: dict[str, str
         return []
     if not wanted:
         _check_source(runs[0], found[0])
-        return found[:1]
+        return _with_classes(found[:1], missing)
     of_digest = {cache.manifest_sha256: cache for cache in reversed(found)}
     for digest, run in wanted.items():
         if digest not in of_digest:
@@ -51,7 +51,16 @@ def find_caches(runs: Sequence[Run], urls: Sequence[str], missing: dict[str, str
     for cache in caches:
         _check_source(runs[0], cache)
         _check_same_teacher(caches[0], cache)
+    caches = _with_classes(caches, missing)
     return sorted(caches, key=lambda cache: -int(cache.manifest.identity["labels"]["k"]))
+
+
+def _with_classes(caches: list[Cache], missing: dict[str, str]) -> list[Cache]:
+    """Returns the caches that hold classes, which the sections about labels are of; of none adds the reason to `missing`."""
+    kept = [cache for cache in caches if cache.manifest.codec["name"] != "vectors"]
+    if not kept:
+        missing["cache"] = f"cache {caches[0].url} holds hidden states, and no classes to show"
+    return kept
 
 
 def describe_policy(cache: Cache) -> str:
