@@ -133,7 +133,10 @@ def test_numerical_differentiation_through_softcap_and_scale_at_other_temperatur
         )  # fmt: skip
 
     parts = parts_of()
-    assert torch.autograd.gradcheck(run, parts, atol=1e-6)
+    is_whole = (
+        name == "forward_kl" and len(head) == 2
+    )  # of the others a random projection, in a tenth of the time
+    assert torch.autograd.gradcheck(run, parts, atol=1e-6, fast_mode=not is_whole)
     how = {"softcap": head.get("softcap"), "scale": head.get("logit_scale", 1.0)}
     wanted = dense_loss(parts, labels, TARGETS, temperature=2.0, alpha=0.6, name=name, **how)
     torch.testing.assert_close(run(*parts), wanted, rtol=1e-10, atol=1e-10)
