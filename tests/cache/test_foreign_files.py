@@ -276,11 +276,16 @@ def test_optional_keys_may_be_left_out(small, tmp_path):
 
 def test_a_feature_that_is_not_known_is_refused_by_its_name(small, tmp_path):
     """Also where it comes with keys and values that are not known either."""
-    manifest = json.loads(small["images-zarr"][MANIFEST]) | {"features": ["vectors"], "vectors": {"size": 3}}
+    manifest = json.loads(small["images-zarr"][MANIFEST]) | {
+        "features": ["matrices"],
+        "matrices": {"size": 3},
+    }
     write_files(
         tmp_path, signed(Files({**small["images-zarr"], MANIFEST: json.dumps(manifest).encode()})), Files()
     )
-    with pytest.raises(ManifestError, match="uses the feature 'vectors', which this softcache does not know"):
+    with pytest.raises(
+        ManifestError, match="uses the feature 'matrices', which this softcache does not know"
+    ):
         open_cache(tmp_path)
 
 

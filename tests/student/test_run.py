@@ -28,6 +28,7 @@ from softcache.models.image import build_model
 from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
 from softcache.runs import open_data, open_teacher, train_student
+from softcache.runtime.logging import Advance
 from softcache.student.checkpoint import RunDirectory
 from softcache.student.tasks.image_classification import ImageTask
 from tests.support.caches import digits_config, make_cache
@@ -84,9 +85,13 @@ def assert_same_run(one, other):
 def watched(monkeypatch, on_step):
     """Calls `on_step` after every step, where the progress bar is updated."""
 
+    class Watching(Advance):
+        def __call__(self, count):
+            on_step(count)
+
     @contextmanager
     def track(label, total, unit="samples"):
-        yield on_step
+        yield Watching(label, total, unit)
 
     with monkeypatch.context() as patch:
         patch.setattr("softcache.runs.fit.progress_bar", track)
