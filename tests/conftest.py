@@ -91,13 +91,15 @@ SLOW_PATHS = [
 
 
 # What `make test-programs` runs, and `make test` leaves out: softcache through other frameworks and as whole programs
-# (trainers and models of other libraries, exported files, examples, pages of the docs, servers, browsers, shells, and
+# (trainers and models of other libraries, kernels of GPUs in an interpreter, exported files, examples, pages of the docs, servers, browsers, shells, and
 # processes that are launched, compared and killed).
 # A file, or FILE::TEST. Every test is in one of the two, see tests/project/test_tiers.py.
 PROGRAMS = [
     "benchmarks",
+    "cache/test_detection_caches.py::test_killed_and_run_again_it_is_bit_for_bit_what_an_uninterrupted_run_makes",
     "cache/test_network_faults.py",
     "cache/test_object_storage.py",
+    "data/test_corpora.py::test_processes_make_the_same_table",
     "data/test_imagefolder.py::test_loader_processes_label_and_learn_the_same",
     "data/test_sources.py::test_digests_do_not_depend_on_the_process",
     "data/test_text_source.py::test_a_killed_process_leaves_nothing_that_is_used_and_two_at_once_agree",
@@ -109,18 +111,20 @@ PROGRAMS = [
     "docs/test_extend.py",
     "docs/test_notebook.py",
     "docs/test_snippets.py",
-    "labels/test_one_pass.py::test_the_kernels_compile_for_gpus_without_spills",
+    "labels/test_one_pass.py",
     "labels/test_sparsify_compiled.py::test_the_process_that_compiles_makes_the_bits_of_all_that_come_after_it",
-    "losses/test_fused_gpu.py::test_in_a_student_that_is_compiled_or_cut_by_fully_shard",
+    "losses/test_fused_gpu.py",
     "modalities/test_student_source_shown.py",
     "modalities/test_translation_processes.py",
     "models/test_architectures.py::test_labels_are_those_of_a_plain_forward",
+    "peers/test_images.py::test_random_views_do_not_depend_on_the_loader_processes",
     "project/test_foreign_modules.py",
     "project/test_package.py::test_the_wheel_has_one_top_level_name",
     "reader/test_alignment.py::test_nor_do_codec_processes_and_environment",
     "reliability",
     "runs/test_dask.py",
     "runs/test_export.py",
+    "runs/test_parts.py::test_parts_are_labeled_by_one_teacher_and_tokenized_meanwhile",
     "runs/test_report_page.py",
     "tools/test_browse_page.py",
     "runs/test_schedules.py::test_two_processes_hold_the_temperature_and_train_the_student_of_one",
@@ -137,6 +141,7 @@ PROGRAMS = [
     "student/test_integrations.py",
     "student/test_lora.py",
     "student/test_many_processes.py",
+    "student/test_run.py::test_killed_for_real_it_ends_with_the_same_weights",
     "student/test_trl.py",
     "teacher/test_placement.py::test_two_processes_with_a_part_of_each_layer_give_the_labels_of_one",
 ]
