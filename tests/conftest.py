@@ -91,8 +91,8 @@ SLOW_PATHS = [
 
 
 # What `make test-programs` runs, and `make test` leaves out: softcache through other frameworks and as whole programs
-# (trainers and models of other libraries, kernels of GPUs in an interpreter, exported files, examples, pages of the docs, servers, browsers, shells, and
-# processes that are launched, compared and killed).
+# (trainers and models of other libraries, kernels of GPUs in an interpreter, exported files, examples, pages of the docs,
+# servers, browsers, shells, and processes that are launched, compared and killed).
 # A file, or FILE::TEST. Every test is in one of the two, see tests/project/test_tiers.py.
 PROGRAMS = [
     "benchmarks",
