@@ -6,7 +6,7 @@ import pytest
 from accelerate import tracking as accelerate_tracking
 from accelerate.utils import LoggerType
 
-from softcache.errors import MissingExtraError, SpecError
+from softcache.errors import MissingExtraError, RunError, SpecError
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from softcache.runs.tracking import TRACKERS, tracking
 from softcache.runtime.logging import event, sparkline
@@ -93,6 +93,23 @@ def test_a_tracker_gets_project_run_settings_and_numbers(in_tmp, monkeypatch, na
         (8, {"evaluation/accuracy": 0.75}),
         "finish",
     ]
+
+
+def test_a_tracker_that_fails_is_one_message(monkeypatch):
+    class Failing(accelerate_tracking.GeneralTracker):
+        name, requires_logging_directory, tracker = "failing", False, None
+
+        def __init__(self, *args, **options):
+            raise ConnectionError("no route to host")
+
+    monkeypatch.setitem(accelerate_tracking.LOGGER_TYPE_TO_CLASS, "mlflow", Failing)
+    monkeypatch.setattr("softcache.runs.tracking._is_installed", lambda name: True)
+    with tracking("mlflow"):
+        event("run_started", run="train", out="runs/x", config={})
+        with pytest.raises(
+            RunError, match=r"--track mlflow: ConnectionError: no route to host; .* run again"
+        ):
+            event("step", run="train", epoch=0, step=7, loss=0.5)
 
 
 def test_what_cannot_track_is_refused_before_anything_runs(monkeypatch):

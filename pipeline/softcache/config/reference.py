@@ -32,7 +32,7 @@ class ConfigTable(NamedTuple):
     name: str
     model: type[BaseModel]
     variants: dict[type[BaseModel], str]
-    """Each with what the table says that chooses it."""
+    """Each with the key and the value that choose it."""
 
 
 def config_tables() -> list[ConfigTable]:

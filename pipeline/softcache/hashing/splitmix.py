@@ -22,7 +22,7 @@ def splitmix64(counters: Tensor) -> Tensor:
     """The output of splitmix64 (Steele, Lea, Flood 2014) for each counter, int64 for 64 bits, modulo 2^64.
 
     >>> import torch
-    >>> mixed(torch.tensor([1, 2]) * STEP).tolist()  # of seed 0: 0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4
+    >>> splitmix64(torch.tensor([1, 2]) * SPLITMIX64_GAMMA).tolist()  # of seed 0: 0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4
     [-2152535657050944081, 7960286522194355700]
     """
     # Shifts of signed numbers are arithmetic; the masks make them logical.

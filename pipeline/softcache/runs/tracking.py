@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from softcache.cache.storage.base import is_bucket
-from softcache.errors import MissingExtraError, SpecError
+from softcache.errors import MissingExtraError, RunError, SpecError
 from softcache.runtime.logging import listen, log_info
 
 __all__ = ["TRACKERS", "tracking"]
@@ -63,7 +63,7 @@ def tracking(names: str) -> Iterator[None]:
 def _is_installed(name: str) -> bool:
     try:
         return find_spec(name) is not None
-    except ValueError:  # a module without a spec, as of a test
+    except ValueError:  # its import is blocked
         return False
 
 
@@ -82,6 +82,20 @@ class _Follower:
         self._units = self._rows = 0
 
     def __call__(self, event: str, fields: dict[str, Any]) -> None:
+        """Follows an event.
+
+        Raises:
+            RunError: the tracker failed, as without its network or its account.
+        """
+        try:
+            self._follow(event, fields)
+        except Exception as error:  # of whatever library the tracker is
+            raise RunError(
+                f"--track {self._name}: {type(error).__name__}: {error}; mend it, or leave out --track, and run again: "
+                "checkpoints and finished units are kept"
+            ) from error
+
+    def _follow(self, event: str, fields: dict[str, Any]) -> None:
         if event in ("run_started", "run_finished"):
             self.close()
             self._started = fields  # opened with the first figures: a finished run has none
