@@ -97,16 +97,12 @@ def sample_responses(
     for row, prompt in enumerate(prompts):
         ids_BL[row, longest - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
         mask_BL[row, longest - len(prompt) :] = 1
-    how: dict[str, Any] = {
-        "temperature": temperature,
-        "end_tokens": sorted(end_tokens),
-        "vocab_size": vocab_size,
-    }
+    how = _Drawing(max(max_tokens), padding, temperature, sorted(end_tokens), vocab_size)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         draw = _draw if hasattr(model, "generate") else _draw_plainly
-        drawn_BT = draw(model, parts, ids_BL.to(device), mask_BL.to(device), max(max_tokens), padding, **how)
+        drawn_BT = draw(model, parts, ids_BL.to(device), mask_BL.to(device), how)
     responses, finished = [], []
     for row, drawn in enumerate(drawn_BT.cpu().numpy()):
         ends = np.flatnonzero(np.isin(drawn, list(end_tokens)))
@@ -120,30 +116,31 @@ def sample_responses(
     ]
 
 
+class _Drawing(NamedTuple):
+    """How tokens are drawn: until an end token, or `max_tokens`; a row that ended is padded."""
+
+    max_tokens: int
+    padding: int
+    temperature: float
+    end_tokens: list[int]
+    vocab_size: int
+
+
 def _draw(
-    model: Any,
-    parts: BackboneHead,
-    ids_BL: torch.Tensor,
-    mask_BL: torch.Tensor,
-    max_tokens: int,
-    padding: int,
-    *,
-    temperature: float,
-    end_tokens: list[int],
-    vocab_size: int,
+    model: Any, parts: BackboneHead, ids_BL: torch.Tensor, mask_BL: torch.Tensor, how: _Drawing
 ) -> torch.Tensor:
     """Tokens [B, T] by transformers' `generate`, padded behind an end."""
     from transformers import GenerationConfig
 
     config = GenerationConfig(
         do_sample=True,
-        temperature=temperature,
+        temperature=how.temperature,
         top_k=0,
         top_p=1.0,
-        max_new_tokens=max_tokens,
-        pad_token_id=padding,
-        eos_token_id=end_tokens or None,
-        suppress_tokens=list(range(vocab_size, parts.vocab_size)) or None,
+        max_new_tokens=how.max_tokens,
+        pad_token_id=how.padding,
+        eos_token_id=how.end_tokens or None,
+        suppress_tokens=list(range(how.vocab_size, parts.vocab_size)) or None,
     )
     return plain_generate(model, input_ids=ids_BL, attention_mask=mask_BL, generation_config=config)[
         :, ids_BL.shape[1] :
@@ -151,31 +148,22 @@ def _draw(
 
 
 def _draw_plainly(
-    model: Any,
-    parts: BackboneHead,
-    ids_BL: torch.Tensor,
-    mask_BL: torch.Tensor,
-    max_tokens: int,
-    padding: int,
-    *,
-    temperature: float,
-    end_tokens: list[int],
-    vocab_size: int,
+    model: Any, parts: BackboneHead, ids_BL: torch.Tensor, mask_BL: torch.Tensor, how: _Drawing
 ) -> torch.Tensor:
     """Tokens [B, T] of a model without `generate`; the prefix runs anew for each of them."""
     drawn: list[list[int]] = []
     for ids_L, mask_L in zip(ids_BL, mask_BL, strict=True):
         prefix = ids_L[mask_L == 1]
         start = len(prefix)
-        while len(prefix) - start < max_tokens:
-            logits_V = parts.logits(parts.hidden(prefix[None], None)[0, -1:])[0, :vocab_size]
-            token = torch.multinomial((logits_V / temperature).softmax(0), 1)
+        while len(prefix) - start < how.max_tokens:
+            logits_V = parts.logits(parts.hidden(prefix[None], None)[0, -1:])[0, : how.vocab_size]
+            token = torch.multinomial((logits_V / how.temperature).softmax(0), 1)
             prefix = torch.cat([prefix, token])
-            if int(token) in end_tokens:
+            if int(token) in how.end_tokens:
                 break
         drawn.append(prefix[start:].tolist())
     longest = max(map(len, drawn))
-    return torch.tensor([row + [padding] * (longest - len(row)) for row in drawn])
+    return torch.tensor([row + [how.padding] * (longest - len(row)) for row in drawn])
 
 
 def _log_probs(
