@@ -117,7 +117,7 @@ package: setup  ## build the wheel, and read a cache with it in an environment w
 	cd .venv-bare && bin/python $(CURDIR)/tests/package/bare.py $(CURDIR)/tests/golden
 
 chaos: setup  ## the long versions of what kills, damages and forges caches
-	$(VENV)/bin/python -m pytest -m chaos
+	$(VENV)/bin/python -m pytest -m chaos -rP -o faulthandler_timeout=7200
 	$(VENV)/bin/python -m pytest -m hypothesis --hypothesis-profile thorough
 
 check: setup  ## lint, format, types and layers

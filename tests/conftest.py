@@ -17,6 +17,7 @@ import multiprocessing.util
 import shutil
 import sys
 import tempfile
+import time
 import uuid
 from importlib.util import find_spec
 from pathlib import Path
@@ -261,6 +262,14 @@ def bucket(s3_server, s3_bucket, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SOFTCACHE_RETRY_SECONDS", "3")
     return f"s3://{s3_bucket}/{uuid.uuid4().hex[:12]}"
+
+
+@pytest.fixture
+def chaos_seed():
+    """Seed of a long run: SOFTCACHE_CHAOS_SEED, or a fresh one, which is printed."""
+    seed = int(os.environ.get("SOFTCACHE_CHAOS_SEED") or time.time())
+    print(f"SOFTCACHE_CHAOS_SEED={seed}")
+    return seed
 
 
 @pytest.fixture

@@ -331,5 +331,5 @@ def test_folding_in_any_order_of_requests(machine):
 @pytest.mark.parametrize("machine", [FoldMachine, RepairMachine, WildMachine])
 def test_folding_at_length(machine):
     RECORDED.update(dict.fromkeys(RECORDED, 0))
-    run(machine, int(os.environ.get("SOFTCACHE_FOLD_EXAMPLES", "5000")), 80)
+    run(machine, int(os.environ.get("SOFTCACHE_FOLD_EXAMPLES", "1500")), 80)
     print(f"{machine.__name__}: {RECORDED}")

@@ -171,11 +171,11 @@ def test_a_server_that_goes_away_while_a_student_reads(network, bucket, local, t
 
 
 @pytest.mark.chaos
-def test_many_bad_networks(network, bucket, local, s3_server, tmp_path, monkeypatch):
+def test_many_bad_networks(network, bucket, local, s3_server, tmp_path, monkeypatch, chaos_seed):
     """Networks of every badness, some of them too bad to finish on: rerun until done, then every byte is compared."""
     end = time.monotonic() + float(os.environ.get("SOFTCACHE_CHAOS_SECONDS", "180"))
     monkeypatch.setenv("SOFTCACHE_RETRY_SECONDS", "5")
-    totals, runs, errors, requests, seed = dict.fromkeys(FAULTS, 0), 0, 0, 0, 0
+    totals, runs, errors, requests, seed = dict.fromkeys(FAULTS, 0), 0, 0, 0, chaos_seed
     while time.monotonic() < end:
         seed += 1
         draw, store = np.random.default_rng(seed), ["zarr", "parquet"][seed % 2]

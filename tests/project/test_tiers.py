@@ -53,6 +53,6 @@ def test_make_and_ci_run_both_tiers():
     pytest_of = {name: recipe.partition("pytest")[2].split() for name, recipe in recipes.items()}
     assert pytest_of["test"] == []
     assert pytest_of["test-programs"] == ["--programs"]
-    assert pytest_of["chaos"] == ["-m", "chaos"], "-m chooses from both"
+    assert pytest_of["chaos"][:2] == ["-m", "chaos"], "-m chooses from both"
     ran = re.findall(r"\bmake (test\S*)(?: \|\| \{)?$", (ROOT / ".ci/run").read_text(), re.M)
     assert ran == ["test", "test-programs", "test-vllm"]
