@@ -108,6 +108,7 @@ PROGRAMS = [
     "data/test_text_source.py::test_everything_is_written_under_data_dir_and_little_is_said",
     "data/test_transforms.py::test_pixels_are_the_same_on_a_plain_cpu_with_another_hash_seed",
     "docs/test_docs_commands.py::test_a_page_can_be_followed",
+    "docs/test_docs_commands.py::test_the_tutorials_follow_on_from_one_another",
     "docs/test_docs_site.py",
     "docs/test_extend.py",
     "docs/test_notebook.py",

@@ -7,6 +7,7 @@ folder that holds the configs, the examples and the files that the page shows.
 import ast
 import os
 import re
+import runpy
 import shlex
 import shutil
 import socket
@@ -15,6 +16,7 @@ from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import pytest
@@ -129,9 +131,12 @@ def test_every_command_is_run_or_excused_by_name(page):
             )
 
 
+TUTORIALS = [page for page in PAGES if page.parent.name == "tutorial"]
+
+
 def pages_run():
     for page in PAGES:
-        run = [block for block in blocks(page.read_text()) if block.is_run]
+        run = page not in TUTORIALS and [block for block in blocks(page.read_text()) if block.is_run]
         if run:
             long = any(block.at_length for block in run)
             yield pytest.param(page, marks=[pytest.mark.chaos] if long else [], id=name_of(page))
@@ -168,6 +173,25 @@ def test_a_page_can_be_followed(page, shell, request):
         always["s3://bucket/"] = request.getfixturevalue("bucket") + "/"
     for block in found:
         follow(replace(block, replacements=(*block.replacements, *always.items())), shell)
+
+
+def test_the_tutorials_follow_on_from_one_another(shell, monkeypatch):
+    """In the order of the site, in one folder, their commands and their Python; each names the next one."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    sections = runpy.run_path(str(ROOT / "docs/pages.py"))["on_config"](SimpleNamespace()).nav
+    (shown,) = [section["Tutorials"] for section in sections if "Tutorials" in section]
+    pages = [ROOT / "docs" / page for page in shown]
+    assert sorted(pages) == TUTORIALS
+    names: dict = {}
+    for page, following in zip(pages, [*pages[1:], None], strict=True):
+        text = page.read_text()
+        assert following is None or f"]({following.name})" in text.partition("\nNext: ")[2], page.name
+        for block in blocks(text):
+            if block.language == "python" and block.file is None:
+                exec(compile(block.substitute(block.text), page.name, "exec"), names)
+            else:
+                follow(block, shell)
+    assert names["texts"].manifest.kind == "tokens"
 
 
 def free_port() -> str:
