@@ -19,12 +19,17 @@ __all__ = [
     "BLOCK",
     "EIGHTHS",
     "FARTHEST",
+    "LANES",
     "LN_2",
     "LOWEST_KEY",
+    "above_bits",
     "exp2",
+    "first_bit",
     "float_of",
     "key_of",
     "njit_fastmath",
+    "num_bits",
+    "reaching_bits",
     "vectorised_part",
 ]
 
@@ -36,6 +41,8 @@ BLOCK = 1024
 FARTHEST = np.float32(-126 * EIGHTHS * LN_2)
 """Of a logit from the largest: exp(x/8) is then 2^-126, which is as good as 0 next to the 1 of the largest."""
 LOWEST_KEY = np.int32(-(2**31))
+LANES = 32
+"""How many keys `reaching_bits` compares at once."""
 # Taylor coefficients of 2^r; on [-1/2, 1/2] the rest after the sixth power is below 2e-9 relative.
 _C1, _C2, _C3, _C4, _C5, _C6 = (np.float32(c) for c in (
     LN_2, LN_2**2 / 2, LN_2**3 / 6, LN_2**4 / 24, LN_2**5 / 120, LN_2**6 / 720,
@@ -70,6 +77,45 @@ def key_of(typing, value):
         return build.select(is_minus_0, ir.Constant(word, 0), build.xor(bits, flipped))
 
     return types.int32(types.float32), generate
+
+
+def _compared(relation: str) -> Any:
+    """A comparison of LANES int32 keys, from a place of a contiguous array, with one key; a bit of the uint32 for each."""
+
+    def generate(context: Any, build: Any, signature: Any, args: Any) -> Any:
+        word, vector = ir.IntType(32), ir.VectorType(ir.IntType(32), LANES)
+        data = context.make_array(signature.args[0])(context, build, args[0]).data
+        found = build.load(build.bitcast(build.gep(data, [args[1]]), vector.as_pointer()), align=4)
+        other = build.insert_element(ir.Constant(vector, ir.Undefined), args[2], ir.Constant(word, 0))
+        other = build.shuffle_vector(other, other, ir.Constant(vector, [0] * LANES))
+        return build.bitcast(build.icmp_signed(relation, found, other), word)
+
+    return intrinsic(
+        lambda typing, keys, start, key: (types.uint32(keys, types.int64, types.int32), generate)
+    )
+
+
+reaching_bits, above_bits = _compared(">="), _compared(">")
+
+
+@intrinsic
+def first_bit(typing, bits):
+    """The place of the lowest bit that is set."""
+
+    def generate(_context, build, _signature, args):
+        return build.zext(build.cttz(args[0], ir.Constant(ir.IntType(1), 1)), ir.IntType(64))
+
+    return types.int64(types.uint32), generate
+
+
+@intrinsic
+def num_bits(typing, bits):
+    """How many bits are set."""
+
+    def generate(_context, build, _signature, args):
+        return build.zext(build.ctpop(args[0]), ir.IntType(64))
+
+    return types.int64(types.uint32), generate
 
 
 @vectorised_part

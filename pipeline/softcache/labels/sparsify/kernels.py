@@ -21,6 +21,7 @@ from softcache.labels.sparsify.float_bits import (
     BLOCK,
     EIGHTHS,
     FARTHEST,
+    LANES,
     LN_2,
     LOWEST_KEY,
     exp2,
@@ -182,8 +183,7 @@ def fill_records(
     num_sets = 2 * k if select and 4 * k <= num_classes else 0
     peak_S = np.empty(num_sets, np.int32)
     key_V = np.empty(num_classes, np.int32)
-    is_high_V = np.zeros((num_classes + 7) // 8 * 8, np.uint8)
-    key_2V, id_2V = np.empty((2, num_classes + 1), np.int32), np.empty((2, num_classes + 1), np.int32)
+    key_2V, id_2V = np.empty((2, num_classes + LANES), np.int32), np.empty((2, num_classes), np.int32)
     x_V = np.empty(num_classes, np.float32)
     sum_G = np.empty(max(len(beta_G), EIGHTHS))
     eighths_G = np.rint(EIGHTHS * beta_G)
@@ -203,7 +203,7 @@ def fill_records(
             target_log_prob_P[row] = np.nan
             continue
         if select:
-            select_largest(key_V, peak_S, is_high_V, key_2V, id_2V, ids_K)
+            select_largest(key_V, peak_S, key_2V, id_2V, ids_K)
         _fill_row(
             logits_V, peak, exact, beta_G, eighths_G, ids_K, target_P[row], x_V, sum_G,
             log_probs_PK[row], tail_PG[row], stats_P4[row], target_log_prob_P[row : row + 1],
@@ -239,7 +239,8 @@ def _fill_row(
     alive, mean, variance = _moments(logits_V, top)
     stats_4[0], stats_4[1] = log_mass - dot / mass, mean - log_mass
     stats_4[2], stats_4[3] = np.sqrt(variance), alive
-    x_V[:] = logits_V
+    for i in range(num_classes):  # an assignment of the whole array is not vectorised
+        x_V[i] = logits_V[i]
     for slot in range(exact):
         if ids_K[slot] < num_classes:
             x_V[ids_K[slot]] = -np.inf

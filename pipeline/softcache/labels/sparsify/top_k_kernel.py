@@ -13,13 +13,25 @@ from __future__ import annotations
 
 import numpy as np
 
-from softcache.labels.sparsify.float_bits import LOWEST_KEY, key_of, njit_fastmath, vectorised_part
+from softcache.labels.sparsify.float_bits import (
+    LANES,
+    LOWEST_KEY,
+    above_bits,
+    first_bit,
+    key_of,
+    njit_fastmath,
+    num_bits,
+    reaching_bits,
+    vectorised_part,
+)
 
-__all__ = ["fill_largest", "select_largest"]
+__all__ = ["fill_largest", "floor_key", "reaching", "select_largest", "sorted_ids"]
+
+_FEW = 256  # of so many, counting the larger ones of each is faster than a radix sort
 
 
 @vectorised_part
-def _floor_key(key_V, k, peak_S):
+def floor_key(key_V, k, peak_S):
     """A key that at least k keys reach, and seldom many more."""
     num_sets = len(peak_S)
     peak_S[:] = key_V[:num_sets]
@@ -45,7 +57,7 @@ def _floor_key(key_V, k, peak_S):
 
 
 @vectorised_part
-def _sorted(key_N, id_N, many, key_scratch_N, id_scratch_N):
+def _radix_sorted(key_N, id_N, many, key_scratch_N, id_scratch_N):
     """Sorts the first keys and their ids by key, descending, equal ones as they are; returns the ids."""
     low, high = np.int64(key_N[0]), np.int64(key_N[0])
     for i in range(many):
@@ -73,28 +85,54 @@ def _sorted(key_N, id_N, many, key_scratch_N, id_scratch_N):
 
 
 @vectorised_part
-def _reaching(key_V, floor, is_high_V, key_N, id_N):
+def reaching(key_V, floor, key_N, id_N):
     """Writes the keys that are at least `floor` and their ids, in order; returns how many."""
-    num_classes, many = len(key_V), 0
-    for i in range(num_classes):
-        is_high_V[i] = np.uint8(1) if key_V[i] >= floor else np.uint8(0)
-    eights = is_high_V.view(np.uint64)
-    for eight in range(len(eights)):
-        if eights[eight]:
-            # No branch: every one is written, and kept where the count moves on.
-            for i in range(8 * eight, min(8 * eight + 8, num_classes)):
-                key_N[many], id_N[many] = key_V[i], i
-                many += np.int64(is_high_V[i])
+    whole, many = len(key_V) // LANES * LANES, 0
+    for start in range(0, whole, LANES):
+        bits = reaching_bits(key_V, start, floor)
+        while bits:
+            i = start + first_bit(bits)
+            key_N[many], id_N[many] = key_V[i], i
+            many += 1
+            bits &= bits - np.uint32(1)
+    for i in range(whole, len(key_V)):
+        if key_V[i] >= floor:
+            key_N[many], id_N[many] = key_V[i], i
+            many += 1
     return many
 
 
 @vectorised_part
-def select_largest(key_V, peak_S, is_high_V, key_2V, id_2V, ids_K):
+def _ranked(key_N, id_N, many, used_N, ids_K):
+    """Writes the ids of the largest of a few keys, descending, equal ones as they are: each at the number of larger ones."""
+    used_N[:many] = 0
+    key_N[many : -(-many // LANES) * LANES] = LOWEST_KEY
+    for i in range(many):
+        rank = 0
+        for start in range(0, many, LANES):
+            rank += num_bits(above_bits(key_N, start, key_N[i]))
+        place = rank + used_N[rank]
+        used_N[rank] += 1
+        if place < len(ids_K):
+            ids_K[place] = id_N[i]
+
+
+@vectorised_part
+def sorted_ids(key_2N, id_2N, many, ids_K):
+    """Writes the ids of the largest of the first keys [0], descending, equal ones as they are; the arrays have LANES more
+    than there can be keys."""
+    if many <= _FEW:
+        _ranked(key_2N[0], id_2N[0], many, key_2N[1], ids_K)
+    else:
+        ids_K[:] = _radix_sorted(key_2N[0], id_2N[0], many, key_2N[1], id_2N[1])[: len(ids_K)]
+
+
+@vectorised_part
+def select_largest(key_V, peak_S, key_2V, id_2V, ids_K):
     """Writes the ids of the largest keys, descending; equal ones by ascending id."""
-    k = len(ids_K)
-    floor = _floor_key(key_V, k, peak_S) if len(peak_S) else LOWEST_KEY
-    many = _reaching(key_V, floor, is_high_V, key_2V[0], id_2V[0])
-    ids_K[:] = _sorted(key_2V[0], id_2V[0], many, key_2V[1], id_2V[1])[:k]
+    floor = floor_key(key_V, len(ids_K), peak_S) if len(peak_S) else LOWEST_KEY
+    many = reaching(key_V, floor, key_2V[0], id_2V[0])
+    sorted_ids(key_2V, id_2V, many, ids_K)
 
 
 @njit_fastmath
@@ -102,11 +140,10 @@ def fill_largest(values_PV, ids_PK):
     """Writes the ids of the largest float32 values of each row, descending; equal ones by ascending id."""
     num_rows, num_classes = values_PV.shape
     k = ids_PK.shape[1]
-    peak_S = np.empty(2 * k if 4 * k <= num_classes else 0, np.int32)
-    key_V, is_high_V = np.empty(num_classes, np.int32), np.zeros((num_classes + 7) // 8 * 8, np.uint8)
-    key_2V, id_2V = np.empty((2, num_classes + 1), np.int32), np.empty((2, num_classes + 1), np.int32)
+    peak_S, key_V = np.empty(2 * k if 4 * k <= num_classes else 0, np.int32), np.empty(num_classes, np.int32)
+    key_2V, id_2V = np.empty((2, num_classes + LANES), np.int32), np.empty((2, num_classes), np.int32)
     for row in range(num_rows):
         values_V = values_PV[row]
         for i in range(num_classes):
             key_V[i] = key_of(values_V[i])
-        select_largest(key_V, peak_S, is_high_V, key_2V, id_2V, ids_PK[row])
+        select_largest(key_V, peak_S, key_2V, id_2V, ids_PK[row])
