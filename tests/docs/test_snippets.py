@@ -1,12 +1,16 @@
-"""`mypy --strict` passes on the Python of every page and notebook: what softcache exports is typed as it is used.
+"""`mypy --strict` and pyright pass on the Python of every page and notebook: what softcache exports is typed as it is used.
 
 A module is a page, or a file that a page shows. What a page leaves to its reader (`student`, `source`) has no definition, and is
 Any; so are libraries of others, but for torch, NumPy and the standard library: their own types change with their releases.
 """
 
 import json
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
+
+import pytest
 
 from tests.support.caches import ROOT
 from tests.support.docs_pages import PAGES, blocks
@@ -41,6 +45,17 @@ disallow_subclassing_any = False
 [mypy-{",".join(f"{name}.*" for name in OTHERS)}]
 follow_imports = skip
 """
+PYRIGHT = {
+    "typeCheckingMode": "standard",
+    "pythonVersion": "3.11",
+    "extraPaths": [str(ROOT / "pipeline")],
+    "useLibraryCodeForTypes": False,  # what has no types is Any, and what has them is by the stubs
+    "reportMissingImports": False,
+    "reportMissingModuleSource": False,
+    "reportUndefinedVariable": False,
+    "reportUnusedExpression": False,  # cells of a notebook
+}
+STUB = "from typing import Any\n\ndef __getattr__(name: str) -> Any: ...\n"
 
 
 def modules():
@@ -60,30 +75,45 @@ def modules():
     return found
 
 
-def test_every_example_passes_mypy_strict(tmp_path):
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """All modules, one of them with two mistakes in its third line."""
+    folder = tmp_path_factory.mktemp("snippets")
     texts = modules()
     assert len(texts) > 15
     for name, text in texts.items():
-        (tmp_path / f"{name}.py").write_text(text)
-    (tmp_path / "mypy.ini").write_text(CONFIG)
-    (tmp_path / "wrong.py").write_text("from softcache import open_cache\n\nopen_cache(3).read('a')\n")
+        (folder / f"{name}.py").write_text(text)
+    (folder / "wrong.py").write_text("from softcache import open_cache\n\nopen_cache(3).read('a')\n")
+    return folder
+
+
+def errors_of(words, folder):
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "mypy",
-            "--config-file",
-            "mypy.ini",
-            *sorted(f"{name}.py" for name in texts),
-            "wrong.py",
-        ],
-        cwd=tmp_path,
+        [sys.executable, "-m", *words],
+        cwd=folder,
+        env=os.environ | {"PYRIGHT_PYTHON_IGNORE_WARNINGS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
-    found = [
-        line for line in done.stdout.splitlines() if ": error: " in line and not line.startswith("wrong.py:3")
-    ]
-    assert found == [], "\n".join(found)
-    assert done.stdout.count("wrong.py:3: error: ") == 2, done.stdout + done.stderr
+    lines = [line.strip().removeprefix(f"{folder}{os.sep}") for line in done.stdout.splitlines()]
+    found = [line for line in lines if "error: " in line]
+    wrong = [line for line in found if line.startswith("wrong.py:3")]
+    assert len(wrong) == 2, done.stdout + done.stderr
+    return "\n".join(line for line in found if line not in wrong)
+
+
+def test_every_example_passes_mypy_strict(folder):
+    (folder / "mypy.ini").write_text(CONFIG)
+    files = sorted(path.name for path in folder.glob("*.py"))
+    assert errors_of(["mypy", "--config-file", "mypy.ini", *files], folder) == ""
+
+
+@pytest.mark.skipif(find_spec("pyright") is None, reason="needs pyright: pip install 'softcache[dev]'")
+def test_every_example_passes_pyright(folder):
+    for name in (*OTHERS, "timm.data"):
+        stub = folder / "typings" / name.replace(".", "/") / "__init__.pyi"
+        stub.parent.mkdir(parents=True)
+        stub.write_text(STUB)
+    (folder / "pyrightconfig.json").write_text(json.dumps(PYRIGHT))
+    assert errors_of(["pyright", "--project", ".", "--pythonpath", sys.executable], folder) == ""

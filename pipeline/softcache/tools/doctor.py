@@ -29,7 +29,7 @@ from softcache.reader.memmap import default_folder
 __all__ = ["devices", "free_space", "store_access", "versions"]
 
 CORE = ("torch", "zarr", "tensorstore", "pyarrow", "numpy")
-DEV_EXTRAS = {"dev", "all"}
+DEV_EXTRAS = {"all", "dev", "docs"}
 EXTRA = re.compile(r"""^\s*([A-Za-z0-9._-]+).*;.*extra\s*==\s*["']([\w-]+)["']""")
 REMEDIES = {
     "open": "correct the path or URL; for a bucket see docs/how-to/object-storage.md",
