@@ -139,6 +139,7 @@ def measure_ours(labels: SoftLabels, codec: Codec, rounds: int, store_kind: str 
         store=store_kind,  # type: ignore[arg-type]
         data="labels.zarr" if store_kind == "zarr" else "parquet",
         samples_sha256="0" * 64,
+        features=codec.features,
         teacher=TeacherReport(num_parameters=1),
     )
     with tempfile.TemporaryDirectory() as folder:
@@ -187,6 +188,11 @@ def measure_drawn(rows: int, num_classes: int, rounds: int) -> dict[str, Any]:
         "grid of T = 1": ({"temperatures": (1.0,)}, {}),
         "and no statistics": ({"temperatures": (1.0,)}, {"stats": False}),
         "and step 1": ({"temperatures": (1.0,)}, {"stats": False, "step": 1.0}),
+        "and level 16": ({"temperatures": (1.0,)}, {"stats": False, "step": 1.0, "level": 16}),
+        "and a tail of steps": (
+            {"temperatures": (1.0,)},
+            {"stats": False, "step": 1.0, "level": 16, "tail": "steps"},
+        ),
     }
     out = {}
     for name, (grid, kept) in how.items():
@@ -242,7 +248,14 @@ def measure(labels: SoftLabels, peers: list[type], rounds: int, steps: tuple[flo
         }
     middle = PackedCodec(*common)
     rows["packed, default"] = measure_ours(labels, middle, rounds) | {"bound": bounds(labels, middle)}
-    rows["packed, no statistics"] = measure_ours(labels, PackedCodec(*common, stats=False), rounds)
+    lean: dict[str, dict[str, Any]] = {
+        "no statistics": {},
+        "and level 16": {"level": 16},
+        "and a tail of steps": {"level": 16, "tail": "steps"},
+        "and step 1/64": {"level": 16, "tail": "steps", "step": 1 / 64},
+    }
+    for name, how in lean.items():
+        rows[f"packed, {name}"] = measure_ours(labels, PackedCodec(*common, stats=False, **how), rounds)
     rows["packed, default, Parquet"] = measure_ours(labels, middle, rounds, "parquet")
     for row in rows.values():
         if "bound" in row:

@@ -4,11 +4,11 @@ softcache shrink runs/stdlib-lm/cache runs/stdlib-lm/cache-16 --k 16
 softcache shrink runs/stdlib-lm/cache runs/stdlib-lm/cache-packed --codec packed --step 0.03125
 """
 
-from typing import Any
+from typing import Any, get_args
 
 import click
 
-from softcache.cache.codecs import COARSEST, FINEST
+from softcache.cache.codecs import COARSEST, FINEST, HIGHEST_LEVEL, Tail
 from softcache.reader.open import open_cache
 from softcache.runtime.logging import progress_bar
 
@@ -47,7 +47,10 @@ __all__ = ["shrink"]
     "--values", type=click.Choice(["float16", "float32"]), help="Precision of the log-probabilities."
 )
 @click.option("--step", type=click.FloatRange(FINEST, COARSEST), help="Nats between values of codec packed.")
-@click.option("--tail", type=click.Choice(["fixed", "float32"]), help="Precision of codec packed's tail.")
+@click.option("--tail", type=click.Choice(get_args(Tail)), help="How codec packed stores the tail.")
+@click.option(
+    "--level", type=click.IntRange(1, HIGHEST_LEVEL), help="zstd level of codec packed; 16 is the best."
+)
 @click.option(
     "--store", type=click.Choice(["zarr", "parquet"]), help="The store to write [default: as CACHE]."
 )

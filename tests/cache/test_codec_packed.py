@@ -93,7 +93,7 @@ def records(draw):
 
 
 @SMALL
-@given(records(), STEPS, st.sampled_from(["fixed", "float32"]), st.booleans())
+@given(records(), STEPS, st.sampled_from(["fixed", "steps", "float32"]), st.booleans())
 def test_any_legal_record_comes_back_within_its_bound(labels, step, tail, transposed):
     codec = packed(labels, step=step, tail=tail)
     columns = codec.encode(labels)
@@ -103,7 +103,9 @@ def test_any_legal_record_comes_back_within_its_bound(labels, step, tail, transp
     assert np.array_equal(back.ids, labels.ids)
     assert_near(back.log_probs, labels.log_probs, step / 2)
     assert_near(back.target_log_prob, labels.target_log_prob, step / 2)
-    assert np.array_equal(back.log_tail[:, 0], labels.log_tail[:, 0])
+    assert_near(back.log_tail[:, 0], labels.log_tail[:, 0], step / 32 if tail == "steps" else 0.0)
+    if tail != "steps":
+        assert np.array_equal(back.log_tail[:, 0], labels.log_tail[:, 0])
     if tail == "float32":
         assert np.array_equal(back.log_tail, labels.log_tail)
     else:

@@ -208,6 +208,8 @@ def labels_of(policy, num_classes, k, grid):
         (hybrid, 300, 12, DEFAULT, {}),
         (sample, 300, 20, DEFAULT, {}),
         (sample, 700, 300, FROZEN, {"step": STEP}),
+        (top_k, 1000, 10, DEFAULT, {"tail": "steps", "level": 16}),
+        (sample, 300, 20, (1.0,), {"tail": "steps", "step": 1.0}),
     ],
 )
 @pytest.mark.parametrize("stats", [True, False])

@@ -25,6 +25,7 @@ import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -361,9 +362,15 @@ def wide_codecs() -> dict[str, OpenCodec | PackedCodec]:
     }
 
 
-def write_wide(url: Path, name: str) -> None:
+def step_codecs() -> dict[str, PackedCodec]:
+    return dict.fromkeys(
+        VIEWS, PackedCodec(WIDE_CLASSES, 5, tuple(TEMPERATURES), step=STEP, tail="steps", level=16)
+    )
+
+
+def write_wide(url: Path, name: str, codec: OpenCodec | PackedCodec) -> None:
     """A cache that no source stands behind, of labels that are given."""
-    labels, codec, store = wide_labels(), wide_codecs()[name], name.partition("-")[0]
+    labels, store = wide_labels(), name.partition("-")[0]
     samples = encode_samples([f"sample {n}" for n in range(len(labels))], np.arange(len(labels)) * 6_000)
     manifest = Manifest(
         softcache_version="golden",
@@ -381,6 +388,7 @@ def write_wide(url: Path, name: str) -> None:
         store=store,
         data="labels.zarr" if store == "zarr" else "parquet",
         samples_sha256=digest_bytes(samples),
+        features=codec.features,
         attributes={"note": "uint32 ids"},
     )
     objects = open_objects(str(url), create=True)
@@ -424,9 +432,9 @@ def freeze_hidden(folder: Path) -> None:
     _freeze_columns(folder)
 
 
-def freeze_wide(folder: Path) -> None:
-    for name in wide_codecs():
-        write_wide(folder / name, name)
+def freeze_wide(folder: Path, codecs: Mapping[str, OpenCodec | PackedCodec]) -> None:
+    for name, codec in codecs.items():
+        write_wide(folder / name, name, codec)
     _freeze_columns(folder)
 
 
@@ -465,7 +473,8 @@ def main(arguments: list[str]) -> None:
         ("bernoulli",): (freeze_bernoulli, "-bernoulli"),
         ("drawn",): (freeze_drawn, "-drawn"),
         ("tokens",): (freeze_tokens, "-tokens"),
-        ("wide",): (freeze_wide, "-wide"),
+        ("wide",): (partial(freeze_wide, codecs=wide_codecs()), "-wide"),
+        ("steps",): (partial(freeze_wide, codecs=step_codecs()), "-steps"),
         ("folded",): (freeze_folded, "-folded"),
         ("hidden",): (freeze_hidden, "-hidden"),
     }

@@ -60,6 +60,7 @@ PACKED = [
     ("top_k", 5_000, 5, SHORT, {"tail": "float32"}),
     ("sample", 300, 6, SHORT, {}),
     ("hybrid", 300, 6, SHORT, {}),
+    ("top_k", 10, 4, DEFAULT_TEMPERATURES, {"tail": "steps"}),
 ]
 
 

@@ -124,7 +124,7 @@ def test_steps_of_a_codec_are_part_of_the_bound():
     labels = top_k(logits, k=5, targets_P=torch.zeros(50, dtype=torch.long)).to_numpy()
     codec = PackedCodec(num_classes=500, k=5, temperatures=labels.temperatures, step=0.25)
     packed = codec.decode(codec.encode(labels))
-    assert packed.tail_rounding == 0.125
+    assert packed.tail_rounding == (0.0, 0.125)
     for temperature in (2.0, 3.0, 5.0):
         truth = 1.0 - (logits / temperature).softmax(dim=1).gather(
             1, torch.from_numpy(labels.ids).long()

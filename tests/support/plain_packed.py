@@ -64,7 +64,8 @@ def fields_of(codec):
     """Returns [(name, slots, width)] of a record, in their order; `codec` is the manifest's."""
     v, k, grid, step = codec["num_classes"], codec["k"], len(codec["temperatures"]), codec.get("step")
     has_stats, sampling = codec.get("stats", True), codec.get("sampling")
-    fixed = codec["tail"] == "fixed"
+    tail = codec["tail"]
+    fixed, substeps = tail != "float32", 16 if tail == "steps" else 256
     id_bits = max(1, (v - 1).bit_length())
     high = min(bits for bits in (0, 1, 2, 4, 8) if bits >= id_bits % 8)
     far = 0 if step is None else math.floor(65504 / step) + 1
@@ -75,8 +76,8 @@ def fields_of(codec):
         ("ids", k, id_bits // 8),
         ("gaps", k - 1, num_bytes(far)) if step is not None else ("half", k, 2),
         ("ids_high", -(-k * high // 8), 1),
-        ("first", 1 if step is not None else 0, num_bytes(512 * far)),
-        ("tail", 1 if fixed else grid, 4),
+        ("first", 1 if step is not None else 0, num_bytes(2 * substeps * far)),
+        ("tail", 1 if fixed else grid, num_bytes(2 * substeps * far) if tail == "steps" else 4),
         ("tail_rest", grid - 1 if fixed else 0, num_bytes(math.floor(2 * far * (1 + largest)))),
         ("target", 1, 4 if step is None else num_bytes(2 * far)),
         ("moments", 3 if has_stats else 0, 2),
@@ -129,7 +130,8 @@ def decode(codec, record):
             out["log_probs"][slot] = as_float(found["half"][slot], 2)
         target = as_float(found["target"][0], 4)
     else:
-        first = step / 256 * unzigzag(found["first"][0])
+        substep = step / (16 if codec["tail"] == "steps" else 256)
+        first = substep * unzigzag(found["first"][0])
         for slot in range(finite):
             out["log_probs"][slot] = float32(first - step * sum(found["gaps"][:slot] if slot else []))
         target = float32(first - step * unzigzag(found["target"][0]))
@@ -142,8 +144,11 @@ def decode(codec, record):
     if "threshold" in found:
         out["log_threshold"] = as_float(found["threshold"][0], 4)
 
-    tail = [as_float(bits, 4) for bits in found["tail"]]
-    if codec["tail"] == "fixed":
+    if codec["tail"] == "steps":
+        tail = [first - substep * unzigzag(found["tail"][0])]
+    else:
+        tail = [as_float(bits, 4) for bits in found["tail"]]
+    if codec["tail"] != "float32":
         exact = codec["sampling"]["exact"] if "sampling" in codec else k
         dropped = out["stats"][3] - min(finite, exact) if has_stats else v - min(used, exact)
         known = {
@@ -154,7 +159,7 @@ def decode(codec, record):
         for place, (g, weights) in enumerate(prediction(codec["temperatures"], has_stats).items()):
             expected = sum(weight * known[name] for name, weight in weights.items())
             known[g] = expected + step * unzigzag(found["tail_rest"][place])
-        tail += [float32(known[g]) for g in range(1, grid)]
+        tail = [float32(tail[0]), *(float32(known[g]) for g in range(1, grid))]
     infinite = [found["infinite"][bit // 8] >> bit % 8 & 1 for bit in range(grid + 1)]
     out["log_tail"] = [-math.inf if lost else value for lost, value in zip(infinite, tail, strict=False)]
     out["target_log_prob"] = -math.inf if infinite[grid] else target

@@ -15,7 +15,7 @@ import zarr
 
 from tests.support import plain_packed
 
-KNOWN_FEATURES = {"array_codecs", "vectors"}
+KNOWN_FEATURES = {"array_codecs", "tail_steps", "vectors"}
 
 
 def read(folder):

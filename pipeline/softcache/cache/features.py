@@ -10,6 +10,7 @@ __all__ = ["FEATURES", "check_features"]
 
 FEATURES: dict[str, str] = {
     "array_codecs": "chunks of Zarr arrays are coded as each zarr.json gives, and not as the manifest implies",
+    "tail_steps": "packed records hold the tail at T = 1 in steps, and the first log-probability in coarser ones",
     "vectors": "columns are vectors, some of them the bits of narrow floats, and rows share objects of the cache",
 }
 """What each adds to version 1, which has everything else that caches use. A feature is never changed, only added."""

@@ -301,8 +301,8 @@ class Manifest(Document):
             raise ValueError(str(error)) from error
         if codec.num_classes != self.num_classes:
             raise ValueError(f"num_classes {self.num_classes} differs from the codec's {codec.num_classes}")
-        if codec.feature is not None and codec.feature not in self.features:
-            raise ValueError(f"codec {codec.name}: features must name {codec.feature!r}, which it is of")
+        if unnamed := [name for name in codec.features if name not in self.features]:
+            raise ValueError(f"codec {codec.name}: features must name {unnamed[0]!r}, which it is of")
         check_kind(self.kind, codec=codec, identity=self.identity, has_rows=self.rows is not None)
         self._check_sizes(codec)
         return self

@@ -45,6 +45,7 @@ def _codec(name: str, properties: dict[str, Any], *optional: str) -> dict[str, A
 
 
 EXTENSIONS_SCHEMA = {"type": "object", "propertyNames": {"pattern": EXTENSION_NAME}}
+_LEVEL = {"type": "integer", "minimum": 2, "maximum": 22}
 _STATED = ("stats", "max_temperature", "sampling")
 CODEC_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -56,11 +57,18 @@ CODEC_SCHEMA: dict[str, Any] = {
             _SOFTMAX
             | {
                 "step": {"type": "number", "minimum": 2**-14, "maximum": 8},
-                "tail": {"enum": ["fixed", "float32"]},
+                "tail": {"enum": ["fixed", "steps", "float32"]},
+                "level": _LEVEL,
             },
             *_STATED,
+            "level",
         ),
-        _codec("packed", _SOFTMAX | {"values": {"const": "float16"}, "tail": {"const": "float32"}}, *_STATED),
+        _codec(
+            "packed",
+            _SOFTMAX | {"values": {"const": "float16"}, "tail": {"const": "float32"}, "level": _LEVEL},
+            *_STATED,
+            "level",
+        ),
         _codec("bernoulli", _COMMON | {"temperatures": {"const": []}, "values": _VALUES}),
         _codec(
             "cells",

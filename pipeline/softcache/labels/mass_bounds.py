@@ -32,7 +32,7 @@ def log_tail_bounds(
     *,
     log_support_P: np.ndarray,
     highest_log_prob_P: np.ndarray,
-    rounding: float = 0.0,
+    rounding: tuple[float, float] = (0.0, 0.0),
     support_is_exact: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper bound of the log of the sum over the dropped classes of p_j^(1/T), from T = 1 up.
@@ -43,7 +43,7 @@ def log_tail_bounds(
         T: a number of at least 1.
         log_support_P: [P] float, log of the number of dropped classes with p > 0.
         highest_log_prob_P: [P] float, nats, of which no dropped log p at T = 1 is above.
-        rounding: how far each value of the grid but the first may be off, nats, besides float32.
+        rounding: how far values of the grid may be off, at T = 1 and above, nats, besides float32.
         support_is_exact: False: `log_support_P` may count classes with p = 0; it is then a bound, and no value of F.
 
     Returns:
@@ -54,7 +54,8 @@ def log_tail_bounds(
     support_P = np.where(alive_P, log_support_P, 0.0).astype(np.float64)
     beta, nodes = 1.0 / float(T), np.array([0.0, *(1.0 / t for t in reversed(temperatures))])
     values_PN = np.concatenate([np.maximum(support_P, grid_PG[:, -1])[:, None], grid_PG[:, ::-1]], axis=1)
-    off_PN = np.abs(values_PN) * np.finfo(np.float32).eps + rounding * ((nodes > 0) & (nodes < 1))
+    off_PN = np.abs(values_PN) * np.finfo(np.float32).eps
+    off_PN += np.where(nodes == 0, 0.0, np.where(nodes == 1, *rounding))
     low_PN, high_PN = values_PN - off_PN, values_PN + off_PN
     at = np.flatnonzero(np.isclose(nodes, beta, rtol=1e-12, atol=0.0))
     if at.size:

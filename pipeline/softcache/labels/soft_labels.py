@@ -53,7 +53,7 @@ class SoftLabels(LabelsBase):
         temperatures: the G grid temperatures; the first is 1, strictly increasing, finite.
         target_log_prob: [P] float32, log p of the ground-truth class at T=1, or None.
         stats: [P, 4] float32, columns `STATS`, or None.
-        tail_rounding: how far `log_tail` may be from the truth above T=1, nats, besides float32: half a codec's step.
+        tail_rounding: how far `log_tail` may be from the truth at T=1 and above, nats, besides float32.
         max_temperature: the highest temperature at which the record is known; None for no limit. Labels that were
             imported from a server's log-probabilities are known at T=1 only: it is unknown how the mass outside of the
             kept classes is spread.
@@ -93,7 +93,7 @@ class SoftLabels(LabelsBase):
     sampling: Sampling | None = None
     counts: Array | None = None
     log_threshold: Array | None = None
-    tail_rounding: float = 0.0
+    tail_rounding: tuple[float, float] = (0.0, 0.0)
     class_names: Sequence[str] = ()
 
     def __post_init__(self) -> None:

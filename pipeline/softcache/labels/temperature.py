@@ -137,7 +137,7 @@ def tail_error(labels: SoftLabels, T: Any) -> np.ndarray:
     log_support_P = _tail_ends(labels, log_probs_PK)[0]
     # No dropped class is above the last kept one, which may have been rounded down; in a drawn record the tail has it.
     last_P = np.where(exact_PK > -np.inf, exact_PK, 0.0).min(axis=1, initial=0.0)
-    highest_P = last_P + 1e-3 * np.abs(last_P) + labels.tail_rounding
+    highest_P = last_P + 1e-3 * np.abs(last_P) + max(labels.tail_rounding)
     served = soften(labels, T if is_numpy_array(T) else temperatures_P)
     middle_P = np.exp(served.log_tail.astype(np.float64))
     found_P = np.zeros(len(labels))

@@ -20,7 +20,7 @@ How exact, against a capture by the same teacher on the same machine:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -28,7 +28,15 @@ import torch
 from pydantic import Field, ValidationError
 
 from softcache import __version__
-from softcache.cache.codecs import COARSEST, DEFAULT_STEP, FINEST, OpenCodec, PackedCodec, SoftLabelCodec
+from softcache.cache.codecs import (
+    COARSEST,
+    FINEST,
+    HIGHEST_LEVEL,
+    OpenCodec,
+    PackedCodec,
+    SoftLabelCodec,
+    Tail,
+)
 from softcache.cache.create import create_cache
 from softcache.cache.manifest import Manifest, Unit
 from softcache.cache.repair import usable_units
@@ -64,7 +72,7 @@ class ShrinkSettings(Settings):
         temperatures: the grid; some of the original's.
         num_views: the first so many views.
         statistics: "none" leaves them out.
-        codec: "open" with `values`, or "packed" with `step` and `tail`, as in `[capture]`.
+        codec: "open" with `values`, or "packed" with `step`, `tail` and `level`, as in `[capture]`.
         store: "zarr" or "parquet".
     """
 
@@ -80,7 +88,8 @@ class ShrinkSettings(Settings):
     codec: Literal["open", "packed"] | None = None
     values: Literal["float16", "float32"] | None = None
     step: float | None = Field(None, ge=FINEST, le=COARSEST)
-    tail: Literal["fixed", "float32"] | None = None
+    tail: Tail | None = None
+    level: int | None = Field(None, ge=1, le=HIGHEST_LEVEL)
     store: Literal["zarr", "parquet"] | None = None
 
 
@@ -199,7 +208,8 @@ def shrink_manifest(cache: Cache, changes: ShrinkSettings) -> tuple[Manifest, La
     origin.soft_codec(f"shrink, cache {cache.url}")
     labels = _labels(cache, changes)
     _check_labels(cache, labels)
-    codec = _codec(cache, labels, changes).to_dict()
+    built = _codec(cache, labels, changes)
+    codec = built.to_dict()
     described = labels.identity(origin.num_classes)
     found = origin.identity["labels"]
     if found["policy"] == IMPORTED:
@@ -217,7 +227,7 @@ def shrink_manifest(cache: Cache, changes: ShrinkSettings) -> tuple[Manifest, La
             "store": store,
             "data": "labels.zarr" if store == "zarr" else "parquet",
             "slimmed_from": cache.manifest_sha256,
-            "features": (),
+            "features": built.features,
         }
     )
     same_rows = {**described, "statistics": None} == {**found, "statistics": None}
@@ -315,7 +325,7 @@ def _codec(cache: Cache, labels: LabelSettings, changes: ShrinkSettings) -> Soft
         "sampling": labels.sampling,
     }
     name = changes.codec or origin.name
-    for unread in {"open": ("step", "tail"), "packed": ("values",)}[name]:
+    for unread in {"open": ("step", "tail", "level"), "packed": ("values",)}[name]:
         if getattr(changes, unread) is not None:
             raise LabelError(
                 f"shrink: {unread} is given, but codec {name!r} does not read it; leave it out, or give --codec"
@@ -327,10 +337,11 @@ def _codec(cache: Cache, labels: LabelSettings, changes: ShrinkSettings) -> Soft
             values=changes.values or (origin.values if isinstance(origin, OpenCodec) else "float16"),
         )
     else:
-        step, tail = (
-            (origin.step, origin.tail) if isinstance(origin, PackedCodec) else (DEFAULT_STEP, "fixed")
+        given = changes.model_dump(include={"step", "tail", "level"}, exclude_none=True)
+        kept = asdict(origin) if isinstance(origin, PackedCodec) else {}
+        codec = PackedCodec(
+            **{name: kept[name] for name in ("step", "tail", "level") if kept} | common | given
         )
-        codec = PackedCodec(**common, step=changes.step or step, tail=changes.tail or tail)
     found = f"cache {cache.url}: codec {_precision(origin)}"
     if isinstance(origin, PackedCodec) and _precision(origin) not in (_precision(codec), "float16"):
         raise LabelError(

@@ -148,6 +148,7 @@ class ParquetStore:
             sink,
             row_group_size=self._chunk_rows,
             compression="zstd",
+            compression_level=max((self._columns[name].level for name in planar), default=1),
             use_dictionary=False,
             use_byte_stream_split=[*planar, *split],
             # The smallest of records that are bytes means nothing, and would stand, unchecked, in every page's header.

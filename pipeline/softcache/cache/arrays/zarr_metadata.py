@@ -15,8 +15,6 @@ from softcache.labels import STATS
 __all__ = ["GEOMETRY", "compressor_of", "describe", "metadata_equal"]
 
 COMPRESSION_LEVEL = 3
-PLANAR_LEVEL = 1
-"""Of packed records, plane by plane: higher levels find false repetitions in what is all but random (1% larger)."""
 
 GEOMETRY = (
     "zarr_format",
@@ -218,7 +216,7 @@ def _compressors(column: Column) -> list[Any]:
     if column.name == "fingerprint":  # random bits by construction
         return [Crc32cCodec()]
     if column.planar:
-        return [ZstdCodec(level=PLANAR_LEVEL), Crc32cCodec()]
+        return [ZstdCodec(level=column.level), Crc32cCodec()]
     size = np.dtype(column.dtype).itemsize
     return [
         BloscCodec(cname="zstd", clevel=COMPRESSION_LEVEL, shuffle="bitshuffle", typesize=size),

@@ -3,7 +3,15 @@
 from softcache.cache.codecs.base import CODECS, AnyCodecSettings, Codec, CodecSettings, codec_from_dict
 from softcache.cache.codecs.column import Column
 from softcache.cache.codecs.detection import CellCodec
-from softcache.cache.codecs.packed.codec import COARSEST, DEFAULT_STEP, FINEST, PackedCodec, PackedSettings
+from softcache.cache.codecs.packed.codec import (
+    COARSEST,
+    DEFAULT_STEP,
+    FINEST,
+    HIGHEST_LEVEL,
+    PackedCodec,
+    PackedSettings,
+    Tail,
+)
 from softcache.cache.codecs.plain import OpenCodec, OpenSettings
 from softcache.cache.codecs.soft_labels import SoftLabelCodec
 from softcache.cache.codecs.vectors import VectorCodec
@@ -13,6 +21,7 @@ __all__ = [
     "CODECS",
     "DEFAULT_STEP",
     "FINEST",
+    "HIGHEST_LEVEL",
     "AnyCodecSettings",
     "CellCodec",
     "Codec",
@@ -23,6 +32,7 @@ __all__ = [
     "PackedCodec",
     "PackedSettings",
     "SoftLabelCodec",
+    "Tail",
     "VectorCodec",
     "codec_from_dict",
 ]

@@ -47,7 +47,6 @@ class Codec(ABC):
         captures_softmax: whether `[capture.codec]` may name it for the labels of one distribution over all classes.
         captures_detections: whether `[capture.codec]` may name it for a detector's labels.
         settings: of `[capture.codec]`.
-        feature: of the format that caches of this codec name (`softcache.cache.features`); None of version 1 as it is.
         shared: names of the objects of the cache that its labels need (`Manifest.objects`).
         num_classes, k, temperatures, stats, max_temperature, sampling: of the labels (`SoftLabels`).
     """
@@ -57,7 +56,6 @@ class Codec(ABC):
     captures_softmax: ClassVar[bool] = True
     captures_detections: ClassVar[bool] = False
     settings: ClassVar[type[CodecSettings]] = CodecSettings
-    feature: ClassVar[str | None] = None
     shared: tuple[str, ...] = ()
 
     num_classes: int
@@ -79,6 +77,11 @@ class Codec(ABC):
     @abstractmethod
     def columns(self) -> tuple[Column, ...]:
         """The columns of a label row."""
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        """Features of the format that caches of this codec name (`softcache.cache.features`), besides version 1 as it is."""
+        return ()
 
     @property
     def row_bytes(self) -> int:

@@ -22,6 +22,7 @@ class Column:
         dims: (name, size) of the inner axes.
         per_sample: one value for a sample, however many rows it has.
         planar: bytes of a record; a store keeps equal places of neighbouring rows together, where they compress.
+        level: of zstd, in which such a column is compressed.
         is_vector: numbers of a vector, whose exponents compress and whose mantissas do not.
     """
 
@@ -30,6 +31,7 @@ class Column:
     dims: tuple[tuple[str, int], ...] = ()
     per_sample: bool = False
     planar: bool = False
+    level: int = 1
     is_vector: bool = False
 
     @property

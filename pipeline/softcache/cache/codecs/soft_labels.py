@@ -93,9 +93,10 @@ class SoftLabelCodec(Codec):
         return arrays
 
     @property
-    def tail_rounding(self) -> float:
-        """How far a stored tail may be off above T = 1, nats, besides float32."""
-        return 0.0 if self.precision is None else self.precision.tail.absolute
+    def tail_rounding(self) -> tuple[float, float]:
+        """How far a stored tail may be off at T = 1 and above, nats, besides float32."""
+        precision = self.precision or Precision()
+        return precision.tail_at_one.absolute, precision.tail.absolute
 
     def decode(self, columns: Mapping[str, np.ndarray]) -> SoftLabels:
         """Returns the labels of columns [P, ...]; nothing is copied or converted but what `unpack` converts."""

@@ -68,7 +68,6 @@ class VectorCodec(Codec):
 
     name = "vectors"
     kinds = frozenset({"image", "tokens"})
-    feature = "vectors"
     captures_softmax = False
     temperatures = ()
     stats = False

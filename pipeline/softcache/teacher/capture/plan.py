@@ -123,7 +123,7 @@ def plan_manifest(
         store=settings.store,
         data="labels.zarr" if settings.store == "zarr" else "parquet",
         samples_sha256=digest_bytes(samples),
-        features=() if codec.feature is None else (codec.feature,),
+        features=codec.features,
         teacher=TeacherReport(num_parameters=teacher.num_parameters),
     )
     return manifest, samples

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from softcache.cache.codecs.column import ids_dtype, sampling_column
-from softcache.cache.codecs.packed.layout import FIRST_SUBSTEPS, MAX_NEG_LOG_PROB, tail_weights
+from softcache.cache.codecs.packed.layout import MAX_NEG_LOG_PROB, tail_weights
 from softcache.errors import LabelError
 from softcache.labels import STATS
 
@@ -97,7 +97,7 @@ class _Fields:
             half_PK = np.ascontiguousarray(self.numbers("half").T.astype(np.uint16)).view(np.float16)
             half_PK[np.arange(codec.k) >= finite_P[:, None]] = -np.inf
             return {"log_probs": half_PK, "target_log_prob": self.floats("target")[:, 0]}
-        anchor_P = _signed(self.numbers("first")[0]) * (codec.step / FIRST_SUBSTEPS)
+        anchor_P = self._anchor_P()
         out_PK = np.empty((len(finite_P), codec.k), np.float32)
         start, _, width = self._place("gaps")
         self._kernels.log_probs(self._planes_RP, start, width, anchor_P, codec.step, out_PK)
@@ -105,12 +105,18 @@ class _Fields:
         target_P = anchor_P - _signed(self.numbers("target")[0]) * codec.step
         return {"log_probs": out_PK, "target_log_prob": target_P.astype(np.float32)}
 
+    def _anchor_P(self) -> np.ndarray:
+        return _signed(self.numbers("first")[0]) * self._codec.substep
+
     def tail(self, stats: np.ndarray | None, used_P: np.ndarray, finite_P: np.ndarray) -> np.ndarray:
         """Returns the tail [P, G], where it is not -inf."""
         codec = self._codec
-        stored = self.floats("tail")
         if codec.tail == "float32":
-            return stored
+            return self.floats("tail")
+        if codec.tail == "fixed":
+            stored = self.floats("tail")
+        else:
+            stored = (self._anchor_P() - _signed(self.numbers("tail")[0]) * codec.substep)[:, None]
         out_PG = np.empty((len(stored), len(codec.temperatures)), np.float32)
         out_PG[:, :1] = stored
         exact = codec.k if codec.sampling is None else codec.sampling.exact

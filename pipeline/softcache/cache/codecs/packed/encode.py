@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from softcache.cache.codecs.packed.layout import FIRST_SUBSTEPS, MAX_NEG_LOG_PROB, tail_weights
+from softcache.cache.codecs.packed.layout import MAX_NEG_LOG_PROB, tail_weights
 from softcache.errors import LabelError
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ def pack(codec: PackedCodec, arrays: dict[str, np.ndarray], planes_RN: np.ndarra
         write("half", lowest.astype(np.float16).view(np.uint16))
         write("target", _bits(np.where(np.isneginf(target), 0.0, target)))
     else:
-        first_N = _steps(np.where(finite_NK[:, 0], log_probs[:, 0], 0.0), codec.step / FIRST_SUBSTEPS)
-        anchor_N = first_N * (codec.step / FIRST_SUBSTEPS)
+        first_N = _steps(np.where(finite_NK[:, 0], log_probs[:, 0], 0.0), codec.substep)
+        anchor_N = first_N * codec.substep
         write("first", _zigzag(first_N))
         below_NK = _steps(anchor_N[:, None] - np.where(finite_NK, log_probs, 0.0), codec.step)
         below_NK[:, 0] = 0
@@ -65,7 +65,12 @@ def pack(codec: PackedCodec, arrays: dict[str, np.ndarray], planes_RN: np.ndarra
     if codec.tail == "float32":
         write("tail", _bits(tail))
     else:
-        write("tail", _bits(tail[:, :1]))
+        if codec.tail == "steps":
+            lower_N = _steps(anchor_N - np.where(infinite[:, 0], anchor_N, tail[:, 0]), codec.substep)
+            write("tail", _zigzag(lower_N))
+            tail = np.concatenate([(anchor_N - lower_N * codec.substep)[:, None], tail[:, 1:]], axis=1)
+        else:
+            write("tail", _bits(tail[:, :1]))
         if tail.shape[1] > 1:
             support = arrays["stats"][:, 3] if codec.stats else None
             write("tail_rest", _zigzag(_tail_steps(codec, tail, used_NK, finite_NK, support, means_N)))

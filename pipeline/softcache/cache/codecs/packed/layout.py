@@ -10,8 +10,8 @@ by plane: first the lowest byte of every slot, then the next one of every slot. 
 | `gaps` | K - 1 | how many steps a slot's log-probability lies below that of the slot before |
 | `half` | K | with `values = "float16"`, in place of `gaps` and `first`: the bits of log p |
 | `ids_high` | K | 1, 2, 4 or 8 bits each, packed: the first slot in the lowest bits of the first byte |
-| `first` | 1 | log p of slot 0, in steps of step / 256, zigzag |
-| `tail` | 1, or G | bits of float32: of the tail at T = 1, or at all of the grid |
+| `first` | 1 | log p of slot 0, in substeps, zigzag: of step / 256, or with `tail = "steps"` step / 16 |
+| `tail` | 1, or G | bits of float32: of the tail at T = 1, or at all of the grid; or substeps below `first` ("steps") |
 | `tail_rest` | G - 1 | steps between the tail at the other temperatures and what is expected there, zigzag |
 | `target` | 1 | steps by which the ground truth's log p lies below that of slot 0, zigzag; or bits of float32 |
 | `moments` | 3 | bits of float16: entropy, mean and deviation of the logits |
@@ -42,13 +42,13 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FIRST_SUBSTEPS", "MAX_NEG_LOG_PROB", "Field", "Layout", "layout_of", "tail_weights"]
+__all__ = ["MAX_NEG_LOG_PROB", "SUBSTEPS", "Field", "Layout", "layout_of", "tail_weights"]
 
 MAX_NEG_LOG_PROB = 65504.0
 """Nats below which finite numbers are equal: the lowest of float16."""
 
-FIRST_SUBSTEPS = 256
-"""Steps of `first` in one step."""
+SUBSTEPS = {"fixed": 256, "float32": 256, "steps": 16}
+"""Parts of a step in which `first` is counted, by `tail`; "steps" counts the tail at T = 1 in them too."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,12 @@ def layout_of(codec: Any) -> Layout:
         add("gaps", k - 1, _bytes_for(farthest))
     add("ids_high", -(-k * high_bits // 8), 1)
     if codec.step is not None:
-        add("first", 1, _bytes_for(2 * FIRST_SUBSTEPS * farthest))
-    add("tail", 1 if codec.tail == "fixed" else grid, 4)
-    if codec.tail == "fixed":
+        add("first", 1, _bytes_for(2 * SUBSTEPS[codec.tail] * farthest))
+    if codec.tail == "steps":
+        add("tail", 1, _bytes_for(2 * SUBSTEPS[codec.tail] * farthest))
+    else:
+        add("tail", 1 if codec.tail == "fixed" else grid, 4)
+    if codec.tail != "float32":
         # What is expected is a weighted sum of what is known, none of it farther than that.
         weights = np.abs(tail_weights(codec.temperatures, slope=codec.stats)).sum(axis=1)
         add("tail_rest", grid - 1, _bytes_for(int(2 * farthest * (1 + weights.max(initial=0.0)))))
