@@ -8,8 +8,19 @@ import sys
 import pytest
 import torch
 
-from softcache.labels.sparsify import Dense, hybrid, label_settings, row_seeds, sample, top_k, top_p
-from softcache.labels.sparsify.assemble import top_k_indices
+from softcache.labels.sparsify import (
+    Dense,
+    cpu_draw_kernels,
+    hybrid,
+    label_settings,
+    row_seeds,
+    sample,
+    top_k,
+    top_p,
+)
+from softcache.labels.sparsify.assemble import Rows, top_k_indices
+from softcache.labels.sparsify.policies import hybrid as hybrids
+from softcache.labels.sparsify.policies import sample as samples
 from tests.support.caches import ROOT
 
 INF = math.inf
@@ -153,3 +164,63 @@ def test_the_process_that_compiles_makes_the_bits_of_all_that_come_after_it(tmp_
         for _ in range(2)
     }
     assert len(made) == 1
+
+
+def make_seeds(rows):
+    return torch.randint(-(2**62), 2**62, (rows,), generator=torch.Generator().manual_seed(rows))
+
+
+def drawn_rows(kind, num_classes, rows=60):
+    logits = make_logits(rows, num_classes, scale=2.0, seed=num_classes)
+    if kind == "steep":
+        return logits**3
+    if kind == "tied":
+        return logits.round()
+    if kind == "masked":
+        logits[:, 1:] = logits[:, 1:].where(make_logits(rows, num_classes - 1, seed=1) > 2.0, -INF)
+    return logits
+
+
+@pytest.mark.parametrize("kind", ["normal", "steep", "tied", "masked"])
+@pytest.mark.parametrize("num_classes", [5, 70, 1003])
+def test_draws_are_those_of_torch(kind, num_classes):
+    logits = drawn_rows(kind, num_classes)
+    rows, seeds = Rows(logits, slice(0, len(logits))), make_seeds(len(logits))
+    assert rows.is_compiled
+    for k, draws, exponent in ((1, 3, 1.0), (5, 40, 0.3), (3, 400, 1.0)):
+        if k + draws <= num_classes:
+            found = hybrids._compiled_choice(rows, k, draws, exponent, seeds)
+            wanted = hybrids._choice(rows, rows.largest(k), draws, exponent, seeds)
+            assert torch.equal(found.ids_PK, wanted.ids_PK)
+            assert torch.equal(found.log_threshold_P, wanted.log_threshold_P)
+        found, wanted = (
+            choice(rows, draws, exponent, seeds) for choice in (samples._compiled_choice, samples._choice)
+        )
+        assert torch.equal(found.ids_PK, wanted.ids_PK)
+        assert torch.equal(found.counts_PK, wanted.counts_PK)
+
+
+def test_equal_priorities_at_the_threshold_are_taken_as_torch_takes_them(monkeypatch):
+    logits, seeds = make_logits(5, 300), make_seeds(5)
+    rows, draw = Rows(logits, slice(0, 5)), cpu_draw_kernels.draw_by_priority
+
+    def tied(logits_PV, k, exponent, seeds_P, ids_PK, threshold_P, is_tied_P):
+        draw(logits_PV, k, exponent, seeds_P, ids_PK, threshold_P, is_tied_P)
+        assert not is_tied_P.any()
+        ids_PK[1:3, k:], is_tied_P[1:3] = -1, True
+
+    monkeypatch.setattr(cpu_draw_kernels, "draw_by_priority", tied)
+    found = hybrids._compiled_choice(rows, 4, 9, 1.0, seeds)
+    assert torch.equal(found.ids_PK, hybrids._choice(rows, rows.largest(4), 9, 1.0, seeds).ids_PK)
+
+
+def test_a_number_too_small_for_a_first_look_is_drawn_like_others():
+    """The first class has the number 5.5 / 2^52 with this seed."""
+    seeds, logits = torch.tensor([-1833829319672426575]), make_logits(1, 500)
+    logits[0, 0] = -20.0
+    rows = Rows(logits, slice(0, 1))
+    found = hybrids._compiled_choice(rows, 4, 9, 1.0, seeds)
+    wanted = hybrids._choice(rows, rows.largest(4), 9, 1.0, seeds)
+    assert 0 in found.ids_PK
+    assert torch.equal(found.ids_PK, wanted.ids_PK)
+    assert torch.equal(found.log_threshold_P, wanted.log_threshold_P)

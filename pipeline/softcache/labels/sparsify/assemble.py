@@ -55,12 +55,17 @@ class Rows:
         highest_P1, log_mass_P1 = self.read.normalizer_P2.split(1, dim=1)
         return (self.logits_PV.gather(1, ids_PK).float() - highest_P1) - log_mass_P1
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether compiled functions work on the rows."""
+        return self.read is None and _is_compiled(self.logits_PV)
+
     @cached_property
     def log_probs_PV(self) -> Tensor:
         if self.read is not None:
             highest_P1, log_mass_P1 = self.read.normalizer_P2.split(1, dim=1)
             return (self.logits_PV.float() - highest_P1).sub_(log_mass_P1)
-        if not _is_compiled(self.logits_PV):
+        if not self.is_compiled:
             return self.logits_PV.log_softmax(dim=-1)
         from softcache.labels.sparsify.kernels import fill_log_probs
 
@@ -134,7 +139,7 @@ def build_soft_labels(
         dtype = torch.float64 if logits_PV.dtype == torch.float64 else torch.float32
         chunk = Rows(logits_PV[part].detach().to(dtype), part)
         targets_p = None if targets is None else targets[part]
-        if _is_compiled(chunk.logits_PV):
+        if chunk.is_compiled:
             return _compiled_record(chunk, choose, temperatures, targets_p, sampling)
         chosen = Chosen(top_k_indices(chunk.logits_PV, choose)) if isinstance(choose, int) else choose(chunk)
         record = _record(chunk.log_probs_PV, chosen, temperatures, targets_p, sampling)

@@ -32,7 +32,7 @@ from softcache.labels.sparsify.float_bits import (
 )
 from softcache.labels.sparsify.top_k_kernel import select_largest
 
-__all__ = ["fill_log_probs", "fill_records"]
+__all__ = ["fill_log_probs", "fill_records", "is_faulty", "log_prob", "mass_of", "number_of", "range_of"]
 
 _DEAD = np.finfo(np.float32).min  # what is not above it is -inf
 
@@ -80,17 +80,17 @@ def _in_order(logit, top, log_mass):
     return (logit - top) - np.float32(log_mass)
 
 
-_log_prob = vectorised_part(_in_order, fastmath=False)
+log_prob = vectorised_part(_in_order, fastmath=False)
 """Rounded as written, so that a log-probability has the same bits wherever it is asked for, whatever else is kept."""
 
 
 @vectorised_part
-def _number_of(key):
+def number_of(key):
     return float_of(key if key >= 0 else key ^ np.int32(2**31 - 1))
 
 
 @vectorised_part
-def _mass_of(logits_V, top):
+def mass_of(logits_V, top):
     """The sums of exp(x) and of exp(x) x, x being the logits less the largest."""
     mass, dot = 0.0, 0.0
     for start in range(0, len(logits_V), BLOCK):
@@ -139,18 +139,18 @@ def fill_log_probs(logits_PV, log_probs_PV):
     """Writes the log-probabilities of all classes, the very numbers of `fill_records`; NaN in a row with a fault."""
     for row in range(len(logits_PV)):
         logits_V = logits_PV[row]
-        peak, trough = _range_of(logits_V)
-        if _is_faulty(peak, trough):
+        peak, trough = range_of(logits_V)
+        if is_faulty(peak, trough):
             log_probs_PV[row] = np.nan
             continue
-        top = _number_of(peak)
-        log_mass = np.log(_mass_of(logits_V, top)[0])
+        top = number_of(peak)
+        log_mass = np.log(mass_of(logits_V, top)[0])
         for i in range(len(logits_V)):
-            log_probs_PV[row, i] = _log_prob(logits_V[i], top, log_mass)
+            log_probs_PV[row, i] = log_prob(logits_V[i], top, log_mass)
 
 
 @vectorised_part
-def _range_of(logits_V):
+def range_of(logits_V):
     peak, trough = LOWEST_KEY, np.int32(2**31 - 1)
     for i in range(len(logits_V)):
         key = key_of(logits_V[i])
@@ -159,7 +159,7 @@ def _range_of(logits_V):
 
 
 @vectorised_part
-def _is_faulty(peak, trough):
+def is_faulty(peak, trough):
     """Whether a logit is NaN (beyond the infinities) or +inf, or all are -inf."""
     infinity, lowest = key_of(np.float32(np.inf)), key_of(np.float32(-np.inf))
     return peak >= infinity or trough < lowest or peak == lowest
@@ -196,7 +196,7 @@ def fill_records(
             key = key_of(logits_V[i])
             key_V[i] = key
             peak, trough = max(peak, key), min(trough, key)
-        if _is_faulty(peak, trough):
+        if is_faulty(peak, trough):
             if select:
                 ids_K[:] = np.arange(k)
             log_probs_PK[row], tail_PG[row], stats_P4[row] = np.nan, np.nan, np.nan
@@ -226,16 +226,16 @@ def _fill_row(
     stats_4,
     target_log_prob_1,
 ):
-    num_classes, top = len(logits_V), _number_of(peak)
-    mass, dot = _mass_of(logits_V, top)
+    num_classes, top = len(logits_V), number_of(peak)
+    mass, dot = mass_of(logits_V, top)
     log_mass = np.log(mass)
     for slot in range(len(ids_K)):
         log_probs_K[slot] = -np.inf
         if ids_K[slot] < num_classes:
-            log_probs_K[slot] = _log_prob(logits_V[ids_K[slot]], top, log_mass)
+            log_probs_K[slot] = log_prob(logits_V[ids_K[slot]], top, log_mass)
     target_log_prob_1[0] = np.nan
     if 0 <= target < num_classes:
-        target_log_prob_1[0] = _log_prob(logits_V[target], top, log_mass)
+        target_log_prob_1[0] = log_prob(logits_V[target], top, log_mass)
     alive, mean, variance = _moments(logits_V, top)
     stats_4[0], stats_4[1] = log_mass - dot / mass, mean - log_mass
     stats_4[2], stats_4[3] = np.sqrt(variance), alive
@@ -250,7 +250,7 @@ def _fill_row(
     tail_G[:] = -np.inf
     if others == key_of(np.float32(-np.inf)):
         return
-    others_top = _number_of(others)
+    others_top = number_of(others)
     below = float(others_top) - top - log_mass
     sum_G[:] = 0.0
     if len(eighths_G):

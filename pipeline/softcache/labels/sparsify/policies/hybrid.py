@@ -5,6 +5,7 @@ Shape suffixes: `P` positions, `V` classes, `K` slots, `N` draws.
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -100,26 +101,17 @@ def hybrid(
     sampling = Sampling(exact=k, draws=draws, exponent=exponent, replacement=False)
     check_arguments(logits_PV, k + draws, targets_P)
     seeds_P = checked_seeds(seeds_P, logits_PV)
-    num_classes = logits_PV.shape[1]
-
     in_kernels = draws < MAX_LARGEST
 
     def choose(rows: Rows) -> Chosen:
-        ids_PK, count = rows.largest(k), min(draws + 1, num_classes)
         seeds_p = seeds_P[rows.part]
-        if rows.read is not None and in_kernels:
-            values_PN, indices_PN = draw_by_priority(rows.logits_PV, rows.read, seeds_p, exponent, count)
-        else:
-            class_V = torch.arange(1, num_classes + 1, device=ids_PK.device) * SPLITMIX64_GAMMA
-            log_uniform_PV = uniform(seeds_p[:, None] + class_V).log().to(rows.log_probs_PV.dtype)
-            priority_PV = (rows.log_probs_PV * exponent).sub_(log_uniform_PV)
-            values_PN, indices_PN = priority_PV.scatter_(1, ids_PK, -torch.inf).topk(count, dim=1)
-        taken_PN = indices_PN[:, :draws].where(values_PN[:, :draws] > -torch.inf, num_classes)
-        # With no class left outside the slots, all are taken and weigh 1.
-        all_taken = draws + 1 > num_classes
-        threshold_P = values_PN.new_full((len(ids_PK),), -torch.inf) if all_taken else values_PN[:, draws]
-        taken_PN = most_likely_first(rows, taken_PN, torch.ones_like(taken_PN)).ids_PK
-        return Chosen(torch.cat([ids_PK, taken_PN], dim=1), log_threshold_P=threshold_P)
+        if rows.is_compiled:
+            return _compiled_choice(rows, k, draws, exponent, seeds_p)
+        ids_PK = rows.largest(k)
+        if rows.read is None or not in_kernels:
+            return _choice(rows, ids_PK, draws, exponent, seeds_p)
+        values_PN, indices_PN = draw_by_priority(rows.logits_PV, rows.read, seeds_p, exponent, draws + 1)
+        return _taken(rows, ids_PK, values_PN, indices_PN)
 
     return build_soft_labels(
         logits_PV,
@@ -133,3 +125,38 @@ def hybrid(
         num_largest=k,
         holds_rows=not in_kernels,
     )
+
+
+def _choice(rows: Rows, ids_PK: Tensor, draws: int, exponent: float, seeds_P: Tensor) -> Chosen:
+    """The exact classes `ids_PK` and those drawn of the others, by torch."""
+    class_V = torch.arange(1, rows.logits_PV.shape[1] + 1, device=ids_PK.device) * SPLITMIX64_GAMMA
+    log_uniform_PV = uniform(seeds_P[:, None] + class_V).log().to(rows.log_probs_PV.dtype)
+    priority_PV = (rows.log_probs_PV * exponent).sub_(log_uniform_PV)
+    values_PN, indices_PN = priority_PV.scatter_(1, ids_PK, -torch.inf).topk(draws + 1, dim=1)
+    return _taken(rows, ids_PK, values_PN, indices_PN)
+
+
+def _taken(rows: Rows, ids_PK: Tensor, values_PN: Tensor, indices_PN: Tensor) -> Chosen:
+    """The slots of exact classes and of the classes with the highest priorities, one more than are drawn."""
+    indices_PN = indices_PN[:, :-1].where(values_PN[:, :-1] > -torch.inf, rows.logits_PV.shape[1])
+    taken_PN = most_likely_first(rows, indices_PN, torch.ones_like(indices_PN)).ids_PK
+    return Chosen(torch.cat([ids_PK, taken_PN], dim=1), log_threshold_P=values_PN[:, -1])
+
+
+def _compiled_choice(rows: Rows, k: int, draws: int, exponent: float, seeds_P: Tensor) -> Chosen:
+    """The same of float32 rows on the CPU."""
+    from softcache.labels.sparsify import cpu_draw_kernels
+
+    logits_PV, num_rows = rows.logits_PV.contiguous(), len(rows.logits_PV)
+    ids_PK, threshold_P = torch.empty((num_rows, k + draws), dtype=torch.int64), torch.empty(num_rows)
+    is_tied_P = torch.empty(num_rows, dtype=torch.bool)
+    out = (x.numpy() for x in (ids_PK, threshold_P, is_tied_P))
+    seeds = seeds_P.contiguous().numpy().view(np.uint64)
+    cpu_draw_kernels.draw_by_priority(logits_PV.numpy(), k, np.float32(exponent), seeds, *out)
+    # Which of equal priorities are the highest is as torch has it.
+    for row in is_tied_P.nonzero()[:, 0].tolist():
+        one = slice(row, row + 1)
+        ids_PK[one] = _choice(
+            Rows(logits_PV[one], one), ids_PK[one, :k], draws, exponent, seeds_P[one]
+        ).ids_PK
+    return Chosen(ids_PK, log_threshold_P=threshold_P)

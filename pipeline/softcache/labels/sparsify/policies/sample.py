@@ -5,6 +5,7 @@ Shape suffixes: `P` positions, `V` classes, `K` slots, `N` draws.
 
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -89,24 +90,8 @@ def sample(
     seeds_P = checked_seeds(seeds_P, logits_PV)
 
     def choose(rows: Rows) -> Chosen:
-        num_classes = rows.logits_PV.shape[1]
-        number_N = torch.arange(1, draws + 1, device=seeds_P.device)
-        uniform_PN = uniform(seeds_P[rows.part, None] + number_N * SPLITMIX64_GAMMA)
-        if rows.read is not None:
-            drawn_PN = draw(rows.logits_PV, rows.read, uniform_PN, exponent)
-        else:
-            reached_PV = (rows.log_probs_PV.double() * exponent).exp().cumsum(dim=1)
-            wanted_PN = uniform_PN * reached_PV[:, -1:]
-            # The first class whose cumulative weight is above the draw; it never has weight 0.
-            drawn_PN = torch.searchsorted(reached_PV, wanted_PN, right=True).clamp_(max=num_classes - 1)
-        drawn_PN = drawn_PN.sort(dim=1).values
-        first_PN = torch.ones_like(drawn_PN, dtype=torch.bool)
-        first_PN[:, 1:] = drawn_PN[:, 1:] != drawn_PN[:, :-1]
-        slot_PN = first_PN.cumsum(dim=1) - 1
-        counts_PN = torch.zeros_like(drawn_PN).scatter_add_(1, slot_PN, torch.ones_like(drawn_PN))
-        ids_PN = torch.full_like(drawn_PN, num_classes).scatter_(1, slot_PN, drawn_PN)
-        slots = min(draws, num_classes)
-        return most_likely_first(rows, ids_PN[:, :slots], counts_PN[:, :slots])
+        chosen = _compiled_choice if rows.is_compiled else _choice
+        return chosen(rows, draws, exponent, seeds_P[rows.part])
 
     return build_soft_labels(
         logits_PV,
@@ -118,3 +103,38 @@ def sample(
         check=check,
         sampling=sampling,
     )
+
+
+def _choice(rows: Rows, draws: int, exponent: float, seeds_P: Tensor) -> Chosen:
+    """The slots of rows, by torch."""
+    num_classes = rows.logits_PV.shape[1]
+    number_N = torch.arange(1, draws + 1, device=seeds_P.device)
+    uniform_PN = uniform(seeds_P[:, None] + number_N * SPLITMIX64_GAMMA)
+    if rows.read is not None:
+        drawn_PN = draw(rows.logits_PV, rows.read, uniform_PN, exponent)
+    else:
+        reached_PV = (rows.log_probs_PV.double() * exponent).exp().cumsum(dim=1)
+        wanted_PN = uniform_PN * reached_PV[:, -1:]
+        # The first class whose cumulative weight is above the draw; it never has weight 0.
+        drawn_PN = torch.searchsorted(reached_PV, wanted_PN, right=True).clamp_(max=num_classes - 1)
+    drawn_PN = drawn_PN.sort(dim=1).values
+    first_PN = torch.ones_like(drawn_PN, dtype=torch.bool)
+    first_PN[:, 1:] = drawn_PN[:, 1:] != drawn_PN[:, :-1]
+    slot_PN = first_PN.cumsum(dim=1) - 1
+    counts_PN = torch.zeros_like(drawn_PN).scatter_add_(1, slot_PN, torch.ones_like(drawn_PN))
+    ids_PN = torch.full_like(drawn_PN, num_classes).scatter_(1, slot_PN, drawn_PN)
+    slots = min(draws, num_classes)
+    return most_likely_first(rows, ids_PN[:, :slots], counts_PN[:, :slots])
+
+
+def _compiled_choice(rows: Rows, draws: int, exponent: float, seeds_P: Tensor) -> Chosen:
+    """The same of float32 rows on the CPU."""
+    from softcache.labels.sparsify import cpu_draw_kernels
+
+    logits_PV = rows.logits_PV.contiguous()
+    ids_PK = torch.empty((len(logits_PV), min(draws, logits_PV.shape[1])), dtype=torch.int64)
+    counts_PK, seeds = torch.empty_like(ids_PK), seeds_P.contiguous().numpy().view(np.uint64)
+    cpu_draw_kernels.draw_by_weight(
+        logits_PV.numpy(), float(exponent), seeds, draws, ids_PK.numpy(), counts_PK.numpy()
+    )
+    return Chosen(ids_PK, counts_PK=counts_PK)
