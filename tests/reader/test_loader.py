@@ -165,18 +165,19 @@ def test_labels_are_those_of_the_batchs_samples(opened, shared_cache):
 
 
 def test_each_chunk_is_decoded_once_per_epoch_and_no_more_is_kept_than_two_windows(opened, monkeypatch):
-    cache, decoded, real, most = opened[0], [], Cache._decode_block, 0
+    cache, decoded, real, most = opened[0], [], Cache._decode_to, 0
 
-    def counting(self, key):
-        decoded.append(key)
-        return real(self, key)
+    def counting(self, window, block):
+        decoded.append((window.view, block))
+        return real(self, window, block)
 
-    monkeypatch.setattr(Cache, "_decode_block", counting)
+    monkeypatch.setattr(Cache, "_decode_to", counting)
+    monkeypatch.setattr(Cache, "_decode_block", None)  # and none is decoded for single rows
     cache = open_cache(cache.url, window_blocks=2)
     loader = loader_of((cache, opened[1]), view_of=lambda epoch: 0)
     for epoch in range(2):
         for _ in loader:
-            most = max(most, len(cache._blocks._used) + len(cache._blocks._ahead))
+            most = max(most, sum(len(window.blocks) for window in cache._windows._windows.values()))
         if epoch == 0:
             in_epoch = list(decoded[:10])
     loader.close()

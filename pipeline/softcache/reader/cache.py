@@ -29,18 +29,13 @@ from softcache.reader.chunk_cache import DecodedBlocks
 from softcache.reader.contents import CacheContents
 from softcache.reader.memmap import MemmapFile, MemmapFolder, MemmapPlan, MemmapSettings
 from softcache.reader.units import Chunk
+from softcache.reader.windows import DecodedWindows, Piece, Window, ranges
 from softcache.runtime.logging import log_info
 
 __all__ = ["DEFAULT_WINDOW_BLOCKS", "Cache", "CachedBatch", "ranges"]
 
 DEFAULT_WINDOW_BLOCKS = 16
 """Chunks that are mixed with each other, and kept decoded for it, where a view is read by chunks."""
-
-
-def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Returns start, start + 1, … for each start, `counts` of them, one after the other."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
 
 
 class CachedBatch(NamedTuple):
@@ -82,6 +77,10 @@ class Cache(CacheContents):
         self._blocks: DecodedBlocks[tuple[int, int], Chunk] = DecodedBlocks(
             lambda key: this()._decode_block(key),  # type: ignore[union-attr]
             keep=window_blocks,
+        )
+        self._windows = DecodedWindows(
+            lambda window, block: this()._decode_to(window, block),  # type: ignore[union-attr]
+            lambda: this()._record.columns(np.zeros((0, 0), np.uint8)),  # type: ignore[union-attr]
         )
         self._memmaps: dict[int, MemmapFile | None] = {}
         self._one_each = np.ones(0, np.int64)
@@ -126,6 +125,8 @@ class Cache(CacheContents):
             )
         if (memmap := self.memmap(view)) is not None:
             return self._gather(memmap, samples)
+        if (pieces := self._windows.take(view, samples)) is not None:
+            return self._joined(pieces)
         size, index = self.manifest.plan.chunk_samples, self.rows
         counts = index.counts(samples)
         offsets = np.concatenate([[0], np.cumsum(counts)])
@@ -141,6 +142,18 @@ class Cache(CacheContents):
             rows[target] = decoded.rows[source]
             fingerprints[chosen] = decoded.fingerprints[samples[chosen] - block * size]
         return self._stored(rows.view(np.uint8), fingerprints, counts)
+
+    def _joined(self, pieces: list[Piece]) -> CachedBatch:
+        """Returns pieces of windows as a batch: views of the one, copies of several."""
+        columns, windows = [piece.columns for piece in pieces], [piece.window for piece in pieces]
+        spans = [slice(piece.start, piece.stop) for piece in pieces]
+        fingerprints = [window.fingerprints[span] for window, span in zip(windows, spans, strict=True)]
+        counts = [window.counts[span] for window, span in zip(windows, spans, strict=True)]
+        one = columns[0]
+        if len(pieces) > 1:
+            one = {name: np.concatenate([part[name] for part in columns]) for name in one}
+            fingerprints, counts = [np.concatenate(fingerprints)], [np.concatenate(counts)]
+        return CachedBatch(self._pattern.with_arrays(one), fingerprints[0], counts[0], one.get("position"))
 
     def _stored(
         self, rows_PR: np.ndarray, fingerprints: np.ndarray | None, counts: np.ndarray
@@ -277,23 +290,21 @@ class Cache(CacheContents):
         return empty if head is None else replace(empty, head=head)
 
     def prefetch(self, windows: Sequence[tuple[int, np.ndarray]]) -> None:
-        """Decodes the chunks of the samples that will be read next ahead of time, in threads.
+        """Decodes the samples that will be read next ahead of time, in threads, each of their chunks once.
 
-        Each call replaces the previous one. As many chunks as the largest window has are kept from then on, and as many
-        are decoded ahead. A chunk that cannot be read raises where it is read.
+        Each call replaces the previous one. Samples that are read in the order given are slices of what was decoded, not
+        copied again (`softcache.reader.windows`); in another order they are read as without a call. A chunk that cannot
+        be read raises where it is read. Memory: the decoded rows of the window in use and of those after it.
 
         Args:
-            windows: pairs (view, sample numbers), in order; the samples of one are read in any order.
+            windows: pairs (view, sample numbers in order of use), in order.
         """
         if any(self.memmap(view) is not None for view in {view for view, _ in windows}):
             return
-        chunks = [
-            [(view, block) for block in np.unique(samples // self.manifest.plan.chunk_samples).tolist()]
-            for view, samples in windows
-        ]
-        self._blocks.keep = max([self._blocks.keep, *map(len, chunks)])
-        self._blocks.prefetch([key for keys in chunks for key in keys])
+        size = self.manifest.plan.chunk_samples
+        self._windows.announce([Window(view, samples, self.rows, size) for view, samples in windows])
 
     def close(self) -> None:
         """Drops decoded chunks and ends the decoding threads; reading again starts anew."""
         self._blocks.close()
+        self._windows.close()

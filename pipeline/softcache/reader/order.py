@@ -87,6 +87,10 @@ class _EpochOrder:
     def num_windows(self) -> int:
         return len(self._window_stops)
 
+    def bounds(self, window: int) -> tuple[int, int]:
+        """Returns the first place of a window in the order, and that behind its last."""
+        return int(self._window_stops[window - 1]) if window else 0, int(self._window_stops[window])
+
     def samples_of(self, window: int) -> np.ndarray:
         """Returns the samples of a window, block by block, as they are before they are permuted."""
         blocks = slice(window * self._window_blocks, (window + 1) * self._window_blocks)
@@ -151,7 +155,7 @@ class BlockShuffle:
         self.block_samples, self.window_blocks = block_samples, window_blocks
         self._seed, self._rank, self._num_ranks = seed, rank, num_ranks
         self._rows_of, self._labeled_of = rows_of, labeled_of
-        self._last_order: tuple[int, _EpochOrder] | None = None
+        self._orders: dict[int, _EpochOrder] = {}
         self.epoch, self.step = 0, 0
 
     def state_dict(self) -> dict[str, int | None]:
@@ -187,7 +191,7 @@ class BlockShuffle:
         self.block_samples = state.get("block_samples", self.block_samples)
         self.window_blocks = state.get("window_blocks", self.window_blocks)
         self.epoch, self.step = state["epoch"], state["step"]
-        self._last_order = None
+        self._orders = {}
 
     def num_steps(self, epoch: int) -> int:
         return -(-len(self._samples_of(self._view_of(epoch))) // self._batch_size)
@@ -222,9 +226,10 @@ class BlockShuffle:
         return self._order_of(self.epoch).part(step * self._batch_size, (step + 1) * self._batch_size)
 
     def _order_of(self, epoch: int) -> _EpochOrder:
-        if self._last_order is None or self._last_order[0] != epoch:
-            self._last_order = (epoch, self._new_order(epoch))
-        return self._last_order[1]
+        if epoch not in self._orders:
+            near = {number: order for number, order in self._orders.items() if abs(number - epoch) == 1}
+            self._orders = near | {epoch: self._new_order(epoch)}
+        return self._orders[epoch]
 
     def _new_order(self, epoch: int) -> _EpochOrder:
         return _EpochOrder(
@@ -247,22 +252,34 @@ class BlockShuffle:
         return self._order_of(self.epoch).window_at(step * self._batch_size)
 
     def windows(self, first: int, count: int) -> list[Request]:
-        """Returns the samples of some windows of the current epoch, of all ranks, in no order of use.
+        """Returns this rank's samples of some windows of the current epoch, in order of use.
 
-        So that a reader can fetch them before they are asked for. Past the epoch's last window come the next epoch's.
+        So that a reader can decode them before they are asked for. Past the epoch's last window come the next epoch's.
         """
         epoch, order = self.epoch, self._order_of(self.epoch)
         out: list[Request] = []
         while len(out) < count:
             if first >= order.num_windows:
                 first, epoch = first - order.num_windows, epoch + 1
-                order = self._new_order(epoch)
+                order = self._order_of(epoch)
                 if not order.num_windows:
                     break
                 continue
-            out.append(Request(order.samples_of(first), self._view_of(epoch)))
+            start, stop = order.bounds(first)
+            samples = order.part(start, stop)
+            if self._num_ranks > 1:
+                samples = samples[self._is_mine(np.arange(start, stop), len(order._order))]
+            out.append(Request(samples, self._view_of(epoch)))
             first += 1
         return out
+
+    def _is_mine(self, places: np.ndarray, total: int) -> np.ndarray:
+        """Returns which places of an order of so many samples this rank reads, [len(places)] bool."""
+        start = places // self._batch_size * self._batch_size
+        sizes = np.minimum(self._batch_size, total - start)
+        first, last = sizes * self._rank // self._num_ranks, sizes * (self._rank + 1) // self._num_ranks
+        first, last = np.where(last > first, first, 0), np.where(last > first, last, 1)
+        return (places - start >= first) & (places - start < last)
 
     def __iter__(self) -> Iterator[Request]:
         view, order = self._view_of(self.epoch), self._order_of(self.epoch)

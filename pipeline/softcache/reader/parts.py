@@ -27,8 +27,9 @@ from softcache.cache.storage.base import is_bucket
 from softcache.errors import CacheNotFoundError, IdentityError, LabelError
 from softcache.hashing.digests import digest_json, digest_of_parts
 from softcache.labels.detection import concat_labels
-from softcache.reader.cache import Cache, CachedBatch, ranges
+from softcache.reader.cache import Cache, CachedBatch
 from softcache.reader.memmap import MemmapFile, MemmapPlan
+from softcache.reader.windows import ranges
 
 __all__ = ["CacheParts", "expand_parts", "is_pattern"]
 

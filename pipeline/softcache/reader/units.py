@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from softcache.cache.codecs import SoftLabelCodec
+from softcache.cache.codecs.column import RowPlaces
 from softcache.cache.invariants import broken_invariants, name_invariant
 from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, Unit, UnitMarker
 from softcache.cache.row_index import RowIndex
@@ -39,6 +40,7 @@ from softcache.cache.units import (
 from softcache.errors import CacheNotFoundError, CorruptionError, IncompleteCacheError, LabelError
 from softcache.hashing.digests import digest_bytes
 from softcache.reader.memmap import Record
+from softcache.reader.windows import Window
 
 __all__ = ["CacheReaderBase", "Chunk"]
 
@@ -252,7 +254,56 @@ class CacheReaderBase:
 
     def _decode_block(self, key: tuple[int, int]) -> Chunk:
         """Returns one decoded chunk from the store, its unit checked; called by several threads."""
-        view, block = key
+        unit, start, stop = self._checked_part(*key)
+        columns = self._opened_store().read(unit, start, stop, rows=self.rows.span(unit, start, stop))
+        fingerprints = columns["fingerprint"]
+        return Chunk(self._record.pack(self._unpack(unit, columns)).view(np.uint64), fingerprints)
+
+    def _decode_to(self, window: Window, block: int) -> None:
+        """Writes the rows of a chunk to their places in a window; called by several threads.
+
+        Raises as `_decode_block`, which reads what cannot be decoded chunk by chunk into the window's own memory.
+        """
+        unit, start, stop = self._checked_part(window.view, block)
+        span = self.rows.span(unit, start, stop)
+        places_P, chosen = window.places(block, span[1] - span[0]), window.chosen(block)
+        if self._decode_parts(window, (unit, start, stop, span), places_P, chosen):
+            return
+        decoded = self._decode_block((window.view, block))
+        for name, values in self._record.columns(decoded.rows.view(np.uint8)).items():
+            RowPlaces(places_P).put(values, window.columns[name])
+        window.fingerprints[chosen] = decoded.fingerprints[window.samples[chosen] - start]
+
+    def _decode_parts(
+        self,
+        window: Window,
+        part: tuple[Unit, int, int, tuple[int, int]],
+        places_P: np.ndarray,
+        chosen: np.ndarray,
+    ) -> bool:
+        """Does so without new arrays; returns False where that cannot be, or something is not as it should be."""
+        store = self._opened_store()
+        fetched = store.fetch_parts([part])
+        if fetched is None:
+            return False
+        per_sample, parts = store.decode_parts(part[0], fetched[0])
+        sources = window.samples[chosen] - part[1]
+        if per_sample:
+            window.fingerprints[chosen] = per_sample["fingerprint"][sources]
+        try:
+            for decoded in parts:
+                if decoded is None:
+                    return False
+                if not per_sample:
+                    window.fingerprints[chosen] = decoded.columns["fingerprint"][sources]
+                places = RowPlaces(places_P[decoded.first : decoded.stop])
+                self._codec.unpack_to(decoded.columns, places, window.columns)
+        except LabelError:
+            return False
+        return True
+
+    def _checked_part(self, view: int, block: int) -> tuple[Unit, int, int]:
+        """Returns the unit and the samples of a chunk, the unit compared with its marker when it is first read from."""
         plan = self.manifest.plan
         start = block * plan.chunk_samples
         unit = plan.locate(view, start)
@@ -269,10 +320,7 @@ class CacheReaderBase:
             if self._verify and unit.number not in self._checked:
                 self._check_shards(unit.number, marker)
                 self._checked.add(unit.number)
-        stop = min(start + plan.chunk_samples, unit.stop)
-        columns = self._opened_store().read(unit, start, stop, rows=self.rows.span(unit, start, stop))
-        fingerprints = columns["fingerprint"]
-        return Chunk(self._record.pack(self._unpack(unit, columns)).view(np.uint64), fingerprints)
+        return unit, start, min(start + plan.chunk_samples, unit.stop)
 
     def _check_shards(self, number: int, marker: UnitMarker) -> None:
         """Compares a unit with its marker; where they differ, with the marker as it is now: it may have been made again."""

@@ -158,6 +158,9 @@ class ParquetStore:
         ((path, column_of),) = self.shard_paths(unit).items()
         return {path: (column_of, sink.getvalue())}
 
+    def fetch_parts(self, parts: object) -> None:
+        """Returns None: parts of a file are decoded by `read`."""
+
     def read(
         self,
         unit: Unit,

@@ -14,13 +14,21 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from softcache.cache.arrays.zarr_chunks import (
+    ChunkLayout,
+    DecodedPart,
+    Scratch,
+    StoredChunks,
+    chunk_layout,
+    decode_parts,
+)
 from softcache.cache.arrays.zarr_metadata import GEOMETRY, compressor_of, describe, metadata_equal
 from softcache.cache.arrays.zarr_shards import ShardCutter, WantedChunks
 from softcache.cache.codecs import Column
@@ -45,7 +53,7 @@ class ZarrStore:
         self._columns = {column.name: column for column in columns}
         self._opened: dict[str, tensorstore.TensorStore] = {}
         self._geometries: dict[str, dict[str, Any]] = {}
-        self._cutter = ShardCutter(objects)
+        self._cutter, self._scratch = ShardCutter(objects), Scratch()
 
     @property
     def manifest(self) -> Manifest:
@@ -256,6 +264,84 @@ class ZarrStore:
                 "marker and rerun `softcache teacher-logits`, or restore the shard"
             ) from error
         return out
+
+    # -- parts of units, for readers of windows -----------------------------------------------------------------
+
+    @cached_property
+    def _layouts(self) -> dict[str, ChunkLayout] | None:
+        """How the chunks of all columns are coded; None where they are not decoded by `zarr_chunks`."""
+        found: dict[str, ChunkLayout] = {}
+        for name, column in self._columns.items():
+            rows = self._manifest.plan.chunk_samples
+            if self._is_ragged(column):
+                assert self._manifest.rows is not None
+                rows = self._manifest.rows.chunk_rows
+            layout = None if self._has_own_codecs else chunk_layout(column, self._metadata(column), rows)
+            if layout is None:
+                return None
+            found[name] = layout
+        return found
+
+    def fetch_parts(
+        self, parts: Sequence[tuple[Unit, int, int, tuple[int, int]]]
+    ) -> list[dict[str, StoredChunks]] | None:
+        """Returns the stored chunks of some parts (unit, start, stop, rows as in `read`), by column; asked for at once.
+
+        None where `decode_parts` cannot take them, and `read` has to.
+
+        Raises:
+            StorageError: the storage does not answer.
+        """
+        if self._layouts is None:
+            return None
+        wanted, keys = [], []
+        for number, (unit, start, stop, rows) in enumerate(parts):
+            for path, name in self.shard_paths(unit).items():
+                column = self._columns[str(name)]
+                wanted.append((path, self._wanted(unit, column, start, stop, rows)))
+                span = rows if self._is_ragged(column) else (start - unit.start, stop - unit.start)
+                keys.append((number, str(name), span))
+        try:
+            found = self._cutter.chunks(wanted)
+        except StorageError:
+            raise
+        except (ValueError, OSError):
+            self._cutter.forget(path for path, _ in wanted)
+            return None
+        out: list[dict[str, StoredChunks]] = [{} for _ in parts]
+        for (number, name, span), (_, chunks), data in zip(keys, wanted, found, strict=True):
+            out[number][name] = StoredChunks(span, chunks, data)
+        return out
+
+    def decode_parts(
+        self, unit: Unit, stored: Mapping[str, StoredChunks]
+    ) -> tuple[dict[str, np.ndarray], Iterator[DecodedPart | None]]:
+        """Returns the columns per sample of a fetched part, and the rows of the others chunk by chunk.
+
+        The columns per sample are of the part's samples; where each has one row, there are none, and all columns are among
+        the others. None instead of a chunk: it cannot be decoded, and `read` names what is wrong.
+        """
+        assert self._layouts is not None
+        groups: tuple[dict[str, StoredChunks], dict[str, StoredChunks]] = {}, {}
+        for name, chunks in stored.items():
+            groups[self._manifest.rows is None or self._is_ragged(self._columns[name])][name] = chunks
+        per_sample = {}
+        if groups[0]:
+            (part,) = decode_parts(
+                groups[0], self._layouts, self._scratch
+            )  # samples of a part are of one chunk
+            per_sample = {} if part is None else part.columns
+        if groups[0] and not per_sample:
+            self._cutter.forget(self.shard_paths(unit))
+            return {}, iter([None])
+        return per_sample, self._rows_of(unit, groups[1])
+
+    def _rows_of(self, unit: Unit, stored: Mapping[str, StoredChunks]) -> Iterator[DecodedPart | None]:
+        assert self._layouts is not None
+        for part in decode_parts(stored, self._layouts, self._scratch):
+            if part is None:
+                self._cutter.forget(self.shard_paths(unit))
+            yield part
 
     def _cut_arrays(
         self, unit: Unit, names: list[str], start: int, stop: int, rows: tuple[int, int]

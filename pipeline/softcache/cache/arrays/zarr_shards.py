@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +23,7 @@ __all__ = ["ShardCutter", "WantedChunks"]
 KEPT_INDEXES = 4096
 GAP_BYTES = 64 << 10
 """Chunks that lie closer are asked for together."""
-NONE = np.uint64(2**64 - 1)
+NONE = 2**64 - 1
 
 
 class WantedChunks(NamedTuple):
@@ -54,11 +54,11 @@ class ShardCutter:
             ValueError: an index or a chunk is not where it has to be, or an index fails its checksum.
             CacheNotFoundError: a shard is missing.
         """
-        indexes = self._read_indexes(wanted)
+        indexes = self._read_indexes({path: chunks.total for path, chunks in wanted.items()})
         runs = [
             (path, start, stop)
             for path, chunks in wanted.items()
-            for start, stop in _runs(indexes[path].entries[chunks.first : chunks.stop])
+            for start, stop in _runs(indexes[path].entries[chunks.first : chunks.stop].tolist())
         ]
         parts = self._objects.get_ranges(runs)
         for (path, start, stop), part in zip(runs, parts, strict=True):
@@ -69,14 +69,44 @@ class ShardCutter:
             found[path].append((start, part))
         return {path: _assemble(indexes[path].entries, wanted[path], found[path]) for path in wanted}
 
-    def _read_indexes(self, wanted: Mapping[str, WantedChunks]) -> dict[str, _Index]:
+    def chunks(self, wanted: Sequence[tuple[str, WantedChunks]]) -> list[list[bytes | None]]:
+        """Returns the stored bytes of the wanted chunks of some shards, None for one that is not there.
+
+        What lies close together in a shard is asked for at once, all of it in one call of `Objects.get_ranges`.
+
+        Raises:
+            ValueError: an index is not where it has to be or fails its checksum.
+            CacheNotFoundError: a shard is missing.
+        """
+        indexes = self._read_indexes({path: chunks.total for path, chunks in wanted})
+        places = [indexes[path].entries[chunks.first : chunks.stop].tolist() for path, chunks in wanted]
+        entries: dict[str, list[list[int]]] = {}
+        for (path, _), found in zip(wanted, places, strict=True):
+            entries.setdefault(path, []).extend(found)
+        runs = [(path, *run) for path, found in entries.items() for run in _runs(found)]
+        parts: dict[str, list[tuple[int, bytes]]] = {path: [] for path in entries}
+        for (path, start, _), part in zip(runs, self._objects.get_ranges(runs), strict=True):
+            parts[path].append((start, part))
+        return [
+            [_inside(parts[path], *entry) for entry in found]
+            for (path, _), found in zip(wanted, places, strict=True)
+        ]
+
+    def forget(self, paths: Iterable[str]) -> None:
+        """Has the indexes of some shards read again, which may have been replaced."""
         with self._lock:
-            indexes = {path: self._indexes[path] for path in wanted if path in self._indexes}
-        lengths = {path: _index_bytes(chunks.total) for path, chunks in wanted.items() if path not in indexes}
+            for path in paths:
+                self._indexes.pop(path, None)
+
+    def _read_indexes(self, totals: Mapping[str, int]) -> dict[str, _Index]:
+        """Returns the indexes of shards of so many chunks, by path."""
+        with self._lock:
+            indexes = {path: self._indexes[path] for path in totals if path in self._indexes}
+        lengths = {path: _index_bytes(total) for path, total in totals.items() if path not in indexes}
         for path, (data, size) in zip(lengths, self._objects.get_suffixes(lengths), strict=True):
-            indexes[path] = _parse_index(path, data, wanted[path].total, size)
+            indexes[path] = _parse_index(path, data, totals[path], size)
         with self._lock:
-            for path in wanted:
+            for path in totals:
                 self._indexes[path] = indexes[path]
                 self._indexes.move_to_end(path)
             while len(self._indexes) > KEPT_INDEXES:
@@ -98,16 +128,16 @@ def _parse_index(path: str, data: bytes, num_chunks: int, size: int) -> _Index:
         raise ValueError(f"{path}: the index of its chunks fails its checksum")
     entries = np.frombuffer(data[:-4], "<u8").reshape(num_chunks, 2)
     limit = np.uint64(size - len(data))
-    there = entries[:, 0] != NONE
+    there = entries[:, 0] != np.uint64(NONE)
     offsets, lengths = entries[there].T
     if (lengths > limit).any() or (offsets > limit - np.minimum(lengths, limit)).any():
         raise ValueError(f"{path}: a chunk lies outside of it")
     return _Index(entries)
 
 
-def _runs(entries: np.ndarray) -> list[tuple[int, int]]:
-    """Returns the ranges of bytes that hold some chunks; neighbours are in one."""
-    spans = sorted((int(o), int(o) + int(n)) for o, n in entries if o != NONE)
+def _runs(entries: Iterable[Sequence[int]]) -> list[tuple[int, int]]:
+    """Returns the ranges of bytes that hold some chunks (offset, bytes); neighbours are in one."""
+    spans = sorted((offset, offset + length) for offset, length in entries if offset != NONE)
     runs: list[tuple[int, int]] = []
     for start, stop in spans:
         if runs and start - runs[-1][1] <= GAP_BYTES:
@@ -117,11 +147,21 @@ def _runs(entries: np.ndarray) -> list[tuple[int, int]]:
     return runs
 
 
+def _inside(parts: list[tuple[int, bytes]], offset: int, length: int) -> bytes | None:
+    """Returns the chunk of an index' entry out of the parts of a shard, (start, bytes); None where there is none."""
+    if offset == NONE:
+        return None
+    for start, part in parts:
+        if start <= offset and offset + length <= start + len(part):
+            return part if length == len(part) else part[offset - start : offset - start + length]
+    return None
+
+
 def _assemble(entries: np.ndarray, chunks: WantedChunks, parts: list[tuple[int, bytes]]) -> bytes:
     """Returns the cut shard: the parts one after the other, and an index of where in them the chunks are."""
     import google_crc32c
 
-    cut = np.full_like(entries, NONE)
+    cut = np.full_like(entries, np.uint64(NONE))
     base = 0
     for start, part in parts:
         inside = (entries[:, 0] >= np.uint64(start)) & (entries[:, 0] < np.uint64(start + len(part)))

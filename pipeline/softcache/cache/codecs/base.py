@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Self
 import numpy as np
 from pydantic import BeforeValidator, SerializeAsAny
 
-from softcache.cache.codecs.column import Column
+from softcache.cache.codecs.column import Column, RowPlaces
 from softcache.errors import ManifestError, SpecError
 from softcache.labels import Sampling
 from softcache.runtime.registry import Registry, variant
@@ -99,6 +99,26 @@ class Codec(ABC):
     def unpack(self, columns: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns the labels' arrays by name, and any other columns unchanged; by default the columns as they are."""
         return dict(columns)
+
+    def unpack_to(
+        self, columns: Mapping[str, np.ndarray], places: RowPlaces, out: Mapping[str, np.ndarray]
+    ) -> None:
+        """Writes the arrays of columns [P, ...] to the rows of those of `out` [N, ...], each number looked at.
+
+        By default what `unpack` returns, after `validate`; a subclass may be faster.
+
+        Args:
+            columns: may be in memory that is used for other columns afterwards.
+            out: in C order; other names in `columns` that it has are written as well.
+
+        Raises:
+            LabelError: a number that no labels have; the first such row is named.
+        """
+        arrays = self.unpack(columns)
+        self.validate(arrays)
+        for name, values in arrays.items():
+            if name in out:
+                places.put(values, out[name])
 
     @abstractmethod
     def decode(self, columns: Mapping[str, np.ndarray]) -> Any:

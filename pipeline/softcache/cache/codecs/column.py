@@ -9,7 +9,11 @@ import numpy as np
 from softcache.errors import LabelError
 from softcache.labels import Sampling
 
-__all__ = ["Column", "ids_dtype", "refuse_wrong", "sampling_column"]
+__all__ = ["Column", "RowPlaces", "ids_dtype", "refuse_wrong", "sampling_column"]
+
+
+_RUN = 16
+"""Rows that lie together in the mean, from which on they are copied run by run."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,47 @@ def refuse_wrong(name: str, values: np.ndarray, wrong: np.ndarray, expected: str
         raise LabelError(
             f"column {name}: {values[place]} in row {place[0]}; expected {expected}", position=int(place[0])
         )
+
+
+class RowPlaces:
+    """Where the rows of a part of a column go in a larger array.
+
+    Args:
+        places_P: [P] int64; a row of place -1 goes nowhere.
+
+    Attributes:
+        places: [P'] int64, of the rows that go somewhere.
+        kept: [P] bool, which do; None: all.
+    """
+
+    def __init__(self, places_P: np.ndarray) -> None:
+        self.kept = None if not len(places_P) or places_P.min() >= 0 else places_P >= 0
+        self.places = places_P if self.kept is None else places_P[self.kept]
+        breaks = np.flatnonzero(np.diff(self.places) != 1) + 1
+        self._runs: list[tuple[int, int, int]] | None = None
+        if len(breaks) < max(1, len(self.places) // _RUN):
+            starts = [0, *breaks.tolist()]
+            ends = [*starts[1:], len(self.places)]
+            self._runs = (
+                list(zip(starts, ends, self.places[starts].tolist(), strict=True)) if ends[-1] else []
+            )
+
+    def put(self, values: np.ndarray, out: np.ndarray) -> None:
+        """Writes `values` [P, ...] to their rows of `out` [N, ...], in C order and of the same dtype.
+
+        `out[places] = values` goes through the numbers of a row one by one. Here runs of rows are copied at once, and single
+        rows each as one number of its size.
+        """
+        if self.kept is not None:
+            values = values[self.kept]
+        row_bytes = values.nbytes // max(len(values), 1)
+        if self._runs is not None:
+            for start, end, place in self._runs:
+                out[place : place + end - start] = values[start:end]
+        elif row_bytes:
+            row = np.dtype((np.void, row_bytes))
+            flat = np.ascontiguousarray(values).reshape(len(values), -1)
+            out.reshape(len(out), -1).view(row)[:, 0][self.places] = flat.view(row)[:, 0]
 
 
 def sampling_column(sampling: Sampling | None, k: int) -> tuple[Column, ...]:

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from softcache.cache.storage import lease
 from softcache.cache.storage.base import size_error
+from softcache.cache.storage.handles import OpenFiles
 from softcache.cache.storage.lease import LeaseManager, Tag
 from softcache.cache.storage.locks import (
     MARK,
@@ -50,6 +51,7 @@ class LocalObjects:
         self._has_links = True
         self._offset: float | None = None
         self._board = LeaseManager(self)
+        self._files = OpenFiles()
         if create:
             with _explained(self.root):
                 if not self.root.is_dir():
@@ -237,10 +239,21 @@ class LocalObjects:
     def get_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Sequence[bytes]:
         out = []
         for path, start, stop in ranges:
-            with self.open(path) as file:
-                file.seek(start)
-                out.append(file.read(stop - start))
+            target = f"{self.root}/{path}"
+            try:
+                out.append(self._files.read(target, start, stop, lambda path=path: self._open_handle(path)))  # type: ignore[misc]
+            except StorageError:
+                raise
+            except FileNotFoundError as error:
+                raise CacheNotFoundError(
+                    f"{target}: missing; restore it, or run the stage that writes it"
+                ) from error
+            except OSError as error:
+                raise StorageError(f"{target}: cannot be read: {error.strerror}") from error
         return out
+
+    def _open_handle(self, path: str) -> int:
+        return _open_plain(os.fspath(self.path(path)), os.O_RDONLY)
 
     def size(self, path: str) -> int | None:
         target = self.path(path)
