@@ -27,6 +27,7 @@ help:  ## list the targets
 setup: $(STAMP)  ## make .venv with everything in it
 $(STAMP): pyproject.toml constraints.txt
 	$(call install,dev)
+	$(VENV)/bin/python -m softcache.runtime.kernels
 $(VISION): pyproject.toml constraints.txt
 	$(call install,vision)
 

@@ -15,6 +15,7 @@ import click
 from softcache.errors import ConfigError
 from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
+from softcache.runtime.kernels import compile_kernels
 from softcache.runtime.logging import log_info
 
 from .options import (
@@ -100,6 +101,7 @@ def teacher_logits(
       softcache teacher-logits --config configs/digits.toml --dask auto
       softcache teacher-logits --config configs/digits.toml --dry-run --price-per-hour 2.5
     """
+    compile_kernels()
     from softcache.runs import (
         cache_is_ready,
         capture_estimate,

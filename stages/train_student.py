@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from softcache.modalities import modality_of
+from softcache.runtime.kernels import compile_kernels
 
 from .options import (
     PATH,
@@ -64,6 +65,7 @@ def train_student_command(
     Example:
       softcache train-student --config configs/digits.toml --student cnn --set loss.temperature=2
     """
+    compile_kernels()
     from softcache.runs import open_data, open_labels, train_student, with_cached_labels
     from softcache.runs.tables import student_advice, student_report, student_tables
 

@@ -8,15 +8,18 @@ compiled implementations that have another one are not used (`compiled_is_on`).
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-__all__ = ["compiled", "compiled_is_on", "njit_in_subprocess", "njit_inline"]
+__all__ = ["compile_ahead", "compiled", "compiled_is_on", "njit_in_subprocess", "njit_inline"]
 
 
 _COMPILER = threading.RLock()
@@ -38,6 +41,7 @@ def compiled(function: Callable[..., Any], **options: Any) -> Any:
     here = dispatcher.compile
 
     def compile(signature: Any) -> Any:
+        _wait_for_ahead(dispatcher, signature)
         # numba loads what it has kept without a lock of its own: two threads at their first calls break its registries.
         with _COMPILER:
             return here(signature)
@@ -58,6 +62,7 @@ def njit_in_subprocess(function: Callable[..., Any], **options: Any) -> Any:
     def compile(signature: Any) -> Any:
         cache = dispatcher._cache  # it has no path where nothing can be kept
         keeps = _COMPILES not in os.environ and getattr(cache, "cache_path", None) is not None
+        _wait_for_ahead(dispatcher, signature)
         with _COMPILER:
             if keeps and cache.load_overload(signature, dispatcher.targetctx) is None:
                 _compile_elsewhere(function, signature)
@@ -68,6 +73,75 @@ def njit_in_subprocess(function: Callable[..., Any], **options: Any) -> Any:
 
 
 _COMPILES = "SOFTCACHE_COMPILES"
+_AHEAD: list[subprocess.Popen[bytes]] = []
+
+
+def compile_ahead(functions: Iterable[Sequence[str]]) -> subprocess.Popen[bytes] | None:
+    """Starts a process that compiles and keeps functions; returns it, or None where there is nothing to do.
+
+    What this process needs before it is kept waits for that process and does not compile it again. Nothing is done where
+    functions of one of the modules are kept already (as far as file names tell), or numba is not installed.
+
+    Args:
+        functions: of each its module, its name and the types of its arguments, as `_in_words` writes them.
+    """
+    todo = [words for words in functions if not _has_kept(words[0], words[1])]
+    if not todo or find_spec("numba") is None or _COMPILES in os.environ:
+        return None
+    program = (
+        "import json, sys; from softcache.runtime.jit import _compile_all; _compile_all(json.load(sys.stdin))"
+    )
+    here = {_COMPILES: "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with suppress(OSError, TypeError):
+        process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            env=os.environ | here,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        assert process.stdin is not None
+        with process.stdin as pipe:
+            pipe.write(json.dumps(todo).encode())
+        _AHEAD.append(process)
+        return process
+    return None
+
+
+def _has_kept(module: str, name: str) -> bool:
+    """Whether numba has kept code of a function of softcache's since its module was last changed; numba is not imported."""
+    source = Path(__file__).parents[2].joinpath(*module.split(".")).with_suffix(".py")
+    elsewhere = os.environ.get("NUMBA_CACHE_DIR")
+    if not elsewhere and not os.access(source.parent, os.W_OK):
+        return True  # where numba keeps it then is its own affair
+    folders = (
+        list(Path(elsewhere).glob(f"{source.parent.name}_*"))
+        if elsewhere
+        else [source.parent / "__pycache__"]
+    )
+    pattern = f"{source.stem}.{name}-*.py{sys.version_info[0]}{sys.version_info[1]}.nbi"
+    kept = (path.stat().st_mtime for folder in folders for path in folder.glob(pattern))
+    return any(time >= source.stat().st_mtime for time in kept)
+
+
+def _wait_for_ahead(dispatcher: Any, signature: Any) -> None:
+    """Waits for the process that compiles ahead, if what is needed is not kept yet."""
+    while _AHEAD:
+        cache = dispatcher._cache
+        if getattr(cache, "cache_path", None) is None:
+            return
+        with _COMPILER:
+            if cache.load_overload(signature, dispatcher.targetctx) is not None:
+                return
+        with suppress(subprocess.TimeoutExpired):
+            _AHEAD[0].wait(0.1)
+            _AHEAD.clear()
+
+
+def _compile_all(functions: list[list[str]]) -> None:
+    for words in functions:
+        with suppress(Exception):  # whoever needs it compiles it, and sees why it cannot be
+            _compile_here(*words)
 
 
 def _compile_elsewhere(function: Callable[..., Any], signature: Any) -> None:
@@ -92,11 +166,11 @@ def _compile_here(module: str, name: str, *words: str) -> None:
 
 
 def _in_words(kind: Any) -> str:
-    """A number's type, or an array's: float32/2/C/True, with dimensions, layout, and whether it may be written to."""
+    """A number's type, or an array's: float32/2/C, with dimensions and layout; /const where it may not be written to."""
     from numba import types
 
     if isinstance(kind, types.Array):
-        return f"{kind.dtype}/{kind.ndim}/{kind.layout}/{kind.mutable}"
+        return f"{kind.dtype}/{kind.ndim}/{kind.layout}{'' if kind.mutable else '/const'}"
     return str(kind)
 
 
@@ -108,7 +182,7 @@ def _of_words(text: str) -> Any:
     if not array:
         return kind
     layout: Any = array[1]
-    return types.Array(kind, int(array[0]), layout, readonly=array[2] == "False")
+    return types.Array(kind, int(array[0]), layout, readonly=array[2:] == ["const"])
 
 
 def njit_inline(function: Callable[..., Any], **options: Any) -> Any:
