@@ -7,17 +7,20 @@ softcache init --task image --data data/pets --teacher 'timm:resnet50?pretrained
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
 import click
 
+from softcache.config.overrides import parse_override
 from softcache.errors import ConfigError
 from softcache.runtime.suggest import did_you_mean
 
-from .options import OWN_CONFIG, PATH
+from .options import OWN_CONFIG, PATH, override_option
 
 __all__ = ["can_ask", "init"]
 
@@ -42,6 +45,7 @@ DATA_KEYS = ("root", "path")
     "--teacher", metavar="SPEC", help="The teacher, such as timm:resnet50?pretrained=true or hf:NAME."
 )
 @click.option("--student", metavar="SPEC", help="The student.")
+@override_option
 @click.option("--out", type=PATH, default=OWN_CONFIG, help="The config; an existing file is not replaced.")
 def init(
     lists: bool,
@@ -50,6 +54,7 @@ def init(
     data: str | None,
     teacher: str | None,
     student: str | None,
+    overrides: tuple[str, ...],
     out: str,
 ) -> None:
     """Write a commented config to start from; every command takes softcache.toml of the current folder.
@@ -60,11 +65,11 @@ def init(
     Example:
       softcache init --list
       softcache init --task image --data data/pets --teacher 'timm:resnet50?pretrained=true'
-      softcache init --template digits
+      softcache init --template digits --set train.epochs=10
     """
     if lists:
         formatter = click.HelpFormatter(max_width=110)
-        formatter.write_dl([(path.stem, _first_sentence(path)) for path in sorted(TEMPLATES.glob("*.toml"))])
+        formatter.write_dl([(path.stem, _first_line(path)) for path in sorted(TEMPLATES.glob("*.toml"))])
         click.echo(formatter.getvalue(), nl=False)
         return
     if not task and not template:
@@ -77,9 +82,17 @@ def init(
     if task and template:
         raise click.UsageError("--task and --template: give one of them")
     name = template or TASKS[str(task)]
-    text, path = _filled(_template(name), data, teacher, student), Path(out)
+    text, path = _filled(_on_this_machine(_template(name), name), data, teacher, student), Path(out)
     if path.stem != name and not re.search(r"^name = ", text.partition("\n[")[0], re.M):
-        text = text.replace("\n[", f'\nname = "{name}"   # results are in runs/{name}\n\n[', 1)
+        text = text.replace("\n[", f'\nname = "{name}"   # of the folder in runs\n\n[', 1)
+    for override in overrides:
+        parents, key, value = parse_override(override)
+        literal = json.dumps(value) if isinstance(value, str) else override.partition("=")[2].strip()
+        text = _with_key(text, ".".join(parents), key, literal)
+    if overrides and find_spec("torch") is not None:
+        from softcache.config.load import build_config
+
+        build_config({"name": path.stem} | tomllib.loads(text), str(path))
     try:
         with path.open("x") as file:
             file.write(text)
@@ -106,10 +119,8 @@ def can_ask() -> bool:
     return sys.stdin.isatty()
 
 
-def _first_sentence(path: Path) -> str:
-    lines = (line[1:].strip() for line in path.read_text().splitlines())
-    text = " ".join(line for line, _ in zip(lines, range(3), strict=False))
-    return re.split(r"(?<=[^A-Z]\.) (?=[A-Z]|softcache)| softcache |  ", text)[0].rstrip(".: ")
+def _first_line(path: Path) -> str:
+    return path.read_text().partition("\n")[0].strip("# .")
 
 
 def _template(name: str) -> str:
@@ -123,6 +134,13 @@ def _template(name: str) -> str:
     return path.read_text()
 
 
+def _on_this_machine(text: str, name: str) -> str:
+    """Returns a template without commands that name its file, and with no more loader processes than there are cores."""
+    text = re.sub(rf"^#   (?:softcache|make) [^\n]*configs/{name}\.toml[^\n]*\n", "", text, flags=re.M)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return re.sub(r"(?<=^workers = )\d+", lambda found: str(min(int(found[0]), cores)), text, flags=re.M)
+
+
 def _filled(text: str, data: str | None, teacher: str | None, student: str | None) -> str:
     """Returns a template with data, teacher and student put in; comments stay."""
     if data is not None:
@@ -130,24 +148,24 @@ def _filled(text: str, data: str | None, teacher: str | None, student: str | Non
         key = next((key for key in DATA_KEYS if source and re.search(rf"^{key} = ", source[0], re.M)), None)
         if key is None:
             raise ConfigError(f"--data {data}: the data of this template come with it; leave it out")
-        text = _with_key(text, "source", key, data)
+        text = _with_key(text, "source", key, json.dumps(data))
         if key == "path":
             text = _without_keys(text, "source", "subset")
         labels = _table(text, "labels")
         kept = re.search(r"^k = (\d+)", labels[0], re.M) if labels else None
         if key == "root" and kept and 0 < (classes := _class_folders(Path(data))) < int(kept[1]):
-            text = _with_key(text, "labels", "k", classes)
+            text = _with_key(text, "labels", "k", str(classes))
     if teacher is not None:
-        text = _with_key(text, "teacher", "model", teacher)
+        text = _with_key(text, "teacher", "model", json.dumps(teacher))
         if teacher.startswith("hf:") and re.search(r"^tokenizer = ", text, re.M):
-            text = _with_key(text, "source", "tokenizer", teacher.removeprefix("hf:").partition("?")[0])
+            text = _with_key(text, "source", "tokenizer", json.dumps(teacher[3:].partition("?")[0]))
         is_finished = teacher.startswith(("hf:", "timm:hf-hub:", "timm:local-dir:"))
         if is_finished or "pretrained=true" in teacher:  # views default to what the weights were trained with
             text = _without_keys(text, "views", "mean", "std", "size")
         if is_finished:  # else its head is of other classes, until [train_teacher] has fine-tuned it
             text = _without_keys(_without_table(text, "train_teacher"), "teacher", "weights")
     if student is not None:
-        text = _with_key(text, "student", "model", student)
+        text = _with_key(text, "student", "model", json.dumps(student))
         text = _without_keys(text, "student", "models")
     return text
 
@@ -162,10 +180,10 @@ def _class_folders(data: Path) -> int:
     return sum(path.is_dir() for path in folder.iterdir()) if folder.is_dir() else 0
 
 
-def _with_key(text: str, table: str, key: str, value: str | int) -> str:
-    """Returns TOML with a key of a table set to a value; the comment behind it stays."""
-    found = _table(text, table)
-    line = f"{key} = {json.dumps(value)}"
+def _with_key(text: str, table: str, key: str, literal: str) -> str:
+    """Returns TOML with a key of a table set to a value, itself TOML; the comment behind it stays."""
+    found = _table(text, table) if table else re.match(r"(?:(?!\[)[^\n]*\n?)*", text)
+    line = f"{key} = {literal}"
     if found is None:
         return f"{text.rstrip()}\n\n[{table}]\n{line}\n"
     old = re.compile(rf'^{key} = (?:"[^"\n]*"|[^#\n]*?)(?=\s*(?:#|$))', re.M)

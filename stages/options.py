@@ -90,17 +90,19 @@ def config_file_options(*, help: str = "The run's TOML file.", **settings: Any) 
     """Adds --config and --set; the command gets them as `config_path` and `overrides`."""
 
     def add(command: Callable) -> Callable:
-        overrides = click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="TABLE.KEY=VALUE",
-            help="Override one key of the config; may be given several times.",
-        )
         path = click.option("--config", "config_path", metavar="FILE", type=PATH, help=help, **settings)
-        return path(overrides(command))
+        return path(override_option(command))
 
     return add
+
+
+override_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="TABLE.KEY=VALUE",
+    help="Override one key of the config; may be given several times.",
+)
 
 
 cache_option = click.option(

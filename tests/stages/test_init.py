@@ -1,5 +1,7 @@
 """`softcache init`: every template is a config, and what is given is put in its place."""
 
+import os
+import re
 import tomllib
 
 import pytest
@@ -10,6 +12,7 @@ from softcache.errors import ConfigError
 from softcache.stages.cli import softcache
 from tests.support.caches import ROOT
 
+CORES = min(8, len(os.sched_getaffinity(0)))
 TEMPLATES = sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
 
 
@@ -19,9 +22,10 @@ def run(tmp_path, monkeypatch):
     return lambda *arguments, **how: CliRunner().invoke(softcache, ["init", *arguments], **how)
 
 
-def test_every_template_is_listed_in_a_sentence(run):
+def test_every_template_is_listed_in_a_short_sentence(run):
     lines = run("--list").output.splitlines()
     assert sorted(line.split()[0] for line in lines if not line.startswith("   ")) == TEMPLATES
+    assert len(lines) < 2 * len(TEMPLATES), "of at most two lines of 80 columns, most of one"
     assert "Handwritten digits that ship inside scikit-learn" in " ".join(lines)
 
 
@@ -86,7 +90,7 @@ def test_a_text_takes_the_tokenizer_of_its_teacher_and_comments_stay(run, tmp_pa
     assert (config.teacher.model, config.student.model) == ("hf:org/big?dtype=bfloat16", "hf:org/small")
     text = (tmp_path / "softcache.toml").read_text()
     assert 'path = "corpus.jsonl"     # hub name' in text
-    assert text.count("#") == (ROOT / "configs/hf-causal-lm.toml").read_text().count("#") + 1
+    assert text.count("#") == (ROOT / "configs/hf-causal-lm.toml").read_text().count("#") + 1 - 2
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -122,3 +126,42 @@ def test_what_cannot_be_filled_in_is_refused(run, arguments, message):
 def test_without_a_terminal_something_has_to_be_given(run):
     assert run().exit_code == 2
     assert run("--task", "text", "--template", "digits").exit_code == 2
+
+
+def test_keys_are_set_in_the_file_and_checked(run, tmp_path):
+    given = [
+        "views.size=64",
+        "views.scale=[0.5, 1.0]",
+        "capture.codec.name=packed",
+        "name=pets",
+        "loss.name=reverse_kl",
+    ]
+    done = run("--task", "image", "--data", "pets", *(word for each in given for word in ("--set", each)))
+    assert done.exit_code == 0, done.output
+    text = (tmp_path / "softcache.toml").read_text()
+    assert "size = 64               # for a first try" in text
+    given += ["source.root=pets", f"reader.workers={CORES}", f"capture.workers={CORES}"]
+    expected = load_config(ROOT / "configs/imagefolder.toml", given)
+    assert load_config(tmp_path / "softcache.toml").model_dump() == expected.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ("train.epoch=3", "did you mean epochs"),
+        ("train.epochs={", "valid integer"),
+        ("foo", "expected table"),
+    ],
+)
+def test_a_key_that_is_wrong_is_refused_and_nothing_is_written(run, tmp_path, given, error):
+    done = run("--template", "digits", "--set", given)
+    assert error in str(done.exception)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_config_is_for_this_machine_and_shows_no_command_of_another_file(run, tmp_path):
+    for name in TEMPLATES:
+        run("--template", name, "--out", f"{name}.toml")
+        text = (tmp_path / f"{name}.toml").read_text()
+        assert f"configs/{name}.toml" not in text
+        assert max(map(int, re.findall(r"^workers = (\d+)", text, re.M)), default=0) <= CORES

@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from softcache.config.overrides import parse_override
 from softcache.config.run import RunConfig
 from softcache.errors import ConfigError
 from softcache.runtime.registry import Variant
@@ -64,14 +65,7 @@ def build_config(tables: dict[str, Any], where: str) -> RunConfig:
 
 
 def _apply(tables: dict[str, Any], override: str) -> None:
-    dotted, equals, text = override.partition("=")
-    if not equals or not all(dotted.split(".")):
-        raise ConfigError(f"--set {override!r}: expected table.key=value, e.g. --set loss.temperature=2")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *parents, key = dotted.split(".")
+    parents, key, value = parse_override(override)
     for parent in parents:
         tables = tables.setdefault(parent, {})
         if not isinstance(tables, dict):
