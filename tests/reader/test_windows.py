@@ -3,6 +3,7 @@
 The frozen caches have every codec, both stores, rows of one and of several to a sample.
 """
 
+import re
 import shutil
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 from softcache.cache.arrays import zarr_chunks
-from softcache.errors import CorruptionError
+from softcache.cache.codecs import PackedCodec
+from softcache.cache.codecs.column import RowPlaces
+from softcache.errors import CorruptionError, LabelError
 from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
 from softcache.reader.order import BlockShuffle
@@ -205,3 +208,54 @@ def test_a_chunk_is_decoded_whole_or_not_at_all(compressor):
 def test_reading_without_an_announcement_is_as_before(shared_cache):
     cache, samples = open_cache(shared_cache[2].url), np.array([5, 250, 17])
     assert content(Cache.read_stored(cache, samples)) == content(shared_cache[2].read_stored(samples))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in FROZEN if "packed" in name or "steps" in name or "wide" in name]
+)
+def test_packed_records_are_written_to_their_rows_bit_by_bit(name, monkeypatch):
+    """Whole blocks of positions and parts of them, and rows that go nowhere, against `unpack`."""
+    cache = open_cache(str(GOLDEN / name))
+    codec, unit = cache._codec, cache.manifest.plan.unit(0)
+    columns = cache._opened_store().read(unit, unit.start, unit.stop)
+    random = np.random.default_rng(0)
+    for count in (1, 63, 64, 150):
+        rows = random.integers(len(columns["fingerprint"]), size=count)
+        part = {name: np.asfortranarray(values[rows]) for name, values in columns.items()}
+        expected = codec.unpack(part)
+        given = np.where(random.random(count) < 0.2, -1, random.permutation(2 * count)[:count])
+        out = {
+            name: np.full((2 * count, *values.shape[1:]), 7, values.dtype)
+            for name, values in expected.items()
+        }
+        with monkeypatch.context() as patch:
+            if codec.name == "packed" and codec.step is not None and codec.tail != "float32":
+                patch.setattr(PackedCodec, "unpack", None)  # and by nothing else
+            codec.unpack_to(part, RowPlaces(given), out)
+        there = given >= 0
+        for name, values in expected.items():
+            assert out[name][given[there]].tobytes() == values[there].tobytes(), name
+            left = np.delete(out[name], given[there], axis=0)
+            assert (left == np.full_like(left, 7)).all(), "nothing else is touched"
+
+
+def test_packed_records_with_impossible_numbers_are_refused_as_by_the_plain_way():
+    cache = open_cache(str(GOLDEN / "v1-packed" / "zarr"))
+    codec, unit = cache._codec, cache.manifest.plan.unit(0)
+    columns = cache._opened_store().read(unit, unit.start, unit.stop)
+    out = {name: np.zeros_like(values) for name, values in codec.unpack(columns).items()}
+    places, refused = RowPlaces(np.arange(len(columns["record"]))), 0
+    for byte in range(codec.layout.num_bytes):
+        changed = columns | {"record": columns["record"].copy(order="F")}
+        changed["record"][0, byte] = 0xFF
+        try:
+            arrays = codec.unpack(changed)
+            codec.validate(arrays)
+        except LabelError as error:
+            refused += 1
+            with pytest.raises(LabelError, match=re.escape(str(error))):
+                codec.unpack_to(changed, places, out)
+        else:
+            codec.unpack_to(changed, places, out)
+            assert all(out[name].tobytes() == values.tobytes() for name, values in arrays.items())
+    assert refused >= 3

@@ -72,11 +72,13 @@ class RowPlaces:
         places_P: [P] int64; a row of place -1 goes nowhere.
 
     Attributes:
+        given: places_P.
         places: [P'] int64, of the rows that go somewhere.
         kept: [P] bool, which do; None: all.
     """
 
     def __init__(self, places_P: np.ndarray) -> None:
+        self.given = places_P
         self.kept = None if not len(places_P) or places_P.min() >= 0 else places_P >= 0
         self.places = places_P if self.kept is None else places_P[self.kept]
         breaks = np.flatnonzero(np.diff(self.places) != 1) + 1

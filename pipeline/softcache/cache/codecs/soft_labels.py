@@ -128,6 +128,14 @@ class SoftLabelCodec(Codec):
             refuse_wrong("log_probs", arrays["log_probs"], wrong, "-inf in an unused slot")
         if "counts" in arrays and int(arrays["counts"].max()) > draws:
             refuse_wrong("counts", arrays["counts"], arrays["counts"] > draws, "draws that were made")
+        self.validate_numbers(arrays)
+
+    def validate_numbers(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Checks those arrays of some labels, [P, ...], that hold log-probabilities, masses and statistics.
+
+        Raises:
+            LabelError: NaN or +inf, or a probability above 1; the first such row is named.
+        """
         for name in FLOATS:
             limit = ARITHMETIC.absolute if name == "log_probs" else np.inf
             if name in arrays and _has_bad(arrays[name], limit):

@@ -32,7 +32,7 @@ import numpy as np
 from pydantic import Field
 
 from softcache.cache.codecs.base import CODECS, CodecSettings
-from softcache.cache.codecs.column import Column
+from softcache.cache.codecs.column import Column, RowPlaces
 from softcache.cache.codecs.packed.layout import SUBSTEPS, Layout, layout_of
 from softcache.cache.codecs.precision import EXACT, HALF, Error, Precision
 from softcache.cache.codecs.soft_labels import SoftLabelCodec
@@ -165,6 +165,14 @@ class PackedCodec(SoftLabelCodec):
         if "record" in out:
             out |= unpack(self, out.pop("record"))
         return out
+
+    def unpack_to(
+        self, columns: Mapping[str, np.ndarray], places: RowPlaces, out: Mapping[str, np.ndarray]
+    ) -> None:
+        from softcache.cache.codecs.packed.decode import unpack_rows
+
+        if "record" not in columns or not unpack_rows(self, columns, places, out):
+            super().unpack_to(columns, places, out)
 
     def own_parameters(self) -> dict[str, Any]:
         values = {"values": "float16"} if self.step is None else {"step": self.step}

@@ -5,19 +5,22 @@ Shape suffixes: `P` positions, `R` bytes of a record, `S` slots of a field, `K` 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from softcache.cache.codecs.column import ids_dtype, sampling_column
+from softcache.cache.codecs.column import RowPlaces, ids_dtype, sampling_column
 from softcache.cache.codecs.packed.layout import MAX_NEG_LOG_PROB, tail_weights
+from softcache.cache.codecs.precision import ARITHMETIC
 from softcache.errors import LabelError
 from softcache.labels import STATS
 
 if TYPE_CHECKING:
     from softcache.cache.codecs.packed.codec import PackedCodec
 
-__all__ = ["unpack"]
+__all__ = ["unpack", "unpack_rows"]
 
 
 def unpack(codec: PackedCodec, record_PR: np.ndarray) -> dict[str, np.ndarray]:
@@ -44,12 +47,96 @@ def unpack(codec: PackedCodec, record_PR: np.ndarray) -> dict[str, np.ndarray]:
         out["stats"][:, 3:] = fields.floats("support")
     out["log_tail"] = fields.tail(out.get("stats"), used_P, finite_P)
     fields.put_infinities(out["log_tail"], out["target_log_prob"])
-    for column in sampling_column(codec.sampling, codec.k):
-        if column.name == "counts":
-            out["counts"] = fields.numbers("counts").T.astype(column.dtype)
-        else:
-            out["log_threshold"] = fields.floats("threshold")[:, 0]
-    return out
+    return out | fields.sampling()
+
+
+def unpack_rows(
+    codec: PackedCodec, columns: Mapping[str, np.ndarray], places: RowPlaces, out: Mapping[str, np.ndarray]
+) -> bool:
+    """Writes the arrays of records to the rows of larger ones; returns False where `unpack` and `validate` have to.
+
+    The same numbers, bit by bit, without arrays for all of them in between: ids and log-probabilities are written once.
+    """
+    record_PR = columns["record"]
+    fields = codec.layout.fields.values()
+    if (
+        codec.step is None
+        or codec.tail == "float32"
+        or not len(record_PR)
+        or max(field.width for field in fields) > 4
+    ):
+        return False
+    from softcache.cache.codecs.packed import window_kernels
+
+    read, rows = _Fields(codec, record_PR), len(record_PR)
+    planes_RP, place = read._planes_RP, read._place
+    used_P, finite_P = np.empty((2, rows), np.int64)
+    anchor_P, mass_P, target_P = np.empty(rows), np.empty(rows, np.uint32), np.empty(rows, np.float32)
+    stats = np.empty((rows if codec.stats else 0, len(STATS)), np.float32)
+    single = [place(name) for name in ("used", "finite", "first", "tail", "target", "moments", "support")]
+    window_kernels.heads(
+        planes_RP,
+        *single,
+        codec.step,
+        codec.substep,
+        _halves(),
+        (used_P, finite_P, anchor_P, mass_P, target_P, stats.view(np.uint32)),
+    )
+    if codec.tail == "fixed":
+        stored: np.ndarray = mass_P.view(np.float32)
+    else:
+        stored = anchor_P - _signed(mass_P.astype(np.int64)) * codec.substep
+    arrays = {"target_log_prob": target_P, **({"stats": stats} if codec.stats else {})}
+    log_count_P, mean_P, log_mass_P = read.tail_start(
+        stored, stats if codec.stats else None, used_P, finite_P
+    )
+    arrays["log_tail"] = log_tail_PG = np.empty((rows, len(codec.temperatures)), np.float32)
+    log_tail_PG[:, 0] = stored
+    weights = tail_weights(codec.temperatures, slope=codec.stats)
+    window_kernels.tails(
+        planes_RP, place("tail_rest"), log_count_P, mean_P, log_mass_P, weights, codec.step, log_tail_PG
+    )
+    read.put_infinities(log_tail_PG, target_P)
+    arrays |= read.sampling()
+    most, least = window_kernels.slots(
+        planes_RP,
+        place("ids"),
+        place("ids_high"),
+        codec.layout.high_bits,
+        place("gaps"),
+        used_P,
+        finite_P,
+        anchor_P,
+        codec.step,
+        codec.num_classes,
+        places.given,
+        out["ids"],
+        out["log_probs"],
+    )
+    if "counts" in arrays and (arrays["counts"] > codec._draws()).any():
+        return False
+    is_sound = (
+        most < codec.num_classes
+        and least >= 0
+        and anchor_P.max() <= ARITHMETIC.absolute  # and so are those below it
+        and (finite_P <= used_P).all()
+        and (used_P <= codec.k).all()
+    )
+    if not is_sound:
+        return False
+    codec.validate_numbers(arrays)
+    for name, values in (
+        arrays | {name: values for name, values in columns.items() if name != "record"}
+    ).items():
+        if name in out:
+            places.put(values, out[name])
+    return True
+
+
+@cache
+def _halves() -> np.ndarray:
+    """The bits of float32 of each number of float16."""
+    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32).view(np.uint32)
 
 
 class _Fields:
@@ -62,7 +149,7 @@ class _Fields:
         whole = len(record_PR) % kernels.BLOCK == 0 and record_PR.flags.writeable
         if record_PR.flags.f_contiguous and whole:
             self._planes_RP = record_PR.T
-        elif record_PR.flags.f_contiguous:
+        elif record_PR.strides[0] == 1:
             blocks = -(-len(record_PR) // kernels.BLOCK)
             self._planes_RP = np.zeros((record_PR.shape[1], blocks * kernels.BLOCK), np.uint8)
             self._planes_RP[:, : self._rows] = record_PR.T
@@ -119,18 +206,38 @@ class _Fields:
             stored = (self._anchor_P() - _signed(self.numbers("tail")[0]) * codec.substep)[:, None]
         out_PG = np.empty((len(stored), len(codec.temperatures)), np.float32)
         out_PG[:, :1] = stored
+        known = self.tail_start(stored[:, 0], stats, used_P, finite_P)
+        weights = tail_weights(codec.temperatures, slope=codec.stats)
+        self._kernels.tails(self.numbers("tail_rest"), *known, weights, codec.step, out_PG)
+        return out_PG
+
+    def tail_start(
+        self, mass_P: np.ndarray, stats: np.ndarray | None, used_P: np.ndarray, finite_P: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Returns what is known of the tail beforehand, float64 [P]: the log of its classes' number, their mean, its mass.
+
+        Args:
+            mass_P: the stored tail at T = 1.
+        """
+        codec = self._codec
         exact = codec.k if codec.sampling is None else codec.sampling.exact
         if stats is None:
-            dropped_P, mean_P = codec.num_classes - np.minimum(used_P, exact), np.zeros(len(stored))
+            dropped_P, mean_P = codec.num_classes - np.minimum(used_P, exact), np.zeros(len(mass_P))
         else:
             dropped_P, mean_P = stats[:, 3] - np.minimum(finite_P, exact), stats[:, 1].astype(np.float64)
         log_count_P = np.log(np.maximum(dropped_P.astype(np.float64), 1.0))
-        mass_P = stored[:, 0]
         mass_P = np.where(np.isneginf(mass_P), 0.0, np.maximum(mass_P, -MAX_NEG_LOG_PROB)).astype(np.float64)
-        weights = tail_weights(codec.temperatures, slope=codec.stats)
-        steps_SP = self.numbers("tail_rest")
-        self._kernels.tails(steps_SP, log_count_P, mean_P, mass_P, weights, codec.step, out_PG)
-        return out_PG
+        return log_count_P, mean_P, mass_P
+
+    def sampling(self) -> dict[str, np.ndarray]:
+        """Returns the arrays that labels with sampled classes have in addition."""
+        out = {}
+        for column in sampling_column(self._codec.sampling, self._codec.k):
+            if column.name == "counts":
+                out["counts"] = self.numbers("counts").T.astype(column.dtype)
+            else:
+                out["log_threshold"] = self.floats("threshold")[:, 0]
+        return out
 
     def put_infinities(self, log_tail_PG: np.ndarray, target_P: np.ndarray) -> None:
         flags = self.numbers("infinite").T

@@ -20,9 +20,9 @@ BLOCK = 64
 
 @compiled
 def planes_of(record_PR):  # type: ignore[no-untyped-def]
-    """Returns planes [R, P'] of records [P, R], P' the next multiple of `BLOCK`; what is added is undefined."""
+    """Returns planes [R, P'] of records [P, R], P' the next multiple of `BLOCK`; what is added is 0."""
     rows, size = record_PR.shape
-    planes_RP = np.empty((size, (rows + BLOCK - 1) // BLOCK * BLOCK), np.uint8)
+    planes_RP = np.zeros((size, (rows + BLOCK - 1) // BLOCK * BLOCK), np.uint8)
     for first in range(0, rows, BLOCK):
         last = min(first + BLOCK, rows)
         for low in range(0, size, BLOCK):
