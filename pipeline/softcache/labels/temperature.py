@@ -26,6 +26,7 @@ from softcache.labels.tail import (
     working_dtype,
 )
 from softcache.labels.tail_bounds import log_tail_bounds_below_one
+from softcache.runtime.jit import compiled_is_on
 
 if TYPE_CHECKING:
     from softcache.labels.soft_labels import SoftLabels
@@ -110,6 +111,8 @@ def soften_masses(labels: SoftLabels, T: float) -> tuple[Array, Array]:
     import torch
 
     if place is None:
+        if _is_interpolated(labels, T):
+            return _interpolated_masses(labels, T)
         if labels.ids.device.type == "cpu":  # two hundred small operations, each of which NumPy begins sooner
             softened = soften(labels.to_numpy(), T)
             return torch.from_numpy(softened.log_probs), torch.from_numpy(softened.log_tail)
@@ -122,6 +125,38 @@ def soften_masses(labels: SoftLabels, T: float) -> tuple[Array, Array]:
     )
     log_probs = labels.log_probs.to(dtype)
     return log_probs if T == 1 else log_probs * (1.0 / float(T)), labels.log_tail[:, place].to(dtype)
+
+
+def _is_interpolated(labels: SoftLabels, T: float) -> bool:
+    """Whether `labels.tail_kernel` serves: plain float32 rows on a CPU, and T above 1."""
+    return (
+        compiled_is_on()
+        and labels.ids.device.type == "cpu"
+        and labels.sampling is None
+        and str(labels.log_tail.dtype) == "torch.float32"
+        and str(labels.log_probs.dtype) != "torch.float64"
+        and len(labels.temperatures) > 2
+        and 1.0 < T < float("inf")
+    )
+
+
+def _interpolated_masses(labels: SoftLabels, T: float) -> tuple[Array, Array]:
+    """`soften_masses` at a T that is not on the grid, where `_is_interpolated`."""
+    import torch
+
+    from softcache.labels.tail_kernel import fill_log_tail, plan_interpolation
+
+    _check_known(T, labels.max_temperature)
+    log_probs, log_tail = labels.log_probs.detach().to(torch.float32), torch.empty(len(labels))
+    stats, dropped = labels.stats, torch.empty(0)
+    if stats is None:
+        stats, dropped = torch.empty((0, 4)), labels.num_dropped().detach().to(torch.float32)
+    segment, nodes_N, fits_F8, reads_ends = plan_interpolation(
+        labels.temperatures, T, has_ends=labels.stats is not None
+    )
+    rows = (x.detach().contiguous().numpy() for x in (labels.log_tail, log_probs, stats, dropped))
+    fill_log_tail(*rows, nodes_N, 1.0 / float(T), segment, fits_F8, reads_ends, log_tail.numpy())
+    return log_probs * (1.0 / float(T)), log_tail
 
 
 def tail_error(labels: SoftLabels, T: Any) -> np.ndarray:
