@@ -128,6 +128,7 @@ PROGRAMS = [
     "runs/test_export.py",
     "runs/test_parts.py::test_parts_are_labeled_by_one_teacher_and_tokenized_meanwhile",
     "runs/test_report_page.py",
+    "tools/test_browse_drawn.py",
     "tools/test_browse_page.py",
     "runs/test_schedules.py::test_two_processes_hold_the_temperature_and_train_the_student_of_one",
     "runs/test_sweep.py::test_a_sweep_that_is_killed_goes_on_and_its_best_trial_is_trained_as_it_says",

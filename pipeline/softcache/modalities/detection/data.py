@@ -12,7 +12,7 @@ import torch
 from softcache.data.boxes import DetectionBatch, ViewedScenes
 from softcache.data.sources.base import Split
 from softcache.data.transforms import ViewSettings
-from softcache.errors import ConfigError
+from softcache.errors import ConfigError, IdentityError
 from softcache.hashing.digests import digest_weights
 from softcache.labels import DetectionLabels
 from softcache.labels.sparsify import LabelSettings
@@ -20,7 +20,7 @@ from softcache.modalities.images.splits import ImageSplits
 from softcache.modalities.images.views import check_channels, views_of
 from softcache.models.detection.backbone import read_backbone_state
 from softcache.models.detection.build import build_detector
-from softcache.models.detection.detector import Grid, check_same_grid
+from softcache.models.detection.detector import CellOutputs, Detector, Grid, check_same_grid
 from softcache.models.spec import parse_spec
 from softcache.models.weights import float32_weights, select_device
 from softcache.reader.cache import Cache
@@ -42,6 +42,7 @@ class DetectionData(ImageSplits):
 
     train: ViewedScenes
     evaluation: ViewedScenes
+    _decoder: tuple[Detector, CellOutputs] | None = None
 
     def __init__(self, config: RunConfig) -> None:
         sources = [config.source.open(split) for split in SPLITS]
@@ -94,11 +95,43 @@ class DetectionData(ImageSplits):
 
     def grid(self, model: str) -> Grid:
         """Returns the cells that a detector of that spec has for images of this data."""
+        detector, outputs = self._outputs(model)
+        return detector.grid(outputs)
+
+    def _outputs(self, model: str) -> tuple[Detector, CellOutputs]:
+        """Returns a detector of that spec without weights, and its outputs for an image of this data."""
         detector = build_detector(
             model, num_classes=self.num_classes, input_shape=self.input_shape, pretrained=False
         ).eval()
         with torch.no_grad():
-            return detector.grid(detector(torch.zeros(1, *self.input_shape))[0])
+            return detector, detector(torch.zeros(1, *self.input_shape))[0]
+
+    def decode_boxes(self, cache: Cache, labels: DetectionLabels) -> np.ndarray:
+        """Returns the boxes [P, 4] of a cache's labels, float32: left, top, right, bottom in pixels of the viewed image.
+
+        Raises:
+            IdentityError: the teacher that the cache names has other cells for images of this data.
+        """
+        spec, expected = cache.manifest.identity["teacher"]["spec"], cache.manifest.identity["grid"]["digest"]
+        if self._decoder is None:
+            self._decoder = self._outputs(spec)
+        detector, outputs = self._decoder
+        if (found := detector.grid(outputs).digest) != expected:
+            raise IdentityError(
+                f"cache {cache.url}: expected the grid {expected[:12]}… of its teacher's cells; teacher {spec} has the grid "
+                f"{found[:12]}… for images of this config; give the config that made the cache"
+            )
+        rows = labels.to_torch()
+        if "boxes" in rows.columns:
+            raw_P4 = rows.columns["boxes"]
+        else:
+            from softcache.models.detection.distribution_head import expected_distances
+
+            raw_P4 = expected_distances(rows.columns["bins"])
+        boxes_P4 = detector.decode(raw_P4.float(), outputs.anchors[0][rows.cells.long()])
+        height, width = outputs.images.image_sizes[0]
+        scale_2 = torch.tensor([self.input_shape[2] / width, self.input_shape[1] / height])
+        return (boxes_P4 * scale_2.repeat(2)).numpy()
 
     def check_student(self, model: str, cache: Cache) -> None:
         """Raises unless a detector of that spec has the cells that the cache's labels are of.

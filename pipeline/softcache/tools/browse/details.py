@@ -6,8 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from softcache.errors import SoftcacheError
 from softcache.labels import DetectionLabels, SoftLabels
 from softcache.reader.cache import Cache
+from softcache.tools.browse.drawn import drawn_on_image
 from softcache.tools.browse.overview import MAX_VIEWS, row_entropies, top_classes
 from softcache.tools.browse.samples import SourceSamples, group_tokens
 
@@ -27,10 +29,11 @@ def describe_sample(cache: Cache, source: SourceSamples, sample: int, first: int
     """
     if cache.manifest.kind == "tokens":
         return _text(cache, source, sample, first)
-    picture, why = source.picture(sample)
+    has_cells = cache.manifest.kind == "cells"
+    picture, why = source.picture(sample, as_seen=has_cells)
     shown: dict[str, Any] = {"sample": sample, "picture": picture, "why": why, "truth": source.truth(sample)}
-    if cache.manifest.kind == "cells":
-        return shown | {"views": [_cells(cache, source, sample)]}
+    if has_cells:
+        return shown | _cells(cache, source, sample)
     return shown | {"views": _views(cache, source, sample)}
 
 
@@ -69,16 +72,26 @@ def _rows(source: SourceSamples, labels: Any) -> list[dict[str, Any]]:
 
 
 def _cells(cache: Cache, source: SourceSamples, sample: int) -> dict[str, Any]:
-    """Returns the surest rows of a detector or of a mask, by their cell in the teacher's grid."""
-    found = cache.read([sample], 0)
-    assert isinstance(found, DetectionLabels)
-    confidence_P = top_classes(found.labels, 1)[1][:, 0]
-    chosen = np.argsort(-confidence_P, kind="stable")[:CELLS_SHOWN]
-    rows = _rows(source, found.labels.take(chosen))
-    cells = [
-        {"view": f"cell {cell}"} | row for cell, row in zip(found.cells[chosen].tolist(), rows, strict=True)
-    ]
-    return {"view": f"{len(found):,} cells; the surest", "cells": cells}
+    """Returns the surest rows of a detector, or those of a mask with the highest entropy, by their cell in the teacher's
+    grid; and what is drawn on the image."""
+    stored = cache.read_stored([sample], 0)
+    labels: Any = stored.labels
+    if isinstance(labels, DetectionLabels):
+        order_P, cells_P, which = -top_classes(labels.labels, 1)[1][:, 0], labels.cells, "surest"
+        labels = labels.labels
+    else:
+        order_P, cells_P, which = -row_entropies(labels), stored.positions, "least certain"
+        cells_P = np.arange(len(labels)) if cells_P is None else cells_P
+    chosen = np.argsort(order_P, kind="stable")[:CELLS_SHOWN]
+    rows = zip(cells_P[chosen].tolist(), _rows(source, labels.take(chosen)), strict=True)
+    view = {
+        "view": f"{len(labels):,} cells; the {which}",
+        "cells": [{"view": f"cell {cell}"} | row for cell, row in rows],
+    }
+    try:
+        return {"views": [view], "drawn": drawn_on_image(cache, source, sample, stored)}
+    except (SoftcacheError, ImportError, OSError) as error:
+        return {"views": [view], "drawn": {}, "why": f"its boxes cannot be drawn: {error}"}
 
 
 def _text(cache: Cache, source: SourceSamples, sample: int, first: int) -> dict[str, Any]:

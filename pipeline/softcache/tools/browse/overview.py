@@ -16,7 +16,16 @@ import numpy as np
 from softcache.labels import STATS, BernoulliLabels, DetectionLabels, SoftLabels
 from softcache.reader.cache import Cache
 
-__all__ = ["MAX_VIEWS", "Overview", "choose_samples", "row_entropies", "summarize", "top_classes"]
+__all__ = [
+    "MAX_VIEWS",
+    "NONE",
+    "Overview",
+    "choose_samples",
+    "is_background",
+    "row_entropies",
+    "summarize",
+    "top_classes",
+]
 
 MAX_SAMPLES, MAX_ROWS, MAX_BYTES = 10_000, 100_000, 2**28
 MAX_CHUNKS = 64
@@ -90,7 +99,7 @@ def summarize(cache: Cache, sample_S: np.ndarray, targets: np.ndarray) -> Overvi
     guess_P, confidence_P = top_classes(labels, 1)
     guess_P, confidence_P = guess_P[:, 0], confidence_P[:, 0]
     owner_P = np.repeat(np.arange(len(sample_S)), counts_S)
-    surest_S = _surest(owner_P, np.where(_is_background(cache, guess_P), -1.0, confidence_P), len(sample_S))
+    surest_S = _surest(owner_P, np.where(is_background(cache, guess_P), -1.0, confidence_P), len(sample_S))
     has_rows_S = counts_S > 0
     target_S = targets[sample_S] if len(targets) else np.full(len(sample_S), NONE)
     if not isinstance(stored.labels, SoftLabels):  # what is stored counts classes or boxes
@@ -117,7 +126,7 @@ def _distributions(labels: Any) -> SoftLabels | BernoulliLabels:
     return labels.labels if isinstance(labels, DetectionLabels) else labels
 
 
-def _is_background(cache: Cache, guess_P: np.ndarray) -> np.ndarray:
+def is_background(cache: Cache, guess_P: np.ndarray) -> np.ndarray:
     """Whether the class of a row is the background of a detector with a softmax."""
     names = cache.manifest.class_names
     is_softmax = cache.manifest.kind == "cells" and names[:1] == ("background",)

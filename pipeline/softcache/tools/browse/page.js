@@ -102,17 +102,62 @@ function classTable(found, truth) {
   return table;
 }
 
+// The image of view 0 twice, with what the teacher gives and with the ground truth; what is drawn is hidden while pointed at.
+const hue = number => `hsl(${Math.round(number * 137.508) % 360} 85% 58%)`;
+function pictures(one, key) {
+  const both = make("div", undefined, "drawn"), {mask, boxes, names} = one.drawn, used = new Set();
+  const parts = [["teacher", mask, boxes], ["ground truth", one.drawn.true_mask, one.drawn.true_boxes]].filter(([, cells, found]) => cells || found);
+  for (const [who, cells, found] of parts) {
+    const figure = make("figure"), frame = make("div", undefined, "frame"), caption = make("figcaption", who);
+    if (one.picture) {
+      const image = make("img");
+      image.src = one.picture; image.alt = `${key}, ${who}`;
+      image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth <= 64));
+      frame.append(image);
+    }
+    if (cells) {
+      const canvas = make("canvas"), brush = canvas.getContext("2d");
+      canvas.width = one.drawn.width; canvas.height = one.drawn.height;
+      canvas.className = one.picture ? "over" : "alone";
+      cells.forEach((number, at) => { if (number < 0 || names[number] === "background") return;
+        used.add(number); brush.fillStyle = hue(number); brush.fillRect(at % canvas.width, Math.floor(at / canvas.width), 1, 1); });
+      frame.append(canvas);
+    }
+    for (const [left, top, right, bottom, name, score, number] of found ?? []) {
+      const box = make("div", undefined, "box over"), label = make("span", who === "teacher" ? `${name} ${percent(score)}` : name);
+      Object.assign(box.style, {left: 100 * left + "%", top: 100 * top + "%", width: 100 * (right - left) + "%", height: 100 * (bottom - top) + "%", borderColor: hue(number)});
+      label.style.background = hue(number);
+      if (top < 0.12) label.className = "inside";
+      if (left > 0.6) label.style.left = "auto", label.style.right = "-2px";
+      box.append(label); frame.append(box);
+    }
+    if (found) caption.textContent += `: ${found.length} box${found.length === 1 ? "" : "es"}`;
+    figure.append(frame, caption);
+    both.append(figure);
+  }
+  const legend = make("ul", undefined, "legend");
+  for (const number of [...used].sort((a, b) => a - b).slice(0, 24)) {
+    const line = make("li", names[number]), swatch = make("i");
+    swatch.style.background = hue(number);
+    line.prepend(swatch); legend.append(line);
+  }
+  if (used.size) both.append(legend);
+  return both;
+}
+
 function card(row) {
   const one = seen.get(row.sample), item = make("li", undefined, "card");
   if (isText) return textCard(item, row, one);
-  const head = make("div", undefined, "head"), facts = make("div");
-  if (one.picture) {
+  const head = make("div", undefined, "head"), facts = make("div"), isDrawn = one.drawn && (one.drawn.mask || one.drawn.boxes || one.drawn.true_boxes);
+  if (isDrawn) item.append(pictures(one, row.key));
+  else if (one.picture) {
     const image = make("img");
     image.src = one.picture; image.alt = row.key; image.width = image.height = 96;
     image.addEventListener("load", () => image.classList.toggle("small", image.naturalWidth <= 64));
     head.append(image);
   } else if (one.why) head.append(make("div", one.why, "none"));
   facts.append(make("h3", row.key));
+  if (one.picture && one.why) facts.append(make("p", one.why, "missing"));
   const truth = one.truth || className(row.target);
   if (truth) facts.append(make("p", "ground truth: " + truth, "say"));
   if (row.guess >= 0) facts.append(make("p", `teacher: ${className(row.guess)} (${percent(row.confidence)})`, "say"));
@@ -221,6 +266,7 @@ byId("show").parentElement.hidden = filters.length < 2;
 byId("shade-label").hidden = !isText;
 byId("class-label").hidden = isText;
 byId("cards").classList.toggle("tokens-kind", isText);
+byId("cards").classList.toggle("cells-kind", data.kind === "cells");
 for (const name of [...new Set(Object.values(data.names))].sort().slice(0, 2000)) byId("classes").append(new Option(name, name));
 if (isText && !Object.values(data.details).concat(data.served ? [{pieces: [["", [{p: 1}]]]}] : []).some(one => one.pieces.some(piece => piece[1].some(row => row.p !== undefined)))) byId("shade-label").hidden = true;
 

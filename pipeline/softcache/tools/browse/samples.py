@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from softcache.errors import SoftcacheError
+from softcache.labels import DetectionLabels
 from softcache.reader.alignment import check_alignment
 from softcache.reader.cache import Cache
 from softcache.tools.page import encode_picture
@@ -43,6 +44,7 @@ class SourceSamples:
         self._picture: Callable[[int], Any] = lambda sample: None
         self._source: Any = None
         self._data = data
+        self._seen: tuple[int, Any] | None = None
         if data is not None:
             check_alignment(cache, data.train)
             self._source, self._picture = data.train.source, data.train.picture
@@ -74,15 +76,34 @@ class SourceSamples:
         except (IndexError, KeyError, OverflowError):  # a padded vocabulary has more ids than names
             return f"{self._what} {number}"
 
-    def picture(self, sample: int) -> tuple[str | None, str]:
-        """Returns a data URI of a sample's image or None, and why there is none."""
+    def picture(self, sample: int, *, as_seen: bool = False) -> tuple[str | None, str]:
+        """Returns a data URI of a sample's image or None, and why there is none; `as_seen`: as view 0 shows it, larger."""
         if self.reason:
             return None, ""
         try:
+            seen = self.seen(sample) if as_seen else None
+            if seen is not None:
+                return encode_picture(seen.images[0].numpy(), 2 * PICTURE_PIXELS), ""
             image = self._picture(sample)
             return (None, "") if image is None else (encode_picture(image, PICTURE_PIXELS), "")
         except (SoftcacheError, ImportError, OSError, ValueError, TypeError) as error:
             return None, f"its image cannot be shown: {error}"
+
+    def seen(self, sample: int) -> Any:
+        """Returns a batch of one: image and ground truth as the teacher saw them in view 0; None where it is not known."""
+        if self._data is None:
+            return None
+        if self._seen is None or self._seen[0] != sample:
+            self._seen = (sample, self._data.train.load([sample], 0, fingerprints=False))
+        return self._seen[1]
+
+    def true_names(self) -> Sequence[str]:
+        """Returns the names of the source's classes."""
+        return self._source.class_names
+
+    def decode_boxes(self, cache: Cache, labels: DetectionLabels) -> Any:
+        """Returns the boxes [P, 4] of labels in pixels of view 0, float32; see `DetectionData.decode_boxes`."""
+        return self._data.decode_boxes(cache, labels)
 
     def tokens(self, sample: int) -> Any:
         """Returns the token ids of a text, or None."""
