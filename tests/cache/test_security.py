@@ -18,6 +18,7 @@ import torch
 import xxhash
 from click.testing import CliRunner
 
+from softcache.cache.arrays.parquet_footer import read_row_groups
 from softcache.cache.codecs import OpenCodec
 from softcache.cache.manifest import Manifest
 from softcache.cache.samples import read_samples
@@ -44,6 +45,7 @@ from softcache.tools.import_caches.unpickle import _Plain
 from softcache.tools.verify.teacher import verify_units
 from tests.chaos.forge import MANIFEST, Files, make_small, signed, write_files
 from tests.chaos.fuzz import fuzz
+from tests.chaos.parsers import cache_targets
 from tests.support.caches import ROOT, make_cache
 
 
@@ -394,6 +396,47 @@ def png_bomb(width, height):
         + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
         + chunk(b"IEND", b"")
     )
+
+
+def test_a_footer_is_read_as_pyarrow_reads_it():
+    lists = pa.array([[1, 2], [3, 4], [5, 6], None], pa.list_(pa.int32(), 2))
+    table = pa.table({"a": [1.5, None, 2.5, 3.5], "b": lists, "ü": ["x", "y", None, "z"]})
+    sink = io.BytesIO()
+    pq.write_table(table, sink, row_group_size=3)
+    known = pq.read_metadata(io.BytesIO(sink.getvalue()))
+    found = read_row_groups(sink.getvalue())
+    assert len(found) == known.num_row_groups == 2
+    for number, group in enumerate(found):
+        expected = known.row_group(number)
+        assert (group.num_rows, group.num_bytes) == (expected.num_rows, expected.total_byte_size)
+        leaves = [expected.column(leaf) for leaf in range(3)]
+        assert group.num_values == {leaf.path_in_schema.partition(".")[0]: leaf.num_values for leaf in leaves}
+
+
+@pytest.mark.parametrize(
+    "footer", [b"", b"\x1c" * 99, b"\x19" * 99, b"\x19\xf6" + b"\xff" * 10, b"\x1b", b"\x26" + b"\xff" * 12]
+)
+def test_a_footer_that_is_none_is_refused(footer):
+    """Nested too deep, a list longer than the file, a map, a number of more than 64 bits."""
+    with pytest.raises(ValueError, match="footer"):
+        read_row_groups(b"PAR1" + footer + len(footer).to_bytes(4, "little") + b"PAR1")
+
+
+def test_a_parquet_unit_with_a_list_too_long_anywhere_in_its_footer_does_not_end_the_process(tmp_path):
+    """pyarrow calls std::terminate where it looks at a column whose histogram of levels is too long."""
+    (target,) = [t for t in cache_targets(tmp_path, "images-parquet") if t.name == "unit.parquet"]
+    data = target.valid
+    size, refused = int.from_bytes(data[-8:-4], "little"), 0
+    for place in range(len(data) - 8 - size, len(data) - 8):
+        if (
+            data[place] & 15 == 6 and 0 < data[place] >> 4 < 14
+        ):  # a list of 1 to 13 int64, or what looks like it
+            longer = data[:place] + bytes([data[place] + 16, 0]) + data[place + 1 : -8]
+            try:
+                target.read(longer + (size + 1).to_bytes(4, "little") + b"PAR1")
+            except CorruptionError:
+                refused += 1
+    assert refused > 20
 
 
 @pytest.mark.parametrize("size", [(30_000, 30_000), (2**31 - 1, 1), (10_000, 10_000)])

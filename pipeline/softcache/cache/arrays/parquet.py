@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from softcache.cache.arrays.parquet_footer import RowGroup, read_row_groups
 from softcache.cache.codecs import Column
 from softcache.cache.manifest import Manifest, Unit, owner_of
 from softcache.cache.storage.base import Objects, is_bucket
@@ -86,28 +87,23 @@ class ParquetStore:
             CorruptionError: it claims to hold more than the manifest implies.
         """
         try:
-            found = pq.read_metadata(pa.BufferReader(data))
-            groups = [found.row_group(number) for number in range(found.num_row_groups)]
-            # Levels, heads and what does not compress come on top.
-            claims = [
-                group.total_byte_size > 2 * group.num_rows * (self._row_bytes() + 64) + 2**20
-                for group in groups
-            ]
-        except (pa.ArrowException, OSError, ValueError) as error:
+            groups = read_row_groups(data)
+        except ValueError as error:
             raise CorruptionError(f"{where}: is no Parquet file: {error}; restore it from a copy") from error
-        if found.num_rows > self._unit_rows() or any(claims) or any(map(self._has_more_values, groups)):
+        num_rows = sum(group.num_rows for group in groups)
+        if num_rows > self._unit_rows() or any(map(self._claims_too_much, groups)):
             raise CorruptionError(
-                f"{where}: claims to hold {found.num_rows:,} rows, {max([g.total_byte_size for g in groups], default=0):,} "
+                f"{where}: claims to hold {num_rows:,} rows, {max([g.num_bytes for g in groups], default=0):,} "
                 f"bytes in a group of them; at most {self._unit_rows():,} rows expected; restore it from a copy"
             )
 
-    def _has_more_values(self, group: pq.RowGroupMetaData) -> bool:
-        """Whether a column has more numbers than its rows, which a few bytes of repeated ones could claim."""
-        leaves = (group.column(number) for number in range(group.num_columns))
-        return any(
-            leaf.num_values > group.num_rows * math.prod(() if column.planar else column.shape)
-            for leaf in leaves
-            if (column := self._columns.get(leaf.path_in_schema.partition(".")[0])) is not None
+    def _claims_too_much(self, group: RowGroup) -> bool:
+        """Whether a group has more bytes, or a column more numbers, than its rows: a few bytes can claim it."""
+        # Levels, heads and what does not compress come on top.
+        return group.num_bytes > 2 * group.num_rows * (self._row_bytes() + 64) + 2**20 or any(
+            many > group.num_rows * math.prod(() if column.planar else column.shape)
+            for name, many in group.num_values.items()
+            if (column := self._columns.get(name)) is not None
         )
 
     def encode(self, unit: Unit, columns: Mapping[str, np.ndarray]) -> dict[str, tuple[str | None, bytes]]:
