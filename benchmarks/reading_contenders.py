@@ -20,7 +20,7 @@ from benchmarks.peer_files import DistillKitFiles, FkdFiles, MegatronFiles, Tiny
 from benchmarks.raw_files import RawDataset, RawRecords
 from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS, Cache, CachedBatch
 from softcache.reader.dataset import SoftLabelDataset
-from softcache.reader.loader import SoftLabelLoader
+from softcache.reader.loader import ANNOUNCED_WINDOWS, SoftLabelLoader
 from softcache.reader.memmap import MemmapSettings
 from softcache.reader.open import open_cache
 from softcache.reader.order import BlockShuffle
@@ -141,22 +141,31 @@ class _OpenCache:
             gc.collect()
 
 
-def cache_reader(name: str, made: Made, codec: str, *, memmap: bool, full: bool) -> Contender:
-    """`Cache.read_stored`, by chunks (the next window decoded ahead) or from a memory map."""
+def cache_reader(
+    name: str,
+    made: Made,
+    codec: str,
+    *,
+    memmap: bool,
+    full: bool,
+    prepare: Callable[[Cache], None] = lambda cache: None,
+) -> Contender:
+    """`Cache.read_stored`, by chunks (the next window decoded ahead) or from a memory map; `prepare` sees the open cache."""
     order = made.order(full=full)
     opened = _OpenCache(made.caches[codec], made.memmap if memmap else None)
 
     def epoch(number: int) -> Iterator[Any]:
         cache, order.epoch = opened.get(), number
+        prepare(cache)
         last, ahead = order.window_of(order.num_steps(number) - 1), -1
         for step, request in enumerate(order):
             if not memmap and (window := order.window_of(step)) != ahead:
-                coming = order.windows(window, min(2, last - window + 1))
+                coming = order.windows(window, min(ANNOUNCED_WINDOWS, last - window + 1))
                 cache.prefetch([(one.view, one.samples) for one in coming])
                 ahead = window
             yield request.samples, cache.read_stored(request.samples, request.view)
         if not memmap:
-            opened.close()  # every epoch decodes all of its blocks
+            cache.prefetch([])  # every epoch decodes all of its blocks: a window hands out a row once
 
     def labels(batch: tuple[np.ndarray, CachedBatch]) -> Labels:
         return Labels(batch[0], batch[1].labels.ids, batch[1].labels.log_probs)
@@ -229,8 +238,7 @@ def _own_loader(name: str, made: Made, workers: int, codec: str, *, memmap: bool
 
     def epoch(number: int) -> Iterator[Any]:
         order.epoch, order.step = number, 0
-        yield from loader
-        cache.close()  # every epoch decodes all of its blocks
+        yield from loader  # every epoch decodes all of its blocks: a window hands out a row once
 
     return Contender(name, epoch, lambda batch: len(batch.labels), _joined_labels, close=loader.close)
 

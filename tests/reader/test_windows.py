@@ -119,6 +119,23 @@ def test_memory_is_used_again_only_where_no_batch_holds_it(shared_cache):
     cache.close()
 
 
+def test_a_buckets_chunks_are_asked_for_a_window_at_once(shared_cache, monkeypatch):
+    cache = open_cache(shared_cache[2].url)
+    order = order_of(cache, batch_size=32, block_samples=32, window_blocks=3)
+    for _ in walk(cache, order):  # compares the units with their markers
+        pass
+    cache.close()
+    monkeypatch.setattr(cache._windows, "_fetch", cache._fetch)
+    asked, store = [], cache._opened_store()
+    real = store.fetch_parts
+    monkeypatch.setattr(store, "fetch_parts", lambda parts: asked.append(len(parts)) or real(parts))
+    for samples, batch in walk(cache, order):
+        assert content(batch) == content(shared_cache[2].read_stored(samples))
+    assert sorted(asked[:4]) == [1, 3, 3, 3], "chunks of the four windows"
+    assert len(asked) <= 5, "and of the next epoch's first"
+    cache.close()
+
+
 def test_a_window_with_a_sample_twice_is_read_chunk_by_chunk(shared_cache):
     cache, samples = open_cache(shared_cache[2].url), np.array([3, 1, 3])
     cache.prefetch([(0, samples)])

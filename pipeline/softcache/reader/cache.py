@@ -29,10 +29,10 @@ from softcache.reader.chunk_cache import DecodedBlocks
 from softcache.reader.contents import CacheContents
 from softcache.reader.memmap import MemmapFile, MemmapFolder, MemmapPlan, MemmapSettings
 from softcache.reader.units import Chunk
-from softcache.reader.windows import DecodedWindows, Piece, Window, ranges
+from softcache.reader.windows import DecodedWindows, Piece, Window
 from softcache.runtime.logging import log_info
 
-__all__ = ["DEFAULT_WINDOW_BLOCKS", "Cache", "CachedBatch", "ranges"]
+__all__ = ["DEFAULT_WINDOW_BLOCKS", "Cache", "CachedBatch"]
 
 DEFAULT_WINDOW_BLOCKS = 16
 """Chunks that are mixed with each other, and kept decoded for it, where a view is read by chunks."""
@@ -81,6 +81,7 @@ class Cache(CacheContents):
         self._windows = DecodedWindows(
             lambda window, block: this()._decode_to(window, block),  # type: ignore[union-attr]
             lambda: this()._record.columns(np.zeros((0, 0), np.uint8)),  # type: ignore[union-attr]
+            (lambda window: this()._fetch(window)) if is_bucket(self.url) else None,  # type: ignore[union-attr]
         )
         self._memmaps: dict[int, MemmapFile | None] = {}
         self._one_each = np.ones(0, np.int64)
@@ -127,20 +128,29 @@ class Cache(CacheContents):
             return self._gather(memmap, samples)
         if (pieces := self._windows.take(view, samples)) is not None:
             return self._joined(pieces)
+        return self._picked(samples, view)
+
+    def _picked(self, samples: np.ndarray, view: int) -> CachedBatch:
+        """Returns samples in any order, picked from the chunks that hold them, which are decoded and kept."""
         size, index = self.manifest.plan.chunk_samples, self.rows
-        counts = index.counts(samples)
-        offsets = np.concatenate([[0], np.cumsum(counts)])
-        rows = np.empty((int(offsets[-1]), self._record.num_bytes // 8), np.uint64)
+        counts, numbers = index.counts(samples), samples // size
+        by_block = np.argsort(numbers, kind="stable")
+        bounds = np.append(np.flatnonzero(np.diff(numbers[by_block], prepend=-1)), len(samples)).tolist()
+        blocks = numbers[by_block[bounds[:-1]]].tolist()
+        offsets, sources = np.cumsum(counts) - counts, samples - numbers * size
+        rows = np.empty((int(counts.sum()), self._record.num_bytes // 8), np.uint64)
         fingerprints = np.empty(len(samples), np.uint64)
-        blocks, inverse = np.unique(samples // size, return_inverse=True)
-        for number in self._blocks.cached_first([(view, int(block)) for block in blocks]):
-            block = int(blocks[number])
-            chosen = np.flatnonzero(inverse == number)
-            first = index.starts(samples[chosen], block * size)
-            source, target = ranges(first, counts[chosen]), ranges(offsets[chosen], counts[chosen])
-            decoded = self._blocks.get((view, block))
-            rows[target] = decoded.rows[source]
-            fingerprints[chosen] = decoded.fingerprints[samples[chosen] - block * size]
+        for number in self._blocks.cached_first([(view, block) for block in blocks]):
+            chosen = by_block[bounds[number] : bounds[number + 1]]
+            decoded = self._blocks.get((view, blocks[number]))
+            fingerprints[chosen] = decoded.fingerprints[sources[chosen]]
+            if not index.ragged:
+                rows[chosen] = decoded.rows.take(sources[chosen], axis=0)
+                continue
+            starts = index.starts(samples[chosen], blocks[number] * size)
+            spans = zip(starts.tolist(), offsets[chosen].tolist(), counts[chosen].tolist(), strict=True)
+            for source, target, count in spans:
+                rows[target : target + count] = decoded.rows[source : source + count]
         return self._stored(rows.view(np.uint8), fingerprints, counts)
 
     def _joined(self, pieces: list[Piece]) -> CachedBatch:

@@ -33,7 +33,10 @@ from softcache.runtime.signals import follow_loader, shield_loaders, signals_fir
 if TYPE_CHECKING:
     from typing import Self
 
-__all__ = ["JoinedDataset", "SoftLabelLoader"]
+__all__ = ["ANNOUNCED_WINDOWS", "JoinedDataset", "SoftLabelLoader"]
+
+ANNOUNCED_WINDOWS = 3
+"""Of an order: one is read, one decoded, one fetched (from a bucket)."""
 
 
 class JoinedDataset(Protocol):
@@ -166,11 +169,11 @@ class SoftLabelLoader:
         return stored
 
     def _coming(self) -> Iterator[list[Request] | None]:
-        """Yields for each step from here on the window that it begins in and the next; None where already announced."""
+        """Yields for each step from here on the window that it begins in and the next two; None where already announced."""
         previous = -1
         for step in count(self._order.step):
             window = self._order.window_of(step)
-            yield self._order.windows(window, 2) if window != previous else None
+            yield self._order.windows(window, ANNOUNCED_WINDOWS) if window != previous else None
             previous = window
 
     def close(self) -> None:

@@ -274,6 +274,22 @@ class CacheReaderBase:
             RowPlaces(places_P).put(values, window.columns[name])
         window.fingerprints[chosen] = decoded.fingerprints[window.samples[chosen] - start]
 
+    def _fetch(self, window: Window) -> dict[int, Any]:
+        """Returns a window's chunks as a bucket has them, by number, asked for at once.
+
+        Those of units that are not compared with their markers yet are left out: that fetches the units whole.
+        """
+        plan, blocks, parts = self.manifest.plan, [], []
+        for block in window.blocks:
+            start = block * plan.chunk_samples
+            unit = plan.locate(window.view, start)
+            if unit.number in self._checked if self._verify else self.markers.is_finished[unit.number]:
+                stop = min(start + plan.chunk_samples, unit.stop)
+                blocks.append(block)
+                parts.append((unit, start, stop, self.rows.span(unit, start, stop)))
+        found = self._opened_store().fetch_parts(parts) if parts else None
+        return {} if found is None else dict(zip(blocks, found, strict=True))
+
     def _decode_parts(
         self,
         window: Window,
@@ -283,10 +299,13 @@ class CacheReaderBase:
     ) -> bool:
         """Does so without new arrays; returns False where that cannot be, or something is not as it should be."""
         store = self._opened_store()
-        fetched = store.fetch_parts([part])
-        if fetched is None:
-            return False
-        per_sample, parts = store.decode_parts(part[0], fetched[0])
+        stored = window.stored(part[1] // self.manifest.plan.chunk_samples)
+        if stored is None:
+            fetched = store.fetch_parts([part])
+            if fetched is None:
+                return False
+            (stored,) = fetched
+        per_sample, parts = store.decode_parts(part[0], stored)
         sources = window.samples[chosen] - part[1]
         if per_sample:
             window.fingerprints[chosen] = per_sample["fingerprint"][sources]

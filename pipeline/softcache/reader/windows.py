@@ -5,16 +5,22 @@ decoded once, by a thread, and each row written to where its batch is; nothing i
 The arrays of a batch are views of the window. So a window hands out each row once: the caller may change what it was
 given, and whoever reads a row again has it decoded again, by `softcache.reader.chunk_cache`.
 
-Memory: the window in use and the next one, and what batches still hold of earlier ones. The memory of a window whose
-batches are gone is used for another one: fresh memory costs more than decoding does, page by page.
+The chunks of a bucket are asked for window by window, all at once and a window before they are decoded: a request takes
+longer than decoding what it brings.
+
+Memory: the window in use and the next one, of a bucket two more as they are stored, and what batches still hold of
+earlier ones. The memory of a window whose batches are gone is used for another one: fresh memory costs more than decoding
+does, page by page.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +30,7 @@ from softcache.reader.chunk_cache import DecodedBlocks
 __all__ = ["DecodedWindows", "Piece", "Window", "ranges"]
 
 ALIGNMENT = 64
+DECODED_WINDOWS = 2
 SPARE_BUFFERS = 3
 
 
@@ -45,6 +52,7 @@ class Window:
         columns: by name, [rows, ...]: what was decoded; empty before.
         fingerprints: [N] uint64.
         cursor: samples before it may have been handed out.
+        fetched: chunks as they are stored, by number, on their way from a bucket; None: each is read when it is decoded.
     """
 
     def __init__(self, view: int, samples: np.ndarray, rows: RowIndex, block_samples: int) -> None:
@@ -65,6 +73,7 @@ class Window:
         self.columns: dict[str, np.ndarray] = {}
         self.fingerprints = np.zeros(0, np.uint64)
         self.cursor, self.is_ready = 0, False
+        self.fetched: Future[dict[int, Any]] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -73,6 +82,10 @@ class Window:
     def chosen(self, block: int) -> np.ndarray:
         """Returns the places in the window of its samples that a chunk holds."""
         return self._by_block[slice(*self._spans[block])]
+
+    def stored(self, block: int) -> Any:
+        """Returns a chunk as it is stored, if it was fetched; it is given up then. None: it is to be read."""
+        return None if self.fetched is None else self.fetched.result().pop(block, None)
 
     def places(self, block: int, num_rows: int) -> np.ndarray:
         """Returns where each of a chunk's rows goes, [num_rows] int64; -1: it is not of this window.
@@ -130,19 +143,28 @@ class DecodedWindows:
     Args:
         decode: writes the rows of a chunk into the window's arrays; called in any thread.
         columns: of a row by name, arrays [0, ...] of their dtypes and inner shapes.
+        fetch: returns chunks of a window as they are stored, by number; called in a thread; None: nothing is fetched.
     """
 
     def __init__(
-        self, decode: Callable[[Window, int], None], columns: Callable[[], Mapping[str, np.ndarray]]
+        self,
+        decode: Callable[[Window, int], None],
+        columns: Callable[[], Mapping[str, np.ndarray]],
+        fetch: Callable[[Window], dict[int, Any]] | None = None,
     ) -> None:
-        self._decode, self._columns = decode, columns
+        self._decode, self._columns, self._fetch = decode, columns, fetch
+        self._start()
+
+    def _start(self) -> None:
+        self._pid, self._fetcher = os.getpid(), ThreadPoolExecutor(1, "softcache-fetch")
         self._tasks: DecodedBlocks[tuple[int, int], None] = DecodedBlocks(self._decode_block, keep=1)
         self._windows: dict[int, Window] = {}
         self._lock, self._next_number = threading.Lock(), 0
         self._buffers: list[np.ndarray] = []
 
     def announce(self, windows: Sequence[Window]) -> None:
-        """Has these decoded, in order; replaces an earlier announcement, of which what is decoded is kept."""
+        """Has the first two decoded and all fetched, in order; replaces an earlier announcement, but keeps what it has."""
+        self._check_process()
         with self._lock:
             there, self._windows = self._windows, {}
             for window in windows:
@@ -153,7 +175,14 @@ class DecodedWindows:
                 else:
                     self._windows[self._next_number] = window
                     self._next_number += 1
-            keys = [(number, block) for number, window in self._windows.items() for block in window.blocks]
+            for number, window in there.items():
+                if number not in self._windows and window.fetched is not None:
+                    window.fetched.cancel()
+            for window in self._windows.values():
+                if self._fetch is not None and window.fetched is None:
+                    window.fetched = self._fetcher.submit(self._fetch, window)
+            near = list(self._windows.items())[:DECODED_WINDOWS]
+            keys = [(number, block) for number, window in near for block in window.blocks]
             self._tasks.keep = max([1, *(len(window.blocks) for window in self._windows.values())])
         self._tasks.prefetch(keys)
 
@@ -162,6 +191,7 @@ class DecodedWindows:
 
         Each row is handed out once, and those that an order skips are not any more.
         """
+        self._check_process()
         with self._lock:
             found = self._find(view, samples)
         if not found:
@@ -181,6 +211,10 @@ class DecodedWindows:
                 if piece.stop == len(piece.window.samples):
                     self._windows.pop(number, None)
         return pieces
+
+    def _check_process(self) -> None:
+        if self._pid != os.getpid():  # the parent's threads and the owner of its lock are not here
+            self._start()
 
     def _find(self, view: int, samples: np.ndarray) -> dict[int, Piece]:
         """Returns the pieces by the number of the window; none where a sample does not come next in one."""
@@ -247,7 +281,9 @@ class DecodedWindows:
 
     def close(self) -> None:
         """Drops what is decoded and ends the threads; announcing starts anew."""
+        self._check_process()
         with self._lock:
             self._windows = {}
         self._tasks.close()
-        self._buffers = []
+        self._fetcher.shutdown(wait=True, cancel_futures=True)
+        self._start()

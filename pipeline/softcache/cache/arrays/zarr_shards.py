@@ -103,7 +103,8 @@ class ShardCutter:
         with self._lock:
             indexes = {path: self._indexes[path] for path in totals if path in self._indexes}
         lengths = {path: _index_bytes(total) for path, total in totals.items() if path not in indexes}
-        for path, (data, size) in zip(lengths, self._objects.get_suffixes(lengths), strict=True):
+        ends = self._objects.get_suffixes(lengths) if lengths else ()
+        for path, (data, size) in zip(lengths, ends, strict=True):
             indexes[path] = _parse_index(path, data, totals[path], size)
         with self._lock:
             for path in totals:
