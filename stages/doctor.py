@@ -94,11 +94,7 @@ def _abilities(found: dict[str, Any]) -> list[str]:
             f"label with {len(working) or machine['cpu_cores']} processes at once (teacher-logits --dask auto)"
         )
     if "text" in missing:
-        can.append(
-            "label text and train language models"
-            if not missing["text"]
-            else "work with images, not with text"
-        )
+        can.append("work with images and text" if not missing["text"] else "work with images, not with text")
     if "cloud" in missing:
         can.append(
             "keep caches in folders" + (" and buckets" if not missing["cloud"] else ", not in buckets")

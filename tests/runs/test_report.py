@@ -27,7 +27,7 @@ from softcache.runs.report.metrics import (
     misses_teacher,
     reliability,
 )
-from softcache.runs.report.plots import Styles, load_plotly
+from softcache.runs.report.plots import Styles, heat_of_values, load_plotly
 from softcache.runs.report.predictions import observe
 from softcache.tools.fidelity.report import bytes_per_position
 from softcache.tools.shrink import ShrinkSettings, shrink_cache
@@ -378,3 +378,20 @@ def test_students_of_caches_that_keep_less_are_laid_beside_those_of_the_whole_on
         capture_labels(other, open_data(other), open_teacher(other, open_data(other)), "elsewhere")
         with pytest.raises(IdentityError, match=r"learnt from another cache than elsewhere .* once for each"):
             open_report(["runs/test/students"], cache_url=["elsewhere", "runs/test/cache"])
+
+
+@pytest.mark.parametrize(
+    ("across", "kind", "texts"), [(8, "heatmap", True), (12, "heatmap", False), (13, "scatter", False)]
+)
+def test_many_settings_are_marks_or_have_a_scale_in_place_of_texts(across, kind, texts):
+    values = {(float(t), 0.5): 70.0 + t for t in range(across)}
+    plot = heat_of_values(
+        values, {place: f"{x:g}%" for place, x in values.items()}, x="T", y="a", title="<b>"
+    )
+    (trace,) = plot["data"]
+    assert (trace["type"], bool(trace.get("texttemplate"))) == (kind, texts)
+    if kind == "scatter":
+        assert trace["marker"]["line"]["width"] == 1, "marks have an outline on light and dark ground"
+        assert trace["marker"]["colorbar"]["title"]["text"] == "&lt;b&gt;"
+    else:
+        assert trace["showscale"] == (not texts)

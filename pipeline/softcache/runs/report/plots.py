@@ -33,8 +33,8 @@ __all__ = [
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933")
 TEACHER = "#7f7f7f"
-MAX_GRID = 12
-"""Different values on an axis of a heat map, at most."""
+MAX_GRID, MAX_TEXTS = 12, 8
+"""Different values on an axis of a heat map, at most; and across one whose cells have room for texts on a phone."""
 DASHES = {"cache": "solid", "hard": "dot", "online": "dash"}
 
 
@@ -239,16 +239,20 @@ def heat_of_values(
     *,
     x: str,
     y: str,
+    title: str = "",
     reverse: bool = False,
 ) -> dict[str, Any]:
     """Returns a heat map of values by (x, y), each with its text; where there are many, one mark each.
 
     Args:
+        title: of the scale of colours.
         reverse: the smallest value has the brightest colour.
     """
     go = load_plotly()
     xs, ys = sorted({place[0] for place in values}), sorted({place[1] for place in values})
     scale = "Cividis_r" if reverse else "Cividis"
+    bar = {"thickness": 12, "title": {"text": escaped(title), "side": "right"}}
+    has_room = len(xs) <= MAX_TEXTS
     if max(len(xs), len(ys)) > MAX_GRID:
         trace = go.Scatter(
             x=[place[0] for place in values],
@@ -256,17 +260,24 @@ def heat_of_values(
             mode="markers",
             text=[escaped(texts[place]) for place in values],
             hovertemplate=f"{escaped(x)} %{{x}}<br>{escaped(y)} %{{y}}<br>%{{text}}<extra></extra>",
-            marker={"color": list(values.values()), "colorscale": scale, "size": 11, "showscale": True},
+            marker={
+                "color": list(values.values()),
+                "colorscale": scale,
+                "size": 11,
+                "line": {"color": TEACHER, "width": 1},  # the ends of the scale are those of the two themes
+                "colorbar": bar,
+            },
         )
         return framed([trace], x, y)
     trace = go.Heatmap(
         z=[[values.get((one, other)) for one in xs] for other in ys],
         text=[[texts.get((one, other), "") for one in xs] for other in ys],
-        texttemplate="%{text}",
+        texttemplate="%{text}" if has_room else None,
         x=[f"{one:g}" for one in xs],
         y=[f"{other:g}" for other in ys],
         colorscale=scale,
-        showscale=False,
+        showscale=not has_room,
+        colorbar=bar,
         hovertemplate=f"{escaped(x)} %{{x}}<br>{escaped(y)} %{{y}}<br>%{{text}}<extra></extra>",
     )
     return framed([trace], x, y, x_type="category", y_type="category")

@@ -177,6 +177,7 @@ def settings_figures(report: Report) -> list[Figure]:
                     {place: report.score.format(mean) for place, mean in means.items()},
                     x="temperature",
                     y="alpha",
+                    title=report.score.axis,
                     reverse=not report.score.larger_is_better,
                 ),
                 ("T", "alpha", "runs", report.score.title),
