@@ -303,6 +303,23 @@ def test_tail_of_the_student_is_right_where_kept_mass_rounds_to_one():
     assert gradient[1:].sum().item() == pytest.approx(expected, rel=1e-3)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 2.5, 3.0, 8.0])
+@pytest.mark.parametrize("above", [-200.0, -70.0, -18.0, 18.0, 70.0])
+def test_the_rest_may_be_far_from_the_kept_classes(temperature, above):
+    teacher = torch.randn(1, 90, generator=torch.Generator().manual_seed(3))
+    student = torch.randn(1, 90, generator=torch.Generator().manual_seed(4))
+    labels = top_k(teacher, k=3)
+    student[0, labels.ids[0]] += above
+    how, target = {"temperature": temperature, "alpha": 0.7}, torch.tensor([40])
+    bias, hidden, weight = student[0].clone().requires_grad_(), torch.ones(1, 1), torch.zeros(90, 1)
+    value = fused_distillation_loss(hidden, weight, labels, target, bias_V=bias, **how)
+    whole = student.double().requires_grad_()
+    wanted = distillation_loss(whole, labels, target, **how)
+    torch.testing.assert_close(value.double(), wanted, rtol=2e-6, atol=0)
+    (found,), (expected,) = torch.autograd.grad(value, bias), torch.autograd.grad(wanted, whole)
+    torch.testing.assert_close(found.double(), expected[0], rtol=2e-5, atol=2e-7)
+
+
 def test_tail_of_the_student_may_underflow():
     bias = torch.zeros(50, requires_grad=True)
     weight = torch.zeros(50, 1)

@@ -8,7 +8,7 @@ constants o of each, and cross-entropy of weight h:
               (factor / T) (W s_tail - w_tail) s_j / s_tail + h (q_j - [j = y])           j dropped
 
 s is the student at T and q at 1. The dropped classes are summed by themselves, so that they are right however little
-they weigh. At T = 1 one exponential serves both parts; at 2, 4 and 8 the other one is a power of the first.
+they weigh. At T = 1 one exponential serves both parts; at 2, 3, 4 and 8 the other one is a power of the first.
 
 Importing this module takes numba along, so import it where it is used.
 
@@ -18,6 +18,7 @@ Shape suffixes: `P` positions, `V` classes, `K` kept classes.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 
@@ -25,6 +26,26 @@ from softcache.losses.cpu_kernel import exp_shifted, largest, total
 from softcache.runtime.jit import njit_in_subprocess, njit_inline
 
 __all__ = ["mix_records", "mix_rows"]
+
+
+_LANES = 64
+# Of sums against a peak that is not their own: an exponent of 16 is rounded to 1e-6, and e^60 can be multiplied.
+_LEAST, _LEAST_AT_1 = math.exp(-16.0), math.exp(-60.0)
+_sum = partial(njit_inline, fastmath={"reassoc", "contract"})
+
+
+@njit_inline
+def _largest_of_many(x_V, peak_L):  # type: ignore[no-untyped-def]
+    """`largest`, by as many comparisons at once as there are lanes."""
+    whole = len(x_V) // _LANES * _LANES
+    if whole == 0:
+        return largest(x_V)
+    peak_L[:] = np.float32(-np.inf)
+    for start in range(0, whole, _LANES):
+        part = x_V[start : start + _LANES]
+        for lane in range(_LANES):
+            peak_L[lane] = part[lane] if part[lane] > peak_L[lane] else peak_L[lane]
+    return max(largest(peak_L), largest(x_V[whole:]))
 
 
 @njit_inline
@@ -37,8 +58,9 @@ def _normalise(log_rest, kept_K, shares_K):  # type: ignore[no-untyped-def]
     # The peak was rounded to float32: the rest is taken against the same one.
     top = np.float64(np.float32(top))
     norm = total(shares_K) + math.exp(log_rest - top)
+    inverse = np.float32(1.0 / norm)
     for slot in range(len(shares_K)):
-        shares_K[slot] /= norm
+        shares_K[slot] *= inverse
     return top + math.log(norm)
 
 
@@ -54,47 +76,122 @@ def _soften(z_V, scaled_V, beta, peak, out_V):  # type: ignore[no-untyped-def]
     return total(out_V)
 
 
+@_sum
+def _sum_of_powers(soft_V, T):  # type: ignore[no-untyped-def]
+    """The sum of soft^T, T from 2 to 4 or 8."""
+    whole = 0.0
+    if T == 2.0:
+        for j in range(len(soft_V)):
+            whole += soft_V[j] * soft_V[j]
+    elif T == 3.0:
+        for j in range(len(soft_V)):
+            whole += soft_V[j] * soft_V[j] * soft_V[j]
+    elif T == 4.0:
+        for j in range(len(soft_V)):
+            square = soft_V[j] * soft_V[j]
+            whole += square * square
+    else:
+        for j in range(len(soft_V)):
+            square = soft_V[j] * soft_V[j]
+            fourth = square * square
+            whole += fourth * fourth
+    return whole
+
+
 @njit_inline
-def _raise(soft_V, times, out_V):  # type: ignore[no-untyped-def]
-    """Writes soft^(2^times); returns the sum."""
-    for j in range(len(soft_V)):
-        square = soft_V[j] * soft_V[j]
-        out_V[j] = square
-    for _ in range(times - 1):
-        for j in range(len(out_V)):
-            out_V[j] *= out_V[j]
-    return total(out_V)
+def _second_sum(z_V, soft_V, scaled_V, T, is_power, peak, hard_V):  # type: ignore[no-untyped-def]
+    """The sum of e^(z - peak), of powers of `soft_V` or written to `hard_V`."""
+    if is_power:
+        return _sum_of_powers(soft_V, T)
+    return _soften(z_V, scaled_V, np.float32(1), peak, hard_V)
+
+
+@njit_inline
+def _add_powers(soft_V, T, to_soft, to_hard, out_V):  # type: ignore[no-untyped-def]
+    """Writes to_soft * soft + to_hard * soft^T."""
+    if T == 2.0:
+        for j in range(len(soft_V)):
+            out_V[j] = soft_V[j] * (to_soft + to_hard * soft_V[j])
+    elif T == 3.0:
+        for j in range(len(soft_V)):
+            out_V[j] = soft_V[j] * (to_soft + to_hard * (soft_V[j] * soft_V[j]))
+    elif T == 4.0:
+        for j in range(len(soft_V)):
+            square = soft_V[j] * soft_V[j]
+            out_V[j] = soft_V[j] * (to_soft + to_hard * (square * soft_V[j]))
+    else:
+        for j in range(len(soft_V)):
+            square = soft_V[j] * soft_V[j]
+            cube = square * soft_V[j]
+            out_V[j] = soft_V[j] * (to_soft + to_hard * (square * square * cube))
+
+
+@_sum
+def _value_of(weights_K, own_K, scaled_K, log_norm):  # type: ignore[no-untyped-def]
+    value = 0.0
+    for slot in range(len(weights_K)):
+        term = weights_K[slot] * (np.float64(own_K[slot]) - (np.float64(scaled_K[slot]) - log_norm))
+        value += term if weights_K[slot] != 0.0 else 0.0
+    return value
 
 
 @njit_inline
 def _mix_row(  # type: ignore[no-untyped-def]
-    z_V, ids_K, own_K, own_tail, weights_K, weight_tail, factor, T, hard, target, scratch_3V, scratch_4K
+    z_V,
+    ids_K,
+    own_K,
+    own_tail,
+    weights_K,
+    weight_tail,
+    factor,
+    T,
+    hard,
+    target,
+    scratch_3V,
+    scratch_5K,
+    peak_L,
 ):
     """Turns the logits of a row into their gradient, in place; returns the loss."""
     classes, slots = len(z_V), len(ids_K)
     beta, slope, none = np.float32(1.0 / T), factor / T, np.float32(-np.inf)
     soft_V, hard_V, scaled_V = scratch_3V[0], scratch_3V[1], scratch_3V[2]
-    kept_K, scaled_K, s_K, q_K = scratch_4K[0], scratch_4K[1], scratch_4K[2], scratch_4K[3]
+    kept_K, scaled_K, s_K, q_K, gradient_K = (
+        scratch_5K[0],
+        scratch_5K[1],
+        scratch_5K[2],
+        scratch_5K[3],
+        scratch_5K[4],
+    )
     at_target = np.float64(z_V[target]) if hard > 0.0 else 0.0
-    weight = np.float64(weight_tail)
+    weight = np.float64(weight_tail) + total(weights_K)
     for slot in range(slots):
         number = ids_K[slot]
         kept_K[slot] = z_V[number] if number < classes else none
+    for slot in range(slots):
         scaled_K[slot] = kept_K[slot] * beta
-        weight += weights_K[slot]
     for slot in range(slots):
         if ids_K[slot] < classes:
             z_V[ids_K[slot]] = none
-    peak = largest(z_V)
-    peak = peak if peak > none else np.float32(0)
-
-    rest = _soften(z_V, scaled_V, beta, peak, soft_V)
+    # The rest is summed against the largest of the kept, which spares a pass for its own largest, unless they are far apart.
+    peak, is_power, both = (
+        largest(kept_K),
+        T == 2.0 or T == 3.0 or T == 4.0 or T == 8.0,
+        hard > 0.0 and beta != 1.0,
+    )
+    rest, rest_at_1 = 0.0, 1.0
+    if peak > none:
+        rest = _soften(z_V, scaled_V, beta, peak, soft_V)
+        if both:
+            rest_at_1 = _second_sum(z_V, soft_V, scaled_V, T, is_power, peak, hard_V)
+    if rest < _LEAST or rest > 1.0 / _LEAST or rest_at_1 < _LEAST_AT_1 or rest_at_1 > 1.0 / _LEAST_AT_1:
+        peak = _largest_of_many(z_V, peak_L)
+        peak = peak if peak > none else np.float32(0)
+        rest = _soften(z_V, scaled_V, beta, peak, soft_V)
+        if both:
+            rest_at_1 = _second_sum(z_V, soft_V, scaled_V, T, is_power, peak, hard_V)
     log_rest = np.float64(peak * beta) + math.log(rest) if rest != 0.0 else -np.inf
     log_norm = _normalise(log_rest, scaled_K, s_K)
-    value = 0.0
-    for slot in range(slots):
-        if weights_K[slot] != 0.0:
-            value += weights_K[slot] * (np.float64(own_K[slot]) - (scaled_K[slot] - log_norm))
+    value = _value_of(weights_K, own_K, scaled_K, log_norm)
     if weight_tail != 0.0:
         value += weight_tail * (np.float64(own_tail) - (log_rest - log_norm))
     loss = factor * value
@@ -108,29 +205,33 @@ def _mix_row(  # type: ignore[no-untyped-def]
             q_K[:] = s_K
             by_soft += hard * math.exp(log_rest - log_norm) / rest if rest != 0.0 else 0.0
         else:
-            doublings = 1 if T == 2.0 else 2 if T == 4.0 else 3 if T == 8.0 else 0
-            if doublings > 0:
-                rest = _raise(soft_V, doublings, hard_V)
-            else:
-                rest = _soften(z_V, scaled_V, np.float32(1), peak, hard_V)
+            rest = rest_at_1
             log_rest = np.float64(peak) + math.log(rest) if rest != 0.0 else -np.inf
             log_z = _normalise(log_rest, kept_K, q_K)
             by_hard = hard * math.exp(log_rest - log_z) / rest if rest != 0.0 else 0.0
         loss += hard * (log_z - at_target)
 
     to_soft, to_hard = np.float32(by_soft), np.float32(by_hard)
-    if by_hard != 0.0:
-        for j in range(classes):
-            z_V[j] = to_soft * soft_V[j] + to_hard * hard_V[j]
-    else:
+    if by_hard == 0.0:
         for j in range(classes):
             z_V[j] = to_soft * soft_V[j]
+    elif is_power:
+        _add_powers(soft_V, T, to_soft, to_hard, z_V)
+    else:
+        for j in range(classes):
+            z_V[j] = to_soft * soft_V[j] + to_hard * hard_V[j]
+    of_s, of_w, of_q = np.float32(slope * weight), np.float32(slope), np.float32(hard)
+    if hard > 0.0:
+        for slot in range(slots):
+            gradient_K[slot] = of_s * s_K[slot] - of_w * weights_K[slot] + of_q * q_K[slot]
+    else:
+        for slot in range(slots):
+            gradient_K[slot] = of_s * s_K[slot] - of_w * weights_K[slot]
     for slot in range(slots):
         if ids_K[slot] < classes:
-            of_soft = slope * (weight * s_K[slot] - weights_K[slot])
-            z_V[ids_K[slot]] = of_soft + (hard * q_K[slot] if hard > 0.0 else 0.0)
+            z_V[ids_K[slot]] = gradient_K[slot]
     if hard > 0.0:
-        z_V[target] -= np.float32(hard)
+        z_V[target] -= of_q
     return loss
 
 
@@ -164,11 +265,11 @@ def mix_rows(  # type: ignore[no-untyped-def]
         loss_P: out, float32.
     """
     scratch_3V = np.empty((3, z_PV.shape[1]), np.float32)
-    scratch_4K = np.empty((4, ids_PK.shape[1]), np.float32)
+    scratch_5K, peak_L = np.empty((5, ids_PK.shape[1]), np.float32), np.empty(_LANES, np.float32)
     for row in range(first, stop):
         loss_P[row] = _mix_row(
             z_PV[row], ids_PK[row], own_PK[row], own_tail_P[row], weights_PK[row], weight_tail_P[row],
-            factor, T, np.float64(hard_P[row]), targets_P[row], scratch_3V, scratch_4K,
+            factor, T, np.float64(hard_P[row]), targets_P[row], scratch_3V, scratch_5K, peak_L,
         )  # fmt: skip
 
 
@@ -198,7 +299,8 @@ def mix_records(  # type: ignore[no-untyped-def]
         bad_N: out, the first of these rows with an id out of range goes to the end; stops there. Others are left.
     """
     classes, slots = z_PV.shape[1], ids_PK.shape[1]
-    scratch_3V, scratch_4K = np.empty((3, classes), np.float32), np.empty((4, slots), np.float32)
+    scratch_3V, scratch_5K = np.empty((3, classes), np.float32), np.empty((5, slots), np.float32)
+    peak_L = np.empty(_LANES, np.float32)
     own_K, weights_K, ids_K = (
         np.empty(slots, np.float32),
         np.empty(slots, np.float32),
@@ -206,12 +308,15 @@ def mix_records(  # type: ignore[no-untyped-def]
     )
     for row in range(first, stop):
         tail = np.float64(log_tail_P[row])
+        num_bad = 0
         for slot in range(slots):
-            ids_K[slot] = ids_PK[row, slot]
-            own_K[slot] = log_masses_PK[row, slot]
-            if not (0 <= ids_K[slot] < classes or (ids_K[slot] == classes and own_K[slot] == -np.inf)):
-                bad_N[0] = row
-                return
+            number, mass = np.int64(ids_PK[row, slot]), log_masses_PK[row, slot]
+            ids_K[slot], own_K[slot] = number, mass
+            is_unused = (number == classes) & (mass == -np.inf)
+            num_bad += 0 if ((number >= 0) & (number < classes)) | is_unused else 1
+        if num_bad:
+            bad_N[0] = row
+            return
         log_norm = _normalise(tail, own_K, weights_K)
         own_tail = np.float32(tail - log_norm)
         weight_tail = np.float32(math.exp(tail - log_norm))
@@ -219,5 +324,5 @@ def mix_records(  # type: ignore[no-untyped-def]
             own_K[slot] = own_K[slot] - log_norm if is_divergence else np.float32(0)
         loss_P[row] = _mix_row(
             z_PV[row], ids_K, own_K, own_tail if is_divergence else np.float32(0), weights_K, weight_tail,
-            factor, T, np.float64(hard_P[row]), targets_P[row], scratch_3V, scratch_4K,
+            factor, T, np.float64(hard_P[row]), targets_P[row], scratch_3V, scratch_5K, peak_L,
         )  # fmt: skip
