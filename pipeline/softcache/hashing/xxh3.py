@@ -9,9 +9,13 @@ Shape suffixes: `B` samples, `N` bytes of all names together, `L` bytes of a sam
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import xxhash
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 
 from softcache.runtime.jit import compiled
 
@@ -25,11 +29,11 @@ def joined_names(names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the names' UTF-8 one after the other, uint8 [N], and where each ends, int64 [B]."""
     whole = "".join(names)
     if whole.isascii():
-        lengths, data = list(map(len, names)), whole.encode()
+        lengths, data = map(len, names), whole.encode()
     else:
         encoded = [name.encode() for name in names]
-        lengths, data = list(map(len, encoded)), b"".join(encoded)
-    return np.frombuffer(data, np.uint8), np.cumsum(np.array(lengths, np.int64))
+        lengths, data = map(len, encoded), b"".join(encoded)
+    return np.frombuffer(data, np.uint8), np.fromiter(lengths, np.int64, len(names)).cumsum()
 
 
 # Numbers of another kind than uint64 in an expression would make it a float; hence the constants.
@@ -73,13 +77,18 @@ def _swapped(x):  # type: ignore[no-untyped-def]
     return value
 
 
-@compiled
-def product(a, b):  # type: ignore[no-untyped-def]
-    """The high and the low 64 bits of a * b."""
-    low_low, high_low = (a & _LOW) * (b & _LOW), (a >> _32) * (b & _LOW)
-    low_high, high_high = (a & _LOW) * (b >> _32), (a >> _32) * (b >> _32)
-    middle = (low_low >> _32) + (high_low & _LOW) + low_high
-    return (high_low >> _32) + (middle >> _32) + high_high, (middle << _32) | (low_low & _LOW)
+def _multiplied(typing, a, b):  # type: ignore[no-untyped-def]
+    def generate(context, build, signature, args):  # type: ignore[no-untyped-def]
+        wide, word = ir.IntType(128), ir.IntType(64)
+        whole = build.mul(build.zext(args[0], wide), build.zext(args[1], wide))
+        high = build.trunc(build.lshr(whole, ir.Constant(wide, 64)), word)
+        return context.make_tuple(build, signature.return_type, (high, build.trunc(whole, word)))
+
+    return types.UniTuple(types.uint64, 2)(types.uint64, types.uint64), generate
+
+
+product: Any = intrinsic(_multiplied)
+"""The high and the low 64 bits of a * b, uint64."""
 
 
 @compiled
@@ -178,7 +187,7 @@ def _hashes(names_N, ends_B, secret):  # type: ignore[no-untyped-def]
 def hashes(names: Sequence[str]) -> np.ndarray:
     """Returns xxh3_64 of the UTF-8 of every name, uint64 [B]."""
     names_N, ends_B = joined_names(names)
-    if np.diff(ends_B, prepend=0).max(initial=0) > LONGEST:
+    if _longest(ends_B) > LONGEST:
         return np.array([xxhash.xxh3_64_intdigest(name.encode()) for name in names], np.uint64)
     return _hashes(names_N, ends_B, _SECRET)
 
@@ -214,8 +223,7 @@ def fingerprints(names: Sequence[str], fixed: bytes, content_BL: np.ndarray) -> 
         content_BL: [B, L] uint8, C-contiguous.
     """
     names_N, ends_B = joined_names(names)
-    longest = int(np.diff(ends_B, prepend=0).max(initial=0))
-    if 4 + longest + len(fixed) + content_BL.shape[1] <= LONGEST:
+    if 4 + _longest(ends_B) + len(fixed) + content_BL.shape[1] <= LONGEST:
         return _fingerprints(names_N, ends_B, np.frombuffer(fixed, np.uint8), content_BL, _SECRET)
     digest, size, whole = xxhash.xxh3_64_intdigest, content_BL.shape[1], content_BL.tobytes()
     heads = [len(name).to_bytes(4, "little") + name + fixed for name in (name.encode() for name in names)]
