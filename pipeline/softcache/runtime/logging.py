@@ -205,7 +205,7 @@ class _Lines(Advance):
         self._shown = self._started
 
     def _show(self) -> None:
-        if time.monotonic() - self._shown >= PLAIN_SECONDS:
+        if self._done < self._total and time.monotonic() - self._shown >= PLAIN_SECONDS:
             self._shown = time.monotonic()
             self.end()
 
