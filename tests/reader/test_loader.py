@@ -3,14 +3,20 @@
 import random
 import threading
 import time
+from dataclasses import replace
 from itertools import chain
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
 import torch
 
 from softcache import SoftLabelDataset, SoftLabelLoader, open_cache
+from softcache.data import sent_batch
+from softcache.data.boxes import DetectionBatch
+from softcache.data.tokens import TokenBatch
 from softcache.errors import AlignmentError, CorruptionError
+from softcache.labels import MixedTargets, SoftLabels
 from softcache.reader.cache import Cache
 from softcache.reader.dataset import FingerprintedSamples, HardLabelDataset
 from softcache.reader.order import BlockShuffle
@@ -54,6 +60,56 @@ def content(batch):
         labels.log_tail,
     ]
     return batch.view, [array.tobytes() for array in arrays]
+
+
+def same(found, expected):
+    if isinstance(expected, torch.Tensor | np.ndarray):
+        return (
+            type(found) is type(expected)
+            and found.dtype == expected.dtype
+            and bool((found == expected).all())
+        )
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    if isinstance(expected, SoftLabels | MixedTargets):
+        return type(found) is type(expected) and same(
+            list(vars(found).values()), list(vars(expected).values())
+        )
+    return found == expected
+
+
+def test_a_small_batch_of_a_loader_process_is_sent_as_bytes_and_comes_back_as_it_was(opened, monkeypatch):
+    cache, source = opened
+    images = SoftLabelDataset(source, cache).load(np.arange(20), 1)
+    half = replace(images.labels, log_probs=images.labels.to_torch().log_probs.bfloat16())
+    mixed = MixedTargets(torch.arange(4), torch.arange(4) + 1, torch.rand(4))
+    boxes = [torch.rand(2, 4), torch.rand(0, 4)]
+    for batch in (
+        images,
+        replace(images, labels=half),
+        replace(images, targets=mixed, labels=None),
+        TokenBatch(
+            *(torch.arange(6).view(2, 3), torch.zeros(2, 3), torch.arange(4), torch.arange(4)),
+            *(np.array([3, 3]), np.array([2, 2]), np.arange(2), 0, np.zeros(2)),
+        ),
+        DetectionBatch(
+            torch.rand(2, 1, 4, 4), boxes, [torch.arange(2), torch.arange(0)], np.arange(2), 0, np.zeros(2), 3
+        ),
+    ):
+        for largest, is_sent in ((2**19, True), (0, False)):
+            monkeypatch.setattr(sent_batch, "_LARGEST", largest)
+            assert batch.__reduce_ex__(4)[0] is not sent_batch._received, (
+                "elsewhere it is pickled as any object"
+            )
+            monkeypatch.setattr("torch.utils.data.get_worker_info", lambda: "a loader process")
+            assert (batch.__reduce_ex__(4)[0] is sent_batch._received) == is_sent
+            back = ForkingPickler.loads(ForkingPickler.dumps(batch))
+            monkeypatch.undo()
+            assert type(back) is type(batch)
+            for name, value in vars(batch).items():
+                assert same(getattr(back, name), value), name
+            back.samples[0] += 1  # what is received can be written to
+            (back.images if hasattr(back, "images") else back.tokens).zero_()
 
 
 def label_threads():

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from softcache.data.images import ViewedTruth
+from softcache.data.sent_batch import SentBatch
 from softcache.data.sources.detection.base import BoxAnnotations, BoxSource
 from softcache.data.transforms import Views
 from softcache.data.transforms.boxes import MIN_VISIBLE
@@ -29,7 +30,7 @@ __all__ = ["DetectionBatch", "ViewedScenes"]
 
 
 @dataclass(frozen=True, eq=False)
-class DetectionBatch:
+class DetectionBatch(SentBatch):
     """Scenes of one view; see `softcache.data.batch.Batch`.
 
     Attributes:

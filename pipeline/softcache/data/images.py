@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 import numpy as np
 
 from softcache.data.batch import Dataset
+from softcache.data.sent_batch import SentBatch
 from softcache.errors import SourceError
 from softcache.hashing.digests import fingerprints as content_fingerprints
 from softcache.labels import LabelKind, MixedTargets, SoftLabels, concat_labels
@@ -31,7 +32,7 @@ __all__ = ["ImageBatch", "ViewedSource", "ViewedTruth"]
 
 
 @dataclass(frozen=True, eq=False)
-class ImageBatch:
+class ImageBatch(SentBatch):
     """Images of one view; see `softcache.data.batch.Batch`. One label row per image.
 
     Attributes:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from softcache.data.sent_batch import SentBatch
 from softcache.labels import SoftLabels, concat_labels
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["RowBatch", "span"]
 
 
-class RowBatch(ABC):
+class RowBatch(SentBatch, ABC):
     """The rows of a batch's samples; see `softcache.data.batch.Batch`. A subclass is a frozen dataclass of the attributes.
 
     Attributes:
