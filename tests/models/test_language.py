@@ -1,5 +1,6 @@
 """Language models: specs, the split into backbone and head, and documents that do not see each other."""
 
+import logging
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ from softcache.models.language import (
     split,
     tokenizer_of,
 )
-from softcache.models.language.causal_lm import exact_attention
+from softcache.models.language.causal_lm import exact_attention, transformers_library
 
 VOCAB, CONTEXT = 61, 16
 BUILTIN = [
@@ -553,3 +554,24 @@ def test_the_tokenizer_beside_a_model(tmp_path):
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(tmp_path)
     assert tokenizer_of(f"hf:{tmp_path}").get_vocab() == {"a": 0, "b": 1, "?": 2}
     assert tokenizer_of(f"hf-config:{tmp_path}").get_vocab() == {"a": 0, "b": 1, "?": 2}
+
+
+@pytest.mark.parametrize(("ids", "shown"), [([[1, 2, 0]], False), ([[1, 2, 3]], True)])
+def test_the_advice_about_padding_is_not_shown(ids, shown):
+    """It does not apply: padding comes after the tokens. Other warnings of transformers stay."""
+    transformers_library()
+    logger, kept = logging.getLogger("transformers.modeling_utils"), []
+    handler = logging.Handler()
+    handler.emit = kept.append
+    logger.addHandler(handler)
+    try:
+        if shown:
+            logger.warning("weights are missing")
+        else:
+            model = build_language_model("gpt2?width=8&depth=1&heads=2", vocab_size=5, context=4)
+            model.config.pad_token_id = 0
+            type(logger).warning_once.cache_clear()
+            model.warn_if_padding_and_no_attention_mask(torch.tensor(ids), None)
+    finally:
+        logger.removeHandler(handler)
+    assert bool(kept) == shown

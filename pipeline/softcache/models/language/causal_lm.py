@@ -17,6 +17,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -48,7 +49,15 @@ def transformers_library() -> Any:
         raise MissingExtraError(
             f"language models need transformers ({error}); pip install 'softcache[text]'"
         ) from error
+    logging.getLogger("transformers.modeling_utils").addFilter(_concerns_us)
     return transformers
+
+
+def _concerns_us(record: logging.LogRecord) -> bool:
+    """Whether a warning of transformers is about what happens here: padding comes after the tokens, where causal attention
+    never looks, and the loss is not the model's."""
+    text = record.getMessage()
+    return "your input_ids may be padded" not in text and not text.startswith("`loss_type=None`")
 
 
 def build_language_model(
