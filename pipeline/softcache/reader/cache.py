@@ -312,7 +312,7 @@ class Cache(CacheContents):
         if any(self.memmap(view) is not None for view in {view for view, _ in windows}):
             return
         size = self.manifest.plan.chunk_samples
-        self._windows.announce([Window(view, samples, self.rows, size) for view, samples in windows])
+        self._windows.announce(windows, lambda view, samples: Window(view, samples, self.rows, size))
 
     def close(self) -> None:
         """Drops decoded chunks and ends the decoding threads; reading again starts anew."""

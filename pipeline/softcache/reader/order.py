@@ -11,6 +11,7 @@ training: `python -m benchmarks.shuffle_quality`.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -76,12 +77,14 @@ class _EpochOrder:
         self._firsts, self._counts = firsts[blocks], counts[blocks]
         ends = np.cumsum(self._counts)
         last = np.arange(self._window_blocks, len(blocks) + self._window_blocks, self._window_blocks)
-        self._window_stops = ends[np.minimum(last, len(blocks)) - 1] if len(blocks) else ends
+        self._window_stops: list[int] = (
+            ends[np.minimum(last, len(blocks)) - 1] if len(blocks) else ends
+        ).tolist()
         self._order, self._num_windows = np.empty(len(samples), np.int64), 0
 
     def window_at(self, place: int) -> int:
         """Returns the number of the window that a place in the order is in."""
-        return int(np.searchsorted(self._window_stops, place, side="right"))
+        return bisect_right(self._window_stops, place)  # NumPy would let the threads that decode run first
 
     @property
     def num_windows(self) -> int:
@@ -89,7 +92,7 @@ class _EpochOrder:
 
     def bounds(self, window: int) -> tuple[int, int]:
         """Returns the first place of a window in the order, and that behind its last."""
-        return int(self._window_stops[window - 1]) if window else 0, int(self._window_stops[window])
+        return self._window_stops[window - 1] if window else 0, self._window_stops[window]
 
     def samples_of(self, window: int) -> np.ndarray:
         """Returns the samples of a window, block by block, as they are before they are permuted."""

@@ -31,6 +31,8 @@ __all__ = ["DecodedWindows", "Piece", "Window", "ranges"]
 
 ALIGNMENT = 64
 DECODED_WINDOWS = 2
+DECODING_THREADS = 4
+"""At most; two where there are fewer cores."""
 SPARE_BUFFERS = 3
 
 
@@ -157,23 +159,32 @@ class DecodedWindows:
 
     def _start(self) -> None:
         self._pid, self._fetcher = os.getpid(), ThreadPoolExecutor(1, "softcache-fetch")
-        self._tasks: DecodedBlocks[tuple[int, int], None] = DecodedBlocks(self._decode_block, keep=1)
+        self._tasks: DecodedBlocks[tuple[int, int], None] = DecodedBlocks(
+            self._decode_block, keep=1, threads=min(max(os.cpu_count() or 2, 2), DECODING_THREADS)
+        )
         self._windows: dict[int, Window] = {}
         self._lock, self._next_number = threading.Lock(), 0
         self._buffers: list[np.ndarray] = []
 
-    def announce(self, windows: Sequence[Window]) -> None:
-        """Has the first two decoded and all fetched, in order; replaces an earlier announcement, but keeps what it has."""
+    def announce(
+        self, requests: Sequence[tuple[int, np.ndarray]], make: Callable[[int, np.ndarray], Window]
+    ) -> None:
+        """Has the first two windows decoded and all fetched, in order; an earlier announcement keeps what is here again.
+
+        Args:
+            requests: view and samples of each.
+            make: returns a window that was not announced before.
+        """
         self._check_process()
         with self._lock:
             there, self._windows = self._windows, {}
-            for window in windows:
+            for view, samples in requests:
                 for number, known in there.items():
-                    if known.view == window.view and np.array_equal(known.samples, window.samples):
+                    if known.view == view and np.array_equal(known.samples, samples):
                         self._windows[number] = known
                         break
                 else:
-                    self._windows[self._next_number] = window
+                    self._windows[self._next_number] = make(view, samples)
                     self._next_number += 1
             for number, window in there.items():
                 if number not in self._windows and window.fetched is not None:

@@ -30,7 +30,7 @@ from softcache.cache.arrays.zarr_chunks import (
     decode_parts,
 )
 from softcache.cache.arrays.zarr_metadata import GEOMETRY, compressor_of, describe, metadata_equal
-from softcache.cache.arrays.zarr_shards import ShardCutter, WantedChunks
+from softcache.cache.arrays.zarr_shards import GAP_BYTES, ShardCutter, WantedChunks
 from softcache.cache.codecs import Column
 from softcache.cache.manifest import Manifest, Unit, owner_of
 from softcache.cache.storage.base import Objects
@@ -282,6 +282,10 @@ class ZarrStore:
             found[name] = layout
         return found
 
+    @cached_property
+    def _is_remote(self) -> bool:
+        return self._objects.kvstore(self._manifest.data) is None
+
     def fetch_parts(
         self, parts: Sequence[tuple[Unit, int, int, tuple[int, int]]]
     ) -> list[dict[str, StoredChunks]] | None:
@@ -302,7 +306,7 @@ class ZarrStore:
                 span = rows if self._is_ragged(column) else (start - unit.start, stop - unit.start)
                 keys.append((number, str(name), span))
         try:
-            found = self._cutter.chunks(wanted)
+            found = self._cutter.chunks(wanted, GAP_BYTES if self._is_remote else -1)
         except StorageError:
             raise
         except (ValueError, OSError):
@@ -351,7 +355,7 @@ class ZarrStore:
         TensorStore has clients of its own for S3 and Google, with other credentials, endpoints and retries than those that
         wrote the cache, and none for Azure. So the bytes come through `objects`, and TensorStore decodes them in memory.
         """
-        if self._objects.kvstore(self._manifest.data) is not None:
+        if not self._is_remote:
             return {}
         ts = _tensorstore(self._objects.url)
         paths = {name: path for path, name in self.shard_paths(unit).items()}

@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 _BLOSC_HEAD, _ZSTD_MAGIC = 16, b"\x28\xb5\x2f\xfd"
+_CRC_OF_WHOLE = 0x48674BC7
+"""The crc32c of any bytes with their crc32c, little-endian, behind them."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,9 @@ def decode_chunk(data: bytes, compressor: str | None, out: np.ndarray) -> bool:
     """Decodes a chunk with its crc32c behind it into all of `out` [n] uint8; returns False where it is not such a chunk."""
     import google_crc32c
 
-    body = data[:-4]
-    if google_crc32c.value(body) != int.from_bytes(data[-4:], "little"):
+    if google_crc32c.value(data) != _CRC_OF_WHOLE:  # without a copy of what is in front of the checksum
         return False
+    body = memoryview(data)[:-4]
     if compressor is None:
         if len(body) != len(out):
             return False
@@ -154,13 +156,13 @@ def _decompressor(name: str) -> Any:
     return {"blosc": blosc, "zstd": zstd}[name].decompress
 
 
-def _blosc_bytes(data: bytes) -> int:
+def _blosc_bytes(data: memoryview) -> int:
     """Returns how many bytes a Blosc chunk claims to hold; -1 for what is none."""
     whole = len(data) >= _BLOSC_HEAD and int.from_bytes(data[12:16], "little") == len(data)
     return int.from_bytes(data[4:8], "little") if whole else -1
 
 
-def _zstd_bytes(data: bytes) -> int:
+def _zstd_bytes(data: memoryview) -> int:
     """Returns how many bytes a Zstandard frame claims to hold (RFC 8878, 3.1.1.1); -1 where it does not claim any."""
     if len(data) < 18 or data[:4] != _ZSTD_MAGIC:
         return -1

@@ -18,7 +18,7 @@ import numpy as np
 
 from softcache.cache.storage.base import Objects
 
-__all__ = ["ShardCutter", "WantedChunks"]
+__all__ = ["GAP_BYTES", "ShardCutter", "WantedChunks"]
 
 KEPT_INDEXES = 4096
 GAP_BYTES = 64 << 10
@@ -69,10 +69,14 @@ class ShardCutter:
             found[path].append((start, part))
         return {path: _assemble(indexes[path].entries, wanted[path], found[path]) for path in wanted}
 
-    def chunks(self, wanted: Sequence[tuple[str, WantedChunks]]) -> list[list[bytes | None]]:
+    def chunks(
+        self, wanted: Sequence[tuple[str, WantedChunks]], gap: int = GAP_BYTES
+    ) -> list[list[bytes | None]]:
         """Returns the stored bytes of the wanted chunks of some shards, None for one that is not there.
 
-        What lies close together in a shard is asked for at once, all of it in one call of `Objects.get_ranges`.
+        Args:
+            gap: chunks that lie at most so many bytes apart are one request, all of which are made at once; -1: of files,
+                where a chunk that is read by itself is not copied out of its neighbors.
 
         Raises:
             ValueError: an index is not where it has to be or fails its checksum.
@@ -83,7 +87,7 @@ class ShardCutter:
         entries: dict[str, list[list[int]]] = {}
         for (path, _), found in zip(wanted, places, strict=True):
             entries.setdefault(path, []).extend(found)
-        runs = [(path, *run) for path, found in entries.items() for run in _runs(found)]
+        runs = [(path, *run) for path, found in entries.items() for run in _runs(found, gap)]
         parts: dict[str, list[tuple[int, bytes]]] = {path: [] for path in entries}
         for (path, start, _), part in zip(runs, self._objects.get_ranges(runs), strict=True):
             parts[path].append((start, part))
@@ -136,12 +140,12 @@ def _parse_index(path: str, data: bytes, num_chunks: int, size: int) -> _Index:
     return _Index(entries)
 
 
-def _runs(entries: Iterable[Sequence[int]]) -> list[tuple[int, int]]:
-    """Returns the ranges of bytes that hold some chunks (offset, bytes); neighbours are in one."""
+def _runs(entries: Iterable[Sequence[int]], gap: int = GAP_BYTES) -> list[tuple[int, int]]:
+    """Returns the ranges of bytes that hold some chunks (offset, bytes); those up to `gap` bytes apart are in one."""
     spans = sorted((offset, offset + length) for offset, length in entries if offset != NONE)
     runs: list[tuple[int, int]] = []
     for start, stop in spans:
-        if runs and start - runs[-1][1] <= GAP_BYTES:
+        if runs and start - runs[-1][1] <= gap:
             runs[-1] = runs[-1][0], max(stop, runs[-1][1])
         else:
             runs.append((start, stop))
