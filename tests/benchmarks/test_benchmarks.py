@@ -4,10 +4,21 @@ import io
 import json
 import zipfile
 
+import pytest
 import torch
 from click.testing import CliRunner
 
-from benchmarks import epochs, fused, fusion, iglm, quality, shuffle_quality, teacher_memory
+from benchmarks import (
+    epochs,
+    fused,
+    fusion,
+    iglm,
+    losses,
+    on_policy,
+    quality,
+    shuffle_quality,
+    teacher_memory,
+)
 from softcache.tools.fuse import RULES
 from tests.support.programs import fork_interpreters
 
@@ -164,3 +175,41 @@ def test_fusion_benchmark_trains_students_of_every_rule_once_and_measures_estima
     done = CliRunner().invoke(fusion.main, ["--config", str(config), "--estimates"])
     assert done.exit_code == 0, done.output
     assert "fused top-k against fused whole distributions" in done.output
+
+
+@pytest.fixture
+def small_tables(monkeypatch):
+    """The benchmark of losses on a few samples, and teachers that are trained for a moment."""
+    tables_of = losses.tables_of
+
+    def small(kind, out):
+        tables = tables_of(kind, out)
+        tables["source"] |= {"max_train_samples": 48, "max_eval_samples": 16}
+        for name in ("train", "train_teacher"):
+            tables[name] |= {"epochs": 1, "batch_size": 8}
+        return tables
+
+    monkeypatch.setattr(losses, "tables_of", small)
+
+
+def test_losses_benchmark_trains_with_each_loss_once(tmp_path, monkeypatch, small_tables):
+    chosen = {name: losses.losses_of("images")[name] for name in ("hard labels", "forward_kl, ignore", "pld")}
+    monkeypatch.setattr(losses, "losses_of", lambda kind: chosen)
+    how = ["--kind", "images", "--seeds", "0", "--out", str(tmp_path)]
+    first = CliRunner().invoke(losses.main, how)
+    assert first.exit_code == 0, first.output
+    rows = [json.loads(line) for line in (tmp_path / "images/results.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows] == list(chosen)
+    monkeypatch.setattr(losses, "train_student", lambda *_, **__: pytest.fail("it trains again"))
+    again = CliRunner().invoke(losses.main, how)
+    assert again.exit_code == 0, again.output
+    assert again.stdout.splitlines()[1:4] == first.stdout.splitlines()[1:4]
+
+
+def test_on_policy_benchmark_runs_every_arm(tmp_path, small_tables):
+    how = ["--seeds", "0", "--steps", "2", "--batch", "4", "--epochs", "1", "--out", str(tmp_path)]
+    done = CliRunner().invoke(on_policy.main, how)
+    assert done.exit_code == 0, done.output
+    rows = {row["arm"]: row for row in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
+    assert {"start", "live", *on_policy.FORMS, "exact reverse KL"} <= set(rows)
+    assert all(row["reverse_kl"] > 0 for row in rows.values())
