@@ -2,7 +2,7 @@
 
     python -m benchmarks.buckets [--quick] [--rounds N] [--latency 0.015] [--json FILE]
 
-The bucket is simulated in this process: every request takes the latency, 32 run at once, and bytes come as fast as from the
+The bucket is simulated in this process: every request takes the latency, 96 run at once, and bytes come as fast as from the
 page cache. *One request* asks for all chunks of a window by a single one: nothing less can be done, and no bucket
 offers it. Units have been compared with their markers before; that reads each of them once, whole.
 """
@@ -22,7 +22,7 @@ import torch
 from benchmarks.harness import Figure, compare, measure, save, show
 from benchmarks.reading import made_images, made_text
 from benchmarks.reading_contenders import Made, cache_reader
-from softcache.cache.storage.cloud.client import CONCURRENT_REQUESTS
+from softcache.cache.storage.cloud.client import CONCURRENT_RANGES
 from softcache.reader.cache import Cache
 from softcache.runtime.logging import log_info
 
@@ -39,7 +39,7 @@ class DistantObjects:
 
     def __init__(self, objects: Any, latency: float, *, at_once: bool) -> None:
         self._objects, self._latency, self.at_once, self.num_requests = objects, latency, at_once, 0
-        self._threads = ThreadPoolExecutor(CONCURRENT_REQUESTS)
+        self._threads = ThreadPoolExecutor(CONCURRENT_RANGES)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._objects, name)

@@ -1,5 +1,6 @@
 """The benchmarks of reading run, and every contender does the same work: the same labels of the same samples."""
 
+import importlib
 import json
 import subprocess
 from dataclasses import replace
@@ -157,3 +158,17 @@ def test_all_benchmarks_run_and_a_failing_one_is_named(tmp_path, monkeypatch):
     assert all("--quick" in command and str(tmp_path / "out") in command[4] for command in commands)
     assert done.exit_code == 1
     assert "failed: reading" in done.output
+
+
+@pytest.mark.parametrize("module", ["chunked", "buckets"])
+def test_reading_by_chunks_is_measured_for_every_codec(module, tmp_path):
+    path = tmp_path / "figures.json"
+    main = importlib.import_module(f"benchmarks.{module}").main
+    done = CliRunner().invoke(main, ["--quick", "--rounds", "1", "--json", str(path)])
+    assert done.exit_code == 0, done.output
+    results = json.loads(path.read_text())["results"]
+    assert {title.split(",")[0] for title in results} == {"images", "text"}
+    assert all(
+        figures[0]["ratio"] == 1 and all(one["per_second"] > 0 for one in figures)
+        for figures in results.values()
+    )

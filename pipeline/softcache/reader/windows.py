@@ -3,7 +3,7 @@
 A window is the samples that are mixed with each other (`softcache.reader.order`), in order of use. Each of its chunks is
 decoded once, by a thread, and each row written to where its batch is; nothing is picked or copied when a batch is read.
 The arrays of a batch are views of the window. So a window hands out each row once: the caller may change what it was
-given, and whoever reads a row again has it decoded again, by `softcache.reader.chunk_cache`.
+given, and a row that is read again is decoded again, by `softcache.reader.chunk_cache`.
 
 The chunks of a bucket are asked for window by window, all at once and a window before they are decoded: a request takes
 longer than decoding what it brings.

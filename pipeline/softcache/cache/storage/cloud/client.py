@@ -33,6 +33,8 @@ __all__ = ["CloudClient", "check_path"]
 
 
 CONCURRENT_REQUESTS = 32
+CONCURRENT_RANGES = 96
+"""Of chunks, which are small: those of a window, 16 chunks of six columns, in one round."""
 RETRY_SECONDS = 90.0
 MAX_PAUSE_SECONDS = 10.0
 CLIENT = {"connect_timeout": "5s", "read_timeout": "60s", "timeout": "280s"}
@@ -75,7 +77,7 @@ class CloudClient:
         self.url = "/".join(filter(None, [f"{parts.scheme}://{self._bucket}", self._prefix]))
         self._provider, self._lock = PROVIDERS[parts.scheme], threading.Lock()
         self._store: Any = None
-        self._threads: ThreadPoolExecutor | None = None
+        self._threads: dict[int, ThreadPoolExecutor] = {}
         _obstore(url)
 
     def ask(
@@ -126,13 +128,16 @@ class CloudClient:
                 ) from error
         raise AssertionError("unreachable")
 
-    def at_once(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Yields function(item) in order; 32 requests run at once, and an error is raised in its place."""
+    def at_once(
+        self, function: Callable[[Item], Result], items: Iterable[Item], *, most: int = CONCURRENT_REQUESTS
+    ) -> Iterator[Result]:
+        """Yields function(item) in order; up to `most` requests run at once, and an error is raised in its place."""
         self._opened()
         with self._lock:
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(CONCURRENT_REQUESTS, "softcache-requests")
-        return self._threads.map(function, items)
+            if most not in self._threads:
+                self._threads[most] = ThreadPoolExecutor(most, "softcache-requests")
+            threads = self._threads[most]
+        return threads.map(function, items)
 
     def _opened(self) -> Any:
         with self._lock:

@@ -22,7 +22,7 @@ from typing import Any
 import pyarrow as pa
 
 from softcache.cache.storage.base import size_error
-from softcache.cache.storage.cloud.client import CloudClient, check_path
+from softcache.cache.storage.cloud.client import CONCURRENT_RANGES, CloudClient, check_path
 from softcache.cache.storage.cloud.ranges import KeptObjects, RangeFile
 from softcache.cache.storage.lease import LeaseManager, Tag
 from softcache.errors import CacheNotFoundError
@@ -228,7 +228,7 @@ class CloudObjects:
         return self._client.ask(path, "read", get, beyond=(b"", 0))  # an empty object has no end
 
     def get_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Sequence[bytes]:
-        return list(self._client.at_once(lambda item: self._get_range(*item), ranges))
+        return list(self._client.at_once(lambda item: self._get_range(*item), ranges, most=CONCURRENT_RANGES))
 
     def _get_range(self, path: str, start: int, stop: int) -> bytes:
         if (kept := self._kept.get(path)) is not None:
