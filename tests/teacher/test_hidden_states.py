@@ -11,6 +11,7 @@ from softcache.errors import ConfigError, LabelError
 from softcache.runs import capture_labels, open_data, open_teacher
 from softcache.runs.cache import capture_estimate, check_config_matches_cache
 from softcache.teacher.capture.shared import leading_coordinates
+from softcache.tools.fidelity.frontier import plan_state_points
 from softcache.tools.verify.teacher import verify_against_teacher
 from tests.support.caches import digits_config
 from tests.support.text_caches import text_config, write_texts
@@ -148,6 +149,27 @@ def test_coordinates_keep_what_the_head_sees():
     assert errors == sorted(errors, reverse=True)
     assert errors[1] < 0.1 * errors[0]
     assert errors[3] < 1e-9
+    few = head._replace(weight=weight[:4], bias=bias[:4])
+    exact = leading_coordinates(states, few, 3)
+    logits_NV = (states - exact.mean) @ exact.encoder @ exact.weight.T + exact.bias
+    torch.testing.assert_close(logits_NV.log_softmax(1), (states @ weight[:4].T + bias[:4]).log_softmax(1))
+    with pytest.raises(
+        LabelError,
+        match="expected at most 3, the directions of a hidden state of 6 numbers that a head of 4 classes",
+    ):
+        leading_coordinates(states, few, 4)
+
+
+def test_points_of_hidden_states_are_no_more_than_the_head_reads():
+    """A pretrained model of proteins has a state of 512 numbers for 33 classes."""
+    sizes = [point.components for point in plan_state_points(33, 512) if point.components]
+    assert sizes == [32]
+    assert [point.components for point in plan_state_points(4096, 256) if point.components] == [
+        128,
+        64,
+        32,
+        16,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ import torch
 
 from softcache.cache.shared import parse_head
 from softcache.data.batch import Dataset as Data
+from softcache.errors import LabelError
 from softcache.labels import OutputHead
 from softcache.labels.sparsify import Hidden, LabelSettings
 from softcache.teacher.base import Teacher
@@ -85,6 +86,9 @@ def leading_coordinates(states_ND: torch.Tensor, head: OutputHead, components: i
     Args:
         states_ND: that the variance is taken of.
         head: of the whole states.
+
+    Raises:
+        LabelError: the head reads fewer directions of a state, as one of few classes does.
     """
     states = states_ND.double()
     mean_D = states.mean(0)
@@ -96,6 +100,11 @@ def leading_coordinates(states_ND: torch.Tensor, head: OutputHead, components: i
     metric = _metric(head)
     values, vectors = torch.linalg.eigh(metric)
     kept = values > values[-1] * 1e-12
+    if components > (readable := int(kept.sum())):
+        raise LabelError(
+            f"labels.components: expected at most {readable}, the directions of a hidden state of {width} numbers that a "
+            f"head of {len(head.weight)} classes reads; found {components}; lower it, or keep all classes (policy 'dense')"
+        )
     root = vectors[:, kept] * values[kept].sqrt()  # [D, D']: metric = root root'
     inverse = vectors[:, kept] / values[kept].sqrt()
     _, axes = torch.linalg.eigh(root.T @ covariance @ root)

@@ -101,11 +101,15 @@ def plan_points(num_classes: int, names: Sequence[str], exponent: float = 1.0) -
     return points
 
 
-def plan_state_points(width: int | None) -> list[Point]:
-    """Returns the points of hidden states of that width: every encoding, and halves of the coordinates down to a 16th."""
+def plan_state_points(num_classes: int, width: int | None) -> list[Point]:
+    """Returns the points of hidden states of that width: every encoding, and halves of the coordinates down to a 16th.
+
+    A head of V classes reads V - 1 directions of a state.
+    """
     if width is None:
         return []
-    sizes = [width // 2**power for power in range(1, 5) if width // 2**power >= 4]
+    halves = [width // 2**power for power in range(1, 5)]
+    sizes = [size for size in halves if 4 <= size < num_classes]
     return [
         *(Point("hidden", values) for values in STATE_VALUES),
         *(Point("hidden", "int8", components=size) for size in sizes),
@@ -114,7 +118,9 @@ def plan_state_points(width: int | None) -> list[Point]:
 
 def num_points(num_classes: int, width: int | None = None) -> int:
     """Returns how many points `frontier` measures; `width` is that of the teacher's hidden states, if it has any."""
-    return len(plan_points(num_classes, list(codecs(num_classes, (1.0,))))) + len(plan_state_points(width))
+    return len(plan_points(num_classes, list(codecs(num_classes, (1.0,))))) + len(
+        plan_state_points(num_classes, width)
+    )
 
 
 def frontier(
@@ -176,7 +182,7 @@ def _measure_states(
     """Yields the points of hidden states, measured; none where the teacher has none."""
     if rerun.states is None:
         return
-    whole, points = rerun.states.head, plan_state_points(rerun.width)
+    whole, points = rerun.states.head, plan_state_points(rerun.logits_PV.shape[1], rerun.width)
     most = max((point.components or 0 for point in points), default=0)
     leading = leading_coordinates(rerun.states.sampled_ND, whole, most) if most else whole
     for point in points:
