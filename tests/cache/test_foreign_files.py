@@ -302,3 +302,36 @@ def test_extensions_and_attributes_are_kept_by_copies(small, tmp_path):
     written = json.loads((tmp_path / "copy" / MANIFEST).read_bytes())
     assert {key: written[key] for key in more} == more
     assert copy.manifest.extensions == more["extensions"]
+
+
+@pytest.mark.parametrize(
+    ("path", "change"),
+    [
+        ("temperature/c/0", None),
+        ("temperature/zarr.json", None),
+        ("ids/zarr.json", (b'"cname"', b'"cnaie"')),
+        ("ids/zarr.json", (b'"endian"', b'"endiam"')),
+        ("zarr.json", (b'"fill_value": 10', b'"fill_value": 11')),
+        ("zarr.json", (b'"data_type": "uint16"', b'"data_type": "uint32"')),
+        (
+            "zarr.json",
+            (b'"consolidated_metadata": {', b'"consolidated_metadata": {"metadata": 1, "other": {'),
+        ),
+    ],
+)
+def test_what_only_other_tools_read_is_verified_too(small, tmp_path, path, change):
+    """Of which softcache itself needs nothing: half of the coordinate, a codec's parameters, copies in the group."""
+    files, path = Files(small["images-zarr"]), f"labels.zarr/{path}"
+    data = files.pop(path)
+    if change is not None:
+        assert change[0] in data
+        files[path] = data.replace(*change, 1)
+    write_files(tmp_path, files, Files())
+    (fault,) = verify_units(open_cache(str(tmp_path)))
+    assert path in fault
+
+
+def test_other_writers_may_leave_the_coordinate_out(small, tmp_path):
+    kept = {path: data for path, data in small["images-zarr"].items() if "/temperature/" not in path}
+    write_files(tmp_path, Files(kept), Files())
+    assert list(verify_units(open_cache(str(tmp_path)))) == []

@@ -29,7 +29,13 @@ from softcache.cache.arrays.zarr_chunks import (
     chunk_layout,
     decode_parts,
 )
-from softcache.cache.arrays.zarr_metadata import GEOMETRY, compressor_of, describe, metadata_equal
+from softcache.cache.arrays.zarr_metadata import (
+    GEOMETRY,
+    compressor_of,
+    consolidated_equal,
+    describe,
+    metadata_equal,
+)
 from softcache.cache.arrays.zarr_shards import GAP_BYTES, ShardCutter, WantedChunks
 from softcache.cache.codecs import Column
 from softcache.cache.manifest import Manifest, Unit, owner_of
@@ -88,10 +94,18 @@ class ZarrStore:
         Raises:
             CorruptionError: an object is missing or differs.
         """
-        coordinate = f"{self._manifest.data}/temperature/"
+        group = f"{self._manifest.data}/zarr.json"
+        arrays = {
+            path.split("/")[-2]: data for path, data in self._documents.items() if path.endswith("/zarr.json")
+        }
+        coordinate = [
+            path for path in self._documents if path.startswith(f"{self._manifest.data}/temperature/")
+        ]
+        # Other writers may leave it out: the grid is in the manifest.
+        left_out = coordinate if all(self._objects.size(path) is None for path in coordinate) else []
         for path, expected in self._documents.items():
-            if path.startswith(coordinate) and self._objects.size(path) is None:
-                continue  # which other writers may leave out: the grid is in the manifest
+            if path in left_out:
+                continue
             found = self._objects.get(path, max_bytes=16 * len(expected) + (1 << 16))
             is_described = path.endswith("zarr.json")
             same = (
@@ -99,6 +113,8 @@ class ZarrStore:
                 if is_described
                 else found == expected
             )
+            if path == group:
+                same = same and consolidated_equal(found, arrays, any_codec=self._has_own_codecs)
             if not same:
                 raise CorruptionError(
                     f"cache {self._objects.url}: {path} is not what the manifest implies; other tools would read "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from softcache.cache.codecs import Column
 from softcache.cache.manifest import Manifest, Plan
 from softcache.labels import STATS
 
-__all__ = ["GEOMETRY", "compressor_of", "describe", "metadata_equal"]
+__all__ = ["GEOMETRY", "compressor_of", "consolidated_equal", "describe", "metadata_equal"]
 
 COMPRESSION_LEVEL = 3
 
@@ -29,6 +29,14 @@ GEOMETRY = (
 """The keys of an array's `zarr.json` that decide what its numbers are."""
 
 COMPRESSORS = ("blosc", "zstd", "gzip")
+PARAMETERS = {
+    "bytes": {"endian"},
+    "blosc": {"typesize", "cname", "clevel", "shuffle", "blocksize"},
+    "zstd": {"level", "checksum"},
+    "gzip": {"level"},
+    "crc32c": set(),
+}
+"""The keys of a codec's configuration, which other readers refuse others of."""
 
 
 def metadata_equal(found: bytes, expected: bytes, *, any_codec: bool = False) -> bool:
@@ -63,6 +71,23 @@ def metadata_equal(found: bytes, expected: bytes, *, any_codec: bool = False) ->
         return False
 
 
+def consolidated_equal(found: bytes, expected: Mapping[str, bytes], *, any_codec: bool = False) -> bool:
+    """Whether the copies of arrays' metadata in a group's `zarr.json`, where there are any, describe the same numbers.
+
+    Args:
+        expected: of each array its `zarr.json`, by name; copies of others are left alone.
+        any_codec: as of `metadata_equal`.
+    """
+    try:
+        copies = (json.loads(found).get("consolidated_metadata") or {"metadata": {}})["metadata"]
+        return all(
+            metadata_equal(json.dumps(copies[name]).encode(), expected[name], any_codec=any_codec)
+            for name in copies.keys() & expected.keys()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
 OPTIONAL = {"attributes", "consolidated_metadata", "dimension_names", "storage_transformers"}
 
 
@@ -88,6 +113,10 @@ def _codecs_equal(found: list[dict[str, Any]], expected: list[dict[str, Any]], *
 def _decoder(codec: dict[str, Any]) -> tuple[str, Any]:
     """The name of a codec, and those of its parameters that decide what is decoded."""
     configuration = codec.get("configuration", {})
+    if codec.keys() - {"name", "configuration", "must_understand"}:
+        raise ValueError("a codec has other keys")
+    if configuration.keys() - PARAMETERS.get(codec["name"], configuration.keys()):
+        raise ValueError("a codec has other parameters")
     if codec["name"] == "bytes":
         return "bytes", configuration.get("endian", "little")
     return codec["name"], None if codec["name"] in (*COMPRESSORS, "crc32c") else configuration
