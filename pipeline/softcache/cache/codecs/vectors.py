@@ -84,6 +84,10 @@ class VectorCodec(Codec):
         return () if self.head is None else ("head",)
 
     @property
+    def features(self) -> tuple[str, ...]:
+        return ("vectors",)
+
+    @property
     def columns(self) -> tuple[Column, ...]:
         out = []
         for name, vector in self.vectors:
