@@ -283,6 +283,8 @@ mean = [0.3]
 std = [0.4]
 [student]
 model = "mlp?width=8"
+[loss]
+temperature = 4
 [train]
 epochs = 2
 batch_size = 50
