@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -56,7 +57,7 @@ CHECKSUMS = "checksums"
 
 _UNREADABLE = (
     *(RuntimeError, OSError, ValueError, TypeError, LookupError, AttributeError, EOFError),
-    *(UnpicklingError, SafetensorError),
+    *(UnpicklingError, SafetensorError, struct.error),
 )
 _TORCH_WRITER = "PytorchStreamWriter"  # in what torch.save raises where it cannot write
 _WHAT_NEXT = "remove the folder to begin this run anew, or restore it from a copy"
