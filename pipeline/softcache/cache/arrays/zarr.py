@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +40,7 @@ from softcache.cache.codecs import Column
 from softcache.cache.manifest import Manifest, Unit, owner_of
 from softcache.cache.storage.base import Objects
 from softcache.errors import CorruptionError, StorageError
+from softcache.runtime.forks import ForkGuard
 
 if TYPE_CHECKING:
     import tensorstore
@@ -447,23 +447,16 @@ def _gzip_bytes(data: bytes, most: int) -> int:
         return 0
 
 
-_used_in: set[int] = set()
-"""The processes, of this one and those that it was forked from, in which TensorStore has run."""
+_FORKS = ForkGuard("read or written a Zarr cache", "TensorStore")
 
 
 def _tensorstore(url: str) -> Any:
-    """Returns the module, where it can run: it ends a forked child whose parent has used it, without a word of ours.
+    """Returns the module, where it can run.
 
     Raises:
-        StorageError: this process is such a child.
+        StorageError: this process was forked from one in which it has run.
     """
     import tensorstore
 
-    if _used_in - {os.getpid()}:
-        raise StorageError(
-            f"cache {url}: this process was forked from one that had read or written a Zarr cache, and TensorStore does "
-            'not survive a fork; start processes with multiprocessing_context="forkserver" or "spawn" (of a DataLoader), '
-            "or materialize the cache before"
-        )
-    _used_in.add(os.getpid())
+    _FORKS.enter(f"cache {url}")
     return tensorstore

@@ -28,6 +28,7 @@ from softcache.cache.storage.cloud.errors import (
     translate_error,
 )
 from softcache.errors import MissingExtraError, StorageError
+from softcache.runtime.forks import ForkGuard
 
 __all__ = ["CloudClient", "check_path"]
 
@@ -141,8 +142,8 @@ class CloudClient:
 
     def _opened(self) -> Any:
         with self._lock:
-            if self._store is None or os.getpid() not in _used_in:
-                _check_fork(self.url)
+            if self._store is None or not _FORKS.is_used_here:
+                _FORKS.enter(self.url)
                 self._store = self._connect()
             return self._store
 
@@ -214,18 +215,7 @@ def client_options(prefix: str) -> dict[str, Any]:
     return options
 
 
-_used_in: set[int] = set()
-"""The processes, of this one and those that it was forked from, in which obstore has run."""
-
-
-def _check_fork(url: str) -> None:
-    if _used_in - {os.getpid()}:
-        raise StorageError(
-            f"{url}: this process was forked from one that had used a bucket, and the client does not survive a fork; start "
-            'processes with multiprocessing_context="forkserver" or "spawn" (of a DataLoader), or materialize the cache '
-            "before"
-        )
-    _used_in.add(os.getpid())
+_FORKS = ForkGuard("used a bucket", "the client")
 
 
 def _obstore(url: str) -> Any:
