@@ -33,6 +33,7 @@ import xxhash
 from pydantic import Field, model_validator
 
 from softcache.hashing.splitmix import SPLITMIX64_GAMMA, splitmix64
+from softcache.runtime.indexing import concatenated_ranges
 from softcache.settings import Settings
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ def chosen_rows(
     wanted_B = settings.counts(row_counts)
     if settings.policy == "every":
         starts_B = np.cumsum(row_counts) - row_counts
-        return np.repeat(starts_B, wanted_B) + settings.every * _count_up(wanted_B)
+        return concatenated_ranges(starts_B, wanted_B, settings.every)
     assert settings.policy == "random"
     scores_P = _random_numbers(settings.seed, keys, row_counts, positions)
     return highest_rows(scores_P, row_counts, wanted_B).numpy()
@@ -161,19 +162,13 @@ def highest_rows(scores_P: torch.Tensor, row_counts: np.ndarray, wanted: np.ndar
     starts = np.cumsum(row_counts) - row_counts
     lowest = -torch.inf if scores_P.is_floating_point() else torch.iinfo(scores_P.dtype).min
     scores_BL = scores_P.new_full((num_samples * length,), lowest)
-    cells = np.repeat(np.arange(num_samples) * length, row_counts) + _count_up(row_counts)
+    cells = concatenated_ranges(np.arange(num_samples) * length, row_counts)
     scores_BL[there(cells)] = scores_P
     order_BL = scores_BL.view(num_samples, length).sort(dim=1, descending=True, stable=True).indices[:, :most]
     is_taken = torch.arange(most, device=scores_P.device) < there(wanted)[:, None]
     taken = order_BL.where(is_taken, length).sort(dim=1).values.flatten()
-    places = np.repeat(np.arange(num_samples) * most, wanted) + _count_up(wanted)
+    places = concatenated_ranges(np.arange(num_samples) * most, wanted)
     return taken[there(places)] + there(np.repeat(starts, wanted))
-
-
-def _count_up(counts: np.ndarray) -> np.ndarray:
-    """Returns 0, 1, … for each of the counts, one after the other."""
-    ends = np.cumsum(counts, dtype=np.int64)
-    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - counts, counts)
 
 
 def _random_numbers(

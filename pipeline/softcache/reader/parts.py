@@ -29,7 +29,7 @@ from softcache.hashing.digests import digest_json, digest_of_parts
 from softcache.labels.detection import concat_labels
 from softcache.reader.cache import Cache, CachedBatch
 from softcache.reader.memmap import MemmapFile, MemmapPlan
-from softcache.reader.windows import ranges
+from softcache.runtime.indexing import concatenated_ranges
 
 __all__ = ["CacheParts", "expand_parts", "is_pattern"]
 
@@ -220,7 +220,7 @@ class CacheParts(Cache):
             return found[0]
         counts = np.concatenate([one.counts for one in found])
         back = np.argsort(np.concatenate(chosen), kind="stable")
-        rows = ranges((np.cumsum(counts) - counts)[back], counts[back])
+        rows = concatenated_ranges((np.cumsum(counts) - counts)[back], counts[back])
         positions = [one.positions for one in found]
         return CachedBatch(
             concat_labels([one.labels for one in found]).take(rows),

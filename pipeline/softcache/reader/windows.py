@@ -26,20 +26,15 @@ import numpy as np
 
 from softcache.cache.row_index import RowIndex
 from softcache.reader.chunk_cache import DecodedBlocks
+from softcache.runtime.indexing import concatenated_ranges
 
-__all__ = ["DecodedWindows", "Piece", "Window", "ranges"]
+__all__ = ["DecodedWindows", "Piece", "Window"]
 
 ALIGNMENT = 64
 DECODED_WINDOWS = 2
 DECODING_THREADS = 4
 """At most; two where there are fewer cores."""
 SPARE_BUFFERS = 3
-
-
-def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Returns start, start + 1, … for each start, `counts` of them, one after the other."""
-    ends = np.cumsum(counts)
-    return np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
 
 
 class Window:
@@ -99,8 +94,8 @@ class Window:
         places_P = np.full(num_rows, -1)
         if self._rows.ragged:
             counts = self.counts[chosen]
-            sources = ranges(self._rows.starts(self.samples[chosen], first), counts)
-            places_P[sources] = ranges(self.offsets[chosen], counts)
+            sources = concatenated_ranges(self._rows.starts(self.samples[chosen], first), counts)
+            places_P[sources] = concatenated_ranges(self.offsets[chosen], counts)
         else:
             sources = self.samples[chosen] - first
             places_P[sources] = chosen

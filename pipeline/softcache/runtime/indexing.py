@@ -1,4 +1,4 @@
-"""What stands in the brackets of an object with numbered rows, as NumPy reads it."""
+"""Row numbers: of what stands in the brackets of an object, as NumPy reads it, and of many ranges at once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["row_numbers"]
+__all__ = ["concatenated_ranges", "row_numbers"]
+
+
+def concatenated_ranges(starts: np.ndarray, counts: np.ndarray, step: int = 1) -> np.ndarray:
+    """Returns start, start + step, … for each start, `counts` of them, one after the other, int64 [sum of counts].
+
+    Args:
+        starts, counts: [B] integers.
+    """
+    ends = np.cumsum(counts, dtype=np.int64)
+    return step * np.arange(ends[-1] if len(ends) else 0) + np.repeat(starts - step * (ends - counts), counts)
 
 
 def row_numbers(index: Any, length: int, what: str) -> np.ndarray:
