@@ -21,6 +21,7 @@ from functools import lru_cache, partial
 import numpy as np
 
 from softcache.runtime.jit import njit_in_subprocess, njit_inline
+from softcache.runtime.vector_math import exp_parts
 
 __all__ = ["fill_log_tail", "plan_interpolation"]
 
@@ -28,17 +29,16 @@ _ROWS = 256
 _TINY, _SHARP, _SKEW = np.float32(1e-7), np.float32(20.0), np.float32(1e3)  # as in `labels.tail`
 _ZERO, _HALF, _ONE, _TWO = (np.float32(x) for x in (0.0, 0.5, 1.0, 2.0))
 _NONE = np.float32(-np.inf)
-_LEAST, _MOST, _LOG2E = np.float32(-87.0), np.float32(88.0), np.float32(1.44269504)
+_LEAST, _MOST = np.float32(-87.0), np.float32(88.0)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-# Cephes' expf and logf (Moshier 1984).
-_E5, _E4, _E3 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
-_E2, _E1 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1)
+# Cephes' logf (Moshier 1984).
 _L8, _L7, _L6 = np.float32(7.0376836292e-2), np.float32(-1.1514610310e-1), np.float32(1.1676998740e-1)
 _L5, _L4, _L3 = np.float32(-1.2420140846e-1), np.float32(1.4249322787e-1), np.float32(-1.6668057665e-1)
 _L2, _L1, _L0 = np.float32(2.0000714765e-1), np.float32(-2.4999993993e-1), np.float32(3.3333331174e-1)
 _ROOT_HALF, _SMALLEST = np.float32(0.70710678), np.float32(1.2e-38)
 
 _vector = partial(njit_inline, fastmath={"contract"}, error_model="numpy")
+_exp_parts = _vector(exp_parts)
 
 
 def plan_interpolation(
@@ -96,22 +96,14 @@ def _plan(
 
 @_vector
 def _exp(x):
-    bounded = min(max(x, _LEAST), _MOST)
-    whole = np.float32(np.floor(bounded * _LOG2E + _HALF))
-    r = bounded - whole * _LN2_HIGH - whole * _LN2_LOW
-    series = ((((_E5 * r + _E4) * r + _E3) * r + _E2) * r + _E1) * r + _HALF
-    power = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return (series * r * r + r + _ONE) * power
+    part, power = _exp_parts(min(max(x, _LEAST), _MOST))
+    return (part + _ONE) * power
 
 
 @_vector
 def _expm1(x):
-    bounded = min(max(x, _LEAST), _MOST)
-    whole = np.float32(np.floor(bounded * _LOG2E + _HALF))
-    r = bounded - whole * _LN2_HIGH - whole * _LN2_LOW
-    series = ((((_E5 * r + _E4) * r + _E3) * r + _E2) * r + _E1) * r + _HALF
-    power = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return (series * r * r + r) * power + (power - _ONE)
+    part, power = _exp_parts(min(max(x, _LEAST), _MOST))
+    return part * power + (power - _ONE)
 
 
 @_vector

@@ -19,15 +19,13 @@ from functools import partial
 import numpy as np
 
 from softcache.runtime.jit import njit_in_subprocess, njit_inline
+from softcache.runtime.vector_math import exp_parts
 
 __all__ = ["exp_shifted", "largest", "mixed_loss", "total"]
 
 _NONE = np.float32(-np.inf)
-_LEAST, _LOG2E, _HALF = np.float32(-87.0), np.float32(1.44269504), np.float32(0.5)
-_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
-_C5, _C4, _C3 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
-_C2, _C1, _C0 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(0.5)
-_ONE, _ZERO = np.float32(1), np.float32(0)
+_LEAST, _ONE, _ZERO = np.float32(-87.0), np.float32(1), np.float32(0)
+_exp_parts = njit_inline(exp_parts)
 
 
 @njit_inline
@@ -36,11 +34,8 @@ def exp_shifted(x_V, shift, out_V):  # type: ignore[no-untyped-def]
     for j in range(len(x_V)):
         t = x_V[j] - shift
         bounded = _LEAST if t < _LEAST else t
-        whole = np.float32(np.floor(bounded * _LOG2E + _HALF))
-        r = bounded - whole * _LN2_HIGH - whole * _LN2_LOW
-        series = ((((_C5 * r + _C4) * r + _C3) * r + _C2) * r + _C1) * r + _C0
-        power = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
-        value = (series * r * r + r + _ONE) * power
+        part, power = _exp_parts(bounded)
+        value = (part + _ONE) * power
         out_V[j] = _ZERO if t < _LEAST else value
 
 
