@@ -52,7 +52,7 @@ def test_what_is_compiled_ahead_is_what_a_first_capture_and_a_first_student_call
     train_student(run, data, model="linear", labels="cache", cache=cache, out=tmp_path / "student")
     for module, name, *types in kernels.FUNCTIONS:
         compiled = getattr(importlib.import_module(module), name)
-        called = [tuple(map(jit._in_words, signature)) for signature in compiled.signatures]
+        called = [tuple(map(jit._type_name, signature)) for signature in compiled.signatures]
         assert tuple(types) in called, name
 
 

@@ -79,20 +79,28 @@ _AHEAD: list[subprocess.Popen[bytes]] = []
 def compile_ahead(functions: Iterable[Sequence[str]]) -> subprocess.Popen[bytes] | None:
     """Starts a process that compiles and keeps functions; returns it, or None where there is nothing to do.
 
-    What this process needs before it is kept waits for that process and does not compile it again. Nothing is done where
-    functions of one of the modules are kept already (as far as file names tell), or numba is not installed.
+    What this process needs before it is kept waits for that process and does not compile it again. A function that is kept
+    already, as far as file names tell, is left out; nothing is done where numba is not installed.
 
     Args:
-        functions: of each its module, its name and the types of its arguments, as `_in_words` writes them.
+        functions: of each its module, its name and the types of its arguments, as `_type_name` gives them.
     """
     todo = [words for words in functions if not _has_kept(words[0], words[1])]
     if not todo or find_spec("numba") is None or _COMPILES in os.environ:
         return None
+    process = _start_compiler(todo)
+    if process is not None:
+        _AHEAD.append(process)
+    return process
+
+
+def _start_compiler(functions: Sequence[Sequence[str]]) -> subprocess.Popen[bytes] | None:
+    """Starts a process that compiles and keeps functions, in their order; None where there can be none."""
     program = (
         "import json, sys; from softcache.runtime.jit import _compile_all; _compile_all(json.load(sys.stdin))"
     )
     here = {_COMPILES: "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with suppress(OSError, TypeError):
+    try:
         process = subprocess.Popen(
             [sys.executable, "-c", program],
             env=os.environ | here,
@@ -100,12 +108,15 @@ def compile_ahead(functions: Iterable[Sequence[str]]) -> subprocess.Popen[bytes]
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
-        assert process.stdin is not None
-        with process.stdin as pipe:
-            pipe.write(json.dumps(todo).encode())
-        _AHEAD.append(process)
-        return process
-    return None
+    except (
+        OSError,
+        TypeError,
+    ):  # TypeError: an interpreter that is part of another program has no executable
+        return None
+    assert process.stdin is not None
+    with suppress(BrokenPipeError), process.stdin as pipe:
+        pipe.write(json.dumps(functions).encode())
+    return process
 
 
 def _has_kept(module: str, name: str) -> bool:
@@ -139,34 +150,20 @@ def _wait_for_ahead(dispatcher: Any, signature: Any) -> None:
 
 
 def _compile_all(functions: list[list[str]]) -> None:
-    for words in functions:
-        with suppress(Exception):  # whoever needs it compiles it, and sees why it cannot be
-            _compile_here(*words)
+    for module, name, *types in functions:
+        with suppress(Exception):  # the process that needs it compiles it, and reports why it cannot be
+            getattr(importlib.import_module(module), name).compile(tuple(map(_type_of, types)))
 
 
 def _compile_elsewhere(function: Callable[..., Any], signature: Any) -> None:
     """Has another process compile and keep a function; if it cannot, this one will."""
-    program = "import sys; from softcache.runtime.jit import _compile_here; _compile_here(*sys.argv[1:])"
-    words = [function.__module__, function.__name__, *map(_in_words, signature)]
-    here = {_COMPILES: "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with suppress(
-        OSError, TypeError
-    ):  # TypeError: an interpreter that is part of another program has no executable
-        subprocess.run(
-            [sys.executable, "-c", program, *words],
-            env=os.environ | here,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            check=False,
-        )
+    process = _start_compiler([[function.__module__, function.__name__, *map(_type_name, signature)]])
+    if process is not None:
+        process.wait()
 
 
-def _compile_here(module: str, name: str, *words: str) -> None:
-    getattr(importlib.import_module(module), name).compile(tuple(map(_of_words, words)))
-
-
-def _in_words(kind: Any) -> str:
-    """A number's type, or an array's: float32/2/C, with dimensions and layout; /const where it may not be written to."""
+def _type_name(kind: Any) -> str:
+    """Returns a number's type, or an array's: float32/2/C, with dimensions and layout; /const where it is read only."""
     from numba import types
 
     if isinstance(kind, types.Array):
@@ -174,7 +171,7 @@ def _in_words(kind: Any) -> str:
     return str(kind)
 
 
-def _of_words(text: str) -> Any:
+def _type_of(text: str) -> Any:
     from numba import types
 
     name, *array = text.split("/")
