@@ -20,7 +20,7 @@ How exact, against a capture by the same teacher on the same machine:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -337,11 +337,11 @@ def _codec(cache: Cache, labels: LabelSettings, changes: ShrinkSettings) -> Soft
             values=changes.values or (origin.values if isinstance(origin, OpenCodec) else "float16"),
         )
     else:
+        kept: dict[str, Any] = {}
+        if isinstance(origin, PackedCodec):
+            kept = {"step": origin.step, "tail": origin.tail, "level": origin.level}
         given = changes.model_dump(include={"step", "tail", "level"}, exclude_none=True)
-        kept = asdict(origin) if isinstance(origin, PackedCodec) else {}
-        codec = PackedCodec(
-            **{name: kept[name] for name in ("step", "tail", "level") if kept} | common | given
-        )
+        codec = PackedCodec(**common, **kept | given)
     found = f"cache {cache.url}: codec {_precision(origin)}"
     if isinstance(origin, PackedCodec) and _precision(origin) not in (_precision(codec), "float16"):
         raise LabelError(

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -202,18 +203,11 @@ class LocalObjects:
 
     def get(self, path: str, *, max_bytes: int | None = None) -> bytes:
         target = self.path(path)
-        try:
-            with open(target, "rb", opener=_open_plain) as file:
-                # A file of holes has any size and takes no room: its size is looked at before there is room made for it.
-                if max_bytes is not None and (size := os.fstat(file.fileno()).st_size) > max_bytes:
-                    raise size_error(f"{target}", size, max_bytes)
-                return file.read()
-        except FileNotFoundError as error:
-            raise CacheNotFoundError(
-                f"{target}: missing; restore it, or run the stage that writes it"
-            ) from error
-        except OSError as error:
-            raise StorageError(f"{target}: cannot be read: {error.strerror}") from error
+        with _reading(target), open(target, "rb", opener=_open_plain) as file:
+            # A file of holes has any size and takes no room: its size is looked at before there is room made for it.
+            if max_bytes is not None and (size := os.fstat(file.fileno()).st_size) > max_bytes:
+                raise size_error(f"{target}", size, max_bytes)
+            return file.read()
 
     def get_many(self, paths: Sequence[str], *, max_bytes: int | None = None) -> Iterator[bytes | None]:
         for path in paths:
@@ -240,16 +234,8 @@ class LocalObjects:
         out = []
         for path, start, stop in ranges:
             target = f"{self.root}/{path}"
-            try:
-                out.append(self._files.read(target, start, stop, lambda path=path: self._open_handle(path)))  # type: ignore[misc]
-            except StorageError:
-                raise
-            except FileNotFoundError as error:
-                raise CacheNotFoundError(
-                    f"{target}: missing; restore it, or run the stage that writes it"
-                ) from error
-            except OSError as error:
-                raise StorageError(f"{target}: cannot be read: {error.strerror}") from error
+            with _reading(target):
+                out.append(self._files.read(target, start, stop, partial(self._open_handle, path)))
         return out
 
     def _open_handle(self, path: str) -> int:
@@ -445,6 +431,19 @@ _HINTS = {
     errno.EXDEV: f"{STAGING} must be on the file system of the objects, so that they can be renamed into place; no mount or "
     "link may lie between",
 }
+
+
+@contextmanager
+def _reading(target: str | Path) -> Iterator[None]:
+    """Names a file that is missing or cannot be read in softcache's errors."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except FileNotFoundError as error:
+        raise CacheNotFoundError(f"{target}: missing; restore it, or run the stage that writes it") from error
+    except OSError as error:
+        raise StorageError(f"{target}: cannot be read: {error.strerror}") from error
 
 
 @contextmanager
