@@ -253,6 +253,7 @@ def measure(labels: SoftLabels, peers: list[type], rounds: int, steps: tuple[flo
         "and level 16": {"level": 16},
         "and a tail of steps": {"level": 16, "tail": "steps"},
         "and step 1/64": {"level": 16, "tail": "steps", "step": 1 / 64},
+        "or step 1/32": {"level": 16, "tail": "steps", "step": 1 / 32},
     }
     for name, how in lean.items():
         rows[f"packed, {name}"] = measure_ours(labels, PackedCodec(*common, stats=False, **how), rounds)

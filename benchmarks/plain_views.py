@@ -21,6 +21,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from timm.data import create_transform, resolve_data_config
 
+from benchmarks.imagenet_photos import lite0
 from softcache.data.transforms import Views, ViewSettings
 from softcache.models.preprocessing import pretrained_views
 from softcache.models.spec import parse_spec
@@ -69,12 +70,7 @@ def grey_levels(settings: ViewSettings, pipeline: Any, pictures: list[np.ndarray
 
 def divergences(weights: str, pictures: list[np.ndarray]) -> Iterator[tuple[str, float, float, float]]:
     """Yields of several [views] the mean and largest KL divergence, and how often the top class is the same."""
-    model = timm.create_model("tf_efficientnet_lite0")
-    loaded = torch.load(weights, map_location="cpu", weights_only=True)
-    names = [name for name in model.state_dict() if "num_batches" not in name]
-    values = [value for name, value in loaded.items() if "num_batches" not in name]
-    model.load_state_dict(dict(zip(names, values, strict=True)), strict=False)
-    model.eval()
+    model = lite0(weights)
     pipeline = create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
     own = ViewSettings(**pretrained_views(parse_spec("timm:tf_efficientnet_lite0")))
     imagenet = ViewSettings(size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))

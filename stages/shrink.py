@@ -49,7 +49,9 @@ __all__ = ["shrink"]
 @click.option("--step", type=click.FloatRange(FINEST, COARSEST), help="Nats between values of codec packed.")
 @click.option("--tail", type=click.Choice(get_args(Tail)), help="How codec packed stores the tail.")
 @click.option(
-    "--level", type=click.IntRange(1, HIGHEST_LEVEL), help="zstd level of codec packed; 16 is the best."
+    "--level",
+    type=click.IntRange(1, HIGHEST_LEVEL),
+    help="zstd level of codec packed; 16 makes the fewest bytes.",
 )
 @click.option(
     "--store", type=click.Choice(["zarr", "parquet"]), help="The store to write [default: as CACHE]."

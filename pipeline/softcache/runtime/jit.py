@@ -136,7 +136,7 @@ def _has_kept(module: str, name: str) -> bool:
 
 
 def _wait_for_ahead(dispatcher: Any, signature: Any) -> None:
-    """Waits for the process that compiles ahead, if what is needed is not kept yet."""
+    """Waits for the processes that compile ahead, until what is needed is kept or they have ended."""
     while _AHEAD:
         cache = dispatcher._cache
         if getattr(cache, "cache_path", None) is None:
@@ -144,9 +144,11 @@ def _wait_for_ahead(dispatcher: Any, signature: Any) -> None:
         with _COMPILER:
             if cache.load_overload(signature, dispatcher.targetctx) is not None:
                 return
-        with suppress(subprocess.TimeoutExpired):
-            _AHEAD[0].wait(0.1)
-            _AHEAD.clear()
+        process = next(iter(_AHEAD), None)
+        with suppress(subprocess.TimeoutExpired, ValueError):
+            if process is not None:
+                process.wait(0.1)
+                _AHEAD.remove(process)
 
 
 def _compile_all(functions: list[list[str]]) -> None:
