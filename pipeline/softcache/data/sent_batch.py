@@ -1,7 +1,8 @@
 """How a loader process sends a batch: a small one through the pipe, a large one through torch's shared memory.
 
-torch gives each tensor a file of shared memory of its own, whose descriptor is asked for over a socket, however small it is.
-NumPy's arrays are pickled with what is around them, and copied: several times the rate for images of 8x8 (docs/benchmarks.md).
+torch gives each tensor, however small, a file of shared memory of its own, whose descriptor is asked for over a socket.
+NumPy's arrays are pickled with what is around them, and copied: several times the rate for images of 8x8
+(docs/benchmarks.md).
 """
 
 from __future__ import annotations
