@@ -303,3 +303,9 @@ def test_the_error_of_the_mass_is_that_of_importance_sampling(exponent, temperat
         assert effective_P.min() == pytest.approx(draws, rel=1e-4)
     else:
         assert effective_P.mean() < draws - 0.02
+
+
+@pytest.mark.parametrize("draws", [3, 6])
+def test_hybrid_without_an_exact_class_is_refused(draws):
+    with pytest.raises(LabelError, match=r"hybrid, k: expected at least 1 exact class; found 0"):
+        hybrid(torch.randn(4, 6), k=0, draws=draws, seeds_P=torch.arange(4))

@@ -242,7 +242,8 @@ class BlockShuffle:
             window_blocks=self.window_blocks,
         )
 
-    def _slice(self, total: int) -> tuple[int, int]:
+    def _slice(self, total: Any) -> tuple[Any, Any]:
+        """Returns the first of this rank's places in a batch of so many samples, and that behind its last."""
         return total * self._rank // self._num_ranks, total * (self._rank + 1) // self._num_ranks
 
     def order(self, epoch: int) -> np.ndarray:
@@ -280,7 +281,7 @@ class BlockShuffle:
         """Returns which places of an order of so many samples this rank reads, [len(places)] bool."""
         start = places // self._batch_size * self._batch_size
         sizes = np.minimum(self._batch_size, total - start)
-        first, last = sizes * self._rank // self._num_ranks, sizes * (self._rank + 1) // self._num_ranks
+        first, last = self._slice(sizes)
         first, last = np.where(last > first, first, 0), np.where(last > first, last, 1)
         return (places - start >= first) & (places - start < last)
 

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from softcache.errors import LabelError
 from softcache.hashing.splitmix import SPLITMIX64_GAMMA
 from softcache.labels.sampling import Sampling
 from softcache.labels.soft_labels import SoftLabels
@@ -92,12 +93,16 @@ def hybrid(
         last (id V), with `log_threshold` and `sampling`. Its tail is the mass of all classes but the exact ones.
 
     Raises:
-        LabelError: k + draws above V, an exponent out of range, or as in `top_k`.
+        LabelError: k below 1, k + draws above V, an exponent out of range, or as in `top_k`.
         TemperatureError: a malformed grid.
 
     References:
         Duffield, Lund, Thorup 2007, "Priority sampling for estimation of arbitrary subset sums", J. ACM 54(6).
     """
+    if k < 1:
+        raise LabelError(
+            f"hybrid, k: expected at least 1 exact class; found {k}; draw all of them with `sample`"
+        )
     sampling = Sampling(exact=k, draws=draws, exponent=exponent, replacement=False)
     check_arguments(logits_PV, k + draws, targets_P)
     seeds_P = checked_seeds(seeds_P, logits_PV)
