@@ -1,19 +1,24 @@
-"""Reading packed records, compiled: numbers out of planes of bytes.
+"""Reading packed records into the rows of larger arrays, compiled: planes of bytes in three passes.
 
-Shape suffixes: `R` bytes of a record, `P` positions, `S` slots of a field, `K` slots of a record, `G` grid.
+Shape suffixes: `R` bytes of a record, `P` positions, `K` slots of a record, `G` grid, `N` rows of the larger arrays.
 
 A plane holds one byte of every position, so that 64 positions of it are one cache line; loops go over such blocks of
-positions, and within them over slots, and what they write stays in the fastest cache. Compiled code is kept next to
-this file, or in the user's cache folder; importing this module takes numba along, so import it only to decode.
+positions, and within them over slots. Inner loops are over exactly `BLOCK` positions, so that they become vector
+instructions, and write to a tile in the fastest cache, which is turned on its way out. Planes have whole blocks.
+
+A field is given as (start, slots, width); of one that is not there all three are 0. Fields wider than 4 bytes are read
+where the scratch memory `number` is uint64.
+
+Importing this module takes numba along, so import it only to decode.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from softcache.runtime.jit import compiled
+from softcache.runtime.jit import compiled, njit_inline
 
-__all__ = ["BLOCK", "fill_from", "ids", "log_probs", "numbers", "planes_of", "tails"]
+__all__ = ["BLOCK", "heads", "planes_of", "slots", "tails"]
 
 BLOCK = 64
 
@@ -32,99 +37,207 @@ def planes_of(record_PR):  # type: ignore[no-untyped-def]
     return planes_RP
 
 
-@compiled
-def numbers(planes_RP, rows, start, slots, width):  # type: ignore[no-untyped-def]
-    """Returns the numbers of a field, [S, P] int64."""
-    out_SP = np.empty((slots, rows), np.int64)
-    for slot in range(slots):
-        for row in range(rows):
-            out_SP[slot, row] = planes_RP[start + slot, row]
-        for byte in range(1, width):
-            for row in range(rows):
-                out_SP[slot, row] |= np.int64(planes_RP[start + byte * slots + slot, row]) << 8 * byte
-    return out_SP
+@njit_inline
+def _read(planes_RP, field, slot, begin, out):  # type: ignore[no-untyped-def]
+    """Writes the numbers of a slot in a block, [BLOCK] uint32 or uint64."""
+    plane, unsigned = planes_RP[field[0] + slot, begin : begin + BLOCK], out.dtype.type
+    for row in range(BLOCK):
+        out[row] = plane[row]
+    for byte in range(1, field[2]):
+        plane, up = planes_RP[field[0] + byte * field[1] + slot, begin : begin + BLOCK], unsigned(8 * byte)
+        for row in range(BLOCK):
+            out[row] |= unsigned(plane[row]) << up
 
 
-# The two below do most of the work. Their inner loops are over exactly BLOCK positions, so that they become vector
-# instructions, and write to a tile; the tile is turned on its way out.
-
-
-@compiled
-def ids(planes_RP, start, width, high_start, high_bits, out_PK):  # type: ignore[no-untyped-def]
-    """Writes ids [P, K]."""
-    rows, slots = out_PK.shape
-    tile = np.empty((BLOCK, BLOCK), np.uint32)
-    mask, up = np.uint32((1 << high_bits) - 1), np.uint32(8 * width)
-    for first in range(0, rows, BLOCK):
-        for slot_0 in range(0, slots, BLOCK):
-            slot_1 = min(slot_0 + BLOCK, slots)
-            for slot in range(slot_0, slot_1):
-                block = tile[slot - slot_0]
-                block[:] = 0
-                for byte in range(width):
-                    plane = planes_RP[start + byte * slots + slot, first : first + BLOCK]
-                    for row in range(BLOCK):
-                        block[row] |= np.uint32(plane[row]) << np.uint32(8 * byte)
-                if high_bits:
-                    plane = planes_RP[high_start + slot * high_bits // 8, first : first + BLOCK]
-                    shift = np.uint32(slot * high_bits % 8)
-                    for row in range(BLOCK):
-                        block[row] |= ((np.uint32(plane[row]) >> shift) & mask) << up
-            for row in range(min(BLOCK, rows - first)):
-                out_K = out_PK[first + row, slot_0:slot_1]
-                for slot in range(slot_1 - slot_0):
-                    out_K[slot] = tile[slot, row]
+@njit_inline
+def _put_signed(number, scale, out):  # type: ignore[no-untyped-def]
+    """Writes what zigzag numbers stand for, times a scale, [BLOCK] float64."""
+    if number.itemsize == 4:
+        for row in range(BLOCK):
+            out[row] = (np.int32(number[row] >> np.uint32(1)) ^ -np.int32(number[row] & np.uint32(1))) * scale
+    else:
+        for row in range(BLOCK):
+            out[row] = (np.int64(number[row] >> np.uint64(1)) ^ -np.int64(number[row] & np.uint64(1))) * scale
 
 
 @compiled
-def log_probs(planes_RP, start, width, anchor_P, step, out_PK):  # type: ignore[no-untyped-def]
-    """Writes log-probabilities [P, K] float32: the anchor less all steps so far."""
-    rows, slots = out_PK.shape
-    tile, anchor = np.empty((BLOCK, BLOCK), np.float32), np.empty(BLOCK)
-    below = np.empty(BLOCK, np.int32)
-    for first in range(0, rows, BLOCK):
-        many = min(BLOCK, rows - first)
-        anchor[:many] = anchor_P[first : first + many]
-        below[:] = 0
-        for slot_0 in range(0, slots, BLOCK):
-            slot_1 = min(slot_0 + BLOCK, slots)
-            for slot in range(slot_0, slot_1):
-                if slot:
-                    for byte in range(width):
-                        plane = planes_RP[start + byte * (slots - 1) + slot - 1, first : first + BLOCK]
-                        for row in range(BLOCK):
-                            below[row] += np.int32(plane[row]) << np.int32(8 * byte)
-                block = tile[slot - slot_0]
-                for row in range(BLOCK):
-                    block[row] = np.float32(anchor[row] - below[row] * step)
-            for row in range(many):
-                out_K = out_PK[first + row, slot_0:slot_1]
-                for slot in range(slot_1 - slot_0):
-                    out_K[slot] = tile[slot, row]
+def heads(  # type: ignore[no-untyped-def]
+    planes_RP, used, finite, first, tail, target, moments, support, step, substep, halves, number, out
+):
+    """Writes what a record has once into `out`.
+
+    Args:
+        halves: [65536] uint32, the bits of float32 of each float16.
+        number: scratch memory, [BLOCK].
+        out: used_P and finite_P int64, anchor_P float64, mass_P uint64 (bits of the tail at T = 1, or its zigzag steps),
+            target_P float32, stats_P4 uint32 (bits).
+    """
+    used_P, finite_P, anchor_P, mass_P, target_P, stats_P4 = out
+    anchor, below = np.empty(BLOCK), np.empty(BLOCK)
+    for begin in range(0, len(used_P), BLOCK):
+        many = min(BLOCK, len(used_P) - begin)
+        end = begin + many
+        _read(planes_RP, used, 0, begin, number)
+        used_P[begin:end] = number[:many]
+        _read(planes_RP, finite, 0, begin, number)
+        finite_P[begin:end] = number[:many]
+        _read(planes_RP, first, 0, begin, number)
+        _put_signed(number, substep, anchor)
+        anchor_P[begin:end] = anchor[:many]
+        _read(planes_RP, target, 0, begin, number)
+        _put_signed(number, step, below)
+        for row in range(many):
+            target_P[begin + row] = np.float32(anchor[row] - below[row])
+        _read(planes_RP, tail, 0, begin, number)
+        mass_P[begin:end] = number[:many]
+        if moments[1]:
+            for slot in range(3):
+                _read(planes_RP, moments, slot, begin, number)
+                for row in range(many):
+                    stats_P4[begin + row, slot] = halves[number[row]]
+            _read(planes_RP, support, 0, begin, number)
+            stats_P4[begin:end, 3] = number[:many]
 
 
 @compiled
-def fill_from(first_P, value, out_PK):  # type: ignore[no-untyped-def]
-    """Writes a value into the slots of each row from the given one on."""
-    for row in range(len(first_P)):
-        for slot in range(first_P[row], out_PK.shape[1]):
-            out_PK[row, slot] = value
+def tails(planes_RP, field, log_count_P, mean_P, log_mass_P, weights, step, number, out_PG):  # type: ignore[no-untyped-def]
+    """Writes the tail [P, G] at all temperatures but the first, from the highest down; see `layout`.
 
-
-@compiled
-def tails(zigzag_SP, log_count_P, mean_P, log_mass_P, weights, step, out_PG):  # type: ignore[no-untyped-def]
-    """Writes the tail [P, G] at all temperatures but the first, from the highest down; see `prediction`."""
+    Args:
+        number: scratch memory, [BLOCK].
+    """
     rows, grid = out_PG.shape
-    known = np.zeros(grid + 2)
-    for row in range(rows):
-        known[0], known[1], known[2] = log_count_P[row], mean_P[row], log_mass_P[row]
+    known, value = np.zeros((grid + 2, BLOCK)), np.empty(BLOCK)
+    for begin in range(0, rows, BLOCK):
+        many = min(BLOCK, rows - begin)
+        known[0, :many] = log_count_P[begin : begin + many]
+        known[1, :many] = mean_P[begin : begin + many]
+        known[2, :many] = log_mass_P[begin : begin + many]
         for visit in range(grid - 1):
             column = grid + 1 - visit
-            number = zigzag_SP[visit, row]
-            value = ((number >> 1) ^ -(number & 1)) * step
-            for other in range(3):
-                value += weights[visit, other] * known[other]
-            for other in range(column + 1, grid + 2):
-                value += weights[visit, other] * known[other]
+            _read(planes_RP, field, visit, begin, number)
+            _put_signed(number, step, value)
+            for other in range(grid + 2):
+                weight, of = weights[visit, other], known[other]
+                if weight != 0.0:
+                    for row in range(BLOCK):
+                        value[row] += weight * of[row]
             known[column] = value
-            out_PG[row, column - 2] = value
+        for row in range(many):
+            for column in range(3, grid + 2):
+                out_PG[begin + row, column - 2] = known[column, row]
+
+
+@njit_inline
+def _used_planes(planes_RP, field):  # type: ignore[no-untyped-def]
+    """Returns which planes of a field hold anything but 0, [R] bool."""
+    out_R = np.zeros(len(planes_RP), np.bool_)
+    for byte in range(field[0], field[0] + field[1] * field[2]):
+        for begin in range(0, planes_RP.shape[1], BLOCK):
+            found = np.uint8(0)
+            for row in range(begin, begin + BLOCK):
+                found |= planes_RP[byte, row]
+            if found:
+                out_R[byte] = True
+                break
+    return out_R
+
+
+@njit_inline
+def _read_ids(planes_RP, low, high, high_bits, slot, begin, out):  # type: ignore[no-untyped-def]
+    """Writes the ids of a slot in a block, [BLOCK] uint32: one loop for each of the usual widths."""
+    if not low[2]:
+        out[:] = 0
+    elif low[2] == 2:
+        plane, upper = (
+            planes_RP[low[0] + slot, begin : begin + BLOCK],
+            planes_RP[low[0] + low[1] + slot, begin : begin + BLOCK],
+        )
+        for row in range(BLOCK):
+            out[row] = np.uint32(plane[row]) | np.uint32(upper[row]) << np.uint32(8)
+    else:
+        _read(planes_RP, low, slot, begin, out)
+    if high_bits:
+        mask, up = np.uint32((1 << high_bits) - 1), np.uint32(8 * low[2])
+        plane, down = (
+            planes_RP[high[0] + slot * high_bits // 8, begin : begin + BLOCK],
+            np.uint32(slot * high_bits % 8),
+        )
+        for row in range(BLOCK):
+            out[row] |= (np.uint32(plane[row]) >> down & mask) << up
+
+
+@njit_inline
+def _put_rows(tile, places, ends_P, begin, fill, slot_0, slot_1, out_NK):  # type: ignore[no-untyped-def]
+    """Writes a tile [slots, rows] to its rows, and `fill` from the end of each on."""
+    for row in range(len(places)):
+        if places[row] < 0:
+            continue
+        out = out_NK[places[row], slot_0:slot_1]
+        for slot in range(slot_1 - slot_0):
+            out[slot] = tile[slot, row]
+        for slot in range(max(ends_P[begin + row] - slot_0, 0), slot_1 - slot_0):
+            out[slot] = fill
+
+
+@compiled
+def slots(  # type: ignore[no-untyped-def]
+    planes_RP,
+    low,
+    high,
+    high_bits,
+    gaps,
+    used_P,
+    finite_P,
+    anchor_P,
+    step,
+    num_classes,
+    places_P,
+    ids_NK,
+    log_probs_NK,
+):
+    """Writes ids and log-probabilities of positions to the rows `places_P`, none to row -1.
+
+    Returns:
+        The highest id of a slot, V not counted; and the lowest number of steps below the first slot, over all positions:
+        negative where a sum of steps left its range.
+    """
+    rows, size = len(places_P), ids_NK.shape[1]
+    ids, values = np.empty((BLOCK, BLOCK), ids_NK.dtype), np.empty((BLOCK, BLOCK), np.float32)
+    number, below, anchor = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.int32), np.zeros(BLOCK)
+    is_used_R = _used_planes(planes_RP, gaps)
+    most, least = np.zeros(BLOCK, np.uint32), np.zeros(BLOCK, np.int32)
+    for begin in range(0, rows, BLOCK):
+        many = min(BLOCK, rows - begin)
+        anchor[:many] = anchor_P[begin : begin + many]
+        below[:] = 0
+        for slot_0 in range(0, size, BLOCK):
+            slot_1 = min(slot_0 + BLOCK, size)
+            for slot in range(slot_0, slot_1):
+                _read_ids(planes_RP, low, high, high_bits, slot, begin, number)
+                to_ids = ids[slot - slot_0]
+                for row in range(BLOCK):
+                    most[row] = max(most[row], number[row])
+                    to_ids[row] = number[row]
+            _put_rows(ids, places_P[begin : begin + many], used_P, begin, num_classes, slot_0, slot_1, ids_NK)
+            for slot in range(slot_0, slot_1):
+                to_values = values[slot - slot_0]
+                if slot == 0 or not gaps[1]:
+                    for row in range(BLOCK):
+                        to_values[row] = np.float32(anchor[row])
+                    continue
+                for byte in range(1, gaps[2]):
+                    if is_used_R[gaps[0] + byte * gaps[1] + slot - 1]:
+                        plane = planes_RP[gaps[0] + byte * gaps[1] + slot - 1, begin : begin + BLOCK]
+                        for row in range(BLOCK):
+                            below[row] += np.int32(plane[row]) << np.int32(8 * byte)
+                plane = planes_RP[gaps[0] + slot - 1, begin : begin + BLOCK]
+                for row in range(BLOCK):
+                    steps = below[row] + np.int32(plane[row])
+                    below[row] = steps
+                    least[row] = min(least[row], steps)
+                    to_values[row] = np.float32(anchor[row] - steps * step)
+            _put_rows(
+                values, places_P[begin : begin + many], finite_P, begin, -np.inf, slot_0, slot_1, log_probs_NK
+            )
+    return most.max(), least.min()
