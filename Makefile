@@ -18,7 +18,7 @@ PICK   := $(if $(STUDENT),--student '$(STUDENT)')
 SWEEP  := $(strip $(if $(TRIALS),--trials '$(TRIALS)') $(if $(WORKERS),--workers '$(WORKERS)') $(if $(SEEDS),--seeds '$(SEEDS)'))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-logits train-student train-students sweep distill compare report train-teacher inspect verify fidelity materialize gc test test-fast test-programs docs package chaos check format test-vllm clean bench gpu
+.PHONY: help setup teacher-logits train-student train-students sweep distill compare report train-teacher inspect verify fidelity materialize gc test test-fast test-programs test-pages docs package chaos check format test-vllm clean bench gpu
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -106,6 +106,9 @@ $(VLLM)/.installed: constraints-vllm.txt
 	$(VLLM)/bin/python -m pip install --quiet --no-compile --no-deps --requirement constraints-vllm.txt
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
+
+test-pages: setup  ## follow the pages of the docs that take long, half an hour
+	$(VENV)/bin/python -m pytest -m pages
 
 docs: setup  ## build the documentation's site in site/ (mkdocs serve shows it, with its search)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet

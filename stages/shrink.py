@@ -56,6 +56,11 @@ __all__ = ["shrink"]
 @click.option(
     "--store", type=click.Choice(["zarr", "parquet"]), help="The store to write [default: as CACHE]."
 )
+@click.option(
+    "--chunk-rows",
+    type=click.IntRange(1),
+    help="Rows of texts or detectors that are compressed together.",
+)
 def shrink(source_url: str, target_url: str, temperatures: str | None, as_json: bool, **changes: Any) -> None:
     """Make a smaller cache OUT from CACHE: fewer classes, views or temperatures, another codec or store.
 

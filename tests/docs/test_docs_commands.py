@@ -131,6 +131,7 @@ def test_every_command_is_run_or_excused_by_name(page):
             )
 
 
+FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 TUTORIALS = [page for page in PAGES if page.parent.name == "tutorial"]
 
 
@@ -139,7 +140,7 @@ def pages_run():
         run = page not in TUTORIALS and [block for block in blocks(page.read_text()) if block.is_run]
         if run:
             long = any(block.at_length for block in run)
-            yield pytest.param(page, marks=[pytest.mark.chaos] if long else [], id=name_of(page))
+            yield pytest.param(page, marks=[pytest.mark.pages] if long else [], id=name_of(page))
 
 
 @pytest.fixture(scope="session")
@@ -168,6 +169,8 @@ def shell(tmp_path, tokenizers, monkeypatch):
 @pytest.mark.parametrize("page", list(pages_run()))
 def test_a_page_can_be_followed(page, shell, request):
     found = blocks(page.read_text())
+    if any("fashion" in block.text for block in found if block.is_run) and not FASHION_MNIST.is_dir():
+        pytest.skip(f"{FASHION_MNIST} is missing; `apt install dataset-fashion-mnist` brings it")
     always = {"$PORT": free_port()}
     if any("s3://bucket/" in block.text for block in found if block.is_run):
         always["s3://bucket/"] = request.getfixturevalue("bucket") + "/"

@@ -7,7 +7,7 @@ import pytest
 
 from softcache import open_cache
 from softcache.cache.manifest import diff_manifests
-from softcache.errors import CorruptionError, IdentityError, LabelError, TemperatureError
+from softcache.errors import ConfigError, CorruptionError, IdentityError, LabelError, TemperatureError
 from softcache.labels import SoftLabels, truncate_labels
 from softcache.labels.sparsify import dense, top_k, top_p
 from softcache.runs import capture_labels, open_teacher
@@ -155,6 +155,25 @@ def test_texts_are_shrunk_to_what_a_capture_makes(texts, folder, tmp_path, store
     assert_same(found, expected)
 
 
+@pytest.mark.parametrize("store", ["zarr", "parquet"])
+def test_the_rows_of_a_chunk_may_change(texts, folder, tmp_path, store):
+    """They are read as before, and are those that a capture with this setting makes."""
+    shard_rows = texts.manifest.rows.shard_rows
+    chunk_rows = next(rows for rows in range(2, shard_rows) if shard_rows % rows == 0)
+    found = shrink_cache(texts, tmp_path / "small", ShrinkSettings(chunk_rows=chunk_rows, store=store))
+    assert found.manifest.rows.chunk_rows == chunk_rows < texts.manifest.rows.chunk_rows
+    for name in ("ids", "log_probs", "log_tail"):
+        np.testing.assert_array_equal(getattr(rows(found).labels, name), getattr(rows(texts).labels, name))
+    expected = make_text_cache(
+        tmp_path / "captured",
+        folder,
+        labels={"k": 40, "positions": {"policy": "every", "every": 3}},
+        capture={"codec": {"values": "float32"}, "chunk_rows": chunk_rows, "store": store},
+    )[2]
+    assert expected.manifest.rows == found.manifest.rows
+    assert_same(found, expected, tail=0)
+
+
 @pytest.mark.parametrize(
     "labels",
     [
@@ -249,11 +268,19 @@ def test_a_damaged_unit_and_another_cache_are_refused(images, tmp_path):
         ({"p": 0.5}, LabelError, "p is given, but policy 'top_k' reads k only"),
         ({"num_views": 2}, LabelError, "2 views asked for, it has 1"),
         ({"step": 0.1}, LabelError, "step is given, but codec 'open' does not read it"),
+        ({"chunk_rows": 999_983}, LabelError, "chunks of 999,983 rows asked for.*ask for a divisor of"),
     ],
 )
 def test_what_is_not_in_a_cache_is_refused(texts, asked, error, message):
     with pytest.raises(error, match=message):
         shrink_manifest(texts, ShrinkSettings(**asked))
+
+
+def test_chunks_of_rows_are_refused_where_samples_have_one_row(images, tmp_path):
+    with pytest.raises(LabelError, match=r"one row each, in chunks of capture\.chunk_samples"):
+        shrink_manifest(images, ShrinkSettings(chunk_rows=64))
+    with pytest.raises(ConfigError, match=r"capture.chunk_rows = 64: samples of source .* have one row each"):
+        make_cache(tmp_path / "cache", capture={"chunk_rows": 64})
 
 
 def test_digits_that_are_not_there_are_not_promised(images, tmp_path):

@@ -38,7 +38,7 @@ from softcache.cache.codecs import (
     Tail,
 )
 from softcache.cache.create import create_cache
-from softcache.cache.manifest import Manifest, Unit
+from softcache.cache.manifest import Manifest, RaggedRows, Unit
 from softcache.cache.repair import usable_units
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import (
@@ -74,6 +74,7 @@ class ShrinkSettings(Settings):
         statistics: "none" leaves them out.
         codec: "open" with `values`, or "packed" with `step`, `tail` and `level`, as in `[capture]`.
         store: "zarr" or "parquet".
+        chunk_rows: rows that are compressed together, of a cache whose samples have several; a divisor of its units' rows.
     """
 
     policy: str | None = None
@@ -91,6 +92,7 @@ class ShrinkSettings(Settings):
     tail: Tail | None = None
     level: int | None = Field(None, ge=1, le=HIGHEST_LEVEL)
     store: Literal["zarr", "parquet"] | None = None
+    chunk_rows: int | None = Field(None, ge=1)
 
 
 def can_lower_k(cache: Cache) -> bool:
@@ -228,10 +230,29 @@ def shrink_manifest(cache: Cache, changes: ShrinkSettings) -> tuple[Manifest, La
             "data": "labels.zarr" if store == "zarr" else "parquet",
             "slimmed_from": cache.manifest_sha256,
             "features": built.features,
+            "rows": _rows(cache, changes),
         }
     )
     same_rows = {**described, "statistics": None} == {**found, "statistics": None}
     return manifest, None if same_rows else labels
+
+
+def _rows(cache: Cache, changes: ShrinkSettings) -> RaggedRows | None:
+    """How the rows of the smaller cache lie in the arrays; its table of samples, which is the original's, names the same."""
+    rows, wanted = cache.manifest.rows, changes.chunk_rows
+    if wanted is None:
+        return rows
+    if rows is None:
+        raise LabelError(
+            f"cache {cache.url}: its samples have one row each, in chunks of capture.chunk_samples = "
+            f"{cache.manifest.plan.chunk_samples}; leave chunk_rows out"
+        )
+    if rows.shard_rows % wanted:
+        raise LabelError(
+            f"cache {cache.url}: chunks of {wanted:,} rows asked for; its units have {rows.shard_rows:,} rows, in chunks of "
+            f"{rows.chunk_rows:,}; ask for a divisor of {rows.shard_rows:,}"
+        )
+    return rows.model_copy(update={"chunk_rows": wanted})
 
 
 def _labels(cache: Cache, changes: ShrinkSettings) -> LabelSettings:

@@ -48,6 +48,8 @@ class CaptureSettings(Settings):
         batch_size: samples of a forward pass of the teacher.
         device: "auto", "cpu", "cuda", "cuda:1" and so on.
         dtype: of autocast; records are computed in float32 or better in any case.
+        chunk_rows: rows of tokens, or of cells, that are compressed together, 2,048 by default. Of 8,192, codec packed with
+            level 16 takes 2% fewer bytes, and what reads single rows decodes four times as many.
         store: of the cache.
         workers: processes that load samples; 0: a thread.
         queue_units: units that wait to be written while the next one is labeled.
@@ -58,6 +60,7 @@ class CaptureSettings(Settings):
     unit_samples: int | None = Field(None, ge=1)
     chunk_samples: int | None = Field(None, ge=1)
     chunk_positions: int | None = Field(None, ge=1)
+    chunk_rows: int | None = Field(None, ge=1)
     device: str = "auto"
     dtype: Dtype = "float32"
     store: Literal["zarr", "parquet"] = "zarr"
@@ -89,8 +92,8 @@ def plan_manifest(
 
     Raises:
         LabelError: K is larger than V, or more cells are to be kept than there are.
-        ConfigError: positions are to be chosen of what has none, cells are to be kept in a way that there is not, or units
-            are larger than readers take.
+        ConfigError: positions are to be chosen of what has none, cells are to be kept in a way that there is not, units
+            are larger than readers take, or `chunk_rows` is set for samples of one row each.
     """
     source, num_classes = data.source, teacher.num_classes
     k = num_slots(labels, num_classes, source.name)
@@ -98,11 +101,16 @@ def plan_manifest(
     codec = teacher.codec(k, labels, settings.codec)
     row_bytes = codec.row_bytes if labels.of_states else 0
     plan = default_plan(data, settings, num_views=labels.num_views, row_bytes=row_bytes)
+    if num_rows is None and settings.chunk_rows is not None:
+        raise ConfigError(
+            f"capture.chunk_rows = {settings.chunk_rows}: samples of source {source.name} have one row each; set "
+            "capture.chunk_samples"
+        )
     if num_rows is None:
         rows, samples = None, encode_samples(source.keys(), data.sample_columns().get("targets"))
     else:
         index = RowIndex(plan, num_rows)
-        rows = index.geometry(CHUNK_ROWS)
+        rows = index.geometry(settings.chunk_rows or CHUNK_ROWS)
         samples = encode_samples(source.keys(), None, num_rows, index.first_rows(rows))
     manifest = _built(
         softcache_version=__version__,
