@@ -115,14 +115,16 @@ def cpu_rate(rows: int, run: Callable[[], Any], rounds: int) -> float:
     return rows / max(best, 1e-9)
 
 
-def measure_ours(labels: SoftLabels, codec: Codec, rounds: int, store_kind: str = "zarr") -> dict[str, Any]:
+def measure_ours(
+    labels: SoftLabels, codec: Codec, rounds: int, store_kind: str = "zarr", chunk_rows: int = CHUNK_ROWS
+) -> dict[str, Any]:
     """One codec through a store: bytes of its columns on disk, error, and chunk by chunk back from there."""
     rows = len(labels)
     plan = Plan(
         num_samples=rows,
         num_views=1,
-        unit_samples=-(-rows // CHUNK_ROWS) * CHUNK_ROWS,
-        chunk_samples=CHUNK_ROWS,
+        unit_samples=-(-rows // chunk_rows) * chunk_rows,
+        chunk_samples=chunk_rows,
     )
     manifest = Manifest(
         softcache_version="0",
@@ -154,9 +156,9 @@ def measure_ours(labels: SoftLabels, codec: Codec, rounds: int, store_kind: str 
         marker = publish_unit(objects, store, digest_bytes(manifest.to_bytes()), unit, columns)
         num_bytes = sum(shard.num_bytes for shard in marker.shards if shard.column != "fingerprint")
         names = [column.name for column in codec.columns]
-        starts = range(0, rows, CHUNK_ROWS)
+        starts = range(0, rows, chunk_rows)
 
-        parts = [(unit, i, min(i + CHUNK_ROWS, rows), (i, min(i + CHUNK_ROWS, rows))) for i in starts]
+        parts = [(unit, i, min(i + chunk_rows, rows), (i, min(i + chunk_rows, rows))) for i in starts]
         columns = store.read(unit, 0, rows, names)
         back = codec.decode(columns)
         out = {name: np.empty_like(values) for name, values in codec.unpack(columns).items()}
@@ -271,6 +273,8 @@ def measure(labels: SoftLabels, peers: list[type], rounds: int, steps: tuple[flo
     }
     for name, how in lean.items():
         rows[f"packed, {name}"] = measure_ours(labels, PackedCodec(*common, stats=False, **how), rounds)
+    large = PackedCodec(*common, stats=False, **lean["and step 1/64"])
+    rows["packed, step 1/64, chunks of 8,192"] = measure_ours(labels, large, rounds, chunk_rows=8192)
     rows["packed, default, Parquet"] = measure_ours(labels, middle, rounds, "parquet")
     for row in rows.values():
         if "bound" in row:
@@ -298,7 +302,7 @@ def print_rows(title: str, rows: dict[str, Any]) -> None:
 
 @click.command()
 @click.option(
-    "--rows", default=4096, show_default=True, type=click.IntRange(64), help="Positions of each kind."
+    "--rows", default=8192, show_default=True, type=click.IntRange(64), help="Positions of each kind."
 )
 @click.option(
     "--rounds", default=7, show_default=True, type=click.IntRange(1), help="Repetitions of each timing."

@@ -182,14 +182,18 @@ def middle_half(rates: dict[str, list[float]]) -> dict[str, tuple[float, float]]
     return out
 
 
-def bench_steps(title: str, case: tuple[RunConfig, int, dict[str, int]], folder: str, rounds: int) -> dict:
-    config, copies, students = case
+def repeated_case(config: RunConfig, copies: int, place: str) -> tuple[Data, Cache]:
+    """Returns a case's data, so many times over, and a cache of them."""
     data = open_data(config)
     if copies > 1:
         data = copy(data)
         data.train = ViewedSource(Repeated(data.train.source, copies), data.train.views)  # type: ignore
-    place = f"{folder}/{title.replace(' ', '-').replace(',', '')}"
-    made, _ = capture_labels(config, data, open_teacher(config, data), place)
+    return data, capture_labels(config, data, open_teacher(config, data), place)[0]
+
+
+def bench_steps(title: str, case: tuple[RunConfig, int, dict[str, int]], folder: str, rounds: int) -> dict:
+    config, copies, students = case
+    data, made = repeated_case(config, copies, f"{folder}/{title.replace(' ', '-').replace(',', '')}")
     results = {}
     for student, steps in students.items():
         cache = config.reader.open_cache(made.url)
