@@ -61,6 +61,7 @@ def query_command(
       softcache query --config my.toml http://localhost:8000/v1
     """
     from softcache.modalities import modality_of
+    from softcache.tools.import_logprobs import check_attention
     from softcache.tools.query import Server, query_server
 
     if not url.startswith(("http://", "https://")):
@@ -76,6 +77,7 @@ def query_command(
         raise ConfigError(f"config {config.name}: labels.policy: {config.labels.policy}; give --k")
     settings: Any = config.source
     source = settings.open("train")
+    check_attention(source, cross_documents=settings.cross_documents)
     server = Server(url.rstrip("/"), os.environ.get("OPENAI_API_KEY"), attempts, timeout)
     with progress_bar("query", len(source)) as advance:
         done = query_server(server, source, out, k=k, model=model, concurrency=concurrency, progress=advance)

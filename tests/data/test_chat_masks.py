@@ -151,7 +151,31 @@ def test_the_assistants_words_are_found(template, chat, expected):
         assert words_of(template, chat) == expected
 
 
-@pytest.mark.parametrize("chat", [TWO, THOUGHT, TOOLS], ids=["two turns", "reasoning", "tools"])
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+
+
+@pytest.mark.parametrize("words", ["a", "assistant", "im_start", "You are", " spaced", "x", "Hi", ""])
+@pytest.mark.parametrize("before", ["", SYSTEM], ids=["alone", "after a default of the template"])
+def test_a_chat_may_begin_with_the_assistant(words, before):
+    """Its words are where they are, and not where the template happens to write the same letters before."""
+    chat = [{"role": "assistant", "content": words}, *TWO]
+    found = words_of(before + CHATML + PROMPT, chat)
+    assert found == [f"{words}<|im_end|>", "Hello!<|im_end|>", "Yes.<|im_end|>"]
+
+
+def test_reasoning_of_a_chat_that_begins_with_the_assistant():
+    alone = [{"role": "assistant", "content": "<think>\nhm\n</think>\n\nt"}]
+    assert words_of(REASONING + PROMPT, alone) == ["<think>\nhm\n</think>\n\nt<|im_end|>"]
+    left_out = LOOP + "<|im_start|>{{ m.role }}<|im_end|>{% endfor %}"
+    with pytest.raises(SourceError, match=r"does not show .* message 0"):
+        words_of(left_out, alone)
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [TWO, THOUGHT, TOOLS, [{"role": "assistant", "content": "a"}, *TWO]],
+    ids=["two turns", "reasoning", "tools", "the assistant begins"],
+)
 @pytest.mark.parametrize(
     "name", ["llama3", "qwen2_5", "qwen3_vl", "gemma3", "glm4moe", "gptoss", "lfm2_v2", "phi3"]
 )

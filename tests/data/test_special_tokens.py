@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from softcache.data.sources import source_settings
@@ -145,6 +145,37 @@ def test_the_tokens_of_a_table_are_those_of_the_tokenizer(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(with_bos(tmp_path / "t", template="<bos> $A <eos>"))
     around = special_tokens(tokenizer, bos="auto", of="t")
     assert (around.prefix, around.suffix) == ((BOS,), (EOS,))
+
+
+@pytest.mark.parametrize("model", ["WordLevel", "BPE"])
+def test_a_tokenizer_of_few_letters_has_its_tokens_around_a_text(model, opened, tmp_path):
+    """One without "a" and without an unknown token makes nothing of "a", or refuses it."""
+    letters = {token: number for number, token in enumerate(["<s>", "</s>", *"ACGT"])}
+    backend = Tokenizer(models.WordLevel(letters) if model == "WordLevel" else models.BPE(letters, []))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    assert special_tokens(tokenizer, bos="auto", of="t") == ((0,), (1,))
+    tokenizer.save_pretrained(tmp_path / "t")
+    assert tokens_of(opened(["ACGT", "CC"], str(tmp_path / "t"))) == [[0, 2, 3, 4, 5, 1, 0, 3, 3, 1]]
+    if model == "WordLevel":
+        message = r"refuses the text 'Na'.*: WordLevel error.*; expected a tokenizer with a token for what it does not know"
+        with pytest.raises(SourceError, match=message):
+            opened(["ACGT", "Na"], str(tmp_path / "t"))
+
+
+def test_tokens_that_are_not_around_a_text_are_refused(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(with_bos(tmp_path / "t"))
+
+    class Changing(type(tokenizer)):
+        def __call__(self, text, **given):
+            return super().__call__(text, **given) if given else {"input_ids": [BOS, 7]}
+
+    tokenizer.__class__ = Changing
+    with pytest.raises(SpecError, match=r"t: makes \[3\] of 'a', and \[1, 7\] with special tokens"):
+        special_tokens(tokenizer, bos="auto", of="t")
 
 
 # -- best-fit packing ----------------------------------------------------------------------------------------

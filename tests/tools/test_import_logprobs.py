@@ -664,7 +664,13 @@ def test_a_bad_chat_is_refused(served_chats, tmp_path, change, kind, message):
 def test_packed_documents_would_see_each_other(served, tmp_path):
     """A server's prompt attends to all of itself; labels of packed samples would be of another context."""
     path = served.write([], folder=tmp_path)
-    for given, refused in (({}, True), ({"cross_documents": True}, False), (DOCUMENTS, False)):
+    cases = (
+        ({}, True),
+        ({"packing": "best_fit"}, True),
+        ({"cross_documents": True}, False),
+        (DOCUMENTS, False),
+    )
+    for given, refused in cases:
         settings = text_config(served.folder, source=given).source
         data = TokenData(open_text(settings, split="train"), cross_documents=settings.cross_documents)
         error, message = (SourceError, "a server lets a prompt see all of itself") if refused else (

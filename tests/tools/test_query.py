@@ -8,7 +8,7 @@ from http.server import ThreadingHTTPServer
 import pytest
 from click.testing import CliRunner
 
-from softcache.errors import AlignmentError, EngineError, LabelError, StorageError
+from softcache.errors import AlignmentError, EngineError, LabelError, SourceError, StorageError
 from softcache.runs import open_data
 from softcache.stages.query import query_command
 from softcache.tools.import_logprobs import find_responses, import_labels
@@ -160,3 +160,9 @@ def test_the_command(server, config, tmp_path):
     assert server.requests[0][0]["prompt_logprobs"] == 4
     done = CliRunner().invoke(query_command, [server.url, *options, "--json"], catch_exceptions=False)
     assert json.loads(done.stdout)["found"] == len(keys_of(out))
+    asked = len(server.requests)
+    for packing in ("packed", "best_fit"):
+        done = CliRunner().invoke(query_command, [server.url, *options, "--set", f"source.packing={packing}"])
+        assert isinstance(done.exception, SourceError)
+        assert "a server lets a prompt see all of itself" in str(done.exception)
+    assert len(server.requests) == asked

@@ -16,6 +16,6 @@ second together. Memory: the longest line about ten times, one unit, and the sou
 """
 
 from softcache.tools.import_logprobs.index import Responses, find_responses
-from softcache.tools.import_logprobs.write import import_labels
+from softcache.tools.import_logprobs.write import check_attention, import_labels
 
-__all__ = ["Responses", "find_responses", "import_labels"]
+__all__ = ["Responses", "check_attention", "find_responses", "import_labels"]

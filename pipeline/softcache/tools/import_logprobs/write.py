@@ -31,7 +31,7 @@ from softcache.teacher.capture.run import CaptureReport
 from softcache.tools.import_logprobs.index import Responses
 from softcache.tools.import_logprobs.labels import label_batch
 
-__all__ = ["import_labels"]
+__all__ = ["check_attention", "import_labels"]
 
 POLICY = "imported"
 
@@ -67,7 +67,7 @@ def import_labels(
         IdentityError: there is a cache of something else.
     """
     started, report = time.monotonic(), CaptureReport()
-    _check_attention(data)
+    check_attention(data.source, cross_documents=data.cross_documents)
     manifest, samples = _manifest(responses, data, k=k, settings=settings, model_name=model_name)
     if open_objects(url).size("manifest.json") is None and not allow_missing:
         _check_complete(responses, data.source, manifest, set())
@@ -132,12 +132,13 @@ def _manifest(
     return manifest.model_copy(update={"codec": codec, "identity": identity}), samples
 
 
-def _check_attention(data: TokenData) -> None:
-    if data.source.packing == "packed" and not data.cross_documents:
+def check_attention(source: TokenSource, *, cross_documents: bool) -> None:
+    """Raises SourceError where samples hold several documents that must not see each other, as a server lets them."""
+    if source.packing != "documents" and not cross_documents:
         raise SourceError(
-            f"source {data.source.name}: its samples are packed, and attention stays inside a document; a server lets a "
-            'prompt see all of itself, so its labels would be of something else; set source.packing = "documents", or '
-            "source.cross_documents = true if students shall see across documents too"
+            f"source {source.name}: its samples are packed ({source.packing}), and attention stays inside a document; a "
+            "server lets a prompt see all of itself, so its labels would be of something else; set "
+            'source.packing = "documents", or source.cross_documents = true if students shall see across documents too'
         )
 
 

@@ -151,16 +151,29 @@ def read_tools(settings: TextSettings) -> list[Any] | None:
 
 
 def tokenize(tokenizer: Any, texts: list[str], *, with_offsets: bool = False) -> Any:
-    """Returns the ids of texts as they are, with nothing put around them."""
-    return tokenizer(
-        texts,
-        add_special_tokens=False,
-        truncation=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        return_offsets_mapping=with_offsets,
-        verbose=False,
-    )
+    """Returns the ids of texts as they are, with nothing put around them.
+
+    Raises:
+        SourceError: the tokenizer refuses a text, as one without an unknown token may.
+    """
+    try:
+        return tokenizer(
+            texts,
+            add_special_tokens=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            return_offsets_mapping=with_offsets,
+            verbose=False,
+        )
+    except Exception as error:  # the tokenizers library raises nothing more precise
+        if len(texts) > 1:
+            for text in texts:  # find it
+                tokenize(tokenizer, [text], with_offsets=with_offsets)
+        raise SourceError(
+            f"source.tokenizer {tokenizer.name_or_path!r}: refuses the text {texts[0][:60]!r}: {type(error).__name__}: "
+            f"{error}; expected a tokenizer with a token for what it does not know (unk_token), or texts of its characters"
+        ) from error
 
 
 def mark_tokens(offsets: Any, passages: Iterable[tuple[int, int]]) -> np.ndarray:

@@ -4,7 +4,8 @@ Published templates (of Qwen, Llama 3, Gemma 3, gpt-oss) mark no passages, and m
 another follows, for instance without its reasoning. For an assistant's message i of a chat that renders to F:
 
     start   where render(messages[:i], prompt=True), what a server would let the model continue, ends in F. It must be a
-            prefix of F; or what is before the reasoning part that it opens, if the turn has none or another in F.
+            prefix of F; or what is before the reasoning part that it opens, if the turn has none or another in F. Of a
+            chat's first message: where F begins to differ from the chat with another content in it.
     end     where render(messages[:i + 1]) ends in F, if that is a prefix of F; else where F is the same again as the chat
             with another content in message i, and the special token after that, which ends the turn.
 
@@ -23,8 +24,8 @@ __all__ = ["Passages", "Render", "assistant_passages"]
 
 Passages = list[tuple[int, int]]
 REASONING_OPENED = re.compile(r"<think>\s*(</think>\s*)?$")
-# Two contents that share no last character, so that one of them differs from any content in its last one.
-OTHER_CONTENTS = ("another content x", "another content y")
+# Two contents that share no first and no last character, so that one of them differs from any content in either.
+OTHER_CONTENTS = ("x another content x", "y another content y")
 
 
 class Render(Protocol):
@@ -82,9 +83,10 @@ def _start(
     messages: Sequence[Mapping[str, Any]], number: int, render: Render, text: str, pattern: str
 ) -> int | None:
     if number == 0:  # templates refuse a chat without messages
-        words = str(messages[0].get("content") or "").strip()
-        start = text.find(words)
-        return start if words and start >= 0 else None
+        others = [render(_with_content(messages, 0, other)) for other in OTHER_CONTENTS]
+        start = min(_num_common(text, other) for other in others)
+        opened = REASONING_OPENED.search(text[:start])
+        return None if text in others else opened.start() if opened else start
     prompt = render(messages[:number], prompt=True)
     if text.startswith(prompt):
         content = _num_common(text, render(_with_content(messages, number, OTHER_CONTENTS[0])))

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from urllib.parse import parse_qsl
@@ -115,10 +117,16 @@ def special_tokens(tokenizer: Any, *, bos: Literal["auto"] | bool, of: str) -> S
         of: names the tokenizer in errors.
 
     Raises:
-        SpecError: BOS is asked for, and the tokenizer has none.
+        SpecError: BOS is asked for, and the tokenizer has none; or what it adds is not clear.
     """
-    plain, ids = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (False, True))
-    start = next((n for n in range(len(ids)) if ids[n : n + len(plain)] == plain), len(ids))
+    text, plain = _known_text(tokenizer, of)
+    ids = tokenizer(text)["input_ids"]
+    start = next((n for n in range(len(ids)) if ids[n : n + len(plain)] == plain), None)
+    if start is None:
+        raise SpecError(
+            f"{of}: makes {plain} of {text!r}, and {ids} with special tokens, which are not around it; expected some before "
+            "or after; name another tokenizer, or give token ids (source.input_ids_column)"
+        )
     prefix, suffix = ids[:start], ids[start + len(plain) :]
     if bos is False:
         prefix = []
@@ -132,6 +140,17 @@ def special_tokens(tokenizer: Any, *, bos: Literal["auto"] | bool, of: str) -> S
     if tokenizer.eos_token_id is not None and suffix[-1:] != [tokenizer.eos_token_id]:
         suffix = [*suffix, tokenizer.eos_token_id]
     return SpecialTokens(tuple(prefix), tuple(suffix))
+
+
+def _known_text(tokenizer: Any, of: str) -> tuple[str, list[int]]:
+    """Returns a text that a tokenizer knows, and its ids; one of few letters, such as of DNA, may not know "a"."""
+    special = set(tokenizer.all_special_ids)
+    tokens = (tokenizer.decode([number]) for number in range(len(tokenizer)) if number not in special)
+    for text in chain(("a",), tokens):
+        with suppress(Exception):  # without an unknown token, it refuses other texts, in ways of its own
+            if text.strip() and (ids := tokenizer(text, add_special_tokens=False)["input_ids"]):
+                return text, ids
+    raise SpecError(f"{of}: makes no token of any text; expected a tokenizer that has a vocabulary")
 
 
 def tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
