@@ -14,7 +14,6 @@ down. With two cores and nothing else to do, wall time is half of that of `windo
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ import click
 import numpy as np
 import torch
 
-from benchmarks.harness import Figure, compare, save, show
+from benchmarks.harness import Figure, best, compare, save, show
 from benchmarks.made_labels import write_cache
 from benchmarks.reading import labels_of, made_images, made_text
 from benchmarks.reading_contenders import Contender, Made, cache_reader, map_reader
@@ -77,20 +76,6 @@ def decoding(cache: Cache) -> Callable[[], int]:
     return run
 
 
-def cpu_rates(runs: dict[str, Callable[[], int]], rounds: int) -> dict[str, list[float]]:
-    """Returns rows for each second of CPU time, the best of interleaved rounds."""
-    best = dict.fromkeys(runs, 0.0)
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            started = time.process_time()
-            rows = run()
-            rate = rows / max(time.process_time() - started, 1e-9)
-            if number:  # the first compares units with their markers
-                best[name] = max(best[name], rate)
-                log_info(f"round {number}/{rounds} {name}: {rate:,.0f}/s")
-    return {name: [rate] for name, rate in best.items()}
-
-
 def epochs(contender: Contender) -> Callable[[], int]:
     """Returns what walks the next epoch."""
     numbers = iter(range(1_000_000))
@@ -105,7 +90,7 @@ def measure(made: Made, codec: str, rounds: int) -> list[Figure]:
         "chunks": decoding(cache),
         "windows": epochs(cache_reader("windows", made, codec, memmap=False, full=False)),
     }
-    return compare(cpu_rates(runs, rounds), LIMIT)
+    return compare({name: [rate] for name, (_, rate) in best(runs, rounds).items()}, LIMIT)
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""Bytes, error and decoding speed of the codecs and of peers' layouts, on the same labels in one run.
+"""Bytes, error and decoding speed of the codecs, on the same labels in one run; of peers beside them: `benchmarks.peers`.
 
     python -m benchmarks.codecs [--json FILE] [--rows 4096] [--logits FILE.npy]
 
@@ -6,8 +6,7 @@ bytes    of a row as the Zarr store writes it: statistics, tail grid and target 
 bound    ids: entropy of K distinct draws in order from these rows' own distribution of ids; values: entropy of the steps
          between ranks, each rank by itself; rest: of every other number, by itself. No code that treats ranks and rows
          alone can do better. Of few rows the entropies come out low, so the ratio is, if anything, unfair to us.
-KL       true || decoded over the kept classes and the rest, nats: mean and largest at T = 1, mean at T = 4 (peers: not
-         known there). Peers' rest is what is left of 1.
+KL       true || decoded over the kept classes and the rest, nats: mean and largest at T = 1, mean at T = 4.
 decode   rows for each second of CPU time of one core, all threads counted, from compressed bytes in memory or in the
          page cache to arrays. Of Zarr as a reader of windows decodes: chunk by chunk, into arrays that are there.
 """
@@ -19,7 +18,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,6 @@ import click
 import numpy as np
 import torch
 
-from benchmarks.peer_layouts import DistillKit, Megatron, MlDr, TinyViT
 from benchmarks.synthetic_logits import image_logits, text_logits
 from softcache.cache.codecs import Codec, OpenCodec, PackedCodec
 from softcache.cache.codecs.column import RowPlaces
@@ -115,66 +112,89 @@ def cpu_rate(rows: int, run: Callable[[], Any], rounds: int) -> float:
     return rows / max(best, 1e-9)
 
 
+class Stored:
+    """A codec and one unit of a store in a folder.
+
+    Args:
+        rows: of the unit, in chunks of `chunk_rows`.
+        kind: of the store.
+    """
+
+    def __init__(
+        self, folder: str, codec: Codec, rows: int, kind: str = "zarr", chunk_rows: int = CHUNK_ROWS
+    ) -> None:
+        self.codec, self._rows, self._size = codec, rows, chunk_rows
+        plan = Plan(
+            num_samples=rows,
+            num_views=1,
+            unit_samples=-(-rows // chunk_rows) * chunk_rows,
+            chunk_samples=chunk_rows,
+        )
+        manifest = Manifest(
+            softcache_version="0",
+            kind="image",
+            identity={
+                "teacher": {"spec": "synthetic", "dtype": "float32"},
+                "source": {"name": "synthetic", "digest": "0" * 64},
+                "views": {"digest": "0" * 64, "settings": {}},
+                "labels": {"policy": "top_k", "k": codec.k, "temperatures": list(codec.temperatures)},
+            },
+            num_classes=codec.num_classes,
+            class_names=(),
+            codec=codec.to_dict(),
+            plan=plan,
+            store=kind,  # type: ignore[arg-type]
+            data="labels.zarr" if kind == "zarr" else "parquet",
+            samples_sha256="0" * 64,
+            features=codec.features,
+            teacher=TeacherReport(num_parameters=1),
+        )
+        self._names = [column.name for column in codec.columns]
+        self._digest, self._unit = digest_bytes(manifest.to_bytes()), plan.unit(0)
+        self._objects = open_objects(folder, create=True)
+        self._store = open_store(manifest, self._objects)
+        self._store.create()
+
+    def write(self, columns: dict[str, np.ndarray]) -> int:
+        """Writes encoded rows; returns their bytes, without those of fingerprints."""
+        columns = columns | {"fingerprint": np.zeros(self._rows, np.uint64)}
+        marker = publish_unit(self._objects, self._store, self._digest, self._unit, columns)
+        return sum(shard.num_bytes for shard in marker.shards if shard.column != "fingerprint")
+
+    def columns(self) -> dict[str, np.ndarray]:
+        """Returns all encoded rows."""
+        return self._store.read(self._unit, 0, self._rows, self._names)
+
+    def read_to(self, out: dict[str, np.ndarray]) -> int:
+        """Decodes all rows, chunk by chunk, into arrays as `codec.unpack` gives them (of Parquet into new ones)."""
+        for start in range(0, self._rows, self._size):
+            part = (self._unit, start, stop := min(start + self._size, self._rows), (start, stop))
+            found = self._store.fetch_parts([part])
+            if found is None:
+                self.codec.decode(self._store.read(*part[:3], self._names))
+                continue
+            chunks = {name: found[0][name] for name in self._names}
+            for decoded in self._store.decode_parts(self._unit, chunks)[1]:
+                assert decoded is not None
+                self.codec.unpack_to(decoded.columns, RowPlaces(np.arange(start, stop)), out)
+        return self._rows
+
+
 def measure_ours(
     labels: SoftLabels, codec: Codec, rounds: int, store_kind: str = "zarr", chunk_rows: int = CHUNK_ROWS
 ) -> dict[str, Any]:
     """One codec through a store: bytes of its columns on disk, error, and chunk by chunk back from there."""
     rows = len(labels)
-    plan = Plan(
-        num_samples=rows,
-        num_views=1,
-        unit_samples=-(-rows // chunk_rows) * chunk_rows,
-        chunk_samples=chunk_rows,
-    )
-    manifest = Manifest(
-        softcache_version="0",
-        kind="image",
-        identity={
-            "teacher": {"spec": "synthetic", "dtype": "float32"},
-            "source": {"name": "synthetic", "digest": "0" * 64},
-            "views": {"digest": "0" * 64, "settings": {}},
-            "labels": {"policy": "top_k", "k": codec.k, "temperatures": list(codec.temperatures)},
-        },
-        num_classes=codec.num_classes,
-        class_names=(),
-        codec=codec.to_dict(),
-        plan=plan,
-        store=store_kind,  # type: ignore[arg-type]
-        data="labels.zarr" if store_kind == "zarr" else "parquet",
-        samples_sha256="0" * 64,
-        features=codec.features,
-        teacher=TeacherReport(num_parameters=1),
-    )
     with tempfile.TemporaryDirectory() as folder:
-        objects = open_objects(folder, create=True)
-        store, unit = open_store(manifest, objects), plan.unit(0)
-        store.create()
+        stored = Stored(folder, codec, rows, store_kind, chunk_rows)
         started = time.process_time()
         columns = codec.encode(labels)
         encoding = rows / max(time.process_time() - started, 1e-9)
-        columns["fingerprint"] = np.zeros(rows, np.uint64)
-        marker = publish_unit(objects, store, digest_bytes(manifest.to_bytes()), unit, columns)
-        num_bytes = sum(shard.num_bytes for shard in marker.shards if shard.column != "fingerprint")
-        names = [column.name for column in codec.columns]
-        starts = range(0, rows, chunk_rows)
-
-        parts = [(unit, i, min(i + chunk_rows, rows), (i, min(i + chunk_rows, rows))) for i in starts]
-        columns = store.read(unit, 0, rows, names)
+        num_bytes = stored.write(columns)
+        columns = stored.columns()
         back = codec.decode(columns)
         out = {name: np.empty_like(values) for name, values in codec.unpack(columns).items()}
-
-        def read() -> None:
-            for part in parts:
-                found = store.fetch_parts([part])
-                if found is None:
-                    codec.decode(store.read(*part[:3], names))
-                    continue
-                chunks = {name: found[0][name] for name in names}
-                for decoded in store.decode_parts(unit, chunks)[1]:
-                    assert decoded is not None
-                    codec.unpack_to(decoded.columns, RowPlaces(np.arange(*part[3])), out)
-
-        rate = cpu_rate(rows, read, rounds)
+        rate = cpu_rate(rows, lambda: stored.read_to(out), rounds)
         decoding = cpu_rate(rows, lambda: codec.decode(columns), rounds)
         assert store_kind == "parquet" or out["ids"].tobytes() == back.ids.tobytes()
     found = {
@@ -226,32 +246,9 @@ def measure_drawn(rows: int, num_classes: int, rounds: int) -> dict[str, Any]:
     return out
 
 
-def measure_peer(labels: SoftLabels, layout: Any, rounds: int) -> dict[str, Any]:
-    batches = [labels.take(slice(i, i + CHUNK_ROWS)) for i in range(0, len(labels), CHUNK_ROWS)]
-    size, seconds, divergences = 0, 0.0, []
-    for batch in batches:
-        data = layout.pack(batch.ids.astype(np.int64), batch.log_probs)
-        ids, values = layout.unpack(data, len(batch))
-        assert np.array_equal(ids, batch.ids), layout.name
-        size += len(data)
-        seconds += len(batch) / cpu_rate(len(batch), partial(layout.unpack, data, len(batch)), rounds)
-        left = np.maximum(1.0 - np.exp(values.astype(np.float64)).sum(axis=1), 1e-12)
-        divergences.append(divergence(batch, values, np.log(left), 1.0))
-    at_1 = np.concatenate(divergences)
-    return {
-        "bytes": size / len(labels),
-        "kl_mean": float(at_1.mean()),
-        "kl_max": float(at_1.max()),
-        "decode": len(labels) / seconds,
-    }
-
-
-def measure(labels: SoftLabels, peers: list[type], rounds: int, steps: tuple[float, ...]) -> dict[str, Any]:
+def measure(labels: SoftLabels, rounds: int, steps: tuple[float, ...]) -> dict[str, Any]:
     common = (labels.num_classes, labels.k, labels.temperatures)
     rows: dict[str, Any] = {}
-    for peer in peers:
-        layout = peer(labels.num_classes, labels.k)
-        rows[layout.name] = measure_peer(labels, layout, rounds)
     rows["open float32"] = measure_ours(labels, OpenCodec(*common, values="float32"), rounds)
     rows["open float16"] = measure_ours(labels, OpenCodec(*common), rounds)
     half = PackedCodec(*common, step=None, tail="float32")
@@ -312,15 +309,15 @@ def print_rows(title: str, rows: dict[str, Any]) -> None:
 @click.option("--quick", is_flag=True, help="A small vocabulary, so that it takes seconds.")
 @click.option("--json", "json_path", metavar="FILE", help="Also write the figures as JSON.")
 def main(rows: int, rounds: int, logits_path: str | None, k: int, quick: bool, json_path: str | None) -> None:
-    """Measure codecs and peers' layouts."""
+    """Measure codecs."""
     torch.set_num_threads(1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     steps = STEPS[:1] if quick else STEPS
     results = {}
 
-    def add(title: str, labels: SoftLabels, peers: list[type]) -> None:
-        results[title] = measure(labels, peers, rounds, steps)
+    def add(title: str, labels: SoftLabels) -> None:
+        results[title] = measure(labels, rounds, steps)
         print_rows(title, results[title])
 
     if logits_path:
@@ -328,20 +325,20 @@ def main(rows: int, rounds: int, logits_path: str | None, k: int, quick: bool, j
         parts = (
             torch.from_numpy(np.array(logits[i : i + 64], np.float32)) for i in range(0, len(logits), 64)
         )
-        add(f"{logits_path}, K={k}", labels_of(parts, k), [Megatron, DistillKit])
+        add(f"{logits_path}, K={k}", labels_of(parts, k))
     else:
         for num_classes, bfloat16 in (
             [(2000, True)] if quick else [(131_072, True), (131_072, False), (32_000, True)]
         ):
             kind = "bfloat16" if bfloat16 else "float32"
             labels = labels_of(text_logits(rows, num_classes, bfloat16=bfloat16), k)
-            add(f"text, V={num_classes:,}, K={k}, {kind} logits", labels, [Megatron, DistillKit])
+            add(f"text, V={num_classes:,}, K={k}, {kind} logits", labels)
         largest = 2000 if quick else 131_072
         title = f"text, V={largest:,}, {DRAWS} draws"
         results[title] = measure_drawn(rows, largest, rounds)
         print_rows(title, results[title])
         images = labels_of(image_logits(2 * rows, 1000), 10)
-        add("images, V=1,000, K=10, float32 logits", images, [TinyViT, MlDr])
+        add("images, V=1,000, K=10, float32 logits", images)
     if json_path:
         Path(json_path).write_text(json.dumps(results, indent=2) + "\n")
 

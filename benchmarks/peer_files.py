@@ -4,13 +4,14 @@
                  K = 100); a reader parses all keys into a dict, once an epoch, and seeks one record per sample;
                  map-style, torch's default collate
     FKD          a file per sample, torch.save of crop box, flip, K ids and K float16 probabilities
-    Megatron-LM  a tar of batches, each zstd of a torch.save: float16 log-probabilities and ids of ceil(log2 V) bits;
-                 in the order of writing only
-    DistillKit   Parquet rows list<list<uint8>>, a list of bytes per position; a sample through `to_pylist`
+    Megatron-LM  a tar of batches, each zstd of a torch.save: float16 log-probabilities, the ids' low 16 bits and a bool for
+                 the 17th; in the order of writing only
+    DistillKit   Parquet rows list<list<uint8>> of ids in ceil(log2 V) bits and of values, a list of bytes per position: 16
+                 in bfloat16 and six float32 of a curve; a sample through `to_pylist`
 
-Written from what is known of the formats, not from the peers' code. Where a choice was open, the faster one was taken: no
-augmentation is replayed from TinyViT's seeds, FKD's files are unpickled without the checks that are torch's default, and
-Megatron's ids are unpacked with a few gathers. Only files that this benchmark wrote are unpickled.
+Written from the formats, not with the peers' code, which `benchmarks.peers` runs beside these. Where a choice was open, the
+faster one was taken: no augmentation is replayed from TinyViT's seeds, FKD's files are unpickled without the checks that are
+torch's default. Only files that this benchmark wrote are unpickled.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ import torch
 from numcodecs import Zstd
 from torch.utils.data import Dataset, IterableDataset
 
-from benchmarks.peer_layouts import DistillKit, pack_bits
 from softcache.reader.cache import Cache
+from softcache.tools.import_caches.formats.distillkit import Compression, unpack_numbers
 
 __all__ = [
     "DistillKitFiles",
     "FkdFiles",
     "MegatronFiles",
     "TinyVitFiles",
+    "curve_settings",
     "parse_keys",
     "write_distillkit",
     "write_fkd",
@@ -146,13 +148,14 @@ class FkdFiles(Dataset):
 
 def write_megatron(cache: Cache, path: Path, batch_samples: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    zstd, bits = Zstd(level=3), (cache.num_classes - 1).bit_length()
+    zstd = Zstd(level=3)
     with tarfile.open(path, "w") as tar:
         for samples, ids_PK, log_probs_PK in _parts(cache, len(cache), batch_samples):
             batch = {
                 "samples": torch.from_numpy(samples),
-                "log_probs": torch.from_numpy(log_probs_PK.astype(np.float16)),
-                "ids": torch.from_numpy(pack_bits(ids_PK, bits)),
+                "values": torch.from_numpy(log_probs_PK.astype(np.float16)),
+                "low": torch.from_numpy(ids_PK.astype(np.uint16)),
+                "high": torch.from_numpy(ids_PK > 0xFFFF),
             }
             buffer = io.BytesIO()
             torch.save(batch, buffer)
@@ -162,21 +165,11 @@ def write_megatron(cache: Cache, path: Path, batch_samples: int) -> None:
             tar.addfile(entry, io.BytesIO(data))
 
 
-def unpack_ids(packed_PR: np.ndarray, bits: int, k: int) -> np.ndarray:
-    """Returns the numbers [P, K] int32 of `bits` <= 25 bits each; little-endian."""
-    starts_K = np.arange(k) * bits
-    padded_PR = np.pad(packed_PR, ((0, 0), (0, 4)))
-    out_PK = np.zeros((len(packed_PR), k), np.uint32)
-    for byte in range((bits + 7 + 7) // 8):
-        out_PK |= padded_PR[:, starts_K // 8 + byte].astype(np.uint32) << np.uint32(8 * byte)
-    return ((out_PK >> (starts_K % 8).astype(np.uint32)) & np.uint32((1 << bits) - 1)).astype(np.int32)
-
-
 class MegatronFiles(IterableDataset):
     """Batches in the order of the tar; each worker takes every so-manieth."""
 
-    def __init__(self, path: Path, num_classes: int, k: int) -> None:
-        self._path, self._bits, self._k = path, (num_classes - 1).bit_length(), k
+    def __init__(self, path: Path) -> None:
+        self._path = path
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         worker, zstd = torch.utils.data.get_worker_info(), Zstd()
@@ -187,34 +180,60 @@ class MegatronFiles(IterableDataset):
                     continue
                 file = tar.extractfile(entry)
                 assert file is not None
-                batch = torch.load(io.BytesIO(zstd.decode(file.read())), weights_only=False)
-                ids = torch.from_numpy(unpack_ids(batch["ids"].numpy(), self._bits, self._k))
-                yield batch["samples"], ids, batch["log_probs"]
+                batch = torch.load(io.BytesIO(zstd.decode(file.read())), weights_only=True)
+                yield batch["samples"], batch["high"].long() << 16 | batch["low"].long(), batch["values"]
 
 
 # -- DistillKit --------------------------------------------------------------------------------------------
 
 
+def curve_settings(num_classes: int, k: int) -> Compression:
+    """Returns the settings that DistillKit recommends, at another k: 56 bytes for values at K = 64."""
+    return Compression(
+        d=num_classes,
+        k=k,
+        exact_k=min(16, k),
+        exact_dtype="bfloat16",
+        polynomial_terms=[0, 1, 2, 3, 4, "sqrt"],
+        residual_bins=[],
+        delta_encoding=False,
+    )
+
+
+def _curve(log_probs_PK: np.ndarray, settings: Compression) -> np.ndarray:
+    """Returns the bytes [P, value_bytes] of values."""
+    exact = torch.from_numpy(log_probs_PK[:, : settings.exact_k].copy()).bfloat16().view(torch.uint8).numpy()
+    terms_TR, rest_PR = settings.terms(settings.k - settings.exact_k), log_probs_PK[:, settings.exact_k :]
+    found_TP = np.linalg.lstsq(terms_TR.T, rest_PR.T.astype(np.float64), rcond=None)[0]
+    return np.concatenate([exact, np.ascontiguousarray(found_TP.T, np.float32).view(np.uint8)], axis=1)
+
+
+def _pack(ids_PK: np.ndarray, bits: int) -> np.ndarray:
+    """Returns the bytes [P, id_bytes] of ids, the highest bit first."""
+    split_PKB = (ids_PK[:, :, None] >> np.arange(bits - 1, -1, -1)) & 1
+    return np.packbits(split_PKB.astype(np.uint8).reshape(len(ids_PK), -1), axis=1)
+
+
 def write_distillkit(cache: Cache, path: Path, num_samples: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    layout = DistillKit(cache.num_classes, cache.manifest.build_codec().k)
-    schema = pa.schema([("labels", pa.list_(pa.list_(pa.uint8())))])
-    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+    settings = curve_settings(cache.num_classes, cache.manifest.build_codec().k)
+    schema = pa.schema([(name, pa.list_(pa.list_(pa.uint8()))) for name in ("values", "ids")])
+    with pq.ParquetWriter(path, schema) as writer:
         for samples, ids_PK, log_probs_PK in _parts(cache, num_samples, 64):
-            records_PR = layout.records(ids_PK, log_probs_PK)
-            size = records_PR.shape[1]
-            rows = pa.ListArray.from_arrays(
-                np.arange(0, records_PR.size + 1, size, dtype=np.int32), pa.array(records_PR.reshape(-1))
-            )
             ends = np.cumsum(np.concatenate([[0], cache.rows.counts(samples)])).astype(np.int32)
-            writer.write_table(pa.table([pa.ListArray.from_arrays(ends, rows)], schema=schema))
+            columns = []
+            for records_PR in (_curve(log_probs_PK, settings), _pack(ids_PK, settings.id_bits)):
+                starts = np.arange(0, records_PR.size + 1, records_PR.shape[1], dtype=np.int32)
+                rows = pa.ListArray.from_arrays(starts, pa.array(records_PR.reshape(-1)))
+                columns.append(pa.ListArray.from_arrays(ends, rows))
+            writer.write_table(pa.table(columns, schema=schema))
 
 
 class DistillKitFiles(Dataset):
     """Map-style, a sample of many positions at a time; the table is read whole by each process, which favours it."""
 
     def __init__(self, path: Path, num_classes: int, k: int, num_samples: int) -> None:
-        self._path, self._layout, self._num_samples = path, DistillKit(num_classes, k), num_samples
+        self._path, self._settings, self._num_samples = path, curve_settings(num_classes, k), num_samples
         self._table: Any = None
 
     def __len__(self) -> int:
@@ -226,6 +245,8 @@ class DistillKitFiles(Dataset):
     def __getitem__(self, sample: int) -> tuple[int, torch.Tensor, torch.Tensor]:
         if self._table is None:
             self._table = pq.read_table(self._path).combine_chunks()
-        (row,) = self._table["labels"].slice(sample, 1).to_pylist()
-        ids_PK, log_probs_PK = self._layout.unpack_records(np.array(row, np.uint8))
+        (row,) = self._table.slice(sample, 1).to_pylist()
+        values, ids = (np.array(row[name], np.uint8) for name in ("values", "ids"))
+        ids_PK = unpack_numbers(ids, self._settings.id_bits, self._settings.k)
+        log_probs_PK = self._settings.unpack(values).astype(np.float32)
         return sample, torch.from_numpy(ids_PK), torch.from_numpy(log_probs_PK)

@@ -268,7 +268,7 @@ def peer_loaders(made: Made, workers: int) -> list[Contender]:
     k = cache.manifest.build_codec().k
     if cache.manifest.kind == "image":
         return [_tinyvit(made, workers, k), _fkd(made, workers)]
-    return [_megatron(made, workers, cache.num_classes, k), _distillkit(made, workers, cache.num_classes, k)]
+    return [_megatron(made, workers), _distillkit(made, workers, cache.num_classes, k)]
 
 
 def _tinyvit(made: Made, workers: int, k: int) -> Contender:
@@ -299,8 +299,8 @@ def _fkd(made: Made, workers: int) -> Contender:
     return Contender("FKD", lambda number: iter(loader), lambda batch: len(batch[1][0]), labels)
 
 
-def _megatron(made: Made, workers: int, num_classes: int, k: int) -> Contender:
-    dataset = MegatronFiles(made.peers / "megatron.tar", num_classes, k)
+def _megatron(made: Made, workers: int) -> Contender:
+    dataset = MegatronFiles(made.peers / "megatron.tar")
     loader = _loader(dataset, workers, batch_size=None, persistent_workers=workers > 0)
 
     def labels(batch: Any) -> Labels:

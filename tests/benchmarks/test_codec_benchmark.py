@@ -15,8 +15,7 @@ def test_codec_benchmark_runs(tmp_path, monkeypatch):
     )
     assert done.exit_code == 0, done.output
     text, drawn, images = json.loads(path.read_text()).values()
-    assert {"Megatron-LM", "DistillKit", "open float16", "packed, default"} <= set(text)
-    assert {"TinyViT", "ml-dr, labels alone"} <= set(images)
+    assert {"open float16", "packed, default"} <= set(text)
     for rows in (text, images):
         assert rows["open float32"]["kl_max"] < 1e-12
         for name, row in rows.items():

@@ -14,8 +14,6 @@ from benchmarks import __main__ as everything
 from benchmarks import reading, scale
 from benchmarks.codecs import labels_of
 from benchmarks.made_labels import varied
-from benchmarks.peer_files import unpack_ids
-from benchmarks.peer_layouts import pack_bits
 from benchmarks.raw_files import drop_from_memory, resident_share
 from benchmarks.synthetic_logits import text_logits
 from softcache.labels.tail import log_sum_exp
@@ -104,12 +102,6 @@ def test_made_rows_are_distributions_and_all_different():
     assert labels.ids.max() < 256
     assert len(np.unique(labels.log_probs, axis=0)) == 500
     assert np.array_equal(varied(base, 500, seed=1).log_probs, labels.log_probs)
-
-
-@pytest.mark.parametrize("bits", [8, 17, 20])
-def test_packed_ids_come_back(bits):
-    ids = np.random.default_rng(bits).integers(0, 2**bits, (50, 7))
-    assert np.array_equal(unpack_ids(pack_bits(ids, bits), bits, 7), ids)
 
 
 def test_files_dropped_from_memory_are_told(tmp_path):

@@ -38,7 +38,7 @@ from softcache.runtime.optional import text_library
 from softcache.tools.import_caches.base import IMPORTERS, UNKNOWN, Original, digest_files
 from softcache.tools.import_caches.top_rows import TopRows
 
-__all__ = ["Compression", "DistillKit"]
+__all__ = ["Compression", "DistillKit", "unpack_numbers"]
 
 IDS, VALUES, PACKED = "input_ids", "compressed_logprobs", "bytepacked_indices"
 CONFIG = "compression_config.yaml"
@@ -97,12 +97,12 @@ class Compression(BaseModel):
         curve_RA = np.zeros((num_rows, rest))
         if self.polynomial_terms:
             terms_RT, at = _floats(bytes_RB, at, len(self.polynomial_terms), self.term_dtype)
-            curve_RA = terms_RT @ self._terms(rest)
+            curve_RA = terms_RT @ self.terms(rest)
         start = 0
         for part in self.residual_bins:
             scale_R1, at = _floats(bytes_RB, at, 1, part.scale_dtype)
             stop = at + (part.element_bits * part.num_elements + 7) // 8
-            steps = _numbers(bytes_RB[:, at:stop], part.element_bits, part.num_elements)
+            steps = unpack_numbers(bytes_RB[:, at:stop], part.element_bits, part.num_elements)
             middle = 2 ** (part.element_bits - 1)
             steps = 2 * steps - 1 if part.element_bits == 1 else steps - middle
             curve_RA[:, start : start + part.num_elements] += steps * scale_R1
@@ -111,7 +111,8 @@ class Compression(BaseModel):
         with np.errstate(invalid="ignore"):  # -inf less -inf; what comes of it is refused
             return np.cumsum(values_RK, axis=1) if self.delta_encoding else values_RK
 
-    def _terms(self, count: int) -> np.ndarray:
+    def terms(self, count: int) -> np.ndarray:
+        """Returns the curve's terms [T, count] float64 at each point."""
         points = np.linspace(0, 1, count) if self.normalize_t else np.arange(count, dtype=np.float64)
         named = {"sqrt": np.sqrt, "exp": np.exp}
         return np.stack(
@@ -160,7 +161,7 @@ class DistillKit(Original):
             found = self._lists(sample, int(starts[number]), positions)
             values.append(found[0])
             packed.append(found[1])
-        ids_RK = _numbers(np.concatenate(packed), self._compression.id_bits, self.k)
+        ids_RK = unpack_numbers(np.concatenate(packed), self._compression.id_bits, self.k)
         log_probs_RK = self._compression.unpack(np.concatenate(values))
         for row, slot in np.argwhere(~(log_probs_RK <= ABOVE_ZERO))[:1].tolist():
             raise LabelError(
@@ -305,7 +306,7 @@ def _floats(bytes_RB: np.ndarray, start: int, count: int, dtype: str) -> tuple[n
     return numbers.astype(np.float64), stop
 
 
-def _numbers(bytes_RB: np.ndarray, bits: int, count: int) -> np.ndarray:
+def unpack_numbers(bytes_RB: np.ndarray, bits: int, count: int) -> np.ndarray:
     """Returns whole numbers [R, count] int64 of so many bits each, packed with the highest bit first."""
     bits_RX = np.unpackbits(bytes_RB, axis=1)[:, : bits * count].reshape(len(bytes_RB), count, bits)
     return bits_RX.astype(np.int64) @ (1 << np.arange(bits - 1, -1, -1, dtype=np.int64))
