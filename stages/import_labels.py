@@ -107,9 +107,10 @@ def _import_responses(
             f"config {config.name}: source.modality is {config.source.modality}; a server's log-probabilities are of text"
         )
     k = k or getattr(config.labels, "k", None)
-    if "k" not in type(config.labels).model_fields or k is None:
+    if config.labels.policy != "top_k" or k is None:
         raise ConfigError(
-            f"config {config.name}: labels.policy: {config.labels.policy}; an import keeps the labels.k most likely tokens"
+            f"config {config.name}: labels.policy: {config.labels.policy}; an import keeps the labels.k most likely tokens, "
+            'and neither draws others nor leaves some out; set it to "top_k"'
         )
     if config.labels.positions.policy != "all":
         raise ConfigError(

@@ -791,11 +791,12 @@ def test_the_command_says_what_it_made(served, tmp_path, toml):
     assert "0 of 4 missing" in result.stdout
     assert open_cache(str(tmp_path / "cache")).read([0]).k == 4
     whole = tmp_path / "whole.toml"
-    whole.write_text(toml.read_text().replace("[labels]\nk = 6", '[labels]\npolicy = "dense"'))
-    with pytest.raises(ConfigError, match=r"labels.policy: dense"):
-        CliRunner().invoke(
-            import_command, [*arguments[:2], str(whole), *arguments[3:]], catch_exceptions=False
-        )
+    for policy in ("dense", "top_p", "hybrid"):  # the last two have a labels.k, and mean more by it
+        whole.write_text(toml.read_text().replace("[labels]\nk = 6", f'[labels]\npolicy = "{policy}"'))
+        with pytest.raises(ConfigError, match=rf"labels.policy: {policy}; .* set it to \"top_k\""):
+            CliRunner().invoke(
+                import_command, [*arguments[:2], str(whole), *arguments[3:]], catch_exceptions=False
+            )
     arguments[2] = str(ROOT / "configs" / "digits.toml")
     with pytest.raises(ConfigError, match=r"source.modality is image"):
         CliRunner().invoke(import_command, arguments, catch_exceptions=False)
