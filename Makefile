@@ -108,7 +108,7 @@ $(VLLM)/.installed: constraints-vllm.txt
 	@touch $@
 
 test-pages: setup  ## follow the pages of the docs that take long, half an hour
-	$(VENV)/bin/python -m pytest -m pages
+	$(VENV)/bin/python -m pytest -m pages -o faulthandler_timeout=3600
 
 docs: setup  ## build the documentation's site in site/ (mkdocs serve shows it, with its search)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
