@@ -302,6 +302,77 @@ def test_only_the_assistants_words_have_labels(opened, tmp_path):
         opened(path=path, tokenizer=template, messages_column="messages", seq_len=4)
 
 
+UNMARKED = CHAT.replace("{% generation %}", "").replace("{% endgeneration %}", "") + (
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [CHAT, UNMARKED], ids=["marked", "derived"])
+def test_a_message_of_weight_0_is_given_and_not_learned(template, opened, tmp_path):
+    """As OpenAI's and Open-Orca's chats say it, of the assistant's messages; a user's weight means nothing."""
+    tokenizer = save_tokenizer(tmp_path / "chat", chat_template=template)
+    path = tmp_path / "chats.jsonl"
+
+    def learnt(*weights):
+        messages = chat(("user", "w10"), ("assistant", "w20"), ("user", "w12"), ("assistant", "w22"))
+        weighted = [one | {"weight": weight} for one, weight in zip(messages, weights, strict=True)]
+        (found,) = _open_chats(opened, write_chats(path, [weighted]), tokenizer)
+        return found.tokens[found.learnt].tolist()
+
+    assert learnt(0.0, 1.0, 0.5, 1.0) == [20, 0, 22, 0]
+    assert learnt(0, 0, 0, 1) == [22, 0]
+    assert learnt(None, None, None, 0) == [20, 0]
+    with pytest.raises(
+        SourceError, match=r"message 3 has the weight 0.5; expected 1, or 0 of what is not learned"
+    ):
+        learnt(0, 1, 0, 0.5)
+
+
+@pytest.mark.parametrize("template", [CHAT, UNMARKED], ids=["marked", "derived"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_parts_that_a_template_does_not_read_are_refused(number, template, opened, tmp_path):
+    """jinja would write them as Python does, quotes and all."""
+    reading = template.replace(
+        "message.content }}", "message.content if message.content is string else message.content[0].text }}"
+    )
+    messages = chat(("user", "w10"), ("assistant", "w20"))
+    messages[number]["content"] = [{"type": "text", "text": "w30"}]
+    path = write_chats(tmp_path / "chats.jsonl", [messages])
+    (found,) = _open_chats(opened, path, save_tokenizer(tmp_path / "reading", chat_template=reading))
+    assert 30 in found.tokens
+    assert found.tokens[found.learnt].tolist() == [[20, 30][number], 0]
+    message = rf"the content of message {number} is a list, which the chat template writes out as Python does; expected text"
+    with pytest.raises(SourceError, match=message):
+        _open_chats(opened, path, save_tokenizer(tmp_path / "chat", chat_template=template))
+
+
+def test_the_cause_of_a_damaged_line_is_in_the_message(opened, tmp_path):
+    (tmp_path / "cut.jsonl").write_text('{"text": "w7"}\n{"text": "w8')
+    message = r"cannot be loaded: DatasetGenerationError: .* \(ArrowInvalid: JSON parse error: .* in row 1\); check source.path"
+    with pytest.raises(SourceError, match=message):
+        tokens_of(opened(path=tmp_path / "cut.jsonl"))
+
+
+def test_a_weight_of_a_passage_that_is_not_marked_is_refused(opened, tmp_path):
+    """Which marked passage is of which message is known where there is one for each."""
+    template = CHAT.replace("{% generation %}", "{% if loop.last %}{% generation %}").replace(
+        "{% endgeneration %}", "{% endgeneration %}{% else %}{{ message.content }} <eos> {% endif %}"
+    )
+    tokenizer = save_tokenizer(tmp_path / "chat", chat_template=template)
+    messages = chat(("user", "w10"), ("assistant", "w20"), ("user", "w12"), ("assistant", "w22"))
+    messages[1]["weight"] = 0
+    path = write_chats(tmp_path / "chats.jsonl", [messages])
+    with pytest.raises(
+        SourceError, match=r"1 passages .* of 2 messages .* which of them has weight 0 is not clear"
+    ):
+        _open_chats(opened, path, tokenizer)
+
+
+def _open_chats(opened, path, tokenizer):
+    source = opened(path=path, tokenizer=tokenizer, messages_column="messages")
+    return [source.sample(number) for number in range(len(source))]
+
+
 def test_a_marked_passage_may_end_in_what_no_token_covers(opened, tmp_path):
     """The <eos> of CHAT is followed by a space; transformers would mark the user's next words as well."""
     tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(tmp_path / "chat", chat_template=CHAT))

@@ -109,11 +109,29 @@ class ChatEncoder:
                 ) from error
             return (texts[0], passages[0]) if mask else texts[0]
 
+        if any(isinstance(one.get("content"), list | Mapping) for one in messages):
+            _check_contents(document, messages, render(messages))
         given = document.num_given  # answers of the prompt itself are given, not learned
+        is_learnt = [
+            number >= given and _weight(document, number, one) > 0 for number, one in enumerate(messages)
+        ]
         if not re.search(r"\{%-?\s*generation\s*-?%\}", template):
             special = _special_texts(self._tokenizer)
-            return assistant_passages(messages, render, special=special, key=document.key, num_given=given)
+            return assistant_passages(
+                messages, render, special=special, key=document.key, is_learnt=is_learnt
+            )
         text, passages = render(messages, mask=True)
+        authors = [number for number, one in enumerate(messages) if one.get("role") == "assistant"]
+        if not all(is_learnt[number] for number in authors if number >= given):
+            if len(passages) != len(authors):
+                raise SourceError(
+                    f"document {document.key!r}: {len(passages)} passages that the chat template marks, of {len(authors)} "
+                    "messages of the assistant, so which of them has weight 0 is not clear; expected one passage for each; "
+                    "name another template as source.chat_template"
+                )
+            passages = [
+                passage for number, passage in zip(authors, passages, strict=True) if is_learnt[number]
+            ]
         if not given:
             return text, passages
         prompt = render(messages[:given])
@@ -213,6 +231,29 @@ def _messages(document: Document) -> list[dict[str, Any]]:
             message = {"role": SHAREGPT_ROLES[author], "content": message.pop("value", ""), **message}
         messages.append(message)
     return messages
+
+
+def _weight(document: Document, number: int, message: Mapping[str, Any]) -> float:
+    """Returns the weight of a message, as OpenAI's and Open-Orca's chats have it: 0 of one that is given, not learned."""
+    weight = message.get("weight", 1)
+    if message.get("role") == "assistant" and weight not in (0, 1):
+        raise SourceError(
+            f"document {document.key!r}: message {number} has the weight {weight!r}; expected 1, or 0 of what is not "
+            "learned; drop the field, or the chats with others"
+        )
+    return float(weight == 1)
+
+
+def _check_contents(document: Document, messages: Sequence[Mapping[str, Any]], text: str) -> None:
+    """Raises SourceError where a content that is no text, such as a list of parts, stands in a chat as Python writes it."""
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list | Mapping) and content and str(content) in text:
+            raise SourceError(
+                f"document {document.key!r}: the content of message {number} is a {type(content).__name__}, which the chat "
+                "template writes out as Python does; expected text; join its parts, or name a template that reads them as "
+                "source.chat_template"
+            )
 
 
 def _without_none(value: Any) -> Any:

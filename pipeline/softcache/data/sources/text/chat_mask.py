@@ -40,14 +40,14 @@ def assistant_passages(
     *,
     special: Sequence[str],
     key: str,
-    num_given: int = 0,
+    is_learnt: Sequence[bool] | None = None,
 ) -> tuple[str, Passages]:
     """Returns a chat's text, and the characters [first, last) of it that the assistant writes.
 
     Args:
         special: the texts of the tokenizer's special tokens, longest first.
         key: of the document, for errors.
-        num_given: the first messages, which are a prompt; what the assistant writes in them is left out.
+        is_learnt: of each message, whether it counts; None: all of the assistant's do.
 
     Raises:
         SourceError: the template does not show which part that is.
@@ -55,7 +55,7 @@ def assistant_passages(
     text, passages = render(messages), list[tuple[int, int]]()
     pattern = "|".join(map(re.escape, special)) or r"(?!)"
     for number, message in enumerate(messages):
-        if message.get("role") != "assistant" or number < num_given:
+        if message.get("role") != "assistant" or (is_learnt is not None and not is_learnt[number]):
             continue
         passage = _passage(messages, number, render, text, pattern)
         if passage is None or (passages and passage[0] < passages[-1][1]):
