@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from softcache.runtime.display import format_duration
 from softcache.runtime.logging import log_info
 
 from .options import CACHE, PATH, json_option, log_option, print_json, print_table
@@ -139,11 +140,11 @@ def _print_cost(figures: dict[str, Any]) -> None:
         names = ("teacher_training_seconds", "teacher_pass_seconds", "student_training_seconds")
         parts = [
             f"{name.removesuffix('_seconds').replace('_', ' ')} "
-            + ("not measured" if cost[name] is None else f"{cost[name]:.1f} s")
+            + ("not measured" if cost[name] is None else format_duration(cost[name]))
             for name in names
         ]
         if cost.get("sweep_trials"):
-            parts.append(f"sweep {cost['sweep_seconds']:.1f} s, {cost['sweep_trials']} trials")
+            parts.append(f"sweep {format_duration(cost['sweep_seconds'])}, {cost['sweep_trials']} trials")
         passes = cost["teacher_passes"]
         click.echo(
             f"what it cost: {passes} teacher {'pass' if passes == 1 else 'passes'}; {'; '.join(parts)}"

@@ -10,6 +10,7 @@ from dataclasses import asdict
 import click
 
 from softcache.cache.storage.open import open_objects
+from softcache.runtime.display import format_duration
 from softcache.tools.garbage import collect_garbage
 
 from .options import CACHE, json_option, print_json
@@ -55,13 +56,16 @@ def gc(url: str, delete: bool, older_than: float, as_json: bool) -> None:
     if report.stale_claims:
         summary += f"; {report.stale_claims} stale claims released"
     if report.held:
-        summary += f"; {len(report.held)} units of live runs, or of runs that ended less than {older_than:g} s ago, kept"
+        summary += f"; {len(report.held)} units of live runs, or of runs that ended less than "
+        summary += f"{format_duration(older_than)} ago, kept"
     if report.unmarked:
         summary += (
             f"; {len(report.unmarked)} units that were made meanwhile are unfinished again: rerun its command"
         )
     if report.young:
-        summary += f"; {len(report.young)} files younger than {older_than:g} s kept (--older-than)"
+        summary += (
+            f"; {len(report.young)} files younger than {format_duration(older_than)} kept (--older-than)"
+        )
     if report.foreign:
         summary += f"; {len(report.foreign)} files that softcache did not write kept"
     if report.stray and not delete:

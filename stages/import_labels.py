@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from softcache.errors import ConfigError
+from softcache.runtime.display import format_duration
 from softcache.runtime.logging import log_info, progress_bar
 
 from .options import PATH, cache_option, cache_report, config_options, json_option, print_json
@@ -195,5 +196,5 @@ def _report(cache: Cache, report: CaptureReport, url: str, as_json: bool, **more
     click.echo(
         f"cache {url}: {rows:,} rows of {cache.manifest.identity['teacher']['spec']}, K={cache.manifest.codec['k']} of "
         f"{cache.num_classes} classes, at temperature 1; {report.units_done} units made now, {report.units_found} "
-        f"found, {len(cache.missing_units)} of {plan.num_units} missing; {report.seconds:.1f} s"
+        f"found, {len(cache.missing_units)} of {plan.num_units} missing; {format_duration(report.seconds)}"
     )

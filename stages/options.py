@@ -197,19 +197,22 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
         table.add_column(column, justify=justify, no_wrap=number == 0, overflow="fold")
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))  # [brackets] are text here, not a style
-    if sys.stdout.isatty():
-        Console().print(table)
-    else:
+    if not sys.stdout.isatty():
         Console(width=_width_of_whole_words(table, [columns, *rows])).print(table)
+        return
+    console = Console()
+    if _width_of_whole_words(table, [columns, *rows], least=console.width) > console.width:
+        table.box, table.padding, table.pad_edge = None, (0, 2, 0, 0), False  # type: ignore[assignment]
+    console.print(table)
 
 
-def _width_of_whole_words(table: Table, cells: Sequence[Sequence[Any]]) -> int:
+def _width_of_whole_words(table: Table, cells: Sequence[Sequence[Any]], least: int = 120) -> int:
     """Returns how wide a table is printed into a file: 120, or more where a word would be broken."""
     words = {word for row in cells for cell in row for word in str(cell).split()}
-    for width in range(120, 400, 10):
+    for width in range(least, least + 280, 10):
         console = Console(width=width, file=io.StringIO())
         with console.capture() as printed:
             console.print(table)
         if words <= set(printed.get().split()):
             return width
-    return 120
+    return least

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from softcache.errors import ConfigError
+from softcache.runtime.display import format_duration
 from softcache.runtime.logging import progress_bar
 
 from .options import PATH, config_options, json_option, print_json
@@ -86,5 +87,6 @@ def query_command(
         return
     click.echo(
         f"{out}: {done.found + done.answered:,} of {len(source):,} samples; {done.answered:,} asked now, {done.found:,} "
-        f"found, {done.retries} requests made again; {done.seconds:.1f} s; next: softcache import {out} --config FILE"
+        f"found, {done.retries} requests made again; "
+        f"{format_duration(done.seconds)}; next: softcache import {out} --config FILE"
     )

@@ -10,6 +10,7 @@ from dataclasses import asdict
 import click
 
 from softcache.cache.storage.open import open_objects
+from softcache.runtime.display import format_duration
 from softcache.tools.status import Status, read_status
 
 from .options import CACHE, json_option, print_json
@@ -55,7 +56,7 @@ def _format(found: Status) -> str:
     if found.rows_per_second is not None:
         words.append(f"{found.rows_per_second:,.0f} rows/s")
     if found.state != "complete" and found.seconds_left is not None:
-        words.append(f"{found.seconds_left:,.0f} s left")
+        words.append(f"{format_duration(found.seconds_left)} left")
     if found.quiet_seconds is not None:
-        words.append(f"last unit {found.quiet_seconds:,.0f} s ago")
+        words.append(f"last unit {format_duration(found.quiet_seconds)} ago")
     return "; ".join(words)

@@ -15,6 +15,7 @@ import click
 from softcache.errors import ConfigError
 from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
+from softcache.runtime.display import format_duration
 from softcache.runtime.kernels import compile_kernels
 from softcache.runtime.logging import log_info
 
@@ -185,14 +186,14 @@ def _print_report(cache: Cache, url: str, report: CaptureReport) -> None:
         f"cache {url}: {plan.num_samples:,} samples x {plan.num_views} views, {rows:,} rows, "
         f"K={cache.manifest.codec['k']} of {cache.num_classes} classes, "
         f"{num_bytes:,} bytes ({num_bytes / rows:.1f} per row); "
-        f"{report.units_done} units made now, {report.units_found} found; {report.seconds:.1f} s"
+        f"{report.units_done} units made now, {report.units_found} found; {format_duration(report.seconds)}"
     )
     if report.slowest is not None and report.seconds:
         seconds, slowest = report.seconds, report.slowest
         click.echo(
             f"made now: {report.rows / seconds:,.0f} rows/s, {report.num_bytes / seconds:,.0f} bytes/s; teacher busy "
             f"{min(1.0, report.teacher_seconds / (seconds * report.workers)):.0%} of the time; slowest unit "
-            f"{slowest.unit}: {slowest.seconds:.1f} s"
+            f"{slowest.unit}: {format_duration(slowest.seconds)}"
         )
 
 
@@ -205,7 +206,7 @@ def _print_estimate(url: str, estimate: Estimate, price_per_hour: float | None, 
         ("units", f"{estimate.units:,}", f"{estimate.units_done:,}", f"{estimate.units_left:,}"),
         ("rows", f"{estimate.rows:,}", f"{estimate.rows_done:,}", f"{estimate.rows_left:,}"),
         ("bytes", f"{estimate.num_bytes:,}", f"{estimate.num_bytes_done:,}", f"{estimate.num_bytes_left:,}"),
-        ("seconds", "", "", f"{estimate.seconds:,.1f}"),
+        ("time", "", "", format_duration(estimate.seconds)),
     ]
     if cost is not None:
         rows.append(("cost", "", "", f"{cost:,.2f}"))
@@ -213,6 +214,6 @@ def _print_estimate(url: str, estimate: Estimate, price_per_hour: float | None, 
     if estimate.rows_per_second is not None:
         click.echo(
             f"from {estimate.measured_chunks} chunks: {estimate.bytes_per_row:.1f} bytes per row, "
-            f"{estimate.rows_per_second:,.0f} rows/s; {estimate.evaluate_seconds:.1f} s to score the teacher; "
+            f"{estimate.rows_per_second:,.0f} rows/s; {format_duration(estimate.evaluate_seconds)} to score the teacher; "
             "nothing was written"
         )

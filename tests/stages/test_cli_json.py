@@ -91,3 +91,12 @@ def test_a_table_in_a_file_keeps_every_word_whole(capsys):
     assert name in printed
     print_table("few", ("a", "b"), [("1", "two words " * 30)])
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 120, "text is wrapped as before"
+
+
+def test_numbers_stay_whole_on_a_terminal_that_has_no_room_for_a_frame(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    columns = ("student", "parameters", "of teacher", "from cache", "hard labels", "teacher", "seconds")
+    row = ("timm:test_efficientnet", "101,334", "38.87%", "93.24%", "90.88%", "99.32%", "56.2")
+    print_table("students", columns, [row])
+    assert any(line.split() == list(row) for line in capsys.readouterr().out.splitlines())

@@ -87,6 +87,20 @@ def test_reporting_changes_nothing_and_goes_on_after_a_kill(tmp_path, shared_cac
     assert TrainSettings(**EVERY["train"]).identity() == TrainSettings().identity()
 
 
+def test_steps_of_before_a_kill_are_no_part_of_the_rate(tmp_path, shared_cache, monkeypatch):
+    with watched(monkeypatch, dies_at(9)), pytest.raises(Killed):
+        fit(shared_cache[2], tmp_path)
+    at = json.loads((tmp_path / "checkpoint" / "progress.json").read_text())
+    counts = {"found": [], "now": []}
+    monkeypatch.setattr("softcache.runtime.logging.Advance.found", lambda self, n: counts["found"].append(n))
+    monkeypatch.setattr("softcache.runtime.logging.Advance.__call__", lambda self, n: counts["now"].append(n))
+    fit(shared_cache[2], tmp_path)
+    num_samples = len(shared_cache[1].train)
+    (found,) = counts["found"]
+    assert found >= at["epoch"] * num_samples > 0
+    assert found + sum(counts["now"]) == 3 * num_samples
+
+
 def test_without_asking_every_hundredth_step_is_reported(tmp_path, shared_cache, logged):
     fit(shared_cache[2], tmp_path, tables={"train": {"epochs": 17, "checkpoint_steps": None}})
     assert [fields["step"] for name, fields in logged if name == "step"] == [100]

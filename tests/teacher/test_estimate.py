@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from softcache.cache.storage.open import open_objects
 from softcache.errors import ConfigError, IdentityError
 from softcache.runs import capture_estimate, capture_labels, open_data, open_teacher
+from softcache.runs.teacher import untrained_teacher
 from softcache.stages.cli import softcache
 from softcache.teacher.capture.estimate import estimate_capture
 from tests.stages.test_cli import CONFIG
@@ -127,10 +128,37 @@ def test_a_cache_of_something_else_is_refused(tmp_path):
         estimate(tmp_path / "cache", labels={"k": 3})
 
 
-def test_a_teacher_without_weights_is_refused(tmp_path):
+def test_a_teacher_that_is_yet_to_be_trained_is_measured_untrained(tmp_path, capsys):
     teacher = {"model": "linear", "weights": str(tmp_path / "none.safetensors")}
-    with pytest.raises(ConfigError, match="softcache train-teacher"):
-        estimate(tmp_path / "cache", teacher=teacher, train_teacher={"epochs": 1})
+    tables = {
+        "teacher": teacher,
+        "train_teacher": {"epochs": 1},
+        "capture": {"codec": "open", "device": "cpu"},
+    }
+    found = estimate(tmp_path / "cache", **tables)
+    assert "none.safetensors yet; measured untrained" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == [], "nothing is written"
+    config = digits_config(**tables)
+    data = open_data(config)
+    with untrained_teacher(config, data) as untrained:
+        cache, _ = capture_labels(untrained, data, open_teacher(untrained, data), str(tmp_path / "cache"))
+    assert (found.units, found.rows) == (cache.manifest.plan.num_units, cache.manifest.total_rows)
+    assert found.num_bytes == pytest.approx(size_of(cache), rel=0.1)
+    with pytest.raises(ConfigError, match=r"there is a cache at .*put them there again"):
+        estimate(tmp_path / "cache", **tables)
+
+
+def test_a_language_model_that_is_yet_to_be_trained_is_measured_untrained(tmp_path):
+    write_texts(tmp_path / "texts.jsonl")
+    config = text_config(
+        tmp_path,
+        teacher={"model": "gpt2?width=16&depth=1&heads=2", "weights": str(tmp_path / "none.safetensors")},
+        train_teacher={"epochs": 1},
+    )
+    found = capture_estimate(config, open_data(config), str(tmp_path / "cache"))
+    assert found.rows_left == found.rows > 0
+    assert found.num_bytes > 0
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_command_prints_the_cost_and_writes_nothing(in_tmp):

@@ -32,6 +32,7 @@ from softcache.cache.folded import (
 )
 from softcache.cache.manifest import claim_path, marker_path
 from softcache.errors import CorruptionError, StorageError
+from softcache.runtime.display import format_duration
 from softcache.runtime.logging import log_info
 
 __all__ = ["FOLD_EVERY", "fold_if_possible", "fold_markers", "unmark_units"]
@@ -220,8 +221,8 @@ def _unmark_folded(
                 raise index.restless(block)
         if time.monotonic() > until:
             raise StorageError(
-                f"cache {index.objects.url}, {block_claim_path(block)}: held by another process for {CLAIM_SECONDS:.0f} s; "
-                "wait for the runs that write this cache, and try again"
+                f"cache {index.objects.url}, {block_claim_path(block)}: held by another process for "
+                f"{format_duration(CLAIM_SECONDS)}; wait for the runs that write this cache, and try again"
             )
         time.sleep(CLAIM_POLL_SECONDS)
 

@@ -21,7 +21,7 @@ from softcache.models.spec import is_same_origin
 from softcache.reader.alignment import check_alignment
 from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
-from softcache.runs.teacher import open_teacher, teacher_is_missing, teacher_settings
+from softcache.runs.teacher import open_teacher, teacher_is_missing, teacher_settings, untrained_teacher
 from softcache.runtime.logging import event, log_info, progress_bar
 from softcache.teacher.base import Teacher
 from softcache.teacher.capture.estimate import Estimate, estimate_capture
@@ -262,17 +262,32 @@ def _capture_labels(config: RunConfig, data: Data, teacher: Teacher, url: str) -
 def capture_estimate(config: RunConfig, data: Data, url: str) -> Estimate:
     """Returns what `capture_labels` would do at `url` and take for it; writes nothing there.
 
+    A teacher that [train_teacher] has yet to train is measured untrained.
+
     Raises:
-        ConfigError: the teacher has yet to be trained: its labels, and so their bytes, are not known.
+        ConfigError: the cache is there, and the weights of its teacher are not.
         IdentityError: the cache there was made from something else.
     """
-    if teacher_is_missing(config):
+    objects = open_objects(url)
+    if not teacher_is_missing(config):
+        return _capture_estimate(config, data, objects)
+    weights = teacher_settings(config).weights
+    if objects.size("manifest.json") is not None:
         raise ConfigError(
-            f"config {config.name}: the teacher has no weights at {teacher_settings(config).weights} yet, so what its "
-            "labels take is not known; run `softcache train-teacher` with this config first"
+            f"config {config.name}: there is a cache at {url}, and no weights of the teacher that labels the rest of it "
+            f"at {weights}; put them there again, or choose another --cache"
         )
+    log_info(
+        f"teacher {teacher_settings(config).model}: no weights at {weights} yet; measured untrained: bytes are a rough "
+        "estimate (untrained labels compress better), and the time is without its training"
+    )
+    with untrained_teacher(config, data) as untrained:
+        return _capture_estimate(untrained, data, objects)
+
+
+def _capture_estimate(config: RunConfig, data: Data, objects: Objects) -> Estimate:
     return estimate_capture(
-        open_objects(url),
+        objects,
         data=data.train,
         evaluation=data.evaluation,
         teacher=open_teacher(config, data),

@@ -75,9 +75,17 @@ def run_training(
         event(kind, **name, **row)
         if kind == "step":
             losses.append(row["loss"])
-            advance.note(f"loss {row['loss']:.4g} {sparkline(losses)} lr {row['lr']:.3g}")
-        if log_format() == "text":
-            log_info(f"{label}: {_format_row(kind, row)}")
+            samples, rows = row["samples_per_second"], row["rows_per_second"]
+            more = "" if rows == samples else f", {rows:,.0f} rows/s"
+            advance.note(
+                f"loss {row['loss']:.4g} {sparkline(losses)} lr {row['lr']:.3g}{more}",
+                f"step {row['step']:,}, loss {row['loss']:.4f}, lr {row['lr']:.3g}, {samples:,.0f} samples/s{more}",
+            )
+        elif log_format() == "text":
+            scores = ", ".join(
+                f"{key} {value:.4f}" for key, value in row.items() if key not in ("epoch", "step")
+            )
+            log_info(f"{label}: step {row['step']:,}, {scores}")
 
     def log_epoch(row: dict[str, Any]) -> None:
         event("epoch", **name, **row)
@@ -99,15 +107,6 @@ def run_training(
         )
     event("run_finished", **name, **{key: metrics[key] for key in metrics.keys() - {"history", *name}})
     return metrics | {"model": model, "out": str(out)}
-
-
-def _format_row(kind: str, row: dict[str, Any]) -> str:
-    """Returns one line of a step's or an evaluation's figures."""
-    figures = {key: value for key, value in row.items() if key not in ("epoch", "step")}
-    if kind == "step":
-        rate = f"{row['samples_per_second']:,.0f} samples/s, {row['rows_per_second']:,.0f} rows/s"
-        return f"step {row['step']:,}, loss {row['loss']:.4f}, lr {row['lr']:.3g}, {rate}"
-    return f"step {row['step']:,}, " + ", ".join(f"{key} {value:.4f}" for key, value in figures.items())
 
 
 def slugify(model: str) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from softcache.runs.batches import hard_label_batches
 from softcache.runs.fit import run_training
 from softcache.runtime.logging import log_info
 from softcache.student import StudentSettings
+from softcache.student.checkpoint import RunDirectory
 from softcache.teacher.base import Teacher, TeacherSettings
 from softcache.teacher.capture.plan import num_slots
 
@@ -22,6 +26,7 @@ __all__ = [
     "teacher_is_missing",
     "teacher_settings",
     "train_teacher",
+    "untrained_teacher",
 ]
 
 
@@ -47,21 +52,42 @@ def train_teacher(config: RunConfig, data: Data) -> tuple[dict[str, Any], Path]:
     teacher = teacher_settings(config)
     out = config.root / "teacher"
     weights = out / "model.safetensors"
-    if config.train_teacher is None:
-        raise ConfigError(
-            f"config {config.name}: table [train_teacher] is missing; it says how to train {teacher.model}"
-        )
+    run = _training_config(config)
     if teacher.weights is None or Path(teacher.weights) != weights:
         raise ConfigError(
             f"config {config.name}: teacher.weights is {teacher.weights!r}, but train-teacher writes {str(weights)!r}; "
             "set teacher.weights to that, or keep your own weights and skip train-teacher"
         )
-    run = _as_teacher(config).model_copy(
-        update={"train": config.train_teacher.model_copy(update={"labels": "ground_truth"})}
-    )
     task = data.task(run, teacher.model)
     metrics = run_training(run, data, task, teacher.model, out, hard_label_batches(run, data), identity={})
     return metrics, weights
+
+
+def _training_config(config: RunConfig) -> RunConfig:
+    """Returns the config by which its [train_teacher] trains the teacher.
+
+    Raises:
+        ConfigError: there is no [train_teacher].
+    """
+    if config.train_teacher is None:
+        model = teacher_settings(config).model
+        raise ConfigError(
+            f"config {config.name}: table [train_teacher] is missing; it says how to train {model}"
+        )
+    settings = config.train_teacher.model_copy(update={"labels": "ground_truth"})
+    return _as_teacher(config).model_copy(update={"train": settings})
+
+
+@contextmanager
+def untrained_teacher(config: RunConfig, data: Data) -> Iterator[RunConfig]:
+    """Yields the config with weights for its teacher, as [train_teacher] would begin with them, in a temporary folder."""
+    teacher = teacher_settings(config)
+    with tempfile.TemporaryDirectory(prefix="softcache-untrained-") as folder:
+        directory = RunDirectory(Path(folder), {}, {})
+        task = data.task(_training_config(config), teacher.model)
+        directory.save_weights(task.weights(task.build()), "model")
+        settings = teacher.model_copy(update={"weights": str(directory.path / "model.safetensors")})
+        yield config.model_copy(update={"teacher": settings})
 
 
 def _as_teacher(config: RunConfig) -> RunConfig:

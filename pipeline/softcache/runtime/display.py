@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from typing import NamedTuple
 
-__all__ = ["Displayed", "Summary", "printable", "shorten_list"]
+__all__ = ["Displayed", "Summary", "format_duration", "printable", "shorten_list"]
 
 MAX_CHARACTERS = 200
 """Of one fact; a name in a foreign cache may be as long as it likes."""
@@ -62,3 +62,16 @@ def shorten_list(names: Sequence[str] | Iterable[str], *, most: int = 5) -> str:
     """Returns the first names with commas between them, and an ellipsis where there are more."""
     first = list(names)[: most + 1]
     return ", ".join([*(name[:40] for name in first[:most]), *(["…"] if len(first) > most else [])])
+
+
+def format_duration(seconds: float) -> str:
+    """Returns a time as people read it, in its two largest units: 12.3 s, 3 min 20 s, 1 h 10 min, 2 d 3 h."""
+    if round(seconds, 1) < 60:
+        return f"{round(seconds, 1 if seconds >= 1 else 2):g} s"
+    if round(seconds) < 3600:
+        (whole, rest), large, small = divmod(round(seconds), 60), "min", "s"
+    elif round(seconds / 60) < 24 * 60:
+        (whole, rest), large, small = divmod(round(seconds / 60), 60), "h", "min"
+    else:
+        (whole, rest), large, small = divmod(round(seconds / 3600), 24), "d", "h"
+    return f"{whole:,} {large} {rest} {small}" if rest else f"{whole:,} {large}"

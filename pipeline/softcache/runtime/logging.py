@@ -20,16 +20,21 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
-from rich.progress import TimeRemainingColumn as TimeLeft
+from rich.cells import cell_len
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
+from softcache.runtime.display import format_duration
 from softcache.runtime.distributed import is_rank_zero
 from softcache.runtime.files import finite
 
 __all__ = [
     "Advance",
     "LogFormat",
+    "count_found",
     "event",
     "listen",
     "log_event",
@@ -41,6 +46,8 @@ __all__ = [
 ]
 
 PLAIN_SECONDS = 10.0
+BAR_WIDTHS = (10, 30)
+"""The fewest and the most characters of a bar."""
 BARS = "▁▂▃▄▅▆▇█"
 LogFormat = Literal["text", "json"]
 
@@ -123,6 +130,7 @@ class Advance:
         self._label, self._total, self._unit = label, total, unit
         self._started = time.monotonic()
         self._done, self._found, self._note = 0, 0, ""
+        self._ended: float | None = None
 
     def __call__(self, count: int) -> None:
         """Counts what was done now."""
@@ -135,15 +143,43 @@ class Advance:
         self._found += count
         self._show()
 
-    def note(self, text: str) -> None:
-        """Shows a few words after the figures, until the next ones."""
+    def note(self, text: str, line: str = "") -> None:
+        """Shows a few words after the figures, until the next ones.
+
+        Args:
+            line: what a log has in their place, with the time left; none: the words with the next line of progress.
+        """
         self._note = text
         self._show()
 
+    def _seconds(self) -> float:
+        return max((self._ended or time.monotonic()) - self._started, 1e-9)
+
     def _rate(self) -> float:
-        return (self._done - self._found) / max(time.monotonic() - self._started, 1e-9)
+        return (self._done - self._found) / self._seconds()
+
+    def _seconds_left(self) -> float | None:
+        rate = self._rate()
+        return (self._total - self._done) / rate if rate and self._done < self._total else None
+
+    def _figures(self) -> list[str]:
+        """Returns what is done, the rate and the time, as texts."""
+        rate, left = self._rate(), self._seconds_left()
+        figures = [f"{self._done:,}/{self._total:,} {self._unit}", f"{rate:,.0f}/s"]
+        if self._ended is not None or self._done >= self._total:
+            return [*figures, f"in {format_duration(self._seconds())}"]
+        return figures if left is None else [*figures, f"{format_duration(left)} left"]
+
+    def end(self) -> None:
+        """Shows the last figures."""
+        self._ended = time.monotonic()
 
     def _show(self) -> None: ...
+
+
+def count_found(progress: Callable[[int], None], count: int) -> None:
+    """Counts what was there before: of a bar by `found`, so that it is no part of the rate."""
+    getattr(progress, "found", progress)(count)
 
 
 def sparkline(values: Sequence[float], width: int = 16) -> str:
@@ -169,6 +205,7 @@ def progress_bar(label: str, total: int, unit: str = "samples") -> Iterator[Adva
         bar = _Bar(label, total, unit, console)
         with bar.live:
             yield bar
+            bar.end()
     else:
         lines = _Lines(label, total, unit)
         yield lines
@@ -176,52 +213,70 @@ def progress_bar(label: str, total: int, unit: str = "samples") -> Iterator[Adva
 
 
 class _Bar(Advance):
-    """A live bar."""
+    """A live bar: a line, or as many as the width of the terminal takes."""
 
     def __init__(self, label: str, total: int, unit: str, console: Console) -> None:
         super().__init__(label, total, unit)
-        self.live = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TaskProgressColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeLeft(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-        )
-        self._task = self.live.add_task(label, total=total, rate="", note="")
+        self._console, self._is_tall = console, False
+        self.live = Live(get_renderable=self._render, console=console)
 
-    def _show(self) -> None:
-        rate = f"{self._rate():,.0f} {self._unit}/s"
-        self.live.update(self._task, completed=self._done, rate=rate, note=self._note)
+    def _render(self) -> RenderableType:
+        width = self._console.width
+        share = self._done / self._total if self._total else 1.0
+        figures = "  ".join((f"{share:4.0%}", *self._figures()))
+        shortest, longest = BAR_WIDTHS
+        rest = [part for part in (self._label, self._note) if part]
+        beside = width - cell_len("  ".join((figures, *rest))) - 4
+        self._is_tall = self._is_tall or beside < shortest  # and stays so, or it would jump
+        label, note = (Text(text, no_wrap=True, overflow="ellipsis") for text in (self._label, self._note))
+        room = width - cell_len(figures) - 2 if self._is_tall else beside
+        bar = ProgressBar(total=self._total or 1, completed=self._done if self._total else 1)
+        bar.width = max(shortest, min(longest, room))
+        row = Table.grid(padding=(0, 2, 0, 0))
+        if self._is_tall:
+            row.add_row(bar, Text(figures, no_wrap=True, overflow="ellipsis"))
+            return Group(label, row, *([note] if self._note else []))
+        row.add_row(label, bar, Text(figures, no_wrap=True), *([note] if self._note else []))
+        return row
 
 
 class _Lines(Advance):
-    """A plain line every PLAIN_SECONDS, and one at the end."""
+    """A plain line every PLAIN_SECONDS in which there was no other, and one at the end."""
 
     def __init__(self, label: str, total: int, unit: str) -> None:
         super().__init__(label, total, unit)
         self._shown = self._started
 
+    def note(self, text: str, line: str = "") -> None:
+        if not line or log_format() == "json":
+            super().note(text)
+            return
+        self._note, self._shown = text, time.monotonic()
+        log_info(f"{self._label}: {', '.join((line, *self._figures()[2:]))}")
+
     def _show(self) -> None:
         if self._done < self._total and time.monotonic() - self._shown >= PLAIN_SECONDS:
             self._shown = time.monotonic()
-            self.end()
+            self._write()
 
     def end(self) -> None:
-        done, total, unit, rate = self._done, self._total, self._unit, self._rate()
-        seconds = time.monotonic() - self._started
-        left = (total - done) / rate if rate and done < total else None
-        note = f" ({self._note})" if self._note else ""
-        end = f" in {seconds:,.1f} s" if left is None else f", {left:,.0f} s left"
+        super().end()
+        self._write()
+
+    def _write(self) -> None:
+        seconds, rate, left = self._seconds(), self._rate(), self._seconds_left()
+        done, speed, *when = self._figures()
         fields = {
             "label": self._label,
-            "done": done,
-            "total": total,
-            "unit": unit,
+            "done": self._done,
+            "total": self._total,
+            "unit": self._unit,
             "per_second": round(rate, 3),
+            "seconds": round(seconds, 3),
+            "seconds_left": left,
+            "note": self._note,
         }
-        fields |= {"seconds": round(seconds, 3), "seconds_left": left, "note": self._note}
-        text = f"{self._label}: {done:,}/{total:,} {unit}, {rate:,.0f}/s{end}{note}"
+        note = f" ({self._note})" if self._note else ""
+        in_time = " ".join((speed, *when)) if self._ended else ", ".join((speed, *when))
+        text = f"{self._label}: {done}, {in_time}{note}"
         _LOGGER.info(text, extra={"event": ("progress", fields)})

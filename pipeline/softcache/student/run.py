@@ -18,6 +18,7 @@ from softcache.errors import DivergedError, RunError
 from softcache.losses import LossSettings
 from softcache.models.weights import count_parameters, is_adapted
 from softcache.runtime.distributed import broadcast_from_rank0, check_same, join, on_cpu, translate_errors
+from softcache.runtime.logging import count_found
 from softcache.runtime.signals import Interrupted, defer_signals
 from softcache.student.bucket_sync import BucketSync
 from softcache.student.checkpoint import RunDirectory, hold_run, store_unwrapped
@@ -169,6 +170,8 @@ def _run(
         directory.save_checkpoint(loop.accelerator, state, loop.save_shards)
 
     order.load_state_dict(progress)
+    done = order.epoch * len(loop.feed.dataset) + sum(map(order.num_samples, range(order.step)))
+    count_found(on_step, done)
     loop.resume_loss_meter(progress.get("loss"))
     if loop.adaptation is not None:
         loop.adaptation.load_state_dict(progress.get("adaptation", {}), history)

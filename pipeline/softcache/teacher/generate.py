@@ -32,6 +32,7 @@ from softcache.hashing.digests import digest_json
 from softcache.models.language import PairTokens
 from softcache.models.language.generate import GeneratedSequence, GenerateSettings, translate
 from softcache.runtime.files import parse_json
+from softcache.runtime.logging import count_found
 from softcache.teacher.language import LanguageTeacher
 
 __all__ = ["GenerateReport", "SourcePairs", "generate_source", "lines", "write_source"]
@@ -129,13 +130,13 @@ def write_source(
     for number, start in enumerate(range(0, num_rows, part_rows)):
         numbers = np.arange(start, min(start + part_rows, num_rows))
         name = f"train/{number:05d}.jsonl"
-        if objects.size(name) is None:
+        if is_new := objects.size(name) is None:
             objects.put(name, part(numbers))
             done += 1
         content = objects.get(name)
         parts[name] = hashlib.sha256(content).hexdigest()
         silent += sum(not json.loads(line)[written] for line in content.splitlines())
-        progress(len(numbers))
+        progress(len(numbers)) if is_new else count_found(progress, len(numbers))
     objects.put("eval.jsonl", held_out)
     parts["eval.jsonl"] = hashlib.sha256(held_out).hexdigest()
     content = _json({**plan, f"num_{rows}": num_rows, "num_silent": silent, "parts": parts})

@@ -20,6 +20,7 @@ from softcache.cache.units import (
 )
 from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
+from softcache.runtime.logging import count_found
 
 __all__ = ["convert_cache"]
 
@@ -55,7 +56,7 @@ def convert_cache(
     reading, writing = open_store(origin, source_objects), open_store(manifest, objects)
     index = open_index(objects, manifest, digest)
     finished = usable_units(index)
-    progress(finished.num_rows)
+    count_found(progress, finished.num_rows)
     pending = np.flatnonzero(cache.markers.is_finished & ~finished.is_finished).tolist()
     for unit in claimed_units(index, map(origin.plan.unit, pending)):
         marker = cache.markers[unit.number]

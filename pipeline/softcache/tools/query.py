@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 from softcache.data.sources.text.source import TokenSource
 from softcache.errors import AlignmentError, EngineError, LabelError, StorageError
 from softcache.runtime.files import try_lock
+from softcache.runtime.logging import count_found
 from softcache.tools.import_logprobs.formats import parse_logprobs
 from softcache.tools.import_logprobs.jsonl import LineLocation, parse_line
 
@@ -192,7 +193,7 @@ def query_server(
         keys = source.keys()
         done = _answered(file, path, set(keys))
         report.found = len(done)
-        getattr(progress, "found", progress)(len(done))
+        count_found(progress, len(done))
         pending = (number for number, key in enumerate(keys) if key not in done)
         if len(done) < len(keys):
             request = {"model": model or server.only_model(), "max_tokens": 1, "prompt_logprobs": k}

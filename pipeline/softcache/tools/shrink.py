@@ -54,6 +54,7 @@ from softcache.labels import ARRAYS, SoftLabels, concat
 from softcache.labels.sparsify import POLICIES, LabelSettings
 from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
+from softcache.runtime.logging import count_found
 from softcache.settings import Settings
 
 __all__ = ["ShrinkSettings", "can_lower_k", "shrink_cache", "shrink_manifest"]
@@ -129,7 +130,7 @@ def shrink_cache(
     own = {column.name for column in origin_codec.columns}
     index = open_index(objects, manifest, digest)
     finished = usable_units(index)
-    progress(finished.num_rows)
+    count_found(progress, finished.num_rows)
     # Views that are left out have the highest numbers.
     wanted = cache.markers.is_finished[: manifest.plan.num_units]
     pending = np.flatnonzero(wanted & ~finished.is_finished).tolist()

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 
 from softcache.errors import RunError
 from softcache.runs.dask.worker import Outcome, Step
+from softcache.runtime.display import format_duration
 from softcache.runtime.logging import log_info
 from softcache.runtime.signals import raise_if_signalled
 
@@ -189,7 +190,7 @@ class Scheduler:
             self._restarted.add(worker)
             self._excluded.add(worker)
             self._restarting_until = time.monotonic() + RESTART_SECONDS
-            words = f"{step.doing}: no progress for {step.seconds:.0f} s; the limit is {limit:.0f} s"
+            words = f"{step.doing}: no progress for {format_duration(step.seconds)}; the limit is {format_duration(limit)}"
             log_info(f"dask: worker {worker}, unit {step.unit}, {words}; it is restarted")
             handle = self._in_flight.get(step.unit)
             if handle is not None:

@@ -35,6 +35,7 @@ from softcache.data.batch import Dataset as Data
 from softcache.data.batch import ranges
 from softcache.labels import OutputHead
 from softcache.labels.sparsify import LabelSettings
+from softcache.runtime.logging import count_found
 from softcache.runtime.signals import (
     defer_signals,
     follow_loader,
@@ -174,7 +175,7 @@ def capture(
 
     finished = usable_units(work.index)
     report.units_found = len(finished)
-    getattr(progress, "found", progress)(finished.num_rows)
+    count_found(progress, finished.num_rows)
     # Where images are decoded, the views of one range of samples follow each other.
     numbers = manifest.plan.in_order(finished.missing, by_range=data.decodes)
     pending: Iterable[Unit] = map(manifest.plan.unit, numbers)

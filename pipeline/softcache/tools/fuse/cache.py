@@ -26,6 +26,7 @@ from softcache.hashing.digests import digest_json
 from softcache.labels import SoftLabels, concat
 from softcache.reader.cache import Cache, CachedBatch
 from softcache.reader.open import open_cache
+from softcache.runtime.logging import count_found
 from softcache.tools.fuse.compatibility import check_agreement, check_same_rows, check_teachers
 from softcache.tools.fuse.labels import fused_labels
 from softcache.tools.fuse.settings import FusionSettings
@@ -64,7 +65,7 @@ def fuse_caches(
     manifest, digest = create_cache(objects, manifest, samples)
     writing, index = open_store(manifest, objects), open_index(objects, manifest, digest)
     finished = usable_units(index)
-    progress(finished.num_rows)
+    count_found(progress, finished.num_rows)
     pending = finished.missing.tolist()
     if pending and not settings.allow_weak_teachers:
         check_teachers(caches)

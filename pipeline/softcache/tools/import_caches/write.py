@@ -29,6 +29,7 @@ from softcache.labels import SoftLabels
 from softcache.labels.sparsify import TopK
 from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
+from softcache.runtime.logging import count_found
 from softcache.teacher.base import TeacherFacts
 from softcache.teacher.capture.plan import CaptureSettings, plan_manifest
 from softcache.teacher.capture.run import CaptureReport
@@ -91,7 +92,7 @@ def import_cache(
     index = open_index(objects, manifest, digest)
     finished = usable_units(index)
     report.units_found = len(finished)
-    progress(finished.num_rows)
+    count_found(progress, finished.num_rows)
     store = open_store(manifest, objects)
     writer = _UnitColumns(original, data, manifest, settings.batch_size, plain_view)
     for unit in _order(manifest.plan, original):

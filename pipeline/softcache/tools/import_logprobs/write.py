@@ -25,6 +25,7 @@ from softcache.errors import LabelError, SourceError
 from softcache.labels.sparsify import TopK
 from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
+from softcache.runtime.logging import count_found
 from softcache.teacher.base import TeacherFacts
 from softcache.teacher.capture.plan import CaptureSettings, plan_manifest
 from softcache.teacher.capture.run import CaptureReport
@@ -78,7 +79,7 @@ def import_labels(
     if not allow_missing:
         _check_complete(responses, data.source, manifest, finished)
     report.units_found = len(finished)
-    progress(finished.num_rows)
+    count_found(progress, finished.num_rows)
     store, codec = open_store(manifest, objects), manifest.soft_codec("import")
     for unit in map(manifest.plan.unit, finished.missing.tolist()):
         if not responses.found[unit.start : unit.stop].all():

@@ -28,6 +28,7 @@ from softcache.cache.storage.cloud.errors import (
     translate_error,
 )
 from softcache.errors import MissingExtraError, StorageError
+from softcache.runtime.display import format_duration
 from softcache.runtime.forks import ForkGuard
 
 __all__ = ["CloudClient", "check_path"]
@@ -115,7 +116,9 @@ class CloudClient:
                     return beyond
                 seconds = time.monotonic() - started
                 if not patient or not is_transient(error) or seconds > retry_seconds():
-                    tried = f", after {tries} {'try' if tries == 1 else 'tries'} in {seconds:.1f} s"
+                    tried = (
+                        f", after {tries} {'try' if tries == 1 else 'tries'} in {format_duration(seconds)}"
+                    )
                     raise translate_error(
                         error, url=self.url, path=path or "", doing=doing, tried=tried
                     ) from error
