@@ -346,8 +346,11 @@ def test_both_splits_must_have_the_same_classes(folder):
 def test_folders_that_are_no_dataset_are_refused(folder, tmp_path):
     with pytest.raises(SourceError, match=r"source.root: missing"):
         opened(name="imagefolder")
-    with pytest.raises(SourceError, match=r"no folder train in it"):
+    with pytest.raises(SourceError, match=r"nowhere: no such folder; check source\.root"):
         opened(name="imagefolder", root=str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match=r"no folder train in it"):
+        opened(name="imagefolder", root=str(tmp_path / "empty"))
     for path in (folder / "train").rglob("*.png"):
         path.unlink()
     with pytest.raises(SourceError, match=r"no images \(.bmp"):
@@ -500,3 +503,11 @@ def test_digests_do_not_depend_on_the_process():
         [sys.executable, "-c", code], env={"PYTHONHASHSEED": "5"}, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == opened("eval", name="digits").digest
+
+
+def test_a_source_shows_what_it_is(folder):
+    source = opened(name="imagefolder", root=str(folder))
+    shown = repr(source)
+    assert shown.startswith(f"ImageFolderSource imagefolder/train: {len(source):,} samples, ")
+    assert source.class_names[0] in shown
+    assert source.key(0) in shown

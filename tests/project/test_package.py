@@ -67,6 +67,7 @@ def test_importing_is_light(code):
 def test_a_package_exports_its_public_names(package):
     module = import_module(package)
     assert set(EXPORTS[package]) <= set(module.__all__)
+    assert set(module.__all__) <= set(dir(module)), "what an editor offers"
     assert [name for name in module.__all__ if not hasattr(module, name)] == []
     with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'there_is_none'"):
         _ = module.there_is_none

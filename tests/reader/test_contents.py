@@ -11,7 +11,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from softcache import SoftLabelDataset, open_cache
-from softcache.errors import AlignmentError, ConfigError, MissingExtraError, SpecError, UnknownKeyError
+from softcache.errors import (
+    AlignmentError,
+    ConfigError,
+    LabelError,
+    MissingExtraError,
+    SpecError,
+    UnknownKeyError,
+)
 from softcache.labels import STATS, BernoulliLabels
 from softcache.labels.sparsify import Sample, TopK
 from tests.support.caches import ROOT
@@ -87,6 +94,8 @@ def test_the_likeliest_classes_have_names_and_softened_probabilities(cache):
         assert [name for name, _ in classes] == [f"<{number}>" for number in labels.ids[place, :2]]
         assert [p for _, p in classes] == pytest.approx(softened[place, :2].tolist())
     coins = BernoulliLabels(np.array([[2, 0]]), np.array([[0.0, -50.0]]), np.array([-60.0]), 3)
+    with pytest.raises(LabelError, match=r"n is -1; expected 1 or more"):
+        coins.top(-1)
     assert coins.top() == [[("2", 0.5), ("0", pytest.approx(np.exp(-50)))]]
 
 

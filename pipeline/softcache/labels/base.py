@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from softcache.errors import LabelError
 from softcache.labels.arrays import Array
 from softcache.runtime.display import Displayed, Summary, shorten_list
 from softcache.runtime.indexing import row_numbers
@@ -86,6 +87,7 @@ class LabelsBase(Displayed):
 
         Raises:
             TemperatureError: as `at_temperature`.
+            LabelError: n is below 1.
 
         Example:
             >>> import torch
@@ -94,6 +96,8 @@ class LabelsBase(Displayed):
             >>> [(name, round(p, 2)) for name, p in labels.top(1)[0]]
             [('1', 0.67)]
         """
+        if n < 1:
+            raise LabelError(f"top: n is {n}; expected 1 or more classes of each row")
         record = self.to_numpy()
         probs_PK = record._probabilities(T)
         order_PN = np.argsort(-probs_PK, axis=1, kind="stable")[:, :n]

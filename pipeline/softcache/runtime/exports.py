@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
@@ -10,7 +11,7 @@ __all__ = ["lazy_exports"]
 
 
 def lazy_exports(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Returns the `__getattr__` (PEP 562) of a package.
+    """Returns the `__getattr__` (PEP 562) of a package, whose `dir` lists the names from now on.
 
     Args:
         package: its name.
@@ -33,4 +34,6 @@ def lazy_exports(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]
             raise missing_extra(error, f"{package}.{name}") from error
         return module if home.rpartition(".")[2] == name else getattr(module, name)
 
+    module = sys.modules[package]
+    vars(module)["__dir__"] = lambda: sorted({*vars(module), *homes})
     return get

@@ -18,6 +18,7 @@ import torch
 
 from softcache.data.sources.base import SourceSettings, Split
 from softcache.hashing.digests import digest_bytes, digest_source
+from softcache.runtime.display import Displayed, Summary, shorten_list
 
 __all__ = [
     "ImageSourceSettings",
@@ -66,7 +67,7 @@ class Source(Protocol):
     def image(self, sample: int) -> torch.Tensor: ...
 
 
-class IndexedSource:
+class IndexedSource(Displayed):
     """Keys, classes and names of a dataset whose samples are known one by one; where the pixels are is a subclass's."""
 
     digest: str
@@ -84,6 +85,12 @@ class IndexedSource:
 
     def __len__(self) -> int:
         return len(self._keys)
+
+    def summarize(self) -> Summary:
+        title = f"{type(self).__name__} {self.name}: {len(self):,} samples, {self.num_classes:,} classes"
+        return Summary(
+            title, [("classes", shorten_list(self.class_names)), ("keys", shorten_list(self.keys()[:6]))]
+        )
 
     def key(self, sample: int) -> str:
         return self._keys[sample]

@@ -134,6 +134,8 @@ class ImageFolder(PictureSettings):
 
     def _train_folder(self, root: Path) -> Path:
         """Returns the folder of the training images; `root` itself where it has the folders of classes."""
+        if not root.is_dir():
+            raise SourceError(f"source {root}: no such folder; check source.root")
         if self.train_folder is not None:
             return _existing(root / self.train_folder, "source.train_folder")
         if (root / "train").is_dir() or self.eval_share is None:

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from softcache.data.sources.text.packing import KeyedSample, TokenSample
 from softcache.errors import SourceError
+from softcache.runtime.display import Displayed, Summary, shorten_list
 from softcache.runtime.files import parse_json
 
 __all__ = ["TableWriter", "TokenSource", "described_table"]
@@ -86,7 +87,7 @@ def described_table(folder: Path) -> dict[str, Any] | None:
     return described if whole else None
 
 
-class TokenSource:
+class TokenSource(Displayed):
     """Samples of tokens in a memory-mapped Arrow table; picklable, and opened by each process on first use.
 
     Attributes:
@@ -141,6 +142,11 @@ class TokenSource:
 
     def __len__(self) -> int:
         return self._num_samples
+
+    def summarize(self) -> Summary:
+        title = f"{type(self).__name__} {self.name}: {len(self):,} samples, {self.num_tokens:,} tokens"
+        keys = [self.key(sample) for sample in range(min(len(self), 6))]
+        return Summary(title, [("vocabulary", f"{self.vocab_size:,}"), ("keys", shorten_list(keys))])
 
     def key(self, sample: int) -> str:
         chunk, row = self._at(sample)
