@@ -2,9 +2,10 @@
 
 Shape suffixes: `R` bytes of a record, `P` positions, `K` slots of a record, `G` grid, `N` rows of the larger arrays.
 
-A plane holds one byte of every position, so that 64 positions of it are one cache line; loops go over such blocks of
-positions, and within them over slots. Inner loops are over exactly `BLOCK` positions, so that they become vector
-instructions, and write to a tile in the fastest cache, which is turned on its way out. Planes have whole blocks.
+A plane holds one byte of every position; loops go over blocks of positions, two cache lines of each plane, and within
+them over slots. (One line at a time takes a third longer: planes lie far apart, and each is a miss.) Inner loops are over
+exactly `BLOCK` positions, so that they become vector instructions, and write to a tile in the fastest cache, which is
+turned on its way out. Planes have whole blocks.
 
 A field is given as (start, slots, width); of one that is not there all three are 0. Fields wider than 4 bytes are read
 where the scratch memory `number` is uint64.
@@ -20,7 +21,8 @@ from softcache.runtime.jit import compiled, njit_inline
 
 __all__ = ["BLOCK", "heads", "planes_of", "slots", "tails"]
 
-BLOCK = 64
+BLOCK, SLOTS = 128, 64
+"""Positions, and slots of a tile: 32 KB of 4-byte numbers."""
 
 
 @compiled
@@ -130,41 +132,37 @@ def tails(planes_RP, field, log_count_P, mean_P, log_mass_P, weights, step, numb
 
 @njit_inline
 def _used_planes(planes_RP, field):  # type: ignore[no-untyped-def]
-    """Returns which planes of a field hold anything but 0, [R] bool."""
+    """Returns which planes of a field's upper bytes hold anything but 0, [R] bool."""
     out_R = np.zeros(len(planes_RP), np.bool_)
-    for byte in range(field[0], field[0] + field[1] * field[2]):
-        for begin in range(0, planes_RP.shape[1], BLOCK):
-            found = np.uint8(0)
-            for row in range(begin, begin + BLOCK):
-                found |= planes_RP[byte, row]
-            if found:
-                out_R[byte] = True
-                break
+    for byte in range(field[0] + field[1], field[0] + field[1] * field[2]):
+        found = np.uint8(0)
+        for row in range(planes_RP.shape[1]):  # without a way out, so that it becomes vector instructions
+            found |= planes_RP[byte, row]
+        out_R[byte] = found != 0
     return out_R
 
 
 @njit_inline
-def _read_ids(planes_RP, low, high, high_bits, slot, begin, out):  # type: ignore[no-untyped-def]
-    """Writes the ids of a slot in a block, [BLOCK] uint32: one loop for each of the usual widths."""
-    if not low[2]:
-        out[:] = 0
-    elif low[2] == 2:
-        plane, upper = (
-            planes_RP[low[0] + slot, begin : begin + BLOCK],
-            planes_RP[low[0] + low[1] + slot, begin : begin + BLOCK],
-        )
+def _read_ids(planes_RP, low, high, high_bits, slot, begin, out, most):  # type: ignore[no-untyped-def]
+    """Writes the ids of a slot in a block, [BLOCK], and raises `most` to them. What a record has not counts as bits of 0."""
+    end = begin + BLOCK
+    last = max(low[2] - 1, 0)  # bytes of the ids but the first
+    plane = planes_RP[low[0] + slot, begin:end]
+    second = planes_RP[low[0] + min(last, 1) * low[1] + slot, begin:end]
+    upper = planes_RP[high[0] + slot * high_bits // 8, begin:end]
+    of_first = np.uint32(0xFF if low[2] else 0)
+    of_second = np.uint32(0xFF if last else 0)
+    mask, down, up = np.uint32((1 << high_bits) - 1), np.uint32(slot * high_bits % 8), np.uint32(8 * low[2])
+    for row in range(BLOCK):
+        number = np.uint32(plane[row]) & of_first | (np.uint32(second[row]) & of_second) << np.uint32(8)
+        number |= (np.uint32(upper[row]) >> down & mask) << up
+        out[row] = number
+        most[row] = max(most[row], number)
+    for byte in range(2, low[2]):
+        plane, shift = planes_RP[low[0] + byte * low[1] + slot, begin:end], np.uint32(8 * byte)
         for row in range(BLOCK):
-            out[row] = np.uint32(plane[row]) | np.uint32(upper[row]) << np.uint32(8)
-    else:
-        _read(planes_RP, low, slot, begin, out)
-    if high_bits:
-        mask, up = np.uint32((1 << high_bits) - 1), np.uint32(8 * low[2])
-        plane, down = (
-            planes_RP[high[0] + slot * high_bits // 8, begin : begin + BLOCK],
-            np.uint32(slot * high_bits % 8),
-        )
-        for row in range(BLOCK):
-            out[row] |= (np.uint32(plane[row]) >> down & mask) << up
+            out[row] |= np.uint32(plane[row]) << shift
+            most[row] = max(most[row], out[row])
 
 
 @njit_inline
@@ -203,22 +201,18 @@ def slots(  # type: ignore[no-untyped-def]
         negative where a sum of steps left its range.
     """
     rows, size = len(places_P), ids_NK.shape[1]
-    ids, values = np.empty((BLOCK, BLOCK), ids_NK.dtype), np.empty((BLOCK, BLOCK), np.float32)
-    number, below, anchor = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.int32), np.zeros(BLOCK)
+    ids, values = np.empty((SLOTS, BLOCK), ids_NK.dtype), np.empty((SLOTS, BLOCK), np.float32)
+    below, anchor = np.empty(BLOCK, np.int32), np.zeros(BLOCK)
     is_used_R = _used_planes(planes_RP, gaps)
     most, least = np.zeros(BLOCK, np.uint32), np.zeros(BLOCK, np.int32)
     for begin in range(0, rows, BLOCK):
         many = min(BLOCK, rows - begin)
         anchor[:many] = anchor_P[begin : begin + many]
         below[:] = 0
-        for slot_0 in range(0, size, BLOCK):
-            slot_1 = min(slot_0 + BLOCK, size)
+        for slot_0 in range(0, size, SLOTS):
+            slot_1 = min(slot_0 + SLOTS, size)
             for slot in range(slot_0, slot_1):
-                _read_ids(planes_RP, low, high, high_bits, slot, begin, number)
-                to_ids = ids[slot - slot_0]
-                for row in range(BLOCK):
-                    most[row] = max(most[row], number[row])
-                    to_ids[row] = number[row]
+                _read_ids(planes_RP, low, high, high_bits, slot, begin, ids[slot - slot_0], most)
             _put_rows(ids, places_P[begin : begin + many], used_P, begin, num_classes, slot_0, slot_1, ids_NK)
             for slot in range(slot_0, slot_1):
                 to_values = values[slot - slot_0]
