@@ -36,7 +36,12 @@ __all__ = ["browse"]
     help="Samples in the file of --out [default: 200, of texts 40].",
 )
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=0, help="Port of 127.0.0.1 [default: a free one]."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=0,
+    metavar="N",
+    show_default="a free one",
+    help="Port of 127.0.0.1.",
 )
 @click.option("--open", "opens", is_flag=True, help="Open the page in the default browser.")
 def browse(

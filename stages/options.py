@@ -187,7 +187,10 @@ def print_json(found: Mapping[str, Any]) -> None:
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, note: str = "") -> None:
-    """Prints a table to stdout: text left, everything after the first column right; into a file, no word is broken."""
+    """Prints a table to stdout: text left, everything after the first column right; no word is broken.
+
+    A terminal that is too narrow for the table has it without a frame, or else a line of names and cells for each row.
+    """
     table = Table(
         title=escape(title), title_justify="left", caption=escape(note) or None, caption_justify="left"
     )
@@ -200,10 +203,20 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]
     if not sys.stdout.isatty():
         Console(width=_width_of_whole_words(table, [columns, *rows])).print(table)
         return
-    console = Console()
-    if _width_of_whole_words(table, [columns, *rows], least=console.width) > console.width:
-        table.box, table.padding, table.pad_edge = None, (0, 2, 0, 0), False  # type: ignore[assignment]
-    console.print(table)
+    console, cells = Console(), [columns, *rows]
+    if not (fits := _width_of_whole_words(table, cells, least=console.width) == console.width):
+        table.box, table.padding, table.pad_edge = None, (0, 1, 0, 0), False  # type: ignore[assignment]
+        fits = _width_of_whole_words(table, cells, least=console.width) == console.width
+    if fits:
+        console.print(table)
+        return
+    console.print(title, markup=False, highlight=False)
+    for first, *others in rows:
+        pairs = (f"{name} {cell}" for name, cell in zip(columns[1:], others, strict=True) if str(cell))
+        head = f"{columns[0]} {first}".strip()
+        console.print(f"{head}: {', '.join(pairs)}", markup=False, highlight=False)
+    if note:
+        console.print(note, markup=False, highlight=False)
 
 
 def _width_of_whole_words(table: Table, cells: Sequence[Sequence[Any]], least: int = 120) -> int:

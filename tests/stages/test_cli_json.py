@@ -100,3 +100,18 @@ def test_numbers_stay_whole_on_a_terminal_that_has_no_room_for_a_frame(monkeypat
     row = ("timm:test_efficientnet", "101,334", "38.87%", "93.24%", "90.88%", "99.32%", "56.2")
     print_table("students", columns, [row])
     assert any(line.split() == list(row) for line in capsys.readouterr().out.splitlines())
+
+
+def test_a_terminal_that_is_too_narrow_for_the_table_has_a_line_for_each_row(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    columns = ("trial", "accuracy", "temperature", "loss", "student", "seconds")
+    print_table(
+        "sweep [x]", columns, [("2", "90.88%", "3.226", "forward_kl", "cnn?width=8", "")], note="the best"
+    )
+    printed = capsys.readouterr().out
+    assert "trial 2: accuracy 90.88%, temperature 3.226, loss forward_kl, student cnn?width=8" in " ".join(
+        printed.split()
+    )
+    assert printed.startswith("sweep [x]")
+    assert printed.rstrip().endswith("the best")
