@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 
 from softcache.errors import SpecError
@@ -575,3 +576,22 @@ def test_the_advice_about_padding_is_not_shown(ids, shown):
     finally:
         logger.removeHandler(handler)
     assert bool(kept) == shown
+
+
+def test_a_configuration_that_leaves_out_weights_of_a_layer_is_refused(tmp_path):
+    """transformers would drop the biases and warn; weights of a part for training, and a tied head's copy, are not needed."""
+    model = make("llama", attention_bias=True, tie_word_embeddings=True)
+    weights = {**model.state_dict(), "v_head.summary.weight": torch.zeros(1, 4)}
+    save_file(
+        {name: value.clone() for name, value in weights.items()},
+        tmp_path / "model.safetensors",
+        {"format": "pt"},
+    )
+    model.config.save_pretrained(tmp_path)
+    build(f"hf:{tmp_path}")
+    model.config.attention_bias = False
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(
+        SpecError, match=r"leaves out 8 weights .* \(model.layers.0.self_attn.k_proj.bias, .*attention_bias"
+    ):
+        build(f"hf:{tmp_path}")

@@ -248,7 +248,22 @@ def pretrained(
             f"model {spec!r}: the checkpoint lacks {len(absent)} weights that the model needs "
             f"({', '.join(absent[:5])}); they would be random; expected a causal language model with its head"
         )
+    if unused := sorted(key for key in map(str, info["unexpected_keys"]) if _is_of_a_layer(model, key)):
+        raise SpecError(
+            f"model {spec!r}: its configuration leaves out {len(unused)} weights of the checkpoint, of layers that it uses "
+            f"({', '.join(unused[:5])}); expected the one that it was trained with: mend config.json (attention_bias)"
+        )
     return with_checkpointing(model, checkpointing)
+
+
+def _is_of_a_layer(model: nn.Module, key: str) -> bool:
+    """Whether a weight that was not loaded is of a layer of the model, and not of another head or a part for training."""
+    path, _, name = key.rpartition(".")
+    try:
+        layer = model.get_submodule(path)
+    except AttributeError:
+        return False
+    return name in ("weight", "bias") and any(True for _ in layer.parameters(recurse=False))
 
 
 def exact_attention(spec: str, config: Any, args: dict[str, Any]) -> dict[str, str]:
