@@ -155,6 +155,9 @@ def _filled(text: str, data: str | None, teacher: str | None, student: str | Non
         kept = re.search(r"^k = (\d+)", labels[0], re.M) if labels else None
         if key == "root" and kept and 0 < (classes := _class_folders(Path(data))) < int(kept[1]):
             text = _with_key(text, "labels", "k", str(classes))
+        has_classes = not (Path(data) / "train").is_dir() and _class_folders(Path(data)) > 0
+        if source and 'name = "imagefolder"' in source[0] and has_classes:
+            text = _with_key(text, "source", "eval_share", "0.1")
     if teacher is not None:
         text = _with_key(text, "teacher", "model", json.dumps(teacher))
         if teacher.startswith("hf:") and re.search(r"^tokenizer = ", text, re.M):

@@ -166,3 +166,13 @@ def test_a_config_is_for_this_machine_and_shows_no_command_of_another_file(run, 
         text = (tmp_path / f"{name}.toml").read_text()
         assert f"configs/{name}.toml" not in text
         assert max(map(int, re.findall(r"^workers = (\d+)", text, re.M)), default=0) <= CORES
+
+
+def test_a_folder_of_class_folders_alone_has_a_share_held_out(run, tmp_path):
+    for folder in ("flat/cat", "flat/dog", "split/train/cat"):
+        (tmp_path / folder).mkdir(parents=True)
+    for data, expected in (("flat", 0.1), ("split", None), ("missing", None)):
+        done = run("--task", "image", "--data", data, "--out", f"{data}.toml")
+        assert done.exit_code == 0, done.output
+        assert tomllib.loads((tmp_path / f"{data}.toml").read_text())["source"].get("eval_share") == expected
+        load_config(tmp_path / f"{data}.toml")
