@@ -311,6 +311,7 @@ def test_extensions_and_attributes_are_kept_by_copies(small, tmp_path):
         ("temperature/zarr.json", None),
         ("ids/zarr.json", (b'"cname"', b'"cnaie"')),
         ("ids/zarr.json", (b'"endian"', b'"endiam"')),
+        ("log_tail/zarr.json", (b'"bitshuffle"', b'"bitrhuffle"')),
         ("zarr.json", (b'"fill_value": 10', b'"fill_value": 11')),
         ("zarr.json", (b'"data_type": "uint16"', b'"data_type": "uint32"')),
         (

@@ -84,7 +84,8 @@ def _explain(problem: Any) -> str:
     if problem["type"] == "missing":
         return f"{dotted}: missing; it has no default"
     if problem["type"] == "variant":  # of a table that is read by the variant that it names
-        return f"{dotted}: {problem['msg']}; found {problem['input']!r}"
+        instead = f"--set '{'.'.join(map(str, loc[:-1]))}={{…}}' replaces the whole table"
+        return f"{dotted}: {problem['msg']}; found {problem['input']!r}; leave it out ({instead})"
     if problem["type"] == "value_error":
         message = str(problem["ctx"]["error"])
         if not loc or message.startswith(f"{loc[0]}."):  # of several keys: the message names them

@@ -111,12 +111,20 @@ def _codecs_equal(found: list[dict[str, Any]], expected: list[dict[str, Any]], *
 
 
 def _decoder(codec: dict[str, Any]) -> tuple[str, Any]:
-    """The name of a codec, and those of its parameters that decide what is decoded."""
+    """Returns the name of a codec, and those of its parameters that decide what is decoded.
+
+    Raises:
+        ValueError, TypeError: zarr-python takes no such codec.
+    """
+    from zarr.registry import get_codec_class
+
     configuration = codec.get("configuration", {})
     if codec.keys() - {"name", "configuration", "must_understand"}:
         raise ValueError("a codec has other keys")
     if configuration.keys() - PARAMETERS.get(codec["name"], configuration.keys()):
         raise ValueError("a codec has other parameters")
+    if codec["name"] in COMPRESSORS and configuration:  # any that a reader can decode with
+        get_codec_class(codec["name"]).from_dict({"name": codec["name"], "configuration": configuration})
     if codec["name"] == "bytes":
         return "bytes", configuration.get("endian", "little")
     return codec["name"], None if codec["name"] in (*COMPRESSORS, "crc32c") else configuration
