@@ -205,7 +205,8 @@ def speeds(
     data = open_data(config)
     run(f"images: {small} on 8 x 8 pixels", config, data if quick else times_over(data, 8), STORES)
     config = image_config(folder, large, 32, 48 if quick else None)
-    run(f"images: {large} on 32 x 32 pixels", config, open_data(config), STORES)
+    data = open_data(config)
+    run(f"images: {large} on 32 x 32 pixels", config, data if quick else times_over(data, 4), STORES)
 
     samples, k = (6, 8) if quick else (320, 128)
     config = text_config(folder, samples, {"k": k}, quick=quick)

@@ -265,7 +265,6 @@ def measure(labels: SoftLabels, rounds: int, steps: tuple[float, ...]) -> dict[s
         "and level 16": {"level": 16},
         "and a tail of steps": {"level": 16, "tail": "steps"},
         "and step 1/64": {"level": 16, "tail": "steps", "step": 1 / 64},
-        "or step 1/48": {"level": 16, "tail": "steps", "step": 1 / 48},
         "or step 1/32": {"level": 16, "tail": "steps", "step": 1 / 32},
     }
     for name, how in lean.items():

@@ -38,7 +38,9 @@ def test_the_score_is_printed_once_when_a_cache_is_created(tmp_path, capfd):
         capture_labels(config, data, teacher, str(tmp_path / "cache"))
     printed = capfd.readouterr().err
     assert printed.count("on the first") == 1
-    found = score_first_rows(teacher, data.train, num_classes=10, batch_size=64)
+    size = config.capture.batch_size
+    found = score_first_rows(teacher, data.train, num_classes=10, batch_size=size)
+    assert 256 <= found.rows < 256 + size
     assert f"teacher {teacher.spec}: {found.accuracy:.2%} right on the first {found.rows:,} rows" in printed
 
 

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 from softcache.data.batch import Dataset, ranges
 from softcache.teacher.base import Teacher
 
-__all__ = ["NUM_ROWS", "FirstRows", "score_first_rows"]
+__all__ = ["FirstRows", "score_first_rows"]
 
-NUM_ROWS = 2048
+FEWEST, MOST = 256, 2048
+SHARE = 1 / 32
+"""Of the rows of a view, between these bounds: the pass over a small data set is not to take twice as long for it."""
 
 
 class FirstRows(NamedTuple):
@@ -51,7 +53,7 @@ class FirstRows(NamedTuple):
 def score_first_rows(
     teacher: Teacher, data: Dataset, *, num_classes: int, batch_size: int
 ) -> FirstRows | None:
-    """Returns the scores on the first `NUM_ROWS` rows of a split's plain view; None of a teacher without such scores.
+    """Returns the scores on the first rows of a split's plain view, 256 to 2,048; None of a teacher without such scores.
 
     Raises:
         LabelError: the teacher's logits are not those of its model's own forward pass.
@@ -59,12 +61,13 @@ def score_first_rows(
     if not teacher.has_row_scores:
         return None
     loss, correct, rows = 0.0, 0, 0
-    for samples in ranges(len(data), batch_size):
+    wanted = min(max(SHARE * len(data) * data.mean_rows, FEWEST), MOST)
+    for samples in ranges(len(data), min(batch_size, max(2, math.ceil(wanted / data.mean_rows)))):
         batch: Any = data.load(samples, 0, fingerprints=False)
         if rows == 0:
             teacher.check_forward(batch)
         batch_loss, batch_correct = teacher.score(batch)
         loss, correct, rows = loss + batch_loss, correct + batch_correct, rows + batch.num_rows
-        if rows >= NUM_ROWS:
+        if rows >= wanted:
             break
     return FirstRows(rows, loss / max(1, rows), correct / max(1, rows), num_classes)
