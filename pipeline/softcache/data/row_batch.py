@@ -121,11 +121,15 @@ class RowBatch(SentBatch, ABC):
             counts: [B] how many of them each sample has.
         """
         rows_P = self.rows.cpu().numpy()
-        flat = np.repeat(np.arange(len(self)), counts) * self.row_stride + positions.astype(np.int64)
+        flat = np.repeat(np.arange(len(self)) * self.row_stride, counts)
+        np.add(flat, positions, out=flat, casting="unsafe")
+        inside = (positions >= 0) & (positions < self.row_stride)  # beyond, it would be one of another sample
+        if np.array_equal(flat, rows_P) and inside.all():  # all of them, as a rule
+            return np.arange(len(rows_P))
         found = np.searchsorted(rows_P, flat)
         good = found < len(rows_P)
         good[good] = rows_P[found[good]] == flat[good]
-        good &= positions < self.row_stride  # beyond, it would be a position of the next sample
+        good &= inside
         good[1:] &= np.diff(flat) > 0
         return np.where(good, found, -1)
 
