@@ -42,7 +42,7 @@ from softcache.runs.dask.cluster import DaskCluster, LocalWorkers, open_client
 from softcache.runs.dask.scheduler import Scheduler
 from softcache.runs.dask.worker import Job, Outcome
 from softcache.stages.options import print_table
-from softcache.teacher.capture.plan import ROWS
+from softcache.teacher.capture.plan import RAGGED_ROWS, ROWS
 from softcache.teacher.capture.run import UnitMetrics
 
 UNIT_ROWS = 4
@@ -193,7 +193,7 @@ def show_sizes(overhead: float) -> None:
         (
             f"{rate:,}",
             f"{needed_rows(overhead, rate):,.0f}",
-            *(f"{overhead * rate / unit:.3%}" for unit, _ in ROWS.values()),
+            *(f"{overhead * rate / unit:.3%}" for unit in (ROWS[0], RAGGED_ROWS[0])),
         )
         for rate in TEACHER_ROWS
     ]
