@@ -1,4 +1,4 @@
-"""Bytes, error and decoding speed of the codecs, on the same labels in one run; of peers beside them: `benchmarks.peers`.
+"""Bytes, error and decoding speed of the codecs, on the same labels in one run; with the peers' code: `benchmarks.peers`.
 
     python -m benchmarks.codecs [--json FILE] [--rows 4096] [--logits FILE.npy]
 

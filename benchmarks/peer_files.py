@@ -9,7 +9,7 @@
     DistillKit   Parquet rows list<list<uint8>> of ids in ceil(log2 V) bits and of values, a list of bytes per position: 16
                  in bfloat16 and six float32 of a curve; a sample through `to_pylist`
 
-Written from the formats, not with the peers' code, which `benchmarks.peers` runs beside these. Where a choice was open, the
+Written from the formats, not with the peers' code, which `benchmarks.peers` runs. Where a choice was open, the
 faster one was taken: no augmentation is replayed from TinyViT's seeds, FKD's files are unpickled without the checks that are
 torch's default. Only files that this benchmark wrote are unpickled.
 """

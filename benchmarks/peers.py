@@ -1,10 +1,10 @@
-"""The peers' own code beside ours: codecs, loaders, losses, and whether an import reads what their writers wrote.
+"""The peers' own code and ours: codecs, loaders, losses, and whether an import reads what their writers wrote.
 
     python -m benchmarks.peers --distillkit DIR --megatron DIR --tinyvit DIR --timm --liger DIR [--rounds N] [--json FILE]
 
 Each DIR is a checkout of yours (git clone): arcee-ai/DistillKit, NVIDIA/Megatron-LM, microsoft/Cream; of Liger-Kernel the
 folder of the package, `src` in its checkout; timm is installed. A peer without its option is left out, and one that does not
-run here has a line that says why. Megatron-LM needs zstandard.
+run here has a line with the reason. Megatron-LM needs zstandard.
 
 1. imports: files of their writers are read by their readers and by `softcache import`: the same ids and log-probabilities,
    or the benchmark fails. Megatron-LM's files name no samples, so they cannot be imported.
@@ -143,7 +143,7 @@ def _distillkit_files(peer: DistillKit, folder: Path) -> tuple[Any, tuple[np.nda
     peer.write(folder / "files", _documents(data.source, labels, 6))
     (batch,) = peer.loader(folder / "files", 6, 0, shuffle=False)
     ids, log_probs = peer.decode(batch)
-    # What an import says of curves that go too high: no log-probability above 0, no sum above 1.
+    # An import cuts curves that go too high: no log-probability above 0, no sum above 1.
     log_probs = np.minimum(log_probs.astype(np.float64), 0.0)
     return data, (ids, log_probs - np.maximum(log_sum_exp(log_probs), 0.0)[:, None])
 
@@ -460,10 +460,10 @@ def measure_losses(timm: bool, liger: str | None, rounds: int, quick: bool) -> d
         for name, found in out["Liger-Kernel"].items():
             if isinstance(found, dict) and max(found.values()) > LOSS_DIFFERENCE:
                 raise PeerError(f"{name}: {found}; expected at most {LOSS_DIFFERENCE} of the largest value")
-            told = (
+            line = (
                 found if isinstance(found, str) else ", ".join(f"{key} {x:.0e}" for key, x in found.items())
             )
-            click.echo(f"{name}: {told}")
+            click.echo(f"{name}: {line}")
     return out
 
 
@@ -492,7 +492,7 @@ def main(
     json_path: str | None,
     **checkouts: str | None,
 ) -> None:
-    """Measure the peers' own code beside ours."""
+    """Measure the peers' own code and ours."""
     torch.set_num_threads(1)
     classes, k, image_k = (2048, 64, 10) if quick else (131_072, 64, 10)
     given = {name: Path(folder) for name in PEERS if (folder := checkouts[name]) is not None}

@@ -226,10 +226,10 @@ class _Bar(Advance):
         figures = "  ".join((f"{share:4.0%}", *self._figures()))
         shortest, longest = BAR_WIDTHS
         rest = [part for part in (self._label, self._note) if part]
-        beside = width - cell_len("  ".join((figures, *rest))) - 4
-        self._is_tall = self._is_tall or beside < shortest  # and stays so, or it would jump
+        room_for_bar = width - cell_len("  ".join((figures, *rest))) - 4
+        self._is_tall = self._is_tall or room_for_bar < shortest  # and stays so, or it would jump
         label, note = (Text(text, no_wrap=True, overflow="ellipsis") for text in (self._label, self._note))
-        room = width - cell_len(figures) - 2 if self._is_tall else beside
+        room = width - cell_len(figures) - 2 if self._is_tall else room_for_bar
         bar = ProgressBar(total=self._total or 1, completed=self._done if self._total else 1)
         bar.width = max(shortest, min(longest, room))
         row = Table.grid(padding=(0, 2, 0, 0))

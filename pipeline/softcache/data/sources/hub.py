@@ -131,7 +131,7 @@ def load_arguments(
 
 def loading_error(settings: HubSettings, split: str, error: Exception) -> SourceError:
     """Returns the error of a name that the library cannot serve, for which it raises many kinds."""
-    # "An error occurred while generating the dataset" is all that the library says by itself of a damaged line.
+    # "An error occurred while generating the dataset" is all that the library reports of a damaged line.
     cause = f" ({type(error.__cause__).__name__}: {error.__cause__})" if error.__cause__ else ""
     return SourceError(
         f"source.path {settings.path!r}, split {split!r}: cannot be loaded: {type(error).__name__}: {error}{cause}; "
