@@ -239,7 +239,7 @@ def shrink_manifest(cache: Cache, changes: ShrinkSettings) -> tuple[Manifest, La
 
 
 def _rows(cache: Cache, changes: ShrinkSettings) -> RaggedRows | None:
-    """Returns how the rows of the smaller cache lie in the arrays; units keep their rows, to which the table of samples refers."""
+    """Returns how the rows of the smaller cache lie in the arrays; units keep theirs, which the table of samples names."""
     rows, wanted = cache.manifest.rows, changes.chunk_rows
     if wanted is None:
         return rows
