@@ -32,14 +32,12 @@ __all__ = ["browse"]
     "--samples",
     "num_shown",
     type=click.IntRange(1, 5000),
-    metavar="N",
     help="Samples in the file of --out [default: 200, of texts 40].",
 )
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
     default=0,
-    metavar="N",
     show_default="a free one",
     help="Port of 127.0.0.1.",
 )

@@ -86,6 +86,10 @@ GROUPS = {
 """Titles in `softcache --help`, with their commands; a command that none has is under "Commands"."""
 
 
+NUMBERS = click.types.IntParamType, click.types.FloatParamType
+"""Types of options whose value is N in a help text, where click writes INTEGER RANGE; ranges are subclasses of them."""
+
+
 class LazyCommands(click.Group):
     """A group of COMMANDS, each imported when it is needed."""
 
@@ -97,6 +101,9 @@ class LazyCommands(click.Group):
             return super().get_command(ctx, cmd_name)
         module, _, attribute = COMMANDS[cmd_name][0].partition(":")
         command: click.Command = getattr(import_module(f".{module}", __package__), attribute)
+        for option in command.params:
+            if option.metavar is None and isinstance(option.type, NUMBERS):
+                option.metavar = "N"
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -28,7 +28,6 @@ SHOWN = 20
     "--older-than",
     metavar="AGE",
     default="1h",
-    show_default=True,
     callback=lambda context, option, value: _seconds(value),
     help="Keep what was written since, such as 90s, 30m, 2h or 1d; 0: leave it to locks alone.",
 )

@@ -44,7 +44,7 @@ RESPONSES = "responses"
     type=click.IntRange(1),
     help="Classes kept per row [default: labels.k of the config; of another program's cache all].",
 )
-@click.option("--model-name", metavar="TEXT", help="The teacher's name [default: the responses' `model`].")
+@click.option("--model-name", metavar="NAME", help="The teacher's name [default: the responses' `model`].")
 @click.option(
     "--allow-missing",
     is_flag=True,

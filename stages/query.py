@@ -27,19 +27,17 @@ __all__ = ["query_command"]
 @click.argument("url", metavar="URL")
 @config_options
 @json_option
-@click.option(
-    "--out", type=PATH, default="responses.jsonl", show_default=True, help="The JSON lines to write."
-)
+@click.option("--out", type=PATH, default="responses.jsonl", help="The JSON lines to write.")
 @click.option("--k", type=click.IntRange(1), help="Likeliest tokens of each position [default: labels.k].")
-@click.option("--model", metavar="TEXT", help="The model's name on the server [default: its only one].")
+@click.option("--model", metavar="NAME", help="The model's name on the server [default: its only one].")
+@click.option("--concurrency", type=click.IntRange(1), default=32, help="Requests under way.")
+@click.option("--attempts", type=click.IntRange(1), default=8, help="Attempts at one request.")
 @click.option(
-    "--concurrency", type=click.IntRange(1), default=32, show_default=True, help="Requests under way."
-)
-@click.option(
-    "--attempts", type=click.IntRange(1), default=8, show_default=True, help="Attempts at one request."
-)
-@click.option(
-    "--timeout", type=click.FloatRange(1), default=600, show_default=True, help="Seconds of one attempt."
+    "--timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(1),
+    default=600,
+    help="Longest time of one attempt.",
 )
 def query_command(
     url: str,

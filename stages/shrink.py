@@ -31,6 +31,7 @@ __all__ = ["shrink"]
 @click.option("--num-samples", type=click.IntRange(1, 65535), help="Classes that sample and hybrid draw.")
 @click.option(
     "--proposal-temperature",
+    metavar="T",
     type=click.FloatRange(1),
     help="Classes are drawn in proportion to p^(1/T).",
 )

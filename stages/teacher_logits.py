@@ -55,7 +55,6 @@ __all__ = ["teacher_logits"]
 @click.option(
     "--workers",
     type=click.IntRange(min=1),
-    metavar="N",
     help="Processes of --dask auto [default: one per GPU, else per core].",
 )
 @click.option(

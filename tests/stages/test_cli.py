@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -527,6 +528,7 @@ def test_every_command_has_help_with_an_example(name):
     result = CliRunner().invoke(group, [name, "--help"])
     assert result.exit_code == 0
     assert f"Example:\n    softcache {name} " in result.output
+    assert not re.findall(r"INTEGER|FLOAT|TEXT|BOOLEAN|RANGE", result.output), "names of click's types"
     for parameter in group.get_command(click.Context(group), name).params:
         if parameter.param_type_name == "option":
             assert parameter.help, f"{name} {parameter.opts[0]} has no help"
