@@ -359,7 +359,7 @@ def test_a_head_of_another_size_and_a_classifier_are_refused(root, segformer):
         open_teacher(
             settings := config(root, teacher={"model": "timm:resnet18", "weights": "x"}), open_data(settings)
         )
-    with pytest.raises(SpecError, match="unknown name 'lraspp'; nearest: "):
+    with pytest.raises(SpecError, match=r"unknown name 'lraspp'; did you mean lraspp_mobilenet_v3_large\?"):
         build_segmenter("torchvision:lraspp", num_classes=3, input_shape=(3, 32, 32))
     settings = config(root, teacher={"model": "tests.modalities.test_segmentation:flat"})
     data = open_data(settings)

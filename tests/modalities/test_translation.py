@@ -222,7 +222,7 @@ def test_models_of_the_other_kind_are_refused(tmp_path):
         build_translation_model("tests.fakes_language:known", vocab_size=90, context=16, tokens=TOKENS)
     with pytest.raises(SpecError, match="expected a causal language model for a text"):
         build_language_model("tests.modalities.test_translation:seq2seq", vocab_size=90, context=16)
-    with pytest.raises(SpecError, match=r"unknown name 'marion'; nearest: marian"):
+    with pytest.raises(SpecError, match=r"unknown name 'marion'; did you mean marian"):
         build_translation_model("marion", vocab_size=90, context=16, tokens=TOKENS)
     with pytest.raises(SpecError, match="its decoder starts with token 0; expected 5"):
         build_translation_model(

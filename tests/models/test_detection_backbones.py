@@ -142,9 +142,12 @@ def test_a_detector_of_ones_own_is_a_student():
         ),
         (
             "torchvision:fcos_resnet50_fpn?backbone=torchvision:resnet",
-            r"not one of torchvision's classifiers",
+            r"unknown name 'resnet'; did you mean resnet50",
         ),
-        ("torchvision:fcos_resnet50_fpn?backbone=timm:resnet8", r"unknown name 'resnet8'; nearest: resnet"),
+        (
+            "torchvision:fcos_resnet50_fpn?backbone=timm:resnet8",
+            r"unknown name 'resnet8'; did you mean resnet",
+        ),
         (
             "torchvision:fcos_resnet50_fpn?backbone=timm:swin_s3_tiny_224",
             r"its maps have channels last \(NHWC",

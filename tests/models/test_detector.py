@@ -104,8 +104,8 @@ def test_another_grid_is_refused():
 @pytest.mark.parametrize(
     ("spec", "match"),
     [
-        ("fcosx", r"not a detector .* nearest: fcos"),
-        ("torchvision:fcos_resnet", r"nearest: fcos_resnet50_fpn"),
+        ("fcosx", r"unknown name 'fcosx'; did you mean fcos"),
+        ("torchvision:fcos_resnet", r"did you mean .*fcos_resnet50_fpn"),
         ("torchvision:fasterrcnn_mobilenet_v3_large_320_fpn", r"two-stage detectors have no grid of cells"),
         ("fcos?widht=3", r"unexpected keyword argument 'widht'; check the arguments"),
     ],

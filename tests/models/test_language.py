@@ -473,8 +473,8 @@ def test_fresh_weights_follow_the_seed(spec):
 @pytest.mark.parametrize(
     ("spec", "match"),
     [
-        ("gtp2", "unknown name 'gtp2'; nearest: gpt2; others are written hf:NAME_OR_PATH"),
-        ("lama?width=8", "unknown name 'lama'; nearest: llama"),
+        ("gtp2", r"unknown name 'gtp2'; did you mean gpt2\? \(others are written hf:NAME_OR_PATH"),
+        ("lama?width=8", "unknown name 'lama'; did you mean llama"),
         ("gpt2?widht=8", "cannot be built for 61 tokens .*widht"),
         ("llama?width=10&heads=4", "4 heads do not divide width 10"),
         ("llama?width=8&heads=4&kv_heads=3", "3 kv_heads"),

@@ -47,9 +47,9 @@ def test_arguments_are_json_scalars_or_text():
 @pytest.mark.parametrize(
     ("spec", "match"),
     [
-        ("timm:resnet1800", "unknown name 'resnet1800'; nearest: .*resnet18"),
-        ("torchvision:resnett18", "nearest: .*resnet18"),
-        ("mpl", "unknown name 'mpl'; built in: linear, mlp, cnn"),
+        ("timm:resnet1800", "unknown name 'resnet1800'; did you mean .*resnet18"),
+        ("torchvision:resnett18", "did you mean .*resnet18"),
+        ("mpl", "unknown name 'mpl'; did you mean mlp"),
         ("no.such.module:thing", "No module named 'no'"),
         ("tests.models.test_models:missing", "has no attribute 'missing'"),
         ("tests.models.test_models:just_a_name", "expected a torch.nn.Module; found str"),

@@ -19,12 +19,23 @@ def test_the_nearest_comes_first_and_nothing_is_forced():
     assert did_you_mean("xyz", ["zarr", "parquet"]) == ""
 
 
+def test_a_name_that_is_like_none_may_be_a_word_of_one():
+    known = ["adaptive_kl", "forward_kl", "tail-kl", "skew kl", "kind"]
+    assert closest_matches("kll", known) == ["adaptive_kl", "forward_kl", "tail-kl"]
+    assert closest_matches("kinds", known) == ["kind"], "a whole name goes before"
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("capture.store=parqet", r"capture\.store: .*found 'parqet'; did you mean parquet\?"),
         ("loss.name=forwrd_kl", r"loss\.name: loss 'forwrd_kl': unknown; did you mean [a-z_ ]*forward_kl"),
         ("labels.policy=topk", r"labels\.policy: .*'topk': unknown; did you mean top_k or top_p\?"),
+        (
+            "loss.name=kll",
+            r"loss\.name: loss 'kll': unknown; did you mean adaptive_kl or forward_kl or reverse_kl\?",
+        ),
+        ("train.size=3", r"train\.size: unknown key; did you mean batch_size or eval_batch_size"),
         ("trian.epochs=3", r"trian: unknown key; did you mean train\?"),
     ],
 )
@@ -43,8 +54,11 @@ def test_a_choice_that_is_like_none_only_lists_them():
     [
         ("torchvison:resnet18", r"did you mean torchvision:resnet18\?"),
         ("tim:resnet18", r"did you mean timm:resnet18\?"),
-        ("timm:resnet81", r"nearest: .*resnet18"),
-        ("linea", r"built in: linear"),
+        ("timm:resnet81", r"did you mean .*resnet18.*\?$"),
+        ("timm:qqqq", r"known: \w+(, \S+){19}, …$"),
+        ("torchvision:resnett18", r"did you mean resnet18 .*\?$"),
+        ("cnnn", r"did you mean cnn\? \(others are written timm:NAME, .*\)$"),
+        ("gpt", r"known: linear, mlp, cnn, bytes \(others"),
     ],
 )
 def test_a_model_that_is_none(spec, message):

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -30,17 +30,11 @@ from torch.nn.parameter import UninitializedParameter
 from softcache.errors import MissingExtraError, SpecError
 from softcache.models.byte_classifier import ByteClassifier
 from softcache.models.hugging_face import SCHEMES, build_hf_model, hf_scheme
-from softcache.models.spec import ModelSpec, parse_spec
+from softcache.models.spec import ModelSpec, parse_spec, unknown_name
 from softcache.models.timm_config import has_source
 from softcache.runtime.suggest import closest_matches
 
 __all__ = ["Normalize", "build_model", "call_factory"]
-
-
-def _unknown(spec: str, name: str, known: Iterable[str]) -> SpecError:
-    known = list(known)
-    near = closest_matches(name, known, most=5, cutoff=0.5) or known[:5]
-    return SpecError(f"model {spec!r}: unknown name {name!r}; nearest: {', '.join(near)}")
 
 
 def build_model(
@@ -91,7 +85,7 @@ def _timm(spec: str, parsed: ModelSpec, num_classes: int | None, input_shape: tu
     if has_source(parsed.name):
         return timm.create_model(parsed.name, **({"pretrained": True} | arguments))
     if not timm.is_model(parsed.name.partition(".")[0]):
-        raise _unknown(spec, parsed.name, timm.list_models())
+        raise unknown_name(f"model {spec!r}", parsed.name, timm.list_models())
     return timm.create_model(parsed.name, **arguments)
 
 
@@ -109,8 +103,8 @@ def _torchvision(
 ) -> nn.Module:
     from torchvision import models
 
-    if parsed.name not in models.list_models(module=models):
-        raise _unknown(spec, parsed.name, models.list_models(module=models))
+    if parsed.name not in (known := models.list_models(module=models)):
+        raise unknown_name(f"model {spec!r}", parsed.name, known)
     model = models.get_model(parsed.name, **_classes(num_classes) | parsed.args)
     # torchvision's classifiers have three input channels; a grey image is shown to each of them.
     return nn.Sequential(_GrayToRgb(), model) if input_shape[0] == 1 else model
@@ -193,10 +187,8 @@ def _builtin(
     spec: str, parsed: ModelSpec, num_classes: int | None, input_shape: tuple[int, ...]
 ) -> nn.Module:
     if parsed.name not in BUILTIN:
-        raise SpecError(
-            f"model {spec!r}: unknown name {parsed.name!r}; built in: {', '.join(BUILTIN)}; "
-            "others are written timm:NAME, torchvision:NAME, hf:NAME or module:factory"
-        )
+        others = "timm:NAME, torchvision:NAME, hf:NAME or module:factory"
+        raise unknown_name(f"model {spec!r}", parsed.name, BUILTIN, others=others)
     if num_classes is None:
         raise SpecError(
             f"model {spec!r}: has as many outputs as it is asked for; teacher.class_map is for models that have their "

@@ -20,8 +20,7 @@ from torch import nn
 from softcache.errors import MissingExtraError, SpecError
 from softcache.models.hugging_face import build_hf_model, hf_scheme
 from softcache.models.image import call_factory
-from softcache.models.spec import ModelSpec, parse_spec
-from softcache.runtime.suggest import closest_matches
+from softcache.models.spec import ModelSpec, parse_spec, unknown_name
 
 __all__ = ["Segmenter", "build_segmenter", "scaled_logits"]
 
@@ -78,8 +77,7 @@ def _torchvision(spec: str, parsed: ModelSpec, classes: dict[str, int]) -> nn.Mo
 
     known = models.list_models(module=models.segmentation)
     if parsed.name not in known:
-        near = closest_matches(parsed.name, known, most=5, cutoff=0.5) or known
-        raise SpecError(f"model {spec!r}: unknown name {parsed.name!r}; nearest: {', '.join(near)}")
+        raise unknown_name(f"model {spec!r}", parsed.name, known)
     # Without it, torchvision downloads a backbone's weights.
     backbone = {} if parsed.args.get("weights") else {"weights_backbone": None}
     model: nn.Module = models.get_model(parsed.name, **backbone | classes | parsed.args)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qsl
 
 from softcache.errors import SpecError
 from softcache.hashing.digests import digest_json
+from softcache.runtime.suggest import did_you_mean
 
-__all__ = ["ModelSpec", "architecture_of", "is_same_origin", "parse_spec"]
+__all__ = ["ModelSpec", "architecture_of", "is_same_origin", "parse_spec", "unknown_name"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,22 @@ def parse_spec(spec: str) -> ModelSpec:
             f"model spec {spec!r}: no model name; expected e.g. mlp, timm:resnet18, module:factory"
         )
     return ModelSpec(family, name, args)
+
+
+def unknown_name(where: str, name: str, known: Iterable[str], *, others: str = "") -> SpecError:
+    """Returns the error of a name that a library of models does not have: with the nearest ones, else with those it has.
+
+    Args:
+        where: what the name is of, such as "model 'timm:resnet81'".
+        others: how models that the library does not have are written.
+    """
+    known = list(known)
+    some = known if len(known) <= MOST_LISTED else [*known[:MOST_LISTED], "…"]
+    hint = did_you_mean(name, known) or f"known: {', '.join(some)}"
+    return SpecError(f"{where}: unknown name {name!r}; {hint}{others and f' (others are written {others})'}")
+
+
+MOST_LISTED = 20
 
 
 def is_same_origin(one: str, other: str) -> bool:

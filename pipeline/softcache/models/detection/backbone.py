@@ -18,11 +18,10 @@ import torch
 from torch import nn
 
 from softcache.errors import SpecError
-from softcache.models.spec import parse_spec
+from softcache.models.spec import parse_spec, unknown_name
 from softcache.models.timm_config import has_source
 from softcache.models.weight_files import PREFIXES, read_state
 from softcache.runtime.logging import log_info
-from softcache.runtime.suggest import closest_matches
 
 __all__ = ["LevelBackbone", "fill_backbone", "read_backbone_state"]
 
@@ -111,10 +110,7 @@ def _timm_body(
     import timm
 
     if not has_source(name) and not timm.is_model(name.partition(".")[0]):
-        near = closest_matches(name, timm.list_models(), most=5, cutoff=0.5)
-        raise SpecError(
-            f"backbone {spec!r}: unknown name {name!r}; nearest: {', '.join(near) or 'timm:resnet18'}"
-        )
+        raise unknown_name(f"backbone {spec!r}", name, timm.list_models())
     plain = {key: value for key, value in args.items() if key not in PRETRAINED}
     probe: Any = timm.create_model(name, features_only=True, **plain)
     found = list(probe.feature_info.reduction())
@@ -135,10 +131,8 @@ def _torchvision_body(
     from torchvision import models
     from torchvision.models._utils import IntermediateLayerGetter
 
-    if name not in models.list_models(module=models):
-        raise SpecError(
-            f"backbone {spec!r}: not one of torchvision's classifiers; take e.g. torchvision:resnet18"
-        )
+    if name not in (known := models.list_models(module=models)):
+        raise unknown_name(f"backbone {spec!r}", name, known)
     model = models.get_model(name, **args)
     layers = getattr(model, "features", model)
     names, found, widths = [], [], []

@@ -19,8 +19,7 @@ from softcache.errors import SpecError
 from softcache.models.detection.backbone import LevelBackbone, fill_backbone
 from softcache.models.detection.detector import Detector, num_outputs
 from softcache.models.image import call_factory
-from softcache.models.spec import ModelSpec, parse_spec
-from softcache.runtime.suggest import closest_matches
+from softcache.models.spec import ModelSpec, parse_spec, unknown_name
 
 __all__ = ["build_detector", "published_weights"]
 
@@ -77,11 +76,8 @@ def build_detector(
             net = call_factory(spec, parsed, num_classes, input_shape)
             return Detector(net, num_classes=num_classes)
         if parsed.family != "builtin" or parsed.name not in SMALL:
-            near = closest_matches(parsed.name, SMALL) or list(SMALL)
-            raise SpecError(
-                f"model {spec!r}: not a detector that is known; nearest: {', '.join(near)}; others are written "
-                "torchvision:NAME or package.module:factory"
-            )
+            others = "torchvision:NAME or package.module:factory"
+            raise unknown_name(f"detector {spec!r}", parsed.name, SMALL, others=others)
         if num_classes is None:
             raise SpecError(
                 f"model {spec!r}: has as many outputs as the source has classes; teacher.class_map is for detectors that "
@@ -132,10 +128,7 @@ def _named(parsed: ModelSpec, num_classes: int | None, pretrained: bool) -> nn.M
     name, args = parsed.name, parsed.args
     known = models.list_models(module=models.detection)
     if name not in known:
-        near = closest_matches(name, known, cutoff=0.4) or known[:3]
-        raise SpecError(
-            f"model 'torchvision:{name}': not one of torchvision's detectors; nearest: {', '.join(near)}"
-        )
+        raise unknown_name(f"detector 'torchvision:{name}'", name, known)
     own = {key: args[key] for key in ("backbone", "backbone_weights", *HEAD_ARGUMENTS) if key in args}
     args = {key: value for key, value in args.items() if key not in own}
     if "backbone" in own and args.keys() & {"weights", "weights_backbone"}:

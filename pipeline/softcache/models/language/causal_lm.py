@@ -32,9 +32,8 @@ from softcache.models.language.encoder_decoder_parts import is_encoder_decoder
 from softcache.models.language.placement import Placement
 from softcache.models.language.probes import check_max_length
 from softcache.models.language.splitting import context_of, head_of
-from softcache.models.spec import ModelSpec, parse_spec
+from softcache.models.spec import ModelSpec, parse_spec, unknown_name
 from softcache.runtime.optional import auto_tokenizer
-from softcache.runtime.suggest import closest_matches
 
 __all__ = ["auto_class", "build_language_model", "safe_arguments", "tokenizer_of"]
 
@@ -164,11 +163,8 @@ BUILTIN: dict[str, Callable[..., Any]] = {
 
 def _builtin(spec: str, parsed: ModelSpec, vocab_size: int, context: int) -> nn.Module:
     if parsed.name not in BUILTIN:
-        near = closest_matches(parsed.name, BUILTIN, cutoff=0.5) or list(BUILTIN)
-        raise SpecError(
-            f"model {spec!r}: unknown name {parsed.name!r}; nearest: {', '.join(near)}; "
-            "others are written hf:NAME_OR_PATH, hf-config:NAME_OR_PATH or module:factory"
-        )
+        others = "hf:NAME_OR_PATH, hf-config:NAME_OR_PATH or module:factory"
+        raise unknown_name(f"model {spec!r}", parsed.name, BUILTIN, others=others)
     args = dict(parsed.args)
     checkpointing = args.pop("gradient_checkpointing", False)
     config = BUILTIN[parsed.name](vocab_size, context, **args)

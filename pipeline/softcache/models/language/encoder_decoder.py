@@ -28,8 +28,7 @@ from softcache.models.language.causal_lm import (
     with_checkpointing,
 )
 from softcache.models.language.encoder_decoder_parts import is_encoder_decoder
-from softcache.models.spec import ModelSpec, parse_spec
-from softcache.runtime.suggest import closest_matches
+from softcache.models.spec import ModelSpec, parse_spec, unknown_name
 
 __all__ = ["PairTokens", "build_translation_model"]
 
@@ -138,11 +137,8 @@ BUILTIN: dict[str, Callable[..., Any]] = {"t5": _t5, "marian": _marian}
 
 def _builtin(spec: str, parsed: ModelSpec, vocab_size: int, context: int, *, tokens: PairTokens) -> nn.Module:
     if parsed.name not in BUILTIN:
-        near = closest_matches(parsed.name, BUILTIN, cutoff=0.5) or list(BUILTIN)
-        raise SpecError(
-            f"model {spec!r}: unknown name {parsed.name!r}; nearest: {', '.join(near)}; others are written hf:NAME_OR_PATH "
-            "or module:factory"
-        )
+        others = "hf:NAME_OR_PATH or module:factory"
+        raise unknown_name(f"model {spec!r}", parsed.name, BUILTIN, others=others)
     args = dict(parsed.args)
     checkpointing = args.pop("gradient_checkpointing", False)
     config = BUILTIN[parsed.name](vocab_size, context, tokens, **args)
