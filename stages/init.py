@@ -6,6 +6,7 @@ softcache init --task image --data data/pets --teacher 'timm:resnet50?pretrained
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -28,6 +29,9 @@ TEMPLATES = Path(__file__).resolve().parent.parent / "configs"
 TASKS = {"image": "imagefolder", "text": "hf-causal-lm"}
 DATA_KEYS = ("root", "path")
 """Of `[source]`: where the data are, in a template whose data do not come with it."""
+HUB_SOURCES = "hf", "rollouts"
+FILES = ".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tar", ".tsv", ".txt"
+"""Ends of names of files, which no data set on the hub is looked for under."""
 
 
 @click.command()
@@ -82,6 +86,9 @@ def init(
     if task and template:
         raise click.UsageError("--task and --template: give one of them")
     name = template or TASKS[str(task)]
+    for option, spec in (("--teacher", teacher), ("--student", student)):
+        if spec is not None:
+            _check_folder(option, spec)
     text, path = _filled(_on_this_machine(_template(name), name), data, teacher, student), Path(out)
     if path.stem != name and not re.search(r"^name = ", text.partition("\n[")[0], re.M):
         text = text.replace("\n[", f'\nname = "{name}"   # of the folder in runs\n\n[', 1)
@@ -146,16 +153,18 @@ def _filled(text: str, data: str | None, teacher: str | None, student: str | Non
     if data is not None:
         source = _table(text, "source")
         key = next((key for key in DATA_KEYS if source and re.search(rf"^{key} = ", source[0], re.M)), None)
-        if key is None:
+        if source is None or key is None:
             raise ConfigError(f"--data {data}: the data of this template come with it; leave it out")
+        _check_data(data, key, has_hub=tomllib.loads(source[0])["source"]["name"] in HUB_SOURCES)
+        folder = Path(data).expanduser()
         text = _with_key(text, "source", key, json.dumps(data))
         if key == "path":
             text = _without_keys(text, "source", "subset")
         labels = _table(text, "labels")
         kept = re.search(r"^k = (\d+)", labels[0], re.M) if labels else None
-        if key == "root" and kept and 0 < (classes := _class_folders(Path(data))) < int(kept[1]):
+        if key == "root" and kept and 0 < (classes := _class_folders(folder)) < int(kept[1]):
             text = _with_key(text, "labels", "k", str(classes))
-        has_classes = not (Path(data) / "train").is_dir() and _class_folders(Path(data)) > 0
+        has_classes = not (folder / "train").is_dir() and _class_folders(folder) > 0
         if source and 'name = "imagefolder"' in source[0] and has_classes:
             text = _with_key(text, "source", "eval_share", "0.1")
     if teacher is not None:
@@ -171,6 +180,43 @@ def _filled(text: str, data: str | None, teacher: str | None, student: str | Non
         text = _with_key(text, "student", "model", json.dumps(student))
         text = _without_keys(text, "student", "models")
     return text
+
+
+def _check_data(data: str, key: str, *, has_hub: bool) -> None:
+    """Raises ConfigError unless the data are there, in a bucket, or of a name that the hub may have."""
+    from softcache.cache.storage.base import is_bucket
+    from softcache.data.sources.files import expand_braces, suffix_of
+    from softcache.models.spec import is_path
+
+    path = Path(data).expanduser()
+    if path.is_dir() or _is_of_a_run(path):
+        return
+    if key == "path":
+        found, may_be_named = "no such file or folder", has_hub and not is_path(data)
+        if is_bucket(data) or path.exists() or (may_be_named and suffix_of(data) not in FILES):
+            return
+        if all(glob.glob(one, recursive=True) for one in expand_braces(str(path))):
+            return
+    else:
+        found = "a file, and a folder is expected" if path.is_file() else "no such folder"
+    raise ConfigError(
+        f"--data {data}: {found}; correct it, or leave it out and set source.{key} in the file that is written"
+    )
+
+
+def _check_folder(option: str, spec: str) -> None:
+    """Raises ConfigError where the checkpoint that a model spec names can only be a folder, and that is not there."""
+    from softcache.models.spec import is_path, parse_spec
+
+    kind, _, place = parse_spec(spec).name.partition(":")
+    path = Path(place).expanduser()
+    if (kind == "local-dir" or is_path(place)) and not (path.is_dir() or _is_of_a_run(path)):
+        raise ConfigError(f"{option} {spec}: no such folder: {place}; correct it, or name a model of the hub")
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Whether a path is one that a run writes, which may follow."""
+    return path.parts[:1] == ("runs",)
 
 
 def _table(text: str, name: str) -> re.Match[str] | None:

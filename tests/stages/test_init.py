@@ -8,8 +8,12 @@ import pytest
 from click.testing import CliRunner
 
 from softcache.config.load import load_config
+from softcache.data.sources.images.hugging_face import KINDS as IMAGE_KINDS
+from softcache.data.sources.images.path_table import KINDS as TABLE_KINDS
+from softcache.data.sources.text.hugging_face import HfDocuments
 from softcache.errors import ConfigError
 from softcache.stages.cli import softcache
+from softcache.stages.init import FILES
 from tests.support.caches import ROOT
 
 CORES = min(8, len(os.sched_getaffinity(0)))
@@ -19,6 +23,9 @@ TEMPLATES = sorted(path.stem for path in (ROOT / "configs").glob("*.toml"))
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for folder in ("pets", "data/pets", "data/my pets", "vit-pets"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "corpus.jsonl").touch()
     return lambda *arguments, **how: CliRunner().invoke(softcache, ["init", *arguments], **how)
 
 
@@ -114,14 +121,71 @@ def test_a_terminal_is_asked(run, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (("--template", "digit"), "did you mean digits"),
-        (("--template", "digits", "--data", "here"), "--data here: the data of this template come with it"),
+        (("--template", "digits", "--data", "here"), r"--data here: the data of this template come with it"),
         (("--template", "digits", "--out", "no/such/folder.toml"), "cannot be written"),
+        (
+            ("--task", "image", "--data", "dogs"),
+            "--data dogs: no such folder; correct it, or leave it out and set source.root in",
+        ),
+        (
+            ("--task", "image", "--data", "corpus.jsonl"),
+            "corpus.jsonl: a file, and a folder is expected; correct it",
+        ),
+        (("--task", "image", "--data", "s3://bucket/pets"), r"s3://bucket/pets: no such folder"),
+        (
+            ("--task", "text", "--data", "other.jsonl.gz"),
+            "other.jsonl.gz: no such file or folder; .* set source.path in",
+        ),
+        (("--task", "text", "--data", "./corpus"), "./corpus: no such file or folder"),
+        (("--task", "text", "--data", "my/own/corpus"), "my/own/corpus: no such file or folder"),
+        (("--template", "imagenet-tar", "--data", "org/imagenet"), "org/imagenet: no such file or folder"),
+        (
+            ("--template", "imagenet-tar", "--data", "pets/{00..01}.tar"),
+            r"\{00\.\.01\}\.tar: no such file or folder",
+        ),
+        (
+            ("--task", "text", "--teacher", "hf:./big?dtype=bfloat16"),
+            r"--teacher hf:./big\?dtype=bfloat16: no such folder: ./big",
+        ),
+        (
+            ("--task", "text", "--student", "hf-config:/no/small"),
+            "--student hf-config:/no/small: no such folder",
+        ),
+        (
+            ("--task", "image", "--teacher", "timm:local-dir:vit"),
+            "--teacher timm:local-dir:vit: no such folder: vit",
+        ),
     ],
 )
-def test_what_cannot_be_filled_in_is_refused(run, arguments, message):
+def test_what_cannot_be_filled_in_is_refused(run, tmp_path, arguments, message):
     done = run(*arguments)
     assert isinstance(done.exception, ConfigError)
-    assert message in str(done.exception)
+    assert re.search(message, str(done.exception))
+    assert not (tmp_path / "softcache.toml").exists()
+
+
+@pytest.mark.parametrize(
+    ("task", "data"),
+    [
+        ("text", "HuggingFaceFW/fineweb"),
+        ("text", "imdb"),
+        ("text", "s3://bucket/texts/*.jsonl"),
+        ("text", "*.jsonl"),
+        ("text", "data/{my pets,pets}"),
+        ("text", "runs/own/texts/rows.jsonl"),  # that a run has yet to write
+        ("image", "~/pets"),
+    ],
+)
+def test_data_that_may_be_there_are_taken(run, tmp_path, monkeypatch, task, data):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = run("--task", task, "--data", data)
+    assert done.exit_code == 0, done.exception
+    source = tomllib.loads((tmp_path / "softcache.toml").read_text())["source"]
+    assert source.get("path", source.get("root")) == data
+
+
+def test_every_kind_of_file_is_known():
+    assert {*HfDocuments._KINDS, *IMAGE_KINDS, *TABLE_KINDS} <= {*FILES}
 
 
 def test_without_a_terminal_something_has_to_be_given(run):
@@ -157,7 +221,7 @@ def test_keys_are_set_in_the_file_and_checked(run, tmp_path):
 def test_a_key_that_is_wrong_is_refused_and_nothing_is_written(run, tmp_path, given, error):
     done = run("--template", "digits", "--set", given)
     assert error in str(done.exception)
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "softcache.toml").exists()
 
 
 def test_a_config_is_for_this_machine_and_shows_no_command_of_another_file(run, tmp_path):
@@ -171,7 +235,7 @@ def test_a_config_is_for_this_machine_and_shows_no_command_of_another_file(run, 
 def test_a_folder_of_class_folders_alone_has_a_share_held_out(run, tmp_path):
     for folder in ("flat/cat", "flat/dog", "split/train/cat"):
         (tmp_path / folder).mkdir(parents=True)
-    for data, expected in (("flat", 0.1), ("split", None), ("missing", None)):
+    for data, expected in (("flat", 0.1), ("split", None), ("pets", None)):
         done = run("--task", "image", "--data", data, "--out", f"{data}.toml")
         assert done.exit_code == 0, done.output
         assert tomllib.loads((tmp_path / f"{data}.toml").read_text())["source"].get("eval_share") == expected

@@ -13,7 +13,7 @@ from softcache.errors import SpecError
 from softcache.hashing.digests import digest_json
 from softcache.runtime.suggest import did_you_mean
 
-__all__ = ["ModelSpec", "architecture_of", "is_same_origin", "parse_spec", "unknown_name"]
+__all__ = ["ModelSpec", "architecture_of", "is_path", "is_same_origin", "parse_spec", "unknown_name"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,11 @@ def unknown_name(where: str, name: str, known: Iterable[str], *, others: str = "
 MOST_LISTED = 20
 
 
+def is_path(name: str) -> bool:
+    """Whether the name of a checkpoint or a data set can only be a local path; the hub has NAME and OWNER/NAME."""
+    return name.startswith(("/", ".", "~")) or name.count("/") > 1
+
+
 def is_same_origin(one: str, other: str) -> bool:
     """Whether two specs may be of one model: they are equal, but for arguments of loading, or one is a folder of that name.
 
@@ -84,7 +89,7 @@ def is_same_origin(one: str, other: str) -> bool:
         {key: x for key, x in parse_spec(spec).args.items() if key not in LOADING_ARGUMENTS}
         for spec in (one, other)
     )
-    is_local = any(path.partition(":")[2].startswith(("/", ".", "~")) for path in paths)
+    is_local = any(is_path(path.partition(":")[2]) for path in paths)
     names = paths if not is_local else [re.split("[:/]", path)[-1] for path in paths]
     return first == second and names[0] == names[1]
 

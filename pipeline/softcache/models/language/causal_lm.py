@@ -32,7 +32,7 @@ from softcache.models.language.encoder_decoder_parts import is_encoder_decoder
 from softcache.models.language.placement import Placement
 from softcache.models.language.probes import check_max_length
 from softcache.models.language.splitting import context_of, head_of
-from softcache.models.spec import ModelSpec, parse_spec, unknown_name
+from softcache.models.spec import ModelSpec, is_path, parse_spec, unknown_name
 from softcache.runtime.optional import auto_tokenizer
 
 __all__ = ["auto_class", "build_language_model", "safe_arguments", "tokenizer_of"]
@@ -204,7 +204,7 @@ def safe_arguments(spec: str, parsed: ModelSpec) -> tuple[str, dict[str, Any], b
     path = Path(parsed.name).expanduser()
     if path.is_dir():
         return str(path), args, args.pop("gradient_checkpointing", False)
-    if parsed.name.startswith(("/", ".", "~")) or parsed.name.count("/") > 1:
+    if is_path(parsed.name):
         raise SpecError(f"model {spec!r}: no such folder: {path}; expected one that save_pretrained wrote")
     return parsed.name, args, args.pop("gradient_checkpointing", False)
 
