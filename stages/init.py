@@ -165,7 +165,7 @@ def _filled(text: str, data: str | None, teacher: str | None, student: str | Non
         if key == "root" and kept and 0 < (classes := _class_folders(folder)) < int(kept[1]):
             text = _with_key(text, "labels", "k", str(classes))
         has_classes = not (folder / "train").is_dir() and _class_folders(folder) > 0
-        if source and 'name = "imagefolder"' in source[0] and has_classes:
+        if 'name = "imagefolder"' in source[0] and has_classes:
             text = _with_key(text, "source", "eval_share", "0.1")
     if teacher is not None:
         text = _with_key(text, "teacher", "model", json.dumps(teacher))

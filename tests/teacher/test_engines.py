@@ -93,6 +93,27 @@ def test_a_checkpoint_without_the_prefix_of_its_backbone_and_without_its_tied_he
     assert teacher.weights_digest == expected.weights_digest
 
 
+@pytest.mark.parametrize("prefix", ["", "language_model."])
+def test_a_configuration_that_leaves_out_weights_is_refused_by_its_headers(prefix, tmp_path):
+    """Engines skip biases that they do not expect; a part for training is none, nor is one of a layer in other tensors."""
+    saved = save_model(tmp_path / "biased", "llama", attention_bias=True, tie_word_embeddings=True)
+    tensors = load_file(saved / "model.safetensors") | {"v_head.summary.weight": torch.zeros(1, 64)}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors = {prefix + name: tensor for name, tensor in tensors.items()}
+    save_file(tensors, saved / "model.safetensors", metadata={"format": "pt"})
+    options = {"vocab_size": VOCAB, "context": SEQ_LEN}
+    Checkpoint(f"hf:{saved}", **options)
+    config = json.loads((saved / "config.json").read_text())
+    del config["attention_bias"]
+    (saved / "config.json").write_text(json.dumps(config))
+    match = r"leaves out 8 weights .* \(\S*model\.layers\.0\.self_attn\.k_proj\.bias, .*attention_bias"
+    with pytest.raises(SpecError, match=match):
+        Checkpoint(f"hf:{saved}", **options)
+    packed = {name.replace("_proj.weight", "_proj.qweight"): tensor for name, tensor in tensors.items()}
+    save_file(packed, saved / "model.safetensors", metadata={"format": "pt"})
+    Checkpoint(f"hf:{saved}", **options)  # quantized layers may have a bias of zeros for the layout's sake
+
+
 def test_weights_of_another_dtype_have_another_digest(folder):
     options = {"vocab_size": VOCAB, "context": SEQ_LEN}
     float32, bfloat16 = (Checkpoint(f"hf:{folder}{query}", **options) for query in ("", "?dtype=bfloat16"))

@@ -18,7 +18,7 @@ import importlib
 import importlib.util
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -244,12 +244,17 @@ def pretrained(
             f"model {spec!r}: the checkpoint lacks {len(absent)} weights that the model needs "
             f"({', '.join(absent[:5])}); they would be random; expected a causal language model with its head"
         )
-    if unused := sorted(key for key in map(str, info["unexpected_keys"]) if _is_of_a_layer(model, key)):
-        raise SpecError(
-            f"model {spec!r}: its configuration leaves out {len(unused)} weights of the checkpoint, of layers that it uses "
-            f"({', '.join(unused[:5])}); expected the one that it was trained with: mend config.json (attention_bias)"
-        )
+    refuse_left_out(spec, [key for key in map(str, info["unexpected_keys"]) if _is_of_a_layer(model, key)])
     return with_checkpointing(model, checkpointing)
+
+
+def refuse_left_out(spec: str, unused: Iterable[str]) -> None:
+    """Raises SpecError where a checkpoint has weights, of layers of the model, that its configuration leaves out."""
+    if keys := sorted(unused):
+        raise SpecError(
+            f"model {spec!r}: its configuration leaves out {len(keys)} weights of the checkpoint, of layers that it uses "
+            f"({', '.join(keys[:5])}); expected the one that it was trained with: mend config.json (attention_bias)"
+        )
 
 
 def _is_of_a_layer(model: nn.Module, key: str) -> bool:

@@ -18,7 +18,13 @@ from torch import nn
 from softcache.errors import SpecError
 from softcache.hashing.digests import digest_weights
 from softcache.models.language.backbone_head import CausalParts
-from softcache.models.language.causal_lm import auto_class, check_size, safe_arguments, transformers_library
+from softcache.models.language.causal_lm import (
+    auto_class,
+    check_size,
+    refuse_left_out,
+    safe_arguments,
+    transformers_library,
+)
 from softcache.models.language.encoder_decoder_parts import is_encoder_decoder
 from softcache.models.language.splitting import head_of, split
 from softcache.models.spec import architecture_of, parse_spec
@@ -49,8 +55,8 @@ class Checkpoint:
             context: the longest row that the model must take.
 
         Raises:
-            SpecError: the spec is not of a saved model, has arguments of transformers alone, or names no causal language
-                model with a head.
+            SpecError: the spec is not of a saved model, has arguments of transformers alone, names no causal language
+                model with a head, or one whose configuration leaves out weights of its layers, which engines skip, too.
         """
         self.spec = spec
         parsed = parse_spec(spec)
@@ -85,6 +91,7 @@ class Checkpoint:
             raise SpecError(
                 f"model {spec!r}: it has an encoder and a decoder; expected a causal language model"
             )
+        refuse_left_out(spec, self._left_out())
         check_size(spec, self.model, vocab_size, context)
         parts = split(self.model)
         assert isinstance(parts, CausalParts)
@@ -130,7 +137,7 @@ class Checkpoint:
         tensors as they are in the files, and differs from the digest of the loaded module.
         """
         state = self.model.state_dict()
-        keys = {name: self._key(name) for name in state}
+        keys = self._keys
         with ExitStack() as files:
             shapes = {
                 name: None if key is None else _open(files, self._files[key]).get_slice(key).get_shape()
@@ -156,11 +163,28 @@ class Checkpoint:
             raise SpecError(f"model {self.spec!r}: dtype {asked}; expected float32, bfloat16 or float16")
         return asked
 
+    @cached_property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters(remove_duplicate=False))
+
     def _aliases(self, name: str) -> list[str]:
         """Returns the names of the tensor of this name, the name first: tied weights have several."""
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        same = [other for other, tensor in parameters.items() if tensor is parameters.get(name)]
+        same = [other for other, tensor in self._parameters.items() if tensor is self._parameters.get(name)]
         return [name, *(other for other in same if other != name)]
+
+    @cached_property
+    def _keys(self) -> dict[str, str | None]:
+        """The key in the files of each tensor of the module, None where they have none."""
+        return {name: self._key(name) for name in self.model.state_dict()}
+
+    def _left_out(self) -> Iterator[str]:
+        """Yields the keys of weights and biases that the module has not, of layers of which it has another tensor."""
+        used = set(filter(None, self._keys.values()))
+        layers = {key.rpartition(".")[0] for key in used}
+        for key in self._files.keys() - used:
+            layer, _, name = key.rpartition(".")
+            if layer in layers and name in ("weight", "bias"):
+                yield key
 
     def _key(self, name: str) -> str | None:
         """Returns the key in the files of a tensor of the module, or None.
@@ -178,8 +202,7 @@ class Checkpoint:
         return None
 
     def _read_parameter(self, parameter: torch.Tensor) -> torch.Tensor:
-        parameters = self.model.named_parameters(remove_duplicate=False)
-        names = [name for name, tensor in parameters if tensor is parameter]
+        names = [name for name, tensor in self._parameters.items() if tensor is parameter]
         own = sorted(
             names, key=lambda name: "embed" in name or "wte" in name
         )  # the head's name before the embedding's
