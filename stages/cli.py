@@ -16,6 +16,7 @@ from softcache.errors import SoftcacheError
 from softcache.runtime.distributed import claim_error_report, is_rank_zero
 from softcache.runtime.logging import log_event
 from softcache.runtime.signals import Interrupted, handle_signals
+from softcache.runtime.threads import share_cores
 
 from .commands import LazyCommands
 from .completion import COMPLETE_VAR
@@ -36,6 +37,7 @@ def main() -> None:
     # So that `module:factory` finds the user's own modules; last, so that they hide nothing.
     if "" not in sys.path:
         sys.path.append("")
+    share_cores()
     if not is_rank_zero():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     with handle_signals():

@@ -4,12 +4,14 @@ import math
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 from softcache.labels.sparsify import (
     Dense,
+    assemble,
     cpu_draw_kernels,
     hybrid,
     label_settings,
@@ -107,6 +109,50 @@ def test_a_row_does_not_depend_on_its_neighbours_or_its_place_in_memory():
         for other in (top_k(logits[row : row + 1], k=30), top_k(strided[row : row + 1], k=30)):
             for name in ("ids", "log_probs", "log_tail", "stats"):
                 assert torch.equal(getattr(other, name)[0], getattr(whole, name)[row]), name
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("policy", ["top_k", "top_p", "sample", "hybrid"])
+def test_threads_make_the_same_records_in_the_same_order(monkeypatch, threads, policy, mode):
+    made_by, work = set(), assemble._compiled_record
+
+    def watched(*given):
+        made_by.add(threading.get_ident())
+        barrier.wait(60)  # each thread has a part, so all of them are there
+        return work(*given)
+
+    settings = label_settings(policy)
+    logits_PV = make_logits(6 * 256 - 100, 200)
+    how = {"targets_P": torch.arange(len(logits_PV)) % 200, "seeds_P": torch.arange(len(logits_PV))}
+    with mode():
+        threads(1)
+        one = settings.apply(logits_PV, **how)
+        threads(3)
+        barrier = threading.Barrier(3)
+        monkeypatch.setattr(assemble, "_compiled_record", watched)
+        several = settings.apply(logits_PV, **how)
+    assert len(made_by) == 3
+    for name in (*ARRAYS, "ids", "counts", "log_threshold"):
+        found, wanted = getattr(several, name), getattr(one, name)
+        assert (found is None) == (wanted is None)
+        assert found is None or found.numpy().tobytes() == wanted.numpy().tobytes()
+
+
+def test_what_fails_in_a_thread_is_raised(monkeypatch, threads):
+    def fail(rows, *given):
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(assemble, "_compiled_record", fail)
+    threads(2)
+    with pytest.raises(MemoryError, match="no memory"):
+        top_k(make_logits(600, 20), k=3)
 
 
 def test_every_policy_agrees_with_float64():

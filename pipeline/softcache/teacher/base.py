@@ -219,27 +219,21 @@ class Teacher(TeacherFacts, ABC):
             "size": list(head.weight.shape),
         }
 
-    def inputs(self, batch: Any, settings: LabelSettings) -> Iterator[torch.Tensor]:
-        """Yields what labels are made of: hidden states for a policy of states, else logits."""
-        return self.states(batch) if settings.of_states else self.chunks(batch)
-
     @torch.inference_mode()
     def label(
         self,
         batch: Any,
         settings: LabelSettings,
         *,
-        chunks: Iterable[torch.Tensor] | None = None,
         head: OutputHead | None = None,
     ) -> tuple[Any, torch.Tensor]:
         """Returns the batch's record and the faults [P] uint8 of its logits, on the device, waiting for nothing.
 
         Args:
-            chunks: what `inputs` yields, where another thread runs the model; None runs it here.
             head: of the cache, of coordinates of hidden states.
         """
         if settings.of_states:
-            return self._label_states(batch, settings, chunks, head)
+            return self._label_states(batch, settings, head)
         targets_P = batch.targets.to(self.device, non_blocking=True)
         if isinstance(targets_P, MixedTargets):
             targets_P = (
@@ -250,7 +244,7 @@ class Teacher(TeacherFacts, ABC):
 
         def records() -> Iterator[SoftLabels]:
             start = 0
-            for logits_PV in self.chunks(batch) if chunks is None else chunks:
+            for logits_PV in self.chunks(batch):
                 rows = slice(start, start + len(logits_PV))
                 seeds = None if seeds_P is None else seeds_P[rows]
                 record = settings.apply(logits_PV, targets_P=targets_P[rows], seeds_P=seeds, check=False)
@@ -265,15 +259,11 @@ class Teacher(TeacherFacts, ABC):
         return collect(records(), batch.num_rows), faults_P
 
     def _label_states(
-        self,
-        batch: Any,
-        settings: LabelSettings,
-        chunks: Iterable[torch.Tensor] | None,
-        head: OutputHead | None,
+        self, batch: Any, settings: LabelSettings, head: OutputHead | None
     ) -> tuple[VectorLabels, torch.Tensor]:
         assert isinstance(settings, Hidden)
         records, faults = [], []
-        for states_PD in self.states(batch) if chunks is None else chunks:
+        for states_PD in self.states(batch):
             records.append(settings.apply_states(states_PD, head))
             faults.append(logit_faults(states_PD.abs()))
         record = records[0] if len(records) == 1 else VectorLabels.concat(records)

@@ -111,7 +111,7 @@ class DenseTeacher(Teacher):
 
     @torch.inference_mode()
     def label(  # type: ignore[override]
-        self, batch: DetectionBatch, settings: LabelSettings, *, chunks: Iterable[Any] | None = None
+        self, batch: DetectionBatch, settings: LabelSettings
     ) -> tuple[DetectionLabels, torch.Tensor]:
         """Returns the record of the batch's chosen cells, and the faults [P] uint8, on the device.
 
@@ -120,7 +120,7 @@ class DenseTeacher(Teacher):
         """
         records: list[DetectionLabels] = []
         faults: list[torch.Tensor] = []
-        for outputs in self.chunks(batch) if chunks is None else chunks:
+        for outputs in self.chunks(batch):
             try:
                 records.append(sparsify_cells(outputs, settings, distribution=self.distribution))
             except LabelError as error:

@@ -67,11 +67,11 @@ class MultiLabelTeacher(ImageTeacher):
 
     @torch.inference_mode()
     def label(  # type: ignore[override]
-        self, batch: ImageBatch, settings: LabelSettings, *, chunks: Iterable[torch.Tensor] | None = None
+        self, batch: ImageBatch, settings: LabelSettings
     ) -> tuple[BernoulliLabels, torch.Tensor]:
         """Returns the batch's record and the faults [P] uint8 of its logits, on the device."""
         k, records, faults = settings.num_slots(self.num_classes), [], []
-        for logits_PV in self.chunks(batch) if chunks is None else chunks:
+        for logits_PV in self.chunks(batch):
             records.append(top_k_bernoulli(logits_PV, k))
             faults.append(bernoulli_faults(logits_PV))
         return BernoulliLabels.concat(records), torch.cat(faults)

@@ -66,20 +66,11 @@ class SegmentationTeacher(ImageTeacher):
         return logits
 
     @torch.inference_mode()
-    def label(
-        self,
-        batch: Any,
-        settings: LabelSettings,
-        *,
-        chunks: Iterable[torch.Tensor] | None = None,
-        **more: Any,
-    ) -> tuple[SoftLabels, torch.Tensor]:
+    def label(self, batch: Any, settings: LabelSettings, **more: Any) -> tuple[SoftLabels, torch.Tensor]:
         """Returns the batch's record and the faults [P] uint8 of its logits; of a pixel without a class, the log-probability
         of the truth is -inf."""
         is_ignored_P = batch.targets == IGNORED
-        record, faults_P = super().label(
-            replace(batch, targets=batch.targets.clamp(min=0)), settings, chunks=chunks, **more
-        )
+        record, faults_P = super().label(replace(batch, targets=batch.targets.clamp(min=0)), settings, **more)
         truth_P = record.target_log_prob
         if truth_P is not None and bool(is_ignored_P.any()):
             is_ignored_P = is_ignored_P.to(truth_P.device)

@@ -3,13 +3,15 @@
 Shape suffixes: `P` positions, `V` classes, `K` slots, `G` grid of temperatures.
 
 The mass of the classes outside the record is summed from those classes themselves, at every grid temperature; 1 -
-sum(kept) would lose all its digits on confident rows. Rows of float32 on the CPU go through compiled code, which holds
-24 bytes times V besides the logits; on CUDA a kernel in Triton reads the rows once (`one_pass.is_one_pass`), and holds
-64 bytes for each 32,768 classes and 16 K for each 4,096. Others are worked on in chunks by torch, and there about 20 bytes
-times chunk x V are held (at the default chunk under 100 MB, whatever P). Nothing here waits for a GPU unless `check` is on.
+sum(kept) would lose all its digits on confident rows. Rows of float32 on the CPU go through compiled code, in as many
+threads as torch uses, each of which holds 24 bytes times V besides the logits; on CUDA a kernel in Triton reads the rows
+once (`one_pass.is_one_pass`), and holds 64 bytes for each 32,768 classes and 16 K for each 4,096. Others are worked on in
+chunks by torch, and there about 20 bytes times chunk x V are held (at the default chunk under 100 MB, whatever P). Nothing
+here waits for a GPU unless `check` is on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -24,6 +26,8 @@ from softcache.labels.sparsify.validate import checked_targets, logit_faults, ra
 __all__ = ["Chosen", "Rows", "build_soft_labels", "one_pass_labels", "top_k_indices"]
 
 _CHUNK_ELEMENTS = 2**22
+_ROWS_AT_ONCE = 256
+"""Of a thread, where several make the records of some rows: a millisecond or more of work."""
 
 
 class Rows:
@@ -146,8 +150,32 @@ def build_soft_labels(
         return _with_faults(record, logit_faults(chunk.logits_PV))
 
     with torch.no_grad():
-        starts = range(0, max(num_positions, 1), rows)
-        return collect((chunk(slice(i, i + rows)) for i in starts), num_positions)
+        threads = torch.get_num_threads() if _is_compiled(logits_PV) else 1
+        rows = rows if threads == 1 else min(rows, _ROWS_AT_ONCE)
+        parts = [slice(i, i + rows) for i in range(0, max(num_positions, 1), rows)]
+        return collect(_in_threads(chunk, parts, min(threads, len(parts))), num_positions)
+
+
+def _in_threads(
+    chunk: Callable[[slice], SoftLabels], parts: list[slice], threads: int
+) -> Iterator[SoftLabels]:
+    """Returns the records of some parts of the rows, in order, made by so many threads, of which this is one."""
+    if threads == 1:
+        return map(chunk, parts)
+    inference = torch.is_inference_mode_enabled()  # these modes are each thread's own
+    waiting, found = iter(enumerate(parts)), dict[int, SoftLabels]()
+
+    def work() -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            for number, part in waiting:  # two threads never get the same one
+                found[number] = chunk(part)
+
+    with ThreadPoolExecutor(threads - 1, "softcache-labels") as pool:
+        others = [pool.submit(work) for _ in range(threads - 1)]
+        work()
+        for other in others:
+            other.result()
+    return (found.pop(number) for number in range(len(parts)))
 
 
 def _is_compiled(values_PV: Tensor) -> bool:

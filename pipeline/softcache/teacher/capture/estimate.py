@@ -29,7 +29,7 @@ from softcache.labels import OutputHead
 from softcache.labels.sparsify import LabelSettings
 from softcache.runtime.signals import defer_signals
 from softcache.teacher.base import Teacher
-from softcache.teacher.capture.labeler import Labeler
+from softcache.teacher.capture.labeler import start_labels
 from softcache.teacher.capture.plan import CaptureSettings, plan_manifest
 from softcache.teacher.capture.run import CaptureContext, UnitMetrics, capture_units
 from softcache.teacher.capture.shared import parsed_head, shared_objects
@@ -142,8 +142,8 @@ def _warm_up(
     """Labels and encodes one batch, so that compilers and allocators have done what they do once."""
     stop = min(settings.batch_size, manifest.plan.unit_samples)
     batch = UnitBatches(data, labels.positions)[0, 0, 0, stop]
-    with Labeler(teacher, labels, head) as labeler, ExitStack() as nothing:
-        flight = labeler.start(batch)()
+    with ExitStack() as nothing:
+        flight = start_labels(teacher, labels, batch, head)
         record = flight.wait(data)
         item = PendingUnit(manifest.plan.unit(0), nothing)
         item.add(flight.batch, record)

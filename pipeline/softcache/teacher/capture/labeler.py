@@ -1,15 +1,12 @@
-"""Labels batches: while the teacher runs on one batch, the last one's logits are made into soft labels.
+"""Labels batches: the teacher runs on one, and its logits or hidden states are made into soft labels on its device.
 
-On a GPU the device does that by itself: a record is made there, and copied back while the next batch runs. On the CPU one
-thread of ours does it, which is fed a chunk of logits at a time over a queue of one, so that at most three chunks are
-there at once: one that the teacher makes, one that waits, one that is worked on.
+On a GPU the labels are copied back while the next batch runs. On the CPU teacher and labels take turns, each on all cores
+(`softcache.labels.sparsify.assemble`): beside a teacher a thread of their own would take a core from every operation that
+torch runs on all of them.
 """
 
 from __future__ import annotations
 
-import queue
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +21,7 @@ from softcache.labels.positions import highest_rows
 from softcache.labels.sparsify import LabelSettings, describe_fault
 from softcache.teacher.base import Teacher
 
-__all__ = ["AnyLabels", "Labeler", "PendingLabels"]
+__all__ = ["AnyLabels", "PendingLabels", "start_labels"]
 
 AnyLabels = SoftLabels | DetectionLabels | VectorLabels
 
@@ -75,73 +72,20 @@ class PendingLabels:
         return self._labels.to_numpy()
 
 
-class Labeler:
-    """Runs a teacher over batches and makes labels of its logits or hidden states; a context manager, which ends the thread.
+def start_labels(
+    teacher: Teacher, settings: LabelSettings, batch: Batch, head: OutputHead | None = None
+) -> PendingLabels:
+    """Runs a teacher on a batch and makes labels of its logits or hidden states; returns what waits for their copies.
 
     Args:
         head: of the cache, of coordinates of hidden states; else None.
+
+    Raises:
+        LabelError: the teacher returns something of a wrong shape.
     """
-
-    def __init__(self, teacher: Teacher, settings: LabelSettings, head: OutputHead | None = None) -> None:
-        self._teacher, self._settings = teacher, settings
-        self._more: dict[str, Any] = {} if head is None else {"head": head}
-        self._thread: ThreadPoolExecutor | None = None
-        if teacher.device.type == "cpu":
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="softcache-labels")
-
-    def __enter__(self) -> Labeler:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._thread is not None:
-            self._thread.shutdown()
-
-    def start(self, batch: Batch) -> Callable[[], PendingLabels]:
-        """Runs the teacher on a batch; returns what waits for its record, or raises what went wrong with it.
-
-        Raises:
-            LabelError: the teacher returns something of a wrong shape.
-        """
-        if self._thread is None:
-            flight = self._labeled(batch, None)
-            return lambda: flight
-        chunks = _Chunks()
-        record = self._thread.submit(chunks.read_by, lambda: self._labeled(batch, iter(chunks)))
-        try:
-            for inputs in self._teacher.inputs(batch, self._settings):
-                chunks.put(inputs)
-        finally:
-            chunks.put(None)
-        return record.result
-
-    def _labeled(self, batch: Batch, chunks: Iterator[torch.Tensor] | None) -> PendingLabels:
-        record, faults_P = self._teacher.label(batch, self._settings, chunks=chunks, **self._more)
-        return PendingLabels(batch, record, faults_P, _most_uncertain(batch, record, self._settings))
-
-
-class _Chunks:
-    """Logits from one thread to another; at most one waits."""
-
-    def __init__(self) -> None:
-        self._queue, self._ended = queue.Queue[torch.Tensor | None](1), False
-
-    def put(self, logits_PV: torch.Tensor | None) -> None:
-        self._queue.put(logits_PV)  # the reader reads to the end, so this waits but never hangs
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        while not self._ended:
-            logits_PV = self._queue.get()
-            self._ended = logits_PV is None
-            if logits_PV is not None:
-                yield logits_PV
-
-    def read_by(self, read: Callable[[], PendingLabels]) -> PendingLabels:
-        """Returns what `read` makes of the chunks; where it fails, the rest is read and dropped."""
-        try:
-            return read()
-        finally:
-            for _ in self:
-                pass
+    more: dict[str, Any] = {} if head is None else {"head": head}
+    labels, faults_P = teacher.label(batch, settings, **more)
+    return PendingLabels(batch, labels, faults_P, _most_uncertain(batch, labels, settings))
 
 
 def _most_uncertain(batch: Batch, record: AnyLabels, settings: LabelSettings) -> torch.Tensor | None:

@@ -2,15 +2,13 @@
 
     for every unit without a marker: claim it, run the teacher over it, publish it, mark it
 
-The cache is planned and created before that, by `softcache.teacher.capture.plan`. Three things overlap: the teacher runs on
-a batch
-while the last one's logits are made into records (`softcache.teacher.capture.labeler`), and finished units wait in a
-bounded queue for
-one writer thread, which encodes and publishes them (`softcache.teacher.capture.writer`); a thread that fails stops the run
-with its
-error. So memory holds `queue_units` + 2 units of labels, however many samples there are. Batches never straddle units, so
-a unit's content does not depend on what was interrupted before. `capture` does a whole cache, `capture_units` some units
-of it, for one of many workers (`softcache.runs.dask`).
+The cache is planned and created before that, by `softcache.teacher.capture.plan`. Two things overlap: the teacher runs and
+its logits are made into records (`softcache.teacher.capture.labeler`), which a GPU copies back while the next batch runs;
+and finished units wait in a bounded queue for one writer thread, which encodes and publishes them
+(`softcache.teacher.capture.writer`); a thread that fails stops the run with its error. So memory holds `queue_units` + 2
+units of labels, however many samples there are. Batches never straddle units, so a unit's content does not depend on what
+was interrupted before. `capture` does a whole cache, `capture_units` some units of it, for one of many workers
+(`softcache.runs.dask`).
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ from softcache.runtime.signals import (
     signals_first,
 )
 from softcache.teacher.base import Teacher
-from softcache.teacher.capture.labeler import Labeler, PendingLabels
+from softcache.teacher.capture.labeler import PendingLabels, start_labels
 from softcache.teacher.capture.plan import CaptureSettings
 from softcache.teacher.capture.writer import PendingUnit, UnitBatches, Writer
 
@@ -305,9 +303,8 @@ def _label_units(
                         yield unit.number, unit.view, at, min(at + size, unit.stop)
                     yield from [None] * (loaders - len(block))
 
-    def finish(number: int, started: Callable[[], PendingLabels]) -> None:
+    def finish(number: int, flight: PendingLabels) -> None:
         item, began = open_units[number], time.perf_counter()
-        flight = started()
         found = flight.wait(work.data)
         item.teacher_seconds += time.perf_counter() - began
         item.add(flight.batch, found)
@@ -325,15 +322,16 @@ def _label_units(
         worker_init_fn=follow_loader,
         pin_memory=work.teacher.device.type == "cuda",
     )
-    in_flight: deque[tuple[int, Callable[[], PendingLabels]]] = deque()
+    in_flight: deque[tuple[int, PendingLabels]] = deque()
     try:
-        with signals_first(), Labeler(work.teacher, work.labels, work.head) as labeler:
+        with signals_first():
             for batch in loader:
                 raise_if_signalled()
                 if batch is None:
                     continue
                 began = time.perf_counter()
-                in_flight.append((batch.unit, labeler.start(batch)))
+                flight = start_labels(work.teacher, work.labels, batch, work.head)
+                in_flight.append((batch.unit, flight))
                 open_units[batch.unit].teacher_seconds += time.perf_counter() - began
                 if len(in_flight) > 1:
                     finish(*in_flight.popleft())
