@@ -51,6 +51,11 @@ RESPONSES = "responses"
     help="Of responses: import the units whose samples are complete; others can follow.",
 )
 @click.option(
+    "--truncated",
+    is_flag=True,
+    help="Of responses: the teacher is cut to its top-k or top-p; tokens that are not given have nothing.",
+)
+@click.option(
     "--plain-view",
     is_flag=True,
     help="Of one view of images: it was the plain view of [views], so students see that.",
@@ -63,6 +68,7 @@ def import_command(
     k: int | None,
     model_name: str | None,
     allow_missing: bool,
+    truncated: bool,
     plain_view: bool,
     as_json: bool,
 ) -> None:
@@ -80,12 +86,14 @@ def import_command(
     if format_name == RESPONSES:
         if plain_view:
             raise click.UsageError("--plain-view is of images; a server's responses are of text")
-        _import_responses(paths, config, url, k, model_name, allow_missing, as_json)
+        _import_responses(paths, config, url, k, model_name, allow_missing, truncated, as_json)
         return
     if allow_missing:
         raise click.UsageError(
             "--allow-missing is of a server's responses; give all files of another program's cache"
         )
+    if truncated:
+        raise click.UsageError("--truncated is of a server's responses; drop it")
     _import_cache(paths, config, url, format_name, k, model_name, plain_view, as_json)
 
 
@@ -96,6 +104,7 @@ def _import_responses(
     k: int | None,
     model_name: str | None,
     allow_missing: bool,
+    is_truncated: bool,
     as_json: bool,
 ) -> None:
     from softcache.data.tokens import TokenData
@@ -135,6 +144,7 @@ def _import_responses(
             settings=config.capture,
             model_name=model_name,
             allow_missing=allow_missing,
+            is_truncated=is_truncated,
             progress=advance,
         )
     _report(cache, report, url, as_json)

@@ -371,6 +371,69 @@ def test_of_a_whole_distribution_nothing_is_guessed(served, tmp_path):
     assert labels.log_tail[0, 0] == -np.inf
 
 
+def renormalized(rows, top):
+    """What a server with top_k gives: the distribution over those tokens, and -9999 for each other that it is asked for."""
+    cut = [None]
+    for row in rows[1:]:
+        kept = dict(sorted(row.items(), key=lambda entry: -entry[1])[:top])
+        total = np.logaddexp.reduce(list(kept.values()))
+        cut.append({i: round(float(kept[i] - total), 5) if i in kept else -9999.0 for i in row})
+    return cut
+
+
+@pytest.mark.parametrize("shape", [prompt_logprobs, flat, sglang])
+def test_renormalized_log_probabilities_are_of_a_truncated_teacher(served, tmp_path, shape):
+    cut = [renormalized(rows, top=5) for rows in served.rows]
+    answers = [shape(*of) for of in zip(served.keys, served.tokens, cut, strict=True)]
+    path = served.write(answers, folder=tmp_path)
+    message = r"line 1, key '\S*': the given probabilities sum to 1 in each of the \d+ rows from here on, of 300 tokens, .*"
+    with pytest.raises(
+        LabelError, match=message + r"least of them is up to 0\.\d+: .*raw_logprobs\), or give --truncated"
+    ):
+        served.load(tmp_path / "cache", path)
+    assert not (tmp_path / "cache").exists()
+    cache, _ = served.load(tmp_path / "cache", path, is_truncated=True)
+    with pytest.raises(IdentityError, match=r"labels\.truncated"):
+        served.load(tmp_path / "cache", path)
+    labels, _ = cache.read_rows(range(len(cache)))
+    assert (labels.log_tail == -np.inf).all()
+    np.testing.assert_allclose(np.exp(labels.log_probs.astype(float)).sum(1), 1.0, atol=2e-3)
+    assert cache.manifest.identity["labels"]["truncated"]
+    assert list(verify_units(cache)) == []
+    fewer, _ = served.load(tmp_path / "fewer", path, is_truncated=True, k=3)
+    tails, kept = (
+        np.exp(x.astype(float)) for x in (fewer.read([0]).log_tail[:, 0], labels.log_probs[:, 3:5])
+    )
+    np.testing.assert_allclose(tails, kept[: len(tails)].sum(1), rtol=2e-3)
+
+
+def test_a_confident_teacher_is_none_that_was_truncated(served, tmp_path):
+    """Its rows sum to 1, too, but the least likely tokens of them have nothing; nor is one row that is left enough."""
+    confident = [
+        [None, *({(token + 1) % 290: -15.0, token: -1e-6} for token in tokens[1:])]
+        for tokens in served.tokens
+    ]
+    answers = [plain(*of) for of in zip(served.keys, served.tokens, confident, strict=True)]
+    served.load(tmp_path / "confident", served.write(answers, folder=tmp_path))
+    whole = [renormalized(rows, top=5) for rows in served.rows]
+    unit = served.captured.manifest.plan.unit_samples
+    for n in range(0, len(whole), unit):
+        whole[n][1] = served.rows[n][1]  # of which something is left
+    answers = [plain(*of) for of in zip(served.keys, served.tokens, whole, strict=True)]
+    path = served.write(answers, "mostly.jsonl", tmp_path)
+    served.load(tmp_path / "mostly", path)
+    for rows in whole[unit:]:
+        rows[1] = renormalized([None, rows[1]], top=5)[1]
+    answers = [plain(*of) for of in zip(served.keys, served.tokens, whole, strict=True)]
+    with pytest.raises(LabelError, match=rf"line {unit + 1}, key .*: the given probabilities sum to 1"):
+        served.load(tmp_path / "later", served.write(answers, "later.jsonl", tmp_path))
+    assert sorted(open_cache(str(tmp_path / "later")).markers) == [0]
+    with pytest.raises(
+        LabelError, match=r"position 0, .*sum to 0\.\d+; expected 1 of a truncated teacher: drop --truncated"
+    ):
+        served.load(tmp_path / "declared", path, is_truncated=True)
+
+
 @pytest.mark.parametrize("store", ["zarr", "parquet"])
 def test_stores_and_conversion_do_without_stats(served, tmp_path, store):
     path = served.write(served.answers(plain), folder=tmp_path)
@@ -537,7 +600,7 @@ BAD_ANSWERS = [
 @pytest.mark.parametrize(("spoil", "kind", "message"), BAD_ANSWERS)
 def test_a_bad_answer_is_named_by_file_line_key_and_position(served, tmp_path, spoil, kind, message):
     answers = json.loads(json.dumps(served.answers(plain)))
-    sample = next(n for n, tokens in enumerate(served.tokens) if len(tokens) > 8)
+    sample = max(n for n, tokens in enumerate(served.tokens) if len(tokens) > 8)
     spoil(answers[sample])
     path = served.write(answers, folder=tmp_path)
     where = f"responses.jsonl, line {sample + 1}, key '{served.keys[sample]}'"

@@ -9,6 +9,10 @@ are float32 or were float16, so the tail mass is known to about 1e-6, whereas a 
 rounding leaves nothing, it is 2^-24. There are no `stats`, and a temperature other than 1 is refused, because the shape
 of the tail is unknown.
 
+A server that renormalizes over its top-k or top-p leaves nothing, either: that of one row may be a confident teacher, but
+not where it is every row, and in some of them the least likely token that is given is likely. Such labels are of a teacher
+that is truncated so, and are taken as that only if the caller declares it; their tail mass is 0.
+
 Shapes: R rows, E entries of all rows one after the other, K kept entries of a row.
 """
 
@@ -27,9 +31,9 @@ from softcache.labels import SoftLabels, concat
 from softcache.runtime.logging import log_info
 from softcache.tools.import_logprobs.formats import parse_logprobs
 from softcache.tools.import_logprobs.index import Responses
-from softcache.tools.import_logprobs.jsonl import Answer
+from softcache.tools.import_logprobs.jsonl import Answer, LineLocation
 
-__all__ = ["build_labels", "label_batch"]
+__all__ = ["build_labels", "check_not_renormalized", "label_batch"]
 
 
 LOG_ZERO = -9999.0  # what vLLM and OpenAI write for -inf, which JSON has not
@@ -37,13 +41,25 @@ ROUNDING = 1e-3  # of a log-probability above 0, and of a sum above 1: float16 n
 LEAST_TAIL = 2.0**-24
 # Heads are padded to a multiple of up to 512 rows (152,064 for 151,665 tokens); what they give there is next to nothing.
 MAX_PADDING, MAX_PADDING_MASS = 1024, 1e-3
+WHOLE = 1e-4  # how far from 1 the sum of a renormalized row may be: numbers may be written with four digits
+LEAST_ROWS, LIKELY = 64, 10 * WHOLE
+"""Rows of a unit from which on it is looked at, and a token without which no model would leave all others nothing."""
 
 
-def build_labels(rows: list[dict[int, float]], targets_R: np.ndarray, codec: Codec) -> SoftLabels:
-    """Returns the K most likely of each row's tokens, ties by lower id, and what is left of 1.
+def build_labels(
+    rows: list[dict[int, float]], targets_R: np.ndarray, codec: Codec, *, is_truncated: bool = False
+) -> tuple[SoftLabels, np.ndarray]:
+    """Returns the K most likely of each row's tokens, ties by lower id, and what is left of 1; and where nothing is.
+
+    Args:
+        is_truncated: the tokens that are given are all that the teacher has.
+
+    Returns:
+        The labels; [R] the probability of the least likely token that is given, of rows that sum to 1 without being the
+        whole vocabulary, NaN of all others.
 
     Raises:
-        LabelError: as `_entries`, or the actual token is not among those given.
+        LabelError: as `_entries`, the actual token is not among those given, or a truncated row does not sum to 1.
     """
     row_of, ids, log_probs = _entries(rows, codec.num_classes)
     is_padding = ids >= codec.num_classes
@@ -68,11 +84,22 @@ def build_labels(rows: list[dict[int, float]], targets_R: np.ndarray, codec: Cod
     dropped_R = padding_R + np.bincount(
         row_of[~kept], np.exp(log_probs[~kept]), len(rows)
     )  # given, and not kept
+    sum_R = padding_R + np.bincount(row_of, np.exp(log_probs), len(rows))
+    for row in np.flatnonzero(np.abs(sum_R - 1) > ROUNDING)[:1] if is_truncated else ():
+        raise LabelError(
+            f"the probabilities sum to {sum_R[row]:.6f}; expected 1 of a truncated teacher: drop --truncated",
+            position=int(row),
+        )
     left_R = np.maximum(1.0 - np.exp(log_probs_RK).sum(1), np.maximum(dropped_R, LEAST_TAIL))
-    tail_R = np.where(counts_R == codec.num_classes, dropped_R, left_R)  # all are given: nothing is left
+    is_all_R = counts_R == codec.num_classes
+    tail_R = np.where(is_all_R | is_truncated, dropped_R, left_R)  # all are given: nothing is left
+    least_R = np.full(len(rows), np.inf)
+    is_possible = log_probs > -np.inf
+    np.minimum.at(least_R, row_of[is_possible], np.exp(log_probs[is_possible]))
+    least_R[is_all_R | (np.abs(sum_R - 1) > WHOLE)] = np.nan
     with np.errstate(divide="ignore"):
         log_tail_R = np.log(tail_R)
-    return SoftLabels(
+    labels = SoftLabels(
         ids=ids_RK,
         log_probs=log_probs_RK.astype(np.float32),
         log_tail=log_tail_R.astype(np.float32)[:, None],
@@ -80,6 +107,24 @@ def build_labels(rows: list[dict[int, float]], targets_R: np.ndarray, codec: Cod
         temperatures=codec.temperatures,
         target_log_prob=target_log_prob_R.astype(np.float32),
         max_temperature=codec.max_temperature,
+    )
+    return labels, least_R
+
+
+def check_not_renormalized(least_R: np.ndarray, num_classes: int, place: LineLocation) -> None:
+    """Raises LabelError where the rows of a unit can only be renormalized ones.
+
+    Args:
+        least_R: as `build_labels` returns it, of all rows.
+        place: of the first row.
+    """
+    if len(least_R) < LEAST_ROWS or np.isnan(least_R).any() or (likely := least_R.max()) < LIKELY:
+        return
+    raise LabelError(
+        f"{place}: the given probabilities sum to 1 in each of the {len(least_R):,} rows from here on, of {num_classes:,} "
+        f"tokens, though the least of them is up to {likely:.2g}: the server renormalized them over its top_k or top_p, "
+        "and what the others have is lost; ask for those of the model (vLLM: --logprobs-mode raw_logprobs), or give "
+        "--truncated, if students shall learn from a teacher that is cut so"
     )
 
 
@@ -148,24 +193,28 @@ def _entries(rows: list[dict[int, float]], num_classes: int) -> _Entries:
     return _Entries(row_of, ids, log_probs)
 
 
-def label_batch(batch: TokenBatch, source: TokenSource, responses: Responses, codec: Codec) -> SoftLabels:
-    """Returns the labels of a batch's rows."""
+def label_batch(
+    batch: TokenBatch, source: TokenSource, responses: Responses, codec: Codec, *, is_truncated: bool = False
+) -> tuple[SoftLabels, np.ndarray]:
+    """Returns the labels of a batch's rows, and the probabilities [P] that `build_labels` returns with them."""
     ends = np.cumsum(batch.row_counts)
     positions_P, targets_P = batch.positions, batch.targets.numpy()
-    records = []
+    records, least = [], []
     for number, sample in enumerate(batch.samples.tolist()):
         rows = slice(ends[number] - batch.row_counts[number], ends[number])
         answer = responses.answer(sample, source.key(sample))
         tokens = batch.tokens[number, : batch.lengths[number]].tolist()
         given = _rows_of(answer, tokens, positions_P[rows].tolist())
         try:
-            records.append(build_labels(given, targets_P[rows], codec))
+            labels, least_R = build_labels(given, targets_P[rows], codec, is_truncated=is_truncated)
         except LabelError as error:
             at = int(positions_P[rows][error.position])
             raise LabelError(
                 f"{answer.place}, position {at}, over token {at + 1}: {error}", position=at
             ) from error
-    return concat(records)
+        records.append(labels)
+        least.append(least_R)
+    return concat(records), np.concatenate(least)
 
 
 def _rows_of(answer: Answer, tokens: list[int], positions: list[int]) -> list[dict[int, float]]:

@@ -30,11 +30,13 @@ from softcache.teacher.base import TeacherFacts
 from softcache.teacher.capture.plan import CaptureSettings, plan_manifest
 from softcache.teacher.capture.run import CaptureReport
 from softcache.tools.import_logprobs.index import Responses
-from softcache.tools.import_logprobs.labels import label_batch
+from softcache.tools.import_logprobs.labels import check_not_renormalized, label_batch
 
 __all__ = ["check_attention", "import_labels"]
 
 POLICY = "imported"
+FIRST_ROWS = 256
+"""That are looked at before anything is written."""
 
 
 def import_labels(
@@ -46,6 +48,7 @@ def import_labels(
     settings: CaptureSettings,
     model_name: str | None = None,
     allow_missing: bool = False,
+    is_truncated: bool = False,
     progress: Callable[[int], None] = lambda rows: None,
 ) -> tuple[Cache, CaptureReport]:
     """Returns the cache at `url` with every unit that the answers fill, and what was done.
@@ -58,20 +61,27 @@ def import_labels(
         settings: units, chunks, store and precision, as for a captured cache; how many samples are read at a time.
         model_name: of the teacher; None takes the answers' own.
         allow_missing: leave out units that the answers do not fill, to be made by a later import.
+        is_truncated: the server renormalized over its top-k or top-p, and the labels are of the teacher that is cut so:
+            nothing is left for the tokens that are not given.
         progress: called with a number of finished rows, those that were there at the start first.
 
     Raises:
         SourceError: samples hold several documents that must not see each other, as a server's prompt would let them.
         AlignmentError: an answer is of other tokens than the sample; the first is named.
-        LabelError: an answer lacks rows or breaks what log-probabilities must be, samples are not answered, or no model
-            is named.
+        LabelError: an answer lacks rows or breaks what log-probabilities must be, a unit's can only be renormalized
+            and are not declared to be, samples are not answered, or no model is named.
         IdentityError: there is a cache of something else.
     """
     started, report = time.monotonic(), CaptureReport()
     check_attention(data.source, cross_documents=data.cross_documents)
-    manifest, samples = _manifest(responses, data, k=k, settings=settings, model_name=model_name)
-    if open_objects(url).size("manifest.json") is None and not allow_missing:
-        _check_complete(responses, data.source, manifest, set())
+    manifest, samples = _manifest(
+        responses, data, k=k, settings=settings, model_name=model_name, is_truncated=is_truncated
+    )
+    if open_objects(url).size("manifest.json") is None:
+        if not allow_missing:
+            _check_complete(responses, data.source, manifest, set())
+        if not is_truncated:
+            _check_first(responses, data, manifest.soft_codec("import"))
     objects = open_objects(url, create=True)
     manifest, digest = create_cache(objects, manifest, samples)
     index = open_index(objects, manifest, digest)
@@ -90,7 +100,9 @@ def import_labels(
             if index.marker(unit.number) is not None:
                 report.units_found += 1
                 continue
-            columns = _unit_columns(unit, data, responses, codec, settings.batch_size)
+            columns = _unit_columns(
+                unit, data, responses, codec, settings.batch_size, is_truncated=is_truncated
+            )
             marker = publish_unit(objects, store, digest, unit, columns)
         report.units_done += 1
         report.rows += marker.num_rows
@@ -101,21 +113,45 @@ def import_labels(
 
 
 def _unit_columns(
-    unit: Unit, data: TokenData, responses: Responses, codec: Codec, batch_size: int
+    unit: Unit, data: TokenData, responses: Responses, codec: Codec, batch_size: int, *, is_truncated: bool
 ) -> dict[str, np.ndarray]:
-    parts = []
+    source, parts, least = data.source, [], []
     for start in range(unit.start, unit.stop, batch_size):
         batch = data.load(range(start, min(start + batch_size, unit.stop)))
-        columns = codec.encode(label_batch(batch, data.source, responses, codec))
+        labels, least_P = label_batch(batch, source, responses, codec, is_truncated=is_truncated)
+        columns = codec.encode(labels)
+        least.append(least_P)
         columns["fingerprint"] = batch.fingerprints
         columns["num_rows"] = batch.row_counts.astype(np.uint32)
         columns["position"] = batch.positions.astype(np.uint32)
         parts.append(columns)
+    if not is_truncated:
+        place = responses.answer(unit.start, source.key(unit.start)).place
+        check_not_renormalized(np.concatenate(least), codec.num_classes, place)
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def _check_first(responses: Responses, data: TokenData, codec: Codec) -> None:
+    """Raises LabelError where the first rows can only be renormalized, before a manifest has it that they are not."""
+    answered, least = np.flatnonzero(responses.found), np.zeros(0)
+    for sample in answered:
+        batch = data.load(np.array([sample]))
+        least = np.append(least, label_batch(batch, data.source, responses, codec)[1])
+        if len(least) >= FIRST_ROWS:
+            break
+    if len(answered):
+        place = responses.answer(int(answered[0]), data.source.key(int(answered[0]))).place
+        check_not_renormalized(least, codec.num_classes, place)
+
+
 def _manifest(
-    responses: Responses, data: TokenData, *, k: int, settings: CaptureSettings, model_name: str | None
+    responses: Responses,
+    data: TokenData,
+    *,
+    k: int,
+    settings: CaptureSettings,
+    model_name: str | None,
+    is_truncated: bool,
 ) -> tuple[Manifest, bytes]:
     """Returns the manifest that a captured cache would have, of a teacher known by name and labels known at T=1."""
     name = model_name or responses.model
@@ -128,7 +164,9 @@ def _manifest(
     codec = replace(manifest.soft_codec("import"), stats=False, max_temperature=1.0).to_dict()
     identity = manifest.identity | {
         "codec": codec,
-        "labels": manifest.identity["labels"] | {"policy": POLICY},
+        "labels": manifest.identity["labels"]
+        | {"policy": POLICY}
+        | ({"truncated": True} if is_truncated else {}),
     }
     return manifest.model_copy(update={"codec": codec, "identity": identity}), samples
 
