@@ -28,13 +28,14 @@ import torch
 from benchmarks.synthetic_logits import image_logits, text_logits
 from softcache.cache.codecs import Codec, OpenCodec, PackedCodec
 from softcache.cache.codecs.column import RowPlaces
-from softcache.cache.manifest import Manifest, Plan, TeacherReport
+from softcache.cache.manifest import Plan
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import open_store, publish_unit
 from softcache.hashing.digests import digest_bytes
 from softcache.labels import SoftLabels, concat
 from softcache.labels.sparsify import sample, top_k
 from softcache.stages.options import print_table
+from tests.support.manifests import bare_manifest
 
 CHUNK_ROWS = 2048
 DRAWS = 22
@@ -130,25 +131,7 @@ class Stored:
             unit_samples=-(-rows // chunk_rows) * chunk_rows,
             chunk_samples=chunk_rows,
         )
-        manifest = Manifest(
-            softcache_version="0",
-            kind="image",
-            identity={
-                "teacher": {"spec": "synthetic", "dtype": "float32"},
-                "source": {"name": "synthetic", "digest": "0" * 64},
-                "views": {"digest": "0" * 64, "settings": {}},
-                "labels": {"policy": "top_k", "k": codec.k, "temperatures": list(codec.temperatures)},
-            },
-            num_classes=codec.num_classes,
-            class_names=(),
-            codec=codec.to_dict(),
-            plan=plan,
-            store=kind,  # type: ignore[arg-type]
-            data="labels.zarr" if kind == "zarr" else "parquet",
-            samples_sha256="0" * 64,
-            features=codec.features,
-            teacher=TeacherReport(num_parameters=1),
-        )
+        manifest = bare_manifest(codec, plan, kind)
         self._names = [column.name for column in codec.columns]
         self._digest, self._unit = digest_bytes(manifest.to_bytes()), plan.unit(0)
         self._objects = open_objects(folder, create=True)

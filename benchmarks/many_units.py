@@ -38,7 +38,6 @@ from softcache.cache.manifest import (
     Manifest,
     Plan,
     Shard,
-    TeacherReport,
     UnitMarker,
     marker_path,
 )
@@ -65,35 +64,17 @@ def memory_bytes(field: str) -> int:
 # -- caches -------------------------------------------------------------------------------------------------
 
 
-def manifest_of(num_units: int) -> Manifest:
-    return Manifest(
-        softcache_version="0",
-        kind="image",
-        identity={
-            "teacher": {"spec": "x:y", "dtype": "float32"},
-            "source": {"name": "x", "digest": "0" * 64},
-            "views": {"digest": "0" * 64, "settings": {}},
-            "labels": {"policy": "top_k", "k": 10, "temperatures": [1.0, 2.0]},
-        },
-        num_classes=1000,
-        class_names=(),
-        codec=OpenCodec(num_classes=1000, k=10, temperatures=(1.0, 2.0)).to_dict(),
-        plan=Plan(
-            num_samples=num_units * UNIT_SAMPLES,
-            num_views=1,
-            unit_samples=UNIT_SAMPLES,
-            chunk_samples=UNIT_SAMPLES,
-        ),
-        store="zarr",
-        data="labels.zarr",
-        samples_sha256="0" * 64,
-        teacher=TeacherReport(num_parameters=1),
-    )
-
-
 def write_cache(url: str, num_units: int, *, loose: bool, missing: int) -> None:
     """Writes manifest and finished units of a cache; the unit `missing` is not finished."""
-    manifest = manifest_of(num_units)
+    from tests.support.manifests import bare_manifest  # not where older versions are measured
+
+    plan = Plan(
+        num_samples=num_units * UNIT_SAMPLES,
+        num_views=1,
+        unit_samples=UNIT_SAMPLES,
+        chunk_samples=UNIT_SAMPLES,
+    )
+    manifest = bare_manifest(OpenCodec(num_classes=1000, k=10, temperatures=(1.0, 2.0)), plan)
     stored, objects = manifest.to_bytes(), open_objects(url, create=True)
     objects.put("manifest.json", stored)
     (_write_loose if loose else _write_blocks)(objects, manifest, digest_bytes(stored), missing)

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from softcache.cache.codecs import OpenCodec
-from softcache.cache.manifest import Manifest, Plan, TeacherReport, marker_path
+from softcache.cache.manifest import Plan, marker_path
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import check_unit, finished_units, open_store, publish_unit, read_marker
 from softcache.errors import CorruptionError, ManifestError
 from softcache.hashing.digests import digest_bytes
+from tests.support.manifests import bare_manifest
 from tests.support.programs import run_program
 
 STORES = ["zarr", "parquet"]
@@ -19,41 +20,10 @@ STORES = ["zarr", "parquet"]
 ROOT = Path(__file__).parents[2]
 
 
-def manifest_of(
-    store,
-    *,
-    num_samples=37,
-    num_views=2,
-    unit_samples=16,
-    chunk_samples=8,
-    num_classes=12,
-    k=3,
-    values="float16",
-):
+def manifest_of(store, *, num_classes=12, k=3, values="float16", **geometry):
     codec = OpenCodec(num_classes=num_classes, k=k, temperatures=(1.0, 2.0, 8.0), values=values)
-    return Manifest(
-        softcache_version="0",
-        kind="image",
-        identity={
-            "teacher": {"spec": "x:y", "dtype": "float32"},
-            "source": {"name": "x", "digest": "0" * 64},
-            "views": {"digest": "0" * 64, "settings": {}},
-            "labels": {"policy": "top_k", "k": k, "temperatures": [1.0, 2.0, 8.0]},
-        },
-        num_classes=num_classes,
-        class_names=(),
-        codec=codec.to_dict(),
-        plan=Plan(
-            num_samples=num_samples,
-            num_views=num_views,
-            unit_samples=unit_samples,
-            chunk_samples=chunk_samples,
-        ),
-        store=store,
-        data="labels.zarr" if store == "zarr" else "parquet",
-        samples_sha256="0" * 64,
-        teacher=TeacherReport(num_parameters=1),
-    )
+    plan = {"num_samples": 37, "num_views": 2, "unit_samples": 16, "chunk_samples": 8} | geometry
+    return bare_manifest(codec, Plan(**plan), store)
 
 
 def columns_of(manifest, unit, seed=0):
