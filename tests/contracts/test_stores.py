@@ -1,7 +1,6 @@
 """What every store promises: units whole or not at all, the same bytes for the same columns, no silent damage."""
 
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +15,6 @@ from tests.support.manifests import bare_manifest
 from tests.support.programs import run_program
 
 STORES = ["zarr", "parquet"]
-# Not that of tests.support.caches, which imports torch: the processes that are killed here do without.
-ROOT = Path(__file__).parents[2]
 
 
 def manifest_of(store, *, num_classes=12, k=3, values="float16", **geometry):
