@@ -8,6 +8,7 @@ from torchvision import models
 
 from benchmarks.plain_views import grey_levels, photos
 from softcache.data.transforms import Views, ViewSettings
+from softcache.errors import SpecError
 from softcache.models.preprocessing import pretrained_views
 from softcache.models.spec import parse_spec
 
@@ -22,11 +23,29 @@ def assert_same(settings, pipeline):
     assert float(levels.mean()) < 0.1
 
 
-@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "resnet50", "mobilevit_s"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tf_efficientnet_lite0", "resnet50", "mobilevit_s"),
+        *(
+            "convnext_base.clip_laion2b_augreg_ft_in12k_in1k_384",
+            "dm_nfnet_f0",
+            "tf_efficientnetv2_b3.in21k_ft_in1k",
+        ),
+    ],
+)
 def test_it_is_timms(name):
     config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
     settings = ViewSettings(**pretrained_views(parse_spec(f"timm:{name}")))
     assert_same(settings, create_transform(**config, is_training=False))
+
+
+@pytest.mark.parametrize("name", ["volo_d4_448", "deepseek_vit_412m.deepseek_v4_1_flash"])
+def test_timms_borders_are_refused_unless_the_config_says_what_is_seen(name):
+    with pytest.raises(SpecError, match=r"a border on all sides .*; set views\.fit to the nearest"):
+        pretrained_views(parse_spec(f"timm:{name}"))
+    found = pretrained_views(parse_spec(f"timm:{name}"), {"fit"})
+    assert ViewSettings(**found, fit="letterbox").letterboxed
 
 
 def test_it_is_timms_for_images_that_are_not_square():

@@ -10,6 +10,7 @@ from PIL import Image
 
 from softcache.data.transforms import Views, ViewSettings
 from softcache.errors import ConfigError, SpecError
+from softcache.models.hugging_face import HfImageClassifier, is_bgr
 from softcache.models.image import Normalize, build_model
 from softcache.models.preprocessing import pretrained_views
 from softcache.models.spec import architecture_of, parse_spec
@@ -298,6 +299,57 @@ def test_preprocessing_is_that_of_the_image_processor(folders, tmp_path):
     clip = pretrained_views(parse_spec(f"hf-zero-shot:{folders / 'clip'}"))
     assert (clip["size"], clip["eval_share"], clip["interpolation"]) == (32, 32 / 36, "bicubic")
     assert architecture_of(build_model("linear", num_classes=2, input_shape=(3, 4, 4)), "linear") == "linear"
+
+
+PROCESSORS = {
+    "DeiTImageProcessor": {},  # stretched, then cropped
+    "LevitImageProcessor": {},  # scales by 256/224 beforehand
+    "PoolFormerImageProcessor": {},  # by its crop_pct
+    "EfficientNetImageProcessor": {"image_std": [0.478, 0.473, 0.474]},  # divides by it twice
+    "EfficientNetImageProcessorPil": {
+        "rescale_offset": True,
+        "rescale_factor": 1 / 127.5,
+        "include_top": False,
+    },
+    "PPLCNetImageProcessor": {},  # turns RGB into BGR
+    "ViTImageProcessor": {"do_normalize": False, "do_rescale": False},
+    "MobileViTImageProcessor": {"size": {"shortest_edge": 288}},
+    "TextNetImageProcessor": {"size": {"shortest_edge": 64}},  # of square pictures
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_views_are_what_a_processor_of_its_own_kind_makes(tmp_path, name):
+    processor = getattr(transformers, name)(**PROCESSORS[name])
+    processor.save_pretrained(tmp_path)
+    found = pretrained_views(parse_spec(f"hf:{tmp_path}"))
+    settings = ViewSettings.model_validate(found)
+    picture = np.array(Image.fromarray(pictures()[3]).resize((300, 300 if "TextNet" in name else 200)))
+    expected = processor(Image.fromarray(picture), return_tensors="pt")["pixel_values"][0].float()
+    image = torch.from_numpy(picture).permute(2, 0, 1).contiguous()
+    made = Normalize(settings.mean, settings.std)(Views(settings).apply(image, key="", view=0)[None])
+    seen = []
+    net = torch.nn.Module()
+    net.config = transformers.ViTConfig()
+    net.forward = lambda pixel_values: (
+        seen.append(pixel_values[0]) or transformers.utils.ModelOutput(logits=None)
+    )
+    HfImageClassifier(net, is_bgr=is_bgr(processor))(made)
+    assert (seen[0] - expected).abs().max() < 2.1 / 255 / min(settings.std)  # two grey levels, of rounding
+
+
+def test_a_processor_that_does_what_views_cannot_is_refused_unless_the_config_says_what_is_seen(tmp_path):
+    transformers.DonutImageProcessor(size={"height": 64, "width": 48}).save_pretrained(tmp_path)
+    spec = parse_spec(f"hf:{tmp_path}")
+    with pytest.raises(
+        SpecError, match=r"Donut.* makes of a picture: values that differ .*set views\.size, mean and std"
+    ):
+        pretrained_views(spec, {"size"})
+    assert pretrained_views(spec, {"size", "mean", "std"})["mean"] == (0.5, 0.5, 0.5)
+    transformers.Siglip2ImageProcessor().save_pretrained(tmp_path)
+    with pytest.raises(SpecError, match=r"set views\.size, fit and eval_share"):
+        pretrained_views(spec)
+    assert "size" not in pretrained_views(spec, {"size", "mean", "std"})
 
 
 def test_a_model_of_timm_is_named_as_such(tmp_path):

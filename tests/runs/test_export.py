@@ -129,7 +129,13 @@ def test_files_name_their_classes_and_how_images_are_made(trained):
 
 
 @pytest.mark.parametrize(
-    "how", [{"interpolation": "bicubic", "geometry": "torchvision"}, {"eval_share": 1.0}, {"fit": "stretch"}]
+    "how",
+    [
+        {"interpolation": "bicubic", "geometry": "torchvision"},
+        {"eval_share": 1.0},
+        {"fit": "stretch"},
+        {"fit": "stretch_crop", "eval_share": 0.8},
+    ],
 )
 def test_transformers_makes_the_input_of_the_files(how, tmp_path):
     from PIL import Image

@@ -34,6 +34,7 @@ __all__ = [
     "build_hf_model",
     "hf_output_names",
     "hf_scheme",
+    "is_bgr",
     "is_multi_label",
     "load_image_processor",
     "num_hf_outputs",
@@ -213,7 +214,7 @@ def build_hf_model(
             f"model {parsed.name!r}: no argument {unknown[0]!r}; expected {', '.join(sorted(known))}"
         )
     transformers = _library()
-    is_bgr = bool(getattr(load_image_processor(parsed), "do_flip_channel_order", False))
+    flips = is_bgr(load_image_processor(parsed))
     if scheme == "hf-zero-shot":
         texts = _texts(parsed, class_names)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **found)
@@ -225,7 +226,7 @@ def build_hf_model(
                 f"model {parsed.name!r}: a {type(net).__name__} has no embeddings of images and texts; expected CLIP, "
                 "SigLIP or one like them; hf: is for classifiers"
             )
-        model: nn.Module = ZeroShotClassifier(net, tokenizer, texts, is_bgr=is_bgr)
+        model: nn.Module = ZeroShotClassifier(net, tokenizer, texts, is_bgr=flips)
     else:
         auto, config = getattr(transformers, task), _config(parsed)
         head = {} if num_classes is None or num_classes == config.num_labels else {"num_labels": num_classes}
@@ -235,7 +236,7 @@ def build_hf_model(
             net = auto.from_config(config, trust_remote_code=False)
         else:
             net = _loaded(auto, parsed, HEADS if head else (), **head)
-        model = HfImageClassifier(net, is_bgr=is_bgr)
+        model = HfImageClassifier(net, is_bgr=flips)
     with torch.inference_mode():
         model.eval()(torch.zeros(1, *input_shape))  # a size that it does not take is refused here
     return model
@@ -365,6 +366,12 @@ def _read(file: str, what: str) -> Any:
         raise SpecError(
             f"{what}: {error}; expected a JSON file, or a text file with a line for each"
         ) from error
+
+
+def is_bgr(processor: Any) -> bool:
+    """Returns whether an image processor reverses the channels, by a setting or always."""
+    always = type(processor).__name__.startswith("PPLCNet")
+    return always or bool(getattr(processor, "do_flip_channel_order", False))
 
 
 def load_image_processor(parsed: ModelSpec) -> Any:

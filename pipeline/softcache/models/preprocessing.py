@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from softcache.errors import SpecError
@@ -13,26 +14,32 @@ from softcache.models.timm_config import timm_config
 __all__ = ["pretrained_views"]
 
 
-def pretrained_views(parsed: ModelSpec) -> dict[str, Any]:
+def pretrained_views(parsed: ModelSpec, given: Collection[str] = ()) -> dict[str, Any]:
     """Returns what the keys of [views] are for a timm or torchvision model's weights; empty where it is not known.
 
     Of timm they are those of `timm.data.resolve_model_data_config`, of torchvision's classifiers those of the weights'
     transforms, and of its detectors mean and std, which the module itself has whatever its weights;
     of transformers' those of the image processor.
 
+    Args:
+        given: keys of [views] that the config has.
+
     Raises:
-        SpecError: there are no such weights, or they are of no classifier and no detector.
+        SpecError: there are no such weights, they are of no classifier and no detector, or views cannot be what they were
+            trained on and the config does not say what they are to be.
     """
     try:
         if hf_scheme(parsed):
-            return hf_views(parsed)
+            return hf_views(parsed, given)
         if parsed.family == "timm":
-            return _of_timm(parsed)
+            return _of_timm(parsed, given)
         if parsed.family == "torchvision" and parsed.name.startswith(("fcos_", "retinanet_", "ssd")):
             mean, std = DETECTORS.get(parsed.name, IMAGENET)
             return {"mean": mean, "std": std}
         if parsed.family == "torchvision" and isinstance(parsed.args.get("weights"), str):
             return _of_torchvision(parsed)
+    except SpecError:
+        raise
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise SpecError(
             f"model {parsed.family}:{parsed.name}: what its weights were trained to see is not known: "
@@ -49,7 +56,7 @@ DETECTORS = {
 """Mean and std of torchvision's detectors, where they are not ImageNet's."""
 
 
-def _of_timm(parsed: ModelSpec) -> dict[str, Any]:
+def _of_timm(parsed: ModelSpec, given: Collection[str]) -> dict[str, Any]:
     from timm.data import resolve_data_config
 
     config = timm_config(parsed)
@@ -60,13 +67,22 @@ def _of_timm(parsed: ModelSpec) -> dict[str, Any]:
     views = {
         "size": _side(size),
         "geometry": "torchvision",
-        "eval_share": found["crop_pct"],
         "mean": tuple(found["mean"]),
         "std": tuple(found["std"]),
+        # "random" stands for either in training; timm's evaluation then takes the one that torchvision has by default.
+        "interpolation": "bilinear" if found["interpolation"] == "random" else found["interpolation"],
     }
-    # "random" stands for either in training; timm's evaluation then takes the one that torchvision has by default.
-    interpolation = "bilinear" if found["interpolation"] == "random" else found["interpolation"]
-    return views | {"interpolation": interpolation} if found["crop_mode"] == "center" else views
+    share = found["crop_pct"]
+    if found["crop_mode"] == "squash":
+        return views | ({"fit": "stretch"} if share == 1 else {"fit": "stretch_crop", "eval_share": share})
+    has_border = found["crop_mode"] == "border" or share > 1
+    if has_border and not set(given) & {"fit", "eval_share"}:
+        raise SpecError(
+            f"model timm:{parsed.name}: was trained on images with a border on all sides (crop_mode "
+            f"{found['crop_mode']!r}, crop_pct {share:g}), which views do not have; set views.fit to the nearest, such as "
+            '"letterbox"'
+        )
+    return views if has_border else views | {"eval_share": share}
 
 
 def _of_torchvision(parsed: ModelSpec) -> dict[str, Any]:

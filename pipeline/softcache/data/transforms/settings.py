@@ -29,7 +29,7 @@ class ViewSettings(Settings):
     view scales the image by `interpolation`: with `fit = "crop"` so that it covers `size / eval_share`, of which it takes
     the centre (`geometry` is how both are rounded, "torchvision" as torchvision and timm do); with "letterbox" so that all
     of it is within `size`, and fills what is left at the right or the bottom with the mean; with "stretch" each side to
-    that of `size`. `crop` is "none" (the plain
+    that of `size`, and with "stretch_crop" to `size / eval_share`, of which it takes the centre. `crop` is "none" (the plain
     view), "resized" (a random rectangle of the image, scaled to `size`) or "padded" (the plain view, moved by up to
     `padding` pixels with zeros behind it). `augment` is RandAugment (`num_ops`, `magnitude` of 0 to 30),
     TrivialAugment, AutoAugment's policy for ImageNet, or one of the three ops of DeiT III (grayscale, solarize, blur).
@@ -55,7 +55,7 @@ class ViewSettings(Settings):
     size: Size | None = None
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     geometry: Literal["floor", "torchvision"] = "floor"
-    fit: Literal["crop", "letterbox", "stretch"] = "crop"
+    fit: Literal["crop", "letterbox", "stretch", "stretch_crop"] = "crop"
     eval_share: float = Field(0.875, gt=0, le=1)
     crop: Literal["none", "resized", "padded"] = "none"
     scale: Floats = (0.08, 1.0)
@@ -159,11 +159,13 @@ class ViewSettings(Settings):
             if rows * width <= columns * height:
                 return rows, min(max((2 * width * rows + height) // (2 * height), 1), columns)
             return min(max((2 * height * columns + width) // (2 * width), 1), rows), columns
-        if self.geometry == "floor" and rows == columns:
+        if self.geometry == "floor" and rows == columns and self.fit == "crop":
             side, shorter = max(rows, round(rows / self.eval_share)), min(height, width)
             return side * height // shorter, side * width // shorter
         # timm rounds down; a share such as 224 / 232 is not to lose a pixel by its last bit.
         around = [max(side, math.floor(side / self.eval_share + 1e-9)) for side in (rows, columns)]
+        if self.fit == "stretch_crop":
+            return around[0], around[1]
         if around[0] == around[1]:
             shorter = min(height, width)
             return around[0] * height // shorter, around[0] * width // shorter

@@ -35,7 +35,8 @@ def views_of(config: RunConfig, channels: int) -> ViewSettings:
     settings, teacher = config.views, config.teacher
     if teacher is None or config.train_teacher is not None or is_trained_here(teacher.weights):
         return settings
-    found = pretrained_views(parse_spec(teacher.model))
+    given = settings.model_fields_set
+    found = pretrained_views(parse_spec(teacher.model), given)
     for key in found.keys() & {"mean", "std"} if channels != 3 else ():
         # Of other channels than those of RGB, the weights are sums or copies.
         found[key] = (float(np.mean(found[key])),)
@@ -44,7 +45,6 @@ def views_of(config: RunConfig, channels: int) -> ViewSettings:
             f"views.interpolation: {teacher.model} was trained with {found.pop('interpolation')!r}, which views do not "
             f"have; {settings.interpolation} is used"
         )
-    given = settings.model_fields_set
     for key in sorted(given & found.keys()):
         if getattr(settings, key) != found[key]:
             log_info(

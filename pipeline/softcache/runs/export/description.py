@@ -62,10 +62,12 @@ def describe_images(views: Views | StudentViews | None, serving: Any) -> dict[st
     made |= {"size": seen.size, "fit": seen.fit if seen.size is not None else None}
     if seen.size is not None:
         made["interpolation"] = seen.interpolation
-        if seen.fit == "crop":
+        if seen.fit in ("crop", "stretch_crop"):
             made |= {"eval_share": seen.eval_share, "geometry": seen.geometry}
         if isinstance(seen.size, int) and seen.fit == "crop":
             made["resize_shorter_side"] = seen.scaled(LARGE, LARGE)[0]
+        if seen.fit == "stretch_crop":
+            made["resize"] = list(seen.scaled(LARGE, LARGE))
     if isinstance(views, StudentViews):
         mean, std = views.settings.normalization(views.teacher)
         made |= {"then_shorter_side": views.settings.size, "grey": views.settings.grey}
@@ -116,7 +118,7 @@ def image_processor(made: dict[str, Any]) -> dict[str, Any]:
     channels, height, width = made["input_shape"]
     found = {
         "do_resize": made["size"] is not None,
-        "do_center_crop": made["fit"] == "crop",
+        "do_center_crop": made["fit"] in ("crop", "stretch_crop"),
         "do_rescale": False,
         "do_normalize": False,
         "do_convert_rgb": channels == 3,
@@ -126,14 +128,20 @@ def image_processor(made: dict[str, Any]) -> dict[str, Any]:
         "softcache": made,
     }
     plain = channels == 3 and not made.get("grey") and made.get("then_shorter_side") is None
-    if plain and (made["size"] is None or made["fit"] == "stretch" or "resize_shorter_side" in made):
+    named = (
+        made["size"] is None or made["fit"] in ("stretch", "stretch_crop") or "resize_shorter_side" in made
+    )
+    if plain and named:
         found["image_processor_type"] = "CLIPImageProcessor"
     if made["size"] is not None:
         found["resample"] = RESAMPLE[made["interpolation"]]
     if made["fit"] == "stretch":
         found["size"] = {"height": height, "width": width}
+    if "resize" in made:
+        found["size"] = dict(zip(("height", "width"), made["resize"], strict=True))
     if "resize_shorter_side" in made:
         found["size"] = {"shortest_edge": made["resize_shorter_side"]}
+    if found["do_center_crop"] and "size" in found:
         found["crop_size"] = {"height": height, "width": width}
     return found
 
@@ -147,7 +155,9 @@ def _save_for_timm(model: nn.Module, description: dict[str, Any], folder: Path) 
         "input_size": made["input_shape"],
         "interpolation": made.get("interpolation", "bilinear"),
         "crop_pct": made.get("eval_share", 1.0),
-        "crop_mode": {"letterbox": "border", "stretch": "squash"}.get(made["fit"], "center"),
+        "crop_mode": {"letterbox": "border", "stretch": "squash", "stretch_crop": "squash"}.get(
+            made["fit"], "center"
+        ),
         "mean": made["mean"] * (channels if len(made["mean"]) == 1 else 1),
         "std": made["std"] * (channels if len(made["std"]) == 1 else 1),
     }
