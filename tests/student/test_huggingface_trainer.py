@@ -16,11 +16,19 @@ from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from softcache.cache.finished import FinishedUnits
 from softcache.config.load import load_config
 from softcache.data.sources.text.source import load_tokenizer, open_text
+from softcache.data.sources.text.tokenizer import train_byte_level
 from softcache.data.tokens import TokenData
 from softcache.errors import (
     AlignmentError,
@@ -432,8 +440,43 @@ def test_a_student_of_another_tokenizer_is_refused(labeled, tmp_path):
     other.save_pretrained(tmp_path / "model")
     with pytest.raises(IdentityError, match=r"model .*/model: its tokenizer"):
         trainer_of(labeled, tmp_path, model)
+    with pytest.raises(IdentityError, match=r"model .*/model: its tokenizer"):  # whatever tokenizer is named
+        trainer_of(labeled, tmp_path, model, processing_class=load_tokenizer(source))
+    fresh = AutoModelForCausalLM.from_config(model.config)
+    with pytest.raises(IdentityError, match="embeddings are fresh, pass the cache's as processing_class"):
+        trainer_of(labeled, tmp_path, fresh)
+    trainer_of(labeled, tmp_path, fresh, processing_class=load_tokenizer(source))
     load_tokenizer(source).save_pretrained(tmp_path / "model")
     trainer_of(labeled, tmp_path, model)
+
+
+def test_a_model_of_the_hub_is_compared_by_its_tokenizer_there(labeled, tmp_path, monkeypatch):
+    """32,000 tokens are those of several tokenizers; the number of classes does not tell them apart."""
+    _, source, _ = labeled
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    there = tmp_path / "models--some--model"
+    (there / "refs").mkdir(parents=True)
+    (there / "refs" / "main").write_text("0" * 40)
+    llama().save_pretrained(there / "snapshots" / ("0" * 40))
+    cuts = train_byte_level(
+        ["other words " * 99, "zebras"], special_tokens=["<s>"], vocab_size=VOCAB, min_frequency=1
+    )
+    other = PreTrainedTokenizerFast(tokenizer_object=cuts)
+    other.save_pretrained(there / "snapshots" / ("0" * 40))
+    model = AutoModelForCausalLM.from_pretrained("some/model")
+    for tokenizer in (None, load_tokenizer(source)):
+        with pytest.raises(IdentityError, match=r"model some/model.*: its tokenizer"):
+            trainer_of(labeled, tmp_path, model, processing_class=tokenizer)
+    load_tokenizer(source).save_pretrained(there / "snapshots" / ("0" * 40))
+    trainer_of(labeled, tmp_path, model)
+
+
+def test_processes_that_would_weigh_rows_by_themselves_are_refused(labeled, tmp_path, monkeypatch):
+    """A process without a sample in the last batch would divide by none of its rows."""
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
+    with pytest.raises(ConfigError, match=r"average_tokens_across_devices False .* leave it out"):
+        trainer_of(labeled, tmp_path, settings={"average_tokens_across_devices": False})
 
 
 def test_a_student_without_a_head_or_with_too_small_a_one_is_refused(labeled, tmp_path):

@@ -68,7 +68,7 @@ class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
         train_dataset: rows of `to_hf_dataset(cache, source)`, chosen by the user; all of them by default.
         eval_dataset: `to_hf_dataset(None, held_out_source)`, or a dict of them; eval_loss is the negative log-likelihood.
         temperature, alpha, loss: as for `DistillTrainer`.
-        processing_class: the student's tokenizer.
+        processing_class: as for `DistillTrainer`.
         trainer: what else SFTTrainer takes.
 
     Raises:
@@ -99,7 +99,7 @@ class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
         # SFTTrainer would write the dataset anew, cut to max_length, and nothing is to be cut.
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         self._cache, self._source, self._cross_documents = cache, data.source, data.cross_documents
-        self._context, self._processing_class = data.source.seq_len, processing_class
+        self._context = data.source.seq_len
         super().__init__(
             model=model,
             args=args,

@@ -26,7 +26,7 @@ class DistillationMixin:
     """The methods of a `transformers.Trainer` whose batches have `inputs["batch"]`, a `TokenBatch`.
 
     Attributes:
-        model, args, state, accelerator: of the Trainer.
+        model, args, state, accelerator, processing_class: of the Trainer.
     """
 
     # `compute_loss` divides by the rows of the whole accumulated batch; the Trainer must not divide again.
@@ -41,7 +41,7 @@ class DistillationMixin:
     _loss: LossSettings
     _context: int
     _cross_documents: bool
-    _processing_class: Any
+    processing_class: Any
     _padding_free: bool | None = None
     _bound: TokenStudent | None = None
     _mix: LossMix | None = None
@@ -53,7 +53,7 @@ class DistillationMixin:
     def _student(self) -> TokenStudent:
         """The loss and the scores of `self.model`, which it does not own."""
         if self._bound is None or self._bound.model is not self.model:
-            check_tokenizer(self._source, self.model, self._processing_class)
+            check_tokenizer(self._source, self.model, self.processing_class)
             with whole_weights(self):
                 self._bound = TokenStudent(
                     patched_forward(self.model),
@@ -96,7 +96,7 @@ class DistillationMixin:
         loss = model(Call(partial(student, batch, batch.labels, alpha, label_share, self._mix.temperature)))
         if num_items_in_batch is not None:
             # Ranks average their gradients, and the logged losses: times their number, the mean is a sum.
-            ranks = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            ranks = self.accelerator.num_processes
             loss = loss * (inputs.get("num_rows", batch.num_rows) * ranks / num_items_in_batch)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 

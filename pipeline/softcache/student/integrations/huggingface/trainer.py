@@ -57,8 +57,8 @@ class DistillTrainer(DistillationMixin, Trainer):
         loss: a whole `[loss]` in place of the two: another divergence, what becomes of the tail, weights of rows, schedules.
             "stall" needs eval_strategy "epoch". No curriculum, no uld.
         eval_dataset: a held-out source, or a dict of them.
-        processing_class: the student's tokenizer; compared with the cache's, and saved with the model. Without it, one
-            that lies next to a model loaded from a local folder is compared.
+        processing_class: the student's tokenizer; compared with the cache's, and saved with the model. Without it, the
+            one next to the model in its folder or on the hub is compared.
         context: tokens that the student attends over, if fewer than the source's `seq_len`.
         padding_free: runs a batch as one row without padding; None: with flash_attention_*. The loss is the same.
         trainer: what else Trainer takes: model_init, callbacks, optimizers, optimizer_cls_and_kwargs.
@@ -106,7 +106,6 @@ class DistillTrainer(DistillationMixin, Trainer):
         self._context = context or data.source.seq_len
         for name, held_out in named_sources(eval_dataset):
             self._eval_data(held_out, name)
-        self._processing_class = processing_class
         super().__init__(
             model=model,
             args=args,
@@ -181,7 +180,7 @@ class DistillTrainer(DistillationMixin, Trainer):
         # Below 0: the sample of another rank, in place of none.
         counts = [(b.num_rows, b.num_labeled) if b.samples[0] >= 0 else (0, 0) for b in batches]
         rows, labeled = torch.tensor(counts, dtype=torch.int64, device=device).reshape(-1, 2).sum(0)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+        if self.args.world_size > 1:
             rows, labeled = self.accelerator.reduce(torch.stack([rows, labeled]), reduction="sum")
         label_share = float(labeled / rows) if self._cache.skips_positions else None
         return [

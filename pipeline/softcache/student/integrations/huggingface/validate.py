@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainingArguments
@@ -51,6 +50,11 @@ def refuse_ignored(args: TrainingArguments | None, trainer: dict[str, Any]) -> N
         raise ConfigError(
             f"DistillTrainer: label_smoothing_factor {args.label_smoothing_factor} would be ignored; the teacher's labels "
             "are soft already: set it to 0, and lower alpha for more of the ground truth"
+        )
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        raise ConfigError(
+            f"DistillTrainer: average_tokens_across_devices False would weigh a row by how many its process has, of "
+            f"{args.world_size} processes; expected True: the loss is the mean over the rows of all of them; leave it out"
         )
     if args.train_sampling_strategy not in ("random", "sequential"):
         raise ConfigError(
@@ -128,17 +132,32 @@ def tokenizer_digest(cache: Cache) -> str:
 
 
 def check_tokenizer(source: TokenSource, model: Any, tokenizer: Any) -> None:
-    """Raises unless the student's tokenizer, where there is one to be found, reads the tokens of the cache as they are.
+    """Raises unless the student's tokenizer reads the tokens of the cache as they are.
+
+    That is `tokenizer`, and the one next to the model in its folder or on the hub, where there is one: if none was passed,
+    or the model has the embeddings that were loaded from there.
 
     Raises:
         IdentityError: it is another one.
     """
-    whose, path = "processing_class", getattr(getattr(model, "config", None), "_name_or_path", None)
-    if tokenizer is None and path and "?" not in path and Path(path).is_dir():
-        whose, tokenizer = f"model {path}", tokenizer_of(f"hf:{path}")
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
     if tokenizer is not None:
-        accept_tokenizer(tokenizer, source, of=whose)
+        accept_tokenizer(tokenizer, source, of="processing_class")
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    is_loaded = _has_loaded_embeddings(model)
+    if name and "?" not in name and (tokenizer is None or is_loaded):
+        own = tokenizer_of(f"hf:{name}")
+        if own is not None:
+            way_out = (
+                "" if is_loaded else " (if its embeddings are fresh, pass the cache's as processing_class)"
+            )
+            accept_tokenizer(own, source, of=f"model {name}{way_out}")
+
+
+def _has_loaded_embeddings(model: Any) -> bool:
+    """Whether a model's input embeddings are a checkpoint's, neither fresh nor resized; by a mark of transformers."""
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    return bool(getattr(getattr(embeddings, "weight", None), "_is_hf_initialized", False))
 
 
 def check_classes(cache: Cache, num_rows: int, name: str) -> None:
