@@ -10,12 +10,16 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from torchvision import models
 
 from softcache.config.run import RunConfig
 from softcache.data.transforms import ViewSettings
 from softcache.errors import ConfigError, SpecError
+from softcache.models.preprocessing import pretrained_views
+from softcache.models.spec import parse_spec
 from softcache.reader import SoftLabelDataset, open_cache
 from softcache.runs import capture_labels, open_data, open_teacher
+from softcache.teacher.class_map import output_names
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +79,50 @@ def test_the_teachers_preprocessing_is_the_default_and_is_logged(folder, tmp_pat
         json.loads((tmp_path / "cache/manifest.json").read_text())["identity"]["views"]["settings"]["size"]
         == 160
     )
+
+
+def test_a_file_of_torchvisions_has_the_preprocessing_of_its_weights(folder, tmp_path, caplog):
+    caplog.set_level("INFO", logger="softcache")
+    torch.manual_seed(0)
+    net = models.resnet18(num_classes=2)
+    torch.save(net.state_dict(), tmp_path / "mine.pth")
+    config = config_of(
+        folder, teacher={"model": "torchvision:resnet18", "weights": str(tmp_path / "mine.pth")}
+    )
+    data = open_data(config)
+    assert (
+        "views: as the weights that torchvision:resnet18 comes with were trained (set what yours saw"
+        in caplog.text
+    )
+    cache, _ = capture_labels(config, data, open_teacher(config, data), str(tmp_path / "cache"))
+    pipeline = models.ResNet18_Weights.IMAGENET1K_V1.transforms()
+    with Image.open(folder / "train/class0/0.png") as image, torch.no_grad():
+        expected = net.eval()(pipeline(image)[None]).log_softmax(-1)[0]
+    labels = cache.read([0])
+    found = torch.zeros(2).scatter(
+        0, torch.from_numpy(labels.ids[0]).long(), torch.from_numpy(labels.log_probs[0]).float()
+    )
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+
+
+def test_a_published_file_is_known_by_its_name():
+    spec, weights = parse_spec("torchvision:resnet50"), models.ResNet50_Weights.IMAGENET1K_V2
+    file = "elsewhere/resnet50-11ad3fa6.pth"
+    views = pretrained_views(spec, weights=file)
+    assert (views["size"], views["eval_share"], views["mean"]) == (224, 224 / 232, (0.485, 0.456, 0.406))
+    assert output_names(models.resnet50(), spec, file) == weights.meta["categories"]
+    assert pretrained_views(spec) == {}
+    detector = parse_spec("torchvision:fasterrcnn_resnet50_fpn")
+    assert pretrained_views(detector, weights="mine.pth") == {}  # which is refused for what it is
+
+
+@pytest.mark.parametrize("query", ["?weights=COCO_WITH_VOC_LABELS_V1", ""])
+def test_models_of_segmentation_have_mean_and_std(query):
+    views = pretrained_views(
+        parse_spec(f"torchvision:fcn_resnet50{query}"), weights=None if query else "mine.pth"
+    )
+    assert views["mean"] == (0.485, 0.456, 0.406)
+    assert "size" not in views
 
 
 def test_what_the_config_gives_stays_and_differences_are_logged(folder, caplog):
@@ -147,18 +195,18 @@ def test_a_transform_that_no_student_could_repeat_is_refused_before_the_pass(fol
 
 
 @pytest.mark.parametrize(
-    "model",
+    ("model", "message"),
     [
-        "torchvision:resnet18?weights=NOPE",
-        "torchvision:nope?weights=DEFAULT",
-        "torchvision:raft_large?weights=DEFAULT",
-        "timm:resnet18.nope",
-        "timm:resnet18?img_size=a",
-        "timm:resnet18?pretrained_cfg_overlay=x",
+        ("torchvision:resnet18?weights=NOPE", r"weights = NOPE; torchvision has IMAGENET1K_V1"),
+        ("torchvision:resnet81?weights=DEFAULT", r"unknown name 'resnet81'; did you mean"),
+        ("torchvision:raft_large?weights=DEFAULT", r"what its weights were trained to see is not known"),
+        ("timm:resnet18.nope", r"what its weights were trained to see is not known"),
+        ("timm:resnet18?img_size=a", r"what its weights were trained to see is not known"),
+        ("timm:resnet18?pretrained_cfg_overlay=x", r"what its weights were trained to see is not known"),
     ],
 )
-def test_weights_that_are_not_there_are_named(folder, model):
-    with pytest.raises(SpecError, match=r"what its weights were trained to see is not known"):
+def test_weights_that_are_not_there_are_named(folder, model, message):
+    with pytest.raises(SpecError, match=message):
         open_data(config_of(folder, teacher={"model": model}))
 
 

@@ -12,10 +12,10 @@ from torchvision import models
 from softcache.data.transforms import ViewSettings
 from softcache.errors import ConfigError, SpecError
 from softcache.modalities import open_data
-from softcache.models.detection.build import published_weights
 from softcache.models.image import Normalize
 from softcache.models.preprocessing import pretrained_views
 from softcache.models.spec import parse_spec
+from softcache.models.torchvision_weights import published_weights
 from softcache.teacher.base import TeacherSettings
 from softcache.teacher.detection import load_detection_teacher
 from tests.support.cell_caches import cells_config

@@ -8,21 +8,26 @@ from typing import Any
 from softcache.errors import SpecError
 from softcache.models.hugging_face import hf_scheme
 from softcache.models.hugging_face_views import hf_views
-from softcache.models.spec import ModelSpec
+from softcache.models.spec import ModelSpec, unknown_name
 from softcache.models.timm_config import timm_config
+from softcache.models.torchvision_weights import published_weights
 
 __all__ = ["pretrained_views"]
 
 
-def pretrained_views(parsed: ModelSpec, given: Collection[str] = ()) -> dict[str, Any]:
+def pretrained_views(
+    parsed: ModelSpec, given: Collection[str] = (), weights: str | None = None
+) -> dict[str, Any]:
     """Returns what the keys of [views] are for a timm or torchvision model's weights; empty where it is not known.
 
-    Of timm they are those of `timm.data.resolve_model_data_config`, of torchvision's classifiers those of the weights'
-    transforms, and of its detectors mean and std, which the module itself has whatever its weights;
+    Of timm they are those of `timm.data.resolve_model_data_config`, of torchvision's classifiers and segmenters those of the
+    weights' transforms (of a file that torchvision did not publish, the first that it has for the model), and of its
+    detectors mean and std, which the module itself has whatever its weights;
     of transformers' those of the image processor.
 
     Args:
         given: keys of [views] that the config has.
+        weights: the file that the model's weights are loaded from, if any.
 
     Raises:
         SpecError: there are no such weights, they are of no classifier and no detector, or views cannot be what they were
@@ -36,8 +41,8 @@ def pretrained_views(parsed: ModelSpec, given: Collection[str] = ()) -> dict[str
         if parsed.family == "torchvision" and parsed.name.startswith(("fcos_", "retinanet_", "ssd")):
             mean, std = DETECTORS.get(parsed.name, IMAGENET)
             return {"mean": mean, "std": std}
-        if parsed.family == "torchvision" and isinstance(parsed.args.get("weights"), str):
-            return _of_torchvision(parsed)
+        if parsed.family == "torchvision":
+            return _of_torchvision(parsed, weights)
     except SpecError:
         raise
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
@@ -85,20 +90,29 @@ def _of_timm(parsed: ModelSpec, given: Collection[str]) -> dict[str, Any]:
     return views if has_border else views | {"eval_share": share}
 
 
-def _of_torchvision(parsed: ModelSpec) -> dict[str, Any]:
+def _of_torchvision(parsed: ModelSpec, file: str | None) -> dict[str, Any]:
     from torchvision import models
 
-    weights = models.get_model_weights(parsed.name)[parsed.args["weights"].rpartition(".")[2]]
+    if parsed.name not in (known := models.list_models()):
+        raise unknown_name(f"model 'torchvision:{parsed.name}'", parsed.name, known)
+    weights = published_weights(parsed, file)
+    if weights is None and file is not None:
+        first = next(iter(models.get_model_weights(parsed.name)), None)
+        weights = first if first is not None and hasattr(first.transforms(), "mean") else None
+    if weights is None:
+        return {}
     transforms: Any = weights.transforms()
-    size, resized = _side(transforms.crop_size), _side(transforms.resize_size)
-    return {
-        "size": size,
+    views = {
         "geometry": "torchvision",
         "interpolation": transforms.interpolation.value,
-        "eval_share": size / resized if isinstance(size, int) and isinstance(resized, int) else 1.0,
         "mean": tuple(transforms.mean),
         "std": tuple(transforms.std),
     }
+    if not hasattr(transforms, "crop_size"):  # of segmentation: whole images of any shape
+        return views
+    size, resized = _side(transforms.crop_size), _side(transforms.resize_size)
+    share = size / resized if isinstance(size, int) and isinstance(resized, int) else 1.0
+    return views | {"size": size, "eval_share": share}
 
 
 def _side(size: Any) -> int | tuple[int, int]:

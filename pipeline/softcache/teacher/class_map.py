@@ -23,6 +23,7 @@ from torch import nn
 from softcache.errors import ConfigError
 from softcache.models.hugging_face import hf_output_names, hf_scheme
 from softcache.models.spec import ModelSpec
+from softcache.models.torchvision_weights import published_weights
 from softcache.runtime.files import parse_json
 from softcache.runtime.logging import log_info
 from softcache.runtime.suggest import closest_matches
@@ -30,8 +31,12 @@ from softcache.runtime.suggest import closest_matches
 __all__ = ["check_class_order", "output_names", "read_class_map"]
 
 
-def output_names(model: nn.Module, parsed: ModelSpec) -> list[str]:
-    """Returns the names of a model's outputs that its weights come with; empty where they are not known."""
+def output_names(model: nn.Module, parsed: ModelSpec, file: str | None = None) -> list[str]:
+    """Returns the names of a model's outputs that its weights come with; empty where they are not known.
+
+    Args:
+        file: that its weights are from; one that torchvision publishes is known.
+    """
     if hf_scheme(parsed):
         return hf_output_names(parsed)
     if parsed.family == "timm":
@@ -40,12 +45,8 @@ def output_names(model: nn.Module, parsed: ModelSpec) -> list[str]:
         names = (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
         subset = None if names else infer_imagenet_subset(model)
         return list(names or (ImageNetInfo(subset).label_names() if subset else []))
-    if parsed.family == "torchvision" and "weights" in parsed.args:
-        from torchvision import models
-
-        weights: Any = models.get_model_weights(parsed.name)[str(parsed.args["weights"]).rpartition(".")[2]]
-        return list(weights.meta.get("categories", []))
-    return []
+    published = published_weights(parsed, file)
+    return [] if published is None else list(published.meta.get("categories", []))
 
 
 def check_class_order(

@@ -15,12 +15,13 @@ from softcache.errors import ConfigError, LabelError
 from softcache.hashing.digests import digest_json
 from softcache.labels import DetectionLabels
 from softcache.labels.sparsify import DenseOutputs, LabelSettings, cell_faults, sparsify_cells
-from softcache.models.detection.build import build_detector, published_weights
+from softcache.models.detection.build import build_detector
 from softcache.models.detection.detector import Detector, Grid
 from softcache.models.detection.mean_average_precision import mean_average_precision
 from softcache.models.detection.weights import head_outputs, load_detector_weights, read_detector_state
 from softcache.models.image import Normalize
 from softcache.models.spec import parse_spec
+from softcache.models.torchvision_weights import published_weights
 from softcache.teacher.base import Dtype, Teacher, TeacherSettings
 from softcache.teacher.class_map import read_class_map
 from softcache.teacher.image import check_repeatable

@@ -200,7 +200,8 @@ def load_image_teacher(
         check_repeatable(model, build(), settings.model)
     num_outputs, class_map = num_classes, None
     if settings.class_map is None and scheme != "hf-zero-shot":
-        names = output_names(model, parsed) if settings.weights is None else []
+        is_known = settings.weights is None or parsed.family == "torchvision"
+        names = output_names(model, parsed, settings.weights) if is_known else []
         names = names if len(names) == num_classes == len(class_names) else []
         check_class_order(class_names, names, spec=settings.model, order_is_guessed=order_is_guessed)
     if settings.class_map is not None:
@@ -210,7 +211,7 @@ def load_image_teacher(
             settings.class_map,
             class_names,
             num_outputs=num_outputs,
-            names=output_names(model, parsed),
+            names=output_names(model, parsed, settings.weights),
             spec=settings.model,
         )
     return kind(

@@ -36,7 +36,7 @@ def views_of(config: RunConfig, channels: int) -> ViewSettings:
     if teacher is None or config.train_teacher is not None or is_trained_here(teacher.weights):
         return settings
     given = settings.model_fields_set
-    found = pretrained_views(parse_spec(teacher.model), given)
+    found = pretrained_views(parse_spec(teacher.model), given, teacher.weights)
     for key in found.keys() & {"mean", "std"} if channels != 3 else ():
         # Of other channels than those of RGB, the weights are sums or copies.
         found[key] = (float(np.mean(found[key])),)

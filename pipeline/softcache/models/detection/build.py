@@ -7,9 +7,7 @@ torchvision.models takes seconds to import and only detectors need it: the funct
 
 from __future__ import annotations
 
-import hashlib
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from softcache.models.detection.detector import Detector, num_outputs
 from softcache.models.image import call_factory
 from softcache.models.spec import ModelSpec, parse_spec, unknown_name
 
-__all__ = ["build_detector", "published_weights"]
+__all__ = ["build_detector"]
 
 CHANNELS = 32  # of the pyramid
 
@@ -94,32 +92,6 @@ def build_detector(
             f"model {spec!r}: cannot be built for {num_classes or 'its own'} classes and images of {input_shape}: "
             f"{type(error).__name__}: {error}; check the arguments after '?'"
         ) from error
-
-
-def published_weights(parsed: ModelSpec, file: str | None = None) -> Any:
-    """Returns torchvision's published weights that a spec names (`?weights=`), or whose file a path is; None: neither.
-
-    Such a file is known by its name, which ends in the first digits of its sha256, or under another name by these.
-    """
-    from torchvision import models
-
-    if parsed.family != "torchvision" or parsed.name not in models.list_models(module=models.detection):
-        return None
-    known = models.get_model_weights(parsed.name)
-    if isinstance(named := parsed.args.get("weights"), str):
-        if (short := named.rpartition(".")[2]) not in known.__members__:
-            raise SpecError(
-                f"model 'torchvision:{parsed.name}': weights = {named}; torchvision has {', '.join(known.__members__)}"
-            )
-        return known[short]
-    names = {Path(weights.url).name: weights for weights in known}
-    if file is None or not (path := Path(file.partition("#")[0])).is_file() or path.name in names:
-        return names.get(Path(file or "").name)
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    return next(
-        (one for name, one in names.items() if digest.startswith(name[-12:].removesuffix(".pth"))), None
-    )
 
 
 def _named(parsed: ModelSpec, num_classes: int | None, pretrained: bool) -> nn.Module:
