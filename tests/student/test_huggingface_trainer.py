@@ -35,6 +35,7 @@ from softcache.errors import (
     ConfigError,
     IdentityError,
     IncompleteCacheError,
+    RunError,
     SpecError,
 )
 from softcache.losses import cross_entropy, distillation_loss
@@ -276,6 +277,44 @@ def test_a_resumed_run_ends_with_the_same_weights(labeled, tmp_path):
     assert steps < 8 < 2 * steps
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert_same(trainer.model.state_dict(), expected, **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"per_device_train_batch_size": 2}, "samples of a step 4 there, 2 here"),
+        ({"gradient_accumulation_steps": 2}, "samples of a step 4 there, 8 here"),
+        ({"seed": 5}, "seed 42 there, 5 here"),
+        ({"dataloader_drop_last": True}, "dataloader_drop_last False there, True here"),
+        ({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}, None),
+        ({"seed": 5, "ignore_data_skip": True}, None),
+    ],
+)
+def test_a_run_goes_on_in_its_order_or_is_refused(labeled, tmp_path, changed, message):
+    """Of another step the Trainer would skip as many: samples come twice in the epoch, and others never."""
+    settings = {"num_train_epochs": 1, "max_steps": -1, "save_strategy": "steps", "save_steps": 5}
+    first = trainer_of(labeled, tmp_path, settings=settings)
+    steps = _counted(first)
+    first.train()
+    again = trainer_of(labeled, tmp_path, settings=settings | changed)
+    rest, resume = _counted(again), str(tmp_path / "checkpoint-5")
+    if message is not None:
+        with pytest.raises(RunError, match=f"checkpoint of step 5: {message}.* ignore_data_skip=True"):
+            again.train(resume_from_checkpoint=resume)
+    else:
+        again.train(resume_from_checkpoint=resume)
+        assert "seed" in changed or rest == steps[5:]
+
+
+def test_the_windows_of_a_checkpoints_order_are_taken_over(labeled, tmp_path):
+    """They follow from how much may be memory-mapped, which may be set otherwise when the run goes on."""
+    settings = {"num_train_epochs": 1, "max_steps": -1, "save_strategy": "steps", "save_steps": 5}
+    first, again = (trainer_of(labeled, tmp_path, settings=settings) for _ in range(2))
+    first._order._order.window_blocks = 2
+    steps, rest = _counted(first), _counted(again)
+    first.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert rest == steps[5:]
 
 
 def test_what_is_saved_is_the_model_itself(labeled, tmp_path):

@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 from softcache.config.load import load_config
 from softcache.data.sources.text.source import load_tokenizer, open_text
 from softcache.data.tokens import TokenData
-from softcache.errors import AlignmentError, ConfigError
+from softcache.errors import AlignmentError, ConfigError, RunError
 from softcache.losses import cross_entropy
 from softcache.reader.dataset import HardLabelDataset, SoftLabelDataset
 from softcache.runs import capture_labels, open_data, open_teacher
@@ -198,6 +198,22 @@ def test_rows_can_be_chosen_and_mixed_with_ones_without_soft_labels(labeled, exp
     how = {"temperature": 2.0, "alpha": 1.0}
     expected = 0.3 * hard + 0.7 * distillation_loss(dense_logits(llama(), soft), soft.labels, None, **how)
     assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_run_goes_on_in_its_order_or_is_refused(labeled, exported, tmp_path):
+    settings = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "train_sampling_strategy": "random",
+    }
+    expected, _ = run(trainer_of(labeled, tmp_path, exported, settings=settings))
+    again = trainer_of(labeled, tmp_path, exported, settings=settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert_same(again.model.state_dict(), expected, **EXACT)
+    fewer = trainer_of(labeled, tmp_path, exported.select(range(40)), settings=settings)
+    with pytest.raises(RunError, match="samples of an epoch 47 there, 40 here"):
+        fewer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_its_held_out_loss_is_the_negative_log_likelihood(labeled, exported, tmp_path):

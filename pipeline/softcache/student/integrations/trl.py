@@ -34,6 +34,7 @@ from softcache.reader.dataset import as_teacher_saw
 from softcache.student.integrations.huggingface.dataset import SOFT_COLUMNS, SoftLabelCollator, to_hf_dataset
 from softcache.student.integrations.huggingface.loss import check_loss, check_stall, loss_of
 from softcache.student.integrations.huggingface.mixin import DistillationMixin
+from softcache.student.integrations.huggingface.order import KeepOrder
 from softcache.student.integrations.huggingface.validate import refuse_untested
 from softcache.student.integrations.validate import check_cache
 from softcache.student.tasks import LossSettings
@@ -111,6 +112,7 @@ class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
         )
         refuse_untested(self)
         check_stall(self._loss, self.args, eval_dataset)
+        self.add_callback(KeepOrder(self))
         self.model_accepts_loss_kwargs = True  # the name of loss_is_scaled_for_ga in older versions
         self._student()
 

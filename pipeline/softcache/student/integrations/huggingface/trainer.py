@@ -13,7 +13,7 @@ import torch
 from accelerate.data_loader import prepare_data_loader
 from torch import nn
 from torch.utils.data import DataLoader, Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 from softcache.data.sources.text.source import TokenSource
@@ -24,6 +24,7 @@ from softcache.reader.sampler import BlockSampler
 from softcache.student.integrations.huggingface.forward import Call
 from softcache.student.integrations.huggingface.loss import check_loss, check_stall, loss_of
 from softcache.student.integrations.huggingface.mixin import DistillationMixin
+from softcache.student.integrations.huggingface.order import KeepOrder
 from softcache.student.integrations.huggingface.validate import (
     named_sources,
     refuse_ignored,
@@ -36,7 +37,7 @@ from softcache.student.tasks import LossSettings, RowMeans, TokenStudent, even_b
 if TYPE_CHECKING:
     from softcache.reader.cache import Cache
 
-__all__ = ["DistillTrainer", "SetEpoch"]
+__all__ = ["DistillTrainer"]
 
 
 class DistillTrainer(DistillationMixin, Trainer):
@@ -119,7 +120,7 @@ class DistillTrainer(DistillationMixin, Trainer):
         self.model_accepts_loss_kwargs = True  # the name of loss_is_scaled_for_ga in older versions
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._order = BlockSampler(cache, seed=seed)
-        self.add_callback(SetEpoch(self._order))
+        self.add_callback(KeepOrder(self, self._order))
         self._student()
 
     # -- training ------------------------------------------------------------------------------------------
@@ -354,13 +355,3 @@ class _RankSamples:
             return [self._dataset.fetch(indices)]
         batch = self._dataset.fetch([~indices[0]])
         return [replace(batch, samples=~batch.samples)]
-
-
-class SetEpoch(TrainerCallback):
-    """Tells the order its epoch; accelerate does too, except where a run of several ranks is resumed in mid-epoch."""
-
-    def __init__(self, order: BlockSampler) -> None:
-        self._order = order
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._order.set_epoch(int(state.epoch or 0))
