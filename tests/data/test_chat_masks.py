@@ -1,5 +1,6 @@
 """Which part of a chat the assistant writes, of templates without generation marks, as published ones are."""
 
+import datetime
 import importlib.util
 import json
 from pathlib import Path
@@ -332,6 +333,20 @@ def test_template_arguments_and_tools_reach_the_template(opened, tmp_path):
         SpecError, match=r"source\.template_args: has 'tools', which each chat sets by itself"
     ):
         opened(rows, **given | {"template_args": {"tools": []}})
+
+
+def test_the_date_in_a_template_is_the_same_on_every_day(opened):
+    """As in Llama 3.2's: the tokens would be those of the day on which they were made."""
+    asked = "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    given = {"template": asked + "{{ date_string }}" + CHATML + PROMPT, "messages_column": "messages"}
+    rows = [{"messages": ONE}]
+    assert text_of(opened(rows, **given)).startswith("26 Jul 2024<|im_start|>")
+    every = "%d %-d %m %B %b %A %a %Y %y %H:%M:%S %j %x"
+    template = "  {% if true %}\n{{ strftime_now('" + every + "') }}\n {% endif %}\n" + CHATML + PROMPT
+    expected = datetime.date(2024, 7, 26).strftime(every) + "\n<|im_start|>"
+    assert text_of(opened(rows, **given | {"template": template})).startswith(expected)
+    named = opened(rows, **given, template_args={"date_string": "01 Jan 2026"})
+    assert text_of(named).startswith("01 Jan 2026<|im_start|>")
 
 
 def test_a_chat_is_never_continued_without_its_prompt(opened):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,11 @@ SHAREGPT_ROLES = {
     "function_call": "assistant",
 }
 """The `from` of ShareGPT's messages, and the `role` that it is."""
+
+
+TODAY = date(2024, 7, 26)
+"""What a template that asks for the date gets: that of Llama 3's templates where there is no clock. Otherwise the tokens of
+a chat would differ from day to day, and so would a source."""
 
 
 class ChatEncoder:
@@ -89,7 +95,7 @@ class ChatEncoder:
         """Returns a chat as its template writes it, and where in it the assistant's words are."""
         messages = _messages(document)
         tools = self._tools if document.tools is None else _without_none(list(document.tools))
-        template = self._tokenizer.get_chat_template(tools=tools or None)
+        template = _with_fixed_date(self._tokenizer.get_chat_template(tools=tools or None))
         library = text_library("transformers.utils.chat_template_utils").render_jinja_template
 
         def render(messages: Sequence[Mapping[str, Any]], *, mask: bool = False, prompt: bool = False) -> Any:
@@ -210,6 +216,18 @@ def mark_tokens(offsets: Any, passages: Iterable[tuple[int, int]]) -> np.ndarray
         if len(inside) and last > first:
             marked[inside[0] : inside[-1] + 1] = True
     return marked
+
+
+def _with_fixed_date(template: str) -> str:
+    """A template whose `strftime_now` is of `TODAY`: a macro of that name; transformers passes no functions on."""
+    if "strftime_now" not in template:
+        return template
+    codes = [*(f"%-{code}" for code in "dmyHIMS"), *(f"%{code}" for code in "aAbBcdfHIjmMpSUwWxXyYzZ")]
+    values = {code: TODAY.strftime(code.replace("-", "")) for code in codes}
+    values |= {code: value.lstrip("0") or "0" for code, value in values.items() if "-" in code}
+    filters = "".join(f"|replace({code!r}, {value!r})" for code, value in values.items())
+    # The newline is dropped with the end of the block, and what starts a line in the template still does.
+    return "{% macro strftime_now(format) %}{{ format" + filters + " }}{% endmacro %}\n" + template
 
 
 def _messages(document: Document) -> list[dict[str, Any]]:
