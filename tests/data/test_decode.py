@@ -72,3 +72,9 @@ def test_photos_are_turned_as_their_camera_says(tmp_path):
 def test_a_scale_that_is_not_known_is_refused(tmp_path, name, values):
     with pytest.raises(SourceError, match=rf"{name}: cannot be decoded: pixels of .* expected 0 to"):
         read(tmp_path, name, Image.fromarray(values).save)
+
+
+def test_32_bits_that_hold_8_are_refused(tmp_path):
+    with pytest.raises(SourceError, match=r"from 0 to 255: white may be 255 or 65535"):
+        read(tmp_path, "int.tif", Image.fromarray(row(GREY).astype(np.int32)).save)
+    assert not read(tmp_path, "black.tif", Image.fromarray(np.zeros((2, 2), np.int32)).save).any()

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -232,6 +233,35 @@ def test_batches_are_cut_and_joined(root, tmp_path):
     part = whole.split(3)[1]
     assert torch.equal(part.labeled_rows, one.labeled_rows)
     assert torch.equal(part.labels.log_probs, one.labels.log_probs)
+
+
+def test_an_orientation_that_leaves_the_size_is_refused(root, tmp_path):
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    source = config(tmp_path).source
+    exif, path = Image.Exif(), tmp_path / "train/images/1.png"
+    for orientation in (3, 6, 1):
+        exif[0x0112] = orientation
+        with Image.open(path) as image:
+            image.save(path, exif=exif)
+        opened = source.open("train")
+        if orientation == 3:
+            with pytest.raises(
+                SourceError, match=r"1\.png: its EXIF orientation, 3, turns it, and its size does not show"
+            ):
+                opened.image(1)
+        else:
+            assert opened.image(1).shape[1:] == ((48, 64) if orientation == 6 else (64, 48))
+
+
+def test_one_bit_is_two_classes(root, tmp_path):
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
+    bits = np.arange(64 * 48).reshape(64, 48) % 2 == 0
+    Image.fromarray(bits).save(tmp_path / "train/masks/1.png")
+    source = config(tmp_path).source
+    with pytest.raises(SourceError, match=r"one bit for each pixel, of 3 classes"):
+        source.open("train").mask(1)
+    two = source.model_copy(update={"class_names": NAMES[:2]})
+    assert np.array_equal(two.open("train").mask(1).numpy(), bits)
 
 
 def test_a_loader_process_has_the_same_images_and_masks(root):

@@ -22,7 +22,8 @@ def to_rgb(image: Image, *, upright: bool = True) -> np.ndarray:
         upright: turned by its EXIF orientation.
 
     Raises:
-        ValueError: it has numbers outside of 0..65535, or floats outside of 0..1, so that white is not known.
+        ValueError: it has numbers outside of 0..65535, or floats outside of 0..1, so that white is not known; or 32 bits a
+            pixel that 8 could hold.
     """
     from PIL import Image as images
     from PIL import ImageOps
@@ -30,7 +31,12 @@ def to_rgb(image: Image, *, upright: bool = True) -> np.ndarray:
     if upright:
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
-        return np.repeat(_eight_bits(np.array(image))[..., None], 3, axis=2)
+        values = np.array(image)
+        if image.mode == "I" and values.min() >= 0 and 0 < values.max() <= 255:
+            raise ValueError(
+                f"pixels of 32 bits from {values.min()} to {values.max()}: white may be 255 or 65535; save 8 or 16 bits"
+            )
+        return np.repeat(_eight_bits(values)[..., None], 3, axis=2)
     if image.has_transparency_data:
         white = images.new("RGBA", image.size, "white")
         image = images.alpha_composite(white, image.convert("RGBA"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +32,8 @@ __all__ = ["MaskFolderSource", "MaskFolders"]
 MODES = ("1", "L", "P", "I", "I;16")
 """Pillow's modes of one channel; the numbers of a palette are those before it is applied."""
 MAX_SHOWN = 10
+ORIENTATION, KEEPS_SIZE = 0x0112, (2, 3, 4)
+"""EXIF's tag, and its values that mirror an image or turn it upside down."""
 
 
 class MaskFolderSource(ImageFolderSource):
@@ -64,6 +67,18 @@ class MaskFolderSource(ImageFolderSource):
         values = [self._first_value, sorted(self._ignore), self.num_classes]
         return {**super().content_facts(), "masks": self._masks_digest, "values": values}
 
+    def decode(self, sample: int) -> np.ndarray:
+        from PIL import Image
+
+        with Image.open(BytesIO(self.file_bytes(sample))) as image:
+            orientation = image.getexif().get(ORIENTATION)
+        if orientation in KEEPS_SIZE:
+            raise SourceError(
+                f"image {self.place_name(sample)}: its EXIF orientation, {orientation}, turns it, and its size does not "
+                "show whether its mask is of the turned image; save the image as it is to be seen, without an orientation"
+            )
+        return super().decode(sample)
+
     def mask(self, sample: int) -> torch.Tensor:
         """Returns int16 [H, W].
 
@@ -93,6 +108,8 @@ class MaskFolderSource(ImageFolderSource):
             raise ValueError(
                 f"pixels of mode {mode}; expected one channel with the number of each pixel's class"
             )
+        if mode == "1" and self.num_classes > 2:  # white is 1, or the 255 of a file that was made smaller
+            raise ValueError(f"one bit for each pixel, of {self.num_classes} classes; expected 8 bits or 16")
         classes_HW = values.astype(np.int64) - self._first_value
         classes_HW[np.isin(values, self._ignore)] = IGNORED
         wrong_HW = (classes_HW != IGNORED) & ((classes_HW < 0) | (classes_HW >= self.num_classes))
