@@ -7,6 +7,7 @@ import torch
 pytest.importorskip("trl")
 
 from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 from trl import SFTConfig, SFTTrainer
 
 from softcache.config.load import load_config
@@ -152,6 +153,28 @@ def test_a_row_that_was_cut_is_refused(labeled, exported):
         SoftLabelCollator(cache)([cut])
 
 
+def test_rows_of_another_teachers_cache_are_refused(labeled, exported, tmp_path):
+    """They would be learned as those of the cache that was named: numbers of classes and K are the same."""
+    path = write_config(tmp_path)
+    state = load_file(tmp_path / "teacher.safetensors")
+    save_file({name: -tensor for name, tensor in state.items()}, tmp_path / "teacher.safetensors")
+    config = load_config(path)
+    data = open_data(config)
+    other, _ = capture_labels(config, data, open_teacher(config, data), str(tmp_path / "cache"))
+    with pytest.raises(AlignmentError, match=r"not of cache .*; make it of that"):
+        SoftLabelCollator(other)([exported[0]])
+    with pytest.raises(AlignmentError, match="not of cache"):
+        SoftLabelCollator(other)(
+            [{name: exported[0][name] for name in exported.column_names if name != "soft_cache"}]
+        )
+    bare = {name: exported[0][name] for name in ("input_ids", "labels", "seq_lengths")}
+    assert SoftLabelCollator(other)([bare])["batch"].num_labeled == 0
+    copied = load_config(labeled[0] / "run.toml", ["source.max_train_samples=20"])
+    data = open_data(copied)
+    part, _ = capture_labels(copied, data, open_teacher(copied, data), str(tmp_path / "part"))
+    assert SoftLabelCollator(part)([exported[0]])["batch"].num_labeled > 0, "another source, the same teacher"
+
+
 # -- SFTTrainer --------------------------------------------------------------------------------------------
 
 
@@ -179,6 +202,17 @@ def test_it_takes_the_steps_of_distill_trainer(labeled, exported, tmp_path, piec
     assert losses == pytest.approx(expected_losses, rel=1e-6)
     assert_same(found, expected, **(EXACT if pieces == 1 else ROUNDING))
     assert not torch.equal(found["lm_head.weight"], llama().state_dict()["lm_head.weight"])
+
+
+@pytest.mark.parametrize("name", ["padding_free", "assistant_only_loss", "completion_only_loss"])
+def test_settings_of_what_holds_anyway_change_no_step(labeled, exported, tmp_path, name):
+    """SFTTrainer refuses them for its own collator and its own columns."""
+    trainer = trainer_of(labeled, tmp_path, exported, settings={name: True})
+    assert bool(trainer._student()._padding_free) is (name == "padding_free")
+    found, losses = run(trainer)
+    expected, expected_losses = run(trainer_of(labeled, tmp_path, exported))
+    assert losses == pytest.approx(expected_losses, rel=1e-6)
+    assert_same(found, expected, **ROUNDING)
 
 
 def test_rows_can_be_chosen_and_mixed_with_ones_without_soft_labels(labeled, exported, tmp_path):

@@ -99,6 +99,10 @@ class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
         _refuse(args, trainer, data.source)
         # SFTTrainer would write the dataset anew, cut to max_length, and nothing is to be cut.
         args.dataset_kwargs = {"skip_prepare_dataset": True}
+        # The source knows what is learned; SFTTrainer would look for messages in rows that have none.
+        args.assistant_only_loss = args.completion_only_loss = False
+        # The loss is computed so; SFTTrainer would do it in a collator of its own.
+        self._padding_free, args.padding_free = args.padding_free or None, False
         self._cache, self._source, self._cross_documents = cache, data.source, data.cross_documents
         self._context = data.source.seq_len
         super().__init__(

@@ -10,6 +10,7 @@ A row is a sample. What every trainer of transformers and TRL reads:
 
 and with a cache, of each label row, which predicts the token after its position:
 
+    soft_cache      one number for the whole sample, of teacher, tokenizer and label policy
     soft_positions  position in the sample
     soft_*          the arrays of `SoftLabels`: ids and log_probs [K] over the whole vocabulary at T = 1 (nats), log_tail,
                     and what else the cache has
@@ -40,7 +41,7 @@ from softcache.student.integrations.validate import check_cache
 
 __all__ = ["SOFT_COLUMNS", "SoftLabelCollator", "to_hf_dataset"]
 
-SOFT_COLUMNS = ("soft_positions", *(f"soft_{name}" for name in ARRAYS))
+SOFT_COLUMNS = ("soft_cache", "soft_positions", *(f"soft_{name}" for name in ARRAYS))
 BATCH_SAMPLES = 64
 
 
@@ -71,8 +72,8 @@ def to_hf_dataset(
     else:
         check_cache(cache, "tokens", 'to_hf_dataset is for language models ("tokens")')
         data = SoftLabelDataset(source, cache)
-        made_from = ["labels", cache.manifest_sha256, cache.markers.digest()]
-        features["soft_positions"] = library.Sequence(tokens)
+        made_from = ["labels of one cache", cache.manifest_sha256, cache.markers.digest()]
+        features |= {"soft_cache": library.Value("int64"), "soft_positions": library.Sequence(tokens)}
         for name, array in _arrays(cache.read([])).items():
             value = library.Value("int32" if array.dtype.kind in "iu" else "float32")
             row = value if array.ndim == 1 else library.Sequence(value, length=array.shape[1])
@@ -90,7 +91,7 @@ def to_hf_dataset(
     return made.with_format("numpy")
 
 
-def _rows(data: Any, num_samples: int) -> Iterator[dict[str, np.ndarray]]:
+def _rows(data: Any, num_samples: int) -> Iterator[dict[str, Any]]:
     """The rows of the dataset, of `TokenData` without soft labels, of a `SoftLabelDataset` with them."""
     for start in range(0, num_samples, BATCH_SAMPLES):
         batch: TokenBatch = data.load(np.arange(start, min(start + BATCH_SAMPLES, num_samples)), 0)
@@ -101,18 +102,26 @@ def _rows(data: Any, num_samples: int) -> Iterator[dict[str, np.ndarray]]:
             labeled = batch.rows if batch.labeled is None else batch.rows[batch.labeled]
             counts = batch.row_counts if batch.label_counts is None else batch.label_counts
             ends = np.cumsum(counts)
-            arrays = _arrays(batch.labels.to_numpy())
+            arrays, made_by = _arrays(batch.labels.to_numpy()), labels_number(data.cache)
         for number, length in enumerate(batch.lengths.tolist()):
-            row = {
+            row: dict[str, Any] = {
                 "input_ids": batch.tokens[number, :length].numpy(),
                 "labels": labels_BL[number, :length],
                 "seq_lengths": np.unique(batch.segments[number, :length].numpy(), return_counts=True)[1],
             }
             if labeled is not None:
                 mine = slice(ends[number] - counts[number], ends[number])
+                row["soft_cache"] = made_by
                 row["soft_positions"] = labeled[mine].numpy() % batch.tokens.shape[1]
                 row |= {f"soft_{name}": array[mine] for name, array in arrays.items()}
             yield row
+
+
+def labels_number(cache: Cache) -> int:
+    """A number of what the labels of a cache are, whatever their source: teacher, tokenizer, label policy, codec."""
+    identity = {name: part for name, part in cache.manifest.identity.items() if name != "source"}
+    teacher = {name: value for name, value in identity["teacher"].items() if name != "spec"}
+    return int(digest_json(identity | {"teacher": teacher})[:15], 16)
 
 
 def _arrays(labels: SoftLabels) -> dict[str, np.ndarray]:
@@ -125,14 +134,15 @@ class SoftLabelCollator:
     Returns {"input_ids", "labels" [B, L], "attention_mask" [B, L], "batch": `TokenBatch` with labels}.
 
     Args:
-        cache: that the dataset was made of.
+        cache: that the dataset was made of, or one of the same teacher, tokenizer, label policy and codec.
 
     Raises:
-        AlignmentError: a row was cut or changed since.
+        AlignmentError: a row was cut or changed since, or is of another teacher's cache.
     """
 
     def __init__(self, cache: Cache) -> None:
         self._pattern = cache.read([])
+        self._url, self._number = cache.url, labels_number(cache)
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         lengths = np.array([len(example["input_ids"]) for example in examples])
@@ -174,6 +184,12 @@ class SoftLabelCollator:
 
     def _with_labels(self, batch: TokenBatch, examples: Sequence[dict[str, Any]]) -> TokenBatch:
         labeled = [example for example in examples if example.get("soft_positions") is not None]
+        if any(example.get("soft_cache") != self._number for example in labeled):
+            raise AlignmentError(
+                f"sample: its soft labels are not of cache {self._url}, nor of one of its teacher, tokenizer, label policy "
+                "and codec; expected rows of to_hf_dataset(cache, source) of that cache; make it of that, or pass the "
+                "cache that the dataset was made of"
+            )
         counts = np.array([len(_positions(example)) for example in examples])
         rows_Q = batch.rows_at(np.concatenate([_positions(example) for example in examples]), counts)
         if (rows_Q < 0).any():
