@@ -121,6 +121,33 @@ def test_the_order_of_classes_can_be_timms_or_given(tmp_path):
         opened(tmp_path, class_names=["A", "b10", "bee"])
 
 
+def test_pictures_of_every_suffix_are_seen_and_other_files_are_counted(tmp_path, caplog):
+    caplog.set_level("INFO", logger="softcache")
+    made(tmp_path, "train/a", "train/b", "train/a/.ipynb_checkpoints")
+    for name, kind in (("x.jfif", "JPEG"), ("x.pgm", "PPM"), ("X.AVIF", "AVIF"), ("x.heic", "PNG")):
+        Image.new("L", (8, 8)).save(tmp_path / "train/b" / name, kind)
+    (tmp_path / "train/b/notes.txt").write_text("none")
+    source = opened(tmp_path)
+    assert source.keys()[2:] == [
+        f"train/b/{name}" for name in ("0.png", "1.png", "X.AVIF", "x.jfif", "x.pgm")
+    ]
+    assert source.keys()[:2] == ["train/a/0.png", "train/a/1.png"]
+    assert source.image(4).shape == (3, 8, 8)
+    assert "files of other kinds than pictures are left out: 1 .txt, 1 .heic" in caplog.text
+
+
+def test_a_class_without_a_picture_is_named_unless_the_classes_are_given(tmp_path):
+    made(tmp_path, "train/a", "train/c", "val/a", "val/c")
+    for folder in ("train/b", "val/b"):
+        (tmp_path / folder).mkdir()
+    with pytest.raises(
+        SourceError, match=r"no image in 1 of the 3 folders of classes, such as 'b', which timm leaves"
+    ):
+        opened(tmp_path)
+    assert opened(tmp_path, class_names=["a", "b", "c"]).targets().tolist() == [0, 0, 2, 2]
+    assert opened(tmp_path, class_names=["a", "b", "c"], split="eval").targets().tolist() == [0, 0, 2, 2]
+
+
 # -- pictures that cannot be decoded -----------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -27,10 +28,25 @@ from softcache.data.sources.images.classes import Classes, find_classes
 from softcache.data.sources.images.pictures import PictureSettings, PictureSource
 from softcache.data.sources.splits import choose_samples
 from softcache.errors import SourceError
+from softcache.runtime.logging import log_info
 
 __all__ = ["SUFFIXES", "ImageFolder", "ImageFolderSource"]
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
+SUFFIXES = {
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".bmp",
+    ".webp",
+    ".avif",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+}
+MAX_SHOWN = 5
 EVAL_FOLDERS = ("eval", "val", "validation", "valid", "test")
 
 
@@ -119,6 +135,8 @@ class ImageFolder(PictureSettings):
             if folder is not train:
                 _check_same_classes(folder, train, classes)
             files = _class_files(root, folder, classes)
+            if folder is train and self.class_names is None:
+                _check_not_empty(folder, files, classes)
         if self.eval_share is not None:
             keys = [key for key, _ in files]
             chosen = choose_samples(keys, split, eval_share=self.eval_share, shuffle=False)
@@ -202,14 +220,39 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
+def _check_not_empty(folder: Path, files: Sequence[tuple[str, int]], classes: Classes) -> None:
+    if files and (empty := sorted(set(range(len(classes.labels))) - {target for _, target in files})):
+        raise SourceError(
+            f"source {folder}: no image in {len(empty):,} of the {len(classes.labels):,} folders of classes, such as "
+            f"{classes.labels[empty[0]]!r}, which timm leaves out of its classes; fill or remove them, or give all classes "
+            f"as source.class_names (images are {', '.join(sorted(SUFFIXES))})"
+        )
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Returns the files below a folder that are not hidden, nor in a hidden folder, in order of their paths."""
+    parts = len(folder.parts)
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if not any(part.startswith(".") for part in path.parts[parts:]) and path.is_file()
+    )
+
+
 def _class_files(root: Path, folder: Path, classes: Classes) -> list[tuple[str, int]]:
-    """Returns the files of each class, class after class, in order of their paths."""
-    return [
-        (_key(path, root), target)
-        for target, label in enumerate(classes.labels)
-        for path in sorted((folder / label).rglob("*"))
-        if _is_image(path)
-    ]
+    """Returns the files of each class, class after class, in order of their paths; logs what is of another kind."""
+    files: list[tuple[str, int]] = []
+    others: Counter[str] = Counter()
+    for target, label in enumerate(classes.labels):
+        for path in _files_in(folder / label):
+            if _is_image(path):
+                files.append((_key(path, root), target))
+            else:
+                others[path.suffix.lower() or path.name] += 1
+    if others:
+        shown = ", ".join(f"{count:,} {kind}" for kind, count in others.most_common(MAX_SHOWN))
+        log_info(f"source {folder}: files of other kinds than pictures are left out: {shown}")
+    return files
 
 
 def _key(path: Path, root: Path) -> str:
@@ -232,7 +275,7 @@ def _labeled_files(root: Path, folder: Path, labels: Path, classes: Classes) -> 
         lines = [line for line in labels.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise SourceError(f"{where}: {error}; expected a text file with the class of each image") from error
-    paths = sorted(path for path in folder.rglob("*") if _is_image(path))
+    paths = [path for path in _files_in(folder) if _is_image(path)]
     keys = [_key(path, root) for path in paths]
     rows = [re.split(r"[,\s]+", line.strip()) for line in lines]
     if rows and len(rows[0]) > 1 and not _names_of(rows[0][0], paths):
