@@ -151,6 +151,33 @@ def test_a_file_for_evaluation_has_the_classes_of_the_training_file(tmp_path):
         opened(tmp_path, table, "eval", eval_path=str(tmp_path / "eval.csv"))
 
 
+@pytest.mark.parametrize("kind", ["saved", "parquet"])
+def test_numbers_of_other_names_in_another_split_or_file_are_refused(tmp_path, kind):
+    train, turned = (
+        hf_table(),
+        hf_table().cast_column("label", datasets.ClassLabel(names=["dog", "cat", "newt"])),
+    )
+    if kind == "saved":
+        for name, test in (("a", turned), ("b", train)):
+            datasets.DatasetDict({"train": train, "test": test}).save_to_disk(tmp_path / name)
+        tables = [{"name": "hf", "path": str(tmp_path / name), "eval_split": "test"} for name in ("a", "b")]
+    else:
+        for name, table in (("train", train), ("turned", turned)):
+            table.to_parquet(tmp_path / f"{name}.parquet")
+        path = str(tmp_path / "train.parquet")
+        tables = [
+            {"name": "parquet", "path": path, "eval_path": str(tmp_path / f"{n}.parquet")}
+            for n in ("turned", "train")
+        ]
+        with pytest.raises(SourceError, match=r"turned\.parquet: its numbers are of other classes"):
+            opened(tmp_path, {"name": "parquet", "path": str(tmp_path / "t*.parquet")})
+    with pytest.raises(
+        SourceError, match=r"class 0 is 'dog', and 'cat' there; give both the same ClassLabel"
+    ):
+        opened(tmp_path, tables[0], "eval")
+    assert opened(tmp_path, tables[1], "eval").targets().tolist() == labels_of()
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_whole_numbers_are_classes_and_have_names_where_they_are_given(tmp_path, kind):
     table = WRITERS[kind](tmp_path, labels_of())

@@ -19,7 +19,7 @@ import numpy as np
 
 from softcache.errors import SourceError
 
-__all__ = ["ClassOrder", "Classes", "find_classes", "numbers_or_texts", "sort_names"]
+__all__ = ["ClassOrder", "Classes", "check_same_numbers", "find_classes", "numbers_or_texts", "sort_names"]
 
 ClassOrder = Literal["lexicographic", "natural"]
 MAX_SHOWN = 10
@@ -144,6 +144,29 @@ def find_classes(
         return Classes(tuple(known), tuple(known))
     sorted_names, is_guessed = sort_names(set(labels), order)
     return Classes(tuple(sorted_names), tuple(sorted_names), is_guessed)
+
+
+def check_same_numbers(here: Sequence[str] | None, train: Sequence[str] | None, where: str) -> None:
+    """Checks that data whose labels are numbers number their classes as the training data do.
+
+    Args:
+        here, train: the names that each gives its numbers; None: none.
+
+    Raises:
+        SourceError: they do not, and a number would be read as another class.
+    """
+    if here is None or train is None or list(here) == list(train):
+        return
+    number = next((n for n, pair in enumerate(zip(here, train, strict=False)) if pair[0] != pair[1]), None)
+    how = (
+        f"{len(here)} classes, and {len(train)}"
+        if number is None
+        else f"class {number} is {here[number]!r}, and {train[number]!r}"
+    )
+    raise SourceError(
+        f"{where}: its numbers are of other classes than those of the training data: {how} there; give both the same "
+        "ClassLabel (Dataset.cast_column)"
+    )
 
 
 def numbers_or_texts(labels: Sequence[str]) -> list[int] | list[str]:

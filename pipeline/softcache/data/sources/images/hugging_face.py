@@ -28,7 +28,7 @@ from softcache.data.sources.hub import (
     stream_table,
 )
 from softcache.data.sources.images.base import Split
-from softcache.data.sources.images.classes import find_classes
+from softcache.data.sources.images.classes import check_same_numbers, find_classes
 from softcache.data.sources.images.pictures import PictureSettings, PictureSource
 from softcache.data.sources.images.split_files import file_facts
 from softcache.data.sources.splits import choose_samples
@@ -91,6 +91,7 @@ class HuggingFaceImages(PictureSettings):
         table = _Table(self, self._split_name(split))
         train = table if self._split_name("train") == table.split else _Table(self, self._split_name("train"))
         where = f"source.path {self.path!r}, split {table.split!r}"
+        check_same_numbers(table.class_names, train.class_names, where)
         given, order = self.class_names, self.class_order
         labels: list[Any] = train.labels
         if self.has_lists:

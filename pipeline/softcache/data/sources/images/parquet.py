@@ -25,6 +25,7 @@ from softcache.data.sources.base import SOURCES
 from softcache.data.sources.build_cache import build_dir_path, build_folder
 from softcache.data.sources.files import CorpusFiles
 from softcache.data.sources.images.base import Split
+from softcache.data.sources.images.classes import check_same_numbers
 from softcache.data.sources.images.pictures import PictureSource
 from softcache.data.sources.images.split_files import SplitFiles, file_facts
 from softcache.errors import SourceError
@@ -61,7 +62,10 @@ class ParquetImages(SplitFiles):
             train = self.files("train", (".parquet",))
             train_table = self._rows(train)[1]
         labels = table.column("label").to_pylist()
-        known = class_names_of(pq.read_schema(train.paths[0]).metadata, self.label_column)
+        known = class_names_of(_opened_parquet(train.paths[0]).schema_arrow.metadata, self.label_column)
+        for path in dict.fromkeys([*train.paths, *files.paths]):
+            here = class_names_of(_opened_parquet(path).schema_arrow.metadata, self.label_column)
+            check_same_numbers(here, known, f"source {path}")
         classes = self.classes(train_table.column("label").to_pylist(), where, known)
         keys = table.column("key").to_pylist()
         for key, count in Counter(keys).most_common(1):
