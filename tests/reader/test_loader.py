@@ -1,6 +1,9 @@
 """The loader: a state before every batch gives the rest bit for bit; labels are read once, ahead, and never wrongly."""
 
+import os
 import random
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -21,6 +24,7 @@ from softcache.reader.cache import Cache
 from softcache.reader.dataset import FingerprintedSamples, HardLabelDataset
 from softcache.reader.order import BlockShuffle
 from tests.reader.test_dataset import Renamed, damaged, shards  # noqa: F401
+from tests.support.caches import ROOT
 
 
 def order_of(cache, *, rank=0, num_ranks=1, **changes):
@@ -78,15 +82,23 @@ def same(found, expected):
     return found == expected
 
 
-def test_a_small_batch_of_a_loader_process_is_sent_as_bytes_and_comes_back_as_it_was(opened, monkeypatch):
-    cache, source = opened
+def tensors_of(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    inside = vars(value).values() if hasattr(value, "__dict__") else value if isinstance(value, list) else ()
+    return list(chain.from_iterable(map(tensors_of, inside)))
+
+
+def batches_of(cache, source):
     images = SoftLabelDataset(source, cache).load(np.arange(20), 1)
-    half = replace(images.labels, log_probs=images.labels.to_torch().log_probs.bfloat16())
+    labels = images.labels.to_torch()
+    table = -torch.rand(20, 40)  # columns of one table, as of a memory map
     mixed = MixedTargets(torch.arange(4), torch.arange(4) + 1, torch.rand(4))
     boxes = [torch.rand(2, 4), torch.rand(0, 4)]
-    for batch in (
+    return [
         images,
-        replace(images, labels=half),
+        replace(images, labels=replace(labels, log_probs=labels.log_probs.bfloat16())),
+        replace(images, labels=replace(labels, log_probs=table[:, 3:7], log_tail=table[:, 9:17])),
         replace(images, targets=mixed, labels=None),
         TokenBatch(
             *(torch.arange(6).view(2, 3), torch.zeros(2, 3), torch.arange(4), torch.arange(4)),
@@ -95,21 +107,69 @@ def test_a_small_batch_of_a_loader_process_is_sent_as_bytes_and_comes_back_as_it
         DetectionBatch(
             torch.rand(2, 1, 4, 4), boxes, [torch.arange(2), torch.arange(0)], np.arange(2), 0, np.zeros(2), 3
         ),
-    ):
-        for largest, is_sent in ((2**19, True), (0, False)):
-            monkeypatch.setattr(sent_batch, "_LARGEST", largest)
-            assert batch.__reduce_ex__(4)[0] is not sent_batch._received, (
-                "elsewhere it is pickled as any object"
-            )
-            monkeypatch.setattr("torch.utils.data.get_worker_info", lambda: "a loader process")
-            assert (batch.__reduce_ex__(4)[0] is sent_batch._received) == is_sent
-            back = ForkingPickler.loads(ForkingPickler.dumps(batch))
-            monkeypatch.undo()
-            assert type(back) is type(batch)
-            for name, value in vars(batch).items():
-                assert same(getattr(back, name), value), name
-            back.samples[0] += 1  # what is received can be written to
-            (back.images if hasattr(back, "images") else back.tokens).zero_()
+    ]
+
+
+@pytest.mark.parametrize("largest", [2**19, 0])
+def test_a_batch_of_a_loader_process_comes_back_as_it_was(opened, monkeypatch, largest):
+    """A small one is pickled, a large one has one file of shared memory."""
+    for batch in batches_of(*opened):
+        monkeypatch.setattr(sent_batch, "_LARGEST", largest)
+        assert batch.__reduce_ex__(4)[0] is not sent_batch._received, "elsewhere it is pickled as any object"
+        monkeypatch.setattr("torch.utils.data.get_worker_info", lambda: "a loader process")
+        function, (_, memory) = batch.__reduce_ex__(4)
+        assert function is sent_batch._received
+        assert (memory is None) == bool(largest)
+        back = ForkingPickler.loads(ForkingPickler.dumps(batch))
+        monkeypatch.undo()
+        assert type(back) is type(batch)
+        for name, value in vars(batch).items():
+            assert same(getattr(back, name), value), name
+        if not largest:
+            places = {x.untyped_storage().data_ptr() for x in tensors_of(back)}
+            used = sum(-(-x.nbytes // 64) * 64 for x in tensors_of(batch))
+            assert len(places) == 1
+            assert memory.nbytes == used, "no numbers but those of the batch"
+        back.samples[0] += 1  # what is received can be written to
+        (back.images if hasattr(back, "images") else back.tokens).zero_()
+
+
+def test_tensors_in_shared_memory_are_sent_as_they_are(opened, monkeypatch):
+    monkeypatch.setattr("torch.utils.data.get_worker_info", lambda: "a loader process")
+    monkeypatch.setattr(sent_batch, "_LARGEST", 0)
+    batch = batches_of(*opened)[0]
+    batch = replace(batch, images=batch.images.share_memory_())
+    back = ForkingPickler.loads(ForkingPickler.dumps(batch))
+    back.images.zero_()
+    assert not batch.images.any()
+
+
+PROGRAM = """
+import sys
+from softcache import SoftLabelDataset, SoftLabelLoader, open_cache
+from softcache.runs import open_data
+from tests.reader.test_loader import order_of
+from tests.support.caches import digits_config
+
+cache, source = open_cache(sys.argv[1]), open_data(digits_config()).train.source
+whole, begun = (SoftLabelLoader(SoftLabelDataset(source, cache), order_of(cache), workers=1) for _ in range(2))
+batches = iter(begun)
+next(batches)
+print(sum(len(batch.samples) for batch in whole))
+"""
+
+
+def test_a_program_that_leaves_its_loaders_open_ends(shared_cache):
+    """Python ends loader processes that are left with one SIGTERM, and waits for them."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, shared_cache[2].url],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (0, "300\n"), done.stderr
 
 
 def label_threads():

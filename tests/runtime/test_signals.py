@@ -55,9 +55,9 @@ def test_the_process_that_forks_loaders_is_started_with_sigterm_blocked(handlers
     monkeypatch.setattr(
         forkserver, "ensure_running", lambda: seen.append(signal.pthread_sigmask(signal.SIG_BLOCK, set()))
     )
-    shield_loaders()
+    assert shield_loaders() is None
     assert seen == []
     with handle_signals():
-        shield_loaders()
+        assert shield_loaders() is follow_loader
     assert signal.SIGTERM in seen[0]
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, set())

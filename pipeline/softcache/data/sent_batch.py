@@ -1,20 +1,26 @@
-"""How a loader process sends a batch: a small one through the pipe, a large one through torch's shared memory.
+"""How a loader process sends a batch: a small one through the pipe, a large one in one file of shared memory.
 
-torch gives each tensor, however small, a file of shared memory of its own, whose descriptor is asked for over a socket.
-NumPy's arrays are pickled with what is around them, and copied: several times the rate for images of 8x8
-(docs/benchmarks.md).
+torch gives each tensor, however small, a file of shared memory of its own, whose descriptor is asked for over a socket, and
+copies all that lies between the first and the last number of a tensor: of labels that are columns of one table, the whole
+table for each column. Here numbers are copied once, out of their tables, to places of one file; those of a small batch are
+pickled with what is around them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import is_dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["SentBatch"]
 
 
 _LARGEST = 2**19
 """Bytes of tensors above which a batch goes through shared memory."""
+_ALIGNMENT = 64
 
 
 class SentBatch:
@@ -23,15 +29,14 @@ class SentBatch:
     def __reduce_ex__(self, protocol: Any) -> Any:
         from torch.utils.data import get_worker_info
 
-        if get_worker_info() is None or _tensor_bytes(vars(self)) > _LARGEST:
+        if get_worker_info() is None:
             return super().__reduce_ex__(protocol)
-        return _received, (_Object(type(self), _packed(vars(self))),)
-
-
-class _Array(NamedTuple):
-    """A tensor's numbers."""
-
-    values: Any
+        tensors: list[torch.Tensor] = []
+        _exchanged(vars(self), _is_copied, lambda x: tensors.append(x) or x)  # type: ignore[func-returns-value]
+        if sum(x.nbytes for x in tensors) <= _LARGEST:
+            return _received, (_Object(type(self), _exchanged(vars(self), _has_array, _array_of)), None)
+        memory = _SharedMemory(tensors)
+        return _received, (_Object(type(self), _exchanged(vars(self), _is_copied, memory.put)), memory.bytes)
 
 
 class _Object(NamedTuple):
@@ -41,6 +46,70 @@ class _Object(NamedTuple):
     attributes: dict[str, Any]
 
 
+class _Array(NamedTuple):
+    """A tensor's numbers."""
+
+    values: Any
+
+    def tensor(self, memory: torch.Tensor | None) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(self.values)
+
+
+class _Place(NamedTuple):
+    """Where in shared memory a tensor's numbers are."""
+
+    start: int
+    stop: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def tensor(self, memory: torch.Tensor | None) -> torch.Tensor:
+        assert memory is not None
+        return memory[self.start : self.stop].view(self.dtype).reshape(self.shape)
+
+
+class _SharedMemory:
+    """Memory for the numbers of some tensors that another process will have without a copy.
+
+    Attributes:
+        bytes: [n] uint8.
+    """
+
+    def __init__(self, tensors: list[torch.Tensor]) -> None:
+        import torch
+
+        num_bytes = sum(-(-x.nbytes // _ALIGNMENT) * _ALIGNMENT for x in tensors)
+        # As torch's own collation does, whose batches lie in shared memory from the start.
+        self.bytes = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(num_bytes))
+        self._end = 0
+
+    def put(self, value: torch.Tensor) -> _Place:
+        place = _Place(self._end, self._end + value.nbytes, value.dtype, value.shape)
+        place.tensor(self.bytes).copy_(value)
+        self._end = -(-place.stop // _ALIGNMENT) * _ALIGNMENT
+        return place
+
+
+def _is_copied(value: torch.Tensor) -> bool:
+    """Whether a tensor's numbers are sent, and not its own shared memory or what another class makes of it."""
+    import torch
+
+    is_plain = type(value) is torch.Tensor and value.layout == torch.strided and not value.requires_grad
+    return is_plain and value.device.type == "cpu" and not value.is_shared()
+
+
+def _has_array(value: torch.Tensor) -> bool:
+    import torch
+
+    return _is_copied(value) and value.dtype != torch.bfloat16
+
+
+def _array_of(value: torch.Tensor) -> _Array:
+    return _Array(value.numpy())
+
+
 def _is_own(value: Any) -> bool:
     """Whether a value is an object that may have tensors among its attributes, such as labels."""
     return (
@@ -48,39 +117,31 @@ def _is_own(value: Any) -> bool:
     )
 
 
-def _tensor_bytes(value: Any) -> int:
+def _exchanged(
+    value: Any, chosen: Callable[[torch.Tensor], bool], stand_in: Callable[[torch.Tensor], Any]
+) -> Any:
+    """Returns a value with a stand-in in the place of each of its chosen tensors."""
     import torch
 
     if isinstance(value, torch.Tensor):
-        return value.nbytes
+        return stand_in(value) if chosen(value) else value
     if isinstance(value, dict):
-        return sum(map(_tensor_bytes, value.values()))
+        return {name: _exchanged(one, chosen, stand_in) for name, one in value.items()}
     if isinstance(value, list):
-        return sum(map(_tensor_bytes, value))
-    return _tensor_bytes(vars(value)) if _is_own(value) else 0
+        return [_exchanged(one, chosen, stand_in) for one in value]
+    if _is_own(value):
+        return _Object(type(value), _exchanged(vars(value), chosen, stand_in))
+    return value
 
 
-def _packed(value: Any) -> Any:
-    import torch
-
-    if type(value) is torch.Tensor and value.dtype != torch.bfloat16 and not value.requires_grad:
-        return _Array(value.numpy())
-    if isinstance(value, dict):
-        return {name: _packed(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return list(map(_packed, value))
-    return _Object(type(value), _packed(vars(value))) if _is_own(value) else value
-
-
-def _received(value: Any) -> Any:
-    import torch
-
-    if isinstance(value, _Array):
-        return torch.from_numpy(value.values)
+def _received(value: Any, memory: torch.Tensor | None) -> Any:
+    """Returns what `_exchanged` was given."""
+    if isinstance(value, _Array | _Place):
+        return value.tensor(memory)
     if isinstance(value, _Object):
         out: Any = object.__new__(value.kind)
-        vars(out).update(_received(value.attributes))
+        vars(out).update(_received(value.attributes, memory))
         return out
     if isinstance(value, dict):
-        return {name: _received(one) for name, one in value.items()}
-    return list(map(_received, value)) if isinstance(value, list) else value
+        return {name: _received(one, memory) for name, one in value.items()}
+    return [_received(one, memory) for one in value] if isinstance(value, list) else value

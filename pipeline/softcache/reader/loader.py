@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from softcache.reader.cache import Cache, CachedBatch
 from softcache.reader.order import BlockShuffle, Request
-from softcache.runtime.signals import follow_loader, shield_loaders, signals_first
+from softcache.runtime.signals import shield_loaders, signals_first
 
 if TYPE_CHECKING:
     from typing import Self
@@ -133,8 +133,7 @@ class SoftLabelLoader:
         order.epoch, order.step = order.epoch + 1, 0
 
     def _open(self) -> DataLoader:
-        if self._workers:
-            shield_loaders()
+        follow = shield_loaders() if self._workers else None
         return DataLoader(
             self._dataset.unlabeled_dataset,
             batch_sampler=self._order,  # type: ignore[arg-type]
@@ -142,7 +141,7 @@ class SoftLabelLoader:
             num_workers=self._workers,
             multiprocessing_context="forkserver" if self._workers else None,
             persistent_workers=self._workers > 0,
-            worker_init_fn=follow_loader,
+            worker_init_fn=follow,
             pin_memory=self._pin_memory,
             # A loader draws a number whenever it starts; from torch's own stream, a resumed run's dropout would differ.
             generator=torch.Generator(),

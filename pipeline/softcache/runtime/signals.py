@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -117,14 +117,17 @@ def signals_first() -> Iterator[None]:
         raise
 
 
-def shield_loaders() -> None:
-    """Starts the process that forks loader processes, with SIGTERM blocked; to be called before the first loader.
+def shield_loaders() -> Callable[[int], None] | None:
+    """Starts the process that forks loader processes, with SIGTERM blocked; returns what each of these is to call first.
 
     Slurm, systemd and `timeout` signal all processes of a group: this one decides, and needs its loaders until a step ends.
-    Without `handle_signals` nothing is changed.
+    Without `handle_signals` nothing is changed, and None is returned: SIGTERM is how Python ends what a program has left
+    when it exits, and it asks once.
     """
-    if not _State.handled or threading.current_thread() is not threading.main_thread():
-        return
+    if not _State.handled:
+        return None
+    if threading.current_thread() is not threading.main_thread():
+        return follow_loader
     from multiprocessing import forkserver
 
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -132,6 +135,7 @@ def shield_loaders() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return follow_loader
 
 
 def follow_loader(worker: int = 0) -> None:

@@ -36,7 +36,6 @@ from softcache.labels.sparsify import LabelSettings
 from softcache.runtime.logging import count_found
 from softcache.runtime.signals import (
     defer_signals,
-    follow_loader,
     raise_if_signalled,
     shield_loaders,
     signals_first,
@@ -311,15 +310,14 @@ def _label_units(
         if item.num_samples == item.unit.stop - item.unit.start:
             writer.put(open_units.pop(item.unit.number))
 
-    if work.settings.workers:
-        shield_loaders()
+    follow = shield_loaders() if work.settings.workers else None
     loader = DataLoader(
         UnitBatches(work.data, work.labels.positions, shares_reads=work.manifest.plan.num_views > 1),
         batch_size=None,
         sampler=requests(),  # type: ignore[arg-type]
         num_workers=work.settings.workers,
         multiprocessing_context="forkserver" if work.settings.workers else None,
-        worker_init_fn=follow_loader,
+        worker_init_fn=follow,
         pin_memory=work.teacher.device.type == "cuda",
     )
     in_flight: deque[tuple[int, PendingLabels]] = deque()
