@@ -88,7 +88,7 @@ def test_a_cache_survives_pickling(shared_cache):
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_plain_dataloader_gives_batches_with_their_labels(shared_cache, workers):
     _, data, cache = shared_cache
-    dataset = SoftLabelDataset(data.train.source, cache, view=1)
+    dataset = SoftLabelDataset(data.train.source, cache)
     loader = DataLoader(
         dataset,
         batch_size=64,
@@ -96,15 +96,18 @@ def test_a_plain_dataloader_gives_batches_with_their_labels(shared_cache, worker
         collate_fn=None if workers else dataset.collate,
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
+        persistent_workers=workers > 0,  # they see the view of the next epoch, too
     )
-    seen = []
-    for batch in loader:
-        expected = cache.read(batch.samples, 1)
-        assert np.array_equal(batch.labels.to_numpy().ids, expected.ids)
-        assert torch.equal(batch.images, data.train.load(batch.samples, 1).images)
-        assert batch.targets.tolist() == [data.train.source.target(s) for s in batch.samples]
-        seen += batch.samples.tolist()
-    assert sorted(seen) == list(range(300))
+    for view in (1, 0):
+        dataset.view = view
+        seen = []
+        for batch in loader:
+            expected = cache.read(batch.samples, view)
+            assert np.array_equal(batch.labels.to_numpy().ids, expected.ids)
+            assert torch.equal(batch.images, data.train.load(batch.samples, view).images)
+            assert batch.targets.tolist() == [data.train.source.target(s) for s in batch.samples]
+            seen += batch.samples.tolist()
+        assert sorted(seen) == list(range(300))
 
 
 def test_single_items_and_mixed_views(shared_cache):

@@ -14,6 +14,7 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data._utils.collate import (
     default_collate_fn_map,  # as the docstring of `default_collate` adds to it
@@ -237,8 +238,6 @@ class FingerprintedSamples(BatchedDataset):
         """Returns [B] bool, which samples have their content checked whenever they are seen."""
         if self._check_share in (0.0, 1.0):
             return np.full(len(samples), self._check_share == 1.0)
-        import torch
-
         counters_B = torch.from_numpy(np.asarray(samples, np.int64) + 1) * SPLITMIX64_GAMMA
         drawn_B = (
             splitmix64(splitmix64(counters_B) + torch.tensor(view) * SPLITMIX64_GAMMA).numpy().view(np.uint64)
@@ -261,7 +260,7 @@ class SoftLabelDataset(BatchedDataset):
 
     Attributes:
         cache: where the labels are.
-        view: of an index that names none.
+        view: of an index that names none; loader processes that run already see another one, too.
         rows_of: [N] int64, the rows of each sample, where they are not the source's; else None.
         labeled_of: [N] int64, the rows of each sample that have a label; None: all of them.
         unlabeled_dataset: the half of the work that needs no cache.
@@ -284,12 +283,21 @@ class SoftLabelDataset(BatchedDataset):
         check_alignment(cache, self._data)
         if foreign_parts(cache):  # what they would have been compared by
             fingerprint_fraction = 1.0
-        self.cache, self.view = cache, view
+        # Shared, so that loader processes that outlive an epoch see the next one's view.
+        self.cache, self._view = cache, torch.tensor(view).share_memory_()
         self.rows_of: np.ndarray | None = None
         self.labeled_of = cache.rows.counts(np.arange(len(cache))) if cache.skips_positions else None
         self.unlabeled_dataset = FingerprintedSamples(
             self._data, fingerprint_fraction=fingerprint_fraction, fingerprint_first=fingerprint_first
         )
+
+    @property
+    def view(self) -> int:
+        return int(self._view)
+
+    @view.setter
+    def view(self, view: int) -> None:
+        self._view.fill_(view)
 
     def for_student(self, student: MatchedSamples) -> SoftLabelDataset:
         """Returns the dataset of the matched samples of a student, numbered as in the cache, with the labels here.
@@ -298,6 +306,7 @@ class SoftLabelDataset(BatchedDataset):
         another sample is refused.
         """
         dataset = copy(self)
+        dataset._view = self._view.clone().share_memory_()
         dataset.unlabeled_dataset = copy(self.unlabeled_dataset)
         dataset.unlabeled_dataset.student = student
         dataset.rows_of, dataset.labeled_of = student.rows_of, student.labeled_of

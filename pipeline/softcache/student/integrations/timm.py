@@ -149,8 +149,6 @@ class TimmDataset(TimmImages):
 
     def _open(self, source: Source, cache: Cache, views: Views) -> None:
         self._data = SoftLabelDataset(source, cache, views=views)
-        # Shared, so that loader processes that outlive an epoch see the next one's view.
-        self._view = torch.zeros((), dtype=torch.int64).share_memory_()
         labels = self._batch([0]).labels
         assert labels is not None
         self.rows = LabelRows.of(labels, mixed=views.settings.mixes)
@@ -161,11 +159,7 @@ class TimmDataset(TimmImages):
         self._data.cache.memmap(
             view
         )  # here: forked loader processes read materialized views, and materialize none themselves
-        self._view.fill_(view)
-
-    def _batch(self, indices: Any) -> ImageBatch:
-        view = int(self._view)
-        return self._data.fetch([(int(index), view) for index in indices])
+        self._data.view = view
 
     def _targets(self, batch: ImageBatch) -> torch.Tensor:
         assert batch.labels is not None
