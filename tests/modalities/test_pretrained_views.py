@@ -1,7 +1,6 @@
 """What a pretrained teacher was trained to see is the default of [views]; what cannot be right is refused."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ from softcache.errors import ConfigError, SpecError
 from softcache.models.preprocessing import pretrained_views
 from softcache.models.spec import parse_spec
 from softcache.reader import SoftLabelDataset, open_cache
-from softcache.runs import capture_labels, open_data, open_teacher
+from softcache.runs import capture_labels, open_data, open_teacher, train_teacher
 from softcache.teacher.class_map import output_names
 
 
@@ -133,17 +132,48 @@ def test_what_the_config_gives_stays_and_differences_are_logged(folder, caplog):
     assert "views.mean: [0.1, 0.2, 0.3] in the config" in caplog.text
 
 
-def test_a_teacher_that_is_trained_here_has_no_preprocessing_of_its_own(folder):
+def test_a_teacher_that_is_trained_from_scratch_has_no_preprocessing_of_its_own(folder):
     assert open_data(
         config_of(folder, {"size": 32}, train_teacher={"epochs": 1})
     ).views.settings == ViewSettings(size=32)
 
 
-def test_a_teacher_that_was_trained_here_has_none_either(folder, tmp_path):
-    shutil.copy(folder / "model.safetensors", tmp_path)
-    (tmp_path / "resolved.json").write_text("{}")
-    teacher = {"model": "timm:test_efficientnet", "weights": str(tmp_path / "model.safetensors")}
-    assert open_data(config_of(folder, {"size": 32}, teacher=teacher)).views.settings == ViewSettings(size=32)
+def test_a_pretrained_teacher_that_is_fine_tuned_has_it(folder, tmp_path):
+    tables = {
+        "teacher": {
+            "model": f"timm:test_efficientnet?checkpoint_path={folder / 'model.safetensors'}",
+            "weights": str(tmp_path / "photos/teacher/model.safetensors"),
+        },
+        "train_teacher": {"epochs": 1, "device": "cpu", "batch_size": 4},
+    }
+    before = open_data(config_of(folder, {"mean": [0.4]}, **tables)).views.settings
+    assert (before.size, before.mean, before.std) == (160, (0.4,), (0.229, 0.224, 0.225))
+
+
+def test_a_teacher_that_was_trained_here_sees_what_it_saw_then(folder, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO", logger="softcache")
+    monkeypatch.chdir(tmp_path)
+    weights = "runs/photos/teacher/model.safetensors"
+    teacher = {"model": "cnn?width=4", "weights": weights}
+    views = {"size": [24, 32], "eval_share": 0.8, "flip": 0.5, "mean": [0.4], "interpolation": "bicubic"}
+    first = config_of(
+        folder, views, teacher=teacher, train_teacher={"epochs": 1, "device": "cpu", "batch_size": 4}
+    )
+    data = open_data(first)
+    train_teacher(first, data)
+    assert open_data(first).views.settings == data.views.settings
+    assert "was trained" not in caplog.text  # all of it is in the config
+    again = open_data(config_of(folder, teacher=teacher)).views.settings
+    assert again.model_dump(exclude={"flip"}) == data.views.settings.model_dump(exclude={"flip"})
+    assert (
+        "views: as cnn?width=4 was trained: eval_share 0.8, interpolation bicubic, mean [0.4]" in caplog.text
+    )
+    other = open_data(config_of(folder, {"size": 20}, teacher=teacher)).views.settings
+    assert (other.size, other.mean) == (20, (0.4,))
+    assert "views.size: 20 in the config, and cnn?width=4 was trained with [24, 32]" in caplog.text
+    (tmp_path / "runs/photos/teacher/resolved.json").write_text('{"views": {"size": -1}}')
+    with pytest.raises(ConfigError, match=r"resolved\.json: views: .*train the teacher again"):
+        open_data(config_of(folder, teacher=teacher))
 
 
 @pytest.mark.parametrize("views", [{"mean": [123.675, 116.28, 103.53]}, {"std": [58.4]}, {"mean": [-0.1]}])

@@ -9,10 +9,21 @@ from softcache.errors import SpecError
 from softcache.models.hugging_face import hf_scheme
 from softcache.models.hugging_face_views import hf_views
 from softcache.models.spec import ModelSpec, unknown_name
-from softcache.models.timm_config import timm_config
+from softcache.models.timm_config import has_source, timm_config
 from softcache.models.torchvision_weights import published_weights
 
-__all__ = ["pretrained_views"]
+__all__ = ["is_pretrained", "pretrained_views"]
+
+
+def is_pretrained(parsed: ModelSpec) -> bool:
+    """Returns whether a spec of timm, torchvision or transformers comes with weights of its own."""
+    if scheme := hf_scheme(parsed):
+        return scheme != "hf-config"
+    if parsed.family == "timm":
+        return has_source(parsed.name) or bool(
+            parsed.args.get("pretrained") or parsed.args.get("checkpoint_path")
+        )
+    return parsed.family == "torchvision" and bool(parsed.args.get("weights"))
 
 
 def pretrained_views(

@@ -15,8 +15,9 @@ from softcache.errors import ConfigError, LabelError
 from softcache.hashing.digests import digest_json
 from softcache.models.hugging_face import hf_scheme, is_multi_label, num_hf_outputs
 from softcache.models.image import build_model
+from softcache.models.preprocessing import is_pretrained
 from softcache.models.spec import ModelSpec, parse_spec
-from softcache.models.timm_config import has_source, timm_config
+from softcache.models.timm_config import timm_config
 from softcache.models.weight_files import load_weights
 from softcache.runtime.linear import linear_float32
 from softcache.teacher.base import Dtype, Teacher, TeacherSettings
@@ -157,13 +158,8 @@ def load_image_teacher(
         SpecError: the model or its weights cannot be loaded.
     """
     parsed, scheme = parse_spec(settings.model), hf_scheme(parse_spec(settings.model))
-    pretrained = (
-        parsed.args.get("pretrained")
-        or parsed.args.get("weights")
-        or (parsed.family == "factory" and scheme != "hf-config")
-    )
     has_file = parsed.family == "timm" and bool(parsed.args.get("checkpoint_path"))
-    pretrained = pretrained or has_file or (parsed.family == "timm" and has_source(parsed.name))
+    pretrained = is_pretrained(parsed) or (parsed.family == "factory" and not scheme)
     if settings.weights is None and not pretrained:
         raise ConfigError(
             f"teacher.weights: missing, and {settings.model} would be random; give a weights file "

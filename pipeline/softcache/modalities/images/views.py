@@ -10,8 +10,9 @@ import torch
 
 from softcache.data.transforms import Views, ViewSettings
 from softcache.errors import ConfigError, SpecError
-from softcache.models.preprocessing import pretrained_views
+from softcache.models.preprocessing import is_pretrained, pretrained_views
 from softcache.models.spec import parse_spec
+from softcache.runtime.files import read_json
 from softcache.runtime.logging import log_info
 
 if TYPE_CHECKING:
@@ -26,18 +27,29 @@ TRIED = 4
 def views_of(config: RunConfig, channels: int) -> ViewSettings:
     """Returns the views of a config, with the teacher's own preprocessing where the config leaves it open.
 
-    A teacher that softcache trains or has trained from scratch ([train_teacher]) has none: it sees images of [views]. What
-    differs is logged.
+    That is what its weights come with, or what the run of softcache saw that trained them. A teacher that [train_teacher]
+    trains from scratch has none: it sees images of [views]. What differs is logged.
 
     Args:
         channels: of the source's images.
+
+    Raises:
+        ConfigError: the settings of the run that trained the weights cannot be read.
     """
     settings, teacher = config.views, config.teacher
-    if teacher is None or config.train_teacher is not None or is_trained_here(teacher.weights):
+    if teacher is None:
         return settings
-    given = settings.model_fields_set
-    found = pretrained_views(parse_spec(teacher.model), given, teacher.weights)
-    for key in found.keys() & {"mean", "std"} if channels != 3 else ():
+    given, parsed = settings.model_fields_set, parse_spec(teacher.model)
+    is_own = is_trained_here(teacher.weights)
+    if is_own:
+        found = _trained_views(str(teacher.weights), settings)
+    elif config.train_teacher is None:
+        found = pretrained_views(parsed, given, teacher.weights)
+    elif is_pretrained(parsed):
+        found = pretrained_views(parsed, given)
+    else:
+        return settings
+    for key in found.keys() & {"mean", "std"} if channels != 3 and not is_own else ():
         # Of other channels than those of RGB, the weights are sums or copies.
         found[key] = (float(np.mean(found[key])),)
     if "interpolation" in found and found["interpolation"] not in ("bilinear", "bicubic"):
@@ -54,7 +66,7 @@ def views_of(config: RunConfig, channels: int) -> ViewSettings:
     filled = {key: value for key, value in found.items() if key not in given}
     if filled:
         as_what = f"as {teacher.model} was trained"
-        if teacher.weights is not None:
+        if teacher.weights is not None and not is_own and config.train_teacher is None:
             as_what = (
                 f"as the weights that {teacher.model} comes with were trained (set what yours saw otherwise)"
             )
@@ -62,9 +74,34 @@ def views_of(config: RunConfig, channels: int) -> ViewSettings:
     return ViewSettings.model_validate(settings.model_dump(exclude_unset=True) | filled)
 
 
+def _trained_views(weights: str, settings: ViewSettings) -> dict[str, Any]:
+    """Returns the keys of the plain view in which the run that trained the weights differs from these settings."""
+    path, ways_out = _run_of(weights), "train the teacher again, or move its weights to another folder"
+    run = read_json(path, ways_out, error=ConfigError)
+    stored = run.get("views")
+    if (
+        not stored or {"views", "source"} & (run.get("student") or {}).keys()
+    ):  # a student that saw something else
+        return {}
+    try:
+        then = ViewSettings.model_validate({key: stored[key] for key in PLAIN_KEYS if key in stored})
+    except ValueError as error:
+        raise ConfigError(f"{path}: views: {' '.join(str(error).split())[:200]}; {ways_out}") from error
+    keys = PLAIN_KEYS if then.size is not None else ("size", "mean", "std")
+    return {key: getattr(then, key) for key in keys if getattr(then, key) != getattr(settings, key)}
+
+
+PLAIN_KEYS = ("size", "fit", "interpolation", "geometry", "eval_share", "mean", "std")
+"""Keys of [views] that make the plain view."""
+
+
 def is_trained_here(weights: str | None) -> bool:
     """Returns whether weights are in the folder of a training run of softcache's, made on its own [views]."""
-    return weights is not None and (Path(weights.partition("#")[0]).parent / "resolved.json").is_file()
+    return weights is not None and _run_of(weights).is_file()
+
+
+def _run_of(weights: str) -> Path:
+    return Path(weights.partition("#")[0]).parent / "resolved.json"
 
 
 def _shown(value: Any) -> str:
