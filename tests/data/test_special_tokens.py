@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from softcache.data.sources import source_settings
 from softcache.data.sources.text.packing import Account, Encoded, cut_documents
 from softcache.data.sources.text.source import open_text
-from softcache.data.sources.text.tokenizer import special_tokens
+from softcache.data.sources.text.tokenizer import special_tokens, train_byte_level
 from softcache.data.tokens import TokenData
 from softcache.errors import SourceError, SpecError
 from tests.data.test_text_source import WORDS, save_tokenizer, write_texts
@@ -121,6 +121,20 @@ def test_a_sample_ends_before_a_prefix_that_leads_to_nothing(opened, tmp_path):
 def test_a_length_that_holds_no_row_is_refused(opened, tmp_path):
     with pytest.raises(SourceError, match=r"source\.seq_len: 2 holds no row after the 1 tokens"):
         opened(["w10 w11"], with_bos(tmp_path / "t"), seq_len=2)
+
+
+def test_letters_of_a_special_token_are_made_anew_where_the_tokenizer_takes_them_apart(opened, tmp_path):
+    """Which is a setting of the tokenizer, and no part of its vocabulary."""
+    backend = train_byte_level(["a few words"], special_tokens=["<end>"], vocab_size=257, min_frequency=1)
+    for splits, length in ((False, 6), (True, 10)):
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, eos_token="<end>", split_special_tokens=splits
+        )
+        tokenizer.save_pretrained(str(tmp_path / "t"))
+        source = opened(["ab<end>cd"], str(tmp_path / "t"))
+        assert len(source.sample(0).tokens) == length
+        theirs = AutoTokenizer.from_pretrained(str(tmp_path / "t"))("ab<end>cd")["input_ids"]
+        assert source.sample(0).tokens.tolist() == [*theirs, 0]
 
 
 @pytest.mark.parametrize(("bos", "expected"), [("auto", 1), (True, 1), (False, 0)])

@@ -36,9 +36,9 @@ class TextSettings(SourceSettings):
     "best_fit" for what has a prompt, which is never cut from its answer.
 
     Attributes:
-        tokenizer: name on the hub, or folder; "bytes": UTF-8 bytes.
+        tokenizer: name on the hub, folder, or `bpe?vocab_size=4096&min_frequency=2`, trained once on the documents.
         seq_len: tokens of a sample.
-        chat_template: a Jinja template, or a file of one, in place of that of the tokenizer.
+        chat_template: a file of a Jinja template, in place of that of the tokenizer.
         template_args: arguments of the template, such as `enable_thinking`.
         tools: a JSON file of the tools that all chats have.
         data_dir: where tokenized documents are kept, to be used again.

@@ -79,6 +79,7 @@ def open_text(settings: TextSettings, *, split: Split) -> TokenSource:
         "chat": [tokenizer["chat_template"], settings.template_args, read_tools(settings)]
         if settings.may_have_chats
         else None,
+        **{name: tokenizer[name] for name in ("split_special_tokens",) if name in tokenizer},
         "seq_len": settings.seq_len,
         "packing": settings.cut,
         "max_samples": settings.max_samples(split),
@@ -99,7 +100,8 @@ def _tokenize(
     """Builds the table."""
     tokenizer = load_tokenizer(settings)
     name, account = documents.name, Account()
-    depends_on = {key: made_from[key] for key in ("tokenizer", "prefix", "suffix", "bos", "chat")}
+    names = ("tokenizer", "split_special_tokens", "prefix", "suffix", "bos", "chat")
+    depends_on = {key: made_from[key] for key in names if key in made_from}
     encoder, unknown = ShardedEncoder(tokenizer, settings, around, depends_on), UnknownTokens(tokenizer)
 
     mixture = documents if isinstance(documents, MixtureDocuments) else None

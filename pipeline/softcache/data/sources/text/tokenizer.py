@@ -223,7 +223,10 @@ def describe_tokenizer(settings: TextSettings) -> dict[str, Any]:
 
 def _described_tokenizer(tokenizer: Any, bos: Literal["auto"] | bool, name: str) -> dict[str, Any]:
     around = special_tokens(tokenizer, bos=bos, of=f"source.tokenizer {name!r}")
+    # Of a tokenizer, no part of its vocabulary: what it makes of the letters of a special token.
+    splits = {"split_special_tokens": True} if getattr(tokenizer, "split_special_tokens", False) else {}
     return {
+        **splits,
         "digest": digest_tokenizer(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
         "prefix": list(around.prefix),
