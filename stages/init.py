@@ -29,6 +29,8 @@ TEMPLATES = Path(__file__).resolve().parent.parent / "configs"
 TASKS = {"image": "imagefolder", "text": "hf-causal-lm"}
 DATA_KEYS = ("root", "path")
 """Of `[source]`: where the data are, in a template whose data do not come with it."""
+IMAGE_FILES = {".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".tar": "webdataset"}
+"""Ends of names of files of images and labels, and the sources that read them."""
 HUB_SOURCES = "hf", "rollouts"
 FILES = ".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tar", ".tsv", ".txt"
 """Ends of names of files, which no data set on the hub is looked for under."""
@@ -43,7 +45,7 @@ FILES = ".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tar", ".tsv", ".txt"
 @click.option(
     "--data",
     metavar="PATH",
-    help="Folder of images (train/CLASS/*, eval/CLASS/*); file, folder or hub name of texts.",
+    help="Images: a folder (train/CLASS/*, eval/CLASS/*), or tar, Parquet, CSV. Texts: a file, folder or hub name.",
 )
 @click.option(
     "--teacher", metavar="SPEC", help="The teacher, such as timm:resnet50?pretrained=true or hf:NAME."
@@ -155,8 +157,13 @@ def _filled(text: str, data: str | None, teacher: str | None, student: str | Non
         key = next((key for key in DATA_KEYS if source and re.search(rf"^{key} = ", source[0], re.M)), None)
         if source is None or key is None:
             raise ConfigError(f"--data {data}: the data of this template come with it; leave it out")
-        _check_data(data, key, has_hub=tomllib.loads(source[0])["source"]["name"] in HUB_SOURCES)
-        folder = Path(data).expanduser()
+        folder, name = Path(data).expanduser(), tomllib.loads(source[0])["source"]["name"]
+        if name == "imagefolder" and (kind := _kind_of_images(data)) is not None:
+            key, name = "path", kind
+            text = _without_keys(_with_key(text, "source", "name", json.dumps(name)), "source", "root")
+            if split := _held_out_split(folder):
+                text = _with_key(text, "source", "eval_split", json.dumps(split))
+        _check_data(data, key, has_hub=name in HUB_SOURCES)
         text = _with_key(text, "source", key, json.dumps(data))
         if key == "path":
             text = _without_keys(text, "source", "subset")
@@ -165,7 +172,7 @@ def _filled(text: str, data: str | None, teacher: str | None, student: str | Non
         if key == "root" and kept and 0 < (classes := _class_folders(folder)) < int(kept[1]):
             text = _with_key(text, "labels", "k", str(classes))
         has_classes = not (folder / "train").is_dir() and _class_folders(folder) > 0
-        if 'name = "imagefolder"' in source[0] and has_classes:
+        if name == "imagefolder" and has_classes:
             text = _with_key(text, "source", "eval_share", "0.1")
     if teacher is not None:
         text = _with_key(text, "teacher", "model", json.dumps(teacher))
@@ -180,6 +187,33 @@ def _filled(text: str, data: str | None, teacher: str | None, student: str | Non
         text = _with_key(text, "student", "model", json.dumps(student))
         text = _without_keys(text, "student", "models")
     return text
+
+
+def _kind_of_images(data: str) -> str | None:
+    """Returns the source that reads files of images and labels, by their names; None of folders of classes."""
+    from softcache.data.sources.files import suffix_of
+
+    path = Path(data).expanduser()
+    if not path.is_dir():
+        return IMAGE_FILES.get(suffix_of(data))
+    if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
+        return "hf"
+    if _class_folders(path):
+        return None
+    kinds = {IMAGE_FILES.get(suffix_of(file.name)) for file in path.iterdir()} - {
+        None,
+        "csv",
+    }  # which may be beside photos
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def _held_out_split(folder: Path) -> str | None:
+    """Returns the name of the held-out split of a folder of `DatasetDict.save_to_disk`; None where there is none."""
+    from softcache.data.sources.images.image_folder import EVAL_FOLDERS
+
+    if not (folder / "dataset_dict.json").is_file():
+        return None
+    return next((name for name in EVAL_FOLDERS if (folder / name).is_dir()), None)
 
 
 def _check_data(data: str, key: str, *, has_hub: bool) -> None:

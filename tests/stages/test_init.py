@@ -240,3 +240,34 @@ def test_a_folder_of_class_folders_alone_has_a_share_held_out(run, tmp_path):
         assert done.exit_code == 0, done.output
         assert tomllib.loads((tmp_path / f"{data}.toml").read_text())["source"].get("eval_share") == expected
         load_config(tmp_path / f"{data}.toml")
+
+
+@pytest.mark.parametrize(
+    ("files", "data", "expected"),
+    [
+        (["saved/dataset_info.json", "saved/state.json"], "saved", {"name": "hf", "path": "saved"}),
+        (
+            ["both/dataset_dict.json", "both/train/state.json", "both/validation/state.json"],
+            "both",
+            {"name": "hf", "path": "both", "eval_split": "validation"},
+        ),
+        (["rows/a.parquet", "rows/b.parquet", "rows/README.md"], "rows", {"name": "parquet", "path": "rows"}),
+        (["rows/a.parquet"], "rows/a.parquet", {"name": "parquet", "path": "rows/a.parquet"}),
+        (["tars/a-00.tar"], "tars/a-{00..00}.tar", {"name": "webdataset", "path": "tars/a-{00..00}.tar"}),
+        (["tars/a-00.tar"], "tars", {"name": "webdataset", "path": "tars"}),
+        (
+            ["photos/1.jpg", "photos/labels.csv"],
+            "photos/labels.csv",
+            {"name": "csv", "path": "photos/labels.csv"},
+        ),
+        (["photos/train/a/1.jpg", "photos/labels.csv"], "photos", {"name": "imagefolder", "root": "photos"}),
+    ],
+)
+def test_images_are_read_by_what_holds_them(run, tmp_path, files, data, expected):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    done = run("--task", "image", "--data", data)
+    assert done.exit_code == 0, done.exception
+    assert tomllib.loads((tmp_path / "softcache.toml").read_text())["source"] == expected
+    load_config(tmp_path / "softcache.toml")
