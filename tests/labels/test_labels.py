@@ -290,6 +290,26 @@ def test_conversion_shares_memory_but_not_with_read_only_arrays():
     assert arrays.to_torch("cpu").is_torch
 
 
+def test_what_is_pinned_is_no_more_than_the_labels(monkeypatch):
+    """torch pins all from a tensor's first number to its last, and copies what does not lie together once more."""
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    labels = make_labels(num_positions=40)
+    table = np.zeros((40, 100))  # a memory map's: all columns of a row lie together
+    names = ("log_probs", "log_tail", "target_log_prob")
+    arrays, start = {}, 0
+    for name in names:
+        values = getattr(labels, name).numpy().reshape(40, -1)
+        table[:, start : start + values.shape[1]] = values
+        column = table[:, start : start + values.shape[1]]
+        arrays[name], start = column.reshape(getattr(labels, name).shape), start + values.shape[1]
+    found = dataclasses.replace(labels.to_numpy(), **arrays).pin_memory()
+    assert len(pinned) == 5
+    for name in names:
+        assert torch.equal(getattr(found, name), getattr(labels, name))
+    assert all(x.is_contiguous() and x.untyped_storage().nbytes() == x.nbytes for x in pinned)
+
+
 def test_bfloat16_becomes_float32_in_numpy():
     labels = make_labels()
     labels = dataclasses.replace(labels, log_probs=labels.log_probs.bfloat16())

@@ -6,7 +6,7 @@ from typing import Any
 
 from array_api_compat import is_numpy_array, is_torch_array
 
-__all__ = ["Array", "as_numpy", "as_torch", "row_index", "rows"]
+__all__ = ["Array", "as_numpy", "as_pinned", "as_torch", "row_index", "rows"]
 
 Array = Any  # a NumPy array or a torch tensor
 
@@ -40,6 +40,12 @@ def as_torch(x: Array, device: Any = None, *, non_blocking: bool = False) -> Arr
     if is_numpy_array(x):
         x = torch.from_numpy(x if x.flags.writeable else x.copy())
     return x if device is None else x.to(device, non_blocking=non_blocking)
+
+
+def as_pinned(x: Array) -> Array:
+    """Returns a tensor in page-locked memory, its numbers next to each other: those of a column of a table would keep the
+    memory of the whole table, and be copied once more, waiting, on their way to a GPU."""
+    return as_torch(x).contiguous().pin_memory()
 
 
 def as_numpy(x: Array) -> Array:

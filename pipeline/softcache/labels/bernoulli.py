@@ -18,7 +18,7 @@ import numpy as np
 from array_api_compat import array_namespace, is_numpy_array, is_torch_array
 
 from softcache.errors import LabelError, TemperatureError
-from softcache.labels.arrays import Array, as_numpy, as_torch, row_index, rows
+from softcache.labels.arrays import Array, as_numpy, as_pinned, as_torch, row_index, rows
 from softcache.labels.base import LabelsBase
 from softcache.labels.validate import check_array, check_compatible, join_columns
 
@@ -140,7 +140,7 @@ class BernoulliLabels(LabelsBase):
 
     def pin_memory(self) -> Self:
         """The record in page-locked memory."""
-        return self.map_arrays(lambda x: as_torch(x).pin_memory())
+        return self.map_arrays(as_pinned)
 
     def map_arrays(self, function: Callable[[Array], Array]) -> Self:
         """The record with a function applied to each of its arrays."""

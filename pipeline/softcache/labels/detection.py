@@ -18,7 +18,7 @@ from typing import Any, Self
 import numpy as np
 
 from softcache.errors import LabelError
-from softcache.labels.arrays import Array, as_numpy, as_torch, row_index, rows
+from softcache.labels.arrays import Array, as_numpy, as_pinned, as_torch, row_index, rows
 from softcache.labels.base import LabelsBase
 from softcache.labels.bernoulli import BernoulliLabels, SoftenedBernoulli
 from softcache.labels.join import concat
@@ -131,7 +131,7 @@ class DetectionLabels(LabelsBase):
 
     def pin_memory(self) -> Self:
         """The record in page-locked memory."""
-        return self._with(self.labels.pin_memory(), lambda x: as_torch(x).pin_memory())
+        return self._with(self.labels.pin_memory(), as_pinned)
 
     def with_arrays(self, arrays: Mapping[str, Array]) -> Self:
         """The same record of other positions, unchecked; see `SoftLabels.with_arrays`."""

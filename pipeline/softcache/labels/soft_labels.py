@@ -22,7 +22,7 @@ import numpy as np
 from array_api_compat import array_namespace, is_torch_array
 
 from softcache.errors import TemperatureError
-from softcache.labels.arrays import Array, as_numpy, as_torch, row_index, rows
+from softcache.labels.arrays import Array, as_numpy, as_pinned, as_torch, row_index, rows
 from softcache.labels.base import LabelsBase, dense_log_probs
 from softcache.labels.sampling import Sampling
 from softcache.labels.tail import log_sum_exp
@@ -153,7 +153,7 @@ class SoftLabels(LabelsBase):
 
     def pin_memory(self) -> Self:
         """The record in page-locked memory (what a torch `DataLoader(pin_memory=True)` calls)."""
-        return self._derived(lambda x: x.pin_memory()) if self.is_torch else self.to_torch().pin_memory()
+        return self._derived(as_pinned)
 
     def at_temperature(self, T: Any, *, max_tail_error: float | None = None) -> SoftenedLabels:
         """The distribution softened to temperature T: log p_j^(1/T) - log Z(T), kept classes and tail.

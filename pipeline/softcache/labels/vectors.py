@@ -20,7 +20,7 @@ import numpy as np
 from array_api_compat import is_torch_array
 
 from softcache.errors import LabelError
-from softcache.labels.arrays import Array, as_numpy, as_torch, row_index, rows
+from softcache.labels.arrays import Array, as_numpy, as_pinned, as_torch, row_index, rows
 from softcache.labels.validate import check_compatible, join_columns
 from softcache.runtime.display import Displayed, Summary
 from softcache.runtime.indexing import row_numbers
@@ -212,7 +212,7 @@ class VectorLabels(Displayed):
 
     def pin_memory(self) -> Self:
         """The record in page-locked memory."""
-        return self._mapped(lambda x: as_torch(x).pin_memory())
+        return self._mapped(as_pinned)
 
     def with_arrays(self, arrays: Mapping[str, Array]) -> Self:
         """The same record of other positions, unchecked; see `SoftLabels.with_arrays`."""
