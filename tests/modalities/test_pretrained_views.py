@@ -115,6 +115,17 @@ def test_a_published_file_is_known_by_its_name():
     assert pretrained_views(detector, weights="mine.pth") == {}  # which is refused for what it is
 
 
+def test_models_that_scale_images_themselves_do_so_only_where_torchvision_loads_their_weights():
+    published = "inception_v3_google-0cc3c7bd.pth"
+    net = models.inception_v3(init_weights=False, aux_logits=False)
+    image = torch.rand(1, 3, 299, 299)
+    for query in ("", "?transform_input=true"):
+        views = pretrained_views(parse_spec(f"torchvision:inception_v3{query}"), weights=published)
+        mean, std = (torch.tensor(views[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+        net.transform_input = bool(query)
+        torch.testing.assert_close(net._transform_input((image - mean) / std), image * 2 - 1)
+
+
 @pytest.mark.parametrize("query", ["?weights=COCO_WITH_VOC_LABELS_V1", ""])
 def test_models_of_segmentation_have_mean_and_std(query):
     views = pretrained_views(

@@ -4,12 +4,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torchvision import models
 
 from softcache.errors import ConfigError, LabelError, SpecError
+from softcache.losses import LossSettings
 from softcache.models.image import Normalize, build_model
 from softcache.models.spec import architecture_of, is_same_origin, parse_spec
 from softcache.models.weight_files import load_weights
 from softcache.models.weights import count_parameters, select_device
+from softcache.student.tasks import ImageTask
 from softcache.teacher.base import TeacherSettings
 from softcache.teacher.image import ImageTeacher, load_image_teacher
 
@@ -61,6 +64,41 @@ def test_arguments_are_json_scalars_or_text():
 def test_a_wrong_spec_names_what_is_wrong(spec, match):
     with pytest.raises(SpecError, match=match):
         build_model(spec, num_classes=7, input_shape=SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("spec", "match"),
+    [
+        (
+            "timm:vit_tiny_patch16_224",
+            r"images of \(3, 32, 32\): AssertionError: Input height \(32\) doesn't match model",
+        ),
+        ("torchvision:vit_b_32", r"images of \(3, 32, 32\): AssertionError: Wrong image height"),
+    ],
+)
+def test_a_size_that_a_model_does_not_take_is_refused_when_it_is_built(spec, match):
+    with pytest.raises(SpecError, match=match):
+        build_model(spec, num_classes=5, input_shape=(3, 32, 32))
+
+
+def test_what_is_built_is_to_be_trained():
+    model = build_model("timm:test_resnet", num_classes=5, input_shape=(3, 32, 32))
+    assert all(module.training for module in model.modules())
+    assert float(model.get_buffer("bn1.running_mean").abs().sum()) == 0
+    model(torch.zeros(2, 3, 32, 32)).sum().backward()
+
+
+def test_auxiliary_heads_are_named():
+    task = ImageTask(lambda: None, [], torch.nn.Identity(), 5, LossSettings())
+    model = models.googlenet(num_classes=5, init_weights=False)
+    with pytest.raises(
+        SpecError, match=r"found GoogLeNetOutputs; leave out its auxiliary heads: add aux_logits=false"
+    ):
+        task.logits(model, torch.zeros(2, 3, 224, 224))
+    built = build_model(
+        "torchvision:googlenet?aux_logits=false&init_weights=false", num_classes=5, input_shape=(3, 64, 64)
+    )
+    assert task.logits(built, torch.zeros(2, 3, 64, 64)).shape == (2, 5)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".wrapped.pt"])

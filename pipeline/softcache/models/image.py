@@ -63,6 +63,10 @@ def build_model(
             isinstance(parameter, UninitializedParameter) for parameter in model.parameters()
         ):
             model(torch.zeros(2, *input_shape))  # lazy modules take their shapes from a first batch
+        if parsed.family in ("timm", "torchvision"):
+            with torch.no_grad():  # a size that it does not take is refused here
+                model.eval()(torch.zeros(1, *input_shape))
+            model.train()
         return model
     except (SpecError, MissingExtraError):
         raise

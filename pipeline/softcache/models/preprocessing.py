@@ -113,17 +113,24 @@ def _of_torchvision(parsed: ModelSpec, file: str | None) -> dict[str, Any]:
     if weights is None:
         return {}
     transforms: Any = weights.transforms()
+    mean, std = tuple(transforms.mean), tuple(transforms.std)
+    if parsed.name in OWN_SCALE and not {"weights", "transform_input"} & parsed.args.keys():
+        mean, std = (0.5,) * 3, (0.5,) * 3
     views = {
         "geometry": "torchvision",
         "interpolation": transforms.interpolation.value,
-        "mean": tuple(transforms.mean),
-        "std": tuple(transforms.std),
+        "mean": mean,
+        "std": std,
     }
     if not hasattr(transforms, "crop_size"):  # of segmentation: whole images of any shape
         return views
     size, resized = _side(transforms.crop_size), _side(transforms.resize_size)
     share = size / resized if isinstance(size, int) and isinstance(resized, int) else 1.0
     return views | {"size": size, "eval_share": share}
+
+
+OWN_SCALE = ("googlenet", "inception_v3")
+"""Models that turn ImageNet's normalization into -1..1 themselves, but only where torchvision loads their weights."""
 
 
 def _side(size: Any) -> int | tuple[int, int]:

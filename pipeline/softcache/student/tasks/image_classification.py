@@ -94,9 +94,11 @@ class ImageTask(PlainTask):
         expected = (len(images_BCHW), self.num_classes)
         if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
             found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            way_out = f"pass --student with {self.num_classes} outputs, or rebuild the cache for its classes"
+            if any(name.startswith("aux_logits") for name in getattr(logits, "_fields", ())):
+                way_out = "leave out its auxiliary heads: add aux_logits=false to its spec"
             raise SpecError(
-                f"student: expected logits of shape {expected} (batch, classes of the labels); found {found}; "
-                f"pass --student with {self.num_classes} outputs, or rebuild the cache for its classes"
+                f"student: expected logits of shape {expected} (batch, classes of the labels); found {found}; {way_out}"
             )
         return logits
 
