@@ -511,6 +511,19 @@ def test_a_model_of_the_hub_is_compared_by_its_tokenizer_there(labeled, tmp_path
     trainer_of(labeled, tmp_path, model)
 
 
+def test_a_compiled_forward_is_refused_and_a_compiled_backbone_learns(labeled, tmp_path, monkeypatch):
+    """torch.compile would trace the loss, and fails in it."""
+    for name in ("BACKEND", "MODE"):
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")  # which TrainingArguments sets for good
+    with pytest.raises(ConfigError, match=r"torch_compile .* model\.model\.compile\(\)"):
+        trainer_of(labeled, tmp_path, settings={"torch_compile": True})
+    monkeypatch.undo()
+    model = llama()
+    model.model.compile(backend="eager")
+    found, expected = (trained(labeled, tmp_path, one)[0] for one in (model, llama()))
+    assert_same(found, expected, **ROUNDING)
+
+
 def test_processes_that_would_weigh_rows_by_themselves_are_refused(labeled, tmp_path, monkeypatch):
     """A process without a sample in the last batch would divide by none of its rows."""
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))

@@ -6,6 +6,7 @@ import torch
 
 pytest.importorskip("trl")
 
+from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from trl import SFTConfig, SFTTrainer
@@ -287,6 +288,26 @@ def test_adapters_of_its_peft_config_learn(labeled, exported, tmp_path):
 def test_arguments_that_do_not_fit_are_refused(labeled, exported, tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         trainer_of(labeled, tmp_path, exported, settings=settings)
+
+
+def test_a_held_out_source_is_evaluated_as_its_rows(labeled, exported, tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    held_out = open_text(labeled[1], split="eval")
+    rows = to_hf_dataset(None, held_out)
+    trainer = trainer_of(labeled, tmp_path, exported, eval_dataset={"source": held_out, "rows": rows})
+    found = trainer.evaluate()
+    assert found["eval_source_loss"] == found["eval_rows_loss"] > 0
+    with pytest.raises(ConfigError, match=r"DistillSFTTrainer\.predict: .* use evaluate\(\)"):
+        trainer.predict(rows)
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "eval_dataset"])
+def test_datasets_of_texts_are_refused(labeled, exported, tmp_path, name):
+    texts = Dataset.from_dict({"text": ["a", "b"]})
+    with pytest.raises(ConfigError, match=rf"{name} has no input_ids and labels; .* found columns text"):
+        trainer_of(labeled, tmp_path, exported, **{name: texts})
+    with pytest.raises(ConfigError, match=rf"{name} has no input_ids and labels; .* found list"):
+        trainer_of(labeled, tmp_path, exported, **{name: ["a"]})
 
 
 def test_a_collator_of_the_user_is_refused(labeled, exported, tmp_path):

@@ -35,7 +35,7 @@ from softcache.student.integrations.huggingface.dataset import SOFT_COLUMNS, Sof
 from softcache.student.integrations.huggingface.loss import check_loss, check_stall, loss_of
 from softcache.student.integrations.huggingface.mixin import DistillationMixin
 from softcache.student.integrations.huggingface.order import KeepOrder
-from softcache.student.integrations.huggingface.validate import refuse_untested
+from softcache.student.integrations.huggingface.validate import refuse_compiled, refuse_untested
 from softcache.student.integrations.validate import check_cache
 from softcache.student.tasks import LossSettings
 
@@ -67,7 +67,8 @@ class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
         cache: of that source, complete.
         source: the training split that was labeled.
         train_dataset: rows of `to_hf_dataset(cache, source)`, chosen by the user; all of them by default.
-        eval_dataset: `to_hf_dataset(None, held_out_source)`, or a dict of them; eval_loss is the negative log-likelihood.
+        eval_dataset: a held-out source, its `to_hf_dataset(None, held_out_source)`, or a dict of them; eval_loss is the
+            negative log-likelihood.
         temperature, alpha, loss: as for `DistillTrainer`.
         processing_class: as for `DistillTrainer`.
         trainer: what else SFTTrainer takes.
@@ -96,6 +97,9 @@ class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
         check_loss(self._loss, cache)
         data: Any = as_teacher_saw(source, cache)
         args = SFTConfig() if args is None else copy(args)
+        rows = to_hf_dataset(cache, source) if train_dataset is None else train_dataset
+        check_rows(rows, "train_dataset", "to_hf_dataset(cache, source)")
+        eval_dataset = _held_out(eval_dataset)
         _refuse(args, trainer, data.source)
         # SFTTrainer would write the dataset anew, cut to max_length, and nothing is to be cut.
         args.dataset_kwargs = {"skip_prepare_dataset": True}
@@ -108,7 +112,7 @@ class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
         super().__init__(
             model=model,
             args=args,
-            train_dataset=to_hf_dataset(cache, source) if train_dataset is None else train_dataset,
+            train_dataset=rows,
             eval_dataset=eval_dataset,
             data_collator=SoftLabelCollator(cache),
             processing_class=processing_class,
@@ -149,6 +153,32 @@ class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
+def _held_out(given: Any) -> Any:
+    """Returns evaluation datasets as rows.
+
+    Raises:
+        ConfigError: they are neither sources nor rows.
+    """
+    if isinstance(given, dict):
+        return {name: _held_out(part) for name, part in given.items()}
+    if isinstance(given, TokenSource | TokenData):
+        return to_hf_dataset(None, given)
+    if given is not None:
+        check_rows(given, "eval_dataset", 'to_hf_dataset(None, open_text(settings, split="eval"))')
+    return given
+
+
+def check_rows(dataset: Any, name: str, expected: str) -> None:
+    """Raises ConfigError where a dataset has no tokens, such as one of texts."""
+    columns = getattr(dataset, "column_names", ())
+    if columns is not None and not {"input_ids", "labels"} <= set(columns):
+        found = f"columns {', '.join(columns)}" if columns else type(dataset).__name__
+        raise ConfigError(
+            f"DistillSFTTrainer: {name} has no input_ids and labels; expected rows of {expected}, which are in the tokens "
+            f"that were labeled; found {found}"
+        )
+
+
 def _refuse(args: SFTConfig, trainer: dict[str, Any], source: TokenSource) -> None:
     for name in [name for name in IGNORED_BY_LOSS if trainer.get(name) is not None]:
         raise ConfigError(
@@ -159,6 +189,7 @@ def _refuse(args: SFTConfig, trainer: dict[str, Any], source: TokenSource) -> No
             f"DistillSFTTrainer: {args.world_size} processes, which was never tested here; expected one; use "
             "DistillTrainer, which takes one process per device"
         )
+    refuse_compiled(args, "DistillSFTTrainer")
     if args.packing:
         raise ConfigError(
             "DistillSFTTrainer: packing would part tokens from their labels; samples are packed by the source already: set "

@@ -10,6 +10,7 @@ from torch import nn
 
 from softcache.data.sources.text.source import TokenSource
 from softcache.data.tokens import TokenBatch
+from softcache.errors import ConfigError
 from softcache.losses import LossMix
 from softcache.reader.cache import Cache
 from softcache.runtime.distributed import max_over_ranks
@@ -105,3 +106,14 @@ class DistillationMixin:
         if self._loss.adapts and self._mix is not None and "loss" in logs:
             logs = logs | {"temperature": float(self._mix.temperature), "alpha": self._mix.alpha}
         super().log(logs, *args, **kwargs)  # type: ignore[misc]
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses: predictions are [samples, positions, V] logits, which nothing here makes.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            f"{type(self).__name__}.predict: it would keep the logits of every position, V numbers each; use evaluate() for "
+            "the loss, or trainer.model.generate() for text"
+        )

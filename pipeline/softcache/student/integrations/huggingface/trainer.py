@@ -288,17 +288,6 @@ class DistillTrainer(DistillationMixin, Trainer):
         found: tuple[torch.Tensor, torch.Tensor] = self.model_wrapped(Call(partial(student.scores, batch)))
         return found
 
-    def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuses: predictions are [samples, positions, V] logits, which nothing here makes.
-
-        Raises:
-            ConfigError: always.
-        """
-        raise ConfigError(
-            "DistillTrainer.predict: it would keep the logits of every position, V numbers each; use evaluate() for the "
-            "loss, or trainer.model.generate() for text"
-        )
-
 
 def is_token(batch: TokenBatch) -> torch.Tensor:
     """[B, L] bool, False where a sample is padded."""

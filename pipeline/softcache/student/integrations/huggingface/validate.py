@@ -22,6 +22,7 @@ __all__ = [
     "check_classes",
     "check_tokenizer",
     "named_sources",
+    "refuse_compiled",
     "refuse_ignored",
     "refuse_untested",
     "tokenizer_digest",
@@ -62,10 +63,19 @@ def refuse_ignored(args: TrainingArguments | None, trainer: dict[str, Any]) -> N
             'that decodes a chunk for every sample; use "random" (shuffled by blocks) or "sequential"; against padding, '
             'make the cache with source.packing = "packed"'
         )
+    refuse_compiled(args, "DistillTrainer")
     if args.use_liger_kernel:
         raise ConfigError(
             "DistillTrainer: use_liger_kernel replaces the model's forward, in which the loss runs, by one with a loss of "
             "its own; apply the kernels to the model yourself, with fused_linear_cross_entropy=False, and set it to False"
+        )
+
+
+def refuse_compiled(args: TrainingArguments, of: str) -> None:
+    if args.torch_compile:
+        raise ConfigError(
+            f"{of}: torch_compile compiles the model's forward, in which the loss runs by kernels of its own; leave it out, "
+            "and compile what is below the head: model.model.compile(), model.transformer.compile() of GPT-2"
         )
 
 
