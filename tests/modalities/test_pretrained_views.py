@@ -1,5 +1,6 @@
 """What a pretrained teacher was trained to see is the default of [views]; what cannot be right is refused."""
 
+import argparse
 import json
 
 import numpy as np
@@ -102,6 +103,38 @@ def test_a_file_of_torchvisions_has_the_preprocessing_of_its_weights(folder, tmp
         0, torch.from_numpy(labels.ids[0]).long(), torch.from_numpy(labels.log_probs[0]).float()
     )
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+
+
+def test_what_a_training_script_was_called_with_is_in_its_checkpoint(folder, tmp_path, caplog):
+    caplog.set_level("INFO", logger="softcache")
+    state, path = load_file(folder / "model.safetensors"), tmp_path / "model_best.pth.tar"
+    given = {"img_size": 96, "input_size": None, "mean": [0.1, 0.2, 0.3], "std": None, "crop_pct": None}
+    arguments = argparse.Namespace(**given, interpolation="", crop_mode="squash", in_chans=None, lr=0.1)
+    torch.save({"state_dict": state, "args": arguments}, path)
+    teacher = {"model": "timm:test_efficientnet", "weights": str(path)}
+    settings = open_data(config_of(folder, teacher=teacher)).views.settings
+    model = timm.create_model("test_efficientnet", num_classes=2)
+    expected = timm.data.resolve_data_config(vars(arguments), model=model)
+    assert settings.size == expected["input_size"][1] == 96
+    assert (settings.mean, settings.std) == (expected["mean"], expected["std"])
+    assert (settings.fit, settings.eval_share) == ("stretch_crop", expected["crop_pct"])
+    assert "model_best.pth.tar says that it was trained" in caplog.text
+    spec = parse_spec("timm:test_efficientnet")
+    torch.save(
+        {"model": state, "args": argparse.Namespace(input_size=112, eval_crop_ratio=0.8)}, path
+    )  # DeiT's
+    views = pretrained_views(spec, weights=str(path))
+    assert (views["size"], views["eval_share"]) == (112, 0.8)
+    arguments = argparse.Namespace(val_crop_size=176, val_resize_size=200, interpolation="bicubic", mean=None)
+    torch.save({"model": state, "args": arguments}, path)
+    views = pretrained_views(parse_spec("torchvision:resnet18"), weights=str(path))
+    assert (views["size"], views["eval_share"], views["interpolation"]) == (176, 0.88, "bicubic")
+
+
+def test_timms_defaults_of_an_architecture_are_those_of_a_file():
+    assert pretrained_views(parse_spec("timm:efficientnet_b8")) == {}
+    views = pretrained_views(parse_spec("timm:efficientnet_b8"), weights="mine.pth")
+    assert (views["size"], views["mean"]) == (672, (0.485, 0.456, 0.406))
 
 
 def test_a_published_file_is_known_by_its_name():

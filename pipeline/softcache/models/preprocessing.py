@@ -11,6 +11,7 @@ from softcache.models.hugging_face_views import hf_views
 from softcache.models.spec import ModelSpec, unknown_name
 from softcache.models.timm_config import has_source, timm_config
 from softcache.models.torchvision_weights import published_weights
+from softcache.models.weight_files import checkpoint_arguments
 
 __all__ = ["is_pretrained", "pretrained_views"]
 
@@ -36,6 +37,8 @@ def pretrained_views(
     detectors mean and std, which the module itself has whatever its weights;
     of transformers' those of the image processor.
 
+    What a training script of timm, DeiT or torchvision was called with, which its checkpoints hold, comes first.
+
     Args:
         given: keys of [views] that the config has.
         weights: the file that the model's weights are loaded from, if any.
@@ -48,7 +51,7 @@ def pretrained_views(
         if hf_scheme(parsed):
             return hf_views(parsed, given)
         if parsed.family == "timm":
-            return _of_timm(parsed, given)
+            return _of_timm(parsed, given, weights)
         if parsed.family == "torchvision" and parsed.name.startswith(("fcos_", "retinanet_", "ssd")):
             mean, std = DETECTORS.get(parsed.name, IMAGENET)
             return {"mean": mean, "std": std}
@@ -72,13 +75,14 @@ DETECTORS = {
 """Mean and std of torchvision's detectors, where they are not ImageNet's."""
 
 
-def _of_timm(parsed: ModelSpec, given: Collection[str]) -> dict[str, Any]:
+def _of_timm(parsed: ModelSpec, given: Collection[str], weights: str | None) -> dict[str, Any]:
     from timm.data import resolve_data_config
 
-    config = timm_config(parsed)
-    if config is None:
+    config = timm_config(parsed, needs_weights=weights is None)
+    said = _said_in_timm(checkpoint_arguments(weights)) if weights is not None else {}
+    if config is None and not said:
         return {}
-    found = resolve_data_config(pretrained_cfg=config)
+    found = resolve_data_config(said, pretrained_cfg=config)
     size = parsed.args.get("img_size") or found["input_size"][1:]
     views = {
         "size": _side(size),
@@ -99,6 +103,22 @@ def _of_timm(parsed: ModelSpec, given: Collection[str]) -> dict[str, Any]:
             '"letterbox"'
         )
     return views if has_border else views | {"eval_share": share}
+
+
+def _said_in_timm(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns what timm's train.py, or DeiT's main.py, was called with, in the names of `resolve_data_config`."""
+    size, kept = (
+        arguments.get("input_size"),
+        ("img_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"),
+    )
+    said = {key: arguments[key] for key in kept if arguments.get(key)}
+    if isinstance(size, int):
+        said["img_size"] = size
+    elif size:
+        said["input_size"] = (3, *size[1:])
+    if arguments.get("eval_crop_ratio"):
+        said.setdefault("crop_pct", arguments["eval_crop_ratio"])
+    return said
 
 
 def _of_torchvision(parsed: ModelSpec, file: str | None) -> dict[str, Any]:
@@ -125,6 +145,10 @@ def _of_torchvision(parsed: ModelSpec, file: str | None) -> dict[str, Any]:
     if not hasattr(transforms, "crop_size"):  # of segmentation: whole images of any shape
         return views
     size, resized = _side(transforms.crop_size), _side(transforms.resize_size)
+    said = {} if file is None else checkpoint_arguments(file)  # of the training script
+    if isinstance(said.get("val_crop_size"), int) and isinstance(said.get("val_resize_size"), int):
+        size, resized = said["val_crop_size"], said["val_resize_size"]
+        views["interpolation"] = said.get("interpolation", views["interpolation"])
     share = size / resized if isinstance(size, int) and isinstance(resized, int) else 1.0
     return views | {"size": size, "eval_share": share}
 

@@ -17,8 +17,11 @@ def has_source(name: str) -> bool:
     return name.partition(":")[0].lower() in SOURCES
 
 
-def timm_config(parsed: ModelSpec) -> dict[str, Any] | None:
-    """Returns the `pretrained_cfg` of a timm model, with what the spec overlays; None where it has no weights.
+def timm_config(parsed: ModelSpec, *, needs_weights: bool = True) -> dict[str, Any] | None:
+    """Returns the `pretrained_cfg` of a timm model, with what the spec overlays; None where it has none.
+
+    Args:
+        needs_weights: one without weights, which has timm's defaults for the architecture, is None, too.
 
     Raises:
         SpecError: a folder or a repository of the hub has none.
@@ -29,7 +32,9 @@ def timm_config(parsed: ModelSpec) -> dict[str, Any] | None:
     overlay = parsed.args.get("pretrained_cfg_overlay") or {}
     if not has_source(parsed.name):
         config = timm.get_pretrained_cfg(parsed.name, allow_unregistered=True)
-        return None if config is None or not config.has_weights else config.to_dict() | overlay
+        if config is None or (needs_weights and not config.has_weights):
+            return None
+        return config.to_dict() | overlay
     source, _, place = parsed.name.partition(":")
     try:
         if source.lower() == "local-dir":

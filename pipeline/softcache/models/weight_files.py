@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from softcache.errors import SpecError
 from softcache.models.weights import frozen_names
 from softcache.runtime.logging import log_info
 
-__all__ = ["load_weights", "read_state"]
+__all__ = ["checkpoint_arguments", "load_weights", "read_state"]
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:
@@ -74,8 +75,7 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
     Raises:
         SpecError: the file is missing, unreadable, or has no such entry.
     """
-    place, _, entry = str(path).partition("#") if not Path(path).is_file() else (str(path), "", "")
-    file = Path(place)
+    file, entry = _place(path)
     if not file.is_file():
         raise SpecError(
             f"weights {path}: no such file; run `softcache train-teacher`, or point teacher.weights at one"
@@ -86,8 +86,7 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
 
             state: Any = load_file(file)
         else:
-            with torch.serialization.safe_globals(ALLOWED):
-                state = torch.load(file, map_location="cpu", weights_only=True)
+            state = _load(file)
     except Exception as error:
         raise SpecError(
             f"weights {path}: cannot be loaded: {type(error).__name__}: {str(error).splitlines()[0]}; nothing in it was "
@@ -112,6 +111,30 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
         )
     taken: dict[str, torch.Tensor] = state[chosen]
     return taken
+
+
+def checkpoint_arguments(path: str | Path) -> dict[str, Any]:
+    """Returns the arguments that a training script wrote into its checkpoint; empty where there are none."""
+    file, _ = _place(path)
+    if file.suffix == ".safetensors" or not file.is_file():
+        return {}
+    try:
+        found = _load(file, mmap=zipfile.is_zipfile(file))
+    except Exception:  # as `read_state` will say
+        return {}
+    arguments = found.get("args") if isinstance(found, dict) else None
+    return dict(vars(arguments)) if isinstance(arguments, argparse.Namespace) else {}
+
+
+def _place(path: str | Path) -> tuple[Path, str]:
+    """Returns a file, and which entry of it is asked for."""
+    place, _, entry = str(path).partition("#") if not Path(path).is_file() else (str(path), "", "")
+    return Path(place), entry
+
+
+def _load(file: Path, *, mmap: bool = False) -> Any:
+    with torch.serialization.safe_globals(ALLOWED):
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 EMA_ENTRIES = ("state_dict_ema", "model_ema", "ema", "ema_state_dict")

@@ -12,6 +12,7 @@ from softcache.data.transforms import Views, ViewSettings
 from softcache.errors import ConfigError, SpecError
 from softcache.models.preprocessing import is_pretrained, pretrained_views
 from softcache.models.spec import parse_spec
+from softcache.models.weight_files import checkpoint_arguments
 from softcache.runtime.files import read_json
 from softcache.runtime.logging import log_info
 
@@ -68,7 +69,9 @@ def views_of(config: RunConfig, channels: int) -> ViewSettings:
         as_what = f"as {teacher.model} was trained"
         if teacher.weights is not None and not is_own and config.train_teacher is None:
             as_what = (
-                f"as the weights that {teacher.model} comes with were trained (set what yours saw otherwise)"
+                f"as {teacher.weights} says that it was trained, or {teacher.model} where it does not"
+                if checkpoint_arguments(teacher.weights)
+                else f"as the weights that {teacher.model} comes with were trained (set what yours saw otherwise)"
             )
         log_info(f"views: {as_what}: {', '.join(f'{key} {_shown(filled[key])}' for key in sorted(filled))}")
     return ViewSettings.model_validate(settings.model_dump(exclude_unset=True) | filled)
