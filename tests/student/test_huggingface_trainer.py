@@ -649,6 +649,27 @@ def _gpus_that_are_cpus():
     PartialState.__init__ = joined
 
 
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"seed": 3}, r"seed: 3; 42"),
+        ({"cache": "0f"}, r"cache: '0f'; '\w+'"),
+        ({"blocks": {"block_samples": 1, "window_blocks": None}}, r"blocks: .*'block_samples': 1"),
+    ],
+)
+def test_processes_of_other_orders_are_refused(labeled, tmp_path, monkeypatch, other, message):
+    """Each takes its part of its own order: samples would come twice, and others never."""
+    trainer = trainer_of(labeled, tmp_path)
+    here = "softcache.runtime.distributed."
+    monkeypatch.setattr(here + "num_ranks", lambda: 2)
+    monkeypatch.setattr(here + "rank", lambda: 1)
+    monkeypatch.setattr(here + "broadcast_from_rank0", lambda value: value | other)
+    with pytest.raises(
+        RunError, match=rf"process 1 of 2: the run differs .*: {message}.*; give all processes"
+    ):
+        trainer.train()
+
+
 def test_two_ranks_take_the_steps_of_one_by_ddp_and_fsdp_and_see_each_sample_once(labeled, tmp_path):
     """47 samples, the last batch of one: a rank without a sample takes part without weight."""
     _, source, cache = labeled

@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from softcache.errors import RunError
 from softcache.reader.sampler import BlockSampler
+from softcache.runtime.distributed import check_same
 
 __all__ = ["KeepOrder"]
 
@@ -30,10 +31,10 @@ class KeepOrder(TrainerCallback):
         self._trainer, self._order = trainer, order
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Compares the order of the checkpoint with that of this run.
+        """Compares the order of the checkpoint with that of this run, and the run with that of the other processes.
 
         Raises:
-            RunError: a step is another one.
+            RunError: a step is another one, or a process has another run.
         """
         here = self._described(args)
         there = state.stateful_callbacks.get(KEY, here)
@@ -49,9 +50,13 @@ class KeepOrder(TrainerCallback):
             if self._order is not None and "blocks" in there:
                 self._order.load_state_dict({"epoch": 0, "step": 0, **there["blocks"]})
         blocks = {} if self._order is None else self._order.state_dict()
-        state.stateful_callbacks[KEY] = here | {
+        kept = here | {
             "blocks": {name: blocks[name] for name in ("block_samples", "window_blocks") if name in blocks}
         }
+        # Each takes its part of an order that it makes itself.
+        cache, loss = self._trainer._cache, self._trainer._loss
+        check_same("the run", kept | {"cache": cache.manifest_sha256, "loss": loss.model_dump(mode="json")})
+        state.stateful_callbacks[KEY] = kept
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # accelerate does too, except where a run of several ranks is resumed in mid-epoch.
