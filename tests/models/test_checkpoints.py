@@ -59,7 +59,7 @@ def test_timms_own_checkpoint_gives_its_averaged_weights(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "model._orig_mod.module."]
+    "prefix", ["module.", "_orig_mod.", "model.", "net.", "module._orig_mod.", "model._orig_mod.module."]
 )
 def test_prefixes_of_wrappers_are_stripped_and_logged(tmp_path, caplog, prefix):
     caplog.set_level("INFO", logger="softcache")
@@ -96,6 +96,40 @@ def test_some_names_with_a_prefix_are_another_models(tmp_path):
         SpecError, match=r"do not fit the model; missing \['0.weight'.*unexpected \['model.0.weight'"
     ):
         loaded(tmp_path / "a.pt")
+
+
+def test_the_one_state_dict_of_a_checkpoint_is_taken_and_of_several_one_has_to_be_named(tmp_path):
+    state, path = net(1).state_dict(), tmp_path / "a.pt"
+    torch.save({"weights": state, "classes": ["a"], "optimizer": {"state": {0: {"m": torch.ones(1)}}}}, path)
+    assert same(loaded(path), net(1))
+    torch.save({"student": net(2).state_dict(), "teacher": state, "epoch": 3}, path)  # DINO's
+    with pytest.raises(
+        SpecError, match=r"holds the state dicts student, teacher; name one as .*a\.pt#student"
+    ):
+        loaded(path)
+    assert same(loaded(f"{path}#teacher"), net(1))
+
+
+@pytest.mark.parametrize("entry", ["ema.module", "ema_model", "EMA", "net_ema"])
+def test_averaged_weights_are_found_by_their_name(tmp_path, entry):
+    outer, _, inner = entry.partition(".")
+    averaged = net(2).state_dict()
+    ema = {inner: averaged, "decay": 0.99} if inner else averaged
+    torch.save({"model": net(1).state_dict(), "schema": net(3).state_dict(), outer: ema}, tmp_path / "a.pt")
+    assert same(loaded(tmp_path / "a.pt"), net(2))
+    assert same(loaded(f"{tmp_path}/a.pt#model"), net(1))
+
+
+def test_what_stands_beside_the_model_in_a_checkpoint_of_lightning_is_left_out(tmp_path, caplog):
+    caplog.set_level("INFO", logger="softcache")
+    state = {"model." + name: value for name, value in net(1).state_dict().items()}
+    torch.save({"state_dict": state | {"criterion.weight": torch.ones(4)}}, tmp_path / "a.ckpt")
+    assert same(loaded(tmp_path / "a.ckpt"), net(1))
+    assert "1 without it are left out, such as criterion.weight" in caplog.text
+    twice = state | {"teacher." + name: value for name, value in net(2).state_dict().items()}
+    torch.save({"state_dict": twice}, tmp_path / "a.ckpt")
+    with pytest.raises(SpecError, match=r"the model is in it 2 times, as model\., teacher\."):
+        loaded(tmp_path / "a.ckpt")
 
 
 class Code:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import re
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -94,23 +96,44 @@ def read_state(path: str | Path) -> dict[str, torch.Tensor]:
         ) from error
     if not isinstance(state, dict):
         raise SpecError(f"weights {path}: a {type(state).__name__}; expected a state dict, not a whole model")
-    entries = [key for key, value in state.items() if isinstance(value, dict) and _is_state(value)]
+    entries = _entries(state)
     if entry and entry not in entries:
         raise SpecError(
-            f"weights {path}: no state dict {entry!r} in {file}; it has {', '.join(map(str, entries)) or 'none'}"
+            f"weights {path}: no state dict {entry!r} in {file}; it has {', '.join(entries) or 'none'}"
         )
-    known = [key for key in (*EMA_ENTRIES, *ENTRIES) if key in entries]
+    known = [*(key for key in entries if EMA.search(key)), *(key for key in ENTRIES if key in entries)]
+    if (
+        not known
+        and len(entries) == 1
+        and not any(isinstance(value, torch.Tensor) for value in state.values())
+    ):
+        known = list(entries)
     chosen = entry or next(iter(known), "")
+    if not chosen and entries:
+        raise SpecError(
+            f"weights {path}: holds the state dicts {', '.join(entries)}; name one as {file}#{next(iter(entries))}"
+        )
     if not chosen:
         return state
-    if not entry and chosen in EMA_ENTRIES:
+    if not entry and EMA.search(chosen):
         others = ", ".join(f"{file}#{key}" for key in known[1:])
         log_info(
             f"weights {file}: the averaged ones, {chosen}, are taken"
             + (f"; others are {others}" if others else "")
         )
-    taken: dict[str, torch.Tensor] = state[chosen]
-    return taken
+    return entries[chosen]
+
+
+def _entries(state: dict[Any, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """Returns the state dicts of a checkpoint by name; of one inside of an entry, ENTRY.NAME."""
+    found = {str(key): value for key, value in state.items() if isinstance(value, dict)}
+    inner = {
+        f"{key}.{name}": value
+        for key, part in found.items()
+        for name, value in part.items()
+        if isinstance(value, dict)
+    }
+    return {key: value for key, value in (found | inner).items() if _is_state(value)}
 
 
 def checkpoint_arguments(path: str | Path) -> dict[str, Any]:
@@ -137,7 +160,8 @@ def _load(file: Path, *, mmap: bool = False) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-EMA_ENTRIES = ("state_dict_ema", "model_ema", "ema", "ema_state_dict")
+EMA = re.compile(r"(?<![a-z])ema(?![a-z])", re.IGNORECASE)
+"""What names of entries with averaged weights have in them: state_dict_ema, ema.module."""
 ENTRIES = ("model", "state_dict", "model_state_dict")
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What DistributedDataParallel, torch.compile and Lightning's modules put in front of names."""
@@ -153,7 +177,9 @@ ALLOWED: list[Any] = [
 
 
 def _is_state(value: dict[Any, Any]) -> bool:
-    return bool(value) and all(isinstance(one, torch.Tensor) for one in value.values())
+    return bool(value) and all(
+        isinstance(one, torch.Tensor) and isinstance(key, str) for key, one in value.items()
+    )
 
 
 def _without_auxiliary_head(
@@ -178,17 +204,32 @@ def _renamed(
     expected = model.state_dict().keys() - frozen
     found = {name: value for name, value in state.items() if name != "n_averaged"}
     found = _without_auxiliary_head(found, expected, path)
-    taken = ""
-    while found.keys() != expected and (
-        prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in found)), "")
-    ):
-        found, taken = {name.removeprefix(prefix): value for name, value in found.items()}, taken + prefix
+    if len(fronts := _prefixes(found, expected)) > 1:
+        raise SpecError(
+            f"weights {path}: the model is in it {len(fronts)} times, as {', '.join(fronts)}; write a file of one"
+        )
+    for front in fronts:
+        others = [name for name in found if not name.startswith(front)]
+        log_info(
+            f"weights {path}: names are without their prefix {front!r}, as the model has them"
+            + (f"; {len(others)} without it are left out, such as {others[0]}" if others else "")
+        )
+        return {name: found[front + name] for name in expected}
     for front in OUTER_PREFIXES:
         if {front + name for name in found} == expected:
             log_info(f"weights {path}: names are given the prefix {front!r}, as the model has them")
             return {front + name: value for name, value in found.items()}
-    if found.keys() != expected:
-        return state  # the names that differ are those of the file
-    if taken:
-        log_info(f"weights {path}: names are without their prefix {taken!r}, as the model has them")
-    return found
+    return found if found.keys() == expected else state  # the names that differ are those of the file
+
+
+def _prefixes(found: Collection[str], expected: Collection[str]) -> list[str]:
+    """Returns what may be taken from the front of names to get all names of a model; empty where nothing has to."""
+    longest = max(expected, key=len, default="")
+    fronts = (
+        {name.removesuffix(longest) for name in found if name.endswith("." + longest)} if longest else set()
+    )
+    return sorted(
+        front
+        for front in fronts
+        if {name.removeprefix(front) for name in found if name.startswith(front)} == set(expected)
+    )
