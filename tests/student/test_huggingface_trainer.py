@@ -555,6 +555,8 @@ def test_a_student_without_a_head_or_with_too_small_a_one_is_refused(labeled, tm
         ({"settings": {"label_smoothing_factor": 0.1}}, "label_smoothing_factor 0.1 would be ignored"),
         ({"settings": {"train_sampling_strategy": "group_by_length"}}, "group_by_length.*shuffled by blocks"),
         ({"settings": {"use_liger_kernel": True}}, "use_liger_kernel replaces the model's forward"),
+        ({"loss": {"name": "jsd"}, "temperature": None, "alpha": None}, "loss: expected LossSettings; found"),
+        ({"model": "gpt2"}, r"model: expected a module; found 'gpt2'; pass AutoModelForCausalLM"),
         ({"temperature": 0.5}, "temperature: input should be greater than or equal to 1; found 0.5"),
         ({"alpha": 2.0}, "alpha: input should be less than or equal to 1"),
     ],

@@ -9,6 +9,7 @@ pytest.importorskip("trl")
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from softcache.config.load import load_config
@@ -164,16 +165,21 @@ def test_rows_of_another_teachers_cache_are_refused(labeled, exported, tmp_path)
     other, _ = capture_labels(config, data, open_teacher(config, data), str(tmp_path / "cache"))
     with pytest.raises(AlignmentError, match=r"not of cache .*; make it of that"):
         SoftLabelCollator(other)([exported[0]])
-    with pytest.raises(AlignmentError, match="not of cache"):
-        SoftLabelCollator(other)(
-            [{name: exported[0][name] for name in exported.column_names if name != "soft_cache"}]
-        )
     bare = {name: exported[0][name] for name in ("input_ids", "labels", "seq_lengths")}
     assert SoftLabelCollator(other)([bare])["batch"].num_labeled == 0
     copied = load_config(labeled[0] / "run.toml", ["source.max_train_samples=20"])
     data = open_data(copied)
     part, _ = capture_labels(copied, data, open_teacher(copied, data), str(tmp_path / "part"))
     assert SoftLabelCollator(part)([exported[0]])["batch"].num_labeled > 0, "another source, the same teacher"
+
+
+@pytest.mark.parametrize("name", ["labels", "seq_lengths", "soft_positions", "soft_log_tail", "soft_cache"])
+def test_a_row_that_lost_a_column_is_refused(labeled, exported, name):
+    """Without seq_lengths its documents would attend to each other, without soft_positions it would have no soft labels."""
+    row = exported[0]
+    del row[name]
+    with pytest.raises(AlignmentError, match=rf"sample: without {name}; expected all columns"):
+        SoftLabelCollator(labeled[2])([exported[1], row])
 
 
 # -- SFTTrainer --------------------------------------------------------------------------------------------
@@ -313,6 +319,19 @@ def test_datasets_of_texts_are_refused(labeled, exported, tmp_path, name):
 def test_a_collator_of_the_user_is_refused(labeled, exported, tmp_path):
     with pytest.raises(ConfigError, match="data_collator would be ignored"):
         trainer_of(labeled, tmp_path, exported, data_collator=list)
+
+
+def test_what_is_no_argument_of_that_kind_is_refused(labeled, exported, tmp_path):
+    with pytest.raises(ConfigError, match="args: expected an SFTConfig; found TrainingArguments"):
+        DistillSFTTrainer(llama(), TrainingArguments(str(tmp_path)), cache=labeled[2], source=None)
+    with pytest.raises(ConfigError, match=r"processing_class: missing, .* pass load_tokenizer"):
+        DistillSFTTrainer(llama(), arguments(tmp_path), cache=labeled[2], source=None)
+    with pytest.raises(ConfigError, match=r"source: expected one that is open; found \w+; pass open_source"):
+        to_hf_dataset(labeled[2], labeled[1])
+    with pytest.raises(
+        ConfigError, match=r"cache: expected one that is open; found '.*'; pass open_cache\(URL\)"
+    ):
+        to_hf_dataset(labeled[2].url, open_text(labeled[1], split="train"))
 
 
 def test_several_processes_are_refused(labeled, exported, tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from torch.utils.data._utils.collate import (
 )
 
 from softcache.data.batch import Dataset
-from softcache.errors import AlignmentError, ManifestError
+from softcache.errors import AlignmentError, ConfigError, ManifestError
 from softcache.hashing.splitmix import SPLITMIX64_GAMMA, splitmix64
 from softcache.reader.alignment import attach_labels, check_alignment, foreign_parts
 from softcache.reader.cache import Cache, CachedBatch
@@ -67,9 +67,18 @@ def cached_views(cache: Cache) -> Views:
 
 
 def as_teacher_saw(source: Any, cache: Cache, views: Views | None = None) -> Dataset:
-    """Returns a source as the cache's teacher saw it: through its views, boxes or masks and all, or as tokens."""
+    """Returns a source as the cache's teacher saw it: through its views, boxes or masks and all, or as tokens.
+
+    Raises:
+        ConfigError: it is no source.
+    """
     if hasattr(source, "load"):  # it is one already
         return source
+    if not hasattr(source, "digest"):
+        raise ConfigError(
+            f"source: expected one that is open; found {type(source).__name__}; pass "
+            'open_source(config.source, split="train")'
+        )
     from softcache.data.boxes import ViewedScenes
     from softcache.data.images import ViewedSource
     from softcache.data.masks import ViewedMasks

@@ -92,6 +92,19 @@ class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
         processing_class: Any = None,
         **trainer: Any,
     ) -> None:
+        if args is not None and not isinstance(args, SFTConfig):
+            raise ConfigError(
+                f"DistillSFTTrainer: args: expected an SFTConfig; found {type(args).__name__}; pass SFTConfig(OUTPUT_DIR, …)"
+            )
+        if (
+            processing_class is None
+            and not isinstance(model, str)
+            and not getattr(model, "name_or_path", None)
+        ):
+            raise ConfigError(
+                "DistillSFTTrainer: processing_class: missing, and the model names no tokenizer; pass "
+                "load_tokenizer(config.source)"
+            )
         self._loss = loss_of(loss, temperature, alpha)
         check_cache(cache, "tokens", 'DistillSFTTrainer is for language models ("tokens")')
         check_loss(self._loss, cache)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from softcache.errors import ConfigError, IncompleteCacheError
 from softcache.losses import LossSettings
 from softcache.models.image import Normalize
+from softcache.reader.cache import Cache
 from softcache.reader.dataset import cached_views
 
 if TYPE_CHECKING:
     from softcache.data.transforms import Views
-    from softcache.reader.cache import Cache
 
 __all__ = ["check_cache", "check_images", "check_settled", "normalize_of"]
 
@@ -31,9 +31,11 @@ def check_cache(cache: Cache, kind: str, advice: str) -> None:
     """Raises unless the cache is a finished one of that kind.
 
     Raises:
-        ConfigError: it is of another kind; with `advice`.
+        ConfigError: it is of another kind, with `advice`, or no cache.
         IncompleteCacheError: units are missing.
     """
+    if not isinstance(cache, Cache):
+        raise ConfigError(f"cache: expected one that is open; found {cache!r}; pass open_cache(URL)")
     if cache.manifest.kind != kind:
         raise ConfigError(f"cache {cache.url}: holds labels of kind {cache.manifest.kind!r}; {advice}")
     if not cache.is_complete:

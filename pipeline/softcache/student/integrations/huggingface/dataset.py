@@ -10,7 +10,7 @@ A row is a sample. What every trainer of transformers and TRL reads:
 
 and with a cache, of each label row, which predicts the token after its position:
 
-    soft_cache      one number for the whole sample, of teacher, tokenizer and label policy
+    soft_cache      of the whole sample: a digest of teacher, tokenizer, label policy and codec
     soft_positions  position in the sample
     soft_*          the arrays of `SoftLabels`: ids and log_probs [K] over the whole vocabulary at T = 1 (nats), log_tail,
                     and what else the cache has
@@ -72,8 +72,8 @@ def to_hf_dataset(
     else:
         check_cache(cache, "tokens", 'to_hf_dataset is for language models ("tokens")')
         data = SoftLabelDataset(source, cache)
-        made_from = ["labels of one cache", cache.manifest_sha256, cache.markers.digest()]
-        features |= {"soft_cache": library.Value("int64"), "soft_positions": library.Sequence(tokens)}
+        made_from = ["labels of a cache", cache.manifest_sha256, cache.markers.digest()]
+        features |= {"soft_cache": library.Value("string"), "soft_positions": library.Sequence(tokens)}
         for name, array in _arrays(cache.read([])).items():
             value = library.Value("int32" if array.dtype.kind in "iu" else "float32")
             row = value if array.ndim == 1 else library.Sequence(value, length=array.shape[1])
@@ -102,7 +102,7 @@ def _rows(data: Any, num_samples: int) -> Iterator[dict[str, Any]]:
             labeled = batch.rows if batch.labeled is None else batch.rows[batch.labeled]
             counts = batch.row_counts if batch.label_counts is None else batch.label_counts
             ends = np.cumsum(counts)
-            arrays, made_by = _arrays(batch.labels.to_numpy()), labels_number(data.cache)
+            arrays, made_by = _arrays(batch.labels.to_numpy()), labels_digest(data.cache)
         for number, length in enumerate(batch.lengths.tolist()):
             row: dict[str, Any] = {
                 "input_ids": batch.tokens[number, :length].numpy(),
@@ -117,11 +117,11 @@ def _rows(data: Any, num_samples: int) -> Iterator[dict[str, Any]]:
             yield row
 
 
-def labels_number(cache: Cache) -> int:
-    """A number of what the labels of a cache are, whatever their source: teacher, tokenizer, label policy, codec."""
+def labels_digest(cache: Cache) -> str:
+    """A digest of what the labels of a cache are, whatever their source: teacher, tokenizer, label policy, codec."""
     identity = {name: part for name, part in cache.manifest.identity.items() if name != "source"}
     teacher = {name: value for name, value in identity["teacher"].items() if name != "spec"}
-    return int(digest_json(identity | {"teacher": teacher})[:15], 16)
+    return digest_json(identity | {"teacher": teacher})[:16]
 
 
 def _arrays(labels: SoftLabels) -> dict[str, np.ndarray]:
@@ -134,7 +134,7 @@ class SoftLabelCollator:
     Returns {"input_ids", "labels" [B, L], "attention_mask" [B, L], "batch": `TokenBatch` with labels}.
 
     Args:
-        cache: that the dataset was made of, or one of the same teacher, tokenizer, label policy and codec.
+        cache: that the dataset was made of, open, or one of the same teacher, tokenizer, label policy and codec.
 
     Raises:
         AlignmentError: a row was cut or changed since, or is of another teacher's cache.
@@ -142,9 +142,11 @@ class SoftLabelCollator:
 
     def __init__(self, cache: Cache) -> None:
         self._pattern = cache.read([])
-        self._url, self._number = cache.url, labels_number(cache)
+        self._url, self._digest = cache.url, labels_digest(cache)
 
     def __call__(self, examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        for example in examples:
+            self._check_columns(example)
         lengths = np.array([len(example["input_ids"]) for example in examples])
         shape = len(examples), int(lengths.max())
         tokens_BL, segments_BL = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
@@ -182,9 +184,25 @@ class SoftLabelCollator:
             "batch": self._with_labels(batch, examples),
         }
 
+    def _check_columns(self, example: dict[str, Any]) -> None:
+        """Raises AlignmentError where a row has lost a part: another one would not say what it is a label of."""
+        needed = {"input_ids", "labels"}
+        if any(example.get(name) is not None for name in SOFT_COLUMNS):
+            needed |= {
+                "seq_lengths",
+                "soft_cache",
+                "soft_positions",
+                *(f"soft_{name}" for name in _arrays(self._pattern)),
+            }
+        if lost := sorted(name for name in needed if example.get(name) is None):
+            raise AlignmentError(
+                f"sample: without {', '.join(lost)}; expected all columns of to_hf_dataset, or of a row without soft labels "
+                "input_ids and labels; leave the columns as they are"
+            )
+
     def _with_labels(self, batch: TokenBatch, examples: Sequence[dict[str, Any]]) -> TokenBatch:
         labeled = [example for example in examples if example.get("soft_positions") is not None]
-        if any(example.get("soft_cache") != self._number for example in labeled):
+        if any(example.get("soft_cache") != self._digest for example in labeled):
             raise AlignmentError(
                 f"sample: its soft labels are not of cache {self._url}, nor of one of its teacher, tokenizer, label policy "
                 "and codec; expected rows of to_hf_dataset(cache, source) of that cache; make it of that, or pass the "

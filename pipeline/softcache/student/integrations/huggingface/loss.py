@@ -25,6 +25,10 @@ def loss_of(loss: LossSettings | None, temperature: float | None, alpha: float |
     """
     given = [name for name, value in (("temperature", temperature), ("alpha", alpha)) if value is not None]
     if loss is not None:
+        if not isinstance(loss, LossSettings):
+            raise ConfigError(
+                f"DistillTrainer: loss: expected LossSettings; found {loss!r}; pass LossSettings(name=…, temperature=…)"
+            )
         if given:
             raise ConfigError(
                 f"DistillTrainer: {' and '.join(given)} beside loss, which has its own; expected one of the two; leave out "

@@ -90,6 +90,11 @@ class DistillTrainer(DistillationMixin, Trainer):
         padding_free: bool | None = None,
         **trainer: Any,
     ) -> None:
+        if isinstance(model, str):
+            raise ConfigError(
+                f"DistillTrainer: model: expected a module; found {model!r}; pass "
+                f"AutoModelForCausalLM.from_pretrained({model!r})"
+            )
         refuse_ignored(args, trainer)
         self._padding_free = padding_free
         self._loss = loss_of(loss, temperature, alpha)
