@@ -43,7 +43,7 @@ LIMIT = "memory map"
 def decompression(cache: Cache) -> Callable[[], int]:
     """Returns what decompresses every chunk of a cache's columns of rows, and gives the number of rows."""
     store, plan = cache._opened_store(), cache.manifest.plan
-    layouts, work = store._layouts, []
+    layouts, work = store._parts.layouts, []
     for unit in plan.units():
         span = cache.rows.span(unit, unit.start, unit.stop)
         (found,) = store.fetch_parts([(unit, unit.start, unit.stop, span)])

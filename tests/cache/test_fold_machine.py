@@ -327,6 +327,18 @@ def test_folding_in_any_order_of_requests(machine):
     run(machine, 30, 40)
 
 
+def test_a_folder_whose_claim_has_run_out_ends_when_its_generation_is_retired():
+    machine = WildMachine()
+    machine.begin(count=3, is_folded=False)
+    machine.start_folder(kept=0)
+    machine.step(which=0, count=14)  # it has made a generation and deletes no marker yet
+    machine.lapse(which=0)
+    machine.start_repair(number=0)
+    machine.finish(which=1)
+    machine.finish(which=0)
+    machine.teardown()
+
+
 @pytest.mark.chaos
 @pytest.mark.parametrize("machine", [FoldMachine, RepairMachine, WildMachine])
 def test_folding_at_length(machine):

@@ -31,7 +31,7 @@ from softcache.cache.folded import (
     record_of,
 )
 from softcache.cache.manifest import claim_path, marker_path
-from softcache.errors import CorruptionError, StorageError
+from softcache.errors import CacheNotFoundError, CorruptionError, StorageError
 from softcache.runtime.display import format_duration
 from softcache.runtime.logging import log_info
 
@@ -158,7 +158,12 @@ def _delete_folded(index: UnitIndex, found: FoldedBlock, numbers: list[int]) -> 
     for number, marker in zip(numbers, index.loose_markers(numbers), strict=True):
         if marker is None or marker.extensions:
             continue
-        record = found.record(number)
+        try:
+            record = found.record(number)
+        except (CorruptionError, CacheNotFoundError):
+            if index.newest(found.block) is found:
+                raise
+            return 0  # it was retired meanwhile
         if (
             record is not None
             and record.tobytes() == record_of(marker, index.limits.columns, index.dtype).tobytes()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from softcache.cache.arrays.zarr_chunks import (
-    ChunkLayout,
-    DecodedPart,
-    Scratch,
-    StoredChunks,
-    chunk_layout,
-    decode_parts,
-)
+from softcache.cache.arrays.zarr_chunks import DecodedPart, StoredChunks
+from softcache.cache.arrays.zarr_geometry import ZarrGeometry
 from softcache.cache.arrays.zarr_metadata import (
     GEOMETRY,
     compressor_of,
@@ -35,9 +28,10 @@ from softcache.cache.arrays.zarr_metadata import (
     describe,
     metadata_equal,
 )
-from softcache.cache.arrays.zarr_shards import GAP_BYTES, ShardCutter, WantedChunks
+from softcache.cache.arrays.zarr_parts import ZarrParts
+from softcache.cache.arrays.zarr_shards import ShardCutter
 from softcache.cache.codecs import Column
-from softcache.cache.manifest import Manifest, Unit, owner_of
+from softcache.cache.manifest import Manifest, Unit
 from softcache.cache.storage.base import Objects
 from softcache.errors import CorruptionError, StorageError
 from softcache.runtime.forks import ForkGuard
@@ -56,10 +50,11 @@ class ZarrStore:
 
     def __init__(self, manifest: Manifest, objects: Objects, columns: Iterable[Column]) -> None:
         self._manifest, self._objects = manifest, objects
-        self._columns = {column.name: column for column in columns}
+        self._geometry = ZarrGeometry(manifest, columns)
+        self._columns = self._geometry.columns
         self._opened: dict[str, tensorstore.TensorStore] = {}
         self._geometries: dict[str, dict[str, Any]] = {}
-        self._cutter, self._scratch = ShardCutter(objects), Scratch()
+        self._cutter = ShardCutter(objects)
 
     @property
     def manifest(self) -> Manifest:
@@ -125,39 +120,16 @@ class ZarrStore:
 
     def shard_paths(self, unit: Unit) -> dict[str, str | None]:
         """Returns the paths of a unit's shards, and the column that each holds."""
-        out: dict[str, str | None] = {}
-        for name, column in self._columns.items():
-            place = [unit.view, unit.start // self._manifest.plan.unit_samples]
-            if self._is_ragged(column):
-                place = [unit.number]
-            out["/".join([self._manifest.data, name, "c", *map(str, place), *["0"] * len(column.dims)])] = (
-                name
-            )
-        return out
+        return self._geometry.shard_paths(unit)
 
     def unit_of(self, path: str) -> int | None:
         """Returns the number of the unit whose shard has this path; None if no unit has it."""
-        name, _, place = path.removeprefix(f"{self._manifest.data}/").partition("/c/")
-        numbers = [int(part) if part.isascii() and part.isdecimal() else -1 for part in place.split("/")[:2]]
-        column = self._columns.get(name)
-        if column is None or min(numbers) < 0:
-            return None
-        if self._is_ragged(column):
-            return owner_of(path, self, numbers[0])
-        return owner_of(path, self, numbers[0] * self._manifest.plan.units_per_view + numbers[-1])
+        return self._geometry.unit_of(path)
 
     def max_shard_bytes(self, name: str | None) -> int:
         """Returns how large a unit's shard of a column can be: what does not compress grows by a little."""
-        raw, chunks = self._chunk_bytes(name)
+        raw, chunks = self._geometry.chunk_bytes(name)
         return (raw + raw // 64 + 1024) * chunks + 4096
-
-    def _chunk_bytes(self, name: str | None) -> tuple[int, int]:
-        """Returns the bytes of a decoded chunk of a column, and how many chunks a shard has."""
-        column, plan, rows = self._columns[str(name)], self._manifest.plan, self._manifest.rows
-        unit, chunk = plan.unit_samples, plan.chunk_samples
-        if rows is not None and self._is_ragged(column):
-            unit, chunk = rows.shard_rows, rows.chunk_rows
-        return chunk * math.prod(column.shape) * np.dtype(column.dtype).itemsize, unit // chunk
 
     def check_decompressed_size(self, name: str | None, data: bytes, where: str) -> None:
         """Looks at the head of every Blosc chunk of a shard: TensorStore makes room for what it claims to hold, up to 2 GiB.
@@ -170,7 +142,7 @@ class ZarrStore:
         compressor = compressor_of(self._metadata(self._columns[str(name)]))
         if compressor not in ("blosc", "gzip"):
             return
-        raw, chunks = self._chunk_bytes(name)
+        raw, chunks = self._geometry.chunk_bytes(name)
         if len(data) < 16 * chunks + 4:
             raise CorruptionError(
                 f"{where}: too short for the index of {chunks} chunks; restore it from a copy"
@@ -189,20 +161,6 @@ class ZarrStore:
                     f"{where}: a chunk claims to hold {claimed:,} bytes; {raw:,} expected; restore it from a copy"
                 )
 
-    def _is_ragged(self, column: Column) -> bool:
-        """Whether an array's first axis is `row`, and not `view` and `sample`."""
-        return self._manifest.rows is not None and not column.per_sample
-
-    def _part(
-        self, array: Any, unit: Unit, column: Column, start: int, stop: int, rows: tuple[int, int]
-    ) -> Any:
-        """Returns the part of an open array that holds samples of a unit, or its rows."""
-        if self._is_ragged(column):
-            assert self._manifest.rows is not None
-            first = unit.number * self._manifest.rows.shard_rows
-            return array[first + rows[0] : first + rows[1]]
-        return array[unit.view, start:stop]
-
     def encode(self, unit: Unit, columns: Mapping[str, np.ndarray]) -> dict[str, tuple[str | None, bytes]]:
         """Returns path -> (column, bytes) of a unit's shards; the same columns give the same bytes.
 
@@ -217,7 +175,7 @@ class ZarrStore:
     def _encode_shard(self, unit: Unit, column: Column, values: np.ndarray) -> bytes:
         ts = _tensorstore(self._objects.url)
         length = unit.stop - unit.start
-        if self._is_ragged(column):
+        if self._geometry.is_ragged(column):
             assert self._manifest.rows is not None
             length = min(len(values), self._manifest.rows.shard_rows)
         shape = (length, *column.shape)
@@ -235,7 +193,7 @@ class ZarrStore:
             "store_data_equal_to_fill_value": True,
         }
         array = ts.open(spec, create=True, open=True, context=context).result()
-        self._part(array, unit, column, unit.start, unit.stop, (0, length)).write(values).result()
+        self._geometry.part(array, unit, column, unit.start, unit.stop, (0, length)).write(values).result()
         shards = ts.KvStore.open("memory://shard/c/", context=context).result()
         (key,) = shards.list().result()
         return shards.read(key).result().value
@@ -263,7 +221,7 @@ class ZarrStore:
         try:
             arrays = self._cut_arrays(unit, names, start, stop, rows) or {n: self._array(n) for n in names}
             reads = {
-                name: self._part(arrays[name], unit, self._columns[name], start, stop, rows).read(
+                name: self._geometry.part(arrays[name], unit, self._columns[name], start, stop, rows).read(
                     # Planes stay together, as they are stored: turning them costs as much as decompressing them.
                     order="F" if self._columns[name].planar else "C"
                 )
@@ -284,23 +242,16 @@ class ZarrStore:
     # -- parts of units, for readers of windows -----------------------------------------------------------------
 
     @cached_property
-    def _layouts(self) -> dict[str, ChunkLayout] | None:
-        """How the chunks of all columns are coded; None where they are not decoded by `zarr_chunks`."""
-        found: dict[str, ChunkLayout] = {}
-        for name, column in self._columns.items():
-            rows = self._manifest.plan.chunk_samples
-            if self._is_ragged(column):
-                assert self._manifest.rows is not None
-                rows = self._manifest.rows.chunk_rows
-            layout = None if self._has_own_codecs else chunk_layout(column, self._metadata(column), rows)
-            if layout is None:
-                return None
-            found[name] = layout
-        return found
-
-    @cached_property
     def _is_remote(self) -> bool:
         return self._objects.kvstore(self._manifest.data) is None
+
+    @cached_property
+    def _parts(self) -> ZarrParts | None:
+        """Fetches and decodes parts of units; None where chunks are coded otherwise than it decodes them."""
+        if self._has_own_codecs:
+            return None
+        documents = {name: self._metadata(column) for name, column in self._columns.items()}
+        return ZarrParts.of(self._geometry, documents, self._cutter, is_remote=self._is_remote)
 
     def fetch_parts(
         self, parts: Sequence[tuple[Unit, int, int, tuple[int, int]]]
@@ -312,56 +263,14 @@ class ZarrStore:
         Raises:
             StorageError: the storage does not answer.
         """
-        if self._layouts is None:
-            return None
-        wanted, keys = [], []
-        for number, (unit, start, stop, rows) in enumerate(parts):
-            for path, name in self.shard_paths(unit).items():
-                column = self._columns[str(name)]
-                wanted.append((path, self._wanted(unit, column, start, stop, rows)))
-                span = rows if self._is_ragged(column) else (start - unit.start, stop - unit.start)
-                keys.append((number, str(name), span))
-        try:
-            found = self._cutter.chunks(wanted, GAP_BYTES if self._is_remote else -1)
-        except StorageError:
-            raise
-        except (ValueError, OSError):
-            self._cutter.forget(path for path, _ in wanted)
-            return None
-        out: list[dict[str, StoredChunks]] = [{} for _ in parts]
-        for (number, name, span), (_, chunks), data in zip(keys, wanted, found, strict=True):
-            out[number][name] = StoredChunks(span, chunks, data)
-        return out
+        return None if self._parts is None else self._parts.fetch(parts)
 
     def decode_parts(
         self, unit: Unit, stored: Mapping[str, StoredChunks]
     ) -> tuple[dict[str, np.ndarray], Iterator[DecodedPart | None]]:
-        """Returns the columns per sample of a fetched part, and the rows of the others chunk by chunk.
-
-        The columns per sample are of the part's samples; where each has one row, there are none, and all columns are among
-        the others. None instead of a chunk: it cannot be decoded, and `read` names what is wrong.
-        """
-        assert self._layouts is not None
-        groups: tuple[dict[str, StoredChunks], dict[str, StoredChunks]] = {}, {}
-        for name, chunks in stored.items():
-            groups[self._manifest.rows is None or self._is_ragged(self._columns[name])][name] = chunks
-        per_sample = {}
-        if groups[0]:
-            (part,) = decode_parts(
-                groups[0], self._layouts, self._scratch
-            )  # samples of a part are of one chunk
-            per_sample = {} if part is None else part.columns
-        if groups[0] and not per_sample:
-            self._cutter.forget(self.shard_paths(unit))
-            return {}, iter([None])
-        return per_sample, self._rows_of(unit, groups[1])
-
-    def _rows_of(self, unit: Unit, stored: Mapping[str, StoredChunks]) -> Iterator[DecodedPart | None]:
-        assert self._layouts is not None
-        for part in decode_parts(stored, self._layouts, self._scratch):
-            if part is None:
-                self._cutter.forget(self.shard_paths(unit))
-            yield part
+        """Returns the columns per sample of a fetched part, and the rows of the others; see `ZarrParts.decode`."""
+        assert self._parts is not None
+        return self._parts.decode(unit, stored)
 
     def _cut_arrays(
         self, unit: Unit, names: list[str], start: int, stop: int, rows: tuple[int, int]
@@ -375,7 +284,9 @@ class ZarrStore:
             return {}
         ts = _tensorstore(self._objects.url)
         paths = {name: path for path, name in self.shard_paths(unit).items()}
-        wanted = {paths[name]: self._wanted(unit, self._columns[name], start, stop, rows) for name in names}
+        wanted = {
+            paths[name]: self._geometry.wanted(unit, self._columns[name], start, stop, rows) for name in names
+        }
         context = ts.Context()
         memory = ts.KvStore.open("memory://cut/", context=context).result()
         for path, data in self._cutter.cut(wanted).items():
@@ -389,18 +300,6 @@ class ZarrStore:
             ).result()
             for name in names
         }
-
-    def _wanted(
-        self, unit: Unit, column: Column, start: int, stop: int, rows: tuple[int, int]
-    ) -> WantedChunks:
-        """Returns which chunks of a unit's shard hold samples of it, or their rows."""
-        plan, ragged = self._manifest.plan, self._manifest.rows
-        first, last = start - unit.start, stop - unit.start
-        shard, chunk = plan.unit_samples, plan.chunk_samples
-        if ragged is not None and not column.per_sample:
-            first, last = rows
-            shard, chunk = ragged.shard_rows, ragged.chunk_rows
-        return WantedChunks(shard // chunk, first // chunk, -(-last // chunk))
 
     def _array(self, name: str) -> tensorstore.TensorStore:
         """Returns the open array; opened in the process that reads, since TensorStore does not survive a fork."""
