@@ -581,9 +581,34 @@ def test_own_transform_is_replayed_and_leaves_view_zero_and_the_source_alone():
 
 def test_a_transform_that_fails_gives_the_generators_back():
     made, before = views(transform="tests.data.test_transforms:failing_transform"), global_states()
-    with pytest.raises(KeyError, match="0"):
+    with pytest.raises(
+        SpecError, match=r"KeyError: .* \(.*test_transforms\.py:\d+\), of sample 'a'; .*begin with v2\.ToPIL"
+    ):
         made.apply(picture(), key="a", view=1)
     assert global_states() == before
+
+
+def transform_itself(image):
+    return image
+
+
+def wrong_transform():
+    return 3
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "transform_itself",
+            r"missing 1 required .*for a transform itself write one: def augment\(\): return transform",
+        ),
+        ("wrong_transform", r"returns int; expected a callable of uint8 \[C, H, W\]"),
+    ],
+)
+def test_what_is_no_factory_of_transforms_is_named(name, message):
+    with pytest.raises(SpecError, match=message):
+        views(transform=f"{__name__}:{name}").apply(picture(), key="a", view=1)
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,21 @@ def loaded(model, num_classes=4):
     )
 
 
+def test_a_size_that_a_teacher_does_not_take_is_named():
+    teacher = ImageTeacher(
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 5)),
+        spec="mine",
+        num_classes=5,
+        normalize=Normalize((0.5,), (0.5,)),
+        device=torch.device("cpu"),
+        dtype="float32",
+    )
+    with pytest.raises(
+        LabelError, match=r"teacher mine: images of \(2, 1, 9, 9\) .*RuntimeError: .*check views\.size and"
+    ):
+        teacher.logits(torch.zeros(2, 1, 9, 9, dtype=torch.uint8))
+
+
 def test_a_random_teacher_is_refused():
     with pytest.raises(ConfigError, match=r"teacher.weights: missing, and timm:test_vit would be random"):
         loaded("timm:test_vit")

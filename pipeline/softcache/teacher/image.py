@@ -89,8 +89,17 @@ class ImageTeacher(Teacher):
         return torch.logaddexp(one_BV.log_softmax(-1), other_BV.log_softmax(-1)) - math.log(2)
 
     def _logits(self, images: torch.Tensor) -> torch.Tensor:
-        with self.autocast():
-            logits = self._checked(self.model(images), images)
+        try:
+            with self.autocast():
+                found = self.model(images)
+        except torch.OutOfMemoryError:
+            raise
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            raise LabelError(
+                f"teacher {self.spec}: images of {tuple(images.shape)} (batch, channels, height, width): "
+                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; check views.size and views.transform"
+            ) from error
+        logits = self._checked(found, images)
         return logits.float() if self._outputs_V is None else logits[:, self._outputs_V].float()
 
     def _checked(self, logits: Any, images: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import xxhash
 from softcache.data.transforms import boxes as view_boxes
 from softcache.data.transforms import mix
 from softcache.data.transforms import ops as view_ops
-from softcache.data.transforms.custom import import_factory, seeded
+from softcache.data.transforms.custom import call_transform, import_factory, seeded
 from softcache.data.transforms.parameters import ViewParameters, crop_of, erase_of, jitter_of, ops_of
 from softcache.data.transforms.settings import ViewSettings
 from softcache.errors import SpecError
@@ -367,7 +367,9 @@ class Views:
         """The user's transform, made anew for each view so that it carries nothing over from the last one."""
         assert self._factory is not None
         with seeded(int(self._raw(key, view)[0])):
-            made = self._factory()(image.clone())  # it may write in place
+            made = call_transform(
+                self._factory, image.clone(), f"views.transform {self.settings.transform!r}", key
+            )
         if not isinstance(made, torch.Tensor) or made.ndim != 3:
             shape = f" of shape {tuple(made.shape)}" if isinstance(made, torch.Tensor) else ""
             raise SpecError(
