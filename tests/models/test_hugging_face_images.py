@@ -370,6 +370,11 @@ def test_an_order_of_classes_that_was_guessed_has_to_be_given():
         ConfigError, match=r'set source\.class_order to "natural" \(timm\) or "lexicographic"'
     ):
         check_class_order(names, (), spec="timm:x", order_is_guessed=True)
+    with pytest.raises(
+        ConfigError, match=r"is that of other names \(nine, ten, …\), and the source's classes are sorted as"
+    ):
+        check_class_order(names, ("nine", "ten"), spec="hf:x", order_is_guessed=True)
+    check_class_order(names, ("nine", "ten"), spec="hf:x")
     check_class_order(names, names, spec="timm:x", order_is_guessed=True)
     check_class_order(names, (), spec="timm:x")
     with pytest.raises(ConfigError, match="class 0 of the source is 'b10', output 0 is 'b9'"):

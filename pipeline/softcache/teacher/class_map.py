@@ -75,16 +75,17 @@ def check_class_order(
             f"teacher.model {spec}: its outputs are other classes, or in another order: class {number} of the source is "
             f'{here!r}, output {number} is {there!r}; set teacher.class_map = "auto" (by names), or to a JSON file'
         )
+    if order_is_guessed:
+        known = "not known" if not names else f"that of other names ({', '.join(names[:3])}, …)"
+        raise ConfigError(
+            f"teacher.model {spec}: the order of its outputs is {known}, and the source's classes are sorted as texts "
+            f"({', '.join(class_names[:3])}, …), which timm's scripts sort by number and without regard to case; set "
+            'source.class_order to "natural" (timm) or "lexicographic" (torchvision, ImageFolder), or source.class_names'
+        )
     if names:
         log_info(
             f"teacher {spec}: its outputs are called otherwise than the source's classes ({names[0]!r} for "
             f"{class_names[0]!r}, {names[-1]!r} for {class_names[-1]!r}); they are taken to be the same, in the same order"
-        )
-    elif order_is_guessed:
-        raise ConfigError(
-            f"teacher.model {spec}: the order of its outputs is not known, and the source's classes are sorted as texts "
-            f"({', '.join(class_names[:3])}, …), which timm's scripts sort by number and without regard to case; set "
-            'source.class_order to "natural" (timm) or "lexicographic" (torchvision, ImageFolder), or source.class_names'
         )
 
 
