@@ -155,15 +155,19 @@ class Cache(CacheContents):
 
     def _joined(self, pieces: list[Piece]) -> CachedBatch:
         """Returns pieces of windows as a batch: views of the one, copies of several."""
-        columns, windows = [piece.columns for piece in pieces], [piece.window for piece in pieces]
-        spans = [slice(piece.start, piece.stop) for piece in pieces]
-        fingerprints = [window.fingerprints[span] for window, span in zip(windows, spans, strict=True)]
-        counts = [window.counts[span] for window, span in zip(windows, spans, strict=True)]
-        one = columns[0]
-        if len(pieces) > 1:
-            one = {name: np.concatenate([part[name] for part in columns]) for name in one}
-            fingerprints, counts = [np.concatenate(fingerprints)], [np.concatenate(counts)]
-        return CachedBatch(self._pattern.with_arrays(one), fingerprints[0], counts[0], one.get("position"))
+        if len(pieces) == 1:
+            window, start, stop = pieces[0]
+            one, fingerprints, counts = (
+                pieces[0].columns,
+                window.fingerprints[start:stop],
+                window.counts[start:stop],
+            )
+        else:
+            parts = [piece.columns for piece in pieces]
+            one = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            fingerprints = np.concatenate([window.fingerprints[start:stop] for window, start, stop in pieces])
+            counts = np.concatenate([window.counts[start:stop] for window, start, stop in pieces])
+        return CachedBatch(self._pattern.with_arrays(one), fingerprints, counts, one.get("position"))
 
     def _stored(
         self, rows_PR: np.ndarray, fingerprints: np.ndarray | None, counts: np.ndarray
