@@ -18,7 +18,7 @@ from softcache.errors import ConfigError, SpecError
 from softcache.models.preprocessing import pretrained_views
 from softcache.models.spec import parse_spec
 from softcache.reader import SoftLabelDataset, open_cache
-from softcache.runs import capture_labels, open_data, open_teacher, train_teacher
+from softcache.runs import capture_labels, open_data, open_teacher, train_student, train_teacher
 from softcache.teacher.class_map import output_names
 
 
@@ -323,3 +323,19 @@ def test_floats_on_another_scale_than_the_plain_view_are_refused(folder):
         config_of(folder, {"size": 32, "transform": f"{__name__}:normalized", "mean": [0.4], "std": [0.2]})
     )
     open_data(config_of(folder, {"size": 32, "transform": f"{__name__}:scaled", "mean": [0.0], "std": [1.0]}))
+
+
+def test_a_student_whose_weights_saw_another_normalization_is_told(folder, tmp_path, caplog):
+    caplog.set_level("INFO", logger="softcache")
+    student = {"model": f"timm:test_efficientnet?checkpoint_path={folder / 'model.safetensors'}"}
+    train = {"epochs": 1, "device": "cpu", "batch_size": 4, "labels": "ground_truth"}
+    for mean, own, is_told in ((0.4, None, True), (0.4, [0.485, 0.456, 0.406], False)):
+        views = {"size": 64, "mean": [mean], "std": [0.229, 0.224, 0.225]}
+        tables = {"student": student | ({"views": {"mean": own}} if own else {}), "train": train}
+        config = config_of(folder, views, **tables)
+        data = open_data(config)
+        train_student(
+            config, data, model=student["model"], labels="ground_truth", out=str(tmp_path / str(own))
+        )
+        assert ("whose images had the mean [0.485, 0.456, 0.406], and sees [0.4]" in caplog.text) == is_told
+        caplog.clear()

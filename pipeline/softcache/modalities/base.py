@@ -137,6 +137,9 @@ class Data(ABC):
         """Returns whether the student sees every view that the teacher saw; else it has its plain view only."""
         return True
 
+    def note_start(self, model: str, task: Any) -> None:  # noqa: B027
+        """Logs what should be known before a model is trained on these data."""
+
     def fresh_views(self, config: RunConfig) -> bool:
         """Returns whether a student without a cache sees another view in every epoch."""
         return False

@@ -59,6 +59,7 @@ def run_training(
     if finished:
         log_info(f"{label}: {out} holds this run, finished; reporting it")
     else:
+        data.note_start(model, task)
         follow = progress_bar(label, config.train.epochs * len(feed.dataset))
     name = {"run": f"train {model}", "labels": config.train.labels, "out": str(out)}
     views = getattr(data, "views", None)

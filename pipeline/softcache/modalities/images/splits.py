@@ -10,7 +10,7 @@ from softcache.data.transforms import Views, ViewSettings
 from softcache.errors import SpecError
 from softcache.hashing.digests import digest_bytes
 from softcache.modalities.base import Data
-from softcache.modalities.images.views import is_trained_here
+from softcache.modalities.images.views import is_trained_here, log_normalization
 from softcache.models.image import Normalize
 from softcache.models.spec import parse_spec
 from softcache.models.weights import select_device
@@ -71,6 +71,10 @@ class ImageSplits(Data):
                 f"model {model!r}: checkpoint_path: no such file {file}; expected weights of a student"
             )
         return {"checkpoint": digest_bytes(file.read_bytes())}
+
+    def note_start(self, model: str, task: Any) -> None:
+        if isinstance(normalize := getattr(task, "normalize", None), Normalize):
+            log_normalization(model, normalize)
 
     def fresh_views(self, config: RunConfig) -> bool:
         """Returns whether the student sees augmented views, which it does where it sees the teacher's."""

@@ -10,6 +10,7 @@ import torch
 
 from softcache.data.transforms import Views, ViewSettings
 from softcache.errors import ConfigError, SpecError
+from softcache.models.image import Normalize
 from softcache.models.preprocessing import is_pretrained, pretrained_views
 from softcache.models.spec import parse_spec
 from softcache.models.weight_files import checkpoint_arguments
@@ -19,7 +20,7 @@ from softcache.runtime.logging import log_info
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
 
-__all__ = ["check_channels", "check_replays", "is_trained_here", "views_of"]
+__all__ = ["check_channels", "check_replays", "is_trained_here", "log_normalization", "views_of"]
 
 TRIED = 4
 """Samples on which a custom transform is tried twice."""
@@ -105,6 +106,22 @@ def is_trained_here(weights: str | None) -> bool:
 
 def _run_of(weights: str) -> Path:
     return Path(weights.partition("#")[0]).parent / "resolved.json"
+
+
+def log_normalization(model: str, normalize: Normalize) -> None:
+    """Logs that a model starts from weights which saw images normalized otherwise than it will see them."""
+    parsed, channels = parse_spec(model), normalize.mean.numel()
+    if not is_pretrained(parsed):
+        return
+    found = pretrained_views(parsed, set(PLAIN_KEYS))
+    for key in found.keys() & {"mean", "std"}:
+        seen, own = getattr(normalize, key).flatten(), torch.tensor(found[key])
+        own = own.mean()[None] if channels == 1 else own
+        if float((seen.cpu() - own).abs().max()) > 1e-3:
+            log_info(
+                f"model {model}: starts from weights whose images had the {key} {_shown(tuple(found[key]))}, and sees "
+                f"{_shown(tuple(round(x, 4) for x in seen.tolist()))}; a student has its own in [student.views]"
+            )
 
 
 def _shown(value: Any) -> str:
