@@ -170,6 +170,10 @@ def test_a_timm_student_loads_in_timm(tmp_path):
     serving = task.serve(model)
     folder = ExportFolder(tmp_path / "out", {})
     write_companions(folder, task, model, "timm:test_efficientnet", describe(report, report.runs[0], serving))
+    told = describe(report, report.runs[0], serving)
+    told["preprocessing"]["fit"] = "letterbox"  # which timm has not
+    write_companions(ExportFolder(tmp_path / "boxed", {}), task, model, "timm:test_efficientnet", told)
+    assert [path.name for path in (tmp_path / "boxed").glob("*config.json")] == ["preprocessor_config.json"]
     images = task.normalize(report.data.evaluation.load(range(4), 0).images)
     exported = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     weights = timm.create_model(

@@ -27,6 +27,7 @@ from softcache.data.transforms.student import StudentViews
 from softcache.models.spec import parse_spec
 from softcache.runs.export.folder import ExportFolder
 from softcache.runs.report.load import Report, Run
+from softcache.runtime.logging import log_info
 from softcache.student.tasks.inference import Serving
 
 __all__ = ["describe", "describe_images", "image_processor", "metadata_of", "write_companions"]
@@ -98,8 +99,15 @@ def write_companions(
     if "mean" not in made:
         return
     folder.make_json("preprocessor_config.json", image_processor(made))
-    if parse_spec(spec).family == "timm":
-        _make_all(folder, partial(_save_for_timm, model, description))
+    if parse_spec(spec).family != "timm":
+        return
+    if made["fit"] == "letterbox":
+        log_info(
+            f"export {spec}: no config.json for timm, whose borders (crop_mode) are on all sides of an image; the view "
+            "fills up the right or the bottom"
+        )
+        return
+    _make_all(folder, partial(_save_for_timm, model, description))
 
 
 def _make_all(folder: ExportFolder, write: Callable[[Path], Any]) -> None:
@@ -155,9 +163,7 @@ def _save_for_timm(model: nn.Module, description: dict[str, Any], folder: Path) 
         "input_size": made["input_shape"],
         "interpolation": made.get("interpolation", "bilinear"),
         "crop_pct": made.get("eval_share", 1.0),
-        "crop_mode": {"letterbox": "border", "stretch": "squash", "stretch_crop": "squash"}.get(
-            made["fit"], "center"
-        ),
+        "crop_mode": "squash" if made["fit"] in ("stretch", "stretch_crop") else "center",
         "mean": made["mean"] * (channels if len(made["mean"]) == 1 else 1),
         "std": made["std"] * (channels if len(made["std"]) == 1 else 1),
     }
