@@ -192,6 +192,20 @@ def test_whole_numbers_are_classes_and_have_names_where_they_are_given(tmp_path,
         opened(tmp_path, table, class_names=["cat", "dog"])
 
 
+def test_a_number_for_no_class_is_refused_in_tables_and_tars(tmp_path):
+    table = write_csv(tmp_path, labels=[*"01201201201", "-1"])
+    with pytest.raises(
+        SourceError, match=r"the label -1; expected classes from 0 on; leave out what has no label"
+    ):
+        opened(tmp_path, table)
+    with tarfile.open(tmp_path / "train-000.tar", "w") as tar:
+        for seed, label in enumerate((b"0", b"1", b"-1")):
+            add(tar, f"{seed}.png", encoded(seed))
+            add(tar, f"{seed}.cls", label)
+    with pytest.raises(SourceError, match=r"the label -1; expected classes from 0 on"):
+        opened(tmp_path, {"name": "webdataset", "path": str(tmp_path / "train-000.tar")})
+
+
 def test_tables_are_divided_and_named_as_they_are(tmp_path):
     table = write_csv(tmp_path, header=("file", "species"), delimiter=";")
     settings = {"path_column": "file", "label_column": "species", "delimiter": ";"}

@@ -170,12 +170,12 @@ def check_same_numbers(here: Sequence[str] | None, train: Sequence[str] | None, 
 
 
 def numbers_or_texts(labels: Sequence[str]) -> list[int] | list[str]:
-    """Returns labels as whole numbers, where all of them are.
+    """Returns labels as whole numbers, where all of them are; -1 is one, which is no class.
 
-    >>> numbers_or_texts(["3", "10"]), numbers_or_texts(["3", "010"])
-    ([3, 10], ['3', '010'])
+    >>> numbers_or_texts(["3", "10"]), numbers_or_texts(["3", "010"]), numbers_or_texts(["3", "-1"])
+    ([3, 10], ['3', '010'], [3, -1])
     """
-    if all(label.isdecimal() and str(int(label)) == label for label in labels):
+    if all(label.removeprefix("-").isdecimal() and str(int(label)) == label for label in labels):
         return [int(label) for label in labels]
     return list(labels)
 
