@@ -12,6 +12,7 @@ Prints a table; a minute on two cores. All data is made here.
 
 from __future__ import annotations
 
+import click
 import numpy as np
 import torch
 
@@ -78,7 +79,9 @@ def changed_weights(dtype: torch.dtype, lr: float = 2e-5, steps: int = 50) -> fl
     return float((layer.weight != before).float().mean())
 
 
+@click.command()
 def main() -> None:
+    """Compare labels of language models with the faults that they once had."""
     print(
         "| chats of mean length, seq_len | packed: rows without their prompt | best_fit | packed: full | best_fit |"
     )
