@@ -135,7 +135,9 @@ def sglang(key, tokens, rows):
         "input_token_logprobs": [
             [row and row[token], token, None] for token, row in zip(tokens, rows, strict=True)
         ],
-        "input_top_logprobs": [row and [[v, i, None] for i, v in [*row.items()][1:]] for row in rows],
+        "input_top_logprobs": [
+            row and [[v, i, None] for i, v in sorted(row.items(), key=lambda e: -e[1])[:TOP]] for row in rows
+        ],
     }
     return {"key": key, "model": "known", "response": {"text": "?", "meta_info": meta}}
 
@@ -697,6 +699,35 @@ def test_a_bad_echo_is_refused(served, tmp_path, change, kind, message):
         served.load(tmp_path / "cache", path)
 
 
+def one_late(values, first):
+    """The entries from `first` on, each where the next belongs."""
+    values[first + 1 :] = values[first:-1]
+
+
+@pytest.mark.parametrize("only_others", [False, True])
+@pytest.mark.parametrize("shape", [echo, sglang])
+def test_likeliest_tokens_of_another_position_are_refused(served, tmp_path, shape, only_others):
+    """The actual token has a number of its own there, which hid that the others were one row late."""
+    answers = json.loads(json.dumps(served.answers(shape)))
+    for answer, tokens in zip(answers, served.tokens, strict=True):
+        body = answer["response"]
+        top = (
+            body["choices"][0]["logprobs"]["top_logprobs"]
+            if shape is echo
+            else body["meta_info"]["input_top_logprobs"]
+        )
+        one_late(top, 1)
+        for row, token in zip(top, tokens, strict=False):
+            if only_others and shape is echo and row:
+                row.pop(f"token_id:{token}", None)
+            elif only_others and row:
+                row[:] = [entry for entry in row if entry[1] != token]
+    with pytest.raises(
+        LabelError, match=r"position \d+: .* malformed: the actual token, \d+, has .* of another position"
+    ):
+        served.load(tmp_path / "cache", served.write(answers, folder=tmp_path))
+
+
 def test_an_echo_without_top_log_probs_of_a_row_has_the_actual_token_alone(served, tmp_path):
     answers = spoil_echo(served, lambda body, logprobs: logprobs["top_logprobs"].__setitem__(2, None))
     cache, _ = served.load(tmp_path / "cache", served.write(answers, folder=tmp_path))
@@ -713,6 +744,7 @@ def test_an_echo_without_top_log_probs_of_a_row_has_the_actual_token_alone(serve
         (lambda body, content: content[1].update(token="w3"), LabelError, "'w3' is not 'token_id:NUMBER'"),
         (lambda body, content: content.__setitem__(1, 5), LabelError, r"content\[\] is of type int"),
         (lambda body, content: content[0].pop("logprob"), LabelError, "malformed: 'logprob'"),
+        (lambda body, content: content[0].update(logprob=content[0]["logprob"] / 2), LabelError, "of another position or temp"),
         (lambda body, content: body["prompt_token_ids"].insert(0, 3), AlignmentError, "position 0: the server saw token 3"),
     ],
 )  # fmt: skip

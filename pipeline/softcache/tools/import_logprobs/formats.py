@@ -60,7 +60,12 @@ from typing import Any, NamedTuple
 from softcache.errors import LabelError
 from softcache.tools.import_logprobs.jsonl import Answer, LineLocation, expect
 
-__all__ = ["ParsedLogprobs", "parse_logprobs"]
+__all__ = ["LOG_ZERO", "ParsedLogprobs", "parse_logprobs"]
+
+LOG_ZERO = -9999.0
+"""What vLLM and OpenAI write for -inf, which JSON has not."""
+SAME, SAME_SHARE = 1e-3, 2.0**-7
+"""How far two writings of one log-probability may be apart: four digits, or a step of bfloat16."""
 
 
 class ParsedLogprobs(NamedTuple):
@@ -183,8 +188,7 @@ def _sglang(place: LineLocation, meta: Mapping[str, Any]) -> ParsedLogprobs:
 
 def _sglang_row(row: Any) -> dict[int, float]:
     own, top = row
-    values = _distinct(((entry[1], entry[0]) for entry in top), len(top))
-    return {own[1]: own[0]} | values
+    return _with_actual(own[1], own[0], _distinct(((entry[1], entry[0]) for entry in top), len(top)))
 
 
 def _tgi(place: LineLocation, details: Mapping[str, Any]) -> ParsedLogprobs:
@@ -258,13 +262,34 @@ def _echo_row(row: Any) -> dict[int, float]:
     token, own, top = row
     top = top or {}
     values = _distinct(((_id_in(text), value) for text, value in top.items()), len(top))
-    return values if own is None else {token: own} | values
+    return values if own is None else _with_actual(token, own, values)
 
 
 def _chat_row(row: Any) -> dict[int, float]:
     top = row.get("top_logprobs") or []
     values = _distinct(((_id_of(entry), entry["logprob"]) for entry in top), len(top))
-    return {_id_of(row): row["logprob"]} | values
+    return _with_actual(_id_of(row), row["logprob"], values)
+
+
+def _with_actual(token: int, own: float, likeliest: dict[int, float]) -> dict[int, float]:
+    """Returns the likeliest tokens and the actual one, which servers give apart.
+
+    Raises:
+        ValueError: the two are not of one distribution: the likeliest are those of another position, or at another T.
+    """
+    allowed = SAME + SAME_SHARE * abs(own) if likeliest else 0.0
+    same = likeliest.get(token)
+    if same is not None and abs(max(same, LOG_ZERO) - max(own, LOG_ZERO)) > allowed:
+        raise ValueError(
+            f"the actual token, {token}, has {own:g} alone and {same:g} among the likeliest, so these are of another "
+            "position or temperature; is entry i of both over token i?"
+        )
+    if likeliest and same is None and own > (least := min(likeliest.values())) + allowed:
+        raise ValueError(
+            f"the actual token, {token}, has {own:g} and is not among the likeliest, of which the least has {least:g}, so "
+            "these are of another position or temperature; is entry i of both over token i?"
+        )
+    return {token: own} | likeliest
 
 
 def _distinct(pairs: Iterable[tuple[int, float]], count: int) -> dict[int, float]:

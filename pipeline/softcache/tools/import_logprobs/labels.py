@@ -29,14 +29,13 @@ from softcache.data.tokens import TokenBatch
 from softcache.errors import AlignmentError, LabelError
 from softcache.labels import SoftLabels, concat
 from softcache.runtime.logging import log_info
-from softcache.tools.import_logprobs.formats import parse_logprobs
+from softcache.tools.import_logprobs.formats import LOG_ZERO, parse_logprobs
 from softcache.tools.import_logprobs.index import Responses
 from softcache.tools.import_logprobs.jsonl import Answer, LineLocation
 
 __all__ = ["build_labels", "check_not_renormalized", "label_batch"]
 
 
-LOG_ZERO = -9999.0  # what vLLM and OpenAI write for -inf, which JSON has not
 ROUNDING = 1e-3  # of a log-probability above 0, and of a sum above 1: float16 near 1 has steps of 5e-4
 LEAST_TAIL = 2.0**-24
 # Heads are padded to a multiple of up to 512 rows (152,064 for 151,665 tokens); what they give there is next to nothing.
