@@ -17,7 +17,13 @@ from softcache.runs import train_student
 from softcache.runs.export import ExportSettings, check_drop, export_run, load_onnxruntime
 from softcache.runs.export import run as running
 from softcache.runs.export.benchmark import count_flops, load_onnx, load_pt2
-from softcache.runs.export.description import describe, describe_images, image_processor, write_companions
+from softcache.runs.export.description import (
+    _save_for_timm,
+    describe,
+    describe_images,
+    image_processor,
+    write_companions,
+)
 from softcache.runs.export.folder import ExportFolder
 from softcache.runs.export.formats import export_program
 from softcache.runs.report import open_report
@@ -185,6 +191,21 @@ def test_a_timm_student_loads_in_timm(tmp_path):
     assert exported.pretrained_cfg["mean"] == [0.3]
     assert exported.pretrained_cfg["input_size"] == (1, 8, 8)
     assert exported.pretrained_cfg["label_names"] == [str(number) for number in range(10)]
+
+
+@pytest.mark.parametrize(("size", "share"), [(48, 0.875), (224, 0.95), (48, 224 / 232)])
+@pytest.mark.parametrize("geometry", ["floor", "torchvision"])
+def test_timm_scales_images_as_the_student_saw_them(size, share, geometry, tmp_path):
+    import timm
+    from timm.data import create_transform, resolve_model_data_config
+
+    views = Views(ViewSettings(size=size, eval_share=share, geometry=geometry))
+    made = describe_images(views, ImageServing(nn.Identity(), nn.Identity(), (3, size, size)))
+    student = timm.create_model("test_efficientnet", num_classes=2)
+    _save_for_timm(student, {"preprocessing": made, "class_names": ["a", "b"]}, tmp_path)
+    exported = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    resize = create_transform(**resolve_model_data_config(exported)).transforms[0]
+    assert resize.size == views.settings.scaled(600, 600)[0]
 
 
 def test_a_finished_export_is_reported_not_repeated(trained, monkeypatch):

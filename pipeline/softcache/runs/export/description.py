@@ -6,8 +6,12 @@ and
     preprocessor_config.json   of images: with what transformers' AutoImageProcessor makes the input of student.onnx, where
                                it can; under "softcache" the whole of it
     config.json, model.safetensors
-                               of timm students: timm.create_model("local-dir:OUT", pretrained=True)
+                               of timm students: timm.create_model("local-dir:OUT", pretrained=True), with the transform of
+                               its pretrained_cfg
     tokenizer.json, …          of language models: transformers.AutoTokenizer.from_pretrained("OUT")
+
+Where a side is longer than the centre by an odd number of pixels, timm begins the centre as `geometry = "torchvision"` does
+and transformers as "floor" does: of the other geometry, theirs may be one pixel beside the student's.
 """
 
 from __future__ import annotations
@@ -159,10 +163,13 @@ def _save_for_timm(model: nn.Module, description: dict[str, Any], folder: Path) 
 
     made = description["preprocessing"]
     channels = made["input_shape"][0]
+    share, scaled = made.get("eval_share", 1.0), made.get("resize_shorter_side")
+    if scaled is not None and int(made["size"] / share) != scaled:  # timm rounds down
+        share = made["size"] / (scaled + 0.5)
     data = {
         "input_size": made["input_shape"],
         "interpolation": made.get("interpolation", "bilinear"),
-        "crop_pct": made.get("eval_share", 1.0),
+        "crop_pct": share,
         "crop_mode": "squash" if made["fit"] in ("stretch", "stretch_crop") else "center",
         "mean": made["mean"] * (channels if len(made["mean"]) == 1 else 1),
         "std": made["std"] * (channels if len(made["std"]) == 1 else 1),
