@@ -353,7 +353,7 @@ def test_folders_that_are_no_dataset_are_refused(folder, tmp_path):
         opened(name="imagefolder", root=str(tmp_path / "empty"))
     for path in (folder / "train").rglob("*.png"):
         path.unlink()
-    with pytest.raises(SourceError, match=r"no images \(.bmp"):
+    with pytest.raises(SourceError, match=r"no images \(\.avif, \.bmp"):
         opened(name="imagefolder", root=str(folder))
     shutil.rmtree(folder / "eval")
     with pytest.raises(SourceError, match=r"no folder eval, val, validation, valid or test in it"):
