@@ -124,7 +124,7 @@ def student():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
 
-def fit(shared, folder, *callbacks, ckpt_path=None, epochs=3, **settings):
+def fit(shared, folder, *callbacks, ckpt_path=None, epochs=3, trainer=None, **settings):
     """Three epochs of six batches; returns the module and the batches that it saw."""
     _, data, cache = shared
     seen = Seen()
@@ -135,7 +135,7 @@ def fit(shared, folder, *callbacks, ckpt_path=None, epochs=3, **settings):
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(
         max_epochs=epochs, callbacks=[seen, *callbacks], default_root_dir=folder, accelerator="cpu", devices=1,
-        enable_model_summary=False, num_sanity_val_steps=0, **quiet,
+        enable_model_summary=False, num_sanity_val_steps=0, **quiet, **(trainer or {}),
     )  # fmt: skip
     trainer.fit(module, loaded, ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True)
     return module, seen.batches, trainer
@@ -161,6 +161,28 @@ def test_lightning_goes_on_at_the_batch_where_it_was_stopped(shared_cache, tmp_p
     assert trainer.global_step == 18
     for name, weights in module.state_dict().items():
         assert torch.equal(weights, resumed.state_dict()[name]), name
+
+
+def test_lightning_begins_the_next_epoch_where_it_ended_one_early(shared_cache, tmp_path):
+    """limit_train_batches, with a checkpoint of the end of an epoch: what is left of it is never seen."""
+    few = {"limit_train_batches": 4}
+    _, batches, _ = fit(shared_cache, tmp_path, trainer=few)
+    assert [view for view, _ in batches] == [0] * 4 + [1] * 4 + [0] * 4
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(shared_cache, tmp_path, StopAfter(4, tmp_path / "stopped.ckpt"), trainer=few)
+    _, rest, trainer = fit(shared_cache, tmp_path, ckpt_path=tmp_path / "stopped.ckpt", trainer=few)
+    assert rest == batches[4:]
+    assert trainer.global_step == 12
+
+
+def test_lightning_has_the_epochs_order_and_view_in_loaders_that_it_asks_for_again(shared_cache, tmp_path):
+    _, batches, _ = fit(shared_cache, tmp_path)
+    again = {"reload_dataloaders_every_n_epochs": 1}
+    _, reloaded, _ = fit(shared_cache, tmp_path, trainer=again)
+    assert reloaded == batches
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(shared_cache, tmp_path, StopAfter(8, tmp_path / "stopped.ckpt"), trainer=again)
+    assert fit(shared_cache, tmp_path, ckpt_path=tmp_path / "stopped.ckpt", trainer=again)[1] == batches[8:]
 
 
 def test_lightning_scores_the_held_out_split_by_samples(shared_cache, tmp_path):
@@ -189,6 +211,11 @@ def test_lightning_refuses_a_place_in_another_order(shared_cache):
     ]
     with pytest.raises(RunError, match=r"seed 0 in the saved state, 1 here"):
         loaders[1].load_state_dict(loaders[0].state_dict())
+    one_view = SoftLabelDataModule(data.train.source, cache, batch_size=50, num_views=1).train_dataloader()
+    with pytest.raises(RunError, match=r"num_views 2 in the saved state, 1 here"):
+        one_view.load_state_dict(loaders[0].state_dict())
+    with pytest.raises(RunError, match=r"cache other in the saved state"):
+        loaders[0].load_state_dict(loaders[0].state_dict() | {"cache": "other"})
 
 
 def test_lightning_refuses_what_it_cannot_do(shared_cache):

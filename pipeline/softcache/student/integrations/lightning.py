@@ -16,7 +16,7 @@ and nothing here was tested with them: `softcache train-student` weighs them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from softcache.data.images import ImageBatch, ViewedSource
-from softcache.errors import ConfigError, MissingExtraError
+from softcache.errors import ConfigError, MissingExtraError, RunError
 from softcache.losses import LossSettings, cross_entropy
 from softcache.reader.cache import DEFAULT_WINDOW_BLOCKS
 from softcache.reader.dataset import HardLabelDataset, SoftLabelDataset, cached_views
@@ -172,7 +172,15 @@ class SoftLabelDataModule(lightning.LightningDataModule):
             window_blocks=None if self._cache.fits_in_memmap else DEFAULT_WINDOW_BLOCKS,
             seed=self._seed,
         )
-        return CheckpointLoader(SoftLabelLoader(self._dataset, order, workers=self._workers), order)
+        trainer = self.trainer
+        if trainer is not None:  # reload_dataloaders_every_n_epochs, and a second fit, ask for another loader
+            order.epoch = trainer.current_epoch
+        return CheckpointLoader(
+            SoftLabelLoader(self._dataset, order, workers=self._workers),
+            order,
+            num_batches=lambda: float("inf") if trainer is None else trainer.num_training_batches,
+            place_of={"cache": self._cache.manifest_sha256, "num_views": num_views},
+        )
 
     def val_dataloader(self) -> Any:
         if self._held_out is None:
@@ -191,10 +199,22 @@ class CheckpointLoader:
     `iter` more often than it uses what it gets; and it asks for no batch after the last, so that the loader would never
     hear that the epoch is over. So here each iteration that is begun is an epoch's, and the first one after
     `load_state_dict` is the rest of the epoch that was saved (or the next epoch, where nothing was left of it).
+
+    Args:
+        num_batches: returns how many batches Lightning takes of an epoch at most (`limit_train_batches`).
+        place_of: what else the place of a checkpoint is a place in, by name.
     """
 
-    def __init__(self, loader: SoftLabelLoader, order: BlockShuffle) -> None:
+    def __init__(
+        self,
+        loader: SoftLabelLoader,
+        order: BlockShuffle,
+        *,
+        num_batches: Callable[[], float] = lambda: float("inf"),
+        place_of: Mapping[str, Any] | None = None,
+    ) -> None:
         self._loader, self._order = loader, order
+        self._num_batches, self._place_of = num_batches, dict(place_of or {})
         self._goes_on = False
 
     def __len__(self) -> int:
@@ -204,7 +224,7 @@ class CheckpointLoader:
     def __iter__(self) -> Iterator[ImageBatch]:
         # A generator: what stands here happens when the first batch is asked for.
         order = self._order
-        is_over = order.step >= order.num_steps(order.epoch)
+        is_over = order.step >= min(order.num_steps(order.epoch), self._num_batches())
         if is_over or (order.step and not self._goes_on):
             order.epoch, order.step = order.epoch + 1, 0
         self._goes_on = False
@@ -212,13 +232,19 @@ class CheckpointLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the place in the order: the batches that were handed over."""
-        return self._loader.state_dict()
+        return {**self._loader.state_dict(), **self._place_of}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes to a saved place.
 
         Raises:
-            RunError: the state is of another seed or batch size.
+            RunError: the state is of another seed, batch size, cache or number of views.
         """
+        for name, here in self._place_of.items():
+            if state.get(name, here) != here:
+                raise RunError(
+                    f"order of samples: {name} {state[name]} in the saved state, {here} here; expected the same; resume "
+                    f"with that {name}, or start a new run from the checkpoint's weights"
+                )
         self._loader.load_state_dict(state)
         self._goes_on = True
