@@ -85,13 +85,26 @@ def build_translation_model(spec: str, *, vocab_size: int, context: int, tokens:
             "t5, marian or hf:NAME of one; a causal language model would not see the source"
         )
     check_size(spec, model, vocab_size, context)
-    start = getattr(model.config, "decoder_start_token_id", tokens.start)
+    start = _decoder_start(model, tokens)
     if start != tokens.start:
         raise SpecError(
             f"model {spec!r}: its decoder starts with token {start}; expected {tokens.start}, the tokenizer's padding, with "
             "which the source's samples start; set decoder_start_token_id in its config.json if it was trained so"
         )
     return model
+
+
+def _decoder_start(model: Any, tokens: PairTokens) -> int | None:
+    """Returns the token that the model's own shift of labels puts first, or else the one that its configuration names.
+
+    Configurations may name another one than the model is trained with (mBART: the last of the labels), or none (T5Gemma).
+    """
+    if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return getattr(model.config, "decoder_start_token_id", tokens.start)
+    try:
+        return int(model.prepare_decoder_input_ids_from_labels(torch.tensor([[tokens.end]]))[0, 0])
+    except Exception:  # it misses a setting: transformers raises many kinds of errors
+        return getattr(model.config, "decoder_start_token_id", None)
 
 
 def _t5(vocab_size: int, context: int, tokens: PairTokens, *, width: int = 128, depth: int = 3,

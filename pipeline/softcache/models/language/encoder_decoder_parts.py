@@ -24,6 +24,9 @@ from softcache.models.language.backbone_head import LMHeadMixin, tensor_in
 
 __all__ = ["PairParts", "is_encoder_decoder", "split_pairs", "split_source_target"]
 
+SCALED_IF_TIED = ("switch_transformers", "umt5")
+"""Model types of T5's family whose configuration does not name its scale of tied embeddings."""
+
 
 @dataclass(frozen=True, eq=False)
 class PairParts(LMHeadMixin):
@@ -126,4 +129,6 @@ def split_pairs(model: Any, head: nn.Linear, softcap: float | None = None) -> Pa
                 "(AutoModelForSeq2SeqLM)"
             )
     scaled = getattr(model.config, "scale_decoder_outputs", False)
+    if model.config.model_type in SCALED_IF_TIED:
+        scaled = model.config.tie_word_embeddings
     return PairParts(model, head, logit_scale=model.config.d_model**-0.5 if scaled else 1.0, softcap=softcap)

@@ -326,7 +326,7 @@ PAIR_LENGTHS = ((5, 2), (1, 6), (3, 3), (2, 4))
 def check_pairs(model: Any, parts: PairParts) -> None:
     """Raises SpecError where the parts are not the model; the model must be in evaluation mode, without gradients."""
     name = type(model).__name__
-    tokens_BL, segments_BL = _probe_pairs(parts)
+    tokens_BL, segments_BL = _probe_pairs(parts, getattr(model.config, "decoder_start_token_id", None))
     target = segments_BL == 1
     lengths_B = target.sum(1)
     source_BS, mask_BS, given_BT, starts_B = split_source_target(tokens_BL, segments_BL)
@@ -358,7 +358,8 @@ def check_pairs(model: Any, parts: PairParts) -> None:
         )
 
 
-def _probe_pairs(parts: PairParts) -> tuple[torch.Tensor, torch.Tensor]:
+def _probe_pairs(parts: PairParts, start: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns pairs whose targets begin with the token `start`, which some decoders mask where it is the padding."""
     longest = max(source + target for source, target in PAIR_LENGTHS)
     index = torch.arange(len(PAIR_LENGTHS) * longest, device=parts.weight.device).view(
         len(PAIR_LENGTHS), longest
@@ -367,4 +368,8 @@ def _probe_pairs(parts: PairParts) -> tuple[torch.Tensor, torch.Tensor]:
     for row, (source, target) in enumerate(PAIR_LENGTHS):
         segments[row, :source] = 0
         segments[row, source : source + target] = 1
-    return (5 * index + 3) % parts.vocab_size, segments
+    tokens = (5 * index + 3) % parts.vocab_size
+    if start is not None:
+        for row, (source, _) in enumerate(PAIR_LENGTHS):
+            tokens[row, source] = start
+    return tokens, segments
