@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from softcache.data.sources import source_settings
 from softcache.data.sources.text.packing import Account, Encoded, cut_documents
 from softcache.data.sources.text.source import open_text
-from softcache.data.sources.text.tokenizer import special_tokens, train_byte_level
+from softcache.data.sources.text.tokenizer import save_with_tokenizer, special_tokens, train_byte_level
 from softcache.data.tokens import TokenData
 from softcache.errors import SourceError, SpecError
 from tests.data.test_text_source import WORDS, save_tokenizer, write_texts
@@ -88,6 +88,30 @@ def test_bos_can_be_asked_for_and_left_out(opened, tmp_path, template, bos, expe
     assert tokens_of(source) == [expected]
     identity = TokenData(source).identity(1)["tokenizer"]
     assert identity.get("prefix", []) == ([BOS] if BOS in expected else [])
+
+
+@pytest.mark.parametrize("template", ["<bos> $A", "<bos> $A <eos>", "$A", "$A <eos>"])
+@pytest.mark.parametrize("bos", ["auto", True, False])
+def test_the_tokenizer_next_to_a_model_begins_texts_as_the_training_did(template, bos, tmp_path):
+    folder = with_bos(tmp_path / "t", template=template)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    before = special_tokens(tokenizer, bos=bos, of="t").prefix
+    plain = tokenizer("w10 w11", add_special_tokens=False)["input_ids"]
+    after = tokenizer("w10 w11")["input_ids"][len(plain) + ("<bos>" in template) :]
+    save_with_tokenizer(tmp_path / "model", tokenizer, bos=bos)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert saved("w10 w11")["input_ids"] == [*before, *plain, *after]
+
+
+@pytest.mark.parametrize(
+    ("own", "ends"), [(None, 0), (7, [7, 0]), ([7, 9], [7, 9, 0]), ([0, 7], [0, 7]), (0, 0)]
+)
+def test_a_generation_ends_where_the_texts_of_the_training_ended(own, ends, tmp_path):
+    GenerationConfig(eos_token_id=own).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(with_bos(tmp_path / "t"))
+    assert tokenizer.eos_token_id == 0
+    save_with_tokenizer(tmp_path, tokenizer)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == ends
 
 
 def test_a_tokenizer_without_bos_cannot_be_asked_for_one(opened, tmp_path):

@@ -119,7 +119,7 @@ class TextData(TokenSplits):
 
     def save_tokenizer(self, folder: Path) -> None:
         """Writes the tokenizer of the text, and into the generation config of a model that is there its special tokens."""
-        save_with_tokenizer(folder, load_tokenizer(self._settings))
+        save_with_tokenizer(folder, load_tokenizer(self._settings), bos=self._settings.bos)
 
     def teacher(self, config: RunConfig, settings: TeacherSettings) -> Teacher:
         """Returns the teacher with its weights, on the device and dtype of [capture]."""

@@ -119,15 +119,7 @@ def special_tokens(tokenizer: Any, *, bos: Literal["auto"] | bool, of: str) -> S
     Raises:
         SpecError: BOS is asked for, and the tokenizer has none; or what it adds is not clear.
     """
-    text, plain = _known_text(tokenizer, of)
-    ids = tokenizer(text)["input_ids"]
-    start = next((n for n in range(len(ids)) if ids[n : n + len(plain)] == plain), None)
-    if start is None:
-        raise SpecError(
-            f"{of}: makes {plain} of {text!r}, and {ids} with special tokens, which are not around it; expected some before "
-            "or after; name another tokenizer, or give token ids (source.input_ids_column)"
-        )
-    prefix, suffix = ids[:start], ids[start + len(plain) :]
+    prefix, suffix = _around(tokenizer, of)
     if bos is False:
         prefix = []
     elif bos is True:
@@ -140,6 +132,19 @@ def special_tokens(tokenizer: Any, *, bos: Literal["auto"] | bool, of: str) -> S
     if tokenizer.eos_token_id is not None and suffix[-1:] != [tokenizer.eos_token_id]:
         suffix = [*suffix, tokenizer.eos_token_id]
     return SpecialTokens(tuple(prefix), tuple(suffix))
+
+
+def _around(tokenizer: Any, of: str) -> tuple[list[int], list[int]]:
+    """Returns what a tokenizer by itself puts before and after a text."""
+    text, plain = _known_text(tokenizer, of)
+    ids = tokenizer(text)["input_ids"]
+    start = next((n for n in range(len(ids)) if ids[n : n + len(plain)] == plain), None)
+    if start is None:
+        raise SpecError(
+            f"{of}: makes {plain} of {text!r}, and {ids} with special tokens, which are not around it; expected some before "
+            "or after; name another tokenizer, or give token ids (source.input_ids_column)"
+        )
+    return ids[:start], ids[start + len(plain) :]
 
 
 def _known_text(tokenizer: Any, of: str) -> tuple[str, list[int]]:
@@ -322,11 +327,16 @@ def train_byte_level(
     return tokenizer
 
 
-def save_with_tokenizer(folder: Path, tokenizer: Any) -> None:
+def save_with_tokenizer(folder: Path, tokenizer: Any, *, bos: Literal["auto"] | bool = "auto") -> None:
     """Writes a tokenizer next to a saved model, and into its generation config the special tokens that are missing there.
 
-    A model with fresh weights has no end-of-text token in its configuration, and would never stop.
+    A model with fresh weights has no end-of-text token in its configuration, and would never stop; a pretrained one may have
+    another than the tokenizer's, with which the texts of its training ended.
+
+    Args:
+        bos: what texts began with (`special_tokens`); the tokenizer that is written begins them so.
     """
+    _begin_texts(tokenizer, bos)
     tokenizer.save_pretrained(folder)
     if not (Path(folder) / "generation_config.json").exists():
         return
@@ -334,4 +344,31 @@ def save_with_tokenizer(folder: Path, tokenizer: Any) -> None:
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(config, key) is None:
             setattr(config, key, getattr(tokenizer, key))
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if tokenizer.eos_token_id not in (None, *ends):
+        config.eos_token_id = [*ends, tokenizer.eos_token_id]
     config.save_pretrained(folder)
+
+
+def _begin_texts(tokenizer: Any, bos: Literal["auto"] | bool) -> None:
+    """Has a tokenizer begin texts by itself as `bos` had it."""
+    if bos == "auto":
+        return
+    of = f"tokenizer {tokenizer.name_or_path!r}"
+    before, after = _around(tokenizer, of)
+    prefix = special_tokens(tokenizer, bos=bos, of=of).prefix
+    if tuple(before) == prefix:
+        return
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        log_info(
+            f"{of}: begins texts with {before}, in the training they began with {list(prefix)} (source.bos = {bos})"
+        )
+        return
+    names = {number: tokenizer.convert_ids_to_tokens(number) for number in (*prefix, *after)}
+    first, last = ([names[number] for number in ids] for ids in (prefix, after))
+    backend.post_processor = text_library("tokenizers").processors.TemplateProcessing(
+        single=[*first, "$A", *last],
+        pair=[*first, "$A", *last, "$B", *last],
+        special_tokens=[(name, number) for number, name in names.items()],
+    )
