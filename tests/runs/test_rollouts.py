@@ -13,13 +13,14 @@ from softcache.config.run import RunConfig
 from softcache.data.sources.text.rollouts import read_manifest
 from softcache.errors import ConfigError, IdentityError, SourceError
 from softcache.models.language import split
-from softcache.models.language.sample import sample_responses
+from softcache.models.language.sample import _choose_draw, sample_responses
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from softcache.runs.rollouts import check_teacher_consistency, open_policy, sft_teacher_of_run
 from softcache.stages.cli import softcache
 from softcache.teacher.rollouts import generate_rollouts, prompts_of, rollout_prompts
 from softcache.testing import FaultyObjects, Killed
 from tests.fakes_language import known, padded
+from tests.support.architectures import ARCHITECTURES, make_model
 from tests.support.text_caches import text_config
 
 TEACHER = {"spec": "tests.fakes_language:known", "weights_digest": "abc"}
@@ -98,6 +99,27 @@ def test_log_probabilities_are_those_of_the_distribution_that_was_drawn_from(mak
     assert [len(response.tokens) <= most for response, most in zip(found, (6, 4, 6), strict=True)] == [
         True
     ] * 3
+
+
+WAYS = {"llama": "_draw", "bloom": "_draw", "mamba": "_draw", "recurrent_gemma": "_draw_by_length", "bart": "_draw_by_length",
+        "marian": "_draw_by_length", "whisper": "_draw_by_length", "rwkv": "_draw_plainly"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WAYS)
+@torch.no_grad()
+def test_a_shorter_prompt_of_a_batch_is_continued_as_it_is_alone(name):
+    """Its padding was seen by some, so that tokens were drawn from another distribution than that of their log-probabilities."""
+    model = make_model(next(each for each in ARCHITECTURES if each.name == name))
+    parts = split(model)
+    prompts = [np.arange(3, 3 + length) for length in (2, 9, 5, 2)]
+    found = sample_responses(
+        model, parts, prompts, max_tokens=[5] * 4, end_tokens={2}, vocab_size=101, temperature=1e-4
+    )
+    for prompt, response in zip(prompts, found, strict=True):
+        row = torch.from_numpy(np.concatenate([prompt, response.tokens]))
+        logits = model(row[None], use_cache=False).logits[0, len(prompt) - 1 : -1]
+        assert response.tokens.tolist() == logits.argmax(-1).tolist()
+    assert _choose_draw(model, parts, is_padded=True).__name__ == WAYS[name]
 
 
 def test_tokens_are_drawn_as_often_as_the_model_says():
