@@ -12,7 +12,9 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from softcache.data.transforms import Views, ViewSettings
+from softcache.data.transforms.student import StudentViews, StudentViewSettings
 from softcache.errors import CorruptionError, MissingExtraError, RunError, SpecError
+from softcache.models.image import Normalize
 from softcache.runs import train_student
 from softcache.runs.export import ExportSettings, check_drop, export_run, load_onnxruntime
 from softcache.runs.export import run as running
@@ -206,6 +208,44 @@ def test_timm_scales_images_as_the_student_saw_them(size, share, geometry, tmp_p
     exported = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     resize = create_transform(**resolve_model_data_config(exported)).transforms[0]
     assert resize.size == views.settings.scaled(600, 600)[0]
+
+
+def test_transformers_sees_what_a_timm_student_saw(tmp_path):
+    """Its processor is of the weights next to it, and not of the ONNX file, which normalizes inside."""
+    import timm
+    from PIL import Image
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    pixels = np.random.RandomState(0).randint(0, 256, (5, 7, 3), np.uint8)
+    photo = Image.fromarray(pixels).resize((90, 60), Image.Resampling.BICUBIC)
+    settings = ViewSettings(
+        size=48, geometry="torchvision", mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+    )
+    views, spec, names = Views(settings), "timm:test_efficientnet", ["a", "b", "c"]
+    torch.manual_seed(0)
+    student = timm.create_model("test_efficientnet", num_classes=3).eval()
+    made = describe_images(views, ImageServing(nn.Identity(), nn.Identity(), (3, 48, 48)))
+    write_companions(
+        ExportFolder(tmp_path, {}), object(), student, spec, {"class_names": names, "preprocessing": made}
+    )
+    seen = views.apply(torch.from_numpy(np.array(photo)).permute(2, 0, 1), key="a", view=0)
+    with torch.no_grad():
+        wanted = student(Normalize(settings.mean, settings.std)(seen[None]))
+        inputs = AutoImageProcessor.from_pretrained(tmp_path)(photo, return_tensors="pt")
+        model = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+        torch.testing.assert_close(
+            model(**inputs).logits, wanted, rtol=0, atol=0.02 * float(wanted.abs().max())
+        )
+    assert list(model.config.id2label.values()) == names
+
+
+def test_the_processor_of_a_student_with_a_smaller_view_does_not_cut_the_view(tmp_path):
+    views = StudentViews(Views(ViewSettings(size=48)), StudentViewSettings(size=32))
+    made = describe_images(views, ImageServing(nn.Identity(), nn.Identity(), (3, 32, 32)))
+    config = image_processor(made)
+    assert config["crop_size"] == {"height": 48, "width": 48}
+    assert made["then_shorter_side"] == 32
+    assert "image_processor_type" not in config
 
 
 def test_a_finished_export_is_reported_not_repeated(trained, monkeypatch):

@@ -4,10 +4,12 @@ ONNX metadata `class_names` and `preprocessing` (JSON), `metadata.json` in the `
 and
 
     preprocessor_config.json   of images: with what transformers' AutoImageProcessor makes the input of student.onnx, where
-                               it can; under "softcache" the whole of it
+                               it can; under "softcache" the whole of it. Of timm students transformers makes from
+                               config.json the processor of their weights, which normalizes; for student.onnx it is
+                               CLIPImageProcessor.from_pretrained("OUT")
     config.json, model.safetensors
                                of timm students: timm.create_model("local-dir:OUT", pretrained=True), with the transform of
-                               its pretrained_cfg
+                               its pretrained_cfg; transformers' AutoModelForImageClassification and AutoImageProcessor
     tokenizer.json, …          of language models: transformers.AutoTokenizer.from_pretrained("OUT")
 
 Where a side is longer than the centre by an odd number of pixels, timm begins the centre as `geometry = "torchvision"` does
@@ -102,16 +104,20 @@ def write_companions(
     made = description["preprocessing"]
     if "mean" not in made:
         return
-    folder.make_json("preprocessor_config.json", image_processor(made))
-    if parse_spec(spec).family != "timm":
-        return
-    if made["fit"] == "letterbox":
+    processor, is_timm = image_processor(made), parse_spec(spec).family == "timm"
+    has_config = is_timm and made["fit"] != "letterbox"
+    if (
+        has_config
+    ):  # of which transformers makes a model, and a processor that normalizes, as that model needs it
+        processor.pop("image_processor_type", None)
+    folder.make_json("preprocessor_config.json", processor)
+    if has_config:
+        _make_all(folder, partial(_save_for_timm, model, description))
+    elif is_timm:
         log_info(
             f"export {spec}: no config.json for timm, whose borders (crop_mode) are on all sides of an image; the view "
             "fills up the right or the bottom"
         )
-        return
-    _make_all(folder, partial(_save_for_timm, model, description))
 
 
 def _make_all(folder: ExportFolder, write: Callable[[Path], Any]) -> None:
@@ -127,7 +133,8 @@ def image_processor(made: dict[str, Any]) -> dict[str, Any]:
 
     Without its name where it could not: other scalings, and images of one channel.
     """
-    channels, height, width = made["input_shape"]
+    channels, size = made["input_shape"][0], made["size"]
+    height, width = (size, size) if isinstance(size, int) else size or made["input_shape"][1:]
     found = {
         "do_resize": made["size"] is not None,
         "do_center_crop": made["fit"] in ("crop", "stretch_crop"),
@@ -181,3 +188,8 @@ def _save_for_timm(model: nn.Module, description: dict[str, Any], folder: Path) 
         data_config=data,
         safe_serialization=True,
     )
+    config = json.loads((folder / "config.json").read_text())
+    config.get("model_args", {}).pop(
+        "num_classes", None
+    )  # a key of its own; transformers fails where it is given twice
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
