@@ -221,6 +221,32 @@ def test_checkpoints_that_are_no_translators_of_these_tokens_are_refused_by_name
         open_teacher(longer, open_data(longer))
 
 
+def test_both_sides_begin_as_the_tokenizer_begins_a_text(tmp_path):
+    """CodeT5 is a T5 with a tokenizer of RoBERTa's: <s> and </s> around what it was trained on, labels included."""
+    vocab = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=words, **names).save_pretrained(tmp_path / "codet5")
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=len(vocab), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, eos_token_id=2, decoder_start_token_id=0)
+    ).save_pretrained(tmp_path / "codet5")  # fmt: skip
+    config = config_of(tmp_path, tmp_path / "codet5")
+    data = open_data(config)
+    model = open_teacher(config, data).model
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "codet5")
+    for number, pair in enumerate(data.pairs_by_key("train").values()):
+        sample = data.train.source.sample(number)
+        assert sample.tokens[sample.segments == 0].tolist() == tokenizer(pair.source)["input_ids"]
+        labels = tokenizer(text_target=pair.target)["input_ids"]
+        given = model.prepare_decoder_input_ids_from_labels(torch.tensor([labels]))[0].tolist()
+        assert sample.tokens[sample.segments == 1].tolist() == [*given, labels[-1]]
+        assert data.decode([labels]) == [pair.target]
+
+
 def test_a_tokenizer_whose_package_is_missing_names_what_to_install(tmp_path, monkeypatch):
     t5 = save_t5(tmp_path / "t5")
     config = config_of(tmp_path, t5)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load_pair_tokenizer", "load_pairs", "open_translation"]
 
-PAIR_TABLE_VERSION = 1
+PAIR_TABLE_VERSION = 2
 BATCH_PAIRS = 1024
 
 

@@ -3,6 +3,8 @@
     source side   <2de> tokens </s>          or, where the vocabulary has no token <2de>, prefix + text
     target side   <pad> tokens </s>          the decoder starts with the padding token, as T5 and Marian do
 
+What a tokenizer puts before a text by itself (<s> of CodeT5) stands before both sides' tokens, as in its model's training.
+
 `bpe[?vocab_size=…&min_frequency=…]` is a byte-level BPE trained once on both sides of the train split, of all languages
 together.
 Any other name is a folder or a hub name; it needs a padding and an end token, and for several languages source.prefixes.
@@ -18,7 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from softcache.data.sources.build_cache import build_dir_path, build_folder
-from softcache.data.sources.text.tokenizer import bpe_arguments, digest_tokenizer, is_bpe, train_byte_level
+from softcache.data.sources.text.tokenizer import (
+    bpe_arguments,
+    digest_tokenizer,
+    is_bpe,
+    special_tokens,
+    train_byte_level,
+)
 from softcache.data.sources.translation.pairs import Pairs, load_pairs
 from softcache.errors import MissingExtraError, SourceError, SpecError
 from softcache.runtime.optional import auto_tokenizer, text_library
@@ -49,6 +57,7 @@ class PairTokenizer:
                 "such as T5 or Marian, or bpe?vocab_size=…"
             )
         self._vocab = tokenizer.get_vocab()
+        self._around = special_tokens(tokenizer, bos="auto", of=f"source.tokenizer {name!r}")
 
     def __len__(self) -> int:
         return len(self.tokenizer)
@@ -71,10 +80,11 @@ class PairTokenizer:
         """Returns both sides of each pair, int32, with their first and last tokens."""
         sources = self._ids([self._prefixes.get(pair.language, "") + pair.source for pair in pairs])
         targets = self._ids([pair.target for pair in pairs], target=True)
+        prefix, suffix = self._around
         return [
             (
-                np.array([*self._tag(pair.language), *source, self.end], np.int32),
-                np.array([self.pad, *target, self.end], np.int32),
+                np.array([*prefix, *self._tag(pair.language), *source, *suffix], np.int32),
+                np.array([self.pad, *prefix, *target, *suffix], np.int32),
             )
             for pair, source, target in zip(pairs, sources, targets, strict=True)
         ]
