@@ -451,7 +451,7 @@ def test_a_sample_that_the_teacher_cannot_digest_is_named_and_the_rest_is_done(t
     config, key = poisonous_config(137, view=1)
     unit = 5 + 137 // 64
     expected = rf"1 of 10 units failed and were given up, the other 9 are done:\n  unit {unit} \(view 1, samples 128 to 191\): "
-    expected += rf"sample '{key}', view 1: RuntimeError: cannot digest this image \(tried on tcp://.*, tcp://.*, tcp://"
+    expected += rf"sample '{key}', view 1: teacher .*: RuntimeError: cannot digest this image; .* \(tried on tcp://.*, tcp://.*, tcp://"
     with pytest.raises(UnitsFailedError, match=expected):
         capture_on_dask(config, str(tmp_path / "cache"), address)
     assert list(open_cache(tmp_path / "cache").missing_units) == [unit]
