@@ -45,6 +45,17 @@ def held_out_loss(folder, out):
     return task.evaluate(task.build().eval(), Accelerator(cpu=True), 4)["eval_loss"]
 
 
+def test_averaged_adapters_are_saved_and_merged(tmp_path):
+    """Of the average, too, the files hold the adapters, and the merged model is that of the best epoch."""
+    metrics = fit(tmp_path, tmp_path / "run", ema_decay=0.5, lr=0.2, epochs=4)
+    losses = [row["eval_loss"] for row in metrics["history"]]
+    assert metrics["best_epoch"] < 3, "of the last epoch, it would be what is in memory"
+    assert held_out_loss(tmp_path, tmp_path / "run" / "hf") == pytest.approx(min(losses), rel=1e-5)
+    for name in ("model", "best"):
+        kept = load_file(tmp_path / "run" / f"{name}.safetensors")
+        assert sum(value.numel() for value in kept.values()) == metrics["num_trained_parameters"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adapters_are_trained_and_saved_alone_and_merged(tmp_path, dtype):
     metrics = fit(tmp_path, tmp_path / "run", dtype=dtype)

@@ -24,11 +24,11 @@ class WeightAverage:
     """The average of a model's weights over the steps of a run, float32 or wider as they are.
 
     Attributes:
-        module: a copy of the model that holds it, in evaluation mode.
+        module: a copy of the model that holds it, in evaluation mode; what is frozen in the model is frozen in it.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.module = deepcopy(model).eval().requires_grad_(False)
+        self.module = deepcopy(model).eval()
         self._decay, self._steps = decay, 0
 
     @torch.no_grad()
