@@ -1,8 +1,10 @@
 """The report's numbers against slow obvious ones, and what it refuses."""
 
 import json
+import os
 import shutil
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,7 @@ from softcache.runs.report.metrics import (
 )
 from softcache.runs.report.plots import Styles, heat_of_values, load_plotly
 from softcache.runs.report.predictions import observe
+from softcache.runs.report.student_table import student_table
 from softcache.tools.fidelity.report import bytes_per_position
 from softcache.tools.shrink import ShrinkSettings, shrink_cache
 from tests.support.caches import digits_config
@@ -329,6 +332,26 @@ def test_the_first_table_has_one_line_for_seeds_and_names_what_differs(place):
     assert float(seeds["gap"]) == pytest.approx(100 * np.mean(first) - teacher, abs=0.011)
     (surface,) = [figure for figure in section.figures if figure.key.startswith("glance-settings")]
     assert [cells[:3] for _, cells in surface.rows] == [("2", "0.9", 1), ("4", "0.9", 2)]
+
+
+def test_a_run_that_is_there_twice_is_no_further_seed(place):
+    one = sorted(place.glob("linear-cache-*"))[0]
+    train = json.loads((one / "config.json").read_text())["train"]
+    shutil.copytree(one, place / "again")
+    shutil.copytree(one, place / "seed")
+    change(place / "seed", "config", train=train | {"seed": 1})
+    change(place / "seed", "metrics", accuracy=0.5)
+    relative = Path(os.path.relpath(one))
+    report = open_report([one, relative, place / "again", place / "seed"])
+    assert [run.path.name for run in report.runs] == [one.name, "again", "seed"]
+    latencies = defaultdict(lambda: 1.0)
+    table = student_table(report, latencies, {"score": None, "parameters": None})
+    (cells,) = [dict(zip(table.columns, cells, strict=True)) for _, cells in table.rows]
+    seeds = [json.loads((one / "metrics.json").read_text())["accuracy"], 0.5]
+    assert cells["accuracy"] == f"{100 * np.mean(seeds):.2f}% ± {100 * np.std(seeds, ddof=1):.2g}"
+    (place / "seed" / "metrics.json").unlink()
+    table = student_table(open_report([one, place / "again"]), latencies, {"score": None, "parameters": None})
+    assert "±" not in table.rows[0][1][table.columns.index("accuracy")]
 
 
 def test_kept_mass_by_k_is_that_of_smaller_caches(made):

@@ -210,7 +210,7 @@ def _folders(paths: list[Path]) -> tuple[list[Path], list[Path]]:
             )
         found += done
         unfinished += [child for child in inside if child not in done]
-    return list(dict.fromkeys(found)), unfinished
+    return list({path.resolve(): path for path in found}.values()), unfinished
 
 
 def _read(path: Path) -> Run:

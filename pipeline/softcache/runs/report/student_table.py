@@ -70,7 +70,8 @@ def student_table(
     score, sign = report.score, 1 if report.score.larger_is_better else -1
     groups = grouped(report)
     varying = [name for name in differing_settings(report.runs) if name not in (*ALWAYS, SEED)][:MAX_SETTINGS]
-    means = [float(np.mean([run.metrics[score.metric] for run in group])) for group in groups]
+    of_seeds = [_of_seeds(group, score.metric) for group in groups]
+    means = [float(np.mean(values)) for values in of_seeds]
     hard: dict[str, list[float]] = {}
     for group, mean in zip(groups, means, strict=True):
         if group[0].labels == "hard":
@@ -82,9 +83,7 @@ def student_table(
         group, mean = groups[place], means[place]
         run, own = group[0], settings_of(group[0])
         cache = report.cache_of(run)
-        spread = (
-            float(np.std([one.metrics[score.metric] for one in group], ddof=1)) if len(group) > 1 else None
-        )
+        spread = float(np.std(of_seeds[place], ddof=1)) if len(of_seeds[place]) > 1 else None
         gap = None if teacher["score"] is None else sign * (mean - teacher["score"])
         gain = None if run.labels == "hard" or run.model not in best else sign * (mean - best[run.model])
         cells = (
@@ -142,6 +141,14 @@ def student_table(
         width="whole",
         sortable=True,
     )
+
+
+def _of_seeds(group: list[Run], metric: str) -> list[float]:
+    """Returns the score of each seed of a group; a run that was made again, or copied, is no further seed."""
+    found: dict[Any, list[float]] = {}
+    for run in group:
+        found.setdefault(settings_of(run).get(SEED), []).append(float(run.metrics[metric]))
+    return [float(np.mean(values)) for values in found.values()]
 
 
 def _points(report: Report, value: float | None) -> str:
