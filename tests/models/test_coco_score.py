@@ -1,5 +1,6 @@
 """Mean average precision of letterboxed photos is what pycocotools gives for the same detections in the original images."""
 
+import math
 from importlib.util import find_spec
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from softcache.data.boxes import ViewedScenes
 from softcache.data.sources.detection.base import BoxAnnotations
 from softcache.data.transforms import Views, ViewSettings
+from softcache.models.detection import mean_average_precision as scoring
 from softcache.models.detection.build import build_detector
 from softcache.models.detection.detector import Detector
 from softcache.models.detection.mean_average_precision import new_metric, score_batch
@@ -112,3 +114,18 @@ def test_the_score_is_cocos(monkeypatch):
         assert float(found[name]) == pytest.approx(value, abs=1e-6)
     if find_spec("pycocotools"):
         assert by_pycocotools(photos) == pytest.approx(PYCOCOTOOLS, abs=1e-6)
+
+
+def test_batches_count_by_their_images_and_a_split_without_a_box_has_no_precision(monkeypatch):
+    def scored(model, data, samples, normalize, metric, device):
+        nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
+        for _ in samples:
+            metric.update([nothing | {"scores": torch.zeros(0)}], [nothing])
+        return torch.tensor(float(samples.start))
+
+    monkeypatch.setattr(scoring, "score_batch", scored)
+    batches, cpu = [range(3), range(3, 4)], torch.device("cpu")
+    found = scoring.mean_average_precision(None, None, None, device=cpu, batches=batches)
+    assert found["eval_loss"] == pytest.approx(3 / 4)
+    assert math.isnan(found["map"])
+    assert math.isnan(found["map50"])

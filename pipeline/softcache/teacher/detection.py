@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -202,7 +203,11 @@ class DetectionTeacher(DenseTeacher):
             batches=batches,
             progress=progress,
         )
-        return {"eval_map": found["map"], "eval_map50": found["map50"], "eval_loss": found["eval_loss"]}
+        precision = {f"eval_{name}": found[name] for name in ("map", "map50")}
+        shown: dict[str, float | None] = {
+            name: None if math.isnan(value) else value for name, value in precision.items()
+        }
+        return {**shown, "eval_loss": found["eval_loss"]}
 
 
 def load_detection_teacher(

@@ -36,19 +36,20 @@ def mean_average_precision(
         progress: called with the number of samples of each batch.
 
     Returns:
-        "map" (mean over IoU 0.5 to 0.95), "map50", and "eval_loss": the detector's own loss, mean over batches.
+        "map" (mean over IoU 0.5 to 0.95), "map50", both NaN of a split without a box, and "eval_loss": the detector's own
+        loss of a batch, mean over images.
     """
     metric = new_metric().to(device)  # first: it names the extra that is missing
     from torchmetrics import MeanMetric
 
     mean_loss = MeanMetric().to(device)
     for samples in batches:
-        mean_loss.update(score_batch(model, data, samples, normalize, metric, device))
+        mean_loss.update(score_batch(model, data, samples, normalize, metric, device), weight=len(samples))
         progress(len(samples))
-    found = metric.compute()
+    found = {name: float(value) for name, value in metric.compute().items() if name in ("map", "map_50")}
     return {
-        "map": float(found["map"]),
-        "map50": float(found["map_50"]),
+        "map": found["map"] if found["map"] >= 0 else float("nan"),  # -1: no box
+        "map50": found["map_50"] if found["map_50"] >= 0 else float("nan"),
         "eval_loss": float(mean_loss.compute()),
     }
 
