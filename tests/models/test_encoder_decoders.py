@@ -40,7 +40,6 @@ RIGHT = {
     "m2m_100": BART,
     "pegasus": BART,
     "pegasus_x": BART | {"block_size": 4, "num_global_tokens": 2},
-    "bigbird_pegasus": BART | {"block_size": 4, "num_random_blocks": 1},
     "blenderbot": BART,
 }
 LENGTHS = ((5, 3), (37, 21), (3, 40), (16, 16))
