@@ -25,6 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import click
+
+from softcache.runtime.threads import share_cores
+
+share_cores()  # before torch is imported, as the command does
+
 import torch
 from safetensors.torch import save_file
 
@@ -61,7 +66,7 @@ def image_config(folder: str, model: str, size: int, samples: int | None) -> Run
         {
             "name": "bench",
             "source": {"name": "digits", **({"max_train_samples": samples} if samples else {})},
-            "views": views | ({"size": size} if size != 8 else {}),
+            "views": views | {"size": size, "eval_share": 1.0},
             "teacher": {"model": model, "weights": str(weights)},
             "labels": {"k": 5},
             "capture": {"evaluate": False, "device": "cpu"},

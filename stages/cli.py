@@ -37,7 +37,8 @@ def main() -> None:
     # So that `module:factory` finds the user's own modules; last, so that they hide nothing.
     if "" not in sys.path:
         sys.path.append("")
-    share_cores()
+    if sys.argv[1:2] == ["teacher-logits"]:
+        share_cores()
     if not is_rank_zero():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     with handle_signals():

@@ -50,7 +50,7 @@ def train_students(config: RunConfig, url: str | None, models: tuple[str, ...], 
         cached = train_student(config, data, model=model, labels="cache", cache=cache)
         results.append((cached, train_student(config, data, model=model, labels="ground_truth")))
     score = modality_of(config).score
-    results.sort(key=lambda pair: pair[0][score.metric], reverse=score.larger_is_better)
+    results.sort(key=lambda pair: score.order(pair[0][score.metric]))
     if as_json:
         print_json(student_report(cache, results, config.loss, modality_of(config)))
         return

@@ -12,7 +12,7 @@ PROGRAM = """
 import os, sys
 from softcache.stages import cli
 assert "torch" not in sys.modules
-sys.argv = ["softcache", "--version"]
+sys.argv = ["softcache", *sys.argv[1:]]
 try:
     cli.main()
 except SystemExit:
@@ -21,17 +21,18 @@ except SystemExit:
 
 
 @pytest.mark.parametrize(
-    ("given", "found"),
+    ("command", "given", "found"),
     [
-        ({}, "10000 None"),
-        ({"GOMP_SPINCOUNT": "7"}, "7 None"),
-        ({"OMP_WAIT_POLICY": "active"}, "None active"),
+        ("teacher-logits", {}, "10000 None"),
+        ("teacher-logits", {"GOMP_SPINCOUNT": "7"}, "7 None"),
+        ("teacher-logits", {"OMP_WAIT_POLICY": "active"}, "None active"),
+        ("train-student", {}, "None None"),
     ],
 )
-def test_the_command_has_them_share_cores_unless_the_environment_says_how(given, found):
+def test_a_capture_has_them_share_cores_unless_the_environment_says_how(command, given, found):
     kept = {name: x for name, x in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
+        [sys.executable, "-c", PROGRAM, command, "--help"],
         env=kept | given,
         cwd=ROOT,
         capture_output=True,

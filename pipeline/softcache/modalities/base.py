@@ -66,7 +66,17 @@ class Score(NamedTuple):
         >>> Score("accuracy", True, "accuracy", "eval_accuracy", 100, "{:.2f}%").format(0.98765)
         '98.77%'
         """
-        return "-" if value is None else self.form.format(self.scale * value)
+        return "-" if value is None or value != value else self.form.format(self.scale * value)
+
+    def order(self, value: float | None) -> tuple[bool, float]:
+        """Returns what sorts values, the best first; those of which there are none, None and NaN, last.
+
+        >>> sorted([0.2, float("nan"), 0.7], key=Score("accuracy", True, "accuracy", "eval_accuracy", 100, "{:.2f}%").order)
+        [0.7, 0.2, nan]
+        """
+        if value is None or value != value:
+            return True, 0.0
+        return False, -value if self.larger_is_better else value
 
     def format_std(self, value: float | None) -> str:
         """Returns a standard deviation as tables show it, in points where values are percentages."""

@@ -13,9 +13,8 @@ def share_cores() -> None:
     """Has torch's threads leave their cores half a millisecond after an operation; call it before torch is imported.
 
     libgomp, the OpenMP of torch's wheels for Linux, has a thread without work look for some in a loop, 300,000 times by
-    default, which is 7 ms: longer than a small student's step. What else there is to do, such as reading the next batch and
-    making label records, then shares a core with a thread that waits. Nothing changes where the environment says how to
-    wait.
+    default, which is 7 ms. Label records, which are made between two operations of a teacher, then share their cores with
+    threads that wait. Nothing changes where the environment says how to wait.
     """
     if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
         os.environ["GOMP_SPINCOUNT"] = _SPINS

@@ -79,7 +79,7 @@ def student_table(
     # Where hard labels were tried with several settings, the best of them is what a cache has to beat.
     best = {model: (max if sign > 0 else min)(values) for model, values in hard.items()}
     rows: list[Any] = []
-    for place in sorted(range(len(groups)), key=lambda place: -sign * means[place]):
+    for place in sorted(range(len(groups)), key=lambda place: score.order(means[place])):
         group, mean = groups[place], means[place]
         run, own = group[0], settings_of(group[0])
         cache = report.cache_of(run)
@@ -147,13 +147,18 @@ def _of_seeds(group: list[Run], metric: str) -> list[float]:
     """Returns the score of each seed of a group; a run that was made again, or copied, is no further seed."""
     found: dict[Any, list[float]] = {}
     for run in group:
-        found.setdefault(settings_of(run).get(SEED), []).append(float(run.metrics[metric]))
+        found.setdefault(settings_of(run).get(SEED), []).append(_number(run.metrics[metric]))
     return [float(np.mean(values)) for values in found.values()]
+
+
+def _number(value: float | None) -> float:
+    """A score; NaN where there is none, as of a split without a box."""
+    return float("nan") if value is None else float(value)
 
 
 def _points(report: Report, value: float | None) -> str:
     digits = 4 if report.score.scale == 1 else 2
-    return "–" if value is None else f"{report.score.scale * value:+.{digits}f}"
+    return "–" if value is None or value != value else f"{report.score.scale * value:+.{digits}f}"
 
 
 def settings_figures(report: Report) -> list[Figure]:
@@ -164,7 +169,7 @@ def settings_figures(report: Report) -> list[Figure]:
             loss = run.config.loss
             place = (loss.temperature, loss.alpha)
             found.setdefault(run.model, {}).setdefault(place, []).append(
-                float(run.metrics[report.score.metric])
+                _number(run.metrics[report.score.metric])
             )
     several = {model: cells for model, cells in found.items() if len(cells) > 1}
     figures: list[Figure] = []
