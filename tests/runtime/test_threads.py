@@ -29,7 +29,7 @@ except SystemExit:
         ("train-student", {}, "None None"),
     ],
 )
-def test_a_capture_has_them_share_cores_unless_the_environment_says_how(command, given, found):
+def test_a_capture_has_them_share_cores_unless_a_variable_is_set(command, given, found):
     kept = {name: x for name, x in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, command, "--help"],

@@ -8,7 +8,7 @@ pickled with what is around them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -31,8 +31,7 @@ class SentBatch:
 
         if get_worker_info() is None:
             return super().__reduce_ex__(protocol)
-        tensors: list[torch.Tensor] = []
-        _exchanged(vars(self), _is_copied, lambda x: tensors.append(x) or x)  # type: ignore[func-returns-value]
+        tensors = [x for x in _tensors(vars(self)) if _is_copied(x)]
         if sum(x.nbytes for x in tensors) <= _LARGEST:
             return _received, (_Object(type(self), _exchanged(vars(self), _has_array, _array_of)), None)
         memory = _SharedMemory(tensors)
@@ -115,6 +114,19 @@ def _is_own(value: Any) -> bool:
     return (
         is_dataclass(value) and type(value).__module__.startswith("softcache.") and hasattr(value, "__dict__")
     )
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Yields the tensors in a value, in the order in which `_exchanged` comes to them."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
+    elif _is_own(value):
+        yield from _tensors(vars(value))
 
 
 def _exchanged(

@@ -226,17 +226,18 @@ class DecodedWindows:
 
     def _next(self, view: int, samples: np.ndarray) -> Piece | None:
         """Hands out samples that come next in the first window, where that is decoded: most batches, in a few steps."""
-        for number, window in self._windows.items():
-            start, stop = window.cursor, window.cursor + len(samples)
-            if not window.is_ready or window.view != view or not start < stop <= len(window.samples):
-                break
-            if window.samples[start:stop].tobytes() != samples.tobytes():
-                break
-            window.cursor = stop
-            if stop == len(window.samples):
-                del self._windows[number]
-            return Piece(window, start, stop)
-        return None
+        number = next(iter(self._windows), None)
+        if number is None or not (window := self._windows[number]).is_ready or window.view != view:
+            return None
+        start, stop = window.cursor, window.cursor + len(samples)
+        if not start < stop <= len(window.samples):
+            return None
+        if window.samples[start:stop].tobytes() != samples.tobytes():
+            return None
+        window.cursor = stop
+        if stop == len(window.samples):
+            del self._windows[number]
+        return Piece(window, start, stop)
 
     def _find(self, view: int, samples: np.ndarray) -> dict[int, Piece]:
         """Returns the pieces by the number of the window; none where a sample does not come next in one."""

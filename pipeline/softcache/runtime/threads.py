@@ -14,7 +14,7 @@ def share_cores() -> None:
 
     libgomp, the OpenMP of torch's wheels for Linux, has a thread without work look for some in a loop, 300,000 times by
     default, which is 7 ms. Label records, which are made between two operations of a teacher, then share their cores with
-    threads that wait. Nothing changes where the environment says how to wait.
+    threads that wait. Nothing changes where `GOMP_SPINCOUNT` or `OMP_WAIT_POLICY` is set.
     """
     if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
         os.environ["GOMP_SPINCOUNT"] = _SPINS
