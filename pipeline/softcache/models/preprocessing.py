@@ -79,10 +79,10 @@ def _of_timm(parsed: ModelSpec, given: Collection[str], weights: str | None) -> 
     from timm.data import resolve_data_config
 
     config = timm_config(parsed, needs_weights=weights is None)
-    said = _said_in_timm(checkpoint_arguments(weights)) if weights is not None else {}
-    if config is None and not said:
+    arguments = _timm_arguments(checkpoint_arguments(weights)) if weights is not None else {}
+    if config is None and not arguments:
         return {}
-    found = resolve_data_config(said, pretrained_cfg=config)
+    found = resolve_data_config(arguments, pretrained_cfg=config)
     size = parsed.args.get("img_size") or found["input_size"][1:]
     views = {
         "size": _side(size),
@@ -105,20 +105,20 @@ def _of_timm(parsed: ModelSpec, given: Collection[str], weights: str | None) -> 
     return views if has_border else views | {"eval_share": share}
 
 
-def _said_in_timm(arguments: dict[str, Any]) -> dict[str, Any]:
+def _timm_arguments(called_with: dict[str, Any]) -> dict[str, Any]:
     """Returns what timm's train.py, or DeiT's main.py, was called with, in the names of `resolve_data_config`."""
     size, kept = (
-        arguments.get("input_size"),
+        called_with.get("input_size"),
         ("img_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"),
     )
-    said = {key: arguments[key] for key in kept if arguments.get(key)}
+    arguments = {key: called_with[key] for key in kept if called_with.get(key)}
     if isinstance(size, int):
-        said["img_size"] = size
+        arguments["img_size"] = size
     elif size:
-        said["input_size"] = (3, *size[1:])
-    if arguments.get("eval_crop_ratio"):
-        said.setdefault("crop_pct", arguments["eval_crop_ratio"])
-    return said
+        arguments["input_size"] = (3, *size[1:])
+    if called_with.get("eval_crop_ratio"):
+        arguments.setdefault("crop_pct", called_with["eval_crop_ratio"])
+    return arguments
 
 
 def _of_torchvision(parsed: ModelSpec, file: str | None) -> dict[str, Any]:
@@ -145,10 +145,10 @@ def _of_torchvision(parsed: ModelSpec, file: str | None) -> dict[str, Any]:
     if not hasattr(transforms, "crop_size"):  # of segmentation: whole images of any shape
         return views
     size, resized = _side(transforms.crop_size), _side(transforms.resize_size)
-    said = {} if file is None else checkpoint_arguments(file)  # of the training script
-    if isinstance(said.get("val_crop_size"), int) and isinstance(said.get("val_resize_size"), int):
-        size, resized = said["val_crop_size"], said["val_resize_size"]
-        views["interpolation"] = said.get("interpolation", views["interpolation"])
+    arguments = {} if file is None else checkpoint_arguments(file)  # of the training script
+    if isinstance(arguments.get("val_crop_size"), int) and isinstance(arguments.get("val_resize_size"), int):
+        size, resized = arguments["val_crop_size"], arguments["val_resize_size"]
+        views["interpolation"] = arguments.get("interpolation", views["interpolation"])
     share = size / resized if isinstance(size, int) and isinstance(resized, int) else 1.0
     return views | {"size": size, "eval_share": share}
 

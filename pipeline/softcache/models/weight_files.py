@@ -208,7 +208,8 @@ def _renamed(
         raise SpecError(
             f"weights {path}: the model is in it {len(fronts)} times, as {', '.join(fronts)}; write a file of one"
         )
-    for front in fronts:
+    if fronts:
+        (front,) = fronts
         others = [name for name in found if not name.startswith(front)]
         log_info(
             f"weights {path}: names are without their prefix {front!r}, as the model has them"
