@@ -356,3 +356,25 @@ def test_splits_and_columns_of_a_dataset_are_named(tmp_path):
         opened(tmp_path, {**table, "eval_split": "test2"}, "eval")
     with pytest.raises(SourceError, match=r"column 'label' is of type Value\('string'\); expected Image"):
         opened(tmp_path, table, image_column="label", label_column="label")
+
+
+def test_labels_of_a_table_that_pandas_wrote_as_decimals_are_the_numbers_of_classes(tmp_path):
+    numbers = [2, 11, 0, 2, 11, 0, 2, 11, 0, 2, 11, 0]
+    table = write_csv(tmp_path, labels=[f"{number}.0" for number in numbers])
+    source = opened(tmp_path, table, eval_path=table["path"])
+    assert source.targets().tolist() == numbers
+    assert source.num_classes == 12
+    assert source.class_names[11] == "11"
+    named = opened(tmp_path, table, eval_path=table["path"], class_names=[f"of {n}" for n in range(12)])
+    assert (named.targets().tolist(), named.class_names[11]) == (numbers, "of 11")
+    # Versions, which are names of classes because the names have them.
+    versions = opened(tmp_path, table, eval_path=table["path"], class_names=["11.0", "2.0", "0.0"])
+    assert versions.targets()[:3].tolist() == [1, 0, 2]
+    table = write_csv(tmp_path, labels=["1.0", "1.5"] * 6)
+    assert opened(tmp_path, table, eval_path=table["path"]).class_names == ("1.0", "1.5")
+
+
+def test_an_empty_label_is_no_class(tmp_path):
+    table = write_csv(tmp_path, labels=["0.0", "1.0", ""] * 4)
+    with pytest.raises(SourceError, match=r"4 of 12 samples have an empty label; .* leave out what has none"):
+        opened(tmp_path, table)

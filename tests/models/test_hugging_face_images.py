@@ -338,6 +338,25 @@ def test_views_are_what_a_processor_of_its_own_kind_makes(tmp_path, name):
     assert (seen[0] - expected).abs().max() < 2.1 / 255 / min(settings.std)  # two grey levels, of rounding
 
 
+def test_whether_a_processor_reverses_channels_is_what_it_does_whatever_its_name():
+    class Renamed(transformers.PPLCNetImageProcessor):
+        pass
+
+    class Forward(transformers.PPLCNetImageProcessor):
+        def _preprocess(self, images, **options):
+            made = super()._preprocess(images, **options)
+            made["pixel_values"] = made["pixel_values"].flip(1)
+            return made
+
+    Forward.__name__ = "PPLCNetImageProcessor"
+    assert is_bgr(Renamed())
+    assert not is_bgr(Forward())
+    assert is_bgr(transformers.MobileViTImageProcessor())
+    assert not is_bgr(transformers.MobileViTImageProcessor(do_flip_channel_order=False))
+    assert not is_bgr(transformers.ViTImageProcessor())
+    assert not is_bgr(None)
+
+
 def test_a_processor_that_does_what_views_cannot_is_refused_unless_the_config_says_what_is_seen(tmp_path):
     transformers.DonutImageProcessor(size={"height": 64, "width": 48}).save_pretrained(tmp_path)
     spec = parse_spec(f"hf:{tmp_path}")

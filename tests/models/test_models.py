@@ -183,6 +183,33 @@ def test_a_size_that_a_teacher_does_not_take_is_named():
         teacher.logits(torch.zeros(2, 1, 9, 9, dtype=torch.uint8))
 
 
+def test_an_error_of_a_teacher_that_is_not_about_shapes_names_its_place_and_no_setting_of_views():
+    class Broken(nn.Module):
+        def forward(self, images):
+            raise RuntimeError(self.text)
+
+    teacher = ImageTeacher(
+        Broken(),
+        spec="mine",
+        num_classes=5,
+        normalize=Normalize((0.5,), (0.5,)),
+        device=torch.device("cpu"),
+        dtype="bfloat16",
+    )
+    images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
+    teacher.model.text = "no license"
+    with pytest.raises(
+        LabelError, match=r"RuntimeError: no license; raised at .*test_models\.py:\d+; "
+    ) as caught:
+        teacher.logits(images)
+    assert "views" not in str(caught.value)
+    teacher.model.text = "expected scalar type Float but found BFloat16"
+    with pytest.raises(
+        LabelError, match=r'BFloat16; it does not run in bfloat16; set capture\.dtype = "float32"'
+    ):
+        teacher.logits(images)
+
+
 def test_a_random_teacher_is_refused():
     with pytest.raises(ConfigError, match=r"teacher.weights: missing, and timm:test_vit would be random"):
         loaded("timm:test_vit")

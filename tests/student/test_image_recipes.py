@@ -215,3 +215,19 @@ def test_the_file_that_a_student_starts_from_is_part_of_its_run(tmp_path):
         found.append(data.model_identity(spec))
     assert found[0] == found[2] != found[1]
     assert data.model_identity("timm:test_vit") == data.model_identity("cnn?width=8") == {}
+
+
+def test_a_student_that_does_not_take_the_size_of_images_is_named_and_other_errors_pass():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 2))
+    task = ImageTask(lambda: net, None, nn.Identity(), 2, None)
+    with pytest.raises(
+        SpecError,
+        match=r"student: inputs of shape \(4, 1, 8, 8\), .*mat1 and mat2 .*; take a student of that size",
+    ):
+        task.logits(net, torch.zeros(4, 1, 8, 8))
+
+    def broken(images):
+        raise RuntimeError("no license")
+
+    with pytest.raises(RuntimeError, match=r"^no license$"):
+        task.logits(broken, torch.zeros(4, 1, 8, 8))

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -369,9 +370,21 @@ def _read(file: str, what: str) -> Any:
 
 
 def is_bgr(processor: Any) -> bool:
-    """Returns whether an image processor reverses the channels, by a setting or always."""
-    always = type(processor).__name__.startswith("PPLCNet")
-    return always or bool(getattr(processor, "do_flip_channel_order", False))
+    """Returns whether an image processor reverses the channels: by what it makes of a red picture, a black one aside.
+
+    One that takes no such picture, or makes something else than three channels of it, is asked for its setting.
+    """
+    red = np.zeros((2, 256, 256, 3), np.uint8)
+    red[1, ..., 0] = 255
+    try:
+        made = [processor(images=x, return_tensors="np", input_data_format="channels_last") for x in red]
+        black, shown = (np.asarray(one["pixel_values"][0], np.float64) for one in made)
+    except Exception:  # a class of the library raises anything; None is none
+        return bool(getattr(processor, "do_flip_channel_order", False))
+    moved = np.abs(shown - black)
+    if moved.ndim != 3 or len(moved) != 3:
+        return bool(getattr(processor, "do_flip_channel_order", False))
+    return bool(moved[2].mean() > moved[0].mean())
 
 
 def load_image_processor(parsed: ModelSpec) -> Any:

@@ -19,7 +19,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -34,7 +36,7 @@ from softcache.models.spec import ModelSpec, parse_spec, unknown_name
 from softcache.models.timm_config import has_source
 from softcache.runtime.suggest import closest_matches
 
-__all__ = ["Normalize", "build_model", "call_factory"]
+__all__ = ["Normalize", "build_model", "call_factory", "explain_shapes", "is_about_shapes"]
 
 
 def build_model(
@@ -204,6 +206,38 @@ def _builtin(
             f"{_described(input_shape)}; set student.source.modality, or take another model"
         )
     return BUILTIN[parsed.name](num_classes, input_shape, **parsed.args)
+
+
+def is_about_shapes(error: Exception) -> bool:
+    """Returns whether an error of a model's forward pass is about the shape of its input, by its kind and words."""
+    kinds = (AssertionError, RuntimeError, TypeError, ValueError)
+    return type(error) in kinds and SHAPE_WORDS.search(str(error)) is not None
+
+
+SHAPE_WORDS = re.compile(
+    r"shape|size|dimension|channels?\b|broadcast|height|width|divisible|elements|mat1|out of range|negative",
+    re.IGNORECASE,
+)
+"""What torch, timm, torchvision and transformers say of inputs of another shape than a model takes."""
+
+
+@contextmanager
+def explain_shapes(inputs: torch.Tensor) -> Iterator[None]:
+    """Raises what a student's forward pass raises about the shape of its inputs as SpecError; other errors pass.
+
+    Raises:
+        SpecError: it does not take inputs of that shape.
+    """
+    try:
+        yield
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        if not is_about_shapes(error):
+            raise
+        raise SpecError(
+            f"student: inputs of shape {tuple(inputs.shape)}, the batch first: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}; take a student of that size (a factory is given input_shape), or set "
+            "views.size, student.views.size or train.image_sizes to what it takes"
+        ) from error
 
 
 class Normalize(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -14,7 +15,7 @@ from softcache.data.images import ImageBatch
 from softcache.errors import ConfigError, LabelError
 from softcache.hashing.digests import digest_json
 from softcache.models.hugging_face import hf_scheme, is_multi_label, num_hf_outputs
-from softcache.models.image import build_model
+from softcache.models.image import build_model, is_about_shapes
 from softcache.models.preprocessing import is_pretrained
 from softcache.models.spec import ModelSpec, parse_spec
 from softcache.models.timm_config import timm_config
@@ -95,9 +96,15 @@ class ImageTeacher(Teacher):
         except torch.OutOfMemoryError:
             raise
         except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            way_out = f"raised at {frame.filename}:{frame.lineno}; the model has to take such a batch"
+            if is_about_shapes(error):
+                way_out = "check views.size and views.transform"
+            elif self.dtype != "float32" and self.dtype in str(error).lower().replace("half", "float16"):
+                way_out = f'it does not run in {self.dtype}; set capture.dtype = "float32"'
             raise LabelError(
                 f"teacher {self.spec}: images of {tuple(images.shape)} (batch, channels, height, width): "
-                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; check views.size and views.transform"
+                f"{type(error).__name__}: {' '.join(str(error).split())[:300]}; {way_out}"
             ) from error
         logits = self._checked(found, images)
         return logits.float() if self._outputs_V is None else logits[:, self._outputs_V].float()

@@ -14,6 +14,7 @@ from softcache.data.images import ImageBatch
 from softcache.errors import SpecError
 from softcache.labels.sparsify import dense
 from softcache.losses import LossMix, LossSettings, cross_entropy, distillation_loss, row_weights
+from softcache.models.image import explain_shapes
 from softcache.student.tasks.base import OnlineTeacher, PlainTask, RowMeans, shard_batches
 from softcache.student.tasks.inference import ByteServing, ImageServing
 
@@ -90,7 +91,8 @@ class ImageTask(PlainTask):
         if size is not None and size != inputs.shape[-2]:
             width = max(1, round(size * inputs.shape[-1] / inputs.shape[-2]))
             inputs = nn.functional.interpolate(inputs, (size, width), mode="bilinear", antialias=True)
-        logits = model(inputs)
+        with explain_shapes(inputs):
+            logits = model(inputs)
         expected = (len(images_BCHW), self.num_classes)
         if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
             found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

@@ -23,7 +23,7 @@ from softcache.data.sources.segmentation.base import IGNORED
 from softcache.errors import SpecError
 from softcache.labels.sparsify import dense
 from softcache.losses import LossMix, LossSettings, distillation_loss, row_weights
-from softcache.models.image import Normalize
+from softcache.models.image import Normalize, explain_shapes
 from softcache.models.mean_iou import confusion_matrix, mask_scores
 from softcache.models.segmentation import scaled_logits
 from softcache.student.tasks.base import OnlineTeacher, PlainTask, shard_batches
@@ -105,7 +105,9 @@ class SegmentationTask(PlainTask):
         Raises:
             SpecError: it returns something else.
         """
-        logits: Any = model(self.normalize.to(images_BCHW.device)(images_BCHW))
+        inputs = self.normalize.to(images_BCHW.device)(images_BCHW)
+        with explain_shapes(inputs):
+            logits: Any = model(inputs)
         expected = (len(images_BCHW), self.num_classes)
         if not isinstance(logits, torch.Tensor) or logits.ndim != 4 or logits.shape[:2] != expected:
             found = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,15 @@ import numpy as np
 
 from softcache.errors import SourceError
 
-__all__ = ["ClassOrder", "Classes", "check_same_numbers", "find_classes", "numbers_or_texts", "sort_names"]
+__all__ = [
+    "ClassOrder",
+    "Classes",
+    "check_same_numbers",
+    "find_classes",
+    "numbers_or_texts",
+    "sort_names",
+    "whole_numbers",
+]
 
 ClassOrder = Literal["lexicographic", "natural"]
 MAX_SHOWN = 10
@@ -116,7 +124,7 @@ def find_classes(
     Raises:
         SourceError: labels are of neither kind, or of both; a file of names is none; an order is given for what has one.
     """
-    labels = labels.tolist() if isinstance(labels, np.ndarray) else labels
+    labels = labels.tolist() if isinstance(labels, np.ndarray) else list(labels)
     kinds = {type(label).__name__ for label in labels}
     if kinds not in ({"int"}, {"str"}):
         raise SourceError(
@@ -125,6 +133,11 @@ def find_classes(
     is_whole = kinds == {"int"}
     if given is not None:
         return _given(given, is_whole=is_whole)
+    if "" in labels:
+        raise SourceError(
+            f"{where}: {labels.count('')} of {len(labels):,} samples have an empty label; expected a class of each; "
+            "leave out what has none"
+        )
     if order is not None and (is_whole or known is not None):
         has = "labels are numbers" if is_whole else "the data name their classes in an order"
         raise SourceError(f"source.class_order: {order!r}, and {has}; drop it")
@@ -178,6 +191,25 @@ def numbers_or_texts(labels: Sequence[str]) -> list[int] | list[str]:
     if all(label.removeprefix("-").isdecimal() and str(int(label)) == label for label in labels):
         return [int(label) for label in labels]
     return list(labels)
+
+
+def whole_numbers(labels: Collection[str], given: str | Sequence[str] | None) -> dict[str, str]:
+    """Returns `3` for `3.0`, as pandas writes whole numbers of a column with gaps, where all labels are such numbers.
+
+    Args:
+        given: `source.class_names`; where labels are among them as they are, they stay.
+
+    Raises:
+        SourceError: a file of names is none.
+
+    >>> whole_numbers(["3.0", "10.0", ""], None), whole_numbers(["1.0", "1.5"], None)
+    ({'3.0': '3', '10.0': '10', '': ''}, {'1.0': '1.0', '1.5': '1.5'})
+    """
+    found = {label: re.sub(r"\.0+$", "", label) for label in labels}
+    is_whole = all(re.fullmatch(r"(-?(0|[1-9]\d*))?", number) for number in found.values())
+    if not is_whole or (given is not None and {*_given(given, is_whole=False).labels} & found.keys()):
+        return {label: label for label in found}
+    return found
 
 
 def _given(given: str | Sequence[str], *, is_whole: bool) -> Classes:

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from softcache.data.sources.base import SOURCES
 from softcache.data.sources.images.base import Source, Split
-from softcache.data.sources.images.classes import Classes, numbers_or_texts
+from softcache.data.sources.images.classes import Classes, numbers_or_texts, whole_numbers
 from softcache.data.sources.images.custom import (
     IMAGE_MEMBERS,
     CustomImages,
@@ -73,10 +73,10 @@ class MultiLabelCsv(CsvImages):
             )
             hot, counts = hot.astype(np.uint8), hot.sum(1)
         else:
-            labels = [self._names(cell) for (cell,) in columns]
+            labels = self._names(columns)
             train = labels
             if split == "eval" and self.eval_path is not None:
-                train = [self._names(cell) for (cell,) in self.rows("train", wanted)[1]]
+                train = self._names(self.rows("train", wanted)[1])
             classes = self.classes(numbers_or_texts([name for names in train for name in names]), where)
             hot, counts = classes.multi_hot([labels[row] for row in chosen], keys, where)
         files = list(zip(keys, counts.tolist(), strict=True))
@@ -84,8 +84,12 @@ class MultiLabelCsv(CsvImages):
             f"csv/{split}", root, files, classes.names, order_is_guessed=classes.is_guessed, multi_hot=hot
         )
 
-    def _names(self, cell: str) -> list[str]:
-        return [name for part in cell.split(self.separator) if (name := part.strip())]
+    def _names(self, columns: list[list[str]]) -> list[list[str]]:
+        found = [
+            [name for part in cell.split(self.separator) if (name := part.strip())] for (cell,) in columns
+        ]
+        as_whole = whole_numbers([name for names in found for name in names], self.class_names)
+        return [[as_whole[name] for name in names] for names in found]
 
     @staticmethod
     def _truth(cell: str, key: str, where: str) -> int:
