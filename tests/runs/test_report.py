@@ -31,7 +31,7 @@ from softcache.runs.report.metrics import (
 )
 from softcache.runs.report.plots import Styles, heat_of_values, load_plotly
 from softcache.runs.report.predictions import observe
-from softcache.runs.report.student_table import student_table
+from softcache.runs.report.student_table import settings_figures, student_table
 from softcache.tools.fidelity.report import bytes_per_position
 from softcache.tools.shrink import ShrinkSettings, shrink_cache
 from tests.support.caches import digits_config
@@ -332,6 +332,53 @@ def test_the_first_table_has_one_line_for_seeds_and_names_what_differs(place):
     assert float(seeds["gap"]) == pytest.approx(100 * np.mean(first) - teacher, abs=0.011)
     (surface,) = [figure for figure in section.figures if figure.key.startswith("glance-settings")]
     assert [cells[:3] for _, cells in surface.rows] == [("2", "0.9", 1), ("4", "0.9", 2)]
+
+
+def test_of_runs_that_differ_in_more_than_t_and_alpha_the_best_is_shown_and_named(place):
+    one = sorted(place.glob("linear-cache-*"))[0]
+    identity, resolved = (json.loads((one / f"{name}.json").read_text()) for name in ("config", "resolved"))
+    for name, seed, temperature, lr, accuracy in (
+        ("hot", 0, 2.0, 0.001, 0.25),
+        ("slow", 0, 4.0, 1e-9, 0.0625),  # a bad learning rate says nothing of T = 4
+        ("fast", 0, 4.0, 0.5, 0.75),
+        ("fast-again", 1, 4.0, 0.5, 0.5),
+    ):
+        shutil.copytree(one, place / name)
+        loss = {"temperature": temperature}
+        change(
+            place / name,
+            "config",
+            train=identity["train"] | {"seed": seed, "lr": lr},
+            loss=identity["loss"] | loss,
+        )
+        change(place / name, "resolved", loss=resolved["loss"] | loss)
+        change(place / name, "metrics", accuracy=accuracy)
+    shutil.rmtree(one)
+    (surface,) = settings_figures(open_report([place]))
+    assert surface.columns == ("T", "alpha", "lr", "runs", "accuracy")
+    assert [cells for _, cells in surface.rows] == [
+        ("2", "0.9", "0.001", 1, "25.00%"),
+        ("4", "0.9", "0.5", 3, "62.50%"),
+    ]
+    assert (
+        "the mean over seeds of the best of the runs with these two: they differ in lr too" in surface.summary
+    )
+    assert surface.plot["data"][0]["z"] == [[25.0, 62.5]]
+    for name in ("slow", "hot"):
+        shutil.rmtree(place / name)
+    shutil.copytree(place / "fast", place / "hot")
+    change(
+        place / "hot",
+        "config",
+        loss=identity["loss"] | {"temperature": 2.0},
+        train=identity["train"] | {"lr": 0.5},
+    )
+    change(place / "hot", "resolved", loss=resolved["loss"] | {"temperature": 2.0})
+    (surface,) = settings_figures(open_report([place]))
+    assert (surface.columns, surface.summary.endswith("the mean over seeds.")) == (
+        ("T", "alpha", "runs", "accuracy"),
+        True,
+    )
 
 
 def test_a_run_that_is_there_twice_is_no_further_seed(place):

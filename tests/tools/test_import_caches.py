@@ -5,6 +5,7 @@ import json
 import pickle
 import shutil
 import zlib
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +251,22 @@ def test_an_import_goes_on_and_only_from_the_same_files(tmp_path, monkeypatch):
     assert cache.manifest_sha256 == again.manifest_sha256
     with pytest.raises(IdentityError, match=r"original\.digest"):
         load("tinyvit", TINYVIT / "logits_top5_epoch0", tmp_path / "cache", digits())
+
+
+def test_a_unit_that_another_import_holds_is_waited_for(tmp_path, monkeypatch):
+    cache, _ = load("tinyvit", TINYVIT, tmp_path / "cache", digits())
+    (tmp_path / "cache" / "units" / "00001.json").unlink()
+    other, waits = ExitStack(), []
+    assert other.enter_context(cache._objects.claim("units/00001.lock"))
+
+    def wait(seconds):
+        waits.append(seconds)
+        other.close()  # the other import dies
+
+    monkeypatch.setattr(units.time, "sleep", wait)
+    found, report = load("tinyvit", TINYVIT, tmp_path / "cache", digits())
+    assert (len(waits), report.units_done, report.units_found) == (1, 1, 3)
+    assert found.missing_units == []
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import tracemalloc
+from contextlib import ExitStack
 
 import numpy as np
 import pyarrow as pa
@@ -927,13 +928,18 @@ def test_killed_halfway_and_run_again(served, tmp_path, toml):
         assert [shard.sha256 for shard in marker.shards] == [shard.sha256 for shard in other.shards]
 
 
-def test_a_unit_that_another_import_is_at_is_left_to_it(served, tmp_path):
+def test_a_unit_that_another_import_holds_is_waited_for(served, tmp_path, monkeypatch):
     path = served.write(served.answers(plain), folder=tmp_path)
     cache, _ = served.load(tmp_path / "cache", path, settings=served.config.capture)
     (tmp_path / "cache" / "units" / "00001.json").unlink()
-    objects = cache._objects
-    with objects.claim("units/00001.lock") as ours:
-        assert ours
-        assert served.load(cache.url, path)[0].missing_units == [1]
-    assert served.load(cache.url, path)[0].missing_units == []
-    assert units.read_marker(objects, cache.manifest, cache.manifest_sha256, 1) is not None
+    other, waits = ExitStack(), []
+    assert other.enter_context(cache._objects.claim("units/00001.lock"))
+
+    def wait(seconds):
+        waits.append(seconds)
+        other.close()  # the other import dies
+
+    monkeypatch.setattr(units.time, "sleep", wait)
+    found, report = served.load(cache.url, path)
+    assert (len(waits), report.units_done, report.units_found) == (1, 1, 3)
+    assert found.missing_units == []

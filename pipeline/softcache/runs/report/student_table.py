@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from softcache.runs.report.caches import describe_policy
 from softcache.runs.report.differences import (
     SEED,
     differing_settings,
@@ -162,39 +163,73 @@ def _points(report: Report, value: float | None) -> str:
 
 
 def settings_figures(report: Report) -> list[Figure]:
-    """Returns for each architecture its score over T and alpha, where it ran with several; the mean of equal ones."""
-    found: dict[str, dict[tuple[float, float], list[float]]] = {}
-    for run in report.runs:
-        if run.labels != "hard":
-            loss = run.config.loss
-            place = (loss.temperature, loss.alpha)
-            found.setdefault(run.model, {}).setdefault(place, []).append(
-                _number(run.metrics[report.score.metric])
-            )
-    several = {model: cells for model, cells in found.items() if len(cells) > 1}
+    """Returns for each architecture its score over T and alpha, where it ran with several.
+
+    A place is the best of the runs with these two, where they differ in other settings; seeds of one are averaged.
+    """
+    of_model: dict[str, list[list[Run]]] = {}
+    for group in grouped(report):
+        if group[0].labels != "hard":
+            of_model.setdefault(group[0].model, []).append(group)
     figures: list[Figure] = []
-    for model, cells in list(several.items())[:MAX_SURFACES]:
-        means = {place: float(np.mean(values)) for place, values in cells.items()}
-        rows: list[Any] = [
-            (None, (f"{t:g}", f"{alpha:g}", len(cells[t, alpha]), report.score.format(mean)))
-            for (t, alpha), mean in sorted(means.items())
-        ]
-        figures.append(
-            Figure(
-                f"glance-settings-{len(figures)}",
-                f"T and alpha: {model}",
-                f"{report.score.axis} by temperature (across) and alpha (up), the mean of runs with the same two.",
-                heat_of_values(
-                    {place: report.score.scale * mean for place, mean in means.items()},
-                    {place: report.score.format(mean) for place, mean in means.items()},
-                    x="temperature",
-                    y="alpha",
-                    title=report.score.axis,
-                    reverse=not report.score.larger_is_better,
-                ),
-                ("T", "alpha", "runs", report.score.title),
-                rows,
-                width="half",
-            )
-        )
+    for model, groups in of_model.items():
+        places = [(group[0].config.loss.temperature, group[0].config.loss.alpha) for group in groups]
+        if len(set(places)) > 1 and len(figures) < MAX_SURFACES:
+            figures.append(_settings_figure(report, f"glance-settings-{len(figures)}", model, groups, places))
     return figures
+
+
+def _settings_figure(
+    report: Report, key: str, model: str, groups: list[list[Run]], places: list[tuple[float, float]]
+) -> Figure:
+    score = report.score
+    means = [float(np.mean(_of_seeds(group, score.metric))) for group in groups]
+    tried: dict[tuple[float, float], list[int]] = {}
+    for number, place in enumerate(places):
+        tried.setdefault(place, []).append(number)
+    best = {
+        place: min(numbers, key=lambda number: score.order(means[number])) for place, numbers in tried.items()
+    }
+    others = _other_settings(report, groups)
+    rows: list[Any] = [
+        (None, (f"{t:g}", f"{alpha:g}", *(one[best[t, alpha]] for one in others.values()), *last))
+        for (t, alpha), numbers in sorted(tried.items())
+        for last in [(sum(len(groups[number]) for number in numbers), score.format(means[best[t, alpha]]))]
+    ]
+    summary = f"{score.axis} by temperature (across) and alpha (up), the mean over seeds"
+    if others:
+        summary += (
+            f" of the best of the runs with these two: they differ in {', '.join(others)} too, and where there are more "
+            "runs, the best is luckier. The table has what the best one had."
+        )
+    values = {place: means[number] for place, number in best.items()}
+    return Figure(
+        key,
+        f"T and alpha: {model}",
+        summary if others else f"{summary}.",
+        heat_of_values(
+            {place: score.scale * value for place, value in values.items()},
+            {place: score.format(value) for place, value in values.items()},
+            x="temperature",
+            y="alpha",
+            title=score.axis,
+            reverse=not score.larger_is_better,
+        ),
+        ("T", "alpha", *others, "runs", score.title),
+        rows,
+        width="half",
+    )
+
+
+def _other_settings(report: Report, groups: list[list[Run]]) -> dict[str, list[str]]:
+    """Returns what differs between groups of runs besides T, alpha and seed: the value of each group, by name."""
+    runs = [group[0] for group in groups]
+    names = [name for name in differing_settings(runs) if name not in (*ALWAYS[1:], SEED)]
+    found = {"labels": [run.labels for run in runs]}
+    caches = [run.identity.get("cache") for run in runs]
+    kept = {cache.manifest_sha256: describe_policy(cache) for cache in report.caches}
+    found["cache"] = [kept.get(str(cache), "–" if cache is None else str(cache)[:12]) for cache in caches]
+    found |= {
+        short_name(name): [format_setting(settings_of(run).get(name)) for run in runs] for name in names
+    }
+    return {name: values for name, values in found.items() if len(set(values)) > 1}

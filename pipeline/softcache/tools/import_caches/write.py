@@ -18,10 +18,10 @@ import numpy as np
 from softcache.cache.codecs import Codec, OpenCodec
 from softcache.cache.create import create_cache
 from softcache.cache.kinds import FOREIGN
-from softcache.cache.manifest import Manifest, Plan, Unit, claim_path
+from softcache.cache.manifest import Manifest, Plan, Unit
 from softcache.cache.repair import usable_units
 from softcache.cache.storage.open import open_objects
-from softcache.cache.units import fold_if_possible, open_index, open_store, publish_unit
+from softcache.cache.units import claimed_units, fold_if_possible, open_index, open_store, publish_unit
 from softcache.data.batch import Dataset
 from softcache.errors import AlignmentError, ConfigError, LabelError
 from softcache.hashing.digests import digest_json
@@ -68,7 +68,8 @@ def import_cache(
 ) -> tuple[Cache, ImportReport]:
     """Returns the cache at `url` of an original's labels, and what was done.
 
-    Killed at any moment and run again, it completes what is missing.
+    Killed at any moment and run again, it completes what is missing. Units that another import holds are waited for, and
+    taken over if it dies.
 
     Args:
         settings: units, chunks and store, as for a captured cache; its codec is "open".
@@ -91,27 +92,21 @@ def import_cache(
     manifest, digest = create_cache(objects, manifest, samples)
     index = open_index(objects, manifest, digest)
     finished = usable_units(index)
-    report.units_found = len(finished)
     count_found(progress, finished.num_rows)
     store = open_store(manifest, objects)
     writer = _UnitColumns(original, data, manifest, settings.batch_size, plain_view)
-    for unit in _order(manifest.plan, original):
-        if unit.number in finished:
-            continue
-        with objects.claim(claim_path(unit.number)) as ours:
-            if not ours:
-                continue  # another import is at it
-            if index.marker(unit.number) is not None:
-                report.units_found += 1
-                continue
-            marker = publish_unit(objects, store, digest, unit, writer.make(unit))
+    pending = (unit for unit in _order(manifest.plan, original) if unit.number not in finished)
+    for unit in claimed_units(index, pending):
+        marker = publish_unit(objects, store, digest, unit, writer.make(unit))
         report.units_done += 1
         report.rows += marker.num_rows
         progress(marker.num_rows)
     fold_if_possible(index)
     report.seconds, report.rows_scaled = time.monotonic() - started, writer.rows_scaled
     report.agreement = writer.rows_right / report.rows if report.rows else None
-    return open_cache(url), report
+    cache = open_cache(url)
+    report.units_found = len(cache.markers) - report.units_done
+    return cache, report
 
 
 def _order(plan: Plan, original: Original) -> Iterator[Unit]:

@@ -18,7 +18,7 @@ from softcache.cache.create import create_cache
 from softcache.cache.manifest import Manifest, Unit
 from softcache.cache.repair import usable_units
 from softcache.cache.storage.open import open_objects
-from softcache.cache.units import fold_if_possible, open_index, open_store, publish_unit
+from softcache.cache.units import claimed_units, fold_if_possible, open_index, open_store, publish_unit
 from softcache.data.sources.text.source import TokenSource
 from softcache.data.tokens import TokenData
 from softcache.errors import LabelError, SourceError
@@ -54,7 +54,7 @@ def import_labels(
     """Returns the cache at `url` with every unit that the answers fill, and what was done.
 
     Killed at any moment and run again, it completes what is missing. Units that are finished are not looked at, so
-    their samples need not be answered again.
+    their samples need not be answered again; those that another import holds are waited for, and taken over if it dies.
 
     Args:
         k: kept tokens of each row.
@@ -88,28 +88,21 @@ def import_labels(
     finished = usable_units(index)
     if not allow_missing:
         _check_complete(responses, data.source, manifest, finished)
-    report.units_found = len(finished)
     count_found(progress, finished.num_rows)
     store, codec = open_store(manifest, objects), manifest.soft_codec("import")
-    for unit in map(manifest.plan.unit, finished.missing.tolist()):
-        if not responses.found[unit.start : unit.stop].all():
-            continue
-        with objects.claim(f"units/{unit.number:05d}.lock") as ours:
-            if not ours:
-                continue  # another import is at it
-            if index.marker(unit.number) is not None:
-                report.units_found += 1
-                continue
-            columns = _unit_columns(
-                unit, data, responses, codec, settings.batch_size, is_truncated=is_truncated
-            )
-            marker = publish_unit(objects, store, digest, unit, columns)
+    missing = map(manifest.plan.unit, finished.missing.tolist())
+    pending = (unit for unit in missing if responses.found[unit.start : unit.stop].all())
+    for unit in claimed_units(index, pending):
+        columns = _unit_columns(unit, data, responses, codec, settings.batch_size, is_truncated=is_truncated)
+        marker = publish_unit(objects, store, digest, unit, columns)
         report.units_done += 1
         report.rows += marker.num_rows
         progress(marker.num_rows)
     fold_if_possible(index)
     report.seconds = time.monotonic() - started
-    return open_cache(url), report
+    cache = open_cache(url)
+    report.units_found = len(cache.markers) - report.units_done
+    return cache, report
 
 
 def _unit_columns(
