@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from PIL import Image
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
@@ -31,7 +32,7 @@ def folder(tmp_path_factory):
         for number in range(8):
             path = folder / split / f"class{number % 2}" / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            pixels = draw.integers(0, 256, (40 + number, 61, 3), np.uint8)
+            pixels = draw.integers(0, 256, (70 + number, 91, 3), np.uint8)
             Image.fromarray(pixels).save(path)
     torch.manual_seed(0)
     save_file(
@@ -339,3 +340,91 @@ def test_a_student_whose_weights_saw_another_normalization_is_told(folder, tmp_p
         )
         assert ("whose images had the mean [0.485, 0.456, 0.406], and sees [0.4]" in caplog.text) == is_told
         caplog.clear()
+
+
+def gray_teacher(kind, folder):
+    """A teacher's table, and its own pipeline from a gray picture to logits."""
+    torch.manual_seed(1)
+    if kind == "torchvision":
+        net = models.resnet18(num_classes=10).eval()
+        torch.save(net.state_dict(), folder / "net.pth")
+        pipeline = models.ResNet18_Weights.IMAGENET1K_V1.transforms(crop_size=32, resize_size=32)
+        return {"model": "torchvision:resnet18", "weights": str(folder / "net.pth")}, net, pipeline
+    if kind == "hf":
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+        config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=10)
+        net = transformers.ViTForImageClassification(config).eval()
+        processor = transformers.ViTImageProcessor(
+            size={"height": 32, "width": 32}, image_mean=[0.2, 0.4, 0.6], image_std=[0.1, 0.2, 0.3]
+        )
+        net.save_pretrained(folder), processor.save_pretrained(folder)
+        pipeline = lambda image: processor(image, return_tensors="pt")["pixel_values"][0]
+        return {"model": f"hf:{folder}"}, lambda images: net(images).logits, pipeline
+    net = timm.create_model("test_efficientnet", num_classes=10).eval()
+    save_file(net.state_dict(), folder / "net.safetensors")
+    config = timm.data.resolve_data_config({"img_size": 32, "crop_pct": 1.0}, model=net)
+    pipeline = timm.data.create_transform(**config, is_training=False)
+    spec = "timm:test_efficientnet"
+    if kind == "timm":
+        timm.models.save_for_hf(net, folder / "saved")
+        return {"model": f"timm:local-dir:{folder}/saved"}, net, pipeline
+    return {"model": f"{spec}?in_chans=3", "weights": f"{folder}/net.safetensors"}, net, pipeline
+
+
+@pytest.mark.parametrize("kind", ["torchvision", "hf", "timm", "timm file"])
+def test_gray_images_are_shown_to_weights_of_rgb_as_their_own_pipelines_show_them(tmp_path, kind):
+    teacher, net, pipeline = gray_teacher(kind, tmp_path)
+    source = {"name": "digits", "max_train_samples": 4, "max_eval_samples": 4}
+    views = {"size": 32, "eval_share": 1.0}
+    config = config_of(tmp_path, views, source=source, teacher=teacher)
+    data = open_data(config)
+    assert len(data.views.settings.mean) == 1  # what students are normalized by
+    loaded = open_teacher(config, data)
+    pictures = [Image.fromarray(data.train.source.image(n)[0].numpy()).convert("RGB") for n in (0, 1)]
+    with torch.no_grad():
+        expected = net(torch.stack([pipeline(picture) for picture in pictures]))
+    (logits,) = loaded.chunks(data.train.load([0, 1], 0))
+    torch.testing.assert_close(logits, expected, atol=0.02 * float(expected.std()), rtol=0)
+    # Another normalization is another teacher, also where the file of weights is the same.
+    config = config_of(tmp_path, views | {"mean": [0.4]}, source=source, teacher=teacher)
+    assert open_teacher(config, open_data(config)).weights_digest != loaded.weights_digest
+
+
+def test_weights_of_one_channel_are_shown_gray_images_as_they_are(tmp_path):
+    net = timm.create_model("test_efficientnet", num_classes=10, in_chans=1).eval()
+    net.pretrained_cfg.update(input_size=(1, 32, 32), mean=(0.3,), std=(0.2,), crop_pct=1.0)
+    timm.models.save_for_hf(net, tmp_path / "saved")
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    for model in ("timm:local-dir:{}/saved", "timm:test_efficientnet?checkpoint_path={}/net.safetensors"):
+        config = config_of(
+            tmp_path,
+            {"size": 32, "mean": [0.3], "std": [0.2]},
+            source={"name": "digits", "max_train_samples": 4, "max_eval_samples": 4},
+            teacher={"model": model.format(tmp_path)},
+        )
+        data = open_data(config)
+        batch = data.train.load([0, 1], 0)
+        (logits,) = open_teacher(config, data).chunks(batch)
+        with torch.no_grad():
+            torch.testing.assert_close(logits, net((batch.images / 255 - 0.3) / 0.2))
+
+
+def test_the_size_that_weights_of_ones_own_saw_is_asked_for_where_the_images_are_far_smaller(tmp_path):
+    torch.save(models.resnet18(num_classes=10).state_dict(), tmp_path / "net.pth")
+    source = {"name": "digits", "max_train_samples": 4, "max_eval_samples": 4}
+    teacher = {"model": "torchvision:resnet18", "weights": str(tmp_path / "net.pth")}
+    with pytest.raises(
+        ConfigError,
+        match=r"views\.size: missing; .*saw 224 pixels, the source's first image has 8 x 8, and .*net\.pth",
+    ):
+        open_data(config_of(tmp_path, source=source, teacher=teacher))
+    for size in (8, 224):
+        assert (
+            open_data(config_of(tmp_path, {"size": size}, source=source, teacher=teacher)).views.settings.size
+            == size
+        )
+    published = {"model": "torchvision:resnet18", "weights": "resnet18-f37072fd.pth"}
+    assert open_data(config_of(tmp_path, source=source, teacher=published)).views.settings.size == 224
+    arguments = argparse.Namespace(val_crop_size=176, val_resize_size=200, interpolation="bicubic")
+    torch.save({"model": torch.load(tmp_path / "net.pth"), "args": arguments}, tmp_path / "net.pth")
+    assert open_data(config_of(tmp_path, source=source, teacher=teacher)).views.settings.size == 176

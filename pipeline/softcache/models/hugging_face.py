@@ -38,6 +38,7 @@ __all__ = [
     "is_bgr",
     "is_multi_label",
     "load_image_processor",
+    "num_hf_channels",
     "num_hf_outputs",
 ]
 
@@ -154,10 +155,13 @@ class _TextsConfig:
 
 
 def _channels(images_BCHW: torch.Tensor, config: Any, is_bgr: bool) -> torch.Tensor:
-    wanted = getattr(getattr(config, "vision_config", config), "num_channels", 3)
-    if images_BCHW.shape[1] == 1 != wanted:
+    if images_BCHW.shape[1] == 1 != (wanted := _num_channels(config)):
         images_BCHW = images_BCHW.expand(-1, wanted, -1, -1)
     return images_BCHW.flip(1) if is_bgr else images_BCHW
+
+
+def _num_channels(config: Any) -> int:
+    return int(getattr(getattr(config, "vision_config", config), "num_channels", 3))
 
 
 def _pooled(found: Any) -> torch.Tensor:
@@ -292,6 +296,15 @@ def num_hf_outputs(parsed: ModelSpec) -> int | None:
         SpecError: there is no such model.
     """
     return int(_checked_config(parsed).num_labels) if hf_scheme(parsed) == "hf" else None
+
+
+def num_hf_channels(parsed: ModelSpec) -> int:
+    """Returns how many channels the images of a model have.
+
+    Raises:
+        SpecError: there is no such model.
+    """
+    return _num_channels(_checked_config(parsed))
 
 
 def is_multi_label(parsed: ModelSpec) -> bool | None:

@@ -36,7 +36,7 @@ from softcache.models.spec import ModelSpec, parse_spec, unknown_name
 from softcache.models.timm_config import has_source
 from softcache.runtime.suggest import closest_matches
 
-__all__ = ["Normalize", "build_model", "call_factory", "explain_shapes", "is_about_shapes"]
+__all__ = ["GrayAsRgb", "Normalize", "build_model", "call_factory", "explain_shapes", "is_about_shapes"]
 
 
 def build_model(
@@ -97,6 +97,40 @@ def _timm(spec: str, parsed: ModelSpec, num_classes: int | None, input_shape: tu
 
 def _classes(num_classes: int | None) -> dict[str, int]:
     return {} if num_classes is None else {"num_classes": num_classes}
+
+
+class GrayAsRgb(nn.Module):
+    """A classifier of RGB images, shown a gray one in each channel as its weights saw that channel normalized.
+
+    What the numbers are is a part of the state dict, as the weights are: labels depend on both.
+
+    Args:
+        net: takes [B, 3, H, W].
+        gray: how the input [B, 1, H, W] is normalized.
+        mean, std: of the three channels that the weights saw.
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(
+        self, net: nn.Module, gray: Normalize, mean: tuple[float, ...], std: tuple[float, ...]
+    ) -> None:
+        super().__init__()
+        self.net, rgb = net, Normalize(mean, std)
+        self.register_buffer("scale", gray.std / rgb.std)
+        self.register_buffer("shift", (gray.mean - rgb.mean) / rgb.std)
+
+    @property
+    def config(self) -> Any:
+        return getattr(self.net, "config", None)
+
+    @property
+    def pretrained_cfg(self) -> Any:
+        return getattr(self.net, "pretrained_cfg", None)
+
+    def forward(self, images_BCHW: torch.Tensor) -> torch.Tensor:
+        return self.net(images_BCHW * self.scale + self.shift)  # type: ignore[no-any-return]
 
 
 class _GrayToRgb(nn.Module):

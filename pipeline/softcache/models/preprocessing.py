@@ -6,14 +6,14 @@ from collections.abc import Collection
 from typing import Any
 
 from softcache.errors import SpecError
-from softcache.models.hugging_face import hf_scheme
+from softcache.models.hugging_face import hf_scheme, num_hf_channels
 from softcache.models.hugging_face_views import hf_views
 from softcache.models.spec import ModelSpec, unknown_name
 from softcache.models.timm_config import has_source, timm_config
 from softcache.models.torchvision_weights import published_weights
 from softcache.models.weight_files import checkpoint_arguments
 
-__all__ = ["is_pretrained", "pretrained_views"]
+__all__ = ["is_pretrained", "pretrained_views", "takes_rgb"]
 
 
 def is_pretrained(parsed: ModelSpec) -> bool:
@@ -73,6 +73,21 @@ DETECTORS = {
     "ssdlite320_mobilenet_v3_large": ((0.5,) * 3, (0.5,) * 3),
 }
 """Mean and std of torchvision's detectors, where they are not ImageNet's."""
+
+
+def takes_rgb(parsed: ModelSpec, weights: str | None = None) -> bool:
+    """Returns whether the weights of a timm, torchvision or transformers model are of three channels, whatever images are.
+
+    A timm model with a file of its own has as many as images have, unless its spec has `in_chans`; one of the hub those of
+    its configuration, which timm would sum up for gray images.
+    """
+    if hf_scheme(parsed):
+        return num_hf_channels(parsed) == 3
+    if parsed.family == "timm" and "in_chans" not in parsed.args:
+        has_file = weights is not None or bool(parsed.args.get("checkpoint_path"))
+        config = timm_config(parsed) if is_pretrained(parsed) and not has_file else None
+        return config is not None and config.get("input_size", (3,))[0] == 3
+    return parsed.family == "torchvision" or bool(parsed.args.get("in_chans") == 3)
 
 
 def _of_timm(parsed: ModelSpec, given: Collection[str], weights: str | None) -> dict[str, Any]:

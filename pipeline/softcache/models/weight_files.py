@@ -59,10 +59,17 @@ def _check_shapes(state: dict[str, torch.Tensor], model: nn.Module, path: str | 
     wrong = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
     if wrong:
         name, (found, expected) = next(iter(wrong.items()))
+        way_out = (
+            "a head of other classes than the source needs teacher.class_map (which outputs are its classes), else check "
+            "teacher.model and its arguments"
+        )
+        if len(found) == 4 and (found[1], expected[1]) == (3, 1):
+            way_out = (
+                "a timm model that took gray images in three channels needs in_chans=3 among its arguments"
+            )
         raise SpecError(
             f"weights {path}: {len(wrong)} of {len(shapes)} tensors have another shape than the model's, such as {name}: "
-            f"{found} in the file, {expected} in the model; a head of other classes than the source needs teacher.class_map "
-            "(which outputs are its classes), else check teacher.model and its arguments"
+            f"{found} in the file, {expected} in the model; {way_out}"
         )
 
 

@@ -15,7 +15,7 @@ from softcache.data.images import ImageBatch
 from softcache.errors import ConfigError, LabelError
 from softcache.hashing.digests import digest_json
 from softcache.models.hugging_face import hf_scheme, is_multi_label, num_hf_outputs
-from softcache.models.image import build_model, is_about_shapes
+from softcache.models.image import GrayAsRgb, Normalize, build_model, is_about_shapes
 from softcache.models.preprocessing import is_pretrained
 from softcache.models.spec import ModelSpec, parse_spec
 from softcache.models.timm_config import timm_config
@@ -154,7 +154,8 @@ def load_image_teacher(
     *,
     num_classes: int,
     input_shape: tuple[int, int, int],
-    normalize: nn.Module,
+    normalize: Normalize,
+    rgb: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
     class_names: Sequence[str] = (),
     order_is_guessed: bool = False,
     device: torch.device,
@@ -164,6 +165,8 @@ def load_image_teacher(
     """Returns the teacher of a config, its weights loaded.
 
     Args:
+        rgb: mean and std of the three channels that its weights saw, in which it is shown gray images; None: it takes images
+            as they are.
         class_names: [V] of the source.
         order_is_guessed: the source has sorted its classes by name, and the teacher was not trained on it by softcache.
         kind: what its outputs are.
@@ -174,6 +177,7 @@ def load_image_teacher(
         SpecError: the model or its weights cannot be loaded.
     """
     parsed, scheme = parse_spec(settings.model), hf_scheme(parse_spec(settings.model))
+    input_shape = input_shape if rgb is None else (3, *input_shape[1:])
     has_file = parsed.family == "timm" and bool(parsed.args.get("checkpoint_path"))
     pretrained = is_pretrained(parsed) or (parsed.family == "factory" and not scheme)
     if settings.weights is None and not pretrained:
@@ -227,7 +231,7 @@ def load_image_teacher(
             spec=settings.model,
         )
     return kind(
-        model,
+        model if rgb is None else GrayAsRgb(model, normalize, *rgb),
         spec=settings.model,
         num_classes=num_classes,
         normalize=normalize,

@@ -46,9 +46,9 @@ class DetectionData(ImageSplits):
 
     def __init__(self, config: RunConfig) -> None:
         sources = [config.source.open(split) for split in SPLITS]
-        channels = len(sources[0].image(0))
-        super().__init__(_letterboxed(views_of(config, channels)))
-        check_channels(self.views.settings, channels)
+        first = sources[0].image(0)
+        super().__init__(_letterboxed(views_of(config, first)))
+        check_channels(self.views.settings, len(first))
         self.train, self.evaluation = (
             ViewedScenes(source, self.views, rows_per_sample=config.labels.positions.top)  # type: ignore[arg-type]
             for source in sources

@@ -33,9 +33,9 @@ class ImageData(ImageSplits):
 
     def __init__(self, config: RunConfig) -> None:
         train, evaluation = config.source.open("train"), config.source.open("eval")
-        channels = len(train.image(0))
-        super().__init__(views_of(config, channels))
-        check_channels(self.views.settings, channels)
+        first = train.image(0)
+        super().__init__(views_of(config, first))
+        check_channels(self.views.settings, len(first))
         if self.views.settings.augments and config.labels.num_views == 1:
             log_info(
                 "views: the table augments images, but labels.num_views is 1: only the plain view is labeled, and a "

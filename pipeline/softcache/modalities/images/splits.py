@@ -10,7 +10,7 @@ from softcache.data.transforms import Views, ViewSettings
 from softcache.errors import SpecError
 from softcache.hashing.digests import digest_bytes
 from softcache.modalities.base import Data
-from softcache.modalities.images.views import is_trained_here, log_normalization
+from softcache.modalities.images.views import is_trained_here, log_normalization, rgb_normalization
 from softcache.models.image import Normalize
 from softcache.models.spec import parse_spec
 from softcache.models.weights import select_device
@@ -47,6 +47,7 @@ class ImageSplits(Data):
             num_classes=self.num_classes,
             input_shape=self.input_shape,
             normalize=self.normalize(),
+            rgb=rgb_normalization(config, self.views.settings) if self.input_shape[0] == 1 else None,
             class_names=self.train.source.class_names,
             order_is_guessed=getattr(self.train.source, "order_is_guessed", False)
             and not is_trained_here(settings.weights),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +12,9 @@ import torch
 from softcache.data.transforms import Views, ViewSettings
 from softcache.errors import ConfigError, SpecError
 from softcache.models.image import Normalize
-from softcache.models.preprocessing import is_pretrained, pretrained_views
+from softcache.models.preprocessing import is_pretrained, pretrained_views, takes_rgb
 from softcache.models.spec import parse_spec
+from softcache.models.torchvision_weights import published_weights
 from softcache.models.weight_files import checkpoint_arguments
 from softcache.runtime.files import read_json
 from softcache.runtime.logging import log_info
@@ -20,23 +22,31 @@ from softcache.runtime.logging import log_info
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
 
-__all__ = ["check_channels", "check_replays", "is_trained_here", "log_normalization", "views_of"]
+__all__ = [
+    "check_channels",
+    "check_replays",
+    "is_trained_here",
+    "log_normalization",
+    "rgb_normalization",
+    "views_of",
+]
 
 TRIED = 4
 """Samples on which a custom transform is tried twice."""
 
 
-def views_of(config: RunConfig, channels: int) -> ViewSettings:
+def views_of(config: RunConfig, image_CHW: torch.Tensor) -> ViewSettings:
     """Returns the views of a config, with the teacher's own preprocessing where the config leaves it open.
 
     That is what its weights come with, or what the run of softcache saw that trained them. A teacher that [train_teacher]
     trains from scratch has none: it sees images of [views]. What differs is logged.
 
     Args:
-        channels: of the source's images.
+        image_CHW: the first of the source.
 
     Raises:
-        ConfigError: the settings of the run that trained the weights cannot be read.
+        ConfigError: the settings of the run that trained the weights cannot be read, or the size that weights of the user's
+            own saw is not known, and the source's images are far smaller than those of the architecture's published ones.
     """
     settings, teacher = config.views, config.teacher
     if teacher is None:
@@ -51,9 +61,11 @@ def views_of(config: RunConfig, channels: int) -> ViewSettings:
         found = pretrained_views(parsed, given)
     else:
         return settings
-    for key in found.keys() & {"mean", "std"} if channels != 3 and not is_own else ():
-        # Of other channels than those of RGB, the weights are sums or copies.
+    for key in found.keys() & {"mean", "std"} if len(image_CHW) != 3 and not is_own else ():
+        # Of other channels than those of RGB, the weights are sums or copies; `rgb_normalization` is of those that are not.
         found[key] = (float(np.mean(found[key])),)
+    if teacher.weights is not None and not is_own and config.train_teacher is None:
+        _check_size(teacher.model, teacher.weights, found.keys() - given, found.get("size"), image_CHW)
     if "interpolation" in found and found["interpolation"] not in ("bilinear", "bicubic"):
         log_info(
             f"views.interpolation: {teacher.model} was trained with {found.pop('interpolation')!r}, which views do not "
@@ -76,6 +88,45 @@ def views_of(config: RunConfig, channels: int) -> ViewSettings:
             )
         log_info(f"views: {as_what}: {', '.join(f'{key} {_shown(filled[key])}' for key in sorted(filled))}")
     return ViewSettings.model_validate(settings.model_dump(exclude_unset=True) | filled)
+
+
+def _check_size(model: str, weights: str, left: Collection[str], size: Any, image_CHW: torch.Tensor) -> None:
+    """Raises ConfigError where the size that a user's own weights saw is a guess that the source's images speak against."""
+    if "size" not in left or checkpoint_arguments(weights) or published_weights(parse_spec(model), weights):
+        return
+    sides, longest = (size, size) if isinstance(size, int) else size, max(image_CHW.shape[1:])
+    if min(sides) >= SMALL * longest:
+        raise ConfigError(
+            f"views.size: missing; the weights that {model} comes with saw {_shown(size)} pixels, the source's first image "
+            f"has {' x '.join(str(side) for side in image_CHW.shape[1:])}, and {weights} does not say what it was trained "
+            f"on; set views.size to that, such as {longest} or {_shown(size)} (and mean, std, eval_share to its own)"
+        )
+
+
+SMALL = 3
+"""How many times larger than a source's images the images of published weights are, for others to have seen the source's."""
+
+
+def rgb_normalization(
+    config: RunConfig, settings: ViewSettings
+) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Returns mean and std of R, G and B that the weights of a teacher saw which is shown gray images in all three.
+
+    None: it takes one channel, was trained by softcache on these images, or its three channels are normalized alike. A key
+    of [views] that the config has is what all three are normalized by.
+    """
+    teacher = config.teacher
+    if teacher is None or config.train_teacher is not None or is_trained_here(teacher.weights):
+        return None
+    parsed, given = parse_spec(teacher.model), config.views.model_fields_set
+    if not takes_rgb(parsed, teacher.weights):
+        return None
+    found = pretrained_views(parsed, given, teacher.weights)
+    mean, std = (
+        getattr(settings, key) * 3 if key in given or key not in found else tuple(found[key])
+        for key in ("mean", "std")
+    )
+    return (mean, std) if len(mean) == len(std) == 3 else None
 
 
 def _trained_views(weights: str, settings: ViewSettings) -> dict[str, Any]:

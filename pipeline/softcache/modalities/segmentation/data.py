@@ -33,7 +33,7 @@ class SegmentationData(ImageSplits):
     def __init__(self, config: RunConfig) -> None:
         train, evaluation = config.source.open("train"), config.source.open("eval")
         first = train.image(0)
-        super().__init__(views_of(config, len(first)))
+        super().__init__(views_of(config, first))
         check_channels(self.views.settings, len(first))
         sides = self.views.settings.sides(*first.shape[1:])
         cells = Cells.of(*sides, config.labels.positions.cell_side)
