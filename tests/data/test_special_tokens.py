@@ -1,19 +1,28 @@
 """The tokens that a tokenizer puts around a text: as the model was trained, once per document, at each piece's start."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from softcache.data.sources import source_settings
 from softcache.data.sources.text.packing import Account, Encoded, cut_documents
 from softcache.data.sources.text.source import open_text
-from softcache.data.sources.text.tokenizer import save_with_tokenizer, special_tokens, train_byte_level
+from softcache.data.sources.text.tokenizer import (
+    check_tokenizer_is_saved,
+    save_with_tokenizer,
+    special_tokens,
+    train_byte_level,
+)
 from softcache.data.tokens import TokenData
 from softcache.errors import SourceError, SpecError
+from softcache.runs import open_data
 from tests.data.test_text_source import WORDS, save_tokenizer, write_texts
+from tests.support.text_caches import text_config
 
 BOS, EOS = 1, 0
 CHAT = (
@@ -101,6 +110,52 @@ def test_the_tokenizer_next_to_a_model_begins_texts_as_the_training_did(template
     save_with_tokenizer(tmp_path / "model", tokenizer, bos=bos)
     saved = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert saved("w10 w11")["input_ids"] == [*before, *plain, *after]
+
+
+@pytest.mark.parametrize("bos", ["auto", True, False])
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize(
+    "name", ["GPTNeoXTokenizer", "CodeLlamaTokenizer", "RobertaTokenizer", "LlamaTokenizer"]
+)
+def test_a_class_that_makes_its_template_anew_is_saved_as_it_began_texts(name, own, bos, tmp_path):
+    """What was written was lost when transformers loaded it: GPT-NeoX began texts with nothing, CodeLlama with <s>."""
+    model = json.loads(
+        train_byte_level(
+            ["hello world"] * 9, special_tokens=["<s>", "</s>"], vocab_size=280, min_frequency=1
+        ).to_str()
+    )["model"]
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "</s>"}
+    tokenizer = getattr(transformers, name)(vocab=model["vocab"], merges=merges, add_bos_token=own, **tokens)
+    before = special_tokens(tokenizer, bos=bos, of="t").prefix
+    ids = tokenizer("hello world", add_special_tokens=False)["input_ids"]
+    check_tokenizer_is_saved(tokenizer, bos)
+    save_with_tokenizer(tmp_path, tokenizer, bos=bos)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert saved("hello world")["input_ids"][: len(before) + len(ids)] == [*before, *ids]
+    assert (saved.bos_token, saved.eos_token) == ("<s>", "</s>")
+
+
+def slow_tokenizer(folder):
+    """One of Python alone, which begins texts with nothing."""
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({"<unk>": 0, "a": 1, "b": 2, "<s>": 3}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    files = {"vocab_file": str(folder / "vocab.json"), "merges_file": str(folder / "merges.txt")}
+    transformers.CTRLTokenizer(**files, bos_token="<s>").save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_tokenizer_that_cannot_be_saved_as_it_begins_texts_is_refused_before_a_training(opened, tmp_path):
+    folder = slow_tokenizer(tmp_path / "t")
+    assert tokens_of(opened(["a b a"], folder, bos=True)) == [[3, 1, 2, 1]]  # what is labeled is right
+    message = r"CTRLTokenizer\): saved, it begins texts with \[\]; expected \[3\].*source\.bos = true.*; set source\.bos"
+    config = text_config(tmp_path, source={"tokenizer": folder, "bos": True})
+    task = partial(open_data(config).task, config, "gpt2?width=16&depth=1&heads=2")
+    with pytest.raises(SpecError, match=message):
+        task()
+    plain = text_config(tmp_path, source={"tokenizer": folder})
+    open_data(plain).task(plain, "gpt2?width=16&depth=1&heads=2")
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,18 @@ def test_a_shorter_prompt_of_a_batch_is_continued_as_it_is_alone(name):
     assert _choose_draw(model, parts, is_padded=True).__name__ == WAYS[name]
 
 
+def test_a_model_is_tried_once_whatever_the_number_of_batches(monkeypatch):
+    model = make_model(next(each for each in ARCHITECTURES if each.name == "recurrent_gemma"))
+    parts, calls = split(model), []
+    generate = model.generate
+    monkeypatch.setattr(model, "generate", lambda *a, **k: calls.append(k) or generate(*a, **k))
+    how = {"max_tokens": [3] * 2, "end_tokens": set(), "vocab_size": 101, "seed": 5}
+    found = [sample_responses(model, parts, [np.arange(3, 3 + n) for n in (2, 4)], **how) for _ in range(3)]
+    # Two trials (of two lengths, of one), then two calls for each batch, one of each length.
+    assert len(calls) == 2 + 3 * 2
+    assert len({tuple(map(tuple, (one.tokens for one in batch))) for batch in found}) == 1
+
+
 def test_tokens_are_drawn_as_often_as_the_model_says():
     model = known(12, 8).eval()
     prompt = np.array([3, 4])

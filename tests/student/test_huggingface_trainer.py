@@ -12,8 +12,10 @@ import pytest
 import torch
 from accelerate import PartialState
 from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -489,6 +491,17 @@ def test_a_student_of_another_tokenizer_is_refused(labeled, tmp_path):
     trainer_of(labeled, tmp_path, model)
 
 
+def test_a_tokenizer_that_begins_texts_otherwise_is_not_saved_next_to_the_student(labeled, tmp_path):
+    """Its digest is the same: what is put around a text changes no id of it."""
+    _, source, _ = labeled
+    other = load_tokenizer(source)
+    other.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", other.eos_token_id)]
+    )
+    with pytest.raises(IdentityError, match=r"processing_class: begins texts with \[0\]; expected \[\]"):
+        trainer_of(labeled, tmp_path, processing_class=other)
+
+
 def test_a_model_of_the_hub_is_compared_by_its_tokenizer_there(labeled, tmp_path, monkeypatch):
     """32,000 tokens are those of several tokenizers; the number of classes does not tell them apart."""
     _, source, _ = labeled
@@ -522,6 +535,40 @@ def test_a_compiled_forward_is_refused_and_a_compiled_backbone_learns(labeled, t
     model.model.compile(backend="eager")
     found, expected = (trained(labeled, tmp_path, one)[0] for one in (model, llama()))
     assert_same(found, expected, **ROUNDING)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "settings", "message"),
+    [
+        ("DYNAMO_BACKEND", "INDUCTOR", {}, r"dynamo_backend .*=inductor.* model\.model\.compile\(\)"),
+        ("GRADIENT_ACCUMULATION_STEPS", "4", {}, r"gradient_accumulation_steps .*=4.* expected '1'"),
+        ("MIXED_PRECISION", "fp16", {"bf16": True}, r"mixed_precision .*=fp16.* expected 'bf16'"),
+        ("USE_PARALLELISM_CONFIG", "true", {}, "parallelism_config does not go with a cache's labels"),
+    ],
+)
+def test_what_accelerate_launch_is_asked_for_and_would_be_ignored_is_refused(
+    labeled, tmp_path, monkeypatch, variable, value, settings, message
+):
+    monkeypatch.setattr("accelerate.parallelism_config.ParallelismConfig.get_device_mesh", lambda *args: None)
+    monkeypatch.setenv(f"ACCELERATE_{variable}", value)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with pytest.raises(ConfigError, match=message):
+            trainer_of(labeled, tmp_path, settings=settings)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_what_accelerate_launch_is_asked_for_and_is_done_is_accepted(labeled, tmp_path, monkeypatch):
+    for name, value in (("DYNAMO_BACKEND", "NO"), ("MIXED_PRECISION", "bf16"), ("USE_CPU", "True")):
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        found = trainer_of(labeled, tmp_path, settings={"gradient_accumulation_steps": 2})
+        assert found.accelerator.mixed_precision == "bf16"
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_processes_that_would_weigh_rows_by_themselves_are_refused(labeled, tmp_path, monkeypatch):
@@ -723,12 +770,11 @@ def test_two_ranks_take_the_steps_of_one_by_ddp_and_fsdp_and_see_each_sample_onc
 def test_ways_to_cut_that_the_loss_does_not_go_through_are_refused(more, message):
     """By what a Trainer knows of them: most of them need several devices to be set up."""
     plugin = SimpleNamespace(**{"fsdp_version": 2, "cpu_ram_efficient_loading": False} | more)
-    args = {"n_gpu": 1, "parallelism_config": None} | more
+    args = {"n_gpu": 1} | more
     args["accelerator_config"] = SimpleNamespace(dispatch_batches=more.get("dispatch_batches"))
     state = SimpleNamespace(fsdp_plugin=plugin)
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(**args), is_fsdp_enabled=True, accelerator=SimpleNamespace(state=state)
-    )
+    accelerator = SimpleNamespace(state=state, parallelism_config=more.get("parallelism_config"))
+    trainer = SimpleNamespace(args=SimpleNamespace(**args), is_fsdp_enabled=True, accelerator=accelerator)
     with pytest.raises(ConfigError, match=message):
         refuse_parallel(trainer)
 

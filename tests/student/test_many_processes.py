@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 
 from softcache.cache.storage.local import LocalObjects
-from softcache.errors import LostProcessError, RunError
+from softcache.errors import ConfigError, LostProcessError, RunError
 from softcache.reader.open import open_cache
 from softcache.runs import open_data, train_student
 from softcache.runtime import distributed
@@ -516,12 +516,40 @@ def test_a_launcher_whose_processes_form_no_group_is_refused(
         fit(shared_cache[2], tmp_path)
 
 
-def test_accelerates_own_accumulation_setting_does_not_touch_the_loss(tmp_path, shared_cache, monkeypatch):
-    clipped = {"train": {"epochs": 1, "clip_norm": 0.1}}
-    fit(shared_cache[2], tmp_path / "without", tables=clipped)
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "64")
-    fit(shared_cache[2], tmp_path / "with", tables=clipped)
+def test_accelerates_own_accumulation_setting_does_not_divide_the_loss_again(
+    tmp_path, shared_cache, monkeypatch
+):
+    parts = {"train": {"epochs": 1, "clip_norm": 0.1, "accumulation_steps": 4}}
+    fit(shared_cache[2], tmp_path / "without", tables=parts)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    fit(shared_cache[2], tmp_path / "with", tables=parts)
     assert distance(tmp_path / "without", tmp_path / "with") == 0
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("GRADIENT_ACCUMULATION_STEPS", "64", r"expected '1'.*; set train\.accumulation_steps"),
+        ("MIXED_PRECISION", "bf16", r"expected 'no'.*; set train\.precision"),
+        ("MIXED_PRECISION", "fp8", r"expected 'no'.*; set train\.precision"),
+        ("DYNAMO_BACKEND", "INDUCTOR", r"dynamo_backend .*; set train\.compile = true"),
+        ("USE_FSDP", "true", r'use_fsdp .*; set train\.parallel = "fsdp"'),
+        ("USE_DEEPSPEED", "true", r'use_deepspeed .*; set train\.parallel = "fsdp"'),
+        ("USE_PARALLELISM_CONFIG", "1", r'use_parallelism_config .*; set train\.parallel = "fsdp"'),
+    ],
+)
+def test_what_accelerate_launch_is_asked_for_and_a_run_would_ignore_is_refused(
+    tmp_path, shared_cache, monkeypatch, variable, value, message
+):
+    monkeypatch.setenv(f"ACCELERATE_{variable}", value)
+    with pytest.raises(ConfigError, match=message):
+        fit(shared_cache[2], tmp_path, tables={"train": {"epochs": 1}})
+
+
+def test_what_accelerate_launch_is_asked_for_and_a_run_does_is_accepted(tmp_path, shared_cache, monkeypatch):
+    for name, value in (("MIXED_PRECISION", "bf16"), ("DYNAMO_BACKEND", "NO"), ("USE_CPU", "True")):
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    fit(shared_cache[2], tmp_path, tables={"train": {"epochs": 1, "precision": "bf16", "device": "cpu"}})
 
 
 def test_a_loss_meter_of_one_process_from_before_there_were_many_is_read(tmp_path, images):

@@ -18,6 +18,7 @@ from softcache.errors import DivergedError, RunError
 from softcache.losses import LossSettings
 from softcache.models.weights import count_parameters, is_adapted
 from softcache.runtime.distributed import broadcast_from_rank0, check_same, join, on_cpu, translate_errors
+from softcache.runtime.launcher import check_launcher
 from softcache.runtime.logging import count_found
 from softcache.runtime.signals import Interrupted, defer_signals
 from softcache.student.bucket_sync import BucketSync
@@ -65,6 +66,7 @@ def train(
         DivergedError: the loss or the weights are not finite any more; the last checkpoint is from before that.
         LostProcessError: another process of the run is gone or silent.
     """
+    _check_launcher(settings)
     join(cpu=on_cpu(settings.device), timeout_seconds=settings.ddp_timeout_seconds)
     with translate_errors():
         check_same("the run", config)
@@ -120,6 +122,26 @@ def _group(accelerator: Accelerator, settings: TrainSettings) -> AbstractContext
     return one_process_group(accelerator)
 
 
+def _check_launcher(settings: TrainSettings) -> None:
+    is_cpu = settings.device == "cpu" or not torch.accelerator.is_available()
+    cut = 'set train.parallel = "fsdp" for a student that is cut over the processes'
+    check_launcher(
+        "train",
+        {
+            "mixed_precision": (settings.precision, "set train.precision"),
+            "dynamo_backend": ("no", "set train.compile = true"),
+            "gradient_accumulation_steps": (
+                str(settings.accumulation_steps),
+                "set train.accumulation_steps, in which train.batch_size is computed",
+            ),
+            "cpu": ("true" if is_cpu else "no", 'set train.device = "cpu"'),
+            **dict.fromkeys(
+                ("use_fsdp", "use_deepspeed", "use_megatron_lm", "use_parallelism_config"), ("no", cut)
+            ),
+        },
+    )
+
+
 def _accelerator(settings: TrainSettings) -> Accelerator:
     # accelerate keeps the precision of the first run of a process; this one may have another.
     AcceleratorState._reset_state()
@@ -127,7 +149,7 @@ def _accelerator(settings: TrainSettings) -> Accelerator:
         cpu=on_cpu(settings.device),
         # A student that is cut has its precision in what is gathered, not by autocast.
         mixed_precision=settings.precision if settings.parallel == "ddp" else "no",
-        # `accelerate launch` has a setting of its own, which would divide the loss; a step is ours to split.
+        # The launcher's setting would divide the loss once more; a step is ours to split.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
     )
     if accelerator.distributed_type not in _DATA_PARALLEL:

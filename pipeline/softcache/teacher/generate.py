@@ -124,8 +124,10 @@ def write_source(
         IdentityError: something else is being written there, or was.
         SourceError: there is something else than a generated source.
     """
-    _begin(objects, plan)
-    _put_tokenizer(objects, save_tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(Path(folder))
+        _begin(objects, plan)
+        _put_tokenizer(objects, Path(folder))
     parts, done, silent = {}, 0, 0
     for number, start in enumerate(range(0, num_rows, part_rows)):
         numbers = np.arange(start, min(start + part_rows, num_rows))
@@ -202,13 +204,11 @@ def _flat(value: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return flat
 
 
-def _put_tokenizer(objects: Objects, save_tokenizer: Callable[[Path], None]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(Path(folder))
-        for path in sorted(Path(folder).rglob("*")):
-            name = f"tokenizer/{path.relative_to(folder).as_posix()}"
-            if path.is_file() and objects.size(name) is None:
-                objects.put(name, path.read_bytes())
+def _put_tokenizer(objects: Objects, folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        name = f"tokenizer/{path.relative_to(folder).as_posix()}"
+        if path.is_file() and objects.size(name) is None:
+            objects.put(name, path.read_bytes())
 
 
 def _part(

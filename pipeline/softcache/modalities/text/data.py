@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from softcache.data.sources.text.settings import TextSettings
-from softcache.data.sources.text.tokenizer import accept_tokenizer, load_tokenizer, save_with_tokenizer
+from softcache.data.sources.text.tokenizer import (
+    accept_tokenizer,
+    check_tokenizer_is_saved,
+    load_tokenizer,
+    save_with_tokenizer,
+)
 from softcache.data.tokens import TokenData
 from softcache.errors import ConfigError, IdentityError
 from softcache.hashing.digests import digest_weights
@@ -153,6 +158,8 @@ class TextData(TokenSplits):
             )
             return replace(task, loss_settings=config.loss)
         self._check_tokenizer("student.model", model)
+        if self._settings.bos != "auto":
+            check_tokenizer_is_saved(self.tokenizer, self._settings.bos)
         context = min(config.student.context or self._settings.seq_len, self._settings.seq_len)
 
         def build() -> Any:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -107,8 +108,8 @@ def sample_responses(
     how = _Drawing(max(max_tokens), padding, temperature, sorted(end_tokens), vocab_size)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
         draw = _choose_draw(model, parts, is_padded=not bool(mask_BL.all()))
+        torch.manual_seed(seed)  # after a trial of the model, which may draw
         drawn_BT = draw(model, parts, ids_BL.to(device), mask_BL.to(device), how)
     responses, finished = [], []
     for row, drawn in enumerate(drawn_BT.cpu().numpy()):
@@ -146,8 +147,18 @@ def _choose_draw(model: Any, parts: BackboneHead, *, is_padded: bool) -> _Draw:
     return _draw_plainly
 
 
+_found: WeakKeyDictionary[Any, dict[tuple[int, int], bool]] = WeakKeyDictionary()
+
+
 def _generates_from(model: Any, parts: BackboneHead, lengths: tuple[int, int]) -> bool:
-    """Whether `generate` gives the logits of the parts, for prompts of these lengths in one batch."""
+    """Whether `generate` gives the logits of the parts, for prompts of these lengths in one batch; tried once a model."""
+    found = _found.setdefault(model, {})
+    if lengths not in found:
+        found[lengths] = _try_generate(model, parts, lengths)
+    return found[lengths]
+
+
+def _try_generate(model: Any, parts: BackboneHead, lengths: tuple[int, int]) -> bool:
     from transformers import GenerationConfig
 
     device, longest = parts.weight.device, max(lengths)

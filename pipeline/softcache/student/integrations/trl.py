@@ -35,7 +35,11 @@ from softcache.student.integrations.huggingface.dataset import SOFT_COLUMNS, Sof
 from softcache.student.integrations.huggingface.loss import check_loss, check_stall, loss_of
 from softcache.student.integrations.huggingface.mixin import DistillationMixin
 from softcache.student.integrations.huggingface.order import KeepOrder
-from softcache.student.integrations.huggingface.validate import refuse_compiled, refuse_untested
+from softcache.student.integrations.huggingface.validate import (
+    refuse_compiled,
+    refuse_launcher,
+    refuse_untested,
+)
 from softcache.student.integrations.validate import check_cache
 from softcache.student.tasks import LossSettings
 
@@ -131,6 +135,7 @@ class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
             processing_class=processing_class,
             **trainer,
         )
+        refuse_launcher(self.args, "DistillSFTTrainer")
         refuse_untested(self)
         check_stall(self._loss, self.args, eval_dataset)
         self.add_callback(KeepOrder(self))

@@ -9,6 +9,7 @@ A trained one lies under `data_dir`, in tokenizers/DIGEST: a Hugging Face tokeni
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
@@ -32,6 +33,7 @@ __all__ = [
     "SpecialTokens",
     "accept_tokenizer",
     "bpe_arguments",
+    "check_tokenizer_is_saved",
     "describe_tokenizer",
     "digest_tokenizer",
     "is_bpe",
@@ -49,13 +51,17 @@ BPE_MAX_CHARACTERS = 2**25
 
 
 def load_tokenizer(settings: TextSettings) -> Any:
-    """Returns the Hugging Face tokenizer of `settings.tokenizer`; a `bpe` is trained now if it was not before.
+    """Returns the Hugging Face tokenizer of `settings.tokenizer`, which begins texts by itself as `settings.bos` has it.
+
+    One that cannot be changed (without a tokenizers library's backend) begins them as it did. A `bpe` is trained now if it
+    was not before.
 
     Raises:
         SpecError: it cannot be loaded, or its arguments are wrong.
         SourceError: the documents that it is to be trained on cannot be read.
     """
     tokenizer = _load(settings)
+    _begin_texts(tokenizer, settings.bos, of=f"source.tokenizer {settings.tokenizer!r}")
     if settings.chat_template is not None:
         try:
             tokenizer.chat_template = Path(settings.chat_template).expanduser().read_text()
@@ -335,9 +341,11 @@ def save_with_tokenizer(folder: Path, tokenizer: Any, *, bos: Literal["auto"] | 
 
     Args:
         bos: what texts began with (`special_tokens`); the tokenizer that is written begins them so.
+
+    Raises:
+        SpecError: what transformers would load from there begins texts otherwise, or cuts them otherwise.
     """
-    _begin_texts(tokenizer, bos)
-    tokenizer.save_pretrained(folder)
+    _save_tokenizer(folder, tokenizer, bos)
     if not (Path(folder) / "generation_config.json").exists():
         return
     config = text_library("transformers").GenerationConfig.from_pretrained(folder)
@@ -350,20 +358,52 @@ def save_with_tokenizer(folder: Path, tokenizer: Any, *, bos: Literal["auto"] | 
     config.save_pretrained(folder)
 
 
-def _begin_texts(tokenizer: Any, bos: Literal["auto"] | bool) -> None:
-    """Has a tokenizer begin texts by itself as `bos` had it."""
-    if bos == "auto":
-        return
+def check_tokenizer_is_saved(tokenizer: Any, bos: Literal["auto"] | bool) -> None:
+    """Raises what `save_with_tokenizer` would: before a training, in place of after it.
+
+    Raises:
+        SpecError: see there.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        _save_tokenizer(Path(folder), tokenizer, bos)
+
+
+def _save_tokenizer(folder: Path, tokenizer: Any, bos: Literal["auto"] | bool) -> None:
+    """Writes a tokenizer so that transformers loads it as it is: some classes make a part of it anew (GPT-NeoX, BERT)."""
     of = f"tokenizer {tokenizer.name_or_path!r}"
+    _begin_texts(tokenizer, bos, of=of)
+    expected = list(special_tokens(tokenizer, bos=bos, of=of).prefix)
+    tokenizer.save_pretrained(folder)
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        begins, why = _around(tokenizer, of)[0], "it has no tokenizer.json, in which that can be written"
+        if begins == expected:
+            return
+    else:
+        for name in (None, "PreTrainedTokenizerFast"):
+            if name is not None:
+                path = Path(folder) / "tokenizer_config.json"
+                described = json.loads(path.read_text()) | {"tokenizer_class": name}
+                path.write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+            saved = auto_tokenizer(str(folder), of=of)
+            begins = _around(saved, of)[0]
+            is_same = tokenizer_parts(saved) == tokenizer_parts(tokenizer)
+            if begins == expected and is_same:
+                return
+        why = "it is made anew when it is loaded" + ("" if is_same else ", and cuts texts otherwise")
+    raise SpecError(
+        f"{of} ({type(tokenizer).__name__}): saved, it begins texts with {begins}; expected {expected}, as in the training "
+        f"(source.bos = {json.dumps(bos)}): {why}; set source.bos to what the tokenizer does by itself, or name another one"
+    )
+
+
+def _begin_texts(tokenizer: Any, bos: Literal["auto"] | bool, *, of: str) -> None:
+    """Has a tokenizer begin texts by itself as `bos` has it, if it can be changed."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if bos == "auto" or backend is None:
+        return
     before, after = _around(tokenizer, of)
     prefix = special_tokens(tokenizer, bos=bos, of=of).prefix
     if tuple(before) == prefix:
-        return
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        log_info(
-            f"{of}: begins texts with {before}, in the training they began with {list(prefix)} (source.bos = {bos})"
-        )
         return
     names = {number: tokenizer.convert_ids_to_tokens(number) for number in (*prefix, *after)}
     first, last = ([names[number] for number in ids] for ids in (prefix, after))

@@ -28,6 +28,7 @@ from softcache.student.integrations.huggingface.order import KeepOrder
 from softcache.student.integrations.huggingface.validate import (
     named_sources,
     refuse_ignored,
+    refuse_launcher,
     refuse_parallel,
     tokenizer_digest,
 )
@@ -120,6 +121,7 @@ class DistillTrainer(DistillationMixin, Trainer):
             processing_class=processing_class,
             **trainer,
         )
+        refuse_launcher(self.args, "DistillTrainer")
         refuse_parallel(self)
         check_stall(self._loss, self.args, eval_dataset)
         self.model_accepts_loss_kwargs = True  # the name of loss_is_scaled_for_ga in older versions

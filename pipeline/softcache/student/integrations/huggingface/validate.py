@@ -7,12 +7,10 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer, TrainingArguments
 
 from softcache.data.sources.text.table import TokenSource
-from softcache.data.sources.text.tokenizer import accept_tokenizer
-from softcache.errors import (
-    ConfigError,
-    SpecError,
-)
+from softcache.data.sources.text.tokenizer import accept_tokenizer, special_tokens
+from softcache.errors import ConfigError, IdentityError, SpecError
 from softcache.models.language import tokenizer_of
+from softcache.runtime.launcher import check_launcher
 
 if TYPE_CHECKING:
     from softcache.reader.cache import Cache
@@ -24,6 +22,7 @@ __all__ = [
     "named_sources",
     "refuse_compiled",
     "refuse_ignored",
+    "refuse_launcher",
     "refuse_untested",
     "tokenizer_digest",
 ]
@@ -79,12 +78,31 @@ def refuse_compiled(args: TrainingArguments, of: str) -> None:
         )
 
 
+def refuse_launcher(args: TrainingArguments, of: str) -> None:
+    """Raises ConfigError for what `accelerate launch` was asked for and transformers or the loss would not do."""
+    precision = args.mixed_precision
+    check_launcher(
+        of,
+        {
+            "dynamo_backend": ("no", "compile what is below the head yourself: model.model.compile()"),
+            "mixed_precision": (
+                precision if precision in ("bf16", "fp16") else "no",
+                "set bf16 or fp16 of TrainingArguments",
+            ),
+            "gradient_accumulation_steps": (
+                str(args.gradient_accumulation_steps),
+                "set gradient_accumulation_steps of TrainingArguments",
+            ),
+        },
+    )
+
+
 def refuse_untested(trainer: Trainer) -> None:
     ways = {
         "DataParallel": trainer.args.n_gpu > 1,
         "FSDP": trainer.is_fsdp_enabled,
         "DeepSpeed": trainer.is_deepspeed_enabled,
-        "parallelism_config": getattr(trainer.args, "parallelism_config", None) is not None,
+        "parallelism_config": trainer.accelerator.parallelism_config is not None,
         "distributed_config": getattr(trainer, "is_distributed_loading_by_transformers", False),
     }
     for name in [name for name, used in ways.items() if used]:
@@ -109,7 +127,7 @@ def refuse_parallel(trainer: Trainer) -> None:
             'it flattens the head, which the loss reads; set fsdp_config = {"version": 2}',
         ),
         "parallelism_config": (
-            getattr(trainer.args, "parallelism_config", None) is not None,
+            trainer.accelerator.parallelism_config is not None,
             "tensor, context and sequence parallelism cut rows or the head between processes; use FSDP2 or DeepSpeed",
         ),
         "distributed_config": (
@@ -148,11 +166,18 @@ def check_tokenizer(source: TokenSource, model: Any, tokenizer: Any) -> None:
     or the model has the embeddings that were loaded from there.
 
     Raises:
-        IdentityError: it is another one.
+        IdentityError: it is another one, or the one that is saved with the model begins texts otherwise.
     """
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
     if tokenizer is not None:
         accept_tokenizer(tokenizer, source, of="processing_class")
+        begins = list(special_tokens(tokenizer, bos="auto", of="processing_class").prefix)
+        if begins != list(source.prefix):
+            raise IdentityError(
+                f"processing_class: begins texts with {begins}; expected {list(source.prefix)}, as those of source "
+                f"{source.name} begin: saved next to the student, it would have it read other texts than in training; "
+                "pass load_tokenizer(config.source), which begins them as source.bos has it"
+            )
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     is_loaded = _has_loaded_embeddings(model)
     if name and "?" not in name and (tokenizer is None or is_loaded):
