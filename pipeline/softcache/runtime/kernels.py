@@ -1,6 +1,6 @@
 """The compiled functions that a first capture and a first student of a CPU need, which are compiled while they are set up.
 
-A fresh installation compiles for some 20 seconds of a core, half of it for `fill_records`, which has a process
+A fresh installation compiles for some 10 seconds of a core, half of it for `fill_records`, which has a process
 of its own. `python -m softcache.runtime.kernels` waits for it, as `make setup` does.
 """
 

@@ -131,7 +131,8 @@ def draw_by_priority(logits_PV, k, exponent, seeds_P, ids_PK, threshold_P, is_ti
             key_V[i] = key
             peak, trough = max(peak, key), min(trough, key)
         if is_faulty(peak, trough):
-            ids_K[:] = np.arange(len(ids_K))
+            for slot in range(len(ids_K)):
+                ids_K[slot] = slot
             threshold_P[row] = np.nan
             continue
         select_largest(key_V, peak_S, key_2V, id_2V, ids_K[:k])
@@ -196,7 +197,8 @@ def draw_by_weight(logits_PV, exponent, seeds_P, draws, ids_PK, counts_PK):
         logits_V, ids_K, counts_K = logits_PV[row], ids_PK[row], counts_PK[row]
         peak, trough = range_of(logits_V)
         if is_faulty(peak, trough):
-            ids_K[:] = np.arange(len(ids_K))
+            for slot in range(len(ids_K)):
+                ids_K[slot] = slot
             counts_K[:] = 0
             counts_K[0] = draws
             continue

@@ -134,6 +134,12 @@ def _moments(x_V, top):
     return alive, mean, square / alive
 
 
+@vectorised_part
+def _fill_nan(x_N):
+    for i in range(len(x_N)):
+        x_N[i] = np.nan
+
+
 @njit_fastmath
 def fill_log_probs(logits_PV, log_probs_PV):
     """Writes the log-probabilities of all classes, the very numbers of `fill_records`; NaN in a row with a fault."""
@@ -141,7 +147,7 @@ def fill_log_probs(logits_PV, log_probs_PV):
         logits_V = logits_PV[row]
         peak, trough = range_of(logits_V)
         if is_faulty(peak, trough):
-            log_probs_PV[row] = np.nan
+            _fill_nan(log_probs_PV[row])
             continue
         top = number_of(peak)
         log_mass = np.log(mass_of(logits_V, top)[0])
@@ -186,8 +192,12 @@ def fill_records(
     key_2V, id_2V = np.empty((2, num_classes + LANES), np.int32), np.empty((2, num_classes), np.int32)
     x_V = np.empty(num_classes, np.float32)
     sum_G = np.empty(max(len(beta_G), EIGHTHS))
-    eighths_G = np.rint(EIGHTHS * beta_G)
-    if np.abs(eighths_G - EIGHTHS * beta_G).max() > 1e-9 or eighths_G.min() < 1:
+    eighths_G = np.empty(len(beta_G), np.int64)
+    on_eighths = True
+    for g in range(len(beta_G)):
+        eighths_G[g] = np.rint(EIGHTHS * beta_G[g])
+        on_eighths &= eighths_G[g] >= 1 and abs(eighths_G[g] - EIGHTHS * beta_G[g]) <= 1e-9
+    if not on_eighths:
         eighths_G = eighths_G[:0]
     for row in range(num_rows):
         logits_V, ids_K = logits_PV[row], ids_PK[row]
@@ -198,8 +208,11 @@ def fill_records(
             peak, trough = max(peak, key), min(trough, key)
         if is_faulty(peak, trough):
             if select:
-                ids_K[:] = np.arange(k)
-            log_probs_PK[row], tail_PG[row], stats_P4[row] = np.nan, np.nan, np.nan
+                for slot in range(k):
+                    ids_K[slot] = slot
+            _fill_nan(log_probs_PK[row])
+            _fill_nan(tail_PG[row])
+            _fill_nan(stats_P4[row])
             target_log_prob_P[row] = np.nan
             continue
         if select:
@@ -247,16 +260,18 @@ def _fill_row(
     others = LOWEST_KEY
     for i in range(num_classes):
         others = max(others, key_of(x_V[i]))
-    tail_G[:] = -np.inf
+    for g in range(len(tail_G)):
+        tail_G[g] = -np.inf
     if others == key_of(np.float32(-np.inf)):
         return
     others_top = number_of(others)
     below = float(others_top) - top - log_mass
-    sum_G[:] = 0.0
+    for g in range(len(sum_G)):
+        sum_G[g] = 0.0
     if len(eighths_G):
         _power_sums(x_V, others_top, sum_G)
     else:
         _free_sums(x_V, others_top, beta_G, sum_G)
     for g in range(len(beta_G)):
-        place = np.int64(eighths_G[g]) - 1 if len(eighths_G) else g
+        place = eighths_G[g] - 1 if len(eighths_G) else g
         tail_G[g] = np.log(sum_G[place]) + below * beta_G[g]

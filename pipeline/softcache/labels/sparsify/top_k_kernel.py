@@ -1,5 +1,7 @@
 """The k largest of each row, compiled.
 
+Arrays are filled by loops: numba takes two seconds to compile what reports the shapes of an assignment.
+
 A threshold that is surely low enough (the k-th largest of the maxima of 2k disjoint sets of classes) is found first; few
 others lie above it, and those are sorted.
 
@@ -34,7 +36,8 @@ _FEW = 256  # of so many, counting the larger ones of each is faster than a radi
 def floor_key(key_V, k, peak_S):
     """A key that at least k keys reach, and seldom many more."""
     num_sets = len(peak_S)
-    peak_S[:] = key_V[:num_sets]
+    for i in range(num_sets):
+        peak_S[i] = key_V[i]
     for start in range(num_sets, len(key_V), num_sets):
         part = key_V[start : start + num_sets]
         for i in range(len(part)):
@@ -65,7 +68,8 @@ def _radix_sorted(key_N, id_N, many, key_scratch_N, id_scratch_N):
     place = np.empty(256, np.int32)
     shift = np.int64(0)
     while (high - low) >> shift:
-        place[:] = 0
+        for digit in range(256):
+            place[digit] = 0
         for i in range(many):
             place[((high - np.int64(key_N[i])) >> shift) & 255] += 1
         before = 0
@@ -105,8 +109,10 @@ def reaching(key_V, floor, key_N, id_N):
 @vectorised_part
 def _ranked(key_N, id_N, many, used_N, ids_K):
     """Writes the ids of the largest of a few keys, descending, equal ones as they are: each at the number of larger ones."""
-    used_N[:many] = 0
-    key_N[many : -(-many // LANES) * LANES] = LOWEST_KEY
+    for i in range(many):
+        used_N[i] = 0
+    for i in range(many, -(-many // LANES) * LANES):
+        key_N[i] = LOWEST_KEY
     for i in range(many):
         rank = 0
         for start in range(0, many, LANES):
@@ -124,7 +130,9 @@ def sorted_ids(key_2N, id_2N, many, ids_K):
     if many <= _FEW:
         _ranked(key_2N[0], id_2N[0], many, key_2N[1], ids_K)
     else:
-        ids_K[:] = _radix_sorted(key_2N[0], id_2N[0], many, key_2N[1], id_2N[1])[: len(ids_K)]
+        id_N = _radix_sorted(key_2N[0], id_2N[0], many, key_2N[1], id_2N[1])
+        for i in range(len(ids_K)):
+            ids_K[i] = id_N[i]
 
 
 @vectorised_part

@@ -202,7 +202,8 @@ def _mix_row(  # type: ignore[no-untyped-def]
     if hard > 0.0:
         if beta == 1.0:
             log_z = log_norm
-            q_K[:] = s_K
+            for slot in range(slots):
+                q_K[slot] = s_K[slot]
             by_soft += hard * math.exp(log_rest - log_norm) / rest if rest != 0.0 else 0.0
         else:
             rest = rest_at_1

@@ -62,6 +62,13 @@ def _put_signed(number, scale, out):  # type: ignore[no-untyped-def]
             out[row] = (np.int64(number[row] >> np.uint64(1)) ^ -np.int64(number[row] & np.uint64(1))) * scale
 
 
+@njit_inline
+def _put(number, many, begin, out):  # type: ignore[no-untyped-def]
+    """Writes the first numbers of a block; numba takes seconds to compile an assignment of slices."""
+    for row in range(many):
+        out[begin + row] = number[row]
+
+
 @compiled
 def heads(  # type: ignore[no-untyped-def]
     planes_RP, used, finite, first, tail, target, moments, support, step, substep, halves, number, out
@@ -78,27 +85,27 @@ def heads(  # type: ignore[no-untyped-def]
     anchor, below = np.empty(BLOCK), np.empty(BLOCK)
     for begin in range(0, len(used_P), BLOCK):
         many = min(BLOCK, len(used_P) - begin)
-        end = begin + many
         _read(planes_RP, used, 0, begin, number)
-        used_P[begin:end] = number[:many]
+        _put(number, many, begin, used_P)
         _read(planes_RP, finite, 0, begin, number)
-        finite_P[begin:end] = number[:many]
+        _put(number, many, begin, finite_P)
         _read(planes_RP, first, 0, begin, number)
         _put_signed(number, substep, anchor)
-        anchor_P[begin:end] = anchor[:many]
+        _put(anchor, many, begin, anchor_P)
         _read(planes_RP, target, 0, begin, number)
         _put_signed(number, step, below)
         for row in range(many):
             target_P[begin + row] = np.float32(anchor[row] - below[row])
         _read(planes_RP, tail, 0, begin, number)
-        mass_P[begin:end] = number[:many]
+        _put(number, many, begin, mass_P)
         if moments[1]:
             for slot in range(3):
                 _read(planes_RP, moments, slot, begin, number)
                 for row in range(many):
                     stats_P4[begin + row, slot] = halves[number[row]]
             _read(planes_RP, support, 0, begin, number)
-            stats_P4[begin:end, 3] = number[:many]
+            for row in range(many):
+                stats_P4[begin + row, 3] = number[row]
 
 
 @compiled
@@ -112,9 +119,10 @@ def tails(planes_RP, field, log_count_P, mean_P, log_mass_P, weights, step, numb
     known, value = np.zeros((grid + 2, BLOCK)), np.empty(BLOCK)
     for begin in range(0, rows, BLOCK):
         many = min(BLOCK, rows - begin)
-        known[0, :many] = log_count_P[begin : begin + many]
-        known[1, :many] = mean_P[begin : begin + many]
-        known[2, :many] = log_mass_P[begin : begin + many]
+        for row in range(many):
+            known[0, row] = log_count_P[begin + row]
+            known[1, row] = mean_P[begin + row]
+            known[2, row] = log_mass_P[begin + row]
         for visit in range(grid - 1):
             column = grid + 1 - visit
             _read(planes_RP, field, visit, begin, number)
@@ -124,7 +132,7 @@ def tails(planes_RP, field, log_count_P, mean_P, log_mass_P, weights, step, numb
                 if weight != 0.0:
                     for row in range(BLOCK):
                         value[row] += weight * of[row]
-            known[column] = value
+            _put(value, BLOCK, 0, known[column])
         for row in range(many):
             for column in range(3, grid + 2):
                 out_PG[begin + row, column - 2] = known[column, row]
@@ -207,8 +215,10 @@ def slots(  # type: ignore[no-untyped-def]
     most, least = np.zeros(BLOCK, np.uint32), np.zeros(BLOCK, np.int32)
     for begin in range(0, rows, BLOCK):
         many = min(BLOCK, rows - begin)
-        anchor[:many] = anchor_P[begin : begin + many]
-        below[:] = 0
+        for row in range(many):
+            anchor[row] = anchor_P[begin + row]
+        for row in range(BLOCK):
+            below[row] = 0
         for slot_0 in range(0, size, SLOTS):
             slot_1 = min(slot_0 + SLOTS, size)
             for slot in range(slot_0, slot_1):
@@ -234,4 +244,7 @@ def slots(  # type: ignore[no-untyped-def]
             _put_rows(
                 values, places_P[begin : begin + many], finite_P, begin, -np.inf, slot_0, slot_1, log_probs_NK
             )
-    return most.max(), least.min()
+    highest, lowest = most[0], least[0]
+    for row in range(BLOCK):
+        highest, lowest = max(highest, most[row]), min(lowest, least[row])
+    return highest, lowest
