@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from softcache.runtime.kernels import compile_kernels
+
 from .options import config_options, json_option, print_json, track_option
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ def train_teacher_command(config: RunConfig, as_json: bool) -> None:
     Example:
       softcache train-teacher --config configs/fashion-mnist.toml
     """
+    compile_kernels()  # what the capture after it needs, too
     from softcache.runs import format_score, open_data, train_teacher
 
     metrics, weights = train_teacher(config, open_data(config))
