@@ -1,12 +1,13 @@
 """What recording costs a teacher: the whole capture over the bare forward pass, and its memory as the data grow.
 
-    python -m benchmarks.capture [--quick] [--rounds N] [--json F] [--plot F]
+    python -m benchmarks.capture [--quick] [--gpt2] [--rounds N] [--json F] [--plot F]
 
 *Teacher alone* loads exactly the batches of the capture, with their views and without fingerprints, and runs the
 teacher on them in the same dtype; nothing is recorded. Everything else is `softcache teacher-logits` as it is: records
 made, encoded, checksummed, flushed to the disk, marked. Images: the digits through a ResNet-18 (small: about 75
 microseconds of teacher for a row), and enlarged to 32 x 32 pixels through a ResNet-18 of ten times that. Text: the teacher
-of configs/stdlib-lm.toml (V = 4,096, K = 128, bfloat16) with random weights on the standard library's sources.
+of configs/stdlib-lm.toml (V = 4,096, K = 128, bfloat16) with random weights on the standard library's sources; with
+`--gpt2` that alone with a teacher of GPT-2's width and depth, V = 32,768, which takes some minutes.
 
 What a capture costs however few its rows (the manifest, the store's metadata, opening it) is in the ratios, and stands by
 itself, too: seconds of a capture that finds everything done. Peak memory is that of a process of its own.
@@ -52,6 +53,10 @@ STORES: dict[str, dict[str, Any]] = {
     "Parquet, open": {"store": "parquet", "codec": OpenSettings()},
 }
 GROWTH = (1, 4, 16)
+# Vocabulary and model of the texts' teacher.
+QUICK = 300, "gpt2?width=16&depth=1&heads=2"
+SMALL = 4096, "gpt2?width=256&depth=4&heads=4"
+GPT2 = 32768, "gpt2?width=768&depth=12&heads=12"
 
 
 # -- what is measured --------------------------------------------------------------------------------------
@@ -75,13 +80,10 @@ def image_config(folder: str, model: str, size: int, samples: int | None) -> Run
     )
 
 
-def text_config(folder: str, samples: int, labels: dict[str, Any], *, quick: bool) -> RunConfig:
-    """The text config of the repository with fresh weights, and a tokenizer of its own where `quick`."""
+def text_config(folder: str, samples: int, labels: dict[str, Any], vocab_size: int, model: str) -> RunConfig:
+    """The text config of the repository with a tokenizer and a teacher of its own, whose weights are fresh."""
     from softcache.models.language import build_language_model
 
-    vocab_size, model = (
-        (300, "gpt2?width=16&depth=1&heads=2") if quick else (4096, "gpt2?width=256&depth=4&heads=4")
-    )
     weights = Path(folder) / "text.safetensors"
     if not weights.exists():
         built = build_language_model(model, vocab_size=vocab_size, context=256)
@@ -213,30 +215,38 @@ def speeds(
     data = open_data(config)
     run(f"images: {large} on 32 x 32 pixels", config, data if quick else times_over(data, 4), STORES)
 
-    samples, k = (6, 8) if quick else (320, 128)
-    config = text_config(folder, samples, {"k": k}, quick=quick)
+    samples, k, text = (6, 8, QUICK) if quick else (320, 128, SMALL)
+    config = text_config(folder, samples, {"k": k}, *text)
     data = open_data(config)
-    run(f"text: V = {4096 if not quick else 300:,}, top {k}", config, data, STORES)
+    run(f"text: V = {text[0]:,}, top {k}", config, data, STORES)
     for policy in ("sample", "hybrid"):
         labels = {"policy": policy, "num_samples": 32, **({"k": 8} if policy == "hybrid" else {})}
-        drawn = text_config(folder, samples, labels, quick=quick)
+        drawn = text_config(folder, samples, labels, *text)
         run(f"text: {policy}, 32 draws", drawn, data, {"Zarr, open": STORES["Zarr, open"]})
     return results, fixed
 
 
 @click.command()
 @click.option("--quick", is_flag=True, help="Sizes that take seconds and mean nothing: does it run?")
+@click.option("--gpt2", is_flag=True, help="Texts alone, with a teacher of GPT-2's size.")
 @click.option("--rounds", default=5, show_default=True, type=click.IntRange(1), help="Interleaved rounds.")
 @click.option("--json", "json_path", metavar="FILE", help="Also write the figures as JSON.")
 @click.option("--plot", "plot_path", metavar="FILE", help="Also draw them; PNG or SVG.")
 @click.option("--peak-of", type=int, hidden=True, help="Capture so many copies and print the peak memory.")
-def main(quick: bool, rounds: int, json_path: str | None, plot_path: str | None, peak_of: int | None) -> None:
+def main(
+    quick: bool, gpt2: bool, rounds: int, json_path: str | None, plot_path: str | None, peak_of: int | None
+) -> None:
     """Measure what recording costs over the bare teacher, and its memory as the data grow."""
     torch.manual_seed(0)
     if peak_of is not None:
         _report_peak(peak_of, quick=quick)
         return
     with tempfile.TemporaryDirectory() as folder:
+        if gpt2:
+            config = text_config(folder, 320, {"k": 128}, *GPT2)
+            runs = contenders(config, open_data(config), {"Zarr, open": STORES["Zarr, open"]})
+            show("text: GPT-2, V = 32,768, top 128", compare(measure(runs, rounds), "teacher alone"))
+            return
         results, fixed = speeds(folder, rounds, quick=quick)
     for title, figures in results.items():
         show(title, figures)
