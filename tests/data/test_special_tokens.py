@@ -169,6 +169,17 @@ def test_a_generation_ends_where_the_texts_of_the_training_ended(own, ends, tmp_
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == ends
 
 
+def test_a_generation_ends_with_what_the_tokenizer_ends_texts_with_where_it_has_no_end_of_text(tmp_path):
+    """As BERT's does with [SEP]; the ids of a configuration that was copied are of another vocabulary."""
+    tokenizer = AutoTokenizer.from_pretrained(with_bos(tmp_path / "t", template="<bos> $A <eos>"))
+    tokenizer.eos_token = None
+    (tmp_path / "config.json").write_text('{"vocab_size": 64}')
+    GenerationConfig(eos_token_id=50256, bos_token_id=50256, pad_token_id=5).save_pretrained(tmp_path)
+    save_with_tokenizer(tmp_path, tokenizer)
+    found = GenerationConfig.from_pretrained(tmp_path)
+    assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (BOS, EOS, 5)
+
+
 def test_a_tokenizer_without_bos_cannot_be_asked_for_one(opened, tmp_path):
     with pytest.raises(SpecError, match=r"has no BOS token, which source\.bos = true asks for"):
         opened(["w10"], save_tokenizer(tmp_path / "t"), bos=True)

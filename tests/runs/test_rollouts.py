@@ -7,18 +7,20 @@ import pytest
 import torch
 from click.testing import CliRunner
 from torch import nn
+from transformers import AutoTokenizer
 
 from softcache.cache.storage.local import LocalObjects
 from softcache.config.run import RunConfig
 from softcache.data.sources.text.rollouts import read_manifest
 from softcache.errors import ConfigError, IdentityError, SourceError
 from softcache.models.language import split
-from softcache.models.language.sample import _choose_draw, sample_responses
+from softcache.models.language.sample import RolloutSettings, _choose_draw, sample_responses
 from softcache.runs import capture_labels, open_data, open_teacher, train_student
 from softcache.runs.rollouts import check_teacher_consistency, open_policy, sft_teacher_of_run
 from softcache.stages.cli import softcache
-from softcache.teacher.rollouts import generate_rollouts, prompts_of, rollout_prompts
+from softcache.teacher.rollouts import _end_tokens, generate_rollouts, prompts_of, rollout_prompts
 from softcache.testing import FaultyObjects, Killed
+from tests.data.test_special_tokens import EOS, with_bos
 from tests.fakes_language import known, padded
 from tests.support.architectures import ARCHITECTURES, make_model
 from tests.support.text_caches import text_config
@@ -144,6 +146,13 @@ def test_tokens_are_drawn_as_often_as_the_model_says():
     shares = np.bincount([int(x.tokens[0]) for x in found], minlength=12) / 4000
     assert np.abs(shares - probs).max() < 4 * np.sqrt(0.25 / 4000)
     assert not any(response.is_finished for response in found)
+
+
+def test_a_response_ends_with_what_the_tokenizer_ends_texts_with(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(with_bos(tmp_path / "t", template="<bos> $A <eos>"))
+    assert _end_tokens(tokenizer, RolloutSettings()) == {EOS}
+    tokenizer.eos_token = None
+    assert _end_tokens(tokenizer, RolloutSettings(stop_tokens=("w9",))) == {EOS, 9}
 
 
 def test_prompts_are_what_is_given_or_the_first_tokens(tmp_path):

@@ -9,13 +9,13 @@ pytest.importorskip("trl")
 from datasets import Dataset
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import TrainingArguments
+from transformers import MixtralConfig, MixtralForCausalLM, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from softcache.config.load import load_config
 from softcache.data.sources.text.source import load_tokenizer, open_text
 from softcache.data.tokens import TokenData
-from softcache.errors import AlignmentError, ConfigError, RunError
+from softcache.errors import AlignmentError, ConfigError, RunError, SpecError
 from softcache.losses import cross_entropy
 from softcache.reader.dataset import HardLabelDataset, SoftLabelDataset
 from softcache.runs import capture_labels, open_data, open_teacher
@@ -30,6 +30,7 @@ from tests.student.test_huggingface_trainer import (
     trained,
     write_config,
 )
+from tests.support.position_caches import Made, chat_source
 
 
 def made(folder, *overrides):
@@ -211,11 +212,10 @@ def test_it_takes_the_steps_of_distill_trainer(labeled, exported, tmp_path, piec
     assert not torch.equal(found["lm_head.weight"], llama().state_dict()["lm_head.weight"])
 
 
-@pytest.mark.parametrize("name", ["padding_free", "assistant_only_loss", "completion_only_loss"])
-def test_settings_of_what_holds_anyway_change_no_step(labeled, exported, tmp_path, name):
-    """SFTTrainer refuses them for its own collator and its own columns."""
-    trainer = trainer_of(labeled, tmp_path, exported, settings={name: True})
-    assert bool(trainer._student()._padding_free) is (name == "padding_free")
+def test_a_batch_without_padding_changes_no_step(labeled, exported, tmp_path):
+    """SFTTrainer refuses it for its own collator and its own columns."""
+    trainer = trainer_of(labeled, tmp_path, exported, settings={"padding_free": True})
+    assert trainer._student()._padding_free
     found, losses = run(trainer)
     expected, expected_losses = run(trainer_of(labeled, tmp_path, exported))
     assert losses == pytest.approx(expected_losses, rel=1e-6)
@@ -289,11 +289,70 @@ def test_adapters_of_its_peft_config_learn(labeled, exported, tmp_path):
         ({"max_length": 8}, "max_length 8 would cut samples of up to 32 tokens"),
         ({"loss_type": "dft"}, "loss_type 'dft' would be ignored"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor 0.1 would be ignored"),
+        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef 0.1 would be ignored"),
+        ({"eval_packing": True}, "eval_packing True would be ignored"),
+        ({"shuffle_dataset": True}, r"shuffle_dataset True would be ignored, .*\.shuffle\(seed"),
+        ({"pad_to_multiple_of": 64}, "pad_to_multiple_of 64 would be ignored"),
+        (
+            {"chat_template_path": "x.jinja"},
+            r"chat_template_path 'x\.jinja' would be ignored, .* source\.chat_template",
+        ),
+        ({"eos_token": "a"}, "eos_token 'a' would be ignored"),
+        (
+            {"completion_only_loss": True},
+            "completion_only_loss True would be ignored: these are texts without prompts",
+        ),
+        (
+            {"assistant_only_loss": True},
+            "assistant_only_loss True would be ignored: these are texts without prompts",
+        ),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(labeled, exported, tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
         trainer_of(labeled, tmp_path, exported, settings=settings)
+
+
+def test_the_loss_of_answers_alone_is_what_chats_have_and_texts_have_not(
+    labeled, exported, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path))
+    trainer_of(labeled, tmp_path, exported, settings={"completion_only_loss": False})
+    chats = Made(tmp_path, chat_source(tmp_path))
+    chats = (tmp_path, chats.config().source, chats.cache())
+    how = {"model": llama(len(load_tokenizer(chats[1]))), "train_dataset": None}
+    for settings in ({"completion_only_loss": True}, {"assistant_only_loss": True}, {}):
+        trainer_of(chats, tmp_path, None, settings=settings, **how)
+    with pytest.raises(
+        ConfigError, match="completion_only_loss False would be ignored: prompts of this source"
+    ):
+        trainer_of(chats, tmp_path, None, settings={"completion_only_loss": False}, **how)
+
+
+def mixture(**settings):
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return MixtralForCausalLM(
+        MixtralConfig(vocab_size=300, num_key_value_heads=2, num_local_experts=4, **size, **settings)
+    )
+
+
+def test_a_mixture_of_experts_learns_by_the_loss_alone_whatever_sfttrainer_adds(labeled, exported, tmp_path):
+    """TRL 1.16 turns the balance of their load on in every one; it was then refused, with an advice that changed nothing."""
+    model = mixture()
+    found, losses = run(trainer_of(labeled, tmp_path, exported, model))
+    assert (model.config.output_router_logits, model.config.router_aux_loss_coef) == (False, 0.001)
+    plain = {"train_sampling_strategy": "sequential", "max_steps": 2}
+    expected, ours = trained(labeled, tmp_path, mixture(), settings=plain)
+    assert_same(found, expected, **ROUNDING)
+    assert losses == pytest.approx(ours, rel=1e-5)
+    mixture().save_pretrained(tmp_path / "mixture")
+    named = trainer_of(labeled, tmp_path, exported, str(tmp_path / "mixture"))
+    assert named.model.config.output_router_logits is False
+    for model in (mixture(output_router_logits=True), str(tmp_path / "balanced")):
+        mixture(output_router_logits=True).save_pretrained(tmp_path / "balanced")
+        with pytest.raises(SpecError, match="output_router_logits = True: the balance"):
+            trainer_of(labeled, tmp_path, exported, model)
 
 
 def test_a_held_out_source_is_evaluated_as_its_rows(labeled, exported, tmp_path, monkeypatch):

@@ -24,6 +24,7 @@ import numpy as np
 
 from softcache.cache.storage.base import Objects
 from softcache.data.sources.text.rollouts import ROLLOUTS_KIND, ROLLOUTS_VERSION
+from softcache.data.sources.text.tokenizer import end_tokens
 from softcache.data.tokens import TokenData
 from softcache.errors import SourceError
 from softcache.hashing.digests import digest_json
@@ -194,7 +195,7 @@ def _line(prompt: Prompt, found: SampledResponse, repeat: int, data: PromptData)
 
 
 def _end_tokens(tokenizer: Any, settings: RolloutSettings) -> set[int]:
-    ends = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    ends = set(end_tokens(tokenizer))
     known = tokenizer.get_vocab()
     for token in settings.stop_tokens:
         if token not in known:

@@ -39,8 +39,8 @@ class RolloutSettings(Settings):
     is the teacher that a policy given by its spec was fine-tuned on, by spec or weights digest, or "none".
 
     A prompt is what precedes the first learned token; of a text without prompts, its first `prompt_tokens`. A response ends
-    with the tokenizer's end-of-text token or one of `stop_tokens`, or after `max_tokens`. At temperature 1,
-    log-probabilities are those of the policy itself. `part_prompts` is what a killed run does again at most.
+    with the token that ends a text (end-of-text, or [SEP] of BERT's) or one of `stop_tokens`, or after `max_tokens`. At
+    temperature 1, log-probabilities are those of the policy itself. `part_prompts` is what a killed run does again at most.
 
     Attributes:
         num_samples: responses to each prompt.

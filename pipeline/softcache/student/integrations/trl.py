@@ -14,10 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from copy import copy
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from softcache.errors import ConfigError, MissingExtraError
 
@@ -30,6 +33,7 @@ except ImportError as error:
 
 from softcache.data.sources.text.source import TokenSource
 from softcache.data.tokens import TokenData
+from softcache.losses.target_class import IGNORED
 from softcache.reader.dataset import as_teacher_saw
 from softcache.student.integrations.huggingface.dataset import SOFT_COLUMNS, SoftLabelCollator, to_hf_dataset
 from softcache.student.integrations.huggingface.loss import check_loss, check_stall, loss_of
@@ -57,6 +61,31 @@ IGNORED_BY_LOSS = {
 }
 """What SFTTrainer takes and this one would ignore."""
 
+_THE_LOSS = "the loss is softcache's"
+IGNORED_ARGUMENTS: dict[str, tuple[Any, str]] = {
+    "label_smoothing_factor": (0.0, _THE_LOSS),
+    "loss_type": ("nll", _THE_LOSS),
+    "use_liger_kernel": (False, _THE_LOSS),
+    "router_aux_loss_coef": (0.0, "a mixture of experts learns by [loss] alone"),
+    "shuffle_dataset": (
+        False,
+        "rows are read as they are; pass to_hf_dataset(cache, source).shuffle(seed=…)",
+    ),
+    "eval_packing": (False, "samples are packed by the source"),
+    "pad_to_multiple_of": (
+        None,
+        'samples are padded to the longest of a batch; against padding set source.packing = "packed"',
+    ),
+    "chat_template_path": (
+        None,
+        "chats have the template that was labeled; set source.chat_template where the cache is made",
+    ),
+    "eos_token": (None, "texts end as the source's tokenizer ended them"),
+}
+"""Fields of SFTConfig that the source or the loss decides, and their plain values."""
+
+ROWS_TO_LOOK_AT = 256
+
 
 class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
     """A TRL `SFTTrainer` whose student learns from a softcache token cache.
@@ -66,8 +95,9 @@ class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
 
     Args:
         model: a causal language model of the cache's tokenizer, or its name or folder; with `peft_config`, adapters of it.
-        args: an SFTConfig. packing, loss_type, label_smoothing_factor and use_liger_kernel are refused, and a max_length
-            below `source.seq_len`, which would cut what was labeled. Samples are not prepared again.
+        args: an SFTConfig. What is the source's (packing, chat_template_path, eos_token, …) or the loss's (loss_type,
+            router_aux_loss_coef, …) is refused, and a max_length below `source.seq_len`, which would cut what was labeled.
+            Samples are not prepared again.
         cache: of that source, complete.
         source: the training split that was labeled.
         train_dataset: rows of `to_hf_dataset(cache, source)`, chosen by the user; all of them by default.
@@ -118,6 +148,8 @@ class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
         check_rows(rows, "train_dataset", "to_hf_dataset(cache, source)")
         eval_dataset = _held_out(eval_dataset)
         _refuse(args, trainer, data.source)
+        _check_answers(args, rows, data.source)
+        adds_router_loss = _adds_router_loss(model, args)
         # SFTTrainer would write the dataset anew, cut to max_length, and nothing is to be cut.
         args.dataset_kwargs = {"skip_prepare_dataset": True}
         # The source knows what is learned; SFTTrainer would look for messages in rows that have none.
@@ -135,6 +167,10 @@ class DistillSFTTrainer(DistillationMixin, SFTTrainer):  # type: ignore[misc]
             processing_class=processing_class,
             **trainer,
         )
+        if getattr(self, "aux_loss_enabled", False):
+            # SFTTrainer has a mixture of experts add the balance of their load; whether it does here its own settings say.
+            self.aux_loss_enabled = False
+            self.model.config.get_text_config().output_router_logits = adds_router_loss
         refuse_launcher(self.args, "DistillSFTTrainer")
         refuse_untested(self)
         check_stall(self._loss, self.args, eval_dataset)
@@ -218,12 +254,46 @@ def _refuse(args: SFTConfig, trainer: dict[str, Any], source: TokenSource) -> No
             f"DistillSFTTrainer: max_length {args.max_length} would cut samples of up to {source.seq_len} tokens; set it to "
             "None, or make the cache with a shorter source.seq_len"
         )
-    ignored = {
-        "label_smoothing_factor": bool(args.label_smoothing_factor),
-        "loss_type": args.loss_type != "nll",
-        "use_liger_kernel": args.use_liger_kernel,
-    }
-    for name in [name for name, used in ignored.items() if used]:
-        raise ConfigError(
-            f"DistillSFTTrainer: {name} {getattr(args, name)!r} would be ignored, the loss is softcache's; leave it out"
-        )
+    for name, (plain, advice) in IGNORED_ARGUMENTS.items():
+        if (found := getattr(args, name, plain)) not in (None, plain):
+            raise ConfigError(f"DistillSFTTrainer: {name} {found!r} would be ignored, {advice}; leave it out")
+
+
+def _check_answers(args: SFTConfig, rows: Any, source: TokenSource) -> None:
+    """Raises ConfigError where `completion_only_loss` or `assistant_only_loss` asks for other tokens than have labels.
+
+    A document without a prompt has a label for each token but those that begin it, and the first of a continuation.
+    """
+    has_columns = [name for name in ("labels", "seq_lengths") if name in (rows.column_names or ())]
+    firsts = islice(rows.select_columns(has_columns), ROWS_TO_LOOK_AT) if has_columns else ()
+    has_prompts = any(
+        np.equal(row["labels"], IGNORED).sum() > len(row.get("seq_lengths", [0])) * (len(source.prefix) + 1)
+        for row in firsts
+    )
+    for name, asked in (
+        ("completion_only_loss", args.completion_only_loss),
+        ("assistant_only_loss", args.assistant_only_loss or None),
+    ):
+        if has_columns and asked is not None and asked != has_prompts:
+            raise ConfigError(
+                f"DistillSFTTrainer: {name} {asked} would be ignored: "
+                + (
+                    "prompts of this source are not learned, and have no labels; leave it out, or make the cache of texts "
+                    "without prompts"
+                    if has_prompts
+                    else "these are texts without prompts, of which all is learned; leave it out, or make the cache of "
+                    "chats, or of prompts and completions"
+                )
+            )
+
+
+def _adds_router_loss(model: Any, args: SFTConfig) -> bool:
+    """Returns whether a model's own settings have it add the balance of its experts' load to its loss."""
+    if isinstance(model, str):
+        given: Any = args.model_init_kwargs or {}
+        how = {name: given[name] for name in ("revision", "output_router_logits") if name in given}
+        remote = given.get("trust_remote_code", getattr(args, "trust_remote_code", False))
+        config = AutoConfig.from_pretrained(model, trust_remote_code=remote, **how)
+    else:
+        config = model.config
+    return bool(getattr(config.get_text_config(), "output_router_logits", False))

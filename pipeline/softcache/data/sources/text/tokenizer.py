@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -36,6 +36,7 @@ __all__ = [
     "check_tokenizer_is_saved",
     "describe_tokenizer",
     "digest_tokenizer",
+    "end_tokens",
     "is_bpe",
     "load_tokenizer",
     "save_with_tokenizer",
@@ -349,13 +350,28 @@ def save_with_tokenizer(folder: Path, tokenizer: Any, *, bos: Literal["auto"] | 
     if not (Path(folder) / "generation_config.json").exists():
         return
     config = text_library("transformers").GenerationConfig.from_pretrained(folder)
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(config, key) is None:
+    is_token = _is_token(Path(folder))
+    for key in ("bos_token_id", "pad_token_id"):
+        if not is_token(getattr(config, key)):
             setattr(config, key, getattr(tokenizer, key))
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if tokenizer.eos_token_id not in (None, *ends):
-        config.eos_token_id = [*ends, tokenizer.eos_token_id]
+    given = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = list(dict.fromkeys([*filter(is_token, given), *end_tokens(tokenizer)]))
+    config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     config.save_pretrained(folder)
+
+
+def end_tokens(tokenizer: Any) -> list[int]:
+    """Returns the id that ends a text: the end-of-text token, or what the tokenizer ends texts with; none without both."""
+    of = f"tokenizer {tokenizer.name_or_path!r}"
+    return list(special_tokens(tokenizer, bos="auto", of=of).suffix[-1:])
+
+
+def _is_token(folder: Path) -> Callable[[int | None], bool]:
+    """Returns whether a number is an id of a saved model: a copied configuration may have those of another vocabulary."""
+    path = folder / "config.json"
+    described = json.loads(path.read_text()) if path.exists() else {}
+    size = (described.get("text_config") or described).get("vocab_size")
+    return lambda number: number is not None and (size is None or 0 <= number < size)
 
 
 def check_tokenizer_is_saved(tokenizer: Any, bos: Literal["auto"] | bool) -> None:
