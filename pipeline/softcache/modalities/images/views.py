@@ -220,7 +220,8 @@ def check_replays(views: Views, source: Any) -> None:
             raise SpecError(
                 f"views.transform {views.settings.transform!r}: two calls give other pixels of sample {key!r}, so a student "
                 "could not see what the teacher saw; draw from the global generators of random, numpy or torch, which are "
-                "seeded for each view, and not from one of its own"
+                "seeded for each view, and not from one of its own, or seed that from them in each call (albumentations: "
+                "set_random_seed)"
             )
         if first.is_floating_point():
             floats.append(first)
