@@ -1,10 +1,12 @@
 """Folders of images in every layout, the order of their classes, and pictures that cannot be decoded."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from softcache.data.sources import open_source
 from softcache.errors import SourceError
@@ -79,6 +81,7 @@ def test_imagenets_folder_for_evaluation_is_flat(tmp_path, lines):
             ["v0.png n01", "v1.png n03", "v2.png n04"],
             r"2 samples have a label of no class, .*'n03' \(1\), 'n04'",
         ),
+        (["a/v0.png n01", "b/v0.png n02", "v1 n01", "v2 n01"], r"'v0' is the name of several images"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(tmp_path, lines, message):
@@ -89,6 +92,43 @@ def test_labels_that_do_not_fit_are_refused(tmp_path, lines, message):
         opened(tmp_path, "eval", eval_labels=str(tmp_path / "labels.txt"))
     with pytest.raises(SourceError, match=r"images without folders of classes; set source\.eval_labels"):
         opened(tmp_path, "eval")
+
+
+def test_a_class_of_several_words_is_not_the_class_of_its_first_word(tmp_path):
+    made(tmp_path, "train/red", "train/red fox")
+    write_pictures(tmp_path / "val", 3, "v")
+    for lines in (
+        ["v0.png,red fox", "v1.png,red", "v2.png,red fox,1 2 3"],
+        ["v0 red fox", "v1 red", "v2 red fox"],
+    ):
+        (tmp_path / "labels.txt").write_text("\n".join(lines))
+        source = opened(tmp_path, "eval", eval_labels=str(tmp_path / "labels.txt"))
+        assert source.targets().tolist() == [1, 0, 1]
+    (tmp_path / "labels.txt").write_text("red fox\nred\nred fox")
+    assert opened(tmp_path, "eval", eval_labels=str(tmp_path / "labels.txt")).targets().tolist() == [1, 0, 1]
+
+
+def test_links_are_followed_as_torchvision_follows_them_and_refused_where_they_lead_nowhere(tmp_path):
+    made(tmp_path, "root/train/a", "root/train/b", "elsewhere/more")
+    (tmp_path / "root/train/a/more").symlink_to(tmp_path / "elsewhere/more")
+    made(tmp_path, "root/val/a", "root/val/b")
+    source = opened(tmp_path / "root")
+    expected = [
+        (f"train/{Path(path).relative_to(tmp_path / 'root/train')}", target)
+        for path, target in ImageFolder(tmp_path / "root/train").samples
+    ]
+    assert sorted(zip(source.keys(), source.targets().tolist(), strict=True)) == sorted(expected)
+    assert any("more" in key for key, _ in expected)
+    gone = tmp_path / "root/train/b/gone.png"
+    gone.symlink_to(tmp_path / "annex/gone.png")
+    with pytest.raises(
+        SourceError, match=r"gone\.png is a link to .*annex/gone\.png, which is not there; fetch"
+    ):
+        opened(tmp_path / "root")
+    gone.unlink()
+    (tmp_path / "root/train/b/loop").symlink_to(tmp_path / "root/train")
+    with pytest.raises(SourceError, match=r"loop is a link to a folder that it is in"):
+        opened(tmp_path / "root")
 
 
 def test_a_class_that_one_split_lacks_is_named_in_one_message(tmp_path):

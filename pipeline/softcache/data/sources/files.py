@@ -36,7 +36,15 @@ from softcache.errors import CacheNotFoundError, SourceError
 from softcache.hashing.digests import digest_json
 from softcache.runtime.logging import progress_bar
 
-__all__ = ["COMPRESSED", "CorpusFiles", "expand_braces", "file_digest", "find_files", "suffix_of"]
+__all__ = [
+    "COMPRESSED",
+    "CorpusFiles",
+    "expand_braces",
+    "file_digest",
+    "files_below",
+    "find_files",
+    "suffix_of",
+]
 
 COPIED_BYTES, NUM_THREADS = 1 << 24, 8
 FILES_VERSION = 1
@@ -153,7 +161,7 @@ def find_files(given: str, settings: BuildSettings, *, kinds: Collection[str]) -
         return _of_kinds(given, [path for path in found if path.is_file()], kinds)
     if path.is_dir():
         root = path.resolve()
-        return CorpusFiles(given, root, _files_in(root), is_folder=True)
+        return CorpusFiles(given, root, files_below(root), is_folder=True)
     if path.is_file():
         return _of_kinds(given, [Path(os.path.abspath(path))], kinds)
     if suffix_of(path.name) in kinds:
@@ -213,12 +221,37 @@ def _of_kinds(given: str, paths: Sequence[Path], kinds: Collection[str]) -> Corp
     return CorpusFiles(given, root, paths, is_folder=False)
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """The files that are not hidden, in order."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(
-        path for path in files if not any(p.startswith(".") for p in path.relative_to(folder).parts)
-    )
+def files_below(folder: Path) -> list[Path]:
+    """Returns the files below a folder that are not hidden, nor in a hidden folder, in order of their paths.
+
+    Links to folders are followed, as torchvision and timm follow them.
+
+    Raises:
+        SourceError: a link leads nowhere, or to a folder that it is in; a folder cannot be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise SourceError(f"source {folder}: {error}; let it be read, or leave it out") from error
+
+    found: list[Path] = []
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        place = Path(here)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        above = [place.resolve(), *place.resolve().parents]
+        for name in folders:
+            if (path := place / name).is_symlink() and path.resolve() in above:
+                raise SourceError(f"source {folder}: {path} is a link to a folder that it is in; remove it")
+        for name in names:
+            if name.startswith("."):
+                continue
+            if not (path := place / name).exists():
+                raise SourceError(
+                    f"source {folder}: {path} is a link to {os.readlink(path)}, which is not there; fetch what it leads to "
+                    "(git annex get, dvc pull), or remove it"
+                )
+            if path.is_file():
+                found.append(path)
+    return sorted(found)
 
 
 def _suffixes(path: Path) -> list[str]:
@@ -314,7 +347,7 @@ def _copied(url: str, settings: BuildSettings, kinds: Collection[str]) -> Corpus
             _for_each(copy, sorted(tags), advance)
     if is_glob or is_file:
         return _of_kinds(url, [folder / path for path in sorted(tags)], kinds)
-    return CorpusFiles(url, folder, _files_in(folder), is_folder=True)
+    return CorpusFiles(url, folder, files_below(folder), is_folder=True)
 
 
 def _matches(path: str, pattern: str) -> bool:

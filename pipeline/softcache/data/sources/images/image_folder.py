@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from softcache.data.sources.base import SOURCES
+from softcache.data.sources.files import files_below
 from softcache.data.sources.images.base import Split
 from softcache.data.sources.images.classes import Classes, find_classes
 from softcache.data.sources.images.pictures import PictureSettings, PictureSource
@@ -229,22 +230,12 @@ def _check_not_empty(folder: Path, files: Sequence[tuple[str, int]], classes: Cl
         )
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """Returns the files below a folder that are not hidden, nor in a hidden folder, in order of their paths."""
-    parts = len(folder.parts)
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if not any(part.startswith(".") for part in path.parts[parts:]) and path.is_file()
-    )
-
-
 def _class_files(root: Path, folder: Path, classes: Classes) -> list[tuple[str, int]]:
     """Returns the files of each class, class after class, in order of their paths; logs what is of another kind."""
     files: list[tuple[str, int]] = []
     others: Counter[str] = Counter()
     for target, label in enumerate(classes.labels):
-        for path in _files_in(folder / label):
+        for path in files_below(folder / label):
             if _is_image(path):
                 files.append((_key(path, root), target))
             else:
@@ -275,9 +266,9 @@ def _labeled_files(root: Path, folder: Path, labels: Path, classes: Classes) -> 
         lines = [line for line in labels.read_text().splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise SourceError(f"{where}: {error}; expected a text file with the class of each image") from error
-    paths = [path for path in _files_in(folder) if _is_image(path)]
+    paths = [path for path in files_below(folder) if _is_image(path)]
     keys = [_key(path, root) for path in paths]
-    rows = [re.split(r"[,\s]+", line.strip()) for line in lines]
+    rows = [_name_and_label(line.strip(), classes) for line in lines]
     if rows and len(rows[0]) > 1 and not _names_of(rows[0][0], paths):
         rows = rows[1:]  # a header
     if all(len(row) == 1 for row in rows):
@@ -292,7 +283,16 @@ def _labeled_files(root: Path, folder: Path, labels: Path, classes: Classes) -> 
                 f"{where}: {len(found):,} classes for the {len(paths):,} images of {folder}; expected one each"
             )
     else:
-        by_name = {Path(row[0]).stem: row[1] for row in rows if len(row) > 1}
+        stem, count = Counter(path.stem for path in paths).most_common(1)[0] if paths else ("", 0)
+        by_name: dict[str, str] = {}
+        for name, label in (row for row in rows if len(row) > 1):
+            if by_name.setdefault(Path(name).stem, label) != label:
+                stem, count = Path(name).stem, 2
+        if count > 1:
+            raise SourceError(
+                f"{where}: {stem!r} is the name of several images; they are found by name, without folder and extension; "
+                "give each one of its own, or move them into folders of classes"
+            )
         lost = [path.name for path in paths if path.stem not in by_name]
         if lost:
             raise SourceError(
@@ -303,6 +303,22 @@ def _labeled_files(root: Path, folder: Path, labels: Path, classes: Classes) -> 
     if set(found) - set(classes.labels) and all(label.isdecimal() for label in found):
         classes = Classes(classes.names, tuple(str(number) for number in range(len(classes.names))))
     return list(zip(keys, classes.targets(found, keys, where).tolist(), strict=True))
+
+
+def _name_and_label(line: str, classes: Classes) -> list[str]:
+    """Returns the name of an image and its class, or the class alone, of a line with a comma or spaces between them.
+
+    Behind a class there may be more, as boxes in LOC_val_solution.csv; a class of several words is one of the folders.
+    """
+    if line in classes.labels:
+        return [line]
+    name, comma, rest = line.partition(",")
+    if not comma:
+        name, *others = line.split(maxsplit=1)
+        rest = others[0] if others else ""
+    rest = rest.strip()
+    whole = next((part for part in (rest, rest.partition(",")[0].strip()) if part in classes.labels), "")
+    return [name.strip(), *(([whole] if whole else re.split(r"[,\s]+", rest)[:1]) if rest else [])]
 
 
 def _names_of(name: str, paths: Sequence[Path]) -> bool:

@@ -19,6 +19,7 @@ import xxhash
 from pydantic import Field, model_validator
 
 from softcache.data.sources.base import SOURCES, Split
+from softcache.data.sources.files import files_below
 from softcache.data.sources.images.classes import find_classes
 from softcache.data.sources.images.image_folder import EVAL_FOLDERS, SUFFIXES, ImageFolderSource
 from softcache.data.sources.images.pictures import Names
@@ -228,7 +229,7 @@ class MaskFolders(SegmentationSettings):
     def _stems(self, root: Path, images: Path, split: Split) -> list[str]:
         """Returns the names of a split's images, relative to their folder."""
         listed = self.train_list if split == "train" else self.eval_list
-        paths = sorted(path for path in images.rglob("*") if self._is_image(path))
+        paths = [path for path in files_below(images) if self._is_image(path)]
         stems = [path.relative_to(images).as_posix() for path in paths]
         if listed is not None:
             try:
