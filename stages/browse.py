@@ -15,7 +15,7 @@ from softcache.reader.open import open_cache
 from softcache.runtime.logging import log_info
 from softcache.runtime.signals import Interrupted
 
-from .options import CACHE, OWN_CONFIG, PATH, config_file_options
+from .options import CACHE, LOCAL, OWN_CONFIG, config_file_options
 
 __all__ = ["browse"]
 
@@ -26,7 +26,7 @@ __all__ = ["browse"]
     help=f"The config that made the cache, for images and texts [default: {OWN_CONFIG}, where it names this cache]."
 )
 @click.option(
-    "--out", metavar="FILE", type=PATH, help="Write one HTML file with some samples; start no server."
+    "--out", metavar="FILE", type=LOCAL, help="Write one HTML file with some samples; start no server."
 )
 @click.option(
     "--samples",

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from softcache.cache.storage.base import is_bucket
 from softcache.errors import ConfigError, RunError
 from softcache.modalities import modality_of
 from softcache.reader.cache import Cache
@@ -21,7 +20,7 @@ from softcache.runtime.files import read_json, replace_file, to_json
 from softcache.runtime.logging import log_info
 
 from .export import export_and_print, export_options
-from .options import PATH, cache_option, config_options, log_option, student_option
+from .options import LOCAL, cache_option, config_options, log_option, student_option
 
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
@@ -40,7 +39,7 @@ __all__ = ["distill"]
 @click.option(
     "--out",
     metavar="DIR",
-    type=PATH,
+    type=LOCAL,
     help="Where the files go [default: runs/NAME/export/RUN].",
 )
 @export_options
@@ -79,8 +78,6 @@ def distill(
             f"student.tokenizer: {config.student.tokenizer!r}: a student with another tokenizer than its teacher's is not "
             "exported with it; use softcache train-student, whose run has an hf/ folder"
         )
-    if is_bucket(out or ""):
-        raise RunError(f"export {out}: files are exported into a folder; give --out a local one")
     data = open_data(config)
     task = data.task(config, model or config.student.model)
     task.serve(task.build())  # refuses what cannot be exported before anything is trained

@@ -15,7 +15,7 @@ import click
 from softcache.runtime.display import format_duration
 from softcache.runtime.logging import log_info
 
-from .options import CACHE, PATH, json_option, log_option, print_json, print_table
+from .options import CACHE, LOCAL, json_option, log_option, print_json, print_table
 
 if TYPE_CHECKING:
     from softcache.runs.export import ExportSettings
@@ -61,7 +61,7 @@ def export_options(command: Callable) -> Callable:
 
 
 @click.command("export")
-@click.argument("run", metavar="RUN", type=PATH)
+@click.argument("run", metavar="RUN", type=LOCAL)
 @click.option(
     "--cache",
     "url",
@@ -69,7 +69,7 @@ def export_options(command: Callable) -> Callable:
     type=CACHE,
     help="The cache [default: that of the run's config].",
 )
-@click.option("--out", required=True, metavar="DIR", type=PATH, help="Where the files go.")
+@click.option("--out", required=True, metavar="DIR", type=LOCAL, help="Where the files go.")
 @log_option
 @export_options
 def export_command(

@@ -17,7 +17,7 @@ from softcache.reader.open import open_cache
 from softcache.runtime.files import to_json
 from softcache.runtime.logging import progress_bar
 
-from .options import CACHE, PATH, config_options, json_option, parse_temperatures, print_json, print_table
+from .options import CACHE, LOCAL, config_options, json_option, parse_temperatures, print_json, print_table
 
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
@@ -45,7 +45,7 @@ TEMPERATURES = (1.0, 1.3, 2.0, 4.0, 8.0)
 @click.option(
     "--out",
     metavar="DIR",
-    type=PATH,
+    type=LOCAL,
     help="Where the report and the figure go [default: runs/NAME/fidelity].",
 )
 @json_option

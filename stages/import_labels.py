@@ -15,7 +15,7 @@ from softcache.errors import ConfigError
 from softcache.runtime.display import format_duration
 from softcache.runtime.logging import log_info, progress_bar
 
-from .options import PATH, cache_option, cache_report, config_options, json_option, print_json
+from .options import LOCAL, cache_option, cache_report, config_options, json_option, print_json
 
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
@@ -28,7 +28,7 @@ RESPONSES = "responses"
 
 
 @click.command("import")
-@click.argument("paths", metavar="PATH...", type=PATH, nargs=-1, required=True)
+@click.argument("paths", metavar="PATH...", type=LOCAL, nargs=-1, required=True)
 @config_options
 @cache_option
 @json_option

@@ -21,7 +21,7 @@ from softcache.config.overrides import parse_override
 from softcache.errors import ConfigError
 from softcache.runtime.suggest import did_you_mean
 
-from .options import OWN_CONFIG, PATH, override_option
+from .options import LOCAL, OWN_CONFIG, override_option
 
 __all__ = ["can_ask", "init"]
 
@@ -52,7 +52,7 @@ FILES = ".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tar", ".tsv", ".txt"
 )
 @click.option("--student", metavar="SPEC", help="The student.")
 @override_option
-@click.option("--out", type=PATH, default=OWN_CONFIG, help="The config; an existing file is not replaced.")
+@click.option("--out", type=LOCAL, default=OWN_CONFIG, help="The config; an existing file is not replaced.")
 def init(
     lists: bool,
     task: str | None,

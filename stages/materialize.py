@@ -17,7 +17,7 @@ from softcache.reader.memmap import MemmapFolder, MemmapSettings
 from softcache.reader.open import open_cache
 from softcache.runtime.logging import progress_bar
 
-from .options import CACHE, PATH, json_option, print_json, print_table
+from .options import CACHE, LOCAL, json_option, print_json, print_table
 
 __all__ = ["materialize"]
 
@@ -36,7 +36,7 @@ __all__ = ["materialize"]
 @click.option(
     "--folder",
     metavar="DIR",
-    type=PATH,
+    type=LOCAL,
     help="Folder of the files [default: $SOFTCACHE_MEMMAP_DIR, or ~/.cache/softcache/thaw].",
 )
 @json_option

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CACHE",
+    "LOCAL",
     "PATH",
     "cache_option",
     "cache_report",
@@ -54,10 +55,23 @@ class _CachePath(click.Path):
         return [CompletionItem(path) for path in known] or super().shell_complete(ctx, param, incomplete)
 
 
+class _LocalPath(click.Path):
+    """A path of this machine. A URL is refused, of which a folder named `s3:` would be made here."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" in str(value):
+            self.fail(
+                f"{value}: expected a path of this machine; copy from or to a bucket with its own tools (aws s3 cp)",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
 OWN_CONFIG = "softcache.toml"
 """What `softcache init` writes, and commands take where no --config is given."""
-PATH, CACHE = click.Path(readable=False), _CachePath(readable=False)
-"""Types of options and arguments that shells complete; the path may be missing, or the URL of a bucket."""
+PATH, CACHE, LOCAL = click.Path(readable=False), _CachePath(readable=False), _LocalPath(readable=False)
+"""Types of options and arguments that shells complete; the path may be missing, or, but for LOCAL, the URL of a bucket."""
 
 
 def config_options(command: Callable | None = None, **settings: Any) -> Callable:
@@ -90,7 +104,7 @@ def config_file_options(*, help: str = "The run's TOML file.", **settings: Any) 
     """Adds --config and --set; the command gets them as `config_path` and `overrides`."""
 
     def add(command: Callable) -> Callable:
-        path = click.option("--config", "config_path", metavar="FILE", type=PATH, help=help, **settings)
+        path = click.option("--config", "config_path", metavar="FILE", type=LOCAL, help=help, **settings)
         return path(override_option(command))
 
     return add

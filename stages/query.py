@@ -15,7 +15,7 @@ from softcache.errors import ConfigError
 from softcache.runtime.display import format_duration
 from softcache.runtime.logging import progress_bar
 
-from .options import PATH, config_options, json_option, print_json
+from .options import LOCAL, config_options, json_option, print_json
 
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
@@ -27,7 +27,7 @@ __all__ = ["query_command"]
 @click.argument("url", metavar="URL")
 @config_options
 @json_option
-@click.option("--out", type=PATH, default="responses.jsonl", help="The JSON lines to write.")
+@click.option("--out", type=LOCAL, default="responses.jsonl", help="The JSON lines to write.")
 @click.option("--k", type=click.IntRange(1), help="Likeliest tokens of each position [default: labels.k].")
 @click.option("--model", metavar="NAME", help="The model's name on the server [default: its only one].")
 @click.option("--concurrency", type=click.IntRange(1), default=32, help="Requests under way.")

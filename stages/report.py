@@ -10,13 +10,13 @@ import click
 
 from softcache.runtime.logging import log_info
 
-from .options import CACHE, PATH
+from .options import CACHE, LOCAL
 
 __all__ = ["report_command"]
 
 
 @click.command("report")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=PATH)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=LOCAL)
 @click.option(
     "--cache",
     "urls",
@@ -36,7 +36,7 @@ __all__ = ["report_command"]
     "--out",
     default="report.html",
     metavar="FILE",
-    type=PATH,
+    type=LOCAL,
     help="The page.",
 )
 def report_command(runs: tuple[str, ...], urls: tuple[str, ...], fidelity: Path | None, out: str) -> None:

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from softcache.cache.storage.base import is_bucket
-from softcache.errors import ConfigError, RunError
+from softcache.errors import ConfigError
 from softcache.modalities import modality_of
 from softcache.reader.parts import CacheParts
 
 from .options import (
-    PATH,
+    LOCAL,
     cache_option,
     config_options,
     json_option,
@@ -52,8 +51,8 @@ __all__ = ["sweep_command"]
 @click.option(
     "--out",
     metavar="DIR",
-    type=PATH,
-    help="The sweep's directory [default: runs/NAME/sweep].",
+    type=LOCAL,
+    help="The sweep's directory, with working locks [default: runs/NAME/sweep].",
 )
 @click.option(
     "--seeds",
@@ -91,8 +90,6 @@ def sweep_command(
     from softcache.runs.sweep.plots import draw_importance, draw_surface, importances
     from softcache.runs.sweep.results import repeat_best, write_best, write_json
 
-    if is_bucket(out or ""):
-        raise RunError(f"sweep {out}: a sweep needs a folder with locks; give --out a local one")
     path = Path(out or config.root / "sweep")
     cache = open_labels(config, url)
     if isinstance(cache, CacheParts):

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from softcache.cache.storage.base import is_bucket
 from softcache.cache.storage.open import open_objects
 from softcache.errors import ConfigError
 from softcache.runtime.logging import progress_bar
 
-from .options import PATH, config_options
+from .options import LOCAL, config_options
 
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
@@ -30,7 +29,7 @@ __all__ = ["teacher_generate"]
 @click.option(
     "--out",
     metavar="SOURCE",
-    type=PATH,
+    type=LOCAL,
     required=True,
     help="The folder of the training set: empty, or one that this command began.",
 )
@@ -47,10 +46,6 @@ def teacher_generate(config: RunConfig, out: str) -> None:
     """
     from softcache.runs import open_data
 
-    if is_bucket(out):
-        raise ConfigError(
-            f"--out {out}: a generated source is read from a folder; give a local one, and copy it afterwards"
-        )
     data = open_data(config)
     report, rows = _generate(config, data, out)
     click.echo(

@@ -1,5 +1,6 @@
 """The loader: a state before every batch gives the rest bit for bit; labels are read once, ahead, and never wrongly."""
 
+import errno
 import os
 import random
 import subprocess
@@ -13,12 +14,13 @@ from multiprocessing.reduction import ForkingPickler
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from softcache import SoftLabelDataset, SoftLabelLoader, open_cache
 from softcache.data import sent_batch
 from softcache.data.boxes import DetectionBatch
 from softcache.data.tokens import TokenBatch
-from softcache.errors import AlignmentError, CorruptionError
+from softcache.errors import AlignmentError, CorruptionError, StorageError
 from softcache.labels import MixedTargets, SoftLabels
 from softcache.reader.cache import Cache
 from softcache.reader.dataset import FingerprintedSamples, HardLabelDataset
@@ -132,6 +134,88 @@ def test_a_batch_of_a_loader_process_comes_back_as_it_was(opened, monkeypatch, l
             assert memory.nbytes == used, "no numbers but those of the batch"
         back.samples[0] += 1  # what is received can be written to
         (back.images if hasattr(back, "images") else back.tokens).zero_()
+
+
+def no_room(size):
+    raise RuntimeError(
+        "unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)"
+    )
+
+
+def test_without_room_in_shared_memory_a_large_batch_goes_through_the_pipe(opened, monkeypatch, capfd):
+    """An error would be one of the queue's thread, which drops the batch: the reader would wait for ever."""
+    found = []
+    for batch in batches_of(*opened):
+        with monkeypatch.context() as patched:
+            patched.setattr(sent_batch, "_LARGEST", 0)
+            patched.setattr(torch.UntypedStorage, "_new_shared", no_room)
+            patched.setattr("torch.utils.data.get_worker_info", lambda: "a loader process")
+            pickled = ForkingPickler.dumps(batch)
+        back = ForkingPickler.loads(pickled)
+        for name, value in vars(batch).items():
+            assert same(getattr(back, name), value), name
+        found.append(back)
+    assert [type(one) for one in found] == [type(batch) for batch in batches_of(*opened)]
+    assert capfd.readouterr().err.count("batches go through pipes, which is slower") <= 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(
+            "Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory(shm)"
+        ),
+        RuntimeError(
+            "DataLoader worker (pid 7) is killed by signal: Bus error. Workers are out of shared memory."
+        ),
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EROFS, os.strerror(errno.EROFS)),
+    ],
+)
+def test_no_shared_memory_for_loader_processes_is_one_message(opened, monkeypatch, error):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(DataLoader, "_get_iterator", fail)
+    with pytest.raises(StorageError, match=r"/dev/shm: no place .* --shm-size=2g.* set reader\.workers = 0"):
+        next(iter(loader_of(opened, workers=1)))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("a bug"),
+        OSError(errno.ENOSPC, "No space left on device", "/data/x"),
+        StorageError("shared memory"),
+    ],
+)
+def test_other_errors_of_loader_processes_are_raised_as_they_are(opened, monkeypatch, error):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(DataLoader, "_get_iterator", fail)
+    with pytest.raises(type(error)) as raised:
+        next(iter(loader_of(opened, workers=1)))
+    assert raised.value is error
+
+
+def test_without_shared_memory_forked_processes_see_the_view(opened, monkeypatch):
+    def full(self):
+        no_room(8)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "share_memory_", full)
+        dataset = SoftLabelDataset(opened[1], opened[0], view=1)
+    child, parent = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os._exit(dataset.view if os.read(child, 1) == b"x" else 9)
+    dataset.view = 0
+    os.write(parent, b"x")
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert dataset.view == 0
+    dataset.view = 1
+    assert ForkingPickler.loads(ForkingPickler.dumps(dataset._view)).item() == 1
 
 
 def test_tensors_in_shared_memory_are_sent_as_they_are(opened, monkeypatch):

@@ -545,6 +545,41 @@ def test_every_command_is_in_one_group():
     assert sorted(name for names in GROUPS.values() for name in names) == sorted(COMMANDS)
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("report", "runs", "--out", "URL"),
+        ("report", "URL"),
+        ("export", "runs/x", "--out", "URL"),
+        ("export", "URL", "--out", "here"),
+        ("fidelity", "runs/test/cache", "--out", "URL"),
+        ("browse", "runs/test/cache", "--out", "URL"),
+        ("query", "http://127.0.0.1:9/v1", "--out", "URL"),
+        ("import", "URL"),
+        ("init", "--out", "URL"),
+        ("sweep", "--out", "URL"),
+        ("distill", "--out", "URL"),
+        ("teacher-generate", "--out", "URL"),
+        ("materialize", "runs/test/cache", "--folder", "URL"),
+        ("train-student", "--config", "URL"),
+    ],
+)
+def test_a_url_is_no_local_path(place, arguments):
+    """It was taken as a folder `s3:`, and reported as written to the bucket."""
+    before = sorted(place.rglob("*"))
+    result = CliRunner().invoke(group, ["s3://bucket/x" if one == "URL" else one for one in arguments])
+    assert (result.exit_code, "s3://bucket/x: expected a path of this machine" in result.stderr) == (2, True)
+    assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize("url", ["file:///tmp/run", "http://host/run", "s4://bucket/run"])
+def test_a_student_goes_to_a_folder_or_a_bucket(run, cache, url):
+    result = run("train-student", "--config", "small.toml", "--out", url)
+    assert result.code == 1
+    assert f"run {url}: expected a folder, or s3://, gs:// or az:// of a bucket" in result.err
+    assert not os.path.exists(url.split("//")[0])
+
+
 def test_as_a_process_errors_go_to_stderr_with_exit_1(place):
     result = shell("inspect", "nothing", cwd=place)
     assert_one_message(result, "cache nothing")

@@ -3,24 +3,32 @@
 torch gives each tensor, however small, a file of shared memory of its own, whose descriptor is asked for over a socket, and
 copies all that lies between the first and the last number of a tensor: of labels that are columns of one table, the whole
 table for each column. Here numbers are copied once, out of their tables, to places of one file; those of a small batch are
-pickled with what is around them.
+pickled with what is around them, and so are those of any batch where /dev/shm has no room (containers have 64 MB by
+default): an error there would be one of a thread of torch's that drops the batch, for which the reader then waits for ever.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from softcache.errors import StorageError
+from softcache.runtime.logging import log_info
+
 if TYPE_CHECKING:
     import torch
+    from torch.utils.data import DataLoader
 
-__all__ = ["SentBatch"]
+__all__ = ["SentBatch", "loader_batches"]
 
 
 _LARGEST = 2**19
 """Bytes of tensors above which a batch goes through shared memory."""
+_is_reported = False
 _ALIGNMENT = 64
+_UNUSABLE = (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.ENOENT)
 
 
 class SentBatch:
@@ -32,9 +40,9 @@ class SentBatch:
         if get_worker_info() is None:
             return super().__reduce_ex__(protocol)
         tensors = [x for x in _tensors(vars(self)) if _is_copied(x)]
-        if sum(x.nbytes for x in tensors) <= _LARGEST:
-            return _received, (_Object(type(self), _exchanged(vars(self), _has_array, _array_of)), None)
-        memory = _SharedMemory(tensors)
+        memory = None if sum(x.nbytes for x in tensors) <= _LARGEST else _shared_memory(tensors)
+        if memory is None:
+            return _received, (_Object(type(self), _exchanged(vars(self), _is_copied, _array_of)), None)
         return _received, (_Object(type(self), _exchanged(vars(self), _is_copied, memory.put)), memory.bytes)
 
 
@@ -46,14 +54,15 @@ class _Object(NamedTuple):
 
 
 class _Array(NamedTuple):
-    """A tensor's numbers."""
+    """A tensor's numbers; of bfloat16, which NumPy lacks, their bits."""
 
     values: Any
+    dtype: torch.dtype
 
     def tensor(self, memory: torch.Tensor | None) -> torch.Tensor:
         import torch
 
-        return torch.from_numpy(self.values)
+        return torch.from_numpy(self.values).view(self.dtype)
 
 
 class _Place(NamedTuple):
@@ -99,14 +108,47 @@ def _is_copied(value: torch.Tensor) -> bool:
     return is_plain and value.device.type == "cpu" and not value.is_shared()
 
 
-def _has_array(value: torch.Tensor) -> bool:
+def _array_of(value: torch.Tensor) -> _Array:
     import torch
 
-    return _is_copied(value) and value.dtype != torch.bfloat16
+    bits = value.view(torch.int16) if value.dtype == torch.bfloat16 else value
+    return _Array(bits.numpy(), value.dtype)
 
 
-def _array_of(value: torch.Tensor) -> _Array:
-    return _Array(value.numpy())
+def _shared_memory(tensors: list[torch.Tensor]) -> _SharedMemory | None:
+    """Returns memory for the tensors; None where there is no room for it."""
+    try:
+        return _SharedMemory(tensors)
+    except RuntimeError as error:
+        global _is_reported
+        if not _is_reported:
+            log_info(
+                f"/dev/shm: {error}; batches go through pipes, which is slower: make it larger, as by --shm-size"
+            )
+        _is_reported = True
+        return None
+
+
+def loader_batches(loader: DataLoader[Any], setting: str) -> Iterator[Any]:
+    """Yields the batches of a DataLoader.
+
+    Args:
+        setting: of the number of its processes, for the error.
+
+    Raises:
+        StorageError: its processes cannot start, or go on, for lack of shared memory; those of the dataset as they are.
+    """
+    try:
+        yield from loader
+    except (OSError, RuntimeError) as error:
+        # multiprocessing's semaphores are files there, too; their error names none.
+        is_of_semaphores = isinstance(error, OSError) and error.errno in _UNUSABLE and error.filename is None
+        if isinstance(error, StorageError) or not (is_of_semaphores or "shared memory" in str(error)):
+            raise
+        raise StorageError(
+            f"/dev/shm: no place for what loader processes share: {str(error).strip().splitlines()[-1]}; make it larger "
+            f"(docker run --shm-size=2g; a memory volume in Kubernetes), free what others have there, or set {setting} = 0"
+        ) from error
 
 
 def _is_own(value: Any) -> bool:

@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
+from mmap import mmap
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -292,8 +293,7 @@ class SoftLabelDataset(BatchedDataset):
         check_alignment(cache, self._data)
         if foreign_parts(cache):  # what they would have been compared by
             fingerprint_fraction = 1.0
-        # Shared, so that loader processes that outlive an epoch see the next one's view.
-        self.cache, self._view = cache, torch.tensor(view).share_memory_()
+        self.cache, self._view = cache, _shared_number(view)
         self.rows_of: np.ndarray | None = None
         self.labeled_of = cache.rows.counts(np.arange(len(cache))) if cache.skips_positions else None
         self.unlabeled_dataset = FingerprintedSamples(
@@ -315,7 +315,7 @@ class SoftLabelDataset(BatchedDataset):
         another sample is refused.
         """
         dataset = copy(self)
-        dataset._view = self._view.clone().share_memory_()
+        dataset._view = _shared_number(self.view)
         dataset.unlabeled_dataset = copy(self.unlabeled_dataset)
         dataset.unlabeled_dataset.student = student
         dataset.rows_of, dataset.labeled_of = student.rows_of, student.labeled_of
@@ -377,6 +377,17 @@ class SoftLabelDataset(BatchedDataset):
                 "was made; restore them, or rebuild the cache"
             )
         return attach_labels(batch, stored, self.cache, self._data)
+
+
+def _shared_number(value: int) -> torch.Tensor:
+    """Returns a number that loader processes share, so that those that outlive an epoch see the next one's view.
+
+    Where /dev/shm has no room, forked processes share it all the same; for others torch moves it there when they start.
+    """
+    try:
+        return torch.tensor(value).share_memory_()
+    except RuntimeError:
+        return torch.frombuffer(mmap(-1, 8), dtype=torch.int64)[0].fill_(value)
 
 
 class HardLabelDataset(FingerprintedSamples):

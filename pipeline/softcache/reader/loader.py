@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from softcache.data.sent_batch import loader_batches
 from softcache.reader.cache import Cache, CachedBatch
 from softcache.reader.order import BlockShuffle, Request
 from softcache.runtime.signals import shield_loaders, signals_first
@@ -111,7 +112,7 @@ class SoftLabelLoader:
         cache = self._dataset.cache
         labels = None if cache is None else self._labels(cache)
         try:
-            batches = iter(self._unlabeled)
+            batches = loader_batches(self._unlabeled, "reader.workers")
             while True:
                 with signals_first():
                     batch = next(batches, None)

@@ -10,6 +10,7 @@ from typing import Any
 
 from softcache.cache.storage.base import is_bucket
 from softcache.config.run import RunConfig
+from softcache.errors import RunError
 from softcache.hashing.digests import digest_json
 from softcache.modalities import Data, modality_of
 from softcache.runtime.logging import Advance, event, log_format, log_info, progress_bar, sparkline
@@ -52,6 +53,10 @@ def run_training(
             / f"{slugify(model)}-{config.train.labels_id}-{digest_json(described)[:8]}"
         )
     mirror = BucketSync(str(out)) if is_bucket(str(out)) else None
+    if mirror is None and "://" in str(out):
+        raise RunError(
+            f"run {out}: expected a folder, or s3://, gs:// or az:// of a bucket; give --out one of these"
+        )
     folder = mirror.folder if mirror else Path(out)
     label = f"train {model} ({config.train.labels})"
     finished = mirror.is_finished if mirror else (folder / "metrics.json").exists()

@@ -31,6 +31,7 @@ from softcache.cache.storage.base import Objects
 from softcache.cache.units import UnitIndex, fold_if_possible, open_index, open_store, publish_unit
 from softcache.data.batch import Dataset as Data
 from softcache.data.batch import ranges
+from softcache.data.sent_batch import loader_batches
 from softcache.labels import OutputHead
 from softcache.labels.sparsify import LabelSettings
 from softcache.runtime.logging import count_found
@@ -323,7 +324,7 @@ def _label_units(
     in_flight: deque[tuple[int, PendingLabels]] = deque()
     try:
         with signals_first():
-            for batch in loader:
+            for batch in loader_batches(loader, "capture.workers"):
                 raise_if_signalled()
                 if batch is None:
                     continue
