@@ -370,6 +370,12 @@ def test_labels_of_a_table_that_pandas_wrote_as_decimals_are_the_numbers_of_clas
     # Versions, which are names of classes because the names have them.
     versions = opened(tmp_path, table, eval_path=table["path"], class_names=["11.0", "2.0", "0.0"])
     assert versions.targets()[:3].tolist() == [1, 0, 2]
+    with tarfile.open(tmp_path / "train-000.tar", "w") as tar:
+        for seed, number in enumerate(numbers):
+            add(tar, f"{seed}.png", encoded(seed))
+            add(tar, f"{seed}.cls", f"{number}.0".encode())
+    table = {"name": "webdataset", "path": str(tmp_path / "train-000.tar")}
+    assert opened(tmp_path, table, eval_path=table["path"]).targets().tolist() == numbers
     table = write_csv(tmp_path, labels=["1.0", "1.5"] * 6)
     assert opened(tmp_path, table, eval_path=table["path"]).class_names == ("1.0", "1.5")
 

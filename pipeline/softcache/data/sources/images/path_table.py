@@ -9,7 +9,7 @@ from pathlib import Path
 
 from softcache.data.sources.base import SOURCES
 from softcache.data.sources.images.base import Split
-from softcache.data.sources.images.classes import numbers_or_texts, whole_numbers
+from softcache.data.sources.images.classes import numbers_or_texts
 from softcache.data.sources.images.image_folder import ImageFolderSource
 from softcache.data.sources.images.split_files import SplitFiles
 from softcache.errors import SourceError
@@ -40,10 +40,11 @@ class CsvImages(SplitFiles):
 
     def pictures(self, split: Split) -> ImageFolderSource:
         paths, columns, root, where = self.rows(split, (self.label_column,))
-        labels = self.labels(columns)
+        labels = self.without_decimals([label for (label,) in columns])
         train_labels = labels
         if split == "eval" and self.eval_path is not None:
-            train_labels = self.labels(self.rows("train", (self.label_column,))[1])
+            columns = self.rows("train", (self.label_column,))[1]
+            train_labels = self.without_decimals([label for (label,) in columns])
         classes = self.classes(numbers_or_texts(train_labels), where)
         chosen = self.chosen_paths(paths, root, split, where)
         keys = [paths[row] for row in chosen]
@@ -55,12 +56,6 @@ class CsvImages(SplitFiles):
             classes.names,
             order_is_guessed=classes.is_guessed,
         )
-
-    def labels(self, columns: list[list[str]]) -> list[str]:
-        """Returns the label of each row; whole numbers without decimals."""
-        found = [label for (label,) in columns]
-        as_whole = whole_numbers(found, self.class_names)
-        return [as_whole[label] for label in found]
 
     def chosen_paths(self, paths: list[str], root: Path, split: Split, where: str) -> list[int]:
         """Returns the rows of a split, in order.

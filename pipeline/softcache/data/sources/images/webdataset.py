@@ -49,10 +49,11 @@ class WebDataset(SplitFiles):
     def pictures(self, split: Split) -> TarSource:
         files = self.files(split, (".tar",))
         where, table = f"source {files.given}", self._index(files)
-        labels = table.column("label").to_pylist()
+        labels = self.without_decimals(table.column("label").to_pylist())
         train_labels = labels
         if split == "eval" and self.eval_path is not None:
-            train_labels = self._index(self.files("train", (".tar",))).column("label").to_pylist()
+            train = self._index(self.files("train", (".tar",))).column("label").to_pylist()
+            train_labels = self.without_decimals(train)
         classes = self.classes(numbers_or_texts(train_labels), where)
         keys = table.column("key").to_pylist()
         numbers = self.chosen(keys, split)
