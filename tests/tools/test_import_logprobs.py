@@ -4,6 +4,7 @@ import copy
 import gzip
 import json
 import lzma
+import math
 import tracemalloc
 from contextlib import ExitStack
 
@@ -435,6 +436,40 @@ def test_a_confident_teacher_is_none_that_was_truncated(served, tmp_path):
         LabelError, match=r"position 0, .*sum to 0\.\d+; expected 1 of a truncated teacher: drop --truncated"
     ):
         served.load(tmp_path / "declared", path, is_truncated=True)
+
+
+def peaked(token, *, num_classes=300):
+    """The likeliest tokens of a model that is rather sure, and the actual one, one of the others, which share what is left."""
+    shares = [0.9, 0.06, 0.02, 0.0099, 1e-5]
+    likeliest = {(token + 1 + n) % num_classes: math.log(share) for n, share in enumerate(shares)}
+    return likeliest | {token: math.log((1 - sum(shares)) / (num_classes - len(shares)))}
+
+
+@pytest.mark.parametrize(("base", "is_refused"), [(math.e, False), (2, True)])
+def test_logarithms_of_another_base_are_refused_where_what_they_lack_of_1_cannot_be_elsewhere(
+    served, tmp_path, base, is_refused
+):
+    """They were taken for a surer teacher's, whose tail has twelve times what it has."""
+    rows = [
+        [None, *({i: x / math.log(base) for i, x in peaked(token).items()} for token in tokens[1:])]
+        for tokens in served.tokens
+    ]
+    answers = [plain(*of) for of in zip(served.keys, served.tokens, rows, strict=True)]
+    path = served.write(answers, folder=tmp_path)
+    if not is_refused:
+        cache, _ = served.load(tmp_path / "cache", path)
+        assert np.exp(cache.read([0]).log_tail[0, 0]) == pytest.approx(0.01009, rel=0.01)
+        return
+    message = r"position 0, .*sum to 0\.88\d+, the least of them is 6\.1e-08, and each of the other 1,318 .*natural log"
+    with pytest.raises(LabelError, match=message):
+        served.load(tmp_path / "cache", path)
+
+
+def test_all_tokens_of_a_vocabulary_sum_to_1_or_are_refused(served, tmp_path):
+    rows = list(served.rows[0])
+    rows[1] = dict.fromkeys(range(served.source.vocab_size), -9999.0) | {served.tokens[0][1]: -0.1}
+    with pytest.raises(LabelError, match=r"sum to 0\.904837, .* no token is left; expected 1 in all"):
+        self_import(served, tmp_path, rows, k=2)
 
 
 @pytest.mark.parametrize("store", ["zarr", "parquet"])

@@ -37,6 +37,7 @@ __all__ = ["build_labels", "check_not_renormalized", "label_batch"]
 
 
 ROUNDING = 1e-3  # of a log-probability above 0, and of a sum above 1: float16 near 1 has steps of 5e-4
+MISSING = 0.02  # of 1, beyond which it is no rounding: the numbers may be bfloat16's
 LEAST_TAIL = 2.0**-24
 # Heads are padded to a multiple of up to 512 rows (152,064 for 151,665 tokens); what they give there is next to nothing.
 MAX_PADDING, MAX_PADDING_MASS = 1024, 1e-3
@@ -58,7 +59,8 @@ def build_labels(
         whole vocabulary, NaN of all others.
 
     Raises:
-        LabelError: as `_entries`, the actual token is not among those given, or a truncated row does not sum to 1.
+        LabelError: as `_entries` and `_check_likeliest`, the actual token is not among those given, or a truncated row does
+            not sum to 1.
     """
     row_of, ids, log_probs = _entries(rows, codec.num_classes)
     is_padding = ids >= codec.num_classes
@@ -89,6 +91,7 @@ def build_labels(
             f"the probabilities sum to {sum_R[row]:.6f}; expected 1 of a truncated teacher: drop --truncated",
             position=int(row),
         )
+    _check_likeliest(_Entries(row_of, ids, log_probs), targets_R, sum_R, counts_R, codec.num_classes)
     left_R = np.maximum(1.0 - np.exp(log_probs_RK).sum(1), np.maximum(dropped_R, LEAST_TAIL))
     is_all_R = counts_R == codec.num_classes
     tail_R = np.where(is_all_R | is_truncated, dropped_R, left_R)  # all are given: nothing is left
@@ -190,6 +193,33 @@ def _entries(rows: list[dict[int, float]], num_classes: int) -> _Entries:
             position=int(row),
         )
     return _Entries(row_of, ids, log_probs)
+
+
+def _check_likeliest(
+    entries: _Entries, targets_R: np.ndarray, sum_R: np.ndarray, counts_R: np.ndarray, num_classes: int
+) -> None:
+    """Raises LabelError where the tokens that are not given cannot have what those that are given lack of 1.
+
+    Each of them has at most what the least of the likeliest has, so many a row gives away logarithms to another base than e,
+    and a list of other tokens than the likeliest.
+    """
+    is_other = (
+        entries.ids != targets_R[entries.row_of]
+    )  # the actual token is given whether it is likely or not
+    least_R = np.ones(len(sum_R))
+    np.minimum.at(least_R, entries.row_of[is_other], np.exp(entries.log_probs[is_other]))
+    missing_R = np.where(counts_R == num_classes, 0, num_classes + MAX_PADDING - counts_R)
+    for row in np.flatnonzero(sum_R + missing_R * least_R < 1 - MISSING)[:1]:
+        raise LabelError(
+            f"the probabilities sum to {sum_R[row]:.6f}, the least of them is {least_R[row]:.2g}, and "
+            + (
+                f"each of the other {missing_R[row]:,} tokens is at most that; "
+                if missing_R[row]
+                else "no token is left; "
+            )
+            + "expected 1 in all: are these natural logarithms at T=1 of the likeliest tokens?",
+            position=int(row),
+        )
 
 
 def label_batch(
