@@ -130,6 +130,20 @@ def test_interrupted_again_and_again_it_ends_with_the_same_weights(
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
+def test_who_may_read_a_run_is_what_the_umask_leaves(tmp_path, shared_cache):
+    """safetensors writes for its user alone: a group could read the metrics of a run, and not its weights."""
+    before = os.umask(0o027)
+    try:
+        fit(shared_cache[2], tmp_path / "run")
+    finally:
+        os.umask(before)
+    modes = {
+        path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()
+    }
+    assert {"model.safetensors", "best.safetensors", "metrics.json"} <= modes.keys()
+    assert set(modes.values()) == {0o640}, modes
+
+
 def test_a_rerun_starts_at_the_last_checkpoint(tmp_path, shared_cache, monkeypatch):
     with watched(monkeypatch, dies_at(12)), pytest.raises(Killed):
         fit(shared_cache[2], tmp_path)

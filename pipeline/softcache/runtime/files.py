@@ -7,6 +7,7 @@ import fcntl
 import json
 import math
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from softcache.errors import SoftcacheError
 __all__ = [
     "MISSING_FEATURE",
     "finite",
+    "give_mode",
     "parse_json",
     "read_json",
     "replace_file",
@@ -66,18 +68,29 @@ sync_folder = sync_file
 def staged_file(path: Path) -> Iterator[Path]:
     """A temporary name in the folder of `path`, to write to: flushed and renamed to `path` if nothing is raised.
 
+    Who may read it is what the umask leaves, also where a library writes a file of its own in its place (safetensors: 0600).
+
     Raises:
         OSError: it cannot be written, flushed or renamed; `path` is then what it was.
     """
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        staged.touch()
+        mode = stat.S_IMODE(staged.stat().st_mode)
         yield staged
+        give_mode(staged, mode)
         sync_file(staged)
         staged.replace(path)
         sync_folder(path.parent)
     finally:
         with suppress(OSError):
             staged.unlink(missing_ok=True)
+
+
+def give_mode(path: Path, mode: int) -> None:
+    """Sets the permissions of a file where they differ."""
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        path.chmod(mode)
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

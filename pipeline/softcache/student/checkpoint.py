@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import stat
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -45,7 +46,15 @@ from softcache.runtime.distributed import (
     num_ranks,
     rank,
 )
-from softcache.runtime.files import read_json, replace_file, staged_file, sync_file, sync_folder, to_json
+from softcache.runtime.files import (
+    give_mode,
+    read_json,
+    replace_file,
+    staged_file,
+    sync_file,
+    sync_folder,
+    to_json,
+)
 from softcache.student.bucket_sync import BucketSync, hold_lease
 
 if TYPE_CHECKING:
@@ -206,8 +215,13 @@ class RunDirectory:
         accelerator.wait_for_everyone()
         checksums = _shared_checksums(staged, flush=True)
         if accelerator.is_main_process:
+            written = list(staged.rglob("*"))
             replace_file(staged / "progress.json", to_json(progress | {CHECKSUMS: checksums}))
-            for folder in {staged, *(path for path in staged.rglob("*") if path.is_dir())}:
+            mode = stat.S_IMODE((staged / "progress.json").stat().st_mode)
+            for path in written:
+                if path.is_file():
+                    give_mode(path, mode)  # safetensors writes for its user alone
+            for folder in {staged, *(path for path in written if path.is_dir())}:
                 sync_folder(folder)
             if old.exists():
                 shutil.rmtree(old)
