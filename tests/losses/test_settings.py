@@ -1,5 +1,7 @@
 """`[loss]`: what it accepts, and that students of both modalities learn by it, from labels and from an online teacher."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 
 from softcache.config.load import load_config
 from softcache.data.images import ImageBatch
-from softcache.errors import ConfigError
+from softcache.errors import ConfigError, LabelError
 from softcache.labels.sparsify import dense, dense_labels_unsorted, top_k
 from softcache.losses import LOSSES, LossSettings, distillation_loss
 from softcache.losses.fused import fused_distillation_loss
@@ -92,6 +94,22 @@ def test_images_learn_by_it_from_labels_and_from_an_online_teacher(name):
     how = {"temperature": 2.0, "alpha": 0.7, "loss": settings.loss}
     torch.testing.assert_close(loss(labels, None), distillation_loss(model(images), labels, targets, **how))
     torch.testing.assert_close(loss(None, Teacher(teacher)), loss(dense(teacher), None))
+
+
+@pytest.mark.parametrize(("share", "is_refused"), [(9e-4, False), (2e-3, True)])
+def test_labels_of_classes_that_the_student_lacks_are_those_of_a_padding_or_refused(share, is_refused):
+    """Their mass went to the dropped classes, whatever it was."""
+    student = TokenStudent(known(40, 8), LossSettings(), context=8)
+    teacher = make_logits(5, 50, 3).float()
+    teacher[:, 40:] = -30.0
+    teacher[3, 47] = teacher[3].logsumexp(0) + math.log(share / (1 - share))
+    labels, hidden = top_k(teacher, k=49), make_logits(5, 16, 2).float()
+    if not is_refused:
+        assert student._mixed(hidden, labels, torch.arange(5), 1.0, 1.0).isfinite()
+        return
+    message = r"head has 40 classes, the teacher's 50; labeled row 3 gives 0\.002 to classes that the student lacks \(47"
+    with pytest.raises(LabelError, match=message):
+        student._mixed(hidden, labels, torch.arange(5), 1.0, 1.0)
 
 
 @pytest.mark.parametrize("make", [known, padded])

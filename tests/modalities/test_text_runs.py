@@ -369,14 +369,19 @@ def test_the_live_teacher_and_a_dense_cache_teach_the_same(made, tmp_path, monke
 
 def test_a_padded_head_of_teacher_or_student_goes_with_the_same_tokenizer(made, tmp_path):
     _, data, _, folder = made
-    config = text_config(folder, teacher={"model": "tests.fakes_language:padded"})
-    cache, _ = capture_labels(config, data, open_teacher(config, data), str(tmp_path / "padded"))
-    assert cache.num_classes == data.train.source.vocab_size + 20
-    run = text_config(folder, teacher={"model": "tests.fakes_language:padded"})
-    narrow = train_student(
-        run, data, model="gpt2?width=16&depth=1&heads=2", labels="cache", cache=cache, out=tmp_path / "narrow"
-    )
-    assert math.isfinite(narrow["eval_loss"])
+
+    def narrow(teacher):
+        config = text_config(folder, teacher={"model": f"tests.fakes_language:{teacher}"})
+        cache, _ = capture_labels(config, data, open_teacher(config, data), str(tmp_path / teacher))
+        assert cache.num_classes == data.train.source.vocab_size + 20
+        how = {"model": "gpt2?width=16&depth=1&heads=2", "labels": "cache", "cache": cache}
+        return train_student(config, data, out=tmp_path / f"narrow-{teacher}", **how)
+
+    assert math.isfinite(narrow("padded_quietly")["eval_loss"])
+    with pytest.raises(
+        LabelError, match=r"head has 300 classes, the teacher's 320; .* to classes that the student lacks"
+    ):
+        narrow("padded")
     wide = fit(made, tmp_path / "wide", model="tests.fakes_language:padded")
     assert math.isfinite(wide["eval_loss"])
 

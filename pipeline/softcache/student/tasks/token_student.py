@@ -10,10 +10,11 @@ import torch
 from torch import nn
 
 from softcache.data.tokens import TokenBatch
-from softcache.errors import SpecError
+from softcache.errors import LabelError, SpecError
 from softcache.labels import SoftLabels, VectorLabels
 from softcache.labels.sparsify import dense_labels_unsorted
 from softcache.losses import LossSettings, cross_entropy, distillation_loss, kl_terms, row_weights
+from softcache.losses.buckets import MAX_LACKING_MASS
 from softcache.losses.fused import fused_distillation_loss, fused_hidden_loss, token_scores
 from softcache.models.language import check_context, check_loss, check_split, split
 from softcache.models.language.backbone_head import CausalParts
@@ -155,6 +156,7 @@ class TokenStudent(nn.Module):
             return self._fused(hidden_PD, None, targets_P, 0.0, T)
         if isinstance(labels, VectorLabels):
             return self._fused(hidden_PD, labels, targets_P, alpha, T)
+        self._check_padding(labels)
         weights_P = self._row_weights(hidden_PD, labels, targets_P)
         if isinstance(T, torch.Tensor) and T.requires_grad:
             return self._unfused(hidden_PD, labels, targets_P, alpha, T, weights_P)
@@ -165,6 +167,23 @@ class TokenStudent(nn.Module):
         if alpha == 1:
             return soft
         return (1 - alpha) * self._fused(hidden_PD, None, targets_P, 0.0, T) + alpha * soft
+
+    def _check_padding(self, labels: SoftLabels) -> None:
+        """Raises LabelError where classes that the student lacks have more of a label than a vocabulary's padding."""
+        num_classes = self.num_classes
+        if labels.num_classes <= num_classes or self._loss.compares_ranks or self._loss.reads_rollouts:
+            return
+        lacks_PK = labels.ids.long() >= num_classes  # unused slots have no mass
+        lacking_P = labels.log_probs.float().exp().masked_fill(~lacks_PK, 0.0).sum(1)
+        if len(lacking_P) and float(most := lacking_P.max()) > MAX_LACKING_MASS:
+            row = int(lacking_P.argmax())
+            lacks = labels.ids[row][lacks_PK[row]].tolist()[:4]
+            raise LabelError(
+                f"student: its head has {num_classes} classes, the teacher's {labels.num_classes}; labeled row {row} gives "
+                f"{float(most):.2g} to classes that the student lacks ({', '.join(map(str, lacks))}); expected at most "
+                f"{MAX_LACKING_MASS:g}, as of a vocabulary's padding; build the student with {labels.num_classes} classes",
+                position=row,
+            )
 
     def _row_weights(
         self, hidden_PD: torch.Tensor, labels: SoftLabels, targets_P: torch.Tensor
