@@ -5,6 +5,7 @@ and SIGTERM (a line on stderr explains how to go on). Of a run of many processes
 process that raised it.
 """
 
+import io
 import os
 import shlex
 import sys
@@ -39,8 +40,12 @@ def main() -> None:
         sys.path.append("")
     if sys.argv[1:2] == ["teacher-logits"]:
         share_cores()
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # as stderr has it: a locale that lacks a character is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not is_rank_zero():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     with handle_signals():
         try:
             softcache(complete_var=COMPLETE_VAR)

@@ -81,7 +81,7 @@ def fidelity(
     folder = Path(out) if out else config.root / "fidelity"
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "fidelity.json"]
-    written[0].write_text(to_json(report))
+    written[0].write_text(to_json(report), encoding="utf-8")
     written += draw_frontier(
         points, folder, title=_title(report), temperature=wanted[0], own=_own(report, wanted[0])
     )

@@ -103,7 +103,7 @@ def init(
 
         build_config({"name": path.stem} | tomllib.loads(text), str(path))
     try:
-        with path.open("x") as file:
+        with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
         raise ConfigError(
@@ -129,7 +129,7 @@ def can_ask() -> bool:
 
 
 def _first_line(path: Path) -> str:
-    return path.read_text().partition("\n")[0].strip("# .")
+    return path.read_text(encoding="utf-8").partition("\n")[0].strip("# .")
 
 
 def _template(name: str) -> str:
@@ -140,7 +140,7 @@ def _template(name: str) -> str:
         raise ConfigError(
             f"--template {name!r}: there is none; `softcache init --list` shows them{'; ' if question else ''}{question}"
         )
-    return path.read_text()
+    return path.read_text("utf-8")
 
 
 def _on_this_machine(text: str, name: str) -> str:

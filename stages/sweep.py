@@ -118,7 +118,7 @@ def sweep_command(
     results_file = write_json(sweep, found)
     if as_json:
         written = {"best": str(best), "figures": list(map(str, figures)), "cost_unmeasured": reason}
-        print_json(json.loads(Path(results_file).read_text()) | written)
+        print_json(json.loads(Path(results_file).read_text(encoding="utf-8")) | written)
         return
     click.echo(f"all trials: {results_file}")
     click.echo(f"figures: {', '.join(map(str, figures)) or 'none: too few different trials are finished'}")

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from softcache.reader.open import open_cache
 from softcache.tools.garbage import collect_garbage
 from softcache.tools.status import read_status
 from softcache.tools.verify.checksums import verify_units
+from tests.support.caches import ROOT
 
 
 @pytest.fixture
@@ -45,6 +48,42 @@ def test_stray_files_are_passed_over_by_readers_and_named_by_verify_and_gc(cache
     assert len(faults) == len(STRAYS)
     assert all(any(f"{path}: not written by softcache" in fault for fault in faults) for path in STRAYS)
     assert collect_garbage(open_objects(str(cache)), delete=True, older_than=0).foreign == sorted(STRAYS)
+
+
+PRINTED = """
+import sys
+from softcache.stages.cli import main
+from softcache import open_cache
+from softcache.tools.convert import convert_cache
+
+cache = open_cache(sys.argv[1])
+copy = convert_cache(cache, sys.argv[1] + ".copy", store="parquet")
+assert (cache.read([0], 0).ids == copy.read([0], 0).ids).all()
+sys.argv = ["softcache", "inspect", copy.url]
+main()
+"""
+
+
+@pytest.mark.parametrize(("utf8", "output"), [("0", "latin-1"), ("1", "utf-8")])
+def test_a_locale_that_lacks_the_letters_of_a_path_or_of_the_output(cache, tmp_path, utf8, output):
+    """tensorstore takes names as UTF-8, and what commands print has more letters than ASCII."""
+    (tmp_path / "höme").mkdir()
+    cache.rename(tmp_path / "höme" / "cäche")
+    locale = {
+        "LC_ALL": "C",
+        "PYTHONUTF8": utf8,
+        "PYTHONCOERCECLOCALE": "0",
+        "PYTHONIOENCODING": output,
+        "SOFTCACHE_MEMMAP_DIR": str(tmp_path / "m"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PRINTED, str(tmp_path / "höme" / "cäche")],
+        env=os.environ | locale | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    assert (b"\xe2\x80\xa6" if utf8 == "1" else rb"\u2026") in done.stdout
 
 
 def test_verify_refuses_what_a_reader_refuses_to_open(cache):

@@ -55,6 +55,37 @@ def run(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
 
 
+def _opens_text_of_the_locale(call):
+    """Whether a call reads or writes text without naming its encoding."""
+    name = getattr(call.func, "attr", getattr(call.func, "id", None))
+    if name not in ("read_text", "write_text", "open") or any(
+        word.arg == "encoding" for word in call.keywords
+    ):
+        return False
+    if name == "read_text":
+        return not call.args
+    if name == "write_text":
+        return True
+    modes = [
+        one.value
+        for one in call.args[:2]
+        if isinstance(one, ast.Constant) and isinstance(one.value, str) and set(one.value) <= set("rwaxbt+")
+    ]
+    return any("b" not in mode for mode in modes) and "devnull" not in ast.dump(call)
+
+
+def test_files_are_utf8_whatever_the_locale():
+    """A chat template or a list of classes that is decoded by the locale is another one, without a word."""
+    found = [
+        f"{path.relative_to(ROOT)}:{call.lineno}"
+        for folder in ("pipeline", "stages")
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for call in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(call, ast.Call) and _opens_text_of_the_locale(call)
+    ]
+    assert found == []
+
+
 @pytest.mark.parametrize("code", ["import softcache", "from softcache.stages.cli import softcache"])
 def test_importing_is_light(code):
     done = run(LOADED.format(code=code))

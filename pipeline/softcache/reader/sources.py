@@ -77,7 +77,7 @@ def _open_by_name(cache: Cache, name: str, split: Split) -> Any:
 def _table_of(path: Path) -> Mapping[str, Any]:
     """Returns the [source] table of a config."""
     try:
-        table = tomllib.loads(path.read_text()).get("source")
+        table = tomllib.loads(path.read_text(encoding="utf-8")).get("source")
     except (OSError, ValueError) as error:
         raise ConfigError(f"config {path}: cannot be read: {error}") from error
     if not isinstance(table, dict):

@@ -98,7 +98,7 @@ def _opened_meanwhile(parts: list[RunConfig]) -> Iterator[None]:
 
 def _open(parent: int, parts: list[RunConfig]) -> None:
     follow_parent(parent)
-    with open(os.devnull, "w") as sys.stderr:  # bars and errors are the parent's
+    with open(os.devnull, "w", encoding="utf-8") as sys.stderr:  # bars and errors are the parent's
         try:
             for part in parts:
                 open_data(part)

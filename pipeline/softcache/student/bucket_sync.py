@@ -208,7 +208,7 @@ class BucketSync:
 
     def _noted(self) -> str | None:
         try:
-            return str(parse_json((self.folder / NOTE).read_text())["state"])
+            return str(parse_json((self.folder / NOTE).read_text("utf-8"))["state"])
         except (OSError, ValueError, TypeError, KeyError):
             return None
 

@@ -46,5 +46,5 @@ def vectors() -> dict[str, Any]:
 
     None stands for -inf. A reader that gives other numbers is wrong.
     """
-    found: dict[str, Any] = json.loads((files("softcache.testing") / "vectors.json").read_text())
+    found: dict[str, Any] = json.loads((files("softcache.testing") / "vectors.json").read_text("utf-8"))
     return found

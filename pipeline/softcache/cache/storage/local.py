@@ -308,7 +308,8 @@ class LocalObjects:
 
     def kvstore(self, prefix: str) -> dict[str, str] | None:
         root = os.path.realpath(self.root)  # TensorStore takes no `..`
-        if "\\" in root:  # which it reads as a separator
+        # It reads a backslash as a separator, and takes a name's bytes to be UTF-8, whatever the locale has.
+        if "\\" in root or os.fsencode(root) != root.encode("utf-8", "replace"):
             return None
         return {
             "driver": "file",
@@ -319,7 +320,7 @@ class LocalObjects:
         target = self.path(path)
         try:
             os.close(_open_plain(os.fspath(target), os.O_RDONLY))
-            return pa.OSFile(str(target))
+            return pa.OSFile(os.fsencode(target))
         except FileNotFoundError as error:
             raise CacheNotFoundError(
                 f"{target}: missing; restore it, or run the stage that writes it"

@@ -75,13 +75,15 @@ def find_locks(root: Path, staging: Path) -> Locks:
     if given == "lease":
         reason = "SOFTCACHE_LOCKS=lease"
     elif mark.exists():
-        reason = mark.read_text(errors="replace")[:200] or "another process found no locks to rely on"
+        reason = (
+            mark.read_text("utf-8", errors="replace")[:200] or "another process found no locks to rely on"
+        )
     else:
         reason = _missing_flock(staging) or _per_host(root)
     if not reason:
         return Locks("flock")
     if not mark.exists():
-        mark.write_text(reason)
+        mark.write_text(reason, encoding="utf-8")
     report_once(
         f"{root}: {reason}; claims are leases: what a killed process held is free again after a minute without renewal"
     )
@@ -114,7 +116,7 @@ def _missing_flock(staging: Path) -> str:
 def _per_host(root: Path) -> str:
     """Returns why another host may not see this one's locks; empty where it does, or no mount table is there."""
     try:
-        table = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+        table = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
     except OSError:
         return ""
     where, found = f"{root.resolve()}/", ("", "", set[str]())

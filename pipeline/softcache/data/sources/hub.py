@@ -183,14 +183,14 @@ def stream_table(
                 "digest": file_digest(path),
                 "made_from": dict(made_from),
             }
-            (staged / "stream.json").write_text(json.dumps(described, indent=2) + "\n")
+            (staged / "stream.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     return datasets.Dataset.from_file(str(folder / "documents.arrow")), described["digest"]
 
 
 def _described(folder: Path) -> dict[str, Any] | None:
     """Returns stream.json, or None where the table is not whole."""
     try:
-        described: dict[str, Any] = parse_json((folder / "stream.json").read_text())
+        described: dict[str, Any] = parse_json((folder / "stream.json").read_text("utf-8"))
         is_whole = (folder / "documents.arrow").stat().st_size == described["num_bytes"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

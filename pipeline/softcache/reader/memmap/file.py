@@ -110,7 +110,7 @@ def is_whole(path: Path, plan: MemmapPlan, use: Path, what: str) -> bool:
     if path.stat().st_size == plan.num_bytes and found == plan.fields(digest.hexdigest()):
         if signature is not None:
             with suppress(PermissionError):  # another user's: it is read again next time
-                use.write_text(signature)
+                use.write_text(signature, encoding="utf-8")
         return True
     log_info(
         f"{what}: {path} is damaged (its checksum differs); it is deleted and created again from the cache"
@@ -133,6 +133,6 @@ def _signature(path: Path) -> str | None:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return ""

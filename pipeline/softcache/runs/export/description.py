@@ -188,8 +188,8 @@ def _save_for_timm(model: nn.Module, description: dict[str, Any], folder: Path) 
         data_config=data,
         safe_serialization=True,
     )
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text("utf-8"))
     config.get("model_args", {}).pop(
         "num_classes", None
     )  # a key of its own; transformers fails where it is given twice
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

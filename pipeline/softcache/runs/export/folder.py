@@ -113,7 +113,7 @@ class ExportFolder:
 
     def make_json(self, name: str, content: Any) -> Path:
         """Returns the path of a JSON file, written unless it is finished."""
-        return self.make(name, lambda path: path.write_text(to_json(content)))
+        return self.make(name, lambda path: path.write_text(to_json(content), encoding="utf-8"))
 
     def read_json(self, name: str) -> Any:
         """Returns what a finished JSON file holds, else None."""
@@ -125,7 +125,7 @@ class ExportFolder:
 
     def _put(self, name: str, text: str) -> None:
         with self._staged(name) as staged:
-            staged.write_text(text + "\n")
+            staged.write_text(text + "\n", encoding="utf-8")
 
     @contextmanager
     def _staged(self, name: str) -> Iterator[Path]:
@@ -148,7 +148,7 @@ class ExportFolder:
         Raises:
             RunError: another process exports into it.
         """
-        with (self.path / ".lock").open("w") as file:
+        with (self.path / ".lock").open("wb") as file:
             try:
                 is_free = try_lock(file.fileno())
             except OSError as error:

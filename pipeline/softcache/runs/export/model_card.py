@@ -117,7 +117,7 @@ def write_card(path: Path, figures: dict[str, Any], files: dict[str, dict[str, A
         "\n".join(digests),
         made_with,
     ]
-    path.write_text("\n\n".join(parts) + "\n")
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
 def _described(figures: dict[str, Any]) -> list[str]:

@@ -257,7 +257,7 @@ def _sizes(report: Report, run: Run, folder: ExportFolder) -> dict[str, int]:
 def _machine(threads: int) -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     except OSError:
         pass

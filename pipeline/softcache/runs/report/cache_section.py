@@ -158,7 +158,7 @@ def _entropy(entropy_P: np.ndarray) -> Figure:
 
 def _read_fidelity(cache: Cache, path: Path) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = parse_json(path.read_text())
+        found: dict[str, Any] = parse_json(path.read_text(encoding="utf-8"))
         digest = str(found["manifest_sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(

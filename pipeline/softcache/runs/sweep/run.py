@@ -184,7 +184,7 @@ def _others(
 def _worker(config: RunConfig, url: str, path: Path, trials: int, threads: int, log: Path) -> None:
     """A process of `--workers`; its stderr goes to a file, so that progress of several does not mix."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    sys.stderr = log.open("a", buffering=1)
+    sys.stderr = log.open("a", encoding="utf-8", buffering=1)
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -206,7 +206,7 @@ def _raise_failures(others: list[BaseProcess], path: Path) -> None:
         if other.exitcode is None or other.exitcode <= 0 or other.exitcode in INTERRUPTED_EXIT_CODES:
             continue
         log = path / "workers" / f"{number}.txt"
-        lines = log.read_text().strip().splitlines() if log.exists() else []
+        lines = log.read_text("utf-8").strip().splitlines() if log.exists() else []
         raise RunError(
             f"sweep {path}: worker {number} ended with exit code {other.exitcode}: {lines[-1] if lines else 'no output'}; "
             f"its output is in {log}; finished trials are kept, and the same command goes on"

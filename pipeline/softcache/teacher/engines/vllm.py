@@ -199,8 +199,12 @@ def _placeholder_tokenizer(checkpoint: Checkpoint) -> tempfile.TemporaryDirector
     folder = tempfile.TemporaryDirectory(prefix="softcache-tokenizer-")
     model = {"type": "WordLevel", "vocab": {"?": 0}, "unk_token": "?"}
     path = Path(folder.name)
-    (path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
-    (path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (path / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "added_tokens": [], "model": model}), encoding="utf-8"
+    )
+    (path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast"}', encoding="utf-8"
+    )
     (path / "config.json").write_bytes((checkpoint.folder / "config.json").read_bytes())
     return folder
 

@@ -239,7 +239,7 @@ def _given(given: str | Sequence[str], *, is_whole: bool) -> Classes:
 
 def _read_names(path: str, what: str) -> Any:
     try:
-        text = Path(path).expanduser().read_text()
+        text = Path(path).expanduser().read_text("utf-8")
         return (
             json.loads(text)
             if path.endswith(".json")

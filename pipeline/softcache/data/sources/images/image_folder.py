@@ -263,7 +263,7 @@ def _labeled_files(root: Path, folder: Path, labels: Path, classes: Classes) -> 
     """
     where = f"source.eval_labels {labels}"
     try:
-        lines = [line for line in labels.read_text().splitlines() if line.strip()]
+        lines = [line for line in labels.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise SourceError(f"{where}: {error}; expected a text file with the class of each image") from error
     paths = [path for path in files_below(folder) if _is_image(path)]

@@ -102,7 +102,7 @@ def leave_out_unreadable(source: PictureSource, settings: PictureSettings) -> Pi
     if keys is None:
         keys = {source.key(sample): reason for sample, reason in find_unreadable(source).items()}
         with build_folder(folder, lambda made: _stored(made) is not None) as staged:
-            (staged / "unreadable.json").write_text(json.dumps(keys, indent=2) + "\n")
+            (staged / "unreadable.json").write_text(json.dumps(keys, indent=2) + "\n", encoding="utf-8")
     if not keys:
         return source
     if len(keys) == len(source):
@@ -118,7 +118,7 @@ def leave_out_unreadable(source: PictureSource, settings: PictureSettings) -> Pi
 
 def _stored(folder: Any) -> dict[str, str] | None:
     try:
-        found = parse_json((folder / "unreadable.json").read_text())
+        found = parse_json((folder / "unreadable.json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

@@ -233,7 +233,9 @@ class MaskFolders(SegmentationSettings):
         stems = [path.relative_to(images).as_posix() for path in paths]
         if listed is not None:
             try:
-                names = [line.strip() for line in (root / listed).read_text().splitlines() if line.strip()]
+                names = [
+                    line.strip() for line in (root / listed).read_text("utf-8").splitlines() if line.strip()
+                ]
             except (OSError, ValueError) as error:
                 raise SourceError(
                     f"source.{split}_list: {error}; expected a file with the name of an image on each line"

@@ -164,7 +164,7 @@ def read_tools(settings: TextSettings) -> list[Any] | None:
     if settings.tools is None:
         return None
     try:
-        tools = parse_json(Path(settings.tools).expanduser().read_text())
+        tools = parse_json(Path(settings.tools).expanduser().read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise SourceError(
             f"source.tools {settings.tools!r}: cannot be read: {error}; expected a JSON file with a list of schemas"

@@ -170,7 +170,7 @@ def read_manifest(path: str) -> dict[str, Any] | None:
     if not (folder / "generation.json").is_file():
         return None
     try:
-        manifest: dict[str, Any] = parse_json((folder / "manifest.json").read_text())
+        manifest: dict[str, Any] = parse_json((folder / "manifest.json").read_text("utf-8"))
         found = manifest["kind"], manifest["version"]
         if found != (ROLLOUTS_KIND, ROLLOUTS_VERSION) or not isinstance(manifest["parts"], dict):
             raise ValueError(f"kind and version {found}")

@@ -150,7 +150,7 @@ def _tokenize(
             "made_from": dict(made_from),
         }
         # Last: a folder without it is not a table.
-        (staged / "table.json").write_text(json.dumps(described, indent=2) + "\n")
+        (staged / "table.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     encoder.remove_shards()
     log_info(
         f"source {name}: {account}; {writer.num_tokens:,} tokens in {writer.num_samples:,} samples of at most "

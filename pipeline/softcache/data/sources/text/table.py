@@ -80,7 +80,7 @@ def _chunks(path: Path) -> list[_Chunk]:
 def described_table(folder: Path) -> dict[str, Any] | None:
     """Returns table.json, or None where the table is not whole."""
     try:
-        described = parse_json((folder / "table.json").read_text())
+        described = parse_json((folder / "table.json").read_text("utf-8"))
         whole = (folder / "samples.arrow").stat().st_size == described["num_bytes"]
     except (OSError, ValueError, KeyError, TypeError):
         return None

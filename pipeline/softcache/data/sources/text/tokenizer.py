@@ -65,7 +65,7 @@ def load_tokenizer(settings: TextSettings) -> Any:
     _begin_texts(tokenizer, settings.bos, of=f"source.tokenizer {settings.tokenizer!r}")
     if settings.chat_template is not None:
         try:
-            tokenizer.chat_template = Path(settings.chat_template).expanduser().read_text()
+            tokenizer.chat_template = Path(settings.chat_template).expanduser().read_text("utf-8")
         except OSError as error:
             raise SourceError(
                 f"source.chat_template {settings.chat_template!r}: cannot be read: {error}; expected a file that holds a "
@@ -291,7 +291,7 @@ def _bpe_folder(settings: TextSettings) -> Path:
             tokenizer = _train_bpe(documents, **arguments)
             tokenizer.save_pretrained(str(staged))
             described = _described_tokenizer(tokenizer, "auto", settings.tokenizer) | {"made_from": made_from}
-            (staged / "bpe.json").write_text(json.dumps(described, indent=2) + "\n")
+            (staged / "bpe.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
@@ -369,7 +369,7 @@ def end_tokens(tokenizer: Any) -> list[int]:
 def _is_token(folder: Path) -> Callable[[int | None], bool]:
     """Returns whether a number is an id of a saved model: a copied configuration may have those of another vocabulary."""
     path = folder / "config.json"
-    described = json.loads(path.read_text()) if path.exists() else {}
+    described = json.loads(path.read_text("utf-8")) if path.exists() else {}
     size = (described.get("text_config") or described).get("vocab_size")
     return lambda number: number is not None and (size is None or 0 <= number < size)
 
@@ -398,8 +398,8 @@ def _save_tokenizer(folder: Path, tokenizer: Any, bos: Literal["auto"] | bool) -
         for name in (None, "PreTrainedTokenizerFast"):
             if name is not None:
                 path = Path(folder) / "tokenizer_config.json"
-                described = json.loads(path.read_text()) | {"tokenizer_class": name}
-                path.write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n")
+                described = json.loads(path.read_text("utf-8")) | {"tokenizer_class": name}
+                path.write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             saved = auto_tokenizer(str(folder), of=of)
             begins = _around(saved, of)[0]
             is_same = tokenizer_parts(saved) == tokenizer_parts(tokenizer)

@@ -85,7 +85,7 @@ def _pair(found: dict[str, Any], place: str) -> Pair:
 def _manifest(folder: Path) -> dict[str, Any]:
     path = folder / "manifest.json"
     try:
-        manifest = parse_json(path.read_text())
+        manifest = parse_json(path.read_text("utf-8"))
         parts = manifest["parts"]
         if manifest["version"] != GENERATED_VERSION or not isinstance(parts, dict):
             raise ValueError(f"version {manifest['version']}")

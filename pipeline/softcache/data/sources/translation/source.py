@@ -89,7 +89,7 @@ def _tokenize(pairs: Pairs, tokenizer: PairTokenizer, folder: Path, made_from: d
             "made_from": made_from,
         }
         # Last: a folder without it is not a table.
-        (staged / "table.json").write_text(json.dumps(described, indent=2) + "\n")
+        (staged / "table.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
     if too_long:
         log_info(
             f"source {pairs.name}: left out {too_long} pairs with a side of more than {made_from['max_tokens']} tokens"

@@ -164,7 +164,9 @@ def _bpe_folder(settings: TranslationSettings, spec: str) -> Path:
     if not is_whole(folder):
         with build_folder(folder, is_whole) as staged:
             _train(pairs, arguments).save_pretrained(str(staged))
-            (staged / "bpe.json").write_text(json.dumps({"made_from": made_from}, indent=2) + "\n")
+            (staged / "bpe.json").write_text(
+                json.dumps({"made_from": made_from}, indent=2) + "\n", encoding="utf-8"
+            )
     return folder
 
 

@@ -260,7 +260,7 @@ def _number(path: Path) -> tuple[int, str]:
 def _read_compression(folder: Path) -> Compression:
     path = folder / CONFIG
     try:
-        return Compression.model_validate(text_library("yaml").safe_load(path.read_text()))
+        return Compression.model_validate(text_library("yaml").safe_load(path.read_text("utf-8")))
     except OSError as error:
         raise SourceError(
             f"distillkit, {path}: {error.strerror}; put the settings there with which the files were compressed; a data "

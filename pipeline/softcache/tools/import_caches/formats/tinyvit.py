@@ -163,7 +163,7 @@ def _number(name: str) -> int:
 def _open_rank(values: Path) -> _Rank:
     keys_path = values.with_name(values.name.removesuffix(VALUES) + KEYS)
     try:
-        keys = keys_path.read_text().splitlines()
+        keys = keys_path.read_text("utf-8").splitlines()
         num_bytes = values.stat().st_size
     except (OSError, UnicodeDecodeError) as error:
         raise SourceError(
