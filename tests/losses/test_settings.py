@@ -106,10 +106,15 @@ def test_labels_of_classes_that_the_student_lacks_are_those_of_a_padding_or_refu
     labels, hidden = top_k(teacher, k=49), make_logits(5, 16, 2).float()
     if not is_refused:
         assert student._mixed(hidden, labels, torch.arange(5), 1.0, 1.0).isfinite()
+        assert student._shared_classes(teacher).shape == (5, 40)
         return
-    message = r"head has 40 classes, the teacher's 50; labeled row 3 gives 0\.002 to classes that the student lacks \(47"
+    message = (
+        r"head has 40 classes, the teacher's 50; labeled row 3 gives 0\.002 to classes that the student lacks"
+    )
     with pytest.raises(LabelError, match=message):
         student._mixed(hidden, labels, torch.arange(5), 1.0, 1.0)
+    with pytest.raises(LabelError, match=message):
+        student._shared_classes(teacher)
 
 
 @pytest.mark.parametrize("make", [known, padded])

@@ -367,6 +367,26 @@ def test_the_live_teacher_and_a_dense_cache_teach_the_same(made, tmp_path, monke
     assert cached["eval_loss"] == pytest.approx(online["eval_loss"], abs=1e-3)
 
 
+def test_what_accelerate_launch_is_asked_for_and_a_capture_does_not_do_is_refused(
+    made, tmp_path, monkeypatch
+):
+    _, data, _, folder = made
+
+    def labeled(dtype):
+        config = text_config(folder, capture={"dtype": dtype})
+        return capture_labels(config, data, open_teacher(config, data), str(tmp_path / dtype))
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(
+        ConfigError, match=r"teacher-logits: .*mixed_precision.* expected 'no'.*; set capture\.dtype"
+    ):
+        labeled("float32")
+    labeled("bfloat16")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ConfigError, match=r"teacher-logits: .*use_fsdp.*; cut a teacher by tp_plan"):
+        labeled("bfloat16")
+
+
 def test_a_padded_head_of_teacher_or_student_goes_with_the_same_tokenizer(made, tmp_path):
     _, data, _, folder = made
 

@@ -22,6 +22,7 @@ from softcache.reader.alignment import check_alignment
 from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
 from softcache.runs.teacher import open_teacher, teacher_is_missing, teacher_settings, untrained_teacher
+from softcache.runtime.launcher import check_launcher
 from softcache.runtime.logging import event, log_info, progress_bar
 from softcache.teacher.base import Teacher
 from softcache.teacher.capture.estimate import Estimate, estimate_capture
@@ -45,6 +46,9 @@ __all__ = [
 
 FUSED_CACHE_SETTINGS = {"num_views", "temperatures", "positions"}
 """[labels] keys that must match for a fused cache."""
+
+PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+"""What accelerate calls the dtypes of a capture."""
 
 
 def cache_is_ready(config: RunConfig, data: Data, url: str) -> bool:
@@ -227,7 +231,21 @@ def capture_labels(config: RunConfig, data: Data, teacher: Teacher, url: str) ->
     """Runs the teacher over what is not labeled yet; returns the complete cache and what was done.
 
     Of a teacher that is cut over processes, the first one does that, and the others run their share of the model.
+
+    Raises:
+        ConfigError: `accelerate launch` was asked for what a capture does not do.
     """
+    check_launcher(
+        "teacher-logits",
+        {
+            "mixed_precision": (PRECISION[config.capture.dtype], "set capture.dtype"),
+            "dynamo_backend": ("no", "a teacher is not compiled"),
+            **dict.fromkeys(
+                ("use_fsdp", "use_deepspeed", "use_megatron_lm", "use_parallelism_config"),
+                ("no", "cut a teacher by tp_plan=auto in its spec"),
+            ),
+        },
+    )
     group = getattr(teacher, "group", None)
     if group is None:
         return _capture_labels(config, data, teacher, url)

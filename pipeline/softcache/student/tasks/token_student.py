@@ -170,20 +170,34 @@ class TokenStudent(nn.Module):
 
     def _check_padding(self, labels: SoftLabels) -> None:
         """Raises LabelError where classes that the student lacks have more of a label than a vocabulary's padding."""
-        num_classes = self.num_classes
-        if labels.num_classes <= num_classes or self._loss.compares_ranks or self._loss.reads_rollouts:
+        if self._has_classes(labels.num_classes):
             return
-        lacks_PK = labels.ids.long() >= num_classes  # unused slots have no mass
-        lacking_P = labels.log_probs.float().exp().masked_fill(~lacks_PK, 0.0).sum(1)
-        if len(lacking_P) and float(most := lacking_P.max()) > MAX_LACKING_MASS:
-            row = int(lacking_P.argmax())
-            lacks = labels.ids[row][lacks_PK[row]].tolist()[:4]
-            raise LabelError(
-                f"student: its head has {num_classes} classes, the teacher's {labels.num_classes}; labeled row {row} gives "
-                f"{float(most):.2g} to classes that the student lacks ({', '.join(map(str, lacks))}); expected at most "
-                f"{MAX_LACKING_MASS:g}, as of a vocabulary's padding; build the student with {labels.num_classes} classes",
-                position=row,
-            )
+        lacks_PK = labels.ids.long() >= self.num_classes  # unused slots have no mass
+        self._check_lacking(
+            labels.log_probs.float().exp().masked_fill(~lacks_PK, 0.0).sum(1), labels.num_classes
+        )
+
+    def _shared_classes(self, teacher_PV: torch.Tensor) -> torch.Tensor:
+        """Returns an online teacher's logits of the classes that the student has, too; the others must be padding."""
+        num_classes = teacher_PV.shape[1]
+        shared_PV = teacher_PV[:, : self.num_classes]
+        if not self._has_classes(num_classes):
+            self._check_lacking(-(shared_PV.logsumexp(1) - teacher_PV.logsumexp(1)).expm1(), num_classes)
+        return shared_PV
+
+    def _has_classes(self, num_classes: int) -> bool:
+        return num_classes <= self.num_classes or self._loss.compares_ranks or self._loss.reads_rollouts
+
+    def _check_lacking(self, lacking_P: torch.Tensor, num_classes: int) -> None:
+        if len(lacking_P) == 0 or float(most := lacking_P.max()) <= MAX_LACKING_MASS:
+            return
+        row = int(lacking_P.argmax())
+        raise LabelError(
+            f"student: its head has {self.num_classes} classes, the teacher's {num_classes}; labeled row {row} gives "
+            f"{float(most):.2g} to classes that the student lacks; expected at most {MAX_LACKING_MASS:g}, as of a "
+            f"vocabulary's padding; build the student with {num_classes} classes",
+            position=row,
+        )
 
     def _row_weights(
         self, hidden_PD: torch.Tensor, labels: SoftLabels, targets_P: torch.Tensor
@@ -264,7 +278,7 @@ class TokenStudent(nn.Module):
         """
         hidden_PD, start, terms, log_q_P = self._hidden(batch), 0, [], batch.sampling_log_probs
         # Of two heads of other sizes (one tokenizer, padded otherwise), the classes that both have are compared.
-        chunks = (logits_PV[:, : self._parts.weight.shape[0]] for logits_PV in teacher.chunks(batch))
+        chunks = map(self._shared_classes, teacher.chunks(batch))
         if batch.num_rows * teacher.num_classes <= MAX_DENSE_ELEMENTS:
             return self._dense_loss(hidden_PD, torch.cat(list(chunks)), batch.targets, alpha, T, log_q_P)
         for teacher_PV in chunks:
