@@ -413,6 +413,34 @@ def make_wild_target(split):
     return Squares(split, targets=(0, 1, 0, 2))
 
 
+def make_half_target(split):
+    return Squares(split, targets=(0, 1, 0.5, 1))
+
+
+def changed(split, **members):
+    return type("Changed", (Squares,), members)(split)
+
+
+def make_other_key(split):
+    return changed(split, key=lambda self, sample: [*self._keys[:3], f"{split}/z"][sample])
+
+
+def make_other_target(split):
+    return changed(split, target=lambda self, sample: (0, 1, 1, 1)[sample])
+
+
+def make_one_name(split):
+    return changed(split, class_names=("even",))
+
+
+def make_floats(split):
+    return changed(split, image=lambda self, sample: torch.full((1, 3, 3), sample / 4))
+
+
+def make_channels_last(split):
+    return changed(split, image=lambda self, sample: torch.zeros(8, 9, 3, dtype=torch.uint8))
+
+
 def make_half(split):
     return SimpleNamespace(name="half", key=None, keys=None, image=None)
 
@@ -454,7 +482,33 @@ def test_your_own_source_is_opened_and_cut():
         ),
         ("tests.data.test_sources:make_twins", SourceError, "4 samples with 3 different keys"),
         ("tests.data.test_sources:make_lost_target", SourceError, r"targets of shape \(3,\)"),
-        ("tests.data.test_sources:make_wild_target", SourceError, "classes 0 to 2; expected 0 to 1"),
+        ("tests.data.test_sources:make_wild_target", SourceError, "classes 0 to 2; expected whole .* 0 to 1"),
+        (
+            "tests.data.test_sources:make_half_target",
+            SourceError,
+            r"target\(2\) is 0, and targets\(\) has 0.5",
+        ),
+        (
+            "tests.data.test_sources:make_other_key",
+            SourceError,
+            r"key\(3\) is 'train/z', and keys\(\) has train/d",
+        ),
+        (
+            "tests.data.test_sources:make_other_target",
+            SourceError,
+            r"target\(2\) is 1, and targets\(\) has 0",
+        ),
+        ("tests.data.test_sources:make_one_name", SourceError, "1 class_names, and num_classes is 2"),
+        (
+            "tests.data.test_sources:make_floats",
+            SourceError,
+            r"image\(0\) is torch.float32 of shape \(1, 3, 3\); .*uint8",
+        ),
+        (
+            "tests.data.test_sources:make_channels_last",
+            SourceError,
+            r"shape \(8, 9, 3\), which looks like \[H, W, C\]",
+        ),
         ("tests.data.test_sources:make_nothing_of_it", SourceError, "^squares: gone$"),
     ],
 )

@@ -154,7 +154,7 @@ def load_image_teacher(
     *,
     num_classes: int,
     input_shape: tuple[int, int, int],
-    normalize: Normalize,
+    normalize: nn.Module,
     rgb: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
     class_names: Sequence[str] = (),
     order_is_guessed: bool = False,
@@ -230,8 +230,11 @@ def load_image_teacher(
             names=output_names(model, parsed, settings.weights),
             spec=settings.model,
         )
+    if rgb is not None:
+        assert isinstance(normalize, Normalize)
+        model = GrayAsRgb(model, normalize, *rgb)
     return kind(
-        model if rgb is None else GrayAsRgb(model, normalize, *rgb),
+        model,
         spec=settings.model,
         num_classes=num_classes,
         normalize=normalize,

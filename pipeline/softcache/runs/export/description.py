@@ -112,6 +112,12 @@ def write_companions(
         processor.pop("image_processor_type", None)
     folder.make_json("preprocessor_config.json", processor)
     if has_config:
+        if made.get("then_shorter_side") is not None:
+            log_info(
+                f"export {spec}: config.json has timm scale a picture once, to the student's own view of "
+                f"{made['then_shorter_side']} pixels, which is the teacher's view of {made['size']} scaled again: pixels "
+                "differ a little; README.md and preprocessor_config.json describe both steps"
+            )
         _make_all(folder, partial(_save_for_timm, model, description))
     elif is_timm:
         log_info(

@@ -18,7 +18,7 @@ import numpy as np
 
 from softcache.data.sources.base import SOURCES, SourceSettings, Split
 from softcache.data.sources.images.base import Source
-from softcache.data.sources.images.custom import IMAGE_MEMBERS, Subset, call_factory, check_members
+from softcache.data.sources.images.custom import Subset, call_factory, check_source
 
 __all__ = ["BoxAnnotations", "BoxSource", "CustomBoxes", "DetectionSettings", "digest_truths"]
 
@@ -84,7 +84,7 @@ class CustomBoxes(DetectionSettings):
 
     def open(self, split: Split) -> BoxSource:
         source, limit = call_factory(self.name, split), self.max_samples(split)
-        check_members(source, self.name, split, (*IMAGE_MEMBERS, "truth"), of="BoxSource")
+        check_source(source, self.name, split, ("truth",), of="BoxSource")
         return source if limit is None else BoxSubset(source, limit)
 
 

@@ -24,6 +24,7 @@ class CustomImages(ImageSourceSettings):
     def open(self, split: Split) -> Source:
         source, limit = call_factory(self.name, split), self.max_samples(split)
         check_source(source, self.name, split)
+        check_classes(source)
         return source if limit is None else Subset(source, limit)
 
 
@@ -103,28 +104,83 @@ def check_members(
         )
 
 
-def check_source(source: Any, spec: str, split: Split) -> None:
-    """Checks a user-defined source for what the rest of softcache needs.
+def check_source(
+    source: Any, spec: str, split: Split, members: Sequence[str] = (), *, of: str = "Source"
+) -> None:
+    """Checks a user-defined source of images for what the rest of softcache needs.
+
+    That `key` and `keys`, `target` and `targets` agree is tried on a few samples.
+
+    Args:
+        members: that it has besides those of every source of images.
+        of: what the whole is called.
 
     Raises:
         SpecError: a member is missing.
-        SourceError: keys or classes are not one of each sample.
+        SourceError: keys or targets are not one of each sample, or are others one by one than all at once; names are not one
+            of each class; the first image is not uint8 [C, H, W].
     """
-    check_members(source, spec, split, IMAGE_MEMBERS)
-    keys, targets = source.keys(), np.asarray(source.targets())
+    check_members(source, spec, split, (*IMAGE_MEMBERS, *members), of=of)
+    what, keys, targets = f"source {source.name}", source.keys(), np.asarray(source.targets())
     if targets.ndim == 2:
         raise SourceError(
-            f"source {source.name}: targets of shape {targets.shape}; expected one class for each sample; several are the "
+            f"{what}: targets of shape {targets.shape}; expected one class for each sample; several are the "
             'member multi_hot of a source of source.modality = "multi_label"'
         )
     if len(set(keys)) != len(source) or len(keys) != len(source) or targets.shape != (len(source),):
         twice = [key for key, count in Counter(keys).most_common(1) if count > 1]
         raise SourceError(
-            f"source {source.name}: {len(source)} samples with {len(set(keys))} different keys"
+            f"{what}: {len(source)} samples with {len(set(keys))} different keys"
             f"{f' ({twice[0]!r} comes twice)' if twice else ''} and targets of shape {targets.shape}; expected a key of its "
             "own and one class for each sample"
         )
-    if len(source) and not 0 <= targets.min() <= targets.max() < source.num_classes:
+    if len(source.class_names) not in (0, source.num_classes):
         raise SourceError(
-            f"source {source.name}: classes {targets.min()} to {targets.max()}; expected 0 to {source.num_classes - 1}"
+            f"{what}: {len(source.class_names)} class_names, and num_classes is {source.num_classes}; expected one each"
+        )
+    for sample in sorted(
+        {*np.linspace(0, len(source) - 1, TRIED).round().astype(int).tolist()} if len(source) else ()
+    ):
+        for one, several in (("key", keys), ("target", targets)):
+            if (found := getattr(source, one)(sample)) != several[sample]:
+                raise SourceError(
+                    f"{what}: {one}({sample}) is {found!r}, and {one}s() has {several[sample]} there; expected the same"
+                )
+    if len(source):
+        _check_image(source.image(0), f"{what}: image(0)")
+
+
+TRIED = 64
+"""Samples that members are compared on."""
+
+
+def _check_image(image: Any, what: str) -> None:
+    """Raises SourceError unless an image is uint8 [C, H, W]."""
+    if not isinstance(image, torch.Tensor) or image.dtype != torch.uint8 or image.ndim != 3:
+        found = (
+            f"{image.dtype} of shape {tuple(image.shape)}"
+            if hasattr(image, "dtype")
+            else type(image).__name__
+        )
+        raise SourceError(
+            f"{what} is {found}; expected a torch tensor, uint8 [C, H, W] of 0 to 255, which [views] normalizes"
+        )
+    if len(image) > MAX_COLORS >= image.shape[2]:
+        raise SourceError(
+            f"{what} has the shape {tuple(image.shape)}, which looks like [H, W, C]; expected [C, H, W]; permute(2, 0, 1)"
+        )
+
+
+MAX_COLORS = 4
+
+
+def check_classes(source: Source) -> None:
+    """Raises SourceError unless each target is the number of a class."""
+    targets = np.asarray(source.targets())
+    if not len(source):
+        return
+    if not (0 <= targets.min() <= targets.max() < source.num_classes and (targets == np.rint(targets)).all()):
+        raise SourceError(
+            f"source {source.name}: classes {targets.min()} to {targets.max()}; expected whole numbers from 0 to "
+            f"{source.num_classes - 1}"
         )

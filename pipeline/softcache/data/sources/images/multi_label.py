@@ -18,13 +18,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from softcache.data.sources.base import SOURCES
 from softcache.data.sources.images.base import Source, Split
 from softcache.data.sources.images.classes import Classes, numbers_or_texts, whole_numbers
-from softcache.data.sources.images.custom import (
-    IMAGE_MEMBERS,
-    CustomImages,
-    Subset,
-    call_factory,
-    check_members,
-)
+from softcache.data.sources.images.custom import CustomImages, Subset, call_factory, check_source
 from softcache.data.sources.images.hugging_face import HuggingFaceImages
 from softcache.data.sources.images.image_folder import ImageFolder, ImageFolderSource
 from softcache.data.sources.images.path_table import CsvImages
@@ -111,7 +105,7 @@ class CustomMultiLabel(CustomImages):
 
     def open(self, split: Split) -> Source:
         source: Any = call_factory(self.name, split)
-        check_members(source, self.name, split, (*IMAGE_MEMBERS, "multi_hot"), of="Source of several classes")
+        check_source(source, self.name, split, ("multi_hot",), of="Source of several classes")
         hot, expected = np.asarray(source.multi_hot), (len(source), source.num_classes)
         if hot.shape != expected or not np.isin(hot, (0, 1)).all():
             raise SourceError(

@@ -15,7 +15,7 @@ import torch
 
 from softcache.data.sources.base import SOURCES, SourceSettings, Split
 from softcache.data.sources.images.base import Source
-from softcache.data.sources.images.custom import IMAGE_MEMBERS, Subset, call_factory, check_members
+from softcache.data.sources.images.custom import Subset, call_factory, check_source
 
 __all__ = ["IGNORED", "CustomMasks", "MaskSource", "SegmentationSettings"]
 
@@ -47,7 +47,7 @@ class CustomMasks(SegmentationSettings):
 
     def open(self, split: Split) -> MaskSource:
         source, limit = call_factory(self.name, split), self.max_samples(split)
-        check_members(source, self.name, split, (*IMAGE_MEMBERS, "mask"), of="MaskSource")
+        check_source(source, self.name, split, ("mask",), of="MaskSource")
         return source if limit is None else MaskSubset(source, limit)
 
 
