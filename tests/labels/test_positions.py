@@ -127,7 +127,7 @@ def test_the_teachers_head_runs_on_the_chosen_rows_alone(packed, tmp_path, monke
             yield logits_PV
 
     monkeypatch.setattr(LanguageTeacher, "chunks", spy)
-    monkeypatch.setattr("softcache.runs.cache.score_first_rows", lambda *_, **__: None)
+    monkeypatch.setattr("softcache.runs.cache.try_teacher", lambda *_, **__: None)
     config = packed.config(policy, capture={"evaluate": False})
     cache, report = capture_labels(
         config, packed.data, open_teacher(config, packed.data), str(tmp_path / "c")

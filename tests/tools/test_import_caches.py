@@ -335,6 +335,18 @@ def test_labels_of_other_samples_are_refused(tmp_path):
         load("tinyvit", folder, tmp_path / "cache", data, settings=CaptureSettings(unit_samples=120))
 
 
+def test_labels_of_classes_in_another_order_are_refused(tmp_path, monkeypatch):
+    from softcache.teacher.capture.plan import CaptureSettings
+
+    data = digits()
+    reversed_N = 9 - data.source.targets()
+    monkeypatch.setattr(data.source, "targets", lambda: reversed_N)
+    with pytest.raises(
+        AlignmentError, match=r"another order, or of its samples: of \d+ rows .*: 0 '0' as 9 '9', 1"
+    ):
+        load("tinyvit", TINYVIT, tmp_path / "cache", data, settings=CaptureSettings(unit_samples=120))
+
+
 class ManyClasses:
     """A source of two samples and many classes."""
 

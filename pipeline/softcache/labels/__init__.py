@@ -11,6 +11,7 @@ temperature.py          the record at one temperature
 sampling.py             records whose classes were drawn at random, and what a drawn class weighs
 join.py                 several records made into one
 mixed_targets.py        the ground truth of images that are mixtures of two
+class_order.py          whether labels are of the classes in another order
 truncate.py             a record of fewer classes from one of more
 """
 

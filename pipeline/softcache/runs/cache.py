@@ -26,10 +26,10 @@ from softcache.runtime.launcher import check_launcher
 from softcache.runtime.logging import event, log_info, progress_bar
 from softcache.teacher.base import Teacher
 from softcache.teacher.capture.estimate import Estimate, estimate_capture
-from softcache.teacher.capture.first_rows import score_first_rows
 from softcache.teacher.capture.plan import plan_manifest
 from softcache.teacher.capture.run import CaptureReport, UnitMetrics, capture, evaluate_teacher
 from softcache.teacher.capture.shared import shared_objects
+from softcache.teacher.capture.trial import try_teacher
 from softcache.tools.fuse import fuse_caches
 
 __all__ = [
@@ -188,7 +188,7 @@ def prepare_cache(config: RunConfig, data: Data, teacher: Teacher, url: str) -> 
     manifest, samples = plan_manifest(data.train, teacher, config.labels, config.capture)
 
     def report() -> Any:
-        log_first_rows(teacher, data, batch_size=config.capture.batch_size)
+        log_trial(teacher, data, batch_size=config.capture.batch_size)
         if not config.capture.evaluate:
             return manifest.teacher
         with progress_bar("teacher: evaluate", len(data.evaluation)) as advance:
@@ -202,13 +202,13 @@ def prepare_cache(config: RunConfig, data: Data, teacher: Teacher, url: str) -> 
     return objects, *create_cache(objects, manifest, samples, report=report, shared=shared)
 
 
-def log_first_rows(teacher: Teacher, data: Data, *, batch_size: int) -> None:
-    """Logs how well the teacher predicts the first rows, and calls out one that only guesses.
+def log_trial(teacher: Teacher, data: Data, *, batch_size: int) -> None:
+    """Logs how well the teacher predicts a few rows, and calls out one that only guesses.
 
     Raises:
-        LabelError: its logits are not those of its model's own forward pass.
+        LabelError, ConfigError: as `try_teacher`.
     """
-    found = score_first_rows(teacher, data.train, num_classes=data.num_classes, batch_size=batch_size)
+    found = try_teacher(teacher, data.train, num_classes=data.num_classes, batch_size=batch_size)
     if found is None:
         return
     score = teacher.describe_score(found.accuracy, found.perplexity)
@@ -218,7 +218,7 @@ def log_first_rows(teacher: Teacher, data: Data, *, batch_size: int) -> None:
         accuracy=found.accuracy,
         loss=found.loss if math.isfinite(found.loss) else None,
     )
-    log_info(f"teacher {teacher.spec}: {score} on the first {found.rows:,} rows")
+    log_info(f"teacher {teacher.spec}: {score} on {found.rows:,} rows")
     if found.is_guessing:
         log_info(
             f"teacher {teacher.spec}: no better than a guess among {found.num_classes:,} classes; its labels teach "

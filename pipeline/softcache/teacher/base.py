@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -30,7 +30,7 @@ from softcache.models.weights import count_parameters
 from softcache.settings import Settings
 from softcache.teacher.engines.base import AnyEngineSettings, TransformersSettings
 
-__all__ = ["Dtype", "Teacher", "TeacherFacts", "TeacherSettings"]
+__all__ = ["Dtype", "RowScores", "Teacher", "TeacherFacts", "TeacherSettings"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -130,11 +130,26 @@ class TeacherFacts:
         )
 
 
+class RowScores(NamedTuple):
+    """How well the rows of a batch are predicted.
+
+    Attributes:
+        loss: sum of their negative log-likelihoods, nats.
+        correct: how many are right at the first guess.
+        guesses_P: [P] int64, the likeliest class of each.
+    """
+
+    loss: float
+    correct: int
+    guesses_P: torch.Tensor
+
+
 class Teacher(TeacherFacts, ABC):
     """A module in evaluation mode with its device and autocast dtype.
 
     Attributes:
         has_row_scores: whether each row has one ground-truth class, by which `score` scores it.
+        has_named_outputs: whether `score` scores outputs that stand for classes that a source may have in another order.
         has_states: whether it is seen as a backbone and a head: `states`, `output_head`.
 
     Args:
@@ -144,6 +159,7 @@ class Teacher(TeacherFacts, ABC):
     """
 
     has_row_scores = True
+    has_named_outputs = False
     has_states = False
 
     def __init__(
@@ -270,16 +286,17 @@ class Teacher(TeacherFacts, ABC):
         return replace(record, num_classes=self.num_classes), torch.cat(faults)
 
     @torch.inference_mode()
-    def score(self, batch: Any) -> tuple[float, int]:
-        """Returns the sum of the rows' negative log-likelihoods (nats), and how many are right at the first guess."""
+    def score(self, batch: Any) -> RowScores:
+        """Returns how well the rows of a batch are predicted."""
         targets_P = batch.targets.to(self.device, non_blocking=True)
-        loss, correct, start = 0.0, 0, 0
+        loss, start, guesses = 0.0, 0, []
         for logits_PV in self.chunks(batch):
             wanted = targets_P[start : start + len(logits_PV)]
             loss += float(nn.functional.cross_entropy(logits_PV, wanted, reduction="sum"))
-            correct += int((logits_PV.argmax(-1) == wanted).sum())
+            guesses.append(logits_PV.argmax(-1))
             start += len(logits_PV)
-        return loss, correct
+        guesses_P = torch.cat(guesses) if guesses else targets_P[:0]
+        return RowScores(loss, int((guesses_P == targets_P).sum()), guesses_P.cpu())
 
     def describe_score(self, accuracy: float, perplexity: float) -> str:
         """Returns in words how well the teacher predicts rows."""
@@ -308,8 +325,8 @@ class Teacher(TeacherFacts, ABC):
         loss, correct, rows = 0.0, 0, 0
         for samples in batches:
             batch = data.load(samples, 0, fingerprints=False)
-            batch_loss, batch_correct = self.score(batch)
-            loss, correct, rows = loss + batch_loss, correct + batch_correct, rows + batch.num_rows
+            scored = self.score(batch)
+            loss, correct, rows = loss + scored.loss, correct + scored.correct, rows + batch.num_rows
             progress(len(batch.samples))
         # A masked class that is the truth costs +inf, and a faulty teacher is refused when it labels.
         return {"eval_accuracy": correct / rows, "eval_loss": loss / rows if math.isfinite(loss) else None}

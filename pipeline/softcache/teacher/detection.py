@@ -23,7 +23,7 @@ from softcache.models.detection.weights import head_outputs, load_detector_weigh
 from softcache.models.image import Normalize
 from softcache.models.spec import parse_spec
 from softcache.models.torchvision_weights import published_weights
-from softcache.teacher.base import Dtype, Teacher, TeacherSettings
+from softcache.teacher.base import Dtype, RowScores, Teacher, TeacherSettings
 from softcache.teacher.class_map import read_class_map
 from softcache.teacher.image import check_repeatable
 
@@ -134,7 +134,7 @@ class DenseTeacher(Teacher):
         faults_P = torch.cat(faults).repeat_interleave(settings.positions.top)
         return DetectionLabels.concat(records), faults_P
 
-    def score(self, batch: Any) -> tuple[float, int]:
+    def score(self, batch: Any) -> RowScores:
         """Raises: a detector's quality is its mean average precision, and not a sum over rows.
 
         Raises:

@@ -36,6 +36,7 @@ class ImageTeacher(Teacher):
     """
 
     has_sigmoids: ClassVar[bool] = False
+    has_named_outputs = True
     build: ClassVar[Callable[..., nn.Module]] = staticmethod(build_model)
 
     def __init__(

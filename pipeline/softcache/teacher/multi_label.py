@@ -16,6 +16,7 @@ from softcache.errors import ConfigError, LabelError
 from softcache.labels import BernoulliLabels
 from softcache.labels.sparsify import LabelSettings, bernoulli_faults, top_k_bernoulli
 from softcache.models.average_precision import multi_label_scores
+from softcache.teacher.base import RowScores
 from softcache.teacher.image import ImageTeacher
 
 __all__ = ["MultiLabelTeacher"]
@@ -24,7 +25,7 @@ __all__ = ["MultiLabelTeacher"]
 class MultiLabelTeacher(ImageTeacher):
     """A classifier with a sigmoid for each class, with its normalisation."""
 
-    has_row_scores, has_sigmoids = False, True
+    has_row_scores, has_named_outputs, has_sigmoids = False, False, True
 
     def identity(self) -> dict[str, dict[str, Any]]:
         found = super().identity()
@@ -76,7 +77,7 @@ class MultiLabelTeacher(ImageTeacher):
             faults.append(bernoulli_faults(logits_PV))
         return BernoulliLabels.concat(records), torch.cat(faults)
 
-    def score(self, batch: Any) -> tuple[float, int]:
+    def score(self, batch: Any) -> RowScores:
         """Raises: quality is the average precision of classes, and not a sum over rows.
 
         Raises:

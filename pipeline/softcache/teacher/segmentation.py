@@ -22,6 +22,7 @@ from softcache.labels import SoftLabels
 from softcache.labels.sparsify import LabelSettings
 from softcache.models.mean_iou import confusion_matrix, mask_scores
 from softcache.models.segmentation import build_segmenter, scaled_logits
+from softcache.teacher.base import RowScores
 from softcache.teacher.image import ImageTeacher
 
 __all__ = ["SegmentationTeacher"]
@@ -33,6 +34,7 @@ CHUNK_ELEMENTS = 2**24
 class SegmentationTeacher(ImageTeacher):
     """A model of semantic segmentation, with its normalisation."""
 
+    has_named_outputs = False  # a mask's pixels are not independent, as evidence of another order has to be
     build = staticmethod(build_segmenter)
 
     def codec(self, k: int, labels: LabelSettings, settings: CodecSettings) -> Codec:
@@ -78,20 +80,21 @@ class SegmentationTeacher(ImageTeacher):
         return record, faults_P
 
     @torch.inference_mode()
-    def score(self, batch: Any) -> tuple[float, int]:
-        """Returns the sum of the rows' negative log-likelihoods and how many are right, as if those without a class were as
-        the others."""
-        counts_P, loss, correct, start = (batch.targets != IGNORED).to(self.device), 0.0, 0, 0
+    def score(self, batch: Any) -> RowScores:
+        """Returns how well the rows of a batch are predicted, as if those without a class were as the others."""
         targets_P = batch.targets.to(self.device)
+        loss, start, guesses = 0.0, 0, []
         for logits_PV in self.chunks(batch):
             rows = slice(start, start + len(logits_PV))
             loss += float(
                 nn.functional.cross_entropy(logits_PV, targets_P[rows], reduction="sum", ignore_index=IGNORED)
             )
-            correct += int((logits_PV.argmax(-1) == targets_P[rows]).sum())
+            guesses.append(logits_PV.argmax(-1))
             start = rows.stop
-        share = len(counts_P) / max(1, int(counts_P.sum()))
-        return loss * share, round(correct * share)
+        guesses_P = torch.cat(guesses)
+        share = len(targets_P) / max(1, int((targets_P != IGNORED).sum()))
+        correct = int((guesses_P == targets_P).sum())
+        return RowScores(loss * share, round(correct * share), guesses_P.cpu())
 
     @torch.inference_mode()
     def scores(

@@ -26,6 +26,7 @@ from softcache.data.batch import Dataset
 from softcache.errors import AlignmentError, ConfigError, LabelError
 from softcache.hashing.digests import digest_json
 from softcache.labels import SoftLabels
+from softcache.labels.class_order import find_other_order
 from softcache.labels.sparsify import TopK
 from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
@@ -135,13 +136,13 @@ class _UnitColumns:
     def make(self, unit: Unit) -> dict[str, np.ndarray]:
         # An original of images may read a file per sample for all views at once: it is asked for a unit as a whole.
         step = self._batch_size if self._is_text else unit.stop - unit.start
-        parts, right, targets = [], [], []
+        parts, guesses, targets = [], [], []
         for start in range(unit.start, unit.stop, step):
             samples = np.arange(start, min(start + step, unit.stop))
             batch = self._data.load(samples, unit.view) if self._is_text else None
             targets_R = self._targets_N[samples] if batch is None else batch.targets.numpy()
             labels = self._labels(samples, unit.view, batch, targets_R)
-            right.append(labels.ids[:, 0] == targets_R)
+            guesses.append(labels.ids[:, 0])
             targets.append(targets_R)
             columns = self._columns(labels)
             columns["fingerprint"] = self._fingerprints(samples, unit.view, batch)
@@ -149,7 +150,7 @@ class _UnitColumns:
                 columns["num_rows"] = batch.row_counts.astype(np.uint32)
                 columns["position"] = batch.positions.astype(np.uint32)
             parts.append(columns)
-        self._check_agreement(unit, np.concatenate(right), np.concatenate(targets))
+        self._check_agreement(unit, np.concatenate(guesses), np.concatenate(targets))
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def _labels(self, samples: np.ndarray, view: int, batch: Any, targets_R: np.ndarray) -> SoftLabels:
@@ -191,23 +192,36 @@ class _UnitColumns:
         pieces = np.split(samples, range(self._batch_size, len(samples), self._batch_size))
         return np.concatenate([self._data.load(piece, view).fingerprints for piece in pieces])
 
-    def _check_agreement(self, unit: Unit, right_R: np.ndarray, targets_R: np.ndarray) -> None:
+    def _check_agreement(self, unit: Unit, guesses_R: np.ndarray, targets_R: np.ndarray) -> None:
         """Raises unless the labels know more of the ground truth than labels of other samples would.
 
         Whatever does not depend on the ground truth is right at most as often as the commonest class comes.
         """
+        right_R = guesses_R == targets_R
         self.rows_right += int(right_R.sum())
         num_rows, known_N = len(right_R), targets_R if self._is_text else self._targets_N
         commonest = np.unique(known_N, return_counts=True)[1].max() / len(known_N)
         limit = commonest + 3 * np.sqrt(commonest * (1 - commonest) / num_rows)
         found = float(right_R.mean())
-        if num_rows >= LEAST_ROWS and found <= limit:
-            key = self._data.source.key
+        key = self._data.source.key
+        where = (
+            f"{self._original.name}, {self._original.where(unit.start, unit.view)}: samples {key(unit.start)!r} to "
+            f"{key(unit.stop - 1)!r}, view {unit.view}"
+        )
+        other_order = (
+            None if self._is_text else find_other_order(targets_R, guesses_R, self._codec.num_classes)
+        )
+        if other_order is not None:
             raise AlignmentError(
-                f"{self._original.name}, {self._original.where(unit.start, unit.view)}: samples {key(unit.start)!r} to "
-                f"{key(unit.stop - 1)!r}, view {unit.view}: the most likely class is the ground truth in {found:.1%} of "
-                f"{num_rows:,} rows; expected more than {limit:.1%}, which a guess has: the labels are of other samples, of "
-                "another order of samples or of classes, or shifted; give the source that was labeled"
+                f"{where}: the labels are of the source's classes in another order, or of its samples: "
+                f"{other_order.describe(self._data.class_names)}; give the order of the labels' classes as "
+                "source.class_names or source.class_order, or the source that was labeled"
+            )
+        if num_rows >= LEAST_ROWS and found <= limit:
+            raise AlignmentError(
+                f"{where}: the most likely class is the ground truth in {found:.1%} of {num_rows:,} rows; expected more "
+                f"than {limit:.1%}, which a guess has: the labels are of other samples, of another order of samples or of "
+                "classes, or shifted; give the source that was labeled"
             )
 
 

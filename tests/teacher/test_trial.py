@@ -2,14 +2,17 @@
 
 import math
 import weakref
+from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from softcache.errors import LabelError
+from softcache.errors import ConfigError, LabelError
 from softcache.models.language import build_language_model
 from softcache.runs import capture_labels, open_data, open_teacher
-from softcache.teacher.capture.first_rows import FirstRows, score_first_rows
+from softcache.teacher.base import RowScores
+from softcache.teacher.capture.trial import TrialScores, try_teacher
 from softcache.teacher.language import LanguageTeacher
 from tests.support.caches import digits_config
 from tests.support.text_caches import text_config
@@ -27,7 +30,7 @@ from tests.support.text_caches import text_config
     ],
 )
 def test_a_guess_is_known_by_accuracy_and_loss(rows, loss, accuracy, classes, guessing):
-    assert FirstRows(rows, loss, accuracy, classes).is_guessing == guessing
+    assert TrialScores(rows, loss, accuracy, classes).is_guessing == guessing
 
 
 def test_the_score_is_printed_once_when_a_cache_is_created(tmp_path, capfd):
@@ -37,11 +40,11 @@ def test_the_score_is_printed_once_when_a_cache_is_created(tmp_path, capfd):
     for _ in range(2):
         capture_labels(config, data, teacher, str(tmp_path / "cache"))
     printed = capfd.readouterr().err
-    assert printed.count("on the first") == 1
+    assert printed.count(" rows\n") == 1
     size = config.capture.batch_size
-    found = score_first_rows(teacher, data.train, num_classes=10, batch_size=size)
+    found = try_teacher(teacher, data.train, num_classes=10, batch_size=size)
     assert 256 <= found.rows < 256 + size
-    assert f"teacher {teacher.spec}: {found.accuracy:.2%} right on the first {found.rows:,} rows" in printed
+    assert f"teacher {teacher.spec}: {found.accuracy:.2%} right on {found.rows:,} rows" in printed
 
 
 def test_a_teacher_with_random_weights_is_called_out(tmp_path, capfd):
@@ -54,7 +57,7 @@ def test_a_teacher_with_random_weights_is_called_out(tmp_path, capfd):
     teacher = LanguageTeacher(model, spec="x:y", device=torch.device("cpu"), dtype="float32")
     capture_labels(config, data, teacher, str(tmp_path / "cache"))
     printed = capfd.readouterr().err
-    assert "of tokens right on the first" in printed
+    assert "of tokens right on" in printed
     assert f"no better than a guess among {data.num_classes:,} classes" in printed
 
 
@@ -62,12 +65,12 @@ def test_labels_that_are_not_of_the_models_own_forward_are_refused(tmp_path):
     config = text_config(tmp_path)
     data = open_data(config)
     teacher = open_teacher(config, data)
-    score_first_rows(teacher, data.train, num_classes=data.num_classes, batch_size=4)
+    try_teacher(teacher, data.train, num_classes=data.num_classes, batch_size=4)
     teacher.parts.backbone.register_forward_pre_hook(
         lambda module, args, kwargs: (args, {**kwargs, "position_ids": None}), with_kwargs=True
     )  # packed documents see each other
     with pytest.raises(LabelError, match=r"not those of its own forward pass: [\d.]+ nats of \d+ rows"):
-        score_first_rows(teacher, data.train, num_classes=data.num_classes, batch_size=4)
+        try_teacher(teacher, data.train, num_classes=data.num_classes, batch_size=4)
 
 
 def test_the_check_holds_one_chunk_of_logits_at_a_time(tmp_path, monkeypatch):
@@ -116,3 +119,51 @@ def test_weights_are_digested_before_the_first_pass_and_not_again():
     teacher.identity()
     assert happened[0] == "weights read"
     assert happened.count("weights read") == 1 < len(happened)
+
+
+def test_a_teacher_whose_outputs_are_the_classes_in_another_order_is_refused(tmp_path):
+    config = digits_config(teacher={"model": "tests.fakes:nearest_mean"})
+    data = open_data(config)
+    found = try_teacher(open_teacher(config, data), data.train, num_classes=10, batch_size=64)
+    assert found is not None
+    assert found.accuracy > 0.8
+    config = digits_config(teacher={"model": "tests.fakes:nearest_mean_reversed"})
+    with pytest.raises(
+        ConfigError,
+        match=r"in another order: .* 10 classes .* another class: 0 '0' as 9 '9', 1 '1' as 8 '8', 2 '2' as 7 '7', …; give",
+    ):
+        capture_labels(config, data, open_teacher(config, data), str(tmp_path / "cache"))
+    assert not (tmp_path / "cache/manifest.json").exists()
+
+
+def test_the_rows_of_a_trial_come_from_all_over_the_split():
+    seen = []
+
+    class Recording(list):
+        mean_rows = 1.0
+
+        def load(self, samples, view, *, fingerprints):
+            seen.append(samples)
+            return SimpleNamespace(num_rows=len(samples), targets=torch.zeros(len(samples), dtype=torch.long))
+
+    teacher = SimpleNamespace(
+        has_row_scores=True,
+        has_named_outputs=False,
+        check_forward=lambda batch: None,
+        score=lambda batch: RowScores(0.0, 0, batch.targets),
+    )
+    for length, size in [
+        (100_000, 256),
+        (100_000, 300),
+        (300, 256),
+        (257, 256),
+        (5, 256),
+        (1, 1),
+        (70_000, 1),
+    ]:
+        seen.clear()
+        found = try_teacher(teacher, Recording(range(length)), num_classes=2, batch_size=size)
+        assert seen[0].start == 0
+        assert len(seen) == 1 or seen[-1].stop == length
+        assert all(one.stop <= other.start for one, other in pairwise(seen))
+        assert min(length, 256) - size < found.rows < 2048 + size
