@@ -219,6 +219,37 @@ def test_a_student_learns_from_a_cache_of_its_rollouts(sampled, tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    ("change", "is_refused"),
+    [
+        (lambda x: x, False),
+        (lambda x: x / np.log(2), True),
+        (lambda x: x - 1.0, True),
+        (lambda x: x + 0.5 * (x < -0.5), False),  # a surer policy than the student
+    ],
+)
+@pytest.mark.parametrize("model", ["known", "known_scaled"])
+def test_log_probabilities_of_a_file_that_tokens_were_not_sampled_with_are_refused(
+    sampled, tmp_path, change, is_refused, model
+):
+    """Each weighs its token: to base 2 they trained the student on other weights without a word."""
+    _, out = sampled
+    rows = lines_of(out)
+    for row in rows:
+        row["log_probs"] = change(np.array(row["log_probs"])).tolist()
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(tmp_path / "rows.jsonl"), "eval_path": str(out / "eval.jsonl")}
+    config = rollout_config(tmp_path, out, source=source)
+    build = open_data(config).task(config, f"tests.fakes_language:{model}").build
+    if not is_refused:
+        build()
+        return
+    with pytest.raises(
+        SourceError, match=r"times the probability of their log_probs.* loss\.importance = false"
+    ):
+        build()
+
+
 def test_rollouts_of_a_policy_of_another_teacher_are_refused_unless_it_is_named(sampled, tmp_path):
     _, out = sampled
     teacher = read_manifest(str(out))["sft_teacher"]
