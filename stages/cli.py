@@ -9,6 +9,7 @@ import io
 import os
 import shlex
 import sys
+from contextlib import suppress
 
 import click
 
@@ -43,7 +44,8 @@ def main() -> None:
     if isinstance(
         sys.stdout, io.TextIOWrapper
     ):  # as stderr has it: a locale that lacks a character is no reason to fail
-        sys.stdout.reconfigure(errors="backslashreplace")
+        with suppress(OSError):  # of what is written to and read, at once
+            sys.stdout.reconfigure(errors="backslashreplace")
     if not is_rank_zero():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     with handle_signals():

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from softcache.errors import StorageError
 from softcache.modalities import percent
 from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
-from softcache.runtime.files import to_json
+from softcache.runtime.files import replace_file, to_json
 from softcache.runtime.logging import progress_bar
 
 from .options import CACHE, LOCAL, config_options, json_option, parse_temperatures, print_json, print_table
@@ -79,12 +80,15 @@ def fidelity(
         report, points = measure_cache(cache, rerun, temperatures=wanted, progress=advance)
     report = {"config": config.name, "seed": seed, **report}
     folder = Path(out) if out else config.root / "fidelity"
-    folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "fidelity.json"]
-    written[0].write_text(to_json(report), encoding="utf-8")
-    written += draw_frontier(
-        points, folder, title=_title(report), temperature=wanted[0], own=_own(report, wanted[0])
-    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(written[0], to_json(report))
+        written += draw_frontier(
+            points, folder, title=_title(report), temperature=wanted[0], own=_own(report, wanted[0])
+        )
+    except OSError as error:
+        raise StorageError(f"fidelity {folder}: cannot be written: {error}; choose another --out") from error
     if as_json:
         print_json(report)
         return

@@ -41,7 +41,7 @@ def states(sweep):
     return [trial.state.name for trial in sweep.study.trials()]
 
 
-def small_study(path, seed=0):
+def small_study(path, seed=0, first=None):
     return SharedStudy(
         path,
         identity={"what": "a test"},
@@ -49,7 +49,7 @@ def small_study(path, seed=0):
         settings=SweepSettings(seed=seed, startup_trials=3),
         epochs=4,
         maximize=True,
-        first=None,
+        first=first,
     )
 
 
@@ -269,6 +269,63 @@ def test_a_trial_of_a_dead_process_is_marked_and_its_settings_are_taken_by_the_n
         assert turn.place == dead.place
         assert turn.trial.user_attrs["retry_of"] == dead.trial.number
         assert turn.trial.user_attrs["reported"] == {"0": 0.25}
+
+
+def test_a_sweep_whose_processes_died_tries_the_settings_of_one_whose_did_not(tmp_path):
+    def tried(path, deaths):
+        found, number = [], 0
+        while True:
+            study = small_study(path)
+            with study.worker():
+                while (turn := study.take(8)) is not None:
+                    number += 1
+                    if number in deaths:
+                        break
+                    found.append(turn.trial.params)
+                    study.optuna_study.tell(turn.trial, turn.trial.params["alpha"])
+                else:
+                    return found
+
+    whole = tried(tmp_path / "whole", ())
+    assert len(whole) == 8
+    assert tried(tmp_path / "killed", (1, 2, 5, 9)) == whole
+
+
+def test_a_process_that_dies_while_it_takes_the_first_trial_leaves_the_configs_settings_to_the_next(
+    tmp_path, monkeypatch
+):
+    first = {"alpha": 0.25, "loss": "dkd"}
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("softcache.runs.sweep.study._suggest", die)
+        study = small_study(tmp_path / "study", first=first)
+        with study.worker(), pytest.raises(KeyboardInterrupt):
+            study.take(3)
+    study = small_study(tmp_path / "study", first=first)
+    with study.worker():
+        assert study.take(3).trial.params == first
+        assert study.take(3).trial.params != first
+    assert [trial.state.name for trial in study.trials()] == ["FAIL", "RUNNING", "RUNNING"]
+
+
+def test_a_process_that_dies_while_it_takes_settings_again_leaves_them_whole(tmp_path, monkeypatch):
+    study = small_study(tmp_path / "study")
+    with study.worker():
+        dead = study.take(1).trial
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("softcache.runs.sweep.study._suggest", die)
+        with study.worker(), pytest.raises(KeyboardInterrupt):
+            study.take(1)
+    with study.worker():
+        turn = study.take(1)
+    assert (turn.trial.params, turn.place) == (dead.params, dead.user_attrs["place"])
 
 
 def test_settings_whose_process_dies_again_and_again_are_given_up(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from softcache.errors import IdentityError, LabelError, TemperatureError
+from softcache.errors import IdentityError, LabelError, StorageError, TemperatureError
 from softcache.stages.cli import softcache
 
 CONFIG = """
@@ -115,6 +115,21 @@ def test_json_is_the_report(run, cache):
     report = json.loads(shown.stdout)
     assert report["rows"] == 16
     assert report["temperatures"]["1"]["kl_mean_nats"] > 0
+
+
+def test_a_full_disk_is_one_message_and_leaves_the_report_of_before(run, cache, place, monkeypatch):
+    words = ("fidelity", cache, "--config", "small.toml", "--rows", "64", "--out", "full")
+    (place / "full").mkdir()
+    (place / "full/fidelity.json").write_text("{}")
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(StorageError, match=r"fidelity full: cannot be written: .*No space left on device"):
+        run(*words)
+    assert [path.name for path in (place / "full").iterdir()] == ["fidelity.json"]
+    assert (place / "full/fidelity.json").read_text() == "{}"
 
 
 def test_another_teacher_is_refused(run, cache):

@@ -8,7 +8,7 @@
 Claiming a trial is one step under the study's lock: mark the trials of crashed processes as failed and queue their
 settings again, count, ask the sampler, record the process of the trial. So there are never more trials than requested, and
 a crashed trial is detected at once, without a heartbeat. The sampler's random numbers are a function of (seed, number of
-the trial): a process that is stopped and restarted draws the same.
+settings that were tried before): a process that is stopped, killed or not, and restarted draws the same.
 """
 
 from __future__ import annotations
@@ -114,7 +114,10 @@ class SharedStudy:
                 load_if_exists=True,
                 pruner=median if settings.pruner == "median" else optuna.pruners.NopPruner(),
             )
-            if first is not None and not self._study.get_trials(deepcopy=False):
+            waiting = optuna.trial.TrialState.WAITING
+            if first is not None and not any(
+                _was_taken(one) or one.state == waiting for one in self.trials()
+            ):
                 self._study.enqueue_trial(first)
 
     @property
@@ -150,7 +153,9 @@ class SharedStudy:
                 >= total
             ):
                 return None
-            self._study.sampler = self._sampler(len(trials))
+            # Settings that are taken again are no further ones; those of a process that died before it had them never were.
+            tried = sum(_was_taken(trial) and "retry_of" not in trial.user_attrs for trial in trials)
+            self._study.sampler = self._sampler(tried)
             trial = self._study.ask()
             trial.set_user_attr("worker", self._worker)
             for name, axis in self._space.items():
@@ -185,18 +190,21 @@ class SharedStudy:
             self._study.tell(trial.number, state=states.FAIL)
             (self.path / "workers" / f"{trial.user_attrs.get('worker')}.lock").unlink(missing_ok=True)
             retries = trial.user_attrs.get("retries", 0)
-            if (
-                trial.params.keys() == self._space.keys()
-                and retries < RETRIES
-                and "place" in trial.user_attrs
-            ):
+            if _was_taken(trial) and retries < RETRIES:
                 attributes = {
                     "place": trial.user_attrs["place"],
                     "retry_of": trial.number,
                     "retries": retries + 1,
                     "reported": {str(step): value for step, value in trial.intermediate_values.items()},
                 }
-                self._study.enqueue_trial(trial.params, user_attrs=attributes)
+                # Of settings that were taken again by a process that died before it had them all, those that it was given.
+                params = trial.system_attrs.get("fixed_params", trial.params)
+                self._study.enqueue_trial(params, user_attrs=attributes)
+
+
+def _was_taken(trial: optuna.trial.FrozenTrial) -> bool:
+    """Whether a process had all settings of a trial; the place is what it records last."""
+    return "place" in trial.user_attrs and "worker" in trial.user_attrs
 
 
 @contextmanager
