@@ -9,9 +9,12 @@ import torch
 from PIL import Image
 from torchvision.ops import box_iou
 
+from softcache.data.boxes import ViewedScenes
+from softcache.data.masks import Cells, ViewedMasks
 from softcache.data.sources import open_source
-from softcache.data.sources.detection.base import BoxSource
+from softcache.data.sources.detection.base import BoxAnnotations, BoxSource
 from softcache.data.sources.detection.synthetic import MAX_IOU
+from softcache.data.transforms import Views, ViewSettings
 from softcache.errors import SourceError
 
 
@@ -206,3 +209,95 @@ def test_textual_ids_and_flags_and_missing_sizes_are_those_of_numbers(tmp_path):
         categories=[{"id": "dog", "name": "dog"}, {"id": "ant", "name": "ant"}],
     )
     assert coco(words).class_names == ("ant", "dog")
+
+
+class Photos:
+    """Four gray images of the user's with one box each, and a mask."""
+
+    name, num_classes, class_names, digest = "photos", 2, ("a", "b"), "00"
+    box, classes, values = (20, 10, 50, 30), (0,), (0, 1)
+
+    def __init__(self, split):
+        self.split = split
+
+    def __len__(self):
+        return 4
+
+    def key(self, sample):
+        return f"{self.split}/{sample}"
+
+    def keys(self):
+        return [self.key(sample) for sample in range(4)]
+
+    def target(self, sample):
+        return 1
+
+    def targets(self):
+        return np.ones(4, np.int64)
+
+    def image(self, sample):
+        return torch.full((3, 40, 60), sample, dtype=torch.uint8)
+
+    def truth(self, sample):
+        return BoxAnnotations.of([self.box], self.classes)
+
+    def mask(self, sample):
+        return torch.tensor(self.values, dtype=torch.int16).repeat(40, 30)
+
+
+@pytest.mark.parametrize("size", [None, 32])
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"box": (30, 25, 20, 20)}, r"box \[30.0, 25.0, 20.0, 20.0\] has no area; .*not width and height"),
+        ({"box": (20, 10, 90, 30)}, r"reaches out of the image of 60x40 pixels; .*cut it at the edge"),
+        ({"box": (0.2, 0.1, 0.5, 0.3)}, r"is within one pixel; .*not shares of the image"),
+        ({"box": (20, 10, float("nan"), 30)}, r"has no area"),
+        ({"classes": (2,)}, r"sample 'train/0': classes 2 to 2 of boxes; expected 0 to 1"),
+        ({"classes": (0, 1)}, r"boxes of shape \(1, 4\), 2 classes"),
+    ],
+)
+def test_boxes_of_ones_own_that_cannot_be_are_refused_in_every_view(members, message, size):
+    views = Views(ViewSettings(size=size, flip=0.5, fit="letterbox" if size else "crop"))
+    assert len(ViewedScenes(Photos("train"), views, rows_per_sample=4).load([0], 1)) == 1
+    source = type("Wrong", (Photos,), members)("train")
+    for view in (0, 1):
+        with pytest.raises(SourceError, match=message):
+            ViewedScenes(source, views, rows_per_sample=4).load([0], view)
+
+
+def miscounted(split):
+    return type(
+        "Wrong", (Photos,), {"target": lambda self, sample: 2, "targets": lambda self: np.full(4, 2)}
+    )(split)
+
+
+def photos(split):
+    return Photos(split)
+
+
+def test_boxes_of_ones_own_are_as_many_as_the_source_counts():
+    name = f"{__name__}:photos"
+    assert len(open_source({"modality": "detection", "name": name}, split="train")) == 4
+    with pytest.raises(SourceError, match=r"truth\(0\) has 1 boxes, and target\(0\) is 2"):
+        open_source({"modality": "detection", "name": f"{__name__}:miscounted"}, split="train")
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"values": (0, 255)}, r"mask of 'train/0' has the values \[255\]; expected 0 to 1, and -100"),
+        ({"values": (-1, 0)}, r"has the values \[-1\]"),
+        (
+            {"mask": lambda self, sample: np.zeros((40, 60), np.int16)},
+            r"is a ndarray of int16; .*torch tensor",
+        ),
+        ({"mask": lambda self, sample: torch.zeros(40, 60)}, r"is a Tensor of torch.float32"),
+    ],
+)
+def test_masks_of_ones_own_that_are_no_classes_are_refused(members, message):
+    views = Views(ViewSettings(size=32))
+    cells = Cells.of(32, 32, 4)
+    assert len(ViewedMasks(Photos("train"), views, cells=cells).load([0], 0)) == 1
+    with pytest.raises(SourceError, match=message):
+        ViewedMasks(type("Wrong", (Photos,), members)("train"), views, cells=cells).load([0], 0)

@@ -18,7 +18,7 @@ import torch
 
 from softcache.data.images import ViewedTruth
 from softcache.data.sent_batch import SentBatch
-from softcache.data.sources.detection.base import BoxAnnotations, BoxSource
+from softcache.data.sources.detection.base import BoxAnnotations, BoxSource, check_truth
 from softcache.data.transforms import Views
 from softcache.data.transforms.boxes import MIN_VISIBLE
 from softcache.errors import ConfigError, LabelError, SourceError
@@ -279,15 +279,15 @@ class ViewedScenes(ViewedTruth):
         return [(image.shape[1], image.shape[2]) for image in self._images.read(samples)]
 
     def _seen(self, samples: np.ndarray, view: int) -> list[BoxAnnotations]:
-        plain = view == 0 and self.views.settings.size is None
-        sizes = [None] * len(samples) if plain else self._sizes(samples)
-        return [self._seen_one(int(sample), view, size) for sample, size in zip(samples, sizes, strict=True)]
+        sizes = self._sizes(samples)
+        return [self._seen_one(int(sample), view, *size) for sample, size in zip(samples, sizes, strict=True)]
 
-    def _seen_one(self, sample: int, view: int, size: tuple[int, int] | None) -> BoxAnnotations:
-        truth = self.source.truth(sample)
-        if size is None:  # as it is
-            return truth
-        boxes_M4, kept_M = self.views.apply_boxes(
-            truth.boxes, key=self.source.key(sample), view=view, height=size[0], width=size[1]
+    def _seen_one(self, sample: int, view: int, height: int, width: int) -> BoxAnnotations:
+        truth, key = self.source.truth(sample), self.source.key(sample)
+        check_truth(
+            truth, height, width, self.source.num_classes, f"source {self.source.name}: sample {key!r}"
         )
+        if view == 0 and self.views.settings.size is None:  # as it is
+            return truth
+        boxes_M4, kept_M = self.views.apply_boxes(truth.boxes, key=key, view=view, height=height, width=width)
         return BoxAnnotations(boxes_M4, truth.classes, truth.crowd).take(kept_M)

@@ -213,9 +213,21 @@ class ViewedMasks(ViewedTruth):
         """What the view shows of a mask, int16 [H, W]."""
         key, size = self.source.key(sample), self._images.read(np.array([sample]))[0].shape[1:]
         mask = self.source.mask(sample)
+        if not isinstance(mask, torch.Tensor) or mask.is_floating_point():
+            raise SourceError(
+                f"source {self.source.name}: the mask of {key!r} is a {type(mask).__name__} of "
+                f"{getattr(mask, 'dtype', None)}; expected a torch tensor, int16 [H, W]"
+            )
         if mask.shape != size:
             raise SourceError(
                 f"source {self.source.name}: the mask of {key!r} has {mask.shape[0]}x{mask.shape[1]} pixels, its image "
                 f"{size[0]}x{size[1]}; expected the same (an image is turned by its EXIF orientation, a mask is not)"
+            )
+        mask = mask.to(torch.int16)
+        wrong = mask[(mask != IGNORED) & ((mask < 0) | (mask >= self.source.num_classes))]
+        if len(wrong):
+            raise SourceError(
+                f"source {self.source.name}: the mask of {key!r} has the values {wrong.unique().tolist()[:10]}; expected 0 "
+                f"to {self.source.num_classes - 1}, and {IGNORED} where there is no class"
             )
         return self.views.apply_mask(mask, key=key, view=view, ignored=IGNORED)

@@ -18,9 +18,10 @@ import numpy as np
 
 from softcache.data.sources.base import SOURCES, SourceSettings, Split
 from softcache.data.sources.images.base import Source
-from softcache.data.sources.images.custom import Subset, call_factory, check_source
+from softcache.data.sources.images.custom import Subset, call_factory, check_source, tried_samples
+from softcache.errors import SourceError
 
-__all__ = ["BoxAnnotations", "BoxSource", "CustomBoxes", "DetectionSettings", "digest_truths"]
+__all__ = ["BoxAnnotations", "BoxSource", "CustomBoxes", "DetectionSettings", "check_truth", "digest_truths"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +86,12 @@ class CustomBoxes(DetectionSettings):
     def open(self, split: Split) -> BoxSource:
         source, limit = call_factory(self.name, split), self.max_samples(split)
         check_source(source, self.name, split, ("truth",), of="BoxSource")
+        for sample in tried_samples(source):
+            if (found := len(source.truth(sample))) != source.target(sample):
+                raise SourceError(
+                    f"source {source.name}: truth({sample}) has {found} boxes, and target({sample}) is "
+                    f"{source.target(sample)}; expected their number"
+                )
         return source if limit is None else BoxSubset(source, limit)
 
 
@@ -95,6 +102,44 @@ class BoxSubset(Subset):
 
     def truth(self, sample: int) -> BoxAnnotations:
         return self._source.truth(range(self._count)[sample])
+
+
+def check_truth(truth: BoxAnnotations, height: int, width: int, num_classes: int, what: str) -> None:
+    """Checks the truth of one image.
+
+    Args:
+        what: names the image in messages.
+
+    Raises:
+        SourceError: boxes are not left, top, right, bottom in pixels within the image, or classes are none.
+    """
+    boxes, form = truth.boxes, "expected left, top, right, bottom in pixels"
+    if boxes.shape != (len(truth), 4) or truth.crowd.shape != (len(truth),):
+        raise SourceError(
+            f"{what}: boxes of shape {boxes.shape}, {len(truth)} classes, and crowd of shape {truth.crowd.shape}; expected "
+            "one box, class and crowd each"
+        )
+    if not len(truth):
+        return
+    if not (0 <= truth.classes.min() <= truth.classes.max() < num_classes):
+        raise SourceError(
+            f"{what}: classes {truth.classes.min()} to {truth.classes.max()} of boxes; expected 0 to {num_classes - 1}"
+        )
+    empty = ~((boxes[:, :2] < boxes[:, 2:]).all(1))  # NaN, too
+    outside = (boxes < -1).any(1) | (boxes > np.array([width, height] * 2) + 1).any(1)
+    if empty.any():
+        raise SourceError(
+            f"{what}: the box {boxes[empty][0].tolist()} has no area; {form}, and not width and height"
+        )
+    if outside.any():
+        raise SourceError(
+            f"{what}: the box {boxes[outside][0].tolist()} reaches out of the image of {width}x{height} pixels; {form}; cut "
+            "it at the edge"
+        )
+    if boxes.max() <= 1 < min(width, height):
+        raise SourceError(
+            f"{what}: the box {boxes[0].tolist()} is within one pixel; {form}, and not shares of the image"
+        )
 
 
 def digest_truths(truths: Sequence[BoxAnnotations]) -> str:

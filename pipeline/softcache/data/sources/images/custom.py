@@ -14,7 +14,7 @@ from softcache.data.sources.images.base import ImageSourceSettings, Source, Spli
 from softcache.errors import SourceError, SpecError
 from softcache.hashing.digests import digest_source
 
-__all__ = ["CustomImages", "Subset", "call_factory", "check_members", "check_source"]
+__all__ = ["CustomImages", "Subset", "call_factory", "check_members", "check_source", "tried_samples"]
 
 
 @SOURCES.register("image/custom")
@@ -138,9 +138,7 @@ def check_source(
         raise SourceError(
             f"{what}: {len(source.class_names)} class_names, and num_classes is {source.num_classes}; expected one each"
         )
-    for sample in sorted(
-        {*np.linspace(0, len(source) - 1, TRIED).round().astype(int).tolist()} if len(source) else ()
-    ):
+    for sample in tried_samples(source):
         for one, several in (("key", keys), ("target", targets)):
             if (found := getattr(source, one)(sample)) != several[sample]:
                 raise SourceError(
@@ -148,6 +146,12 @@ def check_source(
                 )
     if len(source):
         _check_image(source.image(0), f"{what}: image(0)")
+
+
+def tried_samples(source: Source) -> list[int]:
+    """Returns some samples of a source, the first and the last among them."""
+    numbers = np.linspace(0, len(source) - 1, TRIED).round() if len(source) else np.zeros(0)
+    return np.unique(numbers.astype(int)).tolist()
 
 
 TRIED = 64
