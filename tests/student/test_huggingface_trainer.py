@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 import runpy
 import sys
 from itertools import chain
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXTokenizer,
     LlamaConfig,
     PreTrainedTokenizerFast,
     TrainerCallback,
@@ -50,6 +53,7 @@ from softcache.student.integrations.huggingface.trainer import RankBatches
 from softcache.student.integrations.huggingface.validate import refuse_parallel
 from softcache.student.tasks import LossSettings, TokenStudent
 from tests.support.process_groups import run_ranks
+from tests.support.text_caches import WORDS, text_config
 
 ROOT = Path(__file__).parent.parent.parent
 VOCAB, SEQ_LEN = 300, 32
@@ -489,6 +493,29 @@ def test_a_student_of_another_tokenizer_is_refused(labeled, tmp_path):
     trainer_of(labeled, tmp_path, fresh, processing_class=load_tokenizer(source))
     load_tokenizer(source).save_pretrained(tmp_path / "model")
     trainer_of(labeled, tmp_path, model)
+
+
+def test_the_tokenizer_that_is_saved_begins_texts_as_the_source_did(tmp_path):
+    """GPT-NeoX's class makes its template anew when it is loaded: its texts began with nothing."""
+    model = json.loads(
+        train_byte_level(WORDS, special_tokens=["<s>", "</s>"], vocab_size=300, min_frequency=1).to_str()
+    )["model"]
+    tokens = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "</s>"}
+    merges = [tuple(merge) for merge in model["merges"]]
+    GPTNeoXTokenizer(vocab=model["vocab"], merges=merges, **tokens).save_pretrained(tmp_path / "neox")
+    config = text_config(tmp_path, source={"tokenizer": str(tmp_path / "neox"), "bos": True})
+    data = open_data(config)
+    cache, _ = capture_labels(config, data, open_teacher(config, data), str(tmp_path / "cache"))
+    trainer = DistillTrainer(
+        llama(cache.num_classes),
+        arguments(tmp_path / "out"),
+        cache=cache,
+        source=data.train,
+        processing_class=load_tokenizer(config.source),
+    )
+    trainer.save_model()
+    assert data.train.source.sample(0).tokens[0] == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("the teacher")["input_ids"][0] == 0
 
 
 def test_a_tokenizer_that_begins_texts_otherwise_is_not_saved_next_to_the_student(labeled, tmp_path):

@@ -39,6 +39,7 @@ __all__ = [
     "end_tokens",
     "is_bpe",
     "load_tokenizer",
+    "save_tokenizer",
     "save_with_tokenizer",
     "special_tokens",
     "tokenizer_parts",
@@ -346,7 +347,7 @@ def save_with_tokenizer(folder: Path, tokenizer: Any, *, bos: Literal["auto"] | 
     Raises:
         SpecError: what transformers would load from there begins texts otherwise, or cuts them otherwise.
     """
-    _save_tokenizer(folder, tokenizer, bos)
+    save_tokenizer(folder, tokenizer, bos)
     if not (Path(folder) / "generation_config.json").exists():
         return
     config = text_library("transformers").GenerationConfig.from_pretrained(folder)
@@ -381,15 +382,24 @@ def check_tokenizer_is_saved(tokenizer: Any, bos: Literal["auto"] | bool) -> Non
         SpecError: see there.
     """
     with tempfile.TemporaryDirectory() as folder:
-        _save_tokenizer(Path(folder), tokenizer, bos)
+        save_tokenizer(Path(folder), tokenizer, bos)
 
 
-def _save_tokenizer(folder: Path, tokenizer: Any, bos: Literal["auto"] | bool) -> None:
-    """Writes a tokenizer so that transformers loads it as it is: some classes make a part of it anew (GPT-NeoX, BERT)."""
+def save_tokenizer(folder: Path, tokenizer: Any, bos: Literal["auto"] | bool = "auto") -> None:
+    """Writes a tokenizer so that transformers loads it as it is: some classes make a part of it anew (GPT-NeoX, BERT).
+
+    Args:
+        bos: as of `save_with_tokenizer`.
+
+    Raises:
+        SpecError: what transformers would load from there begins texts otherwise, or cuts them otherwise.
+    """
     of = f"tokenizer {tokenizer.name_or_path!r}"
     _begin_texts(tokenizer, bos, of=of)
     expected = list(special_tokens(tokenizer, bos=bos, of=of).prefix)
     tokenizer.save_pretrained(folder)
+    if not type(tokenizer).__module__.startswith("transformers."):
+        return  # a class of the user's own, which is loaded by their code
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         begins, why = _around(tokenizer, of)[0], "it has no tokenizer.json, in which that can be written"
         if begins == expected:

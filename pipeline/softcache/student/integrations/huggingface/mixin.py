@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from softcache.data.sources.text.source import TokenSource
+from softcache.data.sources.text.tokenizer import save_tokenizer
 from softcache.data.tokens import TokenBatch
 from softcache.errors import ConfigError
 from softcache.losses import LossMix
@@ -72,6 +74,13 @@ class DistillationMixin:
     def _is_cut(self) -> bool:
         """Whether processes gather weights from each other: FSDP, or ZeRO-3 of DeepSpeed."""
         return bool(getattr(self, "is_fsdp_enabled", False)) or zero_stage(self) == 3
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Saves as the Trainer does; the tokenizer so that it begins and cuts texts as it does here when it is loaded."""
+        super()._save(output_dir, state_dict)  # type: ignore[misc]
+        if self.processing_class is not None:
+            tokenizer = getattr(self.processing_class, "tokenizer", self.processing_class)
+            save_tokenizer(Path(output_dir or self.args.output_dir), tokenizer)
 
     def compute_loss(
         self,

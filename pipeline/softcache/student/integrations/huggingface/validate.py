@@ -7,7 +7,11 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer, TrainingArguments
 
 from softcache.data.sources.text.table import TokenSource
-from softcache.data.sources.text.tokenizer import accept_tokenizer, special_tokens
+from softcache.data.sources.text.tokenizer import (
+    accept_tokenizer,
+    check_tokenizer_is_saved,
+    special_tokens,
+)
 from softcache.errors import ConfigError, IdentityError, SpecError
 from softcache.models.language import tokenizer_of
 from softcache.runtime.launcher import check_launcher
@@ -171,6 +175,7 @@ def check_tokenizer(source: TokenSource, model: Any, tokenizer: Any) -> None:
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
     if tokenizer is not None:
         accept_tokenizer(tokenizer, source, of="processing_class")
+        check_tokenizer_is_saved(tokenizer, "auto")
         begins = list(special_tokens(tokenizer, bos="auto", of="processing_class").prefix)
         if begins != list(source.prefix):
             raise IdentityError(
