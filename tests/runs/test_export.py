@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 
 from softcache.data.transforms import Views, ViewSettings
 from softcache.data.transforms.student import StudentViews, StudentViewSettings
-from softcache.errors import CorruptionError, MissingExtraError, RunError, SpecError
+from softcache.errors import CorruptionError, MissingExtraError, RunError, SpecError, StorageError
 from softcache.models.image import Normalize
 from softcache.runs import train_student
 from softcache.runs.export import ExportSettings, check_drop, export_run, load_onnxruntime
@@ -267,6 +268,28 @@ def test_a_killed_export_goes_on_and_keeps_what_is_finished(trained, tmp_path):
     assert figures["models"]["student.onnx"]["same_predictions"] == 1.0
     assert not (half / ".123.student.onnx").exists()
     assert "sha256" in (half / "README.md").read_text()
+
+
+def test_a_writers_own_error_on_a_full_disk_is_one_message(trained, tmp_path, monkeypatch):
+    run, out, _ = trained
+    half = copied(out, tmp_path, ("student.int8.onnx", "distill.json", "README.md"))
+
+    def corrupt(source, path, **how):
+        path.write_bytes(b"half")
+        raise ValueError("Wire format was corrupt")
+
+    monkeypatch.setattr(running, "quantize", corrupt)
+    with pytest.raises(ValueError, match=r"^Wire format was corrupt$"):
+        export_again(run, half)
+    usage = shutil.disk_usage(half)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=4096))
+    with pytest.raises(
+        StorageError, match=r"int8.onnx: cannot be written: Wire format .* 4,096 bytes left: free some"
+    ):
+        export_again(run, half)
+    monkeypatch.undo()
+    assert not (half / "student.int8.onnx").exists()
+    assert export_again(run, half)["models"].keys() == export_again(run, out)["models"].keys()
 
 
 @pytest.mark.parametrize("name", ["student.onnx", "student.pt2", "student.int8.onnx", "distill.json"])

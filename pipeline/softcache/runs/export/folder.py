@@ -19,13 +19,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from softcache.errors import CorruptionError, RunError, StorageError
+from softcache.errors import CorruptionError, RunError, SoftcacheError, StorageError
 from softcache.runtime.files import read_json, to_json, try_lock
 from softcache.student.checkpoint import diff_settings
 
 __all__ = ["ExportFolder", "sha256_of"]
 
 STATE = "export.json"
+LEAST_FREE = 2**20
+"""Bytes of a disk below which, or below two files of the folder, an error of a writer is taken to be that it is full."""
 
 
 def sha256_of(path: Path) -> str:
@@ -138,6 +140,16 @@ class ExportFolder:
             staged.replace(self.path / name)
         except OSError as error:
             raise StorageError(f"export {self.path / name}: cannot be written: {error}") from error
+        except SoftcacheError:
+            raise
+        except Exception as error:  # torch's and onnxruntime's writers have many for a disk that is full
+            free = shutil.disk_usage(self.path).free
+            if free > max(LEAST_FREE, *(2 * path.stat().st_size for path in self.path.iterdir())):
+                raise
+            raise StorageError(
+                f"export {self.path / name}: cannot be written: {error}; the disk has {free:,} bytes left: free some space, "
+                "and run the command again: what is finished is kept"
+            ) from error
         finally:
             staged.unlink(missing_ok=True)
 
