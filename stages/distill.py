@@ -20,7 +20,7 @@ from softcache.runtime.files import read_json, replace_file, to_json
 from softcache.runtime.logging import log_info
 
 from .export import export_and_print, export_options
-from .options import LOCAL, cache_option, config_options, log_option, student_option
+from .options import LOCAL, cache_option, check_reads_cache, config_options, log_option, student_option
 
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
@@ -65,6 +65,7 @@ def distill(
     from softcache.runs import open_data, open_labels
     from softcache.runs.export import load_onnxruntime
 
+    check_reads_cache(config)
     load_onnxruntime()
     if config.teacher is None:
         raise ConfigError(

@@ -16,11 +16,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from softcache.errors import SpecError, TemperatureError
+from softcache.errors import ConfigError, SpecError, TemperatureError
 from softcache.runtime.files import finite
 from softcache.runtime.logging import set_log_format
 
 if TYPE_CHECKING:
+    from softcache.config.run import RunConfig
     from softcache.reader.cache import Cache
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "PATH",
     "cache_option",
     "cache_report",
+    "check_reads_cache",
     "config_file_options",
     "config_options",
     "json_option",
@@ -198,6 +200,15 @@ def cache_report(cache: Cache) -> dict[str, Any]:
 def print_json(found: Mapping[str, Any]) -> None:
     """Prints a result to stdout as one JSON object on a line; NaN and infinities, which JSON lacks, become null."""
     click.echo(json.dumps(finite(found), allow_nan=False, default=str))
+
+
+def check_reads_cache(config: RunConfig) -> None:
+    """Raises ConfigError where [train] has students learn from something else than a cache."""
+    if config.train.labels != "cache":
+        raise ConfigError(
+            f"train.labels: {config.train.labels!r} in the config; expected 'cache', which this command's students learn "
+            "from; drop the key, or use `softcache train-student`, or `softcache compare`"
+        )
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, note: str = "") -> None:

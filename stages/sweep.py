@@ -21,6 +21,7 @@ from softcache.reader.parts import CacheParts
 from .options import (
     LOCAL,
     cache_option,
+    check_reads_cache,
     config_options,
     json_option,
     log_option,
@@ -90,6 +91,7 @@ def sweep_command(
     from softcache.runs.sweep.plots import draw_importance, draw_surface, importances
     from softcache.runs.sweep.results import repeat_best, write_best, write_json
 
+    check_reads_cache(config)
     path = Path(out or config.root / "sweep")
     cache = open_labels(config, url)
     if isinstance(cache, CacheParts):

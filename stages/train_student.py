@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from softcache.errors import ConfigError
 from softcache.modalities import modality_of
 from softcache.runtime.kernels import compile_kernels
 
@@ -56,7 +57,7 @@ def train_student_command(
     allow_partial: bool,
     as_json: bool,
 ) -> None:
-    """Train one student from the cache; the teacher is not loaded.
+    """Train one student from the cache, without the teacher; by train.labels on ground truth or with an online teacher.
 
     A killed run goes on from its last checkpoint (SIGINT and SIGTERM save one first); a finished one is reported, not
     repeated.
@@ -69,6 +70,14 @@ def train_student_command(
     from softcache.runs import open_data, open_labels, train_student, with_cached_labels
     from softcache.runs.tables import student_advice, student_report, student_tables
 
+    if config.train.labels != "cache":
+        for option, given in (("--cache", url), ("--allow-partial", allow_partial)):
+            if given:
+                raise ConfigError(
+                    f"{option}: train.labels = {config.train.labels!r} in the config, which reads no cache; drop one of them"
+                )
+        _train_without_cache(config, model or config.student.model, out, baseline=baseline, as_json=as_json)
+        return
     cache = open_labels(config, url)
     config = with_cached_labels(config, cache)
     data = open_data(config)
@@ -91,3 +100,28 @@ def train_student_command(
     if line := student_advice(config.loss, modality_of(config), cached, hard):
         click.echo(line)
     click.echo(f"weights, metrics and config: {cached['out']}")
+
+
+def _train_without_cache(
+    config: RunConfig, model: str, out: str | None, *, baseline: bool, as_json: bool
+) -> None:
+    from softcache.runs import open_data, open_teacher, train_student
+    from softcache.runs.tables import without_history
+
+    data, labels = open_data(config), config.train.labels
+    teacher = open_teacher(config, data) if labels == "online" else None
+    runs = {labels: train_student(config, data, model=model, labels=labels, teacher=teacher, out=out)}
+    if baseline and labels != "ground_truth":
+        runs["ground_truth"] = train_student(config, data, model=model, labels="ground_truth")
+    if as_json:
+        print_json({"model": model, "students": {name: without_history(run) for name, run in runs.items()}})
+        return
+    score = modality_of(config).score
+    rows = [
+        (model, name, f"{run['num_parameters']:,}", score.format(run[score.metric]), f"{run['seconds']:.1f}")
+        for name, run in runs.items()
+    ]
+    print_table(
+        f"students of {config.name}", ("student", "labels", "parameters", score.title, "seconds"), rows
+    )
+    click.echo(f"weights, metrics and config: {runs[labels]['out']}")

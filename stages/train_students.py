@@ -12,7 +12,15 @@ import click
 
 from softcache.modalities import modality_of
 
-from .options import cache_option, config_options, json_option, print_json, print_table, track_option
+from .options import (
+    cache_option,
+    check_reads_cache,
+    config_options,
+    json_option,
+    print_json,
+    print_table,
+    track_option,
+)
 
 if TYPE_CHECKING:
     from softcache.config.run import RunConfig
@@ -42,6 +50,7 @@ def train_students(config: RunConfig, url: str | None, models: tuple[str, ...], 
     from softcache.runs import open_data, open_labels, train_student, with_cached_labels
     from softcache.runs.tables import student_advice, student_report, student_tables
 
+    check_reads_cache(config)
     cache = open_labels(config, url)
     config = with_cached_labels(config, cache)
     data = open_data(config)

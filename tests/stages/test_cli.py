@@ -254,6 +254,28 @@ def test_train_student_prints_the_student_the_baseline_and_the_teacher(run, cach
     assert cells[5] == f"{100 * teacher.eval_accuracy:.2f}%"
 
 
+def test_train_student_learns_from_what_train_labels_has(run, cache):
+    folders = {}
+    for labels in ("cache", "online", "ground_truth"):
+        result = run("train-student", "--config", "small.toml", "--set", f"train.labels={labels}")
+        assert result.code == 0, result
+        folders[labels] = result.out.splitlines()[-1].removeprefix("weights, metrics and config: ")
+        with open(os.path.join(folders[labels], "config.json")) as file:
+            made = json.load(file)
+        assert made["train"]["labels"] == {"ground_truth": "hard"}.get(labels, labels)
+        assert ("teacher" in made, "cache" in made) == (labels == "online", labels == "cache")
+    assert len(set(folders.values())) == 3
+    online = ("--config", "small.toml", "--set", "train.labels=online")
+    both = json.loads(run("train-student", *online, "--baseline", "--json").out)
+    assert both["students"].keys() == {"online", "ground_truth"}
+    assert_one_message(
+        run("train-student", *online, "--cache", cache), "--cache: train.labels = 'online'", "reads no cache"
+    )
+    for command in ("train-students", "distill", "sweep"):
+        options = online if command != "distill" else (*online, "--out", "made")
+        assert_one_message(run(command, *options), "train.labels: 'online' in the config; expected 'cache'")
+
+
 def test_students_share_a_cache_that_they_do_not_touch(run, cache, no_teacher):
     before = contents(cache)
     first = run("train-student", "--config", "small.toml", "--no-baseline", "--out", "one")

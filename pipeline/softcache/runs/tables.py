@@ -8,7 +8,15 @@ from softcache.losses import LossSettings
 from softcache.modalities import Modality, Score, percent
 from softcache.reader.cache import Cache
 
-__all__ = ["ResultTable", "advice", "student_advice", "student_report", "student_tables", "translation_rows"]
+__all__ = [
+    "ResultTable",
+    "advice",
+    "student_advice",
+    "student_report",
+    "student_tables",
+    "translation_rows",
+    "without_history",
+]
 
 Metrics = Mapping[str, Any]
 Results = Sequence[tuple[Metrics, Metrics | None]]
@@ -120,11 +128,13 @@ def advice(
     )
 
 
+def without_history(run: Metrics) -> Metrics:
+    """Returns the metrics of a run without the history of its epochs."""
+    return {key: value for key, value in run.items() if key != "history"}
+
+
 def student_report(cache: Cache, results: Results, loss: LossSettings, modality: Modality) -> dict[str, Any]:
     """Returns the table of students as JSON: every run's metrics without the history of its epochs."""
-
-    def figures(run: Metrics | None) -> Metrics | None:
-        return run and {key: value for key, value in run.items() if key != "history"}
 
     return {
         "cache": cache.url,
@@ -133,8 +143,8 @@ def student_report(cache: Cache, results: Results, loss: LossSettings, modality:
         "students": [
             {
                 "model": cached["model"],
-                "cache": figures(cached),
-                "hard": figures(hard),
+                "cache": without_history(cached),
+                "hard": hard and without_history(hard),
                 "advice": student_advice(loss, modality, cached, hard),
             }
             for cached, hard in results
