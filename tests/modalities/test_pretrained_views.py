@@ -385,8 +385,12 @@ def test_gray_images_are_shown_to_weights_of_rgb_as_their_own_pipelines_show_the
         expected = net(torch.stack([pipeline(picture) for picture in pictures]))
     (logits,) = loaded.chunks(data.train.load([0, 1], 0))
     torch.testing.assert_close(logits, expected, atol=0.02 * float(expected.std()), rtol=0)
+    # A run keeps the views that it had, as if they were given: its teacher is this one.
+    kept = data.views.settings.model_dump(mode="json")
+    again = config_of(tmp_path, kept, source=source, teacher=teacher)
+    assert open_teacher(again, open_data(again)).weights_digest == loaded.weights_digest
     # Another normalization is another teacher, also where the file of weights is the same.
-    config = config_of(tmp_path, views | {"mean": [0.4]}, source=source, teacher=teacher)
+    config = config_of(tmp_path, views | {"mean": [0.35]}, source=source, teacher=teacher)
     assert open_teacher(config, open_data(config)).weights_digest != loaded.weights_digest
 
 

@@ -112,8 +112,8 @@ def rgb_normalization(
 ) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
     """Returns mean and std of R, G and B that the weights of a teacher saw which is shown gray images in all three.
 
-    None: it takes one channel, was trained by softcache on these images, or its three channels are normalized alike. A key
-    of [views] that the config has is what all three are normalized by.
+    None: it takes one channel, or was trained by softcache on these images. A key of [views] that is another number than the
+    mean of the three, which a run keeps as its own, is what all of them are normalized by.
     """
     teacher = config.teacher
     if teacher is None or config.train_teacher is not None or is_trained_here(teacher.weights):
@@ -123,7 +123,9 @@ def rgb_normalization(
         return None
     found = pretrained_views(parsed, given, teacher.weights)
     mean, std = (
-        getattr(settings, key) * 3 if key in given or key not in found else tuple(found[key])
+        tuple(found[key])
+        if key in found and np.isclose(getattr(settings, key)[0], np.mean(found[key]))
+        else getattr(settings, key) * 3
         for key in ("mean", "std")
     )
     return (mean, std) if len(mean) == len(std) == 3 else None
