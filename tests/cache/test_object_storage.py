@@ -7,8 +7,10 @@ import pickle
 import re
 import signal
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -205,6 +207,43 @@ def test_teacher_and_student_by_the_command_line(softcache, bucket, local, in_tm
         assert code == 0, (command, out, err)
     weights = [(in_tmp / place / "model.safetensors").read_bytes() for place in ("remote", "local")]
     assert weights[0] == weights[1]
+
+
+class Expired(BaseHTTPRequestHandler):
+    """S3 to a client whose token has expired: 400, with a reason where there is a body."""
+
+    def answer(self):
+        body = b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+        self.send_response(400)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
+
+    def log_message(self, *words):
+        pass
+
+
+def test_a_token_that_has_expired_is_named_and_not_tried_again(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Expired)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in environment_of(f"http://127.0.0.1:{server.server_port}").items():
+        monkeypatch.setenv(name, value)
+    objects = open_objects("s3://bucket/cache")
+    for request in (
+        lambda: objects.size("x"),
+        lambda: objects.get("x"),
+        lambda: objects.put("x", b"1"),
+        lambda: objects.list(""),
+    ):
+        with pytest.raises(
+            StorageError, match=r"refused the request \(400 .*\): the token has expired.*; renew AWS_ACCESS"
+        ):
+            request()
+    server.shutdown()
+    server.server_close()
 
 
 def test_a_bucket_that_cannot_be_used_is_one_message(softcache, bucket, monkeypatch, s3_server, s3_bucket):

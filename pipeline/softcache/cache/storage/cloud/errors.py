@@ -56,6 +56,13 @@ _NO_CREDENTIALS = (
     "MissingSecretAccessKey",
     "metadata.google.internal",
 )
+_EXPIRED = (
+    "ExpiredToken",
+    "InvalidToken",
+    "TokenRefreshRequired",
+    "RequestExpired",
+    "AuthorizationHeaderMalformed",
+)
 _REFUSED = re.compile(r"\b(401 Unauthorized|403 Forbidden)\b")
 _STATUS = re.compile(r"Server returned (?:non-2xx status code|error response): (\d{3} [^:\n]*)")
 
@@ -104,6 +111,13 @@ def translate_error(error: Exception, *, url: str, path: str, doing: str, tried:
         return StorageError(
             f"{where}: cannot be {doing}: the server refused ({answer}); check {provider.credentials}, and that they may "
             f"list, read, write and delete in {bucket}"
+        )
+    # S3 answers 400 where a token has expired, to HEAD without a word of why.
+    if answer == "400 Bad Request" or any(sign in text for sign in _EXPIRED):
+        return StorageError(
+            f"{where}: cannot be {doing}: the server refused the request ({answer}): the token has expired, or the region "
+            f"is another; renew {provider.credentials}, check the region and {provider.endpoint}, then rerun: what is "
+            "finished is kept"
         )
     if "builder error" in text:
         return StorageError(
