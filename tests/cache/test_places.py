@@ -14,7 +14,9 @@ from softcache.cache.storage.open import open_objects
 from softcache.errors import CorruptionError, ManifestError, SoftcacheError, StorageError
 from softcache.reader.memmap.folder import _locked
 from softcache.reader.open import open_cache
+from softcache.tools.convert import convert_cache
 from softcache.tools.garbage import collect_garbage
+from softcache.tools.shrink import ShrinkSettings, shrink_cache
 from softcache.tools.status import read_status
 from softcache.tools.verify.checksums import verify_units
 from tests.support.caches import ROOT
@@ -84,6 +86,21 @@ def test_a_locale_that_lacks_the_letters_of_a_path_or_of_the_output(cache, tmp_p
     )
     assert done.returncode == 0, done.stderr.decode()
     assert (b"\xe2\x80\xa6" if utf8 == "1" else rb"\u2026") in done.stdout
+
+
+@pytest.mark.parametrize("store", ["zarr", "parquet"])
+def test_labels_whose_manifest_was_removed_are_not_mixed_with_those_of_another_cache(cache, tmp_path, store):
+    """zarr and datasets read whatever is in the folder: a description of other columns, files of units that are no more."""
+    place = tmp_path / "place"
+    convert_cache(open_cache(str(cache)), str(place), store=store)
+    (place / "manifest.json").unlink()
+    shutil.rmtree(place / "units")
+    before = sorted(place.rglob("*"))
+    with pytest.raises(
+        StorageError, match=r"place: expected no labels where there is no manifest\.json; found .* more, of a"
+    ):
+        shrink_cache(open_cache(str(cache)), str(place), ShrinkSettings(k=2, store=store))
+    assert sorted(place.rglob("*")) == before
 
 
 def test_verify_refuses_what_a_reader_refuses_to_open(cache):

@@ -12,7 +12,7 @@ from softcache.cache.manifest import MAX_MANIFEST_BYTES, Manifest, TeacherReport
 from softcache.cache.shared import put_shared
 from softcache.cache.storage.base import Objects
 from softcache.cache.units import open_store
-from softcache.errors import IdentityError
+from softcache.errors import IdentityError, StorageError
 from softcache.hashing.digests import digest_bytes
 
 __all__ = ["create_cache", "join_cache"]
@@ -38,8 +38,10 @@ def create_cache(
 
     Raises:
         IdentityError: the cache there was made from something else; each field that differs is named.
+        StorageError: there is no cache, but labels of one that was.
     """
     if objects.size(MANIFEST) is None:
+        _check_no_remains(objects, manifest)
         if report is not None:
             manifest = manifest.model_copy(update={"teacher": report()})
         if shared is not None and (contents := shared()):
@@ -58,6 +60,17 @@ def join_cache(objects: Objects, manifest: Manifest) -> tuple[Manifest, str] | N
         IdentityError: the cache there was made from something else; each field that differs is named.
     """
     return None if objects.size(MANIFEST) is None else _joined(objects, manifest)
+
+
+def _check_no_remains(objects: Objects, manifest: Manifest) -> None:
+    """Raises StorageError if labels lie there without a manifest: other tools would read them as this cache's."""
+    found = objects.list(manifest.data)
+    if found and objects.size(MANIFEST) is None:  # or another run has just created the cache
+        raise StorageError(
+            f"cache {objects.url}: expected no labels where there is no {MANIFEST}; found {found[0]}"
+            f"{f' and {len(found) - 1:,} more' if len(found) > 1 else ''}, of a cache whose {MANIFEST} was removed: restore "
+            f"it from a copy, remove {manifest.data}/ and units/, or choose another place"
+        )
 
 
 def _joined(objects: Objects, manifest: Manifest) -> tuple[Manifest, str]:
