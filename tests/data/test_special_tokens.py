@@ -11,13 +11,10 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from softcache.data.sources import source_settings
 from softcache.data.sources.text.packing import Account, Encoded, cut_documents
+from softcache.data.sources.text.saved_tokenizer import check_tokenizer_is_saved, save_with_tokenizer
 from softcache.data.sources.text.source import open_text
-from softcache.data.sources.text.tokenizer import (
-    check_tokenizer_is_saved,
-    save_with_tokenizer,
-    special_tokens,
-    train_byte_level,
-)
+from softcache.data.sources.text.special_tokens import special_tokens
+from softcache.data.sources.text.tokenizer import train_byte_level
 from softcache.data.tokens import TokenData
 from softcache.errors import SourceError, SpecError
 from softcache.runs import open_data

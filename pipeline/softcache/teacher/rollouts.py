@@ -24,7 +24,7 @@ import numpy as np
 
 from softcache.cache.storage.base import Objects
 from softcache.data.sources.text.rollouts import ROLLOUTS_KIND, ROLLOUTS_VERSION
-from softcache.data.sources.text.tokenizer import end_tokens
+from softcache.data.sources.text.special_tokens import end_tokens
 from softcache.data.tokens import TokenData
 from softcache.errors import SourceError
 from softcache.hashing.digests import digest_json

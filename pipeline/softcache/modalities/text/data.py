@@ -10,13 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from softcache.data.sources.text.saved_tokenizer import check_tokenizer_is_saved, save_with_tokenizer
 from softcache.data.sources.text.settings import TextSettings
-from softcache.data.sources.text.tokenizer import (
-    accept_tokenizer,
-    check_tokenizer_is_saved,
-    load_tokenizer,
-    save_with_tokenizer,
-)
+from softcache.data.sources.text.tokenizer import accept_tokenizer, load_tokenizer
 from softcache.data.tokens import TokenData
 from softcache.errors import ConfigError, IdentityError, SourceError
 from softcache.hashing.digests import digest_weights

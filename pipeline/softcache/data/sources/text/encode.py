@@ -11,7 +11,7 @@ import numpy as np
 from softcache.data.sources.text.chat import ChatEncoder, check_offsets, mark_tokens, tokenize
 from softcache.data.sources.text.documents import Document
 from softcache.data.sources.text.packing import Encoded
-from softcache.data.sources.text.tokenizer import SpecialTokens
+from softcache.data.sources.text.special_tokens import SpecialTokens
 from softcache.errors import SourceError
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from softcache.data.sources.build_cache import build_dir_path
 from softcache.data.sources.text.documents import Document, Documents
 from softcache.data.sources.text.encode import DocumentEncoder, batches
 from softcache.data.sources.text.packing import Encoded
-from softcache.data.sources.text.tokenizer import SpecialTokens
+from softcache.data.sources.text.special_tokens import SpecialTokens
 from softcache.errors import LostProcessError, SoftcacheError, StorageError
 from softcache.runtime.logging import log_info
 from softcache.runtime.signals import follow_parent

@@ -33,9 +33,9 @@ from softcache.data.sources.text.encode import UnknownTokens
 from softcache.data.sources.text.interleave import MixtureDocuments
 from softcache.data.sources.text.packing import Account, Encoded, cut_documents
 from softcache.data.sources.text.shards import ShardedEncoder
+from softcache.data.sources.text.special_tokens import SpecialTokens
 from softcache.data.sources.text.table import TableWriter, TokenSource, described_table
 from softcache.data.sources.text.tokenizer import (
-    SpecialTokens,
     describe_tokenizer,
     digest_tokenizer,
     load_tokenizer,

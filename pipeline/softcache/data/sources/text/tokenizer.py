@@ -9,15 +9,13 @@ A trained one lies under `data_dir`, in tokenizers/DIGEST: a Hugging Face tokeni
 from __future__ import annotations
 
 import json
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
-from itertools import chain
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import parse_qsl
 
 from softcache.data.sources.build_cache import build_dir_path, build_folder
+from softcache.data.sources.text.special_tokens import begin_texts, special_tokens
 from softcache.errors import IdentityError, MissingExtraError, SourceError, SpecError
 from softcache.hashing.digests import digest_json
 from softcache.runtime.files import read_json
@@ -30,18 +28,12 @@ if TYPE_CHECKING:
     from softcache.data.sources.text.table import TokenSource
 
 __all__ = [
-    "SpecialTokens",
     "accept_tokenizer",
     "bpe_arguments",
-    "check_tokenizer_is_saved",
     "describe_tokenizer",
     "digest_tokenizer",
-    "end_tokens",
     "is_bpe",
     "load_tokenizer",
-    "save_tokenizer",
-    "save_with_tokenizer",
-    "special_tokens",
     "tokenizer_parts",
     "train_byte_level",
 ]
@@ -63,7 +55,7 @@ def load_tokenizer(settings: TextSettings) -> Any:
         SourceError: the documents that it is to be trained on cannot be read.
     """
     tokenizer = _load(settings)
-    _begin_texts(tokenizer, settings.bos, of=f"source.tokenizer {settings.tokenizer!r}")
+    begin_texts(tokenizer, settings.bos, of=f"source.tokenizer {settings.tokenizer!r}")
     if settings.chat_template is not None:
         try:
             tokenizer.chat_template = Path(settings.chat_template).expanduser().read_text("utf-8")
@@ -107,63 +99,6 @@ def digest_tokenizer(tokenizer: Any) -> str:
             described.pop(name, None)
         return digest_json(described)
     return digest_json({"vocab": tokenizer.get_vocab(), "special": tokenizer.special_tokens_map})
-
-
-class SpecialTokens(NamedTuple):
-    """The ids that a tokenizer puts around a text."""
-
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
-
-
-def special_tokens(tokenizer: Any, *, bos: Literal["auto"] | bool, of: str) -> SpecialTokens:
-    """Returns what goes before and after each text.
-
-    Args:
-        bos: "auto": what the tokenizer adds by default; true: its BOS in front, added where it adds none; false: nothing
-            in front. The end-of-text token ends a text in any case, once, where the tokenizer has one.
-        of: names the tokenizer in errors.
-
-    Raises:
-        SpecError: BOS is asked for, and the tokenizer has none; or what it adds is not clear.
-    """
-    prefix, suffix = _around(tokenizer, of)
-    if bos is False:
-        prefix = []
-    elif bos is True:
-        if tokenizer.bos_token_id is None:
-            raise SpecError(
-                f'{of}: has no BOS token, which source.bos = true asks for; set source.bos = "auto"'
-            )
-        if prefix[:1] != [tokenizer.bos_token_id]:
-            prefix = [tokenizer.bos_token_id, *prefix]
-    if tokenizer.eos_token_id is not None and suffix[-1:] != [tokenizer.eos_token_id]:
-        suffix = [*suffix, tokenizer.eos_token_id]
-    return SpecialTokens(tuple(prefix), tuple(suffix))
-
-
-def _around(tokenizer: Any, of: str) -> tuple[list[int], list[int]]:
-    """Returns what a tokenizer by itself puts before and after a text."""
-    text, plain = _known_text(tokenizer, of)
-    ids = tokenizer(text)["input_ids"]
-    start = next((n for n in range(len(ids)) if ids[n : n + len(plain)] == plain), None)
-    if start is None:
-        raise SpecError(
-            f"{of}: makes {plain} of {text!r}, and {ids} with special tokens, which are not around it; expected some before "
-            "or after; name another tokenizer, or give token ids (source.input_ids_column)"
-        )
-    return ids[:start], ids[start + len(plain) :]
-
-
-def _known_text(tokenizer: Any, of: str) -> tuple[str, list[int]]:
-    """Returns a text that a tokenizer knows, and its ids; one of few letters, such as of DNA, may not know "a"."""
-    special = set(tokenizer.all_special_ids)
-    tokens = (tokenizer.decode([number]) for number in range(len(tokenizer)) if number not in special)
-    for text in chain(("a",), tokens):
-        with suppress(Exception):  # without an unknown token, it refuses other texts, in ways of its own
-            if text.strip() and (ids := tokenizer(text, add_special_tokens=False)["input_ids"]):
-                return text, ids
-    raise SpecError(f"{of}: makes no token of any text; expected a tokenizer that has a vocabulary")
 
 
 def tokenizer_parts(tokenizer: Any) -> dict[str, Any]:
@@ -333,108 +268,3 @@ def train_byte_level(
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
-
-
-def save_with_tokenizer(folder: Path, tokenizer: Any, *, bos: Literal["auto"] | bool = "auto") -> None:
-    """Writes a tokenizer next to a saved model, and into its generation config the special tokens that are missing there.
-
-    A model with fresh weights has no end-of-text token in its configuration, and would never stop; a pretrained one may have
-    another than the tokenizer's, with which the texts of its training ended.
-
-    Args:
-        bos: what texts began with (`special_tokens`); the tokenizer that is written begins them so.
-
-    Raises:
-        SpecError: what transformers would load from there begins texts otherwise, or cuts them otherwise.
-    """
-    save_tokenizer(folder, tokenizer, bos)
-    if not (Path(folder) / "generation_config.json").exists():
-        return
-    config = text_library("transformers").GenerationConfig.from_pretrained(folder)
-    is_token = _is_token(Path(folder))
-    for key in ("bos_token_id", "pad_token_id"):
-        if not is_token(getattr(config, key)):
-            setattr(config, key, getattr(tokenizer, key))
-    given = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = list(dict.fromkeys([*filter(is_token, given), *end_tokens(tokenizer)]))
-    config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
-    config.save_pretrained(folder)
-
-
-def end_tokens(tokenizer: Any) -> list[int]:
-    """Returns the id that ends a text: the end-of-text token, or what the tokenizer ends texts with; none without both."""
-    of = f"tokenizer {tokenizer.name_or_path!r}"
-    return list(special_tokens(tokenizer, bos="auto", of=of).suffix[-1:])
-
-
-def _is_token(folder: Path) -> Callable[[int | None], bool]:
-    """Returns whether a number is an id of a saved model: a copied configuration may have those of another vocabulary."""
-    path = folder / "config.json"
-    described = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    size = (described.get("text_config") or described).get("vocab_size")
-    return lambda number: number is not None and (size is None or 0 <= number < size)
-
-
-def check_tokenizer_is_saved(tokenizer: Any, bos: Literal["auto"] | bool) -> None:
-    """Raises what `save_with_tokenizer` would: before a training, in place of after it.
-
-    Raises:
-        SpecError: see there.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        save_tokenizer(Path(folder), tokenizer, bos)
-
-
-def save_tokenizer(folder: Path, tokenizer: Any, bos: Literal["auto"] | bool = "auto") -> None:
-    """Writes a tokenizer so that transformers loads it as it is: some classes make a part of it anew (GPT-NeoX, BERT).
-
-    Args:
-        bos: as of `save_with_tokenizer`.
-
-    Raises:
-        SpecError: what transformers would load from there begins texts otherwise, or cuts them otherwise.
-    """
-    of = f"tokenizer {tokenizer.name_or_path!r}"
-    _begin_texts(tokenizer, bos, of=of)
-    expected = list(special_tokens(tokenizer, bos=bos, of=of).prefix)
-    tokenizer.save_pretrained(folder)
-    if not type(tokenizer).__module__.startswith("transformers."):
-        return  # a class of the user's own, which is loaded by their code
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        begins, why = _around(tokenizer, of)[0], "it has no tokenizer.json, in which that can be written"
-        if begins == expected:
-            return
-    else:
-        for name in (None, "PreTrainedTokenizerFast"):
-            if name is not None:
-                path = Path(folder) / "tokenizer_config.json"
-                described = json.loads(path.read_text("utf-8")) | {"tokenizer_class": name}
-                path.write_text(json.dumps(described, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-            saved = auto_tokenizer(str(folder), of=of)
-            begins = _around(saved, of)[0]
-            is_same = tokenizer_parts(saved) == tokenizer_parts(tokenizer)
-            if begins == expected and is_same:
-                return
-        why = "it is made anew when it is loaded" + ("" if is_same else ", and cuts texts otherwise")
-    raise SpecError(
-        f"{of} ({type(tokenizer).__name__}): saved, it begins texts with {begins}; expected {expected}, as in the training "
-        f"(source.bos = {json.dumps(bos)}): {why}; set source.bos to what the tokenizer does by itself, or name another one"
-    )
-
-
-def _begin_texts(tokenizer: Any, bos: Literal["auto"] | bool, *, of: str) -> None:
-    """Has a tokenizer begin texts by itself as `bos` has it, if it can be changed."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if bos == "auto" or backend is None:
-        return
-    before, after = _around(tokenizer, of)
-    prefix = special_tokens(tokenizer, bos=bos, of=of).prefix
-    if tuple(before) == prefix:
-        return
-    names = {number: tokenizer.convert_ids_to_tokens(number) for number in (*prefix, *after)}
-    first, last = ([names[number] for number in ids] for ids in (prefix, after))
-    backend.post_processor = text_library("tokenizers").processors.TemplateProcessing(
-        single=[*first, "$A", *last],
-        pair=[*first, "$A", *last, "$B", *last],
-        special_tokens=[(name, number) for number, name in names.items()],
-    )

@@ -20,13 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from softcache.data.sources.build_cache import build_dir_path, build_folder
-from softcache.data.sources.text.tokenizer import (
-    bpe_arguments,
-    digest_tokenizer,
-    is_bpe,
-    special_tokens,
-    train_byte_level,
-)
+from softcache.data.sources.text.special_tokens import special_tokens
+from softcache.data.sources.text.tokenizer import bpe_arguments, digest_tokenizer, is_bpe, train_byte_level
 from softcache.data.sources.translation.pairs import Pairs, load_pairs
 from softcache.errors import MissingExtraError, SourceError, SpecError
 from softcache.runtime.optional import auto_tokenizer, text_library

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from softcache.data.sources.text.saved_tokenizer import save_tokenizer
 from softcache.data.sources.text.source import TokenSource
-from softcache.data.sources.text.tokenizer import save_tokenizer
 from softcache.data.tokens import TokenBatch
 from softcache.errors import ConfigError
 from softcache.losses import LossMix

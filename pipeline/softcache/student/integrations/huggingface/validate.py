@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Trainer, TrainingArguments
 
+from softcache.data.sources.text.saved_tokenizer import check_tokenizer_is_saved
+from softcache.data.sources.text.special_tokens import special_tokens
 from softcache.data.sources.text.table import TokenSource
-from softcache.data.sources.text.tokenizer import (
-    accept_tokenizer,
-    check_tokenizer_is_saved,
-    special_tokens,
-)
+from softcache.data.sources.text.tokenizer import accept_tokenizer
 from softcache.errors import ConfigError, IdentityError, SpecError
 from softcache.models.language import tokenizer_of
 from softcache.runtime.launcher import check_launcher
