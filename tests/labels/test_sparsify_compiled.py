@@ -119,8 +119,9 @@ def threads():
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("policy", ["top_k", "top_p", "sample", "hybrid"])
-def test_threads_make_the_same_records_in_the_same_order(monkeypatch, threads, policy, mode):
+def test_threads_make_the_same_records_in_the_same_order(monkeypatch, threads, policy, dtype, mode):
     made_by, work = set(), assemble._compiled_record
 
     def watched(*given):
@@ -129,7 +130,7 @@ def test_threads_make_the_same_records_in_the_same_order(monkeypatch, threads, p
         return work(*given)
 
     settings = label_settings(policy)
-    logits_PV = make_logits(6 * 256 - 100, 200)
+    logits_PV = make_logits(6 * 256 - 100, 200).to(dtype)
     how = {"targets_P": torch.arange(len(logits_PV)) % 200, "seeds_P": torch.arange(len(logits_PV))}
     with mode():
         threads(1)

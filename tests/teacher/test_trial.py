@@ -144,7 +144,10 @@ def test_the_rows_of_a_trial_come_from_all_over_the_split():
 
         def load(self, samples, view, *, fingerprints):
             seen.append(samples)
-            return SimpleNamespace(num_rows=len(samples), targets=torch.zeros(len(samples), dtype=torch.long))
+            targets = torch.zeros(len(samples), dtype=torch.long)
+            return SimpleNamespace(
+                num_rows=len(samples), targets=targets, split=lambda pieces: [None] * pieces
+            )
 
     teacher = SimpleNamespace(
         has_row_scores=True,

@@ -62,7 +62,7 @@ class Rows:
     @property
     def is_compiled(self) -> bool:
         """Whether compiled functions work on the rows."""
-        return self.read is None and _is_compiled(self.logits_PV)
+        return self.read is None and _is_compiled(self.logits_PV.device, self.logits_PV.dtype)
 
     @cached_property
     def log_probs_PV(self) -> Tensor:
@@ -139,8 +139,9 @@ def build_soft_labels(
                 rows if holds_rows or chunk_positions else num_positions,
             )
 
+    dtype = torch.float64 if logits_PV.dtype == torch.float64 else torch.float32
+
     def chunk(part: slice) -> SoftLabels:
-        dtype = torch.float64 if logits_PV.dtype == torch.float64 else torch.float32
         chunk = Rows(logits_PV[part].detach().to(dtype), part)
         targets_p = None if targets is None else targets[part]
         if chunk.is_compiled:
@@ -150,7 +151,7 @@ def build_soft_labels(
         return _with_faults(record, logit_faults(chunk.logits_PV))
 
     with torch.no_grad():
-        threads = torch.get_num_threads() if _is_compiled(logits_PV) else 1
+        threads = torch.get_num_threads() if _is_compiled(logits_PV.device, dtype) else 1
         rows = rows if threads == 1 else min(rows, _ROWS_AT_ONCE)
         parts = [slice(i, i + rows) for i in range(0, max(num_positions, 1), rows)]
         return collect(_in_threads(chunk, parts, min(threads, len(parts))), num_positions)
@@ -178,8 +179,8 @@ def _in_threads(
     return (found.pop(number) for number in range(len(parts)))
 
 
-def _is_compiled(values_PV: Tensor) -> bool:
-    if values_PV.device.type != "cpu" or values_PV.dtype != torch.float32:
+def _is_compiled(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cpu" or dtype != torch.float32:
         return False
     from softcache.runtime.jit import compiled_is_on
 
@@ -319,7 +320,7 @@ def _record(
 
 def top_k_indices(values_PV: Tensor, k: int) -> Tensor:
     """Ids of the k largest values, descending; equal values by ascending id (`topk` leaves ties open)."""
-    if _is_compiled(values_PV):
+    if _is_compiled(values_PV.device, values_PV.dtype):
         from softcache.labels.sparsify.top_k_kernel import fill_largest
 
         ids_PK = torch.empty((len(values_PV), k), dtype=torch.int64)

@@ -18,7 +18,7 @@ from softcache.teacher.base import Teacher
 
 __all__ = ["TrialScores", "try_teacher"]
 
-FEWEST, MOST = 256, 2048
+CHECKED, FEWEST, MOST = 512, 256, 2048
 SHARE = 1 / 32
 """Of the rows of a view, between these bounds: the pass over a small data set is not to take twice as long for it."""
 
@@ -69,7 +69,7 @@ def try_teacher(teacher: Teacher, data: Dataset, *, num_classes: int, batch_size
     for samples in _spread(data, batch_size):
         batch: Any = data.load(samples, 0, fingerprints=False)
         if rows == 0:
-            teacher.check_forward(batch)
+            teacher.check_forward(batch.split(max(1, batch.num_rows // CHECKED))[0])
         scored = teacher.score(batch)
         loss, correct, rows = loss + scored.loss, correct + scored.correct, rows + batch.num_rows
         if teacher.has_named_outputs:
