@@ -96,6 +96,9 @@ def _compare(moved: dict[int, int], targets_P: np.ndarray, guesses_P: np.ndarray
         int((guesses_P == targets_P).sum()),
         int((guesses_P == expected_P).sum()),
     )
-    if then < LEAST_RIGHT * rows or then - right < max(LEAST_GAIN, DEVIATIONS * np.sqrt(rows)):
+    # A teacher that knows the classes is right at least twice as often.
+    if then < max(LEAST_RIGHT * rows, 2 * right) or then - right < max(
+        LEAST_GAIN, DEVIATIONS * np.sqrt(rows)
+    ):
         return None
     return OtherOrder(moved, rows, right / rows, then / rows)
