@@ -380,6 +380,35 @@ def test_labels_of_a_table_that_pandas_wrote_as_decimals_are_the_numbers_of_clas
     assert opened(tmp_path, table, eval_path=table["path"]).class_names == ("1.0", "1.5")
 
 
+def write_text_labels(root, kind, labels):
+    if kind in ("csv", "parquet"):
+        return WRITERS[kind](root, labels)
+    if kind == "webdataset":
+        with tarfile.open(root / "train-000.tar", "w") as tar:
+            for seed, label in enumerate(labels):
+                add(tar, f"{seed}.png", encoded(seed))
+                add(tar, f"{seed}.cls", label.encode())
+        return {"name": "webdataset", "path": str(root / "train-000.tar")}
+    table = datasets.Dataset.from_dict(
+        {"image": [{"bytes": encoded(seed), "path": None} for seed in range(len(labels))], "label": labels},
+        features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")}),
+    )
+    table.save_to_disk(root / "saved")
+    return {"name": "hf", "path": str(root / "saved"), "eval_share": 0.01}
+
+
+@pytest.mark.parametrize("decimals", ["", ".0"])
+@pytest.mark.parametrize("kind", ["csv", "parquet", "webdataset", "hf"])
+def test_numbers_that_are_written_as_texts_are_numbers_of_classes_in_every_table(tmp_path, kind, decimals):
+    numbers = [2, 11, 0] * 4
+    table = write_text_labels(tmp_path, kind, [f"{number}{decimals}" for number in numbers])
+    alone = {} if kind == "hf" else {"eval_path": table["path"]}
+    source = opened(tmp_path, table, **alone)
+    assert (source.targets().tolist(), source.num_classes) == (numbers, 12)
+    named = opened(tmp_path, table, **alone, class_names=[f"of {n}" for n in range(12)])
+    assert (named.targets().tolist(), named.class_names[11]) == (numbers, "of 11")
+
+
 def test_an_empty_label_is_no_class(tmp_path):
     table = write_csv(tmp_path, labels=["0.0", "1.0", ""] * 4)
     with pytest.raises(SourceError, match=r"4 of 12 samples have an empty label; .* leave out what has none"):

@@ -1,6 +1,7 @@
 """The loader: a state before every batch gives the rest bit for bit; labels are read once, ahead, and never wrongly."""
 
 import errno
+import multiprocessing.reduction
 import os
 import random
 import subprocess
@@ -131,7 +132,7 @@ def test_a_batch_of_a_loader_process_comes_back_as_it_was(opened, monkeypatch, l
             places = {x.untyped_storage().data_ptr() for x in tensors_of(back)}
             used = sum(-(-x.nbytes // 64) * 64 for x in tensors_of(batch))
             assert len(places) == 1
-            assert memory.nbytes == used, "no numbers but those of the batch"
+            assert tensors_of(back)[0].untyped_storage().nbytes() == used, "no numbers but those of the batch"
         back.samples[0] += 1  # what is received can be written to
         (back.images if hasattr(back, "images") else back.tokens).zero_()
 
@@ -142,13 +143,25 @@ def no_room(size):
     )
 
 
-def test_without_room_in_shared_memory_a_large_batch_goes_through_the_pipe(opened, monkeypatch, capfd):
+def no_descriptor(number):
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        (torch.UntypedStorage, "_new_shared", no_room),
+        (multiprocessing.reduction, "DupFd", no_descriptor),
+    ],
+    ids=["no room", "no descriptor"],
+)
+def test_without_room_in_shared_memory_a_large_batch_goes_through_the_pipe(opened, monkeypatch, capfd, fault):
     """An error would be one of the queue's thread, which drops the batch: the reader would wait for ever."""
     found = []
     for batch in batches_of(*opened):
         with monkeypatch.context() as patched:
             patched.setattr(sent_batch, "_LARGEST", 0)
-            patched.setattr(torch.UntypedStorage, "_new_shared", no_room)
+            patched.setattr(*fault)
             patched.setattr("torch.utils.data.get_worker_info", lambda: "a loader process")
             pickled = ForkingPickler.dumps(batch)
         back = ForkingPickler.loads(pickled)

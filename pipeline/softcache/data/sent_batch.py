@@ -4,14 +4,17 @@ torch gives each tensor, however small, a file of shared memory of its own, whos
 copies all that lies between the first and the last number of a tensor: of labels that are columns of one table, the whole
 table for each column. Here numbers are copied once, out of their tables, to places of one file; those of a small batch are
 pickled with what is around them, and so are those of any batch where /dev/shm has no room (containers have 64 MB by
-default): an error there would be one of a thread of torch's that drops the batch, for which the reader then waits for ever.
+default), or where the process may open no more files (`ulimit -n`): an error there would be one of a thread of torch's that
+drops the batch, for which the reader then waits for ever.
 """
 
 from __future__ import annotations
 
 import errno
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softcache.errors import StorageError
@@ -43,7 +46,10 @@ class SentBatch:
         memory = None if sum(x.nbytes for x in tensors) <= _LARGEST else _shared_memory(tensors)
         if memory is None:
             return _received, (_Object(type(self), _exchanged(vars(self), _is_copied, _array_of)), None)
-        return _received, (_Object(type(self), _exchanged(vars(self), _is_copied, memory.put)), memory.bytes)
+        return _received, (
+            _Object(type(self), _exchanged(vars(self), _is_copied, memory.put)),
+            memory.pickled,
+        )
 
 
 class _Object(NamedTuple):
@@ -83,14 +89,16 @@ class _SharedMemory:
 
     Attributes:
         bytes: [n] uint8.
+        pickled: `bytes`; made here, because it takes a file descriptor, which there may not be.
     """
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
-        import torch
+        import torch.multiprocessing  # registers how tensors are sent
 
         num_bytes = sum(-(-x.nbytes // _ALIGNMENT) * _ALIGNMENT for x in tensors)
         # As torch's own collation does, whose batches lie in shared memory from the start.
         self.bytes = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(num_bytes))
+        self.pickled = bytes(ForkingPickler.dumps(self.bytes))
         self._end = 0
 
     def put(self, value: torch.Tensor) -> _Place:
@@ -119,11 +127,12 @@ def _shared_memory(tensors: list[torch.Tensor]) -> _SharedMemory | None:
     """Returns memory for the tensors; None where there is no room for it."""
     try:
         return _SharedMemory(tensors)
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         global _is_reported
         if not _is_reported:
             log_info(
-                f"/dev/shm: {error}; batches go through pipes, which is slower: make it larger, as by --shm-size"
+                f"/dev/shm: {error}; batches go through pipes, which is slower: make it larger, as by --shm-size, or let "
+                "a process open more files, by ulimit -n"
             )
         _is_reported = True
         return None
@@ -188,14 +197,18 @@ def _exchanged(
     return value
 
 
-def _received(value: Any, memory: torch.Tensor | None) -> Any:
+def _received(value: Any, pickled: bytes | None) -> Any:
     """Returns what `_exchanged` was given."""
+    return _restored(value, None if pickled is None else pickle.loads(pickled))
+
+
+def _restored(value: Any, memory: torch.Tensor | None) -> Any:
     if isinstance(value, _Array | _Place):
         return value.tensor(memory)
     if isinstance(value, _Object):
         out: Any = object.__new__(value.kind)
-        vars(out).update(_received(value.attributes, memory))
+        vars(out).update(_restored(value.attributes, memory))
         return out
     if isinstance(value, dict):
-        return {name: _received(one, memory) for name, one in value.items()}
-    return [_received(one, memory) for one in value] if isinstance(value, list) else value
+        return {name: _restored(one, memory) for name, one in value.items()}
+    return [_restored(one, memory) for one in value] if isinstance(value, list) else value

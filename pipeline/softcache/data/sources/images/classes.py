@@ -25,6 +25,7 @@ __all__ = [
     "check_same_numbers",
     "find_classes",
     "numbers_or_texts",
+    "read_labels",
     "sort_names",
     "whole_numbers",
 ]
@@ -180,6 +181,25 @@ def check_same_numbers(here: Sequence[str] | None, train: Sequence[str] | None, 
         f"{where}: its numbers are of other classes than those of the training data: {how} there; give both the same "
         "ClassLabel (Dataset.cast_column)"
     )
+
+
+def read_labels(labels: Sequence[Any], given: str | Sequence[str] | None) -> list[Any]:
+    """Returns labels in which whole numbers that are written as texts are numbers, as in every source but folders.
+
+    Args:
+        labels: whole numbers, or texts (`whole_numbers`, `numbers_or_texts`); others stay as they are.
+        given: `source.class_names`.
+
+    Raises:
+        SourceError: a file of names is none.
+
+    >>> read_labels(["3", "10.0"], None), read_labels([3, 10], None), read_labels(["3", "cat"], None)
+    ([3, 10], [3, 10], ['3', 'cat'])
+    """
+    if not all(isinstance(label, str) for label in labels):
+        return list(labels)
+    as_whole = whole_numbers(set(labels), given)
+    return numbers_or_texts([as_whole[label] for label in labels])
 
 
 def numbers_or_texts(labels: Sequence[str]) -> list[int] | list[str]:

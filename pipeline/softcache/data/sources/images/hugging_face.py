@@ -28,7 +28,7 @@ from softcache.data.sources.hub import (
     stream_table,
 )
 from softcache.data.sources.images.base import Split
-from softcache.data.sources.images.classes import check_same_numbers, find_classes
+from softcache.data.sources.images.classes import check_same_numbers, find_classes, read_labels
 from softcache.data.sources.images.pictures import PictureSettings, PictureSource
 from softcache.data.sources.images.split_files import file_facts
 from softcache.data.sources.splits import choose_samples
@@ -45,8 +45,8 @@ STREAM_VERSION = 1
 class HuggingFaceImages(PictureSettings):
     """A dataset of the hub, a folder of `save_to_disk`, or files that the datasets library reads.
 
-    `label_column` holds whole numbers, with the names of a ClassLabel, or names. Keys are SPLIT/ROW, or those of
-    `key_column`. `revision` is a commit, branch or tag of the hub.
+    `label_column` holds whole numbers, with the names of a ClassLabel or as texts (`3`), or names. Keys are SPLIT/ROW, or
+    those of `key_column`. `revision` is a commit, branch or tag of the hub.
 
     `streaming = true` reads a dataset that is too large for this machine: the first `max_images` of each split become a
     local table. `eval_share` of the images, chosen by a hash of their key, are held out where the dataset has no split of
@@ -93,7 +93,7 @@ class HuggingFaceImages(PictureSettings):
         where = f"source.path {self.path!r}, split {table.split!r}"
         check_same_numbers(table.class_names, train.class_names, where)
         given, order = self.class_names, self.class_order
-        labels: list[Any] = train.labels
+        labels = train.labels
         if self.has_lists:
             labels = [label for found in labels for label in found]
         classes = find_classes(labels, given=given, order=order, known=train.class_names, where=where)
@@ -218,14 +218,18 @@ class _Table:
             SourceError: some have none, or are neither numbers nor texts.
         """
         name = self._settings.label_column
-        labels: list[Any] = self._column(name).to_pylist()
+        labels = self._column(name).to_pylist()
         missing = [number for number, label in enumerate(labels) if label is None or label == -1]
         if missing:
             raise self._error(
                 f"{len(missing):,} of {len(labels):,} rows have no label in column {name!r}, the first is row {missing[0]}; "
                 "take a split that has them"
             )
-        return labels
+        given = self._settings.class_names
+        if not self._settings.has_lists:
+            return read_labels(labels, given)
+        flat = iter(read_labels([label for found in labels for label in found], given))
+        return [[next(flat) for _ in found] for found in labels]
 
     def _column(self, name: str) -> pa.ChunkedArray:
         table = self._table.select_columns([name]).with_format("arrow")

@@ -25,7 +25,7 @@ from softcache.data.sources.base import SOURCES
 from softcache.data.sources.build_cache import build_dir_path, build_folder
 from softcache.data.sources.files import CorpusFiles
 from softcache.data.sources.images.base import Split
-from softcache.data.sources.images.classes import check_same_numbers
+from softcache.data.sources.images.classes import check_same_numbers, read_labels
 from softcache.data.sources.images.pictures import PictureSource
 from softcache.data.sources.images.split_files import SplitFiles, file_facts
 from softcache.errors import SourceError
@@ -41,8 +41,8 @@ VERSION, BATCH_ROWS = 1, 256
 class ParquetImages(SplitFiles):
     """Parquet files; `image_column` has bytes, or a struct of `bytes` and `path` as the datasets library writes it.
 
-    Keys are FILE/ROW, or those of `key_column`, which may be "path" of the struct. Labels are whole numbers or names; the
-    names that the datasets library writes into a file are taken.
+    Keys are FILE/ROW, or those of `key_column`, which may be "path" of the struct. Labels are whole numbers, also as
+    texts (`3`), or names; the names that the datasets library writes into a file are taken.
 
     Attributes:
         label_column: column of the classes.
@@ -61,12 +61,14 @@ class ParquetImages(SplitFiles):
         if split == "eval" and self.eval_path is not None:
             train = self.files("train", (".parquet",))
             train_table = self._rows(train)[1]
-        labels = table.column("label").to_pylist()
+        labels = read_labels(table.column("label").to_pylist(), self.class_names)
         known = class_names_of(_opened_parquet(train.paths[0]).schema_arrow.metadata, self.label_column)
         for path in dict.fromkeys([*train.paths, *files.paths]):
             here = class_names_of(_opened_parquet(path).schema_arrow.metadata, self.label_column)
             check_same_numbers(here, known, f"source {path}")
-        classes = self.classes(train_table.column("label").to_pylist(), where, known)
+        classes = self.classes(
+            read_labels(train_table.column("label").to_pylist(), self.class_names), where, known
+        )
         keys = table.column("key").to_pylist()
         for key, count in Counter(keys).most_common(1):
             if count > 1:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from softcache.data.sources.base import SOURCES
 from softcache.data.sources.images.base import Split
-from softcache.data.sources.images.classes import numbers_or_texts
+from softcache.data.sources.images.classes import read_labels
 from softcache.data.sources.images.image_folder import ImageFolderSource
 from softcache.data.sources.images.split_files import SplitFiles
 from softcache.errors import SourceError
@@ -40,12 +40,12 @@ class CsvImages(SplitFiles):
 
     def pictures(self, split: Split) -> ImageFolderSource:
         paths, columns, root, where = self.rows(split, (self.label_column,))
-        labels = self.without_decimals([label for (label,) in columns])
+        labels = read_labels([label for (label,) in columns], self.class_names)
         train_labels = labels
         if split == "eval" and self.eval_path is not None:
             columns = self.rows("train", (self.label_column,))[1]
-            train_labels = self.without_decimals([label for (label,) in columns])
-        classes = self.classes(numbers_or_texts(train_labels), where)
+            train_labels = read_labels([label for (label,) in columns], self.class_names)
+        classes = self.classes(train_labels, where)
         chosen = self.chosen_paths(paths, root, split, where)
         keys = [paths[row] for row in chosen]
         targets = classes.targets([labels[row] for row in chosen], keys, where)

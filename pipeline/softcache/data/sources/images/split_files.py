@@ -10,7 +10,7 @@ from pydantic import Field
 
 from softcache.data.sources.base import Split
 from softcache.data.sources.files import CorpusFiles, find_files
-from softcache.data.sources.images.classes import Classes, find_classes, whole_numbers
+from softcache.data.sources.images.classes import Classes, find_classes
 from softcache.data.sources.images.pictures import PictureSettings
 from softcache.data.sources.splits import choose_samples
 from softcache.errors import SourceError
@@ -51,11 +51,6 @@ class SplitFiles(PictureSettings, ABC):
         """Returns the numbers [N] int64 of the samples of a file that are of a split, in order."""
         share = self.eval_share if self.eval_path is None else None
         return choose_samples(keys, split, eval_share=share, shuffle=False)[: self.max_samples(split)]
-
-    def without_decimals(self, labels: Sequence[str]) -> list[str]:
-        """Returns labels that are texts, whole numbers without decimals (`whole_numbers`)."""
-        as_whole = whole_numbers(set(labels), self.class_names)
-        return [as_whole[label] for label in labels]
 
     def classes(
         self, labels: Sequence[object] | np.ndarray, where: str, known: Sequence[str] | None = None

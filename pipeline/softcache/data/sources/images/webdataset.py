@@ -20,7 +20,7 @@ from softcache.data.sources.base import SOURCES
 from softcache.data.sources.build_cache import build_dir_path, build_folder
 from softcache.data.sources.files import CorpusFiles
 from softcache.data.sources.images.base import Split
-from softcache.data.sources.images.classes import numbers_or_texts
+from softcache.data.sources.images.classes import read_labels
 from softcache.data.sources.images.image_folder import SUFFIXES
 from softcache.data.sources.images.pictures import PictureSource
 from softcache.data.sources.images.split_files import SplitFiles, file_facts
@@ -49,12 +49,12 @@ class WebDataset(SplitFiles):
     def pictures(self, split: Split) -> TarSource:
         files = self.files(split, (".tar",))
         where, table = f"source {files.given}", self._index(files)
-        labels = self.without_decimals(table.column("label").to_pylist())
+        labels = read_labels(table.column("label").to_pylist(), self.class_names)
         train_labels = labels
         if split == "eval" and self.eval_path is not None:
             train = self._index(self.files("train", (".tar",))).column("label").to_pylist()
-            train_labels = self.without_decimals(train)
-        classes = self.classes(numbers_or_texts(train_labels), where)
+            train_labels = read_labels(train, self.class_names)
+        classes = self.classes(train_labels, where)
         keys = table.column("key").to_pylist()
         numbers = self.chosen(keys, split)
         keys = [keys[number] for number in numbers.tolist()]
