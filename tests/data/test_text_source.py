@@ -3,6 +3,7 @@
 Everything is made here and offline; the tokenizer of most tests has one token per word, with ids known by heart.
 """
 
+import codecs
 import json
 import os
 import pickle
@@ -630,16 +631,20 @@ def test_a_split_of_the_datasets_own(opened, tmp_path):
 # -- kinds of files ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "txt", "folder of txt", "folder of parquet"])
+KINDS = ["jsonl", "json", "parquet", "txt", "txt with a mark", "folder of txt", "folder of parquet"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_local_file(kind, opened, tmp_path):
     texts = numbered((10, 13), (20, 24))
-    suffix = kind.split()[-1]
+    suffix = kind.removeprefix("folder of ").split()[0]
     path = tmp_path / "folder" / f"train.{suffix}"
     path.parent.mkdir()
     if suffix == "parquet":
         pq.write_table(pa.table({"other": [1, 2], "text": texts}), path)
     elif suffix == "txt":
-        path.write_text("\n\n\n".join(value.replace(" ", "\n", 1) for value in texts) + "\n")
+        mark = codecs.BOM_UTF8.decode() if "mark" in kind else ""  # as Windows' editors write one
+        path.write_text(mark + "\n\n\n".join(value.replace(" ", "\n", 1) for value in texts) + "\n")
     elif suffix == "json":
         path.write_text(json.dumps([{"text": value} for value in texts]))
     else:

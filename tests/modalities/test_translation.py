@@ -108,7 +108,7 @@ def test_a_pair_with_an_empty_side_is_named_by_key_and_file(tmp_path, line, comp
 
 
 def test_tsv_pairs_are_merged_and_an_overlap_of_splits_is_refused(tmp_path):
-    (tmp_path / "a.tsv").write_text("one\teins\tde\none\teins\tde\tagain\ntwo\tzwei\tde\n")
+    (tmp_path / "a.tsv").write_text("\ufeffone\teins\tde\none\teins\tde\tagain\ntwo\tzwei\tde\n")
     (tmp_path / "b.tsv").write_text("two\tzwo\tde\n")
     pairs = settings(name="files", path=str(tmp_path / "a.tsv"), eval_share=0.01)
     assert {(pair.key, pair.source) for pair in load_pairs(pairs, "train").pairs} == {

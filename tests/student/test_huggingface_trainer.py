@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.hooks import ModelHook, add_hook_to_module
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch.utils.data import DataLoader
@@ -310,6 +310,44 @@ def test_a_run_goes_on_in_its_order_or_is_refused(labeled, tmp_path, changed, me
     else:
         again.train(resume_from_checkpoint=resume)
         assert "seed" in changed or rest == steps[5:]
+
+
+def _another_run(labeled, folder, *, swap=(2, 2), turn=1.0):
+    """(folder, source settings, cache) of as many samples as `labeled`, of another text or another teacher."""
+    path = write_config(folder)
+    texts = [line.split() for line in (folder / "text.txt").read_text().split("\n\n")]
+    for words in texts:
+        words[2], words[swap[1]] = words[swap[1]], words[2]
+    (folder / "text.txt").write_text("\n\n".join(map(" ".join, texts)) + "\n")
+    state = load_file(folder / "teacher.safetensors")
+    save_file({name: turn * tensor for name, tensor in state.items()}, folder / "teacher.safetensors")
+    load_tokenizer(labeled[1]).save_pretrained(folder / "tokenizer")
+    config = load_config(path, [f"source.tokenizer={folder / 'tokenizer'}"])
+    data = open_data(config)
+    cache, _ = capture_labels(config, data, open_teacher(config, data), str(folder / "cache"))
+    return folder, config.source, cache
+
+
+def test_a_run_goes_on_with_its_cache_elsewhere_and_not_with_another(labeled, tmp_path):
+    """As many samples of other texts would come twice or never, and another teacher would take over without a word."""
+    settings = {"max_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    whole, _ = trained(labeled, tmp_path / "run", settings=settings)
+    for name, change, message in (
+        ("elsewhere", {}, None),
+        ("teacher", {"turn": -1.0}, r"labels \w+ there, .*which has another teacher"),
+        ("text", {"swap": (2, 3)}, "source '.*samples would come twice or never"),
+    ):
+        (tmp_path / name).mkdir()
+        other = trainer_of(
+            _another_run(labeled, tmp_path / name, **change), tmp_path / "other", settings=settings
+        )
+        assert len(other.train_dataset) == 47
+        if message is None:
+            other.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
+            assert_same(other.model.state_dict(), whole, **EXACT)
+            continue
+        with pytest.raises(RunError, match=f"checkpoint of step 2: {message}"):
+            other.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"))
 
 
 def test_the_windows_of_a_checkpoints_order_are_taken_over(labeled, tmp_path):

@@ -156,6 +156,23 @@ def test_a_row_that_was_cut_is_refused(labeled, exported):
         SoftLabelCollator(cache)([cut])
 
 
+@pytest.mark.parametrize("how", ["tokens", "tokens and labels", "order", "documents"])
+def test_a_row_that_was_changed_is_refused(labeled, exported, how):
+    """Its soft labels would be those of other tokens, or of tokens after others."""
+    collate, row = SoftLabelCollator(labeled[2]), exported[0]
+    assert collate([row])["batch"].num_labeled > 0
+    changed = {name: np.array(row[name]) for name in ("input_ids", "labels", "seq_lengths")}
+    if how == "order":
+        changed["input_ids"] = changed["input_ids"][::-1]
+    elif how == "documents":
+        changed["seq_lengths"] = changed["seq_lengths"].sum(keepdims=True)
+    else:
+        for name in ("input_ids", "labels")[: len(how.split(" and "))]:
+            changed[name][3] = (row["input_ids"][3] + 1) % 300
+    with pytest.raises(AlignmentError, match="are not those that were labeled"):
+        collate([exported[1], row | changed])
+
+
 def test_rows_of_another_teachers_cache_are_refused(labeled, exported, tmp_path):
     """They would be learned as those of the cache that was named: numbers of classes and K are the same."""
     path = write_config(tmp_path)
@@ -174,7 +191,9 @@ def test_rows_of_another_teachers_cache_are_refused(labeled, exported, tmp_path)
     assert SoftLabelCollator(part)([exported[0]])["batch"].num_labeled > 0, "another source, the same teacher"
 
 
-@pytest.mark.parametrize("name", ["labels", "seq_lengths", "soft_positions", "soft_log_tail", "soft_cache"])
+@pytest.mark.parametrize(
+    "name", ["labels", "seq_lengths", "soft_positions", "soft_log_tail", "soft_cache", "soft_sample"]
+)
 def test_a_row_that_lost_a_column_is_refused(labeled, exported, name):
     """Without seq_lengths its documents would attend to each other, without soft_positions it would have no soft labels."""
     row = exported[0]

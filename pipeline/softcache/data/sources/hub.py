@@ -123,7 +123,7 @@ def load_arguments(
         }
     suffixes = {path.suffix for path in files.paths}
     if suffixes == {".txt"}:
-        arguments["sample_by"] = "paragraph"
+        arguments |= {"sample_by": "paragraph", "encoding": "utf-8-sig"}  # without a byte order mark
     elif (separated := suffixes & kinds.keys()) in ({".csv"}, {".tsv"}):
         arguments |= {"keep_default_na": False, "sep": "\t" if separated == {".tsv"} else ","}
     return arguments | {"cache_dir": str(cache_dir.resolve())}

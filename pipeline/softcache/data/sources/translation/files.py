@@ -125,7 +125,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
-        for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        for number, text in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
             if text.strip():
                 yield number, text
     except (OSError, UnicodeDecodeError) as error:

@@ -11,6 +11,7 @@ A row is a sample. What every trainer of transformers and TRL reads:
 and with a cache, of each label row, which predicts the token after its position:
 
     soft_cache      of the whole sample: a digest of teacher, tokenizer, label policy and codec
+    soft_sample     of the whole sample: a fingerprint of what was labeled, input_ids, labels and seq_lengths
     soft_positions  position in the sample
     soft_*          the arrays of `SoftLabels`: ids and log_probs [K] over the whole vocabulary at T = 1 (nats), log_tail,
                     and what else the cache has
@@ -20,7 +21,7 @@ Decoded, a label row takes 8 bytes per kept class on disk, several times what th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +31,7 @@ import torch
 from softcache.data.sources.text.source import TokenSource
 from softcache.data.tokens import TokenBatch, TokenData
 from softcache.errors import AlignmentError
-from softcache.hashing.digests import digest_json
+from softcache.hashing.digests import digest_json, fingerprint
 from softcache.labels import SoftLabels
 from softcache.labels.validate import ARRAYS
 from softcache.losses.target_class import IGNORED
@@ -41,7 +42,7 @@ from softcache.student.integrations.validate import check_cache
 
 __all__ = ["SOFT_COLUMNS", "SoftLabelCollator", "to_hf_dataset"]
 
-SOFT_COLUMNS = ("soft_cache", "soft_positions", *(f"soft_{name}" for name in ARRAYS))
+SOFT_COLUMNS = ("soft_cache", "soft_sample", "soft_positions", *(f"soft_{name}" for name in ARRAYS))
 BATCH_SAMPLES = 64
 
 
@@ -72,8 +73,9 @@ def to_hf_dataset(
     else:
         check_cache(cache, "tokens", 'to_hf_dataset is for language models ("tokens")')
         data = SoftLabelDataset(source, cache)
-        made_from = ["labels of a cache", cache.manifest_sha256, cache.markers.digest()]
-        features |= {"soft_cache": library.Value("string"), "soft_positions": library.Sequence(tokens)}
+        made_from = ["labels of a cache, with soft_sample", cache.manifest_sha256, cache.markers.digest()]
+        features |= {name: library.Value("string") for name in ("soft_cache", "soft_sample")}
+        features["soft_positions"] = library.Sequence(tokens)
         for name, array in _arrays(cache.read([])).items():
             value = library.Value("int32" if array.dtype.kind in "iu" else "float32")
             row = value if array.ndim == 1 else library.Sequence(value, length=array.shape[1])
@@ -111,7 +113,7 @@ def _rows(data: Any, num_samples: int) -> Iterator[dict[str, Any]]:
             }
             if labeled is not None:
                 mine = slice(ends[number] - counts[number], ends[number])
-                row["soft_cache"] = made_by
+                row["soft_cache"], row["soft_sample"] = made_by, _sample_digest(row)
                 row["soft_positions"] = labeled[mine].numpy() % batch.tokens.shape[1]
                 row |= {f"soft_{name}": array[mine] for name, array in arrays.items()}
             yield row
@@ -122,6 +124,12 @@ def labels_digest(cache: Cache) -> str:
     identity = {name: part for name, part in cache.manifest.identity.items() if name != "source"}
     teacher = {name: value for name, value in identity["teacher"].items() if name != "spec"}
     return digest_json(identity | {"teacher": teacher})[:16]
+
+
+def _sample_digest(row: Mapping[str, Any]) -> str:
+    """A fingerprint of a row's tokens, of which of them are learned, and of its documents."""
+    columns = [np.asarray(row[name], np.int64) for name in ("input_ids", "labels", "seq_lengths")]
+    return f"{fingerprint('', 0, np.concatenate(columns)):016x}"
 
 
 def _arrays(labels: SoftLabels) -> dict[str, np.ndarray]:
@@ -191,6 +199,7 @@ class SoftLabelCollator:
             needed |= {
                 "seq_lengths",
                 "soft_cache",
+                "soft_sample",
                 "soft_positions",
                 *(f"soft_{name}" for name in _arrays(self._pattern)),
             }
@@ -215,6 +224,13 @@ class SoftLabelCollator:
                 "sample: a soft label at a position where nothing is learned; expected soft_positions and labels as "
                 "to_hf_dataset makes them; filter, select or shuffle its rows, and change none"
             )
+        for example in labeled:
+            if (found := _sample_digest(example)) != example["soft_sample"]:
+                raise AlignmentError(
+                    "sample: its input_ids, labels or seq_lengths are not those that were labeled (soft_sample "
+                    f"{example['soft_sample']}, found {found}); expected rows as to_hf_dataset makes them; filter, select "
+                    "or shuffle them and change none, or change the source and make its cache anew"
+                )
         arrays = {}
         for name, pattern in _arrays(self._pattern).items():
             stacked = [

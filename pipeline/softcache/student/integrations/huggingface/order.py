@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from transformers import TrainerCallback
 
 from softcache.errors import RunError
+from softcache.hashing.digests import digest_json
 from softcache.reader.sampler import BlockSampler
 from softcache.runtime.distributed import check_same
+from softcache.student.integrations.huggingface.dataset import labels_digest
 
 __all__ = ["KeepOrder"]
 
 KEY = "softcache_order"
 """Of what is kept, among the states of callbacks in trainer_state.json."""
+
+ROWS_COMPARED = 64
 
 
 class KeepOrder(TrainerCallback):
@@ -34,10 +39,17 @@ class KeepOrder(TrainerCallback):
         """Compares the order of the checkpoint with that of this run, and the run with that of the other processes.
 
         Raises:
-            RunError: a step is another one, or a process has another run.
+            RunError: a step is another one, the labels are of another teacher, or a process has another run.
         """
         here = self._described(args)
         there = state.stateful_callbacks.get(KEY, here)
+        labels = labels_digest(self._trainer._cache)
+        if (found := there.get("labels", labels)) != labels:
+            raise RunError(
+                f"checkpoint of step {state.global_step}: labels {found} there, {labels} of cache "
+                f"{self._trainer._cache.url}, which has another teacher, tokenizer, label policy or codec; resume with the "
+                "cache that the run began with, or begin a run with the weights of the checkpoint as the model"
+            )
         if not args.ignore_data_skip:
             found = [name for name in here if there.get(name, here[name]) != here[name]]
             if found:
@@ -51,7 +63,8 @@ class KeepOrder(TrainerCallback):
                 self._order.load_state_dict({"epoch": 0, "step": 0, **there["blocks"]})
         blocks = {} if self._order is None else self._order.state_dict()
         kept = here | {
-            "blocks": {name: blocks[name] for name in ("block_samples", "window_blocks") if name in blocks}
+            "labels": labels,
+            "blocks": {name: blocks[name] for name in ("block_samples", "window_blocks") if name in blocks},
         }
         # Each takes its part of an order that it makes itself.
         cache, loss = self._trainer._cache, self._trainer._loss
@@ -69,7 +82,17 @@ class KeepOrder(TrainerCallback):
         return {
             "samples of a step": trainer._train_batch_size * ranks * args.gradient_accumulation_steps,
             "samples of an epoch": len(data) if hasattr(data, "__len__") else None,
+            "source": trainer._source.digest,
+            "rows": self._rows(),
             "seed": args.seed if args.data_seed is None else args.data_seed,
             "train_sampling_strategy": args.train_sampling_strategy,
             "dataloader_drop_last": args.dataloader_drop_last,
         }
+
+    def _rows(self) -> str | None:
+        """A digest of rows from all over a dataset that the user chose and ordered; None where the cache has the order."""
+        data = self._trainer.train_dataset
+        if self._order is not None or not hasattr(data, "__len__"):
+            return None
+        numbers = np.linspace(0, len(data) - 1, min(len(data), ROWS_COMPARED)).astype(int).tolist()
+        return digest_json([np.asarray(data[number]["input_ids"]).tolist() for number in numbers])[:16]
