@@ -74,6 +74,16 @@ def test_no_manifest_at_all(data):
         Manifest.parse(data, where="cache x")
 
 
+def test_a_manifest_of_a_bucket_that_was_cut_short_may_be_an_answer_that_was():
+    data = manifest_of("zarr").to_bytes()[:100]
+    with pytest.raises(
+        ManifestError, match=r"not JSON: .*; read it again, in case .* cut short, or restore it from a copy"
+    ):
+        Manifest.parse(data, where="cache s3://bucket/cache")
+    with pytest.raises(ManifestError, match=r"not JSON: [^;]*; restore it from a copy"):
+        Manifest.parse(data, where="cache /data/cache")
+
+
 def test_differences_name_the_fields():
     one, other = manifest_of("zarr"), manifest_of("zarr", k=2, num_views=5)
     lines = "\n".join(diff_manifests(one, other))

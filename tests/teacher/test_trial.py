@@ -7,12 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from softcache.errors import ConfigError, LabelError
 from softcache.models.language import build_language_model
 from softcache.runs import capture_labels, open_data, open_teacher
 from softcache.teacher.base import RowScores
 from softcache.teacher.capture.trial import TrialScores, try_teacher
+from softcache.teacher.image import ImageTeacher
 from softcache.teacher.language import LanguageTeacher
 from tests.support.caches import digits_config
 from tests.support.text_caches import text_config
@@ -134,6 +136,36 @@ def test_a_teacher_whose_outputs_are_the_classes_in_another_order_is_refused(tmp
     ):
         capture_labels(config, data, open_teacher(config, data), str(tmp_path / "cache"))
     assert not (tmp_path / "cache/manifest.json").exists()
+
+
+@pytest.mark.parametrize(("sure", "is_refused"), [(3.0, True), (0.2, False)])
+def test_a_teacher_that_was_not_trained_is_not_refused_for_classes_that_it_takes_for_each_other(
+    sure, is_refused
+):
+    """The direction in which random weights divide two classes is by chance the wrong one."""
+
+    class Two(list):
+        mean_rows = 1.0
+        class_names = ("cat", "dog")
+
+        def load(self, samples, view, *, fingerprints):
+            targets = torch.tensor([sample % 2 for sample in samples])
+            return SimpleNamespace(
+                num_rows=len(samples), targets=targets, split=lambda pieces: [None] * pieces
+            )
+
+    teacher = object.__new__(ImageTeacher)
+    teacher.device = torch.device("cpu")
+    teacher.check_forward, teacher.spec = lambda batch: None, "timm:resnet18"
+    teacher.chunks = lambda batch: iter([nn.functional.one_hot(1 - batch.targets, 2) * sure])
+    if is_refused:
+        with pytest.raises(
+            ConfigError, match=r"in another order: .* 0 'cat' as 1 'dog', 1 'dog' as 0 'cat'; give"
+        ):
+            try_teacher(teacher, Two(range(512)), num_classes=2, batch_size=64)
+    else:
+        found = try_teacher(teacher, Two(range(512)), num_classes=2, batch_size=64)
+        assert (found.rows, found.accuracy) == (256, 0.0)
 
 
 def test_the_rows_of_a_trial_come_from_all_over_the_split():

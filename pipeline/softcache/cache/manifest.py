@@ -92,7 +92,8 @@ class Document(BaseModel):
         try:
             content = json.loads(data)
         except (ValueError, RecursionError) as not_json:
-            return ManifestError(f"{where}: not JSON: {not_json}; restore it from a copy")
+            again = "read it again, in case a bucket's answer was cut short, or " if "://" in where else ""
+            return ManifestError(f"{where}: not JSON: {not_json}; {again}restore it from a copy")
         version = (
             content.get("format_version", FORMAT_VERSION) if isinstance(content, dict) else FORMAT_VERSION
         )

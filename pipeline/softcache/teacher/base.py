@@ -137,11 +137,13 @@ class RowScores(NamedTuple):
         loss: sum of their negative log-likelihoods, nats.
         correct: how many are right at the first guess.
         guesses_P: [P] int64, the likeliest class of each.
+        guess_loss: sum of the negative log-likelihoods of these, nats, where outputs have names.
     """
 
     loss: float
     correct: int
     guesses_P: torch.Tensor
+    guess_loss: float = 0.0
 
 
 class Teacher(TeacherFacts, ABC):
@@ -289,14 +291,16 @@ class Teacher(TeacherFacts, ABC):
     def score(self, batch: Any) -> RowScores:
         """Returns how well the rows of a batch are predicted."""
         targets_P = batch.targets.to(self.device, non_blocking=True)
-        loss, start, guesses = 0.0, 0, []
+        loss, guess_loss, start, guesses = 0.0, 0.0, 0, []
         for logits_PV in self.chunks(batch):
             wanted = targets_P[start : start + len(logits_PV)]
             loss += float(nn.functional.cross_entropy(logits_PV, wanted, reduction="sum"))
             guesses.append(logits_PV.argmax(-1))
+            if self.has_named_outputs:
+                guess_loss += float(nn.functional.cross_entropy(logits_PV, guesses[-1], reduction="sum"))
             start += len(logits_PV)
         guesses_P = torch.cat(guesses) if guesses else targets_P[:0]
-        return RowScores(loss, int((guesses_P == targets_P).sum()), guesses_P.cpu())
+        return RowScores(loss, int((guesses_P == targets_P).sum()), guesses_P.cpu(), guess_loss)
 
     def describe_score(self, accuracy: float, perplexity: float) -> str:
         """Returns in words how well the teacher predicts rows."""

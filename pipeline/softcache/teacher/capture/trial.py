@@ -22,6 +22,10 @@ CHECKED, FEWEST, MOST = 512, 256, 2048
 SHARE = 1 / 32
 """Of the rows of a view, between these bounds: the pass over a small data set is not to take twice as long for it."""
 
+LARGEST_LOSS = 0.6
+"""Mean negative log-likelihood of a teacher's own guesses, in log V, above which they are no evidence of another order: a
+teacher that was hardly trained takes classes for others as consistently, and each guess is hardly likelier than chance."""
+
 
 class TrialScores(NamedTuple):
     """Scores on a few rows.
@@ -60,11 +64,11 @@ def try_teacher(teacher: Teacher, data: Dataset, *, num_classes: int, batch_size
 
     Raises:
         LabelError: the teacher's logits are not those of its model's own forward pass.
-        ConfigError: its outputs are the source's classes in another order.
+        ConfigError: its outputs, of which it is sure, are the source's classes in another order.
     """
     if not teacher.has_row_scores:
         return None
-    loss, correct, rows = 0.0, 0, 0
+    loss, guess_loss, correct, rows = 0.0, 0.0, 0, 0
     targets, guesses = [], []
     for samples in _spread(data, batch_size):
         batch: Any = data.load(samples, 0, fingerprints=False)
@@ -73,9 +77,10 @@ def try_teacher(teacher: Teacher, data: Dataset, *, num_classes: int, batch_size
         scored = teacher.score(batch)
         loss, correct, rows = loss + scored.loss, correct + scored.correct, rows + batch.num_rows
         if teacher.has_named_outputs:
+            guess_loss += scored.guess_loss
             targets.append(batch.targets.numpy())
             guesses.append(scored.guesses_P.numpy())
-    if targets:
+    if targets and guess_loss <= LARGEST_LOSS * rows * math.log(num_classes):
         _check_class_order(teacher, data, np.concatenate(targets), np.concatenate(guesses), num_classes)
     return TrialScores(rows, loss / max(1, rows), correct / max(1, rows), num_classes)
 
