@@ -1,7 +1,9 @@
 """Language models: specs, the split into backbone and head, and documents that do not see each other."""
 
+import json
 import logging
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +22,7 @@ from softcache.models.language import (
     tokenizer_of,
 )
 from softcache.models.language.causal_lm import exact_attention, transformers_library
+from softcache.models.language.checkpoint import Checkpoint
 
 VOCAB, CONTEXT = 61, 16
 BUILTIN = [
@@ -576,6 +579,27 @@ def test_the_advice_about_padding_is_not_shown(ids, shown):
     finally:
         logger.removeHandler(handler)
     assert bool(kept) == shown
+
+
+@pytest.mark.parametrize(
+    ("own", "is_refused"),
+    [("modeling_mine.MineForCausalLM", True), ("them/repo--modeling.LLaMA_ForCausalLM", False)],
+)
+def test_a_checkpoint_that_is_run_by_a_class_of_its_own_is_refused(tmp_path, own, is_refused):
+    """transformers would run its weights as the class of its model_type: another model's labels, without a word."""
+    make("llama").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": own}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    for opened in (build, partial(Checkpoint, vocab_size=VOCAB, context=CONTEXT)):
+        if is_refused:
+            with pytest.raises(SpecError, match=r"its class is MineForCausalLM, .*found LlamaForCausalLM"):
+                opened(f"hf:{tmp_path}")
+        else:
+            opened(f"hf:{tmp_path}")
+    if is_refused:
+        with pytest.raises(SpecError, match="its class is MineForCausalLM"):
+            build(f"hf-config:{tmp_path}")
 
 
 def test_a_configuration_that_leaves_out_weights_of_a_layer_is_refused(tmp_path):

@@ -250,6 +250,17 @@ def test_log_probabilities_of_a_file_that_tokens_were_not_sampled_with_are_refus
         build()
 
 
+def test_log_probabilities_of_a_file_that_are_all_0_are_refused(sampled, tmp_path):
+    """They are no policy's: a column that was filled for want of numbers would weigh each token by the student's own s."""
+    _, out = sampled
+    rows = [row | {"log_probs": [0.0] * len(row["log_probs"])} for row in lines_of(out)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(tmp_path / "rows.jsonl"), "eval_path": str(out / "eval.jsonl")}
+    config = rollout_config(tmp_path, out, source=source)
+    with pytest.raises(SourceError, match=r"sampled tokens are all 0, .* loss\.importance = false"):
+        open_data(config).task(config, "tests.fakes_language:known").build()
+
+
 def test_rollouts_of_a_policy_of_another_teacher_are_refused_unless_it_is_named(sampled, tmp_path):
     _, out = sampled
     teacher = read_manifest(str(out))["sft_teacher"]

@@ -274,6 +274,9 @@ def test_a_run_goes_on_in_its_order_or_is_refused(labeled, exported, tmp_path):
     fewer = trainer_of(labeled, tmp_path, exported.select(range(40)), settings=settings)
     with pytest.raises(RunError, match="samples of an epoch 47 there, 40 here"):
         fewer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    turned = trainer_of(labeled, tmp_path, exported.shuffle(seed=1), settings=settings)
+    with pytest.raises(RunError, match=r"rows '\w+' there, '\w+' here"):
+        turned.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_its_held_out_loss_is_the_negative_log_likelihood(labeled, exported, tmp_path):

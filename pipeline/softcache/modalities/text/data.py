@@ -222,7 +222,7 @@ def check_sampling(data: TokenData, loss: LossSettings, spec: str, student: Any)
         student: as it begins.
 
     Raises:
-        SourceError: the mean is higher: logarithms to base 2, or of a policy that was far less sure.
+        SourceError: the mean is higher: logarithms to base 2, or of a policy that was far less sure; or all are 0.
     """
     how = loss.loss.parameters
     if not (how["importance"] or how["advantage"] == "sampling") or next(student.parameters()).is_meta:
@@ -230,11 +230,17 @@ def check_sampling(data: TokenData, loss: LossSettings, spec: str, student: Any)
     was_training = student.training
     student.eval()
     try:
-        ratios = _ratios(data, student)
+        ratios, all_certain = _ratios(data, student)
     finally:
         student.train(was_training)
     if len(ratios) == 0:
         return  # without log-probabilities, which the loss asks for
+    if all_certain:
+        raise SourceError(
+            f"source {data.source.name}: the log_probs of {len(ratios):,} sampled tokens are all 0, as of a policy that had "
+            "no other token to choose; expected those that the tokens were sampled with: ask the engine for them, or set "
+            "loss.importance = false"
+        )
     mean, most = float(ratios.mean()), 1 + MAX_RATIO * (5 / len(ratios)) ** 0.5
     if mean > most:
         raise SourceError(
@@ -246,14 +252,16 @@ def check_sampling(data: TokenData, loss: LossSettings, spec: str, student: Any)
 
 
 @torch.no_grad()
-def _ratios(data: TokenData, student: Any) -> torch.Tensor:
-    """Returns min(s / q, `MAX_RATIO`) of some samples' tokens, flat; none where there is no q."""
+def _ratios(data: TokenData, student: Any) -> tuple[torch.Tensor, bool]:
+    """Returns min(s / q, `MAX_RATIO`) of some samples' tokens, flat, and whether each q is 1; none where there is no q."""
     parts, device, ratios, num_tokens = split(student), next(student.parameters()).device, [], 0
+    all_certain = True
     for sample in np.random.default_rng(0).permutation(len(data)).tolist():
         batch = data.load([sample])
         log_q_P, batch = batch.sampling_log_probs, batch.to(device)
         if log_q_P is None or log_q_P.isnan().any():
-            return torch.zeros(0)
+            return torch.zeros(0), False
+        all_certain &= bool((log_q_P == 0).all())
         hidden_BLD = parts.hidden(batch.tokens, batch.segments, cross_documents=data.cross_documents)
         hidden_PD = hidden_BLD.flatten(0, 1)[batch.rows]
         log_s_P = parts.logits(hidden_PD).log_softmax(1).gather(1, batch.targets[:, None])[:, 0]
@@ -261,4 +269,4 @@ def _ratios(data: TokenData, student: Any) -> torch.Tensor:
         num_tokens += len(log_s_P)
         if num_tokens >= CHECKED_TOKENS:
             break
-    return torch.cat(ratios) if ratios else torch.zeros(0)
+    return torch.cat(ratios) if ratios else torch.zeros(0), all_certain

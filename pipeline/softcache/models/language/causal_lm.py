@@ -245,6 +245,7 @@ def pretrained(
             f"({', '.join(absent[:5])}); they would be random; expected a causal language model with its head"
         )
     refuse_left_out(spec, [key for key in map(str, info["unexpected_keys"]) if _is_of_a_layer(model, key)])
+    refuse_own_class(spec, config, model, auto)
     return with_checkpointing(model, checkpointing)
 
 
@@ -254,6 +255,22 @@ def refuse_left_out(spec: str, unused: Iterable[str]) -> None:
         raise SpecError(
             f"model {spec!r}: its configuration leaves out {len(keys)} weights of the checkpoint, of layers that it uses "
             f"({', '.join(keys[:5])}); expected the one that it was trained with: mend config.json (attention_bias)"
+        )
+
+
+def refuse_own_class(spec: str, config: Any, model: nn.Module, auto: str = "AutoModelForCausalLM") -> None:
+    """Raises SpecError where a checkpoint is run by code of its own, in a class that transformers has not.
+
+    transformers would load its weights into the class of its `model_type`, without a word. Spelling may differ, as in
+    `MPTForCausalLM`.
+    """
+    own = str((getattr(config, "auto_map", None) or {}).get(auto, "")).rpartition(".")[2]
+    plain = type(model).__name__
+    if own and own.replace("_", "").casefold() != plain.replace("_", "").casefold():
+        raise SpecError(
+            f"model {spec!r}: its class is {own}, of code that it brings along and that is never run here (auto_map of "
+            f"config.json); found {plain}, which transformers has for model_type {config.model_type}, and which may be "
+            "another model; write a module:factory of your own if you trust the code, or take auto_map out if they are one"
         )
 
 
@@ -326,6 +343,7 @@ def _from_config_of(spec: str, parsed: ModelSpec, vocab_size: int, context: int)
         trust_remote_code=False,
         **{"dtype": torch.float32} | build | exact_attention(spec, config, build),
     )
+    refuse_own_class(spec, config, model)
     return with_checkpointing(model, checkpointing)
 
 

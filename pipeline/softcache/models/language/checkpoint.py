@@ -22,6 +22,7 @@ from softcache.models.language.causal_lm import (
     auto_class,
     check_size,
     refuse_left_out,
+    refuse_own_class,
     safe_arguments,
     transformers_library,
 )
@@ -92,6 +93,7 @@ class Checkpoint:
                 f"model {spec!r}: it has an encoder and a decoder; expected a causal language model"
             )
         refuse_left_out(spec, self._left_out())
+        refuse_own_class(spec, config, self.model)
         check_size(spec, self.model, vocab_size, context)
         parts = split(self.model)
         assert isinstance(parts, CausalParts)
