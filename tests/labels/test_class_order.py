@@ -66,6 +66,19 @@ def test_classes_that_are_always_taken_for_another_one_are_no_evidence():
         assert find_other_order(targets_P, guesses_P, 20) is None
 
 
+@pytest.mark.parametrize("num_seen", [2, 3, 5, 8])
+def test_a_few_classes_of_many_that_a_weak_teacher_takes_for_others_are_no_evidence(num_seen):
+    """As zero-shot CLIP does on aircraft, of which the trial of a sorted folder, or a unit of an import, shows a few."""
+    rng = np.random.default_rng(num_seen)
+    for _ in range(50):
+        seen = rng.permutation(100)[:num_seen]
+        outputs = np.arange(100)
+        outputs[seen] = np.where(rng.random(num_seen) < 0.5, rng.integers(0, 100, num_seen), seen)
+        targets_P = np.repeat(seen, 1024 // num_seen)
+        guesses_P = guesses(rng, targets_P, 100, outputs, 0.8)
+        assert find_other_order(targets_P, guesses_P, 100) is None
+
+
 def test_rows_without_a_class_are_left_out_and_no_rows_are_no_evidence():
     targets_P = np.repeat([0, 1, -1, 7], 100)
     guesses_P = np.repeat([1, 0, 1, 0], 100)

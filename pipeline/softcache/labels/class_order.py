@@ -13,6 +13,9 @@ import numpy as np
 __all__ = ["OtherOrder", "find_other_order"]
 
 LEAST_GAIN, DEVIATIONS, LEAST_RIGHT = 16, 4.0, 0.5
+FEWEST_OPEN, OPEN_SHARE = 8, 0.75
+"""Of classes that are not exchanged among themselves, as where a sorted source shows a few of many: at least so many,
+and this share of those that are seen. A weak teacher takes half of its classes for other ones, and few of them are seen."""
 
 
 class OtherOrder(NamedTuple):
@@ -48,8 +51,9 @@ def find_other_order(targets_P: np.ndarray, guesses_P: np.ndarray, num_classes: 
     """Returns the classes whose places are exchanged; None without evidence.
 
     The commonest guess of each class is found on half of its rows and counts on the other half. A teacher that only mistakes
-    classes does not guess each of some classes as another one of them, no two as the same; nor, of more than half of all
-    classes, each as one that no other is guessed as. The difference is to be `DEVIATIONS` standard deviations of chance.
+    classes does not guess each of some classes as another one of them, no two as the same; nor, of `OPEN_SHARE` of the
+    classes that are seen, each as one that no other is guessed as. The difference is to be `DEVIATIONS` standard deviations
+    of chance.
 
     Args:
         targets_P: ground truths; what is none of the classes is left out.
@@ -66,7 +70,7 @@ def find_other_order(targets_P: np.ndarray, guesses_P: np.ndarray, num_classes: 
     closed = dict(alone)
     while any(other not in closed for other in closed.values()):
         closed = {one: other for one, other in closed.items() if other in closed}
-    for moved in (closed, alone if 2 * len(alone) > len(found) else {}):
+    for moved in (closed, alone if len(alone) >= max(FEWEST_OPEN, OPEN_SHARE * len(found)) else {}):
         other_order = _compare(moved, targets_P, guesses_P)
         if other_order is not None:
             return other_order
