@@ -560,6 +560,33 @@ def test_the_tokenizer_beside_a_model(tmp_path):
     assert tokenizer_of(f"hf-config:{tmp_path}").get_vocab() == {"a": 0, "b": 1, "?": 2}
 
 
+def test_the_tokenizer_beside_a_model_is_that_of_its_subfolder_and_revision(tmp_path, monkeypatch):
+    """Another revision's would be compared with the source's, whose ids are of this one's tokens."""
+    from tokenizers import Tokenizer, models
+
+    for folder, names in (("", "ab?"), ("one", "ba?")):
+        words = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="?"))
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+        tokenizer.save_pretrained(tmp_path / folder)
+    spec = f"hf:{tmp_path}?subfolder=one"
+    make("gpt2").save_pretrained(tmp_path / "one")
+    build(spec)
+    assert tokenizer_of(spec).get_vocab() == {"b": 0, "a": 1, "?": 2}
+    (tmp_path / "one/tokenizer.json").unlink()
+    assert tokenizer_of(spec).get_vocab() == {"a": 0, "b": 1, "?": 2}
+    asked = []
+
+    def load(*name, trust_remote_code, **how):
+        asked.append((*name, how))
+        if "subfolder" in how:
+            raise OSError("no tokenizer there")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load)
+    tokenizer_of("hf:them/model?revision=v2&subfolder=one")
+    how = {"revision": "v2"}
+    assert asked == [("them/model", how | {"subfolder": "one"}), ("them/model", how)]
+
+
 @pytest.mark.parametrize(("ids", "shown"), [([[1, 2, 0]], False), ([[1, 2, 3]], True)])
 def test_the_advice_about_padding_is_not_shown(ids, shown):
     """It does not apply: padding comes after the tokens. Other warnings of transformers stay."""

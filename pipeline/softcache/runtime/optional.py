@@ -24,19 +24,21 @@ def text_library(module: str) -> Any:
         ) from error
 
 
-def auto_tokenizer(name: str, *, of: str) -> Any:
+def auto_tokenizer(name: str, *, of: str, **hub: Any) -> Any:
     """Returns the tokenizer that transformers loads from a folder or a hub name.
 
     Args:
         name: of the folder, or on the hub.
         of: what the tokenizer is of, for messages.
+        hub: `revision` and `subfolder` of a hub name.
 
     Raises:
         MissingExtraError: it needs a package that is not installed, as Marian's needs sentencepiece.
         Exception: of any kind that transformers raises where there is none.
     """
     try:
-        return text_library("transformers").AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        library = text_library("transformers")
+        return library.AutoTokenizer.from_pretrained(name, trust_remote_code=False, **hub)
     except MissingExtraError:
         raise
     except ImportError as error:

@@ -219,7 +219,7 @@ def pretrained(
     placement: Placement | None = None,
 ) -> nn.Module:
     name, args, checkpointing = safe_arguments(spec, parsed)
-    path = Path(name)
+    path = Path(name) / str(args.get("subfolder", ""))
     if path.is_dir() and not any(path.glob("*.safetensors")):
         pickled = sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
         raise SpecError(
@@ -369,16 +369,23 @@ def from_factory(spec: str, parsed: ModelSpec, vocab_size: int, context: int, **
 def tokenizer_of(spec: str) -> Any | None:
     """Returns the tokenizer of an `hf:` or `hf-config:` model, or None where there is none.
 
-    A folder must hold tokenizer files of its own: transformers would otherwise make up an empty tokenizer.
+    It is the one of the spec's `revision`, in its `subfolder` or else above it. A folder must hold tokenizer files of its
+    own: transformers would otherwise make up an empty tokenizer.
     """
-    scheme, _, name = parse_spec(spec).name.partition(":")
+    parsed = parse_spec(spec)
+    scheme, _, name = parsed.name.partition(":")
     if scheme not in ("hf", "hf-config"):
         return None
-    path = Path(name).expanduser()
+    path, subfolder = Path(name).expanduser(), str(parsed.args.get("subfolder", ""))
+    of, revision = f"model {spec!r}", {key: parsed.args[key] for key in ("revision",) if key in parsed.args}
     files = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-    if path.is_dir() and not any((path / file).is_file() for file in files):
-        return None
-    try:
-        return auto_tokenizer(str(path) if path.is_dir() else name, of=f"model {spec!r}")
-    except (OSError, ValueError, KeyError):
-        return None
+    for inside in dict.fromkeys((subfolder, "")):
+        if path.is_dir() and not any((path / inside / file).is_file() for file in files):
+            continue
+        try:
+            if path.is_dir():
+                return auto_tokenizer(str(path / inside), of=of)
+            return auto_tokenizer(name, of=of, **revision | ({"subfolder": inside} if inside else {}))
+        except (OSError, ValueError, KeyError):
+            continue
+    return None
