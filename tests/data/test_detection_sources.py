@@ -154,6 +154,24 @@ def test_boxes_without_area_are_dropped_and_counted(tmp_path, caplog):
     assert "annotation 1, bbox [1.0, 2.0, 3.0, 0.0] of a 20x10 image" in caplog.text
 
 
+def test_coco_boxes_in_the_form_of_other_formats_are_refused(tmp_path):
+    shares = [note([0.1, 0.2, 0.5, 0.25]), note([0.5, 0.5, 0.5, 0.5], image=3)]
+    with pytest.raises(
+        SourceError, match=r"all 2 boxes are within one pixel, .*such as \[0\.1, .*width, height\] in pixels"
+    ):
+        coco(coco_folder(tmp_path, annotations=shares))
+    corners = [note([10 + n % 3, 4, 18, 9]) for n in range(8)]
+    with pytest.raises(
+        SourceError, match=r"8 of 8 boxes reach out of .*none would as \[left, top, right, bottom\]"
+    ):
+        coco(coco_folder(tmp_path, annotations=corners))
+    # Sizes, of which many reach out.
+    wide = [*corners, note([12, 4, 9, 3])]
+    assert len(coco(coco_folder(tmp_path, annotations=wide)).truth(1)) == 9
+    small = [note([0, 0, 1, 1]), note([3, 4, 0.5, 0.5])]
+    assert len(coco(coco_folder(tmp_path, annotations=small)).truth(1)) == 2
+
+
 def test_cocos_own_folders_are_read_as_they_are(tmp_path):
     annotations = [note([1, 2, 3, 4]), note([1, 2, 3, 4], image=3, category=4)]
     expected = coco(coco_folder(tmp_path, annotations=annotations), "eval")

@@ -10,7 +10,8 @@ COCO's annotation files hold more; what is not named above is not read. Ids may 
 with gaps: class c is the c-th smallest id of the training file, counted from 0, and both files must have the same
 categories. An image without width and height has those of its file; one with no annotation is a sample with no box.
 `iscrowd = 1` marks a group: kept, but nothing to learn (`Truth.crowd`). A box that reaches out of its image is cut at the
-edge; one that lies outside, or has no area, as two of COCO's train2017 have, is dropped and counted. Keys are the images'
+edge; one that lies outside, or has no area, as two of COCO's train2017 have, is dropped and counted. A file whose boxes are
+all shares of the image, or two corners, is refused. Keys are the images'
 file names.
 """
 
@@ -34,6 +35,9 @@ from softcache.runtime.files import parse_json
 from softcache.runtime.logging import log_info
 
 __all__ = ["Coco", "CocoSource"]
+
+FEWEST_BOXES = 8
+"""By which a file is judged to have corners in the place of sizes."""
 
 
 class CocoSource(ImageFolderSource):
@@ -214,6 +218,7 @@ class _Annotations:
         known = {number for number, *_ in self._images}
         size_of = {number: size or _size_of_file(self.images / file) for number, file, size in images}
         kept: dict[int | str, list[tuple[list[float], int, bool]]] = {number: [] for number in size_of}
+        placed: list[list[float]] = []
         for name, image, category, box, crowd in self._boxes:
             if image not in known or category not in class_of:
                 what = f"image_id {image}" if image not in known else f"category_id {category}"
@@ -223,17 +228,47 @@ class _Annotations:
             if image not in size_of:
                 continue
             width, height = size_of[image]
+            placed.append([*box, width, height])
             left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
             cut = [max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height))]
             if box[2] <= 0 or box[3] <= 0 or cut[0] >= cut[2] or cut[1] >= cut[3]:
                 self.dropped.append(f"annotation {name}, bbox {box} of a {width}x{height} image")
                 continue
             kept[image].append((cut, class_of[category], crowd))
+        self._check_form(np.array(placed).reshape(-1, 6))
         truths = [
             BoxAnnotations.of(*([list(part) for part in zip(*kept[number], strict=True)] or [[], [], []]))
             for number, *_ in images
         ]
         return [file for _, file, _ in images], [size_of[number] for number, *_ in images], truths
+
+    def _check_form(self, placed: np.ndarray) -> None:
+        """Checks that boxes are of pixels, and of corner and size, as far as all of them together tell.
+
+        Args:
+            placed: [M, 6], the four numbers of each box, and width and height of its image.
+
+        Raises:
+            SourceError: all are within one pixel, or as two corners all would be in their images, out of which half reach.
+        """
+        placed = placed[(placed[:, 2:4] > 0).all(1)]
+        if not len(placed):
+            return
+        starts, ends, sizes = placed[:, :2], placed[:, 2:4], placed[:, 4:]
+        form = (
+            f"such as {placed[0, :4].tolist()}; expected [left, top, width, height] in pixels; convert them"
+        )
+        if (starts + ends <= 1.001).all() and (sizes > 1).all():
+            raise SourceError(
+                f"annotations {self.path}: all {len(placed):,} boxes are within one pixel, as shares are, {form}"
+            )
+        reaching = int((starts + ends > sizes + 1).any(1).sum())
+        may_be_corners = (starts < ends).all() and (ends <= sizes + 1).all()
+        if may_be_corners and len(placed) >= FEWEST_BOXES and 2 * reaching >= len(placed):
+            raise SourceError(
+                f"annotations {self.path}: {reaching:,} of {len(placed):,} boxes reach out of their images, and none would "
+                f"as [left, top, right, bottom], {form}"
+            )
 
 
 def _id(value: Any) -> int | str:
