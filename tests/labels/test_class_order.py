@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from softcache.data.sources.images.classes import sorted_places
 from softcache.labels.class_order import find_other_order
 
 
@@ -64,6 +65,22 @@ def test_classes_that_are_always_taken_for_another_one_are_no_evidence():
     to_classes_not_seen = np.where(targets_P < 2, targets_P + 10, targets_P)
     for guesses_P in (one_for_all, into_a_neighbor, to_classes_not_seen):
         assert find_other_order(targets_P, guesses_P, 20) is None
+
+
+@pytest.mark.parametrize("accuracy", [0.6, 0.75])
+def test_a_usual_order_of_a_thousand_classes_is_found_by_two_rows_of_each(accuracy):
+    rng = np.random.default_rng(0)
+    names = sorted(str(number) for number in range(1000))
+    usual = sorted_places(names)
+    assert usual[0] == list(range(1000))
+    targets_P = rng.integers(0, 1000, 2048)
+    found = find_other_order(targets_P, guesses(rng, targets_P, 1000, usual[1], accuracy), 1000, usual)
+    assert found is not None
+    assert found.right < 0.1 < 0.5 < found.right_then
+    assert all(usual[1][one] == other for one, other in found.outputs.items())
+    for bad in (0.0, accuracy):
+        guesses_P = guesses(rng, targets_P, 1000, np.arange(1000), bad)
+        assert find_other_order(targets_P, guesses_P, 1000, usual) is None
 
 
 @pytest.mark.parametrize("num_seen", [2, 3, 5, 8])

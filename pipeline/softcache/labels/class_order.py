@@ -47,7 +47,9 @@ class OtherOrder(NamedTuple):
         )
 
 
-def find_other_order(targets_P: np.ndarray, guesses_P: np.ndarray, num_classes: int) -> OtherOrder | None:
+def find_other_order(
+    targets_P: np.ndarray, guesses_P: np.ndarray, num_classes: int, usual: Sequence[Sequence[int]] = ()
+) -> OtherOrder | None:
     """Returns the classes whose places are exchanged; None without evidence.
 
     The commonest guess of each class is found on half of its rows and counts on the other half. A teacher that only mistakes
@@ -58,9 +60,17 @@ def find_other_order(targets_P: np.ndarray, guesses_P: np.ndarray, num_classes: 
     Args:
         targets_P: ground truths; what is none of the classes is left out.
         guesses_P: the likeliest class of each row.
+        usual: orders that teachers often have, each the output of every class; tried on all rows, of which many classes
+            have too few for an order to be found.
     """
     is_class_P = (targets_P >= 0) & (targets_P < num_classes)
     targets_P, guesses_P = np.asarray(targets_P)[is_class_P], np.asarray(guesses_P)[is_class_P]
+    for outputs in usual:
+        seen = np.unique(targets_P).tolist()
+        moved = {one: outputs[one] for one in seen if outputs[one] != one}
+        other_order = _compare(moved, targets_P, guesses_P)
+        if other_order is not None:
+            return other_order
     order_P = np.argsort(targets_P, kind="stable")
     targets_P, guesses_P = targets_P[order_P], guesses_P[order_P]
     found = _commonest_guesses(targets_P[::2], guesses_P[::2])

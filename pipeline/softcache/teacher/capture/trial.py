@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from softcache.data.batch import Dataset
+from softcache.data.sources.images.classes import sorted_places
 from softcache.errors import ConfigError
 from softcache.labels.class_order import find_other_order
 from softcache.teacher.base import Teacher
@@ -98,7 +99,8 @@ def _spread(data: Dataset, batch_size: int) -> Iterator[range]:
 def _check_class_order(
     teacher: Teacher, data: Dataset, targets_P: np.ndarray, guesses_P: np.ndarray, num_classes: int
 ) -> None:
-    found = find_other_order(targets_P, guesses_P, num_classes)
+    usual = sorted_places(data.class_names) if len(data.class_names) == num_classes else []
+    found = find_other_order(targets_P, guesses_P, num_classes, usual)
     if found is not None:
         raise ConfigError(
             f"teacher.model {teacher.spec}: its outputs are the source's classes in another order: "

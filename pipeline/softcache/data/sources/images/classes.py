@@ -27,6 +27,7 @@ __all__ = [
     "numbers_or_texts",
     "read_labels",
     "sort_names",
+    "sorted_places",
     "whole_numbers",
 ]
 
@@ -99,6 +100,21 @@ def sort_names(names: Iterable[str], order: ClassOrder | None) -> tuple[list[str
     names = list(names)
     as_texts, by_numbers = sorted(names), sorted(sorted(names), key=_natural_key)
     return (by_numbers if order == "natural" else as_texts), order is None and as_texts != by_numbers
+
+
+def sorted_places(names: Sequence[str]) -> list[list[int]]:
+    """Returns the place of each name among them sorted as texts, and as timm sorts them; nothing where a name comes twice.
+
+    >>> sorted_places(["b9", "b10", "a"])
+    [[2, 1, 0], [1, 2, 0]]
+    """
+    places: list[list[int]] = []
+    if len(set(names)) < len(names):
+        return places
+    for order in ("lexicographic", "natural"):
+        by_name = {name: place for place, name in enumerate(sort_names(names, order)[0])}
+        places.append([by_name[name] for name in names])
+    return places
 
 
 def _natural_key(name: str) -> list[Any]:
