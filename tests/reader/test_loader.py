@@ -212,6 +212,22 @@ def test_other_errors_of_loader_processes_are_raised_as_they_are(opened, monkeyp
     assert raised.value is error
 
 
+def test_a_loader_process_that_may_open_no_more_files_is_one_message(opened, monkeypatch):
+    """Its thread that hands out descriptors closes the connection of the reader's that it cannot accept."""
+
+    def fail(self):
+        raise errors.pop()
+
+    errors = [EOFError("of a truncated file"), EOFError()]
+    monkeypatch.setattr(DataLoader, "_get_iterator", fail)
+    with pytest.raises(
+        StorageError, match=r"no more files does; raise `ulimit -n` or set reader\.workers = 0"
+    ):
+        next(iter(loader_of(opened, workers=1)))
+    with pytest.raises(EOFError, match="of a truncated file"):
+        next(iter(loader_of(opened, workers=1)))
+
+
 def test_without_shared_memory_forked_processes_see_the_view(opened, monkeypatch):
     def full(self):
         no_room(8)

@@ -145,10 +145,18 @@ def loader_batches(loader: DataLoader[Any], setting: str) -> Iterator[Any]:
         setting: of the number of its processes, for the error.
 
     Raises:
-        StorageError: its processes cannot start, or go on, for lack of shared memory; those of the dataset as they are.
+        StorageError: its processes cannot start, or go on, for lack of shared memory or file descriptors; those of the
+            dataset as they are.
     """
     try:
         yield from loader
+    except EOFError as error:
+        if error.args:  # not of a connection between processes
+            raise
+        raise StorageError(
+            "a loader process hung up while it shared memory, as one that may open no more files does; raise `ulimit -n` "
+            f"or set {setting} = 0"
+        ) from error
     except (OSError, RuntimeError) as error:
         # multiprocessing's semaphores are files there, too; their error names none.
         is_of_semaphores = isinstance(error, OSError) and error.errno in _UNUSABLE and error.filename is None
