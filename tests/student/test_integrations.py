@@ -338,16 +338,6 @@ def test_rows_that_a_mixer_averaged_are_refused(shared_cache, number):
     assert torch.isfinite(loss_fn(torch.randn(8, 10), targets.flip(0)))
 
 
-@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
-def test_timms_mixing_of_classes_is_refused_in_words(shared_cache, mode):
-    dataset = TimmDataset(shared_cache[1].train.source, shared_cache[2])
-    with pytest.raises(LabelError, match=r"rows of the labeled dataset, which are no classes; .*--mixup 0"):
-        next(iter(loader_of(dataset, collate_fn=timm.data.FastCollateMixup(mode=mode, num_classes=10))))
-    images, targets = next(iter(loader_of(dataset)))
-    with pytest.raises(LabelError, match="which are no classes"):
-        timm.data.Mixup(mode=mode, num_classes=10)(images, targets)
-
-
 def test_a_row_of_which_one_bit_is_off_is_refused(shared_cache):
     dataset = TimmDataset(shared_cache[1].train.source, shared_cache[2])
     (_, row) = dataset[0]

@@ -11,7 +11,6 @@ drops the batch, for which the reader then waits for ever.
 from __future__ import annotations
 
 import errno
-import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from multiprocessing.reduction import ForkingPickler
@@ -207,7 +206,7 @@ def _exchanged(
 
 def _received(value: Any, pickled: bytes | None) -> Any:
     """Returns what `_exchanged` was given."""
-    return _restored(value, None if pickled is None else pickle.loads(pickled))
+    return _restored(value, None if pickled is None else ForkingPickler.loads(pickled))
 
 
 def _restored(value: Any, memory: torch.Tensor | None) -> Any:

@@ -36,7 +36,7 @@ from softcache.data.images import ImageBatch, ViewedSource
 from softcache.errors import ConfigError
 from softcache.losses import LossSettings, distillation_loss
 from softcache.reader.dataset import HardLabelDataset, SoftLabelDataset, cached_views
-from softcache.student.integrations.timm_rows import LabelRow, LabelRows
+from softcache.student.integrations.timm_rows import LabelRows
 from softcache.student.integrations.validate import check_images, check_settled
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ class TimmDataset(TimmImages):
 
     def _targets(self, batch: ImageBatch) -> torch.Tensor:
         assert batch.labels is not None
-        return self.rows.pack(batch.labels, batch.targets).as_subclass(LabelRow)
+        return self.rows.pack(batch.labels, batch.targets)
 
 
 class TimmLoss(nn.Module):

@@ -23,7 +23,7 @@ import torch
 from softcache.errors import LabelError
 from softcache.labels import MixedTargets, SoftLabels
 
-__all__ = ["LabelRow", "LabelRows"]
+__all__ = ["LabelRows"]
 
 COLUMNS = ("ids", "log_probs", "log_tail", "target_log_prob", "stats", "counts", "log_threshold")
 INTEGER_COLUMNS = {"ids", "counts"}
@@ -97,7 +97,6 @@ class LabelRows:
         Raises:
             LabelError: the tensor is not what `pack` made.
         """
-        rows = rows.as_subclass(torch.Tensor)
         if rows.ndim != 2 or rows.shape[1] != self.width or rows.dtype != torch.float32:
             raise LabelError(
                 f"targets: {rows.dtype} of shape {tuple(rows.shape)}; expected float32 [batch, {self.width}], the rows of "
@@ -117,20 +116,6 @@ class LabelRows:
             values[name] = column.long() if name in INTEGER_COLUMNS else column
         labels, first = SoftLabels(**values, **self.fixed), truth[:, 0].long()
         return labels, MixedTargets(first, truth[:, 1].long(), truth[:, 2]) if self.mixed else first
-
-
-class LabelRow(torch.Tensor):
-    """A row or rows that are no class numbers: timm's mixing makes whole numbers of targets, and is refused there."""
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, arguments: Any = (), options: dict[str, Any] | None = None
-    ) -> Any:
-        if function is torch.Tensor.long:
-            raise LabelError(
-                f"targets: whole numbers of rows of the labeled dataset, which are no classes; {MIXERS}"
-            )
-        return super().__torch_function__(function, types, arguments, options or {})
 
 
 def _checksums(rows_PW: torch.Tensor) -> torch.Tensor:
