@@ -120,9 +120,9 @@ def test_a_batch_of_a_loader_process_comes_back_as_it_was(opened, monkeypatch, l
         monkeypatch.setattr(sent_batch, "_LARGEST", largest)
         assert batch.__reduce_ex__(4)[0] is not sent_batch._received, "elsewhere it is pickled as any object"
         monkeypatch.setattr("torch.utils.data.get_worker_info", lambda: "a loader process")
-        function, (_, memory) = batch.__reduce_ex__(4)
+        function, (_, *memory) = batch.__reduce_ex__(4)
         assert function is sent_batch._received
-        assert (memory is None) == bool(largest)
+        assert (not memory) == bool(largest)
         back = ForkingPickler.loads(ForkingPickler.dumps(batch))
         monkeypatch.undo()
         assert type(back) is type(batch)

@@ -1,7 +1,9 @@
 """Small real caches of the embedded digits, labeled by a teacher whose answers are known."""
 
+from contextlib import ExitStack
 from pathlib import Path
 
+from softcache.cache import units
 from softcache.config.run import RunConfig
 from softcache.runs import capture_labels, open_data, open_teacher
 from tests.support.tables import merged
@@ -31,3 +33,17 @@ def make_cache(url, **tables):
     data = open_data(config)
     cache, _ = capture_labels(config, data, open_teacher(config, data), str(url))
     return config, data, cache
+
+
+def hold_unit(cache, number, monkeypatch):
+    """Has another process hold a unit that is not made yet, until the first wait for it; returns the list of waits."""
+    (Path(cache.url) / "units" / f"{number:05d}.json").unlink()
+    other, waits = ExitStack(), []
+    assert other.enter_context(cache._objects.claim(f"units/{number:05d}.lock"))
+
+    def wait(seconds):
+        waits.append(seconds)
+        other.close()  # it dies
+
+    monkeypatch.setattr(units.time, "sleep", wait)
+    return waits

@@ -5,7 +5,6 @@ import json
 import pickle
 import shutil
 import zlib
-from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +35,7 @@ from softcache.tools.import_caches.crops import FKDCrops
 from softcache.tools.import_caches.top_rows import LEAST_TAIL, soft_labels
 from softcache.tools.verify.teacher import verify_units
 from tests.data.test_text_source import save_tokenizer
-from tests.support.caches import digits_config
+from tests.support.caches import digits_config, hold_unit
 from tests.support.text_caches import text_config, write_texts
 
 ORIGINALS = Path(__file__).parent / "originals"
@@ -255,15 +254,7 @@ def test_an_import_goes_on_and_only_from_the_same_files(tmp_path, monkeypatch):
 
 def test_a_unit_that_another_import_holds_is_waited_for(tmp_path, monkeypatch):
     cache, _ = load("tinyvit", TINYVIT, tmp_path / "cache", digits())
-    (tmp_path / "cache" / "units" / "00001.json").unlink()
-    other, waits = ExitStack(), []
-    assert other.enter_context(cache._objects.claim("units/00001.lock"))
-
-    def wait(seconds):
-        waits.append(seconds)
-        other.close()  # the other import dies
-
-    monkeypatch.setattr(units.time, "sleep", wait)
+    waits = hold_unit(cache, 1, monkeypatch)
     found, report = load("tinyvit", TINYVIT, tmp_path / "cache", digits())
     assert (len(waits), report.units_done, report.units_found) == (1, 1, 3)
     assert found.missing_units == []

@@ -6,7 +6,6 @@ import json
 import lzma
 import math
 import tracemalloc
-from contextlib import ExitStack
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +13,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from softcache.cache import units
 from softcache.cache.codecs import OpenCodec, codec_from_dict
 from softcache.data.sources.text.source import open_text
 from softcache.data.tokens import TokenData
@@ -36,7 +34,7 @@ from softcache.tools.import_logprobs import find_responses, import_labels
 from softcache.tools.import_logprobs.labels import _log_padding
 from softcache.tools.verify.teacher import verify_against_teacher, verify_units
 from tests.data.test_text_source import CHAT, save_tokenizer
-from tests.support.caches import ROOT
+from tests.support.caches import ROOT, hold_unit
 from tests.support.programs import run_program
 from tests.support.text_caches import text_config
 
@@ -966,15 +964,7 @@ def test_killed_halfway_and_run_again(served, tmp_path, toml):
 def test_a_unit_that_another_import_holds_is_waited_for(served, tmp_path, monkeypatch):
     path = served.write(served.answers(plain), folder=tmp_path)
     cache, _ = served.load(tmp_path / "cache", path, settings=served.config.capture)
-    (tmp_path / "cache" / "units" / "00001.json").unlink()
-    other, waits = ExitStack(), []
-    assert other.enter_context(cache._objects.claim("units/00001.lock"))
-
-    def wait(seconds):
-        waits.append(seconds)
-        other.close()  # the other import dies
-
-    monkeypatch.setattr(units.time, "sleep", wait)
+    waits = hold_unit(cache, 1, monkeypatch)
     found, report = served.load(cache.url, path)
     assert (len(waits), report.units_done, report.units_found) == (1, 1, 3)
     assert found.missing_units == []

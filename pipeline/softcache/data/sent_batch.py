@@ -11,9 +11,8 @@ drops the batch, for which the reader then waits for ever.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
-from multiprocessing.reduction import ForkingPickler
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from softcache.errors import StorageError
@@ -44,10 +43,10 @@ class SentBatch:
         tensors = [x for x in _tensors(vars(self)) if _is_copied(x)]
         memory = None if sum(x.nbytes for x in tensors) <= _LARGEST else _shared_memory(tensors)
         if memory is None:
-            return _received, (_Object(type(self), _exchanged(vars(self), _is_copied, _array_of)), None)
+            return _received, (_Object(type(self), _exchanged(vars(self), _is_copied, _array_of)),)
         return _received, (
             _Object(type(self), _exchanged(vars(self), _is_copied, memory.put)),
-            memory.pickled,
+            *memory.sent,
         )
 
 
@@ -88,16 +87,18 @@ class _SharedMemory:
 
     Attributes:
         bytes: [n] uint8.
-        pickled: `bytes`; made here, because it takes a file descriptor, which there may not be.
+        sent: the function that opens the memory in another process, and its arguments; made here, because it takes a file
+            descriptor, which there may not be.
     """
 
     def __init__(self, tensors: list[torch.Tensor]) -> None:
-        import torch.multiprocessing  # registers how tensors are sent
+        import torch
+        from torch.multiprocessing.reductions import reduce_storage
 
         num_bytes = sum(-(-x.nbytes // _ALIGNMENT) * _ALIGNMENT for x in tensors)
         # As torch's own collation does, whose batches lie in shared memory from the start.
-        self.bytes = torch.empty(0, dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(num_bytes))
-        self.pickled = bytes(ForkingPickler.dumps(self.bytes))
+        storage = torch.UntypedStorage._new_shared(num_bytes)
+        self.bytes, self.sent = _bytes_of(storage), reduce_storage(storage)
         self._end = 0
 
     def put(self, value: torch.Tensor) -> _Place:
@@ -105,6 +106,12 @@ class _SharedMemory:
         place.tensor(self.bytes).copy_(value)
         self._end = -(-place.stop // _ALIGNMENT) * _ALIGNMENT
         return place
+
+
+def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    import torch
+
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
 def _is_copied(value: torch.Tensor) -> bool:
@@ -204,9 +211,9 @@ def _exchanged(
     return value
 
 
-def _received(value: Any, pickled: bytes | None) -> Any:
+def _received(value: Any, opened: Callable[..., Any] | None = None, arguments: Sequence[Any] = ()) -> Any:
     """Returns what `_exchanged` was given."""
-    return _restored(value, None if pickled is None else ForkingPickler.loads(pickled))
+    return _restored(value, None if opened is None else _bytes_of(opened(*arguments)))
 
 
 def _restored(value: Any, memory: torch.Tensor | None) -> Any:

@@ -60,12 +60,12 @@ def find_other_order(
     Args:
         targets_P: ground truths; what is none of the classes is left out.
         guesses_P: the likeliest class of each row.
-        usual: orders that teachers often have, each the output of every class; tried on all rows, of which many classes
-            have too few for an order to be found.
+        usual: orders that teachers often have, each the output of every class (others are left out); tried on all rows, of
+            which many classes have too few for an order to be found.
     """
     is_class_P = (targets_P >= 0) & (targets_P < num_classes)
     targets_P, guesses_P = np.asarray(targets_P)[is_class_P], np.asarray(guesses_P)[is_class_P]
-    for outputs in usual:
+    for outputs in (outputs for outputs in usual if len(outputs) == num_classes):
         seen = np.unique(targets_P).tolist()
         moved = {one: outputs[one] for one in seen if outputs[one] != one}
         other_order = _compare(moved, targets_P, guesses_P)

@@ -99,8 +99,7 @@ def _spread(data: Dataset, batch_size: int) -> Iterator[range]:
 def _check_class_order(
     teacher: Teacher, data: Dataset, targets_P: np.ndarray, guesses_P: np.ndarray, num_classes: int
 ) -> None:
-    usual = sorted_places(data.class_names) if len(data.class_names) == num_classes else []
-    found = find_other_order(targets_P, guesses_P, num_classes, usual)
+    found = find_other_order(targets_P, guesses_P, num_classes, sorted_places(data.class_names))
     if found is not None:
         raise ConfigError(
             f"teacher.model {teacher.spec}: its outputs are the source's classes in another order: "

@@ -23,6 +23,7 @@ from softcache.cache.repair import usable_units
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import claimed_units, fold_if_possible, open_index, open_store, publish_unit
 from softcache.data.batch import Dataset
+from softcache.data.sources.images.classes import sorted_places
 from softcache.errors import AlignmentError, ConfigError, LabelError
 from softcache.hashing.digests import digest_json
 from softcache.labels import SoftLabels
@@ -208,20 +209,23 @@ class _UnitColumns:
             f"{self._original.name}, {self._original.where(unit.start, unit.view)}: samples {key(unit.start)!r} to "
             f"{key(unit.stop - 1)!r}, view {unit.view}"
         )
-        other_order = (
-            None if self._is_text else find_other_order(targets_R, guesses_R, self._codec.num_classes)
-        )
-        if other_order is not None:
-            raise AlignmentError(
-                f"{where}: the labels are of the source's classes in another order, or of its samples: "
-                f"{other_order.describe(self._data.class_names)}; give the order of the labels' classes as "
-                "source.class_names or source.class_order, or the source that was labeled"
-            )
+        if not self._is_text:
+            self._check_class_order(guesses_R, targets_R, where)
         if num_rows >= LEAST_ROWS and found <= limit:
             raise AlignmentError(
                 f"{where}: the most likely class is the ground truth in {found:.1%} of {num_rows:,} rows; expected more "
                 f"than {limit:.1%}, which a guess has: the labels are of other samples, of another order of samples or of "
                 "classes, or shifted; give the source that was labeled"
+            )
+
+    def _check_class_order(self, guesses_R: np.ndarray, targets_R: np.ndarray, where: str) -> None:
+        names = self._data.class_names
+        found = find_other_order(targets_R, guesses_R, self._codec.num_classes, sorted_places(names))
+        if found is not None:
+            raise AlignmentError(
+                f"{where}: the labels are of the source's classes in another order, or of its samples: "
+                f"{found.describe(names)}; give the order of the labels' classes as source.class_names or "
+                "source.class_order, or the source that was labeled"
             )
 
 
