@@ -121,7 +121,7 @@ class FoldMachine(RuleBasedStateMachine):
     def publish(self, objects, unit, maker):
         publish_unit(objects, TwoShards(maker), DIGEST, unit, {"a": np.zeros(1)})
         self.finished.add(unit.number)
-        if not any(process.name == f"repair {unit.number}" for process in self.live()):
+        if not self.repairs_of(unit.number):
             self.unmarked[unit.number] = self.clock
 
     @precondition(lambda self: len(self.live()) < MAX_LIVE)
@@ -183,7 +183,8 @@ class FoldMachine(RuleBasedStateMachine):
             unmark_units(self.index(objects), [number])
             self.finished.discard(number)
             self.clock += 1
-            self.unmarked[number] = self.clock
+            if self.repairs_of(number) == 1:  # another one may still unmark what is published now
+                self.unmarked[number] = self.clock
 
         self.start(f"repair {number}", repair)
 
@@ -195,6 +196,9 @@ class FoldMachine(RuleBasedStateMachine):
         check_unit(objects, marker)
 
     # -- what becomes of them -------------------------------------------------------------------------------
+
+    def repairs_of(self, number):
+        return sum(process.name == f"repair {number}" for process in self.live())
 
     def live(self):
         return [process for process in self.processes if not process.is_done]
