@@ -79,6 +79,29 @@ def test_what_the_tokenizer_ends_a_text_with_is_not_put_there_twice(opened, tmp_
     assert tokens_of(source) == [[BOS, 10, 11, EOS]]
 
 
+@pytest.mark.parametrize("bos", ["auto", True, False])
+def test_a_text_that_has_its_special_tokens_gets_none_twice(opened, tmp_path, bos):
+    """As in columns of text that a chat template wrote."""
+    texts = ["<bos> w10 w11 <eos>", "w10 <eos> w11", "<bos> w12", "<eos>"]
+    source = opened(texts, with_bos(tmp_path / "t"), bos=bos, packing="documents")
+    first = [] if bos is False else [BOS]
+    expected = [[*first, 10, 11, EOS], [*first, 10, EOS, 11, EOS], [*first, 12, EOS], [*first, EOS]]
+    assert tokens_of(source) == (
+        expected[:3] if bos is False else expected
+    )  # one token has nothing to predict
+    assert not first or not any(source.sample(number).learnt[0] for number in range(len(source)))
+
+
+def test_a_prompt_with_the_first_token_and_an_answer_with_the_last_get_none_twice(opened, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [("<bos> w10 ", "w11 <eos>"), ("w10 ", "w11"), ("<bos> w10 ", "w11")]
+    path.write_text("".join(json.dumps({"p": prompt, "c": answer}) + "\n" for prompt, answer in rows))
+    columns = {"prompt_column": "p", "completion_column": "c", "packing": "documents"}
+    source = opened([], with_bos(tmp_path / "t"), path=str(path), **columns)
+    assert tokens_of(source) == [[BOS, 10, 11, EOS]] * 3
+    assert [source.sample(n).learnt.tolist() for n in range(3)] == [[False, False, True, True]] * 3
+
+
 @pytest.mark.parametrize(
     ("template", "bos", "expected"),
     [

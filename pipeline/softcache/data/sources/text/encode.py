@@ -83,7 +83,7 @@ class DocumentEncoder:
         return self._chat if len(document.messages) else self._texts
 
     def _texts(self, batch: Sequence[Document]) -> Iterator[Encoded]:
-        prefix, suffix = self._around
+        prefix = self._around.prefix
         if given := any(document.num_given for document in batch):
             check_offsets(self._tokenizer, self._settings.tokenizer)
         encoded = tokenize(self._tokenizer, [document.text for document in batch], with_offsets=given)
@@ -93,6 +93,11 @@ class DocumentEncoder:
             if document.num_given:
                 passage = (document.num_given, len(document.text))
                 learnt = mark_tokens(encoded["offset_mapping"][number], [passage])
+            # Texts that a chat template wrote have them already.
+            begins = [self._tokenizer.bos_token_id] if self._settings.bos is False else [*self._around.prefix]
+            if begins and ids[: len(begins)] == begins:
+                ids, learnt = ids[len(begins) :], learnt[len(begins) :]
+            suffix = () if ids[-len(self._around.suffix) :] == [*self._around.suffix] else self._around.suffix
             tokens = np.array([*prefix, *ids, *suffix], np.int32)
             # Without a text, there is nothing that leads to its end.
             has_end = bool(len(ids) and learnt[-1])
