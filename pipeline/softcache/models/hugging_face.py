@@ -370,7 +370,7 @@ def _texts(parsed: ModelSpec, class_names: Sequence[str]) -> list[list[str]]:
 
 def _read(file: str, what: str) -> Any:
     try:
-        text = Path(file).expanduser().read_text("utf-8")
+        text = Path(file).expanduser().read_text("utf-8-sig")
         return (
             json.loads(text)
             if file.endswith(".json")

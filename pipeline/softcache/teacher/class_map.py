@@ -122,7 +122,7 @@ def read_class_map(
         found: Any = {name: names.index(name) for name in class_names if name in names}
     else:
         try:
-            found = parse_json(Path(setting).read_text(encoding="utf-8"), object_pairs_hook=_once_each)
+            found = parse_json(Path(setting).read_text(encoding="utf-8-sig"), object_pairs_hook=_once_each)
         except (OSError, ValueError) as error:
             raise ConfigError(f'{what}: {error}; expected a JSON file, or "auto"') from error
     if isinstance(found, list) and len(found) == len(class_names):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from softcache.errors import SourceError
 __all__ = [
     "ClassOrder",
     "Classes",
+    "alike_hint",
     "check_same_numbers",
     "find_classes",
     "numbers_or_texts",
@@ -64,6 +66,7 @@ class Classes:
             raise SourceError(
                 f"{where}: {len(wrong):,} samples have a label of no class, the first is {keys[wrong[0]]!r}: {shown}; "
                 f"classes are {_some(self.labels)}; correct the labels, or give all classes as source.class_names"
+                f"{alike_hint(known, self.labels)}"
             )
         return targets
 
@@ -87,6 +90,26 @@ class Classes:
                 f"{where}: sample {keys[twice[0, 0]]!r} has the class {self.names[twice[0, 1]]!r} twice; expected each once"
             )
         return hot, counts
+
+
+def alike_hint(these: Iterable[str], those: Iterable[str]) -> str:
+    """Returns words on a name of `these` and another of `those` that look the same; nothing where there are none.
+
+    >>> alike_hint(["cafe\\u0301"], ["caf\\xe9", "the"])
+    " ('cafe\\\\u0301' and 'caf\\\\xe9' look alike and are of other characters: composed letters, or spaces)"
+    """
+    by_look = {_look(name): name for name in those}
+    for name in these:
+        if by_look.get(_look(name), name) != name:
+            return (
+                f" ({name!a} and {by_look[_look(name)]!a} look alike and are of other characters: composed "
+                "letters, or spaces)"
+            )
+    return ""
+
+
+def _look(name: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", name).split())
 
 
 def sort_names(names: Iterable[str], order: ClassOrder | None) -> tuple[list[str], bool]:
@@ -139,14 +162,31 @@ def find_classes(
         known: the names that the data give their numbers.
 
     Raises:
-        SourceError: labels are of neither kind, or of both; a file of names is none; an order is given for what has one.
+        SourceError: labels are of neither kind, or of both; a file of names is none; an order is given for what has one; two
+            names look the same.
     """
+    found = _find(labels, given=given, order=order, known=known, where=where)
+    if hint := alike_hint(found.labels, found.labels):
+        raise SourceError(
+            f"{where}: {len(found.labels)} classes, two of which look like one{hint}; write both alike, or merge them"
+        )
+    return found
+
+
+def _find(
+    labels: Sequence[Any] | np.ndarray,
+    *,
+    given: str | Sequence[str] | None,
+    order: ClassOrder | None,
+    known: Sequence[str] | None,
+    where: str,
+) -> Classes:
     labels = labels.tolist() if isinstance(labels, np.ndarray) else list(labels)
+    if not labels:
+        raise SourceError(f"{where}: no rows of the training split; expected an image and its class in each")
     kinds = {type(label).__name__ for label in labels}
     if kinds not in ({"int"}, {"str"}):
-        raise SourceError(
-            f"{where}: labels of the types {', '.join(sorted(kinds)) or 'none'}; expected int, or str"
-        )
+        raise SourceError(f"{where}: labels of the types {', '.join(sorted(kinds))}; expected int, or str")
     is_whole = kinds == {"int"}
     if given is not None:
         return _given(given, is_whole=is_whole)
@@ -275,7 +315,7 @@ def _given(given: str | Sequence[str], *, is_whole: bool) -> Classes:
 
 def _read_names(path: str, what: str) -> Any:
     try:
-        text = Path(path).expanduser().read_text("utf-8")
+        text = Path(path).expanduser().read_text("utf-8-sig")
         return (
             json.loads(text)
             if path.endswith(".json")

@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 from softcache.data.sources.base import SOURCES
 from softcache.data.sources.files import files_below
 from softcache.data.sources.images.base import Split
-from softcache.data.sources.images.classes import Classes, find_classes
+from softcache.data.sources.images.classes import Classes, alike_hint, find_classes
 from softcache.data.sources.images.pictures import PictureSettings, PictureSource
 from softcache.data.sources.splits import choose_samples
 from softcache.errors import SourceError
@@ -184,7 +184,7 @@ class ImageFolder(PictureSettings):
         if not found:
             raise SourceError(f"source {train}: no folders in it; expected one per class")
         classes = find_classes(found, given=self.class_names, order=self.class_order, where=f"source {train}")
-        _check_folders(f"source {train}", found, classes, "the classes of source.class_names")
+        _check_folders(f"source {train}", found, classes, "classes of source.class_names")
         return classes
 
 
@@ -213,7 +213,7 @@ def _check_folders(where: str, found: Sequence[str], classes: Classes, of: str) 
     if lost or extra:
         raise SourceError(
             f"{where}: expected the {len(classes.labels)} {of}; missing {lost[:10]}, not there {extra[:10]}; give both the "
-            "same (at least one)"
+            f"same (at least one){alike_hint(extra, lost)}"
         )
 
 
@@ -263,7 +263,7 @@ def _labeled_files(root: Path, folder: Path, labels: Path, classes: Classes) -> 
     """
     where = f"source.eval_labels {labels}"
     try:
-        lines = [line for line in labels.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in labels.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
         raise SourceError(f"{where}: {error}; expected a text file with the class of each image") from error
     paths = [path for path in files_below(folder) if _is_image(path)]

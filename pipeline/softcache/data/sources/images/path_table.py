@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,9 +64,13 @@ class CsvImages(SplitFiles):
         Raises:
             SourceError: there are none, a path comes twice, or files are not there.
         """
-        for path, count in Counter(paths).most_common(1):
+        names = [os.path.normpath(root / path) for path in paths]
+        for name, count in Counter(names).most_common(1):
             if count > 1:
-                raise SourceError(f"{where}: {path!r} comes {count} times; expected one row for each image")
+                rows = ", ".join(
+                    sorted({repr(path) for path, of in zip(paths, names, strict=True) if of == name})
+                )
+                raise SourceError(f"{where}: {rows} comes {count} times; expected one row for each image")
         chosen: list[int] = self.chosen(paths, split).tolist()
         if not chosen:
             raise SourceError(
@@ -91,30 +96,50 @@ class CsvImages(SplitFiles):
             delimiter = self.delimiter or ("\t" if file.suffix == ".tsv" else ",")
             try:
                 with file.open(newline="", encoding="utf-8-sig") as stream:
-                    rows = [row for row in csv.reader(stream, delimiter=delimiter) if row]
+                    rows = [row for row in csv.reader(stream, delimiter=delimiter, strict=True) if row]
             except (OSError, ValueError, csv.Error, TypeError) as error:
                 raise SourceError(
-                    f"source {file}: {error}; expected rows divided by {delimiter!r}"
+                    f"source {file}: {error}; expected UTF-8, rows divided by {delimiter!r}, and quotes that are closed"
                 ) from error
             names = [name.strip() for name in rows.pop(0)] if self.header and rows else []
             places = [self._place(column, names, file) for column in (self.path_column, *columns)]
+            if names[places[0] : places[0] + 1] and (root / names[places[0]]).is_file():
+                raise SourceError(
+                    f"source {file}, row 1: {names[places[0]]!r} is an image, and the row was read as the header; set "
+                    "source.header = false"
+                )
             for number, row in enumerate(rows, 1 + self.header):
                 if len(row) <= max(places):
                     raise SourceError(
                         f"source {file}, row {number}: {len(row)} columns; expected {max(places) + 1} or more, divided by "
                         f"{delimiter!r}; check source.delimiter"
                     )
+                if broken := next((row[place] for place in places if "\n" in row[place].strip()), ""):
+                    raise SourceError(
+                        f"source {file}, row {number}: {broken[:80]!r} goes over several lines; expected a path and a label "
+                        "on each; close the quotes that are open there"
+                    )
             paths += [row[places[0]].strip() for row in rows]
             others += [[row[place].strip() for place in places[1:]] for row in rows]
         return paths, others, root, f"source {files.given}"
 
     def _place(self, column: str | int, names: list[str], file: Path) -> int:
+        key = "path_column" if column == self.path_column else "label_column"
         if isinstance(column, int):
+            if column < 0:
+                raise SourceError(f"source.{key}: {column}; expected a name, or a number from 0 on")
             return column
+        if names.count(column) > 1:
+            raise SourceError(
+                f"source {file}: {names.count(column)} columns {column!r}; set source.{key} to the number of one, from 0 on"
+            )
         if column not in names:
             found = ", ".join(names) if self.header else "no header (source.header = false)"
-            key = "path_column" if column == self.path_column else "label_column"
+            other = (
+                "" if len(names) > 1 or not self.header else ", or source.delimiter to what divides columns"
+            )
             raise SourceError(
-                f"source {file}: no column {column!r}; it has {found}; set source.{key} to a name, or a number from 0 on"
+                f"source {file}: no column {column!r}; it has {found or 'none'}; set source.{key} to a name, or a number "
+                f"from 0 on{other}{', or source.header = false where there is none' if self.header else ''}"
             )
         return names.index(column)

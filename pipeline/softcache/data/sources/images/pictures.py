@@ -76,6 +76,15 @@ class PictureSettings(ImageSourceSettings, ABC):
         return leave_out_unreadable(source, self) if self.skip_unreadable else source
 
 
+def _what_it_is(content: bytes) -> str:
+    """Returns why bytes are no picture."""
+    if not content:
+        return "the file is empty"
+    if content.startswith(b"version https://git-lfs"):
+        return "a pointer of Git LFS in the picture's place; `git lfs pull` fetches it"
+    return "no picture of a kind that Pillow knows"
+
+
 class PictureSource(IndexedSource, ABC):
     """Encoded pictures, decoded to RGB when asked for; picklable.
 
@@ -158,7 +167,7 @@ class PictureSource(IndexedSource, ABC):
             try:
                 image: Image = images.open(content)
             except images.UnidentifiedImageError:  # whose message has an address in memory
-                raise ValueError("no picture of a kind that Pillow knows") from None
+                raise ValueError(_what_it_is(content.getvalue())) from None
         with image:
             return to_rgb(image, upright=self.upright)
 

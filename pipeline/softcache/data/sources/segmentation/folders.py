@@ -234,7 +234,9 @@ class MaskFolders(SegmentationSettings):
         if listed is not None:
             try:
                 names = [
-                    line.strip() for line in (root / listed).read_text("utf-8").splitlines() if line.strip()
+                    line.strip()
+                    for line in (root / listed).read_text("utf-8-sig").splitlines()
+                    if line.strip()
                 ]
             except (OSError, ValueError) as error:
                 raise SourceError(

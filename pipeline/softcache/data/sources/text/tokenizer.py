@@ -58,7 +58,7 @@ def load_tokenizer(settings: TextSettings) -> Any:
     begin_texts(tokenizer, settings.bos, of=f"source.tokenizer {settings.tokenizer!r}")
     if settings.chat_template is not None:
         try:
-            tokenizer.chat_template = Path(settings.chat_template).expanduser().read_text("utf-8")
+            tokenizer.chat_template = Path(settings.chat_template).expanduser().read_text("utf-8-sig")
         except OSError as error:
             raise SourceError(
                 f"source.chat_template {settings.chat_template!r}: cannot be read: {error}; expected a file that holds a "
