@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from softcache.errors import ConfigError, SpecError, TemperatureError
-from softcache.runtime.files import finite
+from softcache.runtime.files import expand_home, finite
 from softcache.runtime.logging import set_log_format
 
 if TYPE_CHECKING:
@@ -43,7 +43,14 @@ __all__ = [
 ]
 
 
-class _CachePath(click.Path):
+class _Path(click.Path):
+    """A path, or the URL of a bucket; `~` is the home folder also where no shell has said so (a container's args)."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(expand_home(value) if isinstance(value, str) else value, param, ctx)
+
+
+class _CachePath(_Path):
     """A path or URL of a cache; completed to the caches below runs/ where nothing is typed yet."""
 
     def shell_complete(
@@ -57,7 +64,7 @@ class _CachePath(click.Path):
         return [CompletionItem(path) for path in known] or super().shell_complete(ctx, param, incomplete)
 
 
-class _LocalPath(click.Path):
+class _LocalPath(_Path):
     """A path of this machine. A URL is refused, of which a folder named `s3:` would be made here."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
@@ -72,7 +79,7 @@ class _LocalPath(click.Path):
 
 OWN_CONFIG = "softcache.toml"
 """What `softcache init` writes, and commands take where no --config is given."""
-PATH, CACHE, LOCAL = click.Path(readable=False), _CachePath(readable=False), _LocalPath(readable=False)
+PATH, CACHE, LOCAL = _Path(readable=False), _CachePath(readable=False), _LocalPath(readable=False)
 """Types of options and arguments that shells complete; the path may be missing, or, but for LOCAL, the URL of a bucket."""
 
 

@@ -246,6 +246,61 @@ def test_a_token_that_has_expired_is_named_and_not_tried_again(monkeypatch):
     server.server_close()
 
 
+class Listing(BaseHTTPRequestHandler):
+    """S3 that lists what it was told to, whatever is asked for."""
+
+    keys: tuple[tuple[str, int], ...] = ()
+    asked = 0
+
+    def do_GET(self):
+        type(self).asked += 1
+        entries = "".join(
+            f'<Contents><Key>{key}</Key><LastModified>2024-01-01T00:00:00Z</LastModified><ETag>"x"</ETag><Size>{size}</Size>'
+            "</Contents>"
+            for key, size in self.keys
+        )
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(
+            f"<ListBucketResult><Name>b</Name><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>".encode()
+        )
+
+    def log_message(self, *words):
+        pass
+
+
+def test_folders_of_consoles_and_keys_that_are_no_paths(monkeypatch):
+    """A console makes the empty object `prefix/`; another tool may have written `units//x`, which the client cannot list."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Listing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name, value in environment_of(f"http://127.0.0.1:{server.server_port}").items():
+        monkeypatch.setenv(name, value)
+    objects = open_objects("s3://bucket/c")
+    Listing.keys = (("c/", 0), ("c/units", 7))
+    assert objects.list("") == ["units"]
+    assert list(objects.tags(None)) == ["units"]
+    Listing.keys = (("c/units/", 0), ("c/units/00000.json", 7))
+    assert objects.list("units") == ["units/00000.json"]
+    assert list(objects.times("units")) == ["units/00000.json"]
+    for key in ("c/units//x", "c/units/../x", "c/units/a&#10;b"):
+        Listing.keys, before = ((key, 1),), Listing.asked
+        with pytest.raises(
+            StorageError,
+            match=r"s3://bucket/c: cannot be listed: there is an object whose key is no path, 'c/units/.*rename",
+        ):
+            objects.list("units")
+        assert Listing.asked == before + 1, "asked again, though the answer stays"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("url", ["s3://bucket//x", "s3://bucket/x//y", "s3://bucket/x//", "s3://bucket/./x"])
+def test_a_prefix_that_is_no_path_is_refused_and_not_another_prefix(url):
+    """`bucket//x` is another place than `bucket/x` to every other tool."""
+    with pytest.raises(StorageError, match="is no path inside of it"):
+        open_objects(url)
+
+
 def test_a_bucket_that_cannot_be_used_is_one_message(softcache, bucket, monkeypatch, s3_server, s3_bucket):
     monkeypatch.setenv("SOFTCACHE_RETRY_SECONDS", "0.5")
     environment = environment_of(s3_server.endpoint)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,14 +13,18 @@ import pytest
 from softcache.cache.storage.base import is_bucket
 from softcache.cache.storage.open import open_objects
 from softcache.errors import CorruptionError, ManifestError, SoftcacheError, StorageError
+from softcache.reader import units
+from softcache.reader.memmap import MemmapSettings
 from softcache.reader.memmap.folder import _locked
 from softcache.reader.open import open_cache
+from softcache.stages.cli import main
+from softcache.student.bucket_sync import BucketSync
 from softcache.tools.convert import convert_cache
 from softcache.tools.garbage import collect_garbage
 from softcache.tools.shrink import ShrinkSettings, shrink_cache
 from softcache.tools.status import read_status
 from softcache.tools.verify.checksums import verify_units
-from tests.support.caches import ROOT
+from tests.support.caches import ROOT, make_cache
 
 
 @pytest.fixture
@@ -27,6 +32,11 @@ def cache(shared_cache, tmp_path):
     """A copy of a finished cache."""
     shutil.copytree(shared_cache[2].url, tmp_path / "cache")
     return tmp_path / "cache"
+
+
+def run_command(*arguments):
+    with mock.patch.object(sys, "argv", ["softcache", *arguments]):
+        main()
 
 
 STRAYS = [
@@ -50,6 +60,95 @@ def test_stray_files_are_passed_over_by_readers_and_named_by_verify_and_gc(cache
     assert len(faults) == len(STRAYS)
     assert all(any(f"{path}: not written by softcache" in fault for fault in faults) for path in STRAYS)
     assert collect_garbage(open_objects(str(cache)), delete=True, older_than=0).foreign == sorted(STRAYS)
+
+
+def replace_objects(place, other):
+    """Has another cache take the place of one, as `rm -r` and a new capture do."""
+    for path in place.list(""):
+        place.delete(path)
+    for path in other.list(""):
+        place.put(path, other.get(path))
+
+
+@pytest.fixture(scope="module")
+def two_teachers(tmp_path_factory):
+    """Caches of the same samples by two teachers, of the same units and chunks, by store."""
+    folder, found = tmp_path_factory.mktemp("two"), {}
+    for store in ("zarr", "parquet"):
+        plan = {"capture": {"store": store, "unit_samples": 256, "chunk_samples": 16}}
+        one = make_cache(folder / f"{store}-one", **plan)[2]
+        other = make_cache(folder / f"{store}-other", teacher={"model": "tests.fakes:known_scaled"}, **plan)[
+            2
+        ]
+        found[store] = one.url, other.url
+    return found
+
+
+@pytest.mark.parametrize("store", ["zarr", "parquet"])
+@pytest.mark.parametrize("kind", ["folder", "bucket"])
+@pytest.mark.parametrize("how", ["read", "prefetch", "removed"])
+def test_a_cache_that_another_one_replaces_while_it_is_read_is_refused(
+    two_teachers, tmp_path, monkeypatch, request, store, kind, how
+):
+    """Every checksum of what is there now is right, and a unit is compared with its marker once: rows were of either teacher."""
+    monkeypatch.setattr(units, "RECHECK_SECONDS", {False: 0.0, True: 0.0})
+    url = str(tmp_path / "cache") if kind == "folder" else request.getfixturevalue("bucket")
+    place = open_objects(url, create=True)
+    replace_objects(place, open_objects(two_teachers[store][0]))
+    cache = open_cache(url)
+    cache.read(np.arange(16), 0)
+    if how == "removed":
+        for path in place.list(""):
+            place.delete(path)
+    else:
+        replace_objects(place, open_objects(two_teachers[store][1]))
+    if how == "prefetch":
+        cache.prefetch([(0, np.arange(200, 240))])
+    with pytest.raises(
+        CorruptionError, match=r"manifest\.json is not the one that was opened|cannot be decoded"
+    ):
+        cache.read(np.arange(200, 240), 0)
+
+
+def test_a_cache_that_is_copied_over_itself_is_read_on(cache, monkeypatch):
+    monkeypatch.setattr(units, "RECHECK_SECONDS", {False: 0.0, True: 0.0})
+    found = open_cache(str(cache))
+    before = found.read(np.arange(8), 0)
+    shutil.copytree(cache, cache.with_name("copy"))
+    shutil.copytree(cache.with_name("copy"), cache, dirs_exist_ok=True)
+    found.close()
+    np.testing.assert_array_equal(found.read(np.arange(8), 0).ids, before.ids)
+
+
+def test_a_home_folder_that_no_shell_has_put_in(cache, tmp_path, monkeypatch):
+    """The args of a container, and `--cache=~/x` in bash: a folder named ~ was made, of which nothing else knows."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert open_cache("~/cache").num_units == open_cache(str(cache)).num_units
+    with pytest.raises(SystemExit, match="0"):
+        run_command("convert", "~/cache", "~/copy", "--store", "parquet")
+    assert open_cache(str(tmp_path / "copy")).is_complete
+    assert not (tmp_path / "~").exists()
+    with pytest.raises(StorageError, match=r"~nobody-of-this-name/x: .*set HOME, or give the path without ~"):
+        open_objects("~nobody-of-this-name/x")
+
+
+def test_a_user_without_a_home_folder(cache, monkeypatch):
+    """A container that runs as any user id: views are decoded into memory, and a run in a bucket is one message."""
+    for name in ("HOME", "XDG_CACHE_HOME", "SOFTCACHE_MEMMAP_DIR", "SOFTCACHE_RUNS_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+    def unknown(uid):
+        raise KeyError(uid)
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    assert len(open_cache(str(cache), memmap=MemmapSettings()).read(np.arange(8), 0).ids) == 8
+    with pytest.raises(
+        StorageError, match=r"no home folder; set SOFTCACHE_MEMMAP_DIR, XDG_CACHE_HOME or HOME"
+    ):
+        open_cache(str(cache), memmap=MemmapSettings(required=True)).read(np.arange(8), 0)
+    with pytest.raises(StorageError, match=r"no home folder; set SOFTCACHE_RUNS_DIR, XDG_CACHE_HOME or HOME"):
+        BucketSync("s3://bucket/run")
 
 
 PRINTED = """

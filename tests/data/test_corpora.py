@@ -9,6 +9,7 @@ import struct
 import tomllib
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -170,6 +171,45 @@ def test_folders_of_save_to_disk(opened, tmp_path):
         opened(path=str(tmp_path / "one"), train_split="b")
     with pytest.raises(SourceError, match=r"split 'test': cannot be loaded: KeyError"):
         opened(path=str(tmp_path / "two"), train_split="test")
+
+
+def test_plain_files_next_to_compressed_ones_are_those_of_the_folder_that_is_named(tmp_path):
+    """Unpacked files are kept by their contents; those that were not compressed stay where they are, in either folder."""
+    from softcache.data.sources.files import find_files
+
+    settings = SimpleNamespace(data_dir=str(tmp_path / "kept"))
+    for folder in ("one", "two"):
+        write(tmp_path / folder / "part-0.txt", "plain")
+        write(tmp_path / folder / "part-1.txt.gz", gzip.compress(b"packed"))
+
+    def contents(folder):
+        found = find_files(str(tmp_path / folder / "part-*"), settings, kinds=[".txt"]).unpacked(settings)
+        return [path.read_text() for path in found.paths]
+
+    assert contents("one") == ["plain", "packed"]
+    write(tmp_path / "one/part-0.txt", "other")
+    assert contents("two") == ["plain", "packed"]
+
+
+@pytest.mark.parametrize("other", [b"b" * 300, b"b" * 100, b"b" * 500, None])
+def test_an_object_that_is_replaced_while_it_is_copied_is_no_mixture(bucket, monkeypatch, tmp_path, other):
+    from softcache.cache.storage.cloud.store import CloudObjects
+    from softcache.data.sources import files
+
+    objects, blocks = CloudObjects(bucket), CloudObjects.blocks
+    objects.put("corpus/a.txt", b"a" * 300)
+
+    def slowly(self, path, tag, size):
+        for number, block in enumerate(blocks(self, path, tag, 100)):
+            yield block
+            if number == 0:
+                objects.delete("corpus/a.txt") if other is None else objects.put("corpus/a.txt", other)
+
+    monkeypatch.setattr(CloudObjects, "blocks", slowly)
+    settings = SimpleNamespace(data_dir=str(tmp_path))
+    with pytest.raises(StorageError, match=r"corpus/a\.txt: was replaced or removed while it was copied"):
+        files.find_files(f"{bucket}/corpus/a.txt", settings, kinds=[".txt"])
+    assert not list((tmp_path / "files").iterdir())
 
 
 def test_files_in_a_bucket(bucket, opened, tmp_path):

@@ -244,10 +244,7 @@ class Cache(CacheContents):
     ) -> MemmapFile | None:
         if self._memmap_settings is None or (plan := self.memmap_plan(view)) is None:
             return None
-        folder = MemmapFolder(self._memmap_settings.folder)
         fits = plan.num_bytes <= limit_bytes if limit_bytes is not None else self.fits_in_memmap
-        if not fits and not folder.holds(plan):
-            return None
 
         def fill() -> Iterator[np.ndarray]:
             fingerprints = []
@@ -261,11 +258,15 @@ class Cache(CacheContents):
                 yield decoded.rows
                 progress(len(decoded.rows))
             yield from fingerprints
+            self.check_same(now=True)  # whoever opens the map later trusts it
             if self.markers.num_refreshed != refreshed:  # the map's key names what was there before
                 raise CorruptionError(f"{what}: units were made again while it was decoded; try again")
 
         what, refreshed = f"cache {self.url}, view {view}", self.markers.num_refreshed
         try:
+            folder = MemmapFolder(self._memmap_settings.folder)
+            if not fits and not folder.holds(plan):
+                return None
             if not self._verify:  # every later process trusts the map
                 count = self.manifest.plan.units_per_view
                 for number in range(view * count, (view + 1) * count):

@@ -13,10 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from softcache.errors import SoftcacheError
+from softcache.errors import SoftcacheError, StorageError
 
 __all__ = [
     "MISSING_FEATURE",
+    "expand_home",
     "finite",
     "give_mode",
     "parse_json",
@@ -27,11 +28,48 @@ __all__ = [
     "sync_folder",
     "to_json",
     "try_lock",
+    "user_cache_folder",
 ]
 
 
 MISSING_FEATURE = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 """Error numbers of a file system that lacks a feature."""
+
+
+def expand_home(path: str) -> str:
+    """Returns a path with the home folder in the place of `~` at its beginning; any other as it is.
+
+    Raises:
+        StorageError: there is no such user, or this one has no home folder.
+    """
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(Path(path).expanduser())
+    except RuntimeError as error:
+        raise StorageError(
+            f"{path}: {error}; set HOME, or give the path without ~ (a folder of that name is ./{path})"
+        ) from error
+
+
+def user_cache_folder(variable: str, name: str) -> Path:
+    """Returns the folder that an environment variable names, or softcache/NAME under $XDG_CACHE_HOME (~/.cache).
+
+    Raises:
+        StorageError: neither is set, and this user has no home folder (a container that runs as any user id).
+    """
+    if given := os.environ.get(variable):
+        return Path(expand_home(given))
+    return Path(os.environ.get("XDG_CACHE_HOME") or _home_cache(variable)) / "softcache" / name
+
+
+def _home_cache(variable: str) -> Path:
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError as error:
+        raise StorageError(
+            f"~/.cache: this user has no home folder; set {variable}, XDG_CACHE_HOME or HOME"
+        ) from error
 
 
 def try_lock(handle: int) -> bool:

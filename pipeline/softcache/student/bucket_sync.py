@@ -14,7 +14,6 @@ fetched, and where the bucket holds something else by now, or nothing, its files
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import time
@@ -28,7 +27,7 @@ from softcache.cache.storage.cloud.store import CloudObjects
 from softcache.cache.storage.lease import LEASE_SECONDS
 from softcache.errors import CacheNotFoundError, CorruptionError, RunError, StorageError
 from softcache.hashing.digests import digest_bytes
-from softcache.runtime.files import parse_json, replace_file
+from softcache.runtime.files import parse_json, replace_file, user_cache_folder
 from softcache.runtime.logging import log_info
 
 __all__ = ["BucketSync", "hold_lease"]
@@ -42,9 +41,7 @@ UNFINISHED = ("checkpoint.new/", "checkpoint.old/", ".")
 
 def default_folder() -> Path:
     """Returns where the local copies of runs in buckets are."""
-    if named := os.environ.get("SOFTCACHE_RUNS_DIR"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softcache" / "runs"
+    return user_cache_folder("SOFTCACHE_RUNS_DIR", "runs")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from softcache.cache.codecs import CODECS, Codec, CodecSettings, OpenSettings, VectorCodec
@@ -27,6 +27,7 @@ from softcache.labels.sparsify import Hidden, LabelSettings, logit_faults, recor
 from softcache.models.language.placement import WholeState, is_placed
 from softcache.models.spec import architecture_of
 from softcache.models.weights import count_parameters
+from softcache.runtime.files import expand_home
 from softcache.settings import Settings
 from softcache.teacher.engines.base import AnyEngineSettings, TransformersSettings
 
@@ -54,6 +55,11 @@ class TeacherSettings(Settings):
     class_map: str | None = Field(None, min_length=1)
     test_time_augmentation: Literal["flip"] | None = None
     engine: AnyEngineSettings = TransformersSettings()
+
+    @field_validator("weights")
+    @classmethod
+    def _expand_home(cls, given: str | None) -> str | None:
+        return None if given is None else expand_home(given)
 
     @model_validator(mode="after")
     def _check_placement(self) -> TeacherSettings:

@@ -12,6 +12,7 @@ from softcache.cache.storage.base import SCHEMES, is_bucket
 from softcache.cache.storage.cloud.store import CloudObjects
 from softcache.cache.storage.local import LocalObjects
 from softcache.errors import StorageError
+from softcache.runtime.files import expand_home
 
 __all__ = ["open_objects"]
 
@@ -37,4 +38,5 @@ def open_objects(url: str, *, create: bool = False) -> LocalObjects | CloudObjec
         raise StorageError(
             f"{url}: expected file:///PATH, of this machine, with %3F and %23 for ? and # in names; or give the plain path"
         )
-    return LocalObjects(Path(unquote(parts.path)) if parts.scheme == "file" else Path(url), create=create)
+    path = unquote(parts.path) if parts.scheme == "file" else expand_home(str(url))
+    return LocalObjects(Path(path), create=create)

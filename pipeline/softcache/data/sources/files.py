@@ -115,7 +115,12 @@ class CorpusFiles:
         """
         if not any(path.suffix in COMPRESSED for path in self.paths):
             return self
-        folder = build_dir_path(settings, "files", {"version": FILES_VERSION, "contents": self.digest})
+        made_from = {"version": FILES_VERSION, "contents": self.digest}
+        if not all(
+            path.suffix in COMPRESSED for path in self.paths
+        ):  # those are links to where the files are now
+            made_from["root"] = str(self.root)
+        folder = build_dir_path(settings, "files", made_from)
         if not folder.is_dir():
             with (
                 build_folder(folder, Path.is_dir) as staged,
@@ -340,8 +345,8 @@ def _copied(url: str, settings: BuildSettings, kinds: Collection[str]) -> Corpus
 
             def copy(path: str) -> None:
                 (staged / path).parent.mkdir(parents=True, exist_ok=True)
-                with (staged / path).open("wb") as writer, objects.open(path) as reader:
-                    while block := reader.read(COPIED_BYTES):
+                with (staged / path).open("wb") as writer:
+                    for block in objects.blocks(path, tags[path], COPIED_BYTES):
                         writer.write(block)
 
             _for_each(copy, sorted(tags), advance)

@@ -17,6 +17,7 @@ import numpy as np
 from softcache.errors import CorruptionError, SoftcacheError, StorageError
 from softcache.reader.memmap.file import MemmapFile, is_whole, remove_unfinished, write_file
 from softcache.reader.memmap.layout import PAGE, MemmapPlan, read_header
+from softcache.runtime.files import expand_home, user_cache_folder
 from softcache.runtime.logging import log_info
 
 __all__ = ["MemmapFolder", "MemmapSettings", "default_folder"]
@@ -43,9 +44,7 @@ class MemmapSettings:
 
 def default_folder() -> Path:
     """Returns the default folder of memory-mapped views."""
-    if named := os.environ.get("SOFTCACHE_MEMMAP_DIR"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "softcache" / "thaw"
+    return user_cache_folder("SOFTCACHE_MEMMAP_DIR", "thaw")
 
 
 class Entry(NamedTuple):
@@ -65,7 +64,7 @@ class MemmapFolder:
     """
 
     def __init__(self, root: str | Path | None = None) -> None:
-        self.root = Path(root) if root is not None else default_folder()
+        self.root = Path(expand_home(str(root))) if root is not None else default_folder()
 
     def _path(self, plan: MemmapPlan) -> Path:
         return self.root / f"{plan.key}.thaw"

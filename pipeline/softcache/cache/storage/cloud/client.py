@@ -69,7 +69,7 @@ class CloudClient:
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
-        self._bucket, self._prefix = parts.netloc, parts.path.strip("/")
+        self._bucket, self._prefix = parts.netloc, parts.path.removeprefix("/").removesuffix("/")
         if not self._bucket or "@" in self._bucket or parts.query or parts.fragment:
             raise StorageError(
                 f"{url}: expected {parts.scheme}://BUCKET/PREFIX, with nothing before or behind it"

@@ -67,12 +67,16 @@ _REFUSED = re.compile(r"\b(401 Unauthorized|403 Forbidden)\b")
 _STATUS = re.compile(r"Server returned (?:non-2xx status code|error response): (\d{3} [^:\n]*)")
 
 
+_NO_PATH = "object with invalid path"
+"""What the client gives of a listing that holds a key like `a//b` or `a/../b`."""
+
+
 def is_transient(error: Exception) -> bool:
     """Whether another try may go well: no answer, half of one, or a server that is busy or has two writers at once (409)."""
     text = str(error)
     if isinstance(error, FileNotFoundError | ValueError) or _REFUSED.search(text) or "builder error" in text:
         return False
-    if any(sign in text for sign in (*_NO_BUCKET, *_NO_CREDENTIALS)):
+    if any(sign in text for sign in (*_NO_BUCKET, *_NO_CREDENTIALS, _NO_PATH)):
         return False
     status = _STATUS.search(text)
     return status is None or status[1][0] == "5" or status[1].startswith(("408", "409", "429"))
@@ -118,6 +122,13 @@ def translate_error(error: Exception, *, url: str, path: str, doing: str, tried:
             f"{where}: cannot be {doing}: the server refused the request ({answer}): the token has expired, or the region "
             f"is another; renew {provider.credentials}, check the region and {provider.endpoint}, then rerun: what is "
             "finished is kept"
+        )
+    if _NO_PATH in text:
+        key = re.search(r'Path "([^"]*)"?', text)
+        return StorageError(
+            f"{where}: cannot be {doing}: there is an object whose key is no path, "
+            f"{(key[1] if key else answer)!r} (an empty part, as in a//b, a dot, or a control character); rename or delete "
+            "it, or choose another prefix"
         )
     if "builder error" in text:
         return StorageError(

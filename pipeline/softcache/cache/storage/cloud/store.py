@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -25,7 +26,7 @@ from softcache.cache.storage.base import size_error
 from softcache.cache.storage.cloud.client import CONCURRENT_RANGES, CloudClient, check_path
 from softcache.cache.storage.cloud.ranges import KeptObjects, RangeFile
 from softcache.cache.storage.lease import LeaseManager, Tag
-from softcache.errors import CacheNotFoundError
+from softcache.errors import CacheNotFoundError, StorageError
 
 __all__ = ["CloudObjects"]
 
@@ -158,6 +159,7 @@ class CloudObjects:
                 entry["path"]: entry["last_modified"]
                 for page in itertools.islice(pages, limit)
                 for entry in page
+                if not _is_folder(entry, prefix)
             }
 
         return self._client.ask(None, "listed", entries)
@@ -171,9 +173,43 @@ class CloudObjects:
 
         def entries(client: Any, store: Any) -> dict[str, str]:
             found = [client.head(store, path)] if path else itertools.chain(*client.list(store, None))
-            return {entry["path"]: json.dumps([entry["size"], _tag(entry)]) for entry in found}
+            return {
+                entry["path"]: json.dumps([entry["size"], _tag(entry)])
+                for entry in found
+                if path or not _is_folder(entry, None)
+            }
 
         return self._client.ask(path, "read" if path else "listed", entries)
+
+    def blocks(self, path: str, tag: str, size: int) -> Iterator[bytes]:
+        """Yields the object of a tag, in parts of `size` bytes.
+
+        Args:
+            tag: as `tags` gives it.
+
+        Raises:
+            StorageError: the object was replaced or removed since.
+        """
+        num_bytes, expected = json.loads(tag)
+        replaced = StorageError(
+            f"{self.url}/{path}: was replaced or removed while it was copied: expected {num_bytes:,} bytes of "
+            f"{_e_tag(expected)}; run again when nothing writes there"
+        )
+
+        def part(start: int, client: Any, store: Any) -> bytes:
+            found = client.get(store, path, options={"range": (start, min(start + size, num_bytes))})
+            if int(found.meta["size"]) != num_bytes or _e_tag(found.meta) != _e_tag(expected):
+                raise replaced
+            return bytes(found.bytes())
+
+        for start in range(0, num_bytes, size):
+            try:
+                block = self._client.ask(path, "read", partial(part, start), beyond=b"")
+            except CacheNotFoundError as error:
+                raise replaced from error
+            if not block:
+                raise replaced
+            yield block
 
     def age(self, path: str) -> float | None:
         try:
@@ -261,6 +297,16 @@ class CloudObjects:
 
     def __setstate__(self, state: dict[str, str]) -> None:
         self.__init__(**state)  # type: ignore[misc]
+
+
+def _is_folder(entry: Any, prefix: str | None) -> bool:
+    """Whether a listed object is the empty one by which consoles show a folder (its name ends in a slash)."""
+    return entry["path"] == (prefix or "") and not entry["size"]
+
+
+def _e_tag(meta: Any) -> str:
+    """Returns the tag of an object without what listings and answers write around it."""
+    return str(meta.get("e_tag")).removeprefix("W/").strip('"')
 
 
 def _tag(meta: Any) -> Tag:
