@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -129,7 +130,9 @@ def test_coco_annotation_that_cannot_be_is_named(tmp_path, annotations, match):
 
 def test_coco_images_that_are_not_what_was_annotated_are_named(tmp_path):
     entry = {"id": 7, "file_name": "b.png", "width": 21, "height": 10}
-    with pytest.raises(SourceError, match=r"b.png: 20x10 pixels; its annotations say 21x10"):
+    with pytest.raises(
+        SourceError, match=r"b.png: 20x10 pixels as stored; its annotations say 21x10.*use the images that"
+    ):
         coco(coco_folder(tmp_path, annotations=[], images=[entry])).image(0)
     (tmp_path / "images/b.png").unlink()
     with pytest.raises(SourceError, match=r"1 of 1 images of train.json are missing, the first is 'b.png'"):
@@ -140,7 +143,7 @@ def test_coco_images_that_are_not_what_was_annotated_are_named(tmp_path):
     ]:
         with pytest.raises(SourceError, match=match):
             coco(coco_folder(tmp_path, annotations=[], images=images))
-    with pytest.raises(SourceError, match="cannot be read"):
+    with pytest.raises(SourceError, match="no annotations of the train split"):
         coco(tmp_path / "nowhere")
 
 
@@ -172,6 +175,44 @@ def test_coco_boxes_in_the_form_of_other_formats_are_refused(tmp_path):
     assert len(coco(coco_folder(tmp_path, annotations=small)).truth(1)) == 2
 
 
+@pytest.mark.parametrize(
+    ("held_out", "annotations", "images"),
+    [
+        ("val", "annotations/instances_{}.json", "images/{}"),  # CVAT
+        ("valid", "{}/_annotations.coco.json", "{}"),  # Roboflow
+        ("validation", "{}/labels.json", "{}/data"),  # FiftyOne
+        ("test", "{}/labels.json", "{}/data"),
+    ],
+)
+def test_exports_of_other_tools_are_read_as_they_are(tmp_path, held_out, annotations, images):
+    notes = [note([1, 2, 3, 4]), note([1, 2, 3, 4], image=3, category=4)]
+    (tmp_path / "plain").mkdir()
+    plain = coco_folder(tmp_path / "plain", annotations=notes)
+    for split in ("train", held_out):
+        shutil.copytree(plain / "images", tmp_path / images.format(split), dirs_exist_ok=True)
+        (tmp_path / annotations.format(split)).parent.mkdir(exist_ok=True)
+        shutil.copy(plain / "train.json", tmp_path / annotations.format(split))
+    for split in ("train", "eval"):
+        found, expected = coco(tmp_path, split), coco(plain, split)
+        assert (found.digest, found.class_names) == (expected.digest, expected.class_names)
+        assert torch.equal(found.image(1), expected.image(1))
+
+
+def test_a_folder_without_annotations_says_what_is_expected(tmp_path):
+    with pytest.raises(
+        SourceError, match=r"no annotations of the train split; expected .*labels\.json \(FiftyOne\)"
+    ):
+        coco(tmp_path)
+
+
+def test_annotations_of_an_image_as_it_is_seen_say_what_to_do_with_its_orientation(tmp_path):
+    entry = {"id": 7, "file_name": "b.png", "width": 10, "height": 20}
+    with pytest.raises(
+        SourceError, match=r"20x10 pixels as stored; .* 10x20, .*; save it turned, without an EXIF"
+    ):
+        coco(coco_folder(tmp_path, annotations=[], images=[entry])).image(0)
+
+
 def test_cocos_own_folders_are_read_as_they_are(tmp_path):
     annotations = [note([1, 2, 3, 4]), note([1, 2, 3, 4], image=3, category=4)]
     expected = coco(coco_folder(tmp_path, annotations=annotations), "eval")
@@ -186,7 +227,8 @@ def test_cocos_own_folders_are_read_as_they_are(tmp_path):
     assert (found.digest, found.class_names) == (expected.digest, expected.class_names)
     (tmp_path / "annotations/instances_val2014.json").write_text("{}")
     with pytest.raises(
-        SourceError, match=r"instances_val2014.json, instances_val2017.json; expected one for eval"
+        SourceError,
+        match=r"instances_val2014.json, .*instances_val2017.json; expected one file of annotations for val",
     ):
         coco(tmp_path, "eval")
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from softcache.config.load import build_config
 from softcache.data.masks import Cells, SegmentationBatch, ViewedMasks
+from softcache.data.sources import open_source
 from softcache.data.sources.images.base import InMemorySource
 from softcache.data.sources.segmentation.base import IGNORED
 from softcache.data.transforms import Views, ViewSettings
@@ -262,6 +263,34 @@ def test_one_bit_is_two_classes(root, tmp_path):
         source.open("train").mask(1)
     two = source.model_copy(update={"class_names": NAMES[:2]})
     assert np.array_equal(two.open("train").mask(1).numpy(), bits)
+
+
+def test_masks_of_black_and_white_are_not_taken_for_ignored_pixels(tmp_path):
+    def write(white, number=6):
+        for split in ("train", "val"):
+            for place in ("images", "masks"):
+                (tmp_path / split / place).mkdir(parents=True, exist_ok=True)
+            for seed in range(number):
+                Image.new("RGB", (8, 8)).save(tmp_path / split / f"images/{seed}.png")
+                mask = np.zeros((8, 8), np.uint8)
+                mask[2:5] = white
+                Image.fromarray(mask).save(tmp_path / split / f"masks/{seed}.png")
+
+    table = {"modality": "segmentation", "name": "folders", "root": str(tmp_path)}
+    names = ["background", "polyp"]
+    write(255)
+    with pytest.raises(
+        SourceError, match=r"masks of 0 \('background'\) and \[255\] alone, .* none of 'polyp'; .* write 1"
+    ):
+        open_source(table | {"class_names": names}, split="train")
+    assert len(open_source(table | {"class_names": [*names, "dye"]}, split="train")) == 6
+    write(1)
+    source = open_source(table | {"class_names": names}, split="train")
+    assert source.mask(0).unique().tolist() == [0, 1]
+    mask = np.full((8, 8), 255, np.uint8)
+    mask[0, 0] = 1
+    Image.fromarray(mask).save(tmp_path / "train/masks/0.png")
+    assert len(open_source(table | {"class_names": names}, split="train")) == 6
 
 
 def test_a_loader_process_has_the_same_images_and_masks(root):

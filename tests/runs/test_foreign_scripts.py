@@ -1,5 +1,7 @@
 """The lines that copies of timm's and torchvision's scripts need, as those scripts call them."""
 
+from argparse import Namespace
+
 import pytest
 import torch
 from timm.data import create_loader
@@ -11,6 +13,7 @@ from softcache.runs.foreign_scripts import (
     TimmLoss,
     TorchvisionLoss,
     create_dataset,
+    load_cached_data,
     open_datasets,
     truth_of,
 )
@@ -90,3 +93,70 @@ def test_images_are_normalized_as_the_students_are(config, shared_cache):
     pixels = train._batch([5]).images[0].float() / 255
     mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (train.mean, train.std))
     torch.testing.assert_close(train[5][0], (pixels - mean) / std)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("mixup", 0.2, "--mixup 0.2: the teacher labeled no mixed image"),
+        ("cutmix_minmax", [0.2, 0.8], "--cutmix-minmax .*views.cutmix"),
+        ("aug_repeats", 3, "--aug-repeats 3: an epoch has one view of each sample"),
+        ("aug_splits", 3, "--aug-splits 3: the pixels would not be those"),
+        ("jsd_loss", True, r"--jsd-loss True: it is of the loss whose place \[loss\] takes; leave it out"),
+    ],
+)
+def test_arguments_of_timms_script_that_would_mix_or_be_ignored_are_named(
+    config, shared_cache, name, value, match
+):
+    train = create_dataset(f"softcache:{shared_cache[2].url}", root=config, is_training=True)
+    off = {
+        "mixup": 0.0,
+        "cutmix": 0.0,
+        "cutmix_minmax": None,
+        "aug_repeats": 0,
+        "aug_splits": 0,
+        "smoothing": 0.1,
+    }
+    TimmLoss(train, arguments=Namespace(**off, bce_loss=False, jsd_loss=False))
+    with pytest.raises(ConfigError, match=match):
+        TimmLoss(train, arguments=Namespace(**off | {name: value}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("mixup_alpha", 0.2),
+        ("cutmix_alpha", 1.0),
+        ("ra_sampler", True),
+        ("auto_augment", "ra"),
+        ("random_erase", 0.1),
+        ("label_smoothing", 0.1),
+    ],
+)
+def test_arguments_of_torchvisions_script_that_would_mix_or_be_ignored_are_named(
+    config, shared_cache, name, value
+):
+    arguments = Namespace(distributed=False, **{name: value})
+    with pytest.raises(
+        ConfigError, match=f"load_cached_data: --{name.replace('_', '-')} {value}: .*leave it out"
+    ):
+        load_cached_data(config, shared_cache[2].url, arguments)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_torchvisions_processes_have_a_part_of_an_epoch_each(config, shared_cache, process_group):
+    found = load_cached_data(config, shared_cache[2].url, Namespace(distributed=True, mixup_alpha=0.0))
+    train, held_out, train_sampler, test_sampler = found
+    train_sampler.set_epoch(1)  # as the script does
+    assert sorted(train_sampler) == list(range(300)) != list(train_sampler)
+    assert list(test_sampler) == list(range(100))
+    assert (len(train), len(held_out)) == (300, 100)
+    *_, alone, in_order = load_cached_data(config, shared_cache[2].url, Namespace(distributed=False))
+    assert isinstance(alone, RandomSampler)
+    assert list(in_order) == list(range(100))

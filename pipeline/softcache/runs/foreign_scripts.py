@@ -3,13 +3,12 @@
 timm's, two lines, and `--dataset softcache:CACHE --data-dir CONFIG.toml --no-aug`:
 
     from softcache.runs.foreign_scripts import TimmLoss, create_dataset    # after the imports of timm
-    train_loss_fn = TimmLoss(dataset_train)                                # after its own
+    train_loss_fn = TimmLoss(dataset_train, arguments=args)                # after its own
 
-torchvision's `references/classification/train.py`, six lines:
+torchvision's `references/classification/train.py`, five lines:
 
-    from softcache.runs.foreign_scripts import TorchvisionLoss, open_datasets, truth_of
-    dataset, dataset_test = open_datasets("CONFIG.toml", "CACHE")          # in place of load_data(...)
-    train_sampler, test_sampler = RandomSampler(dataset), SequentialSampler(dataset_test)
+    from softcache.runs.foreign_scripts import TorchvisionLoss, load_cached_data, truth_of
+    dataset, dataset_test, train_sampler, test_sampler = load_cached_data("CONFIG.toml", "CACHE", args)  # for load_data(...)
     criterion = TorchvisionLoss(dataset)                                   # in place of its own
     dataset.set_epoch(epoch)                                               # before train_one_epoch(...)
     acc1, acc5 = utils.accuracy(output, truth_of(target), topk=(1, 5))     # in train_one_epoch
@@ -19,6 +18,8 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, TypeVar
+
+from torch.utils.data import DistributedSampler, RandomSampler, Sampler, SequentialSampler
 
 from softcache.config.load import load_config
 from softcache.data.sources.base import Split, open_source
@@ -32,8 +33,9 @@ from softcache.student.integrations.torchvision import (
     TorchvisionLoss,
     truth_of,
 )
+from softcache.student.integrations.validate import check_arguments
 
-__all__ = ["TimmLoss", "TorchvisionLoss", "create_dataset", "open_datasets", "truth_of"]
+__all__ = ["TimmLoss", "TorchvisionLoss", "create_dataset", "load_cached_data", "open_datasets", "truth_of"]
 
 Images = TypeVar("Images", bound=TimmImages)
 
@@ -74,6 +76,25 @@ def open_datasets(config: str | Path, cache: str) -> tuple[TorchvisionDataset, T
         AlignmentError: its source is not what was labeled.
     """
     return _open(config, cache, TorchvisionDataset), _open(config, cache, TorchvisionImages)
+
+
+def load_cached_data(
+    config: str | Path, cache: str, arguments: Any
+) -> tuple[TorchvisionDataset, TorchvisionImages, Sampler[int], Sampler[int]]:
+    """Returns both splits and their samplers, as `load_data` of torchvision's script does.
+
+    Args:
+        arguments: that the script parsed; with `distributed`, each process has a part of an epoch.
+
+    Raises:
+        ConfigError: as `open_datasets`, or an argument would mix or change images, or be ignored.
+        AlignmentError: the source is not what was labeled.
+    """
+    check_arguments(arguments, "load_cached_data")
+    train, held_out = open_datasets(config, cache)
+    if arguments.distributed:
+        return train, held_out, DistributedSampler(train), DistributedSampler(held_out, shuffle=False)
+    return train, held_out, RandomSampler(train), SequentialSampler(held_out)
 
 
 def _open(config: str | Path, cache: str, kind: type[Images]) -> Images:

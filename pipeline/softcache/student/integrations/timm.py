@@ -37,7 +37,7 @@ from softcache.errors import ConfigError
 from softcache.losses import LossSettings, distillation_loss
 from softcache.reader.dataset import HardLabelDataset, SoftLabelDataset, cached_views
 from softcache.student.integrations.timm_rows import LabelRows
-from softcache.student.integrations.validate import check_images, check_settled
+from softcache.student.integrations.validate import check_arguments, check_images, check_settled
 
 if TYPE_CHECKING:
     from softcache.data.sources.images.base import Source
@@ -172,14 +172,18 @@ class TimmLoss(nn.Module):
     Args:
         dataset: whose targets are read.
         loss: any of `[loss]` whose temperature and alpha stay, without weights of rows; None: the dataset's.
+        arguments: of timm's `train.py`, where they shall be checked (`check_arguments`).
 
     Raises:
-        ConfigError: the loss has a schedule or weights.
+        ConfigError: the loss has a schedule or weights, or an argument would mix images or be ignored.
         LabelError: (while training) the targets are not the dataset's, as after mixup.
     """
 
-    def __init__(self, dataset: TimmDataset, loss: LossSettings | None = None) -> None:
+    def __init__(
+        self, dataset: TimmDataset, loss: LossSettings | None = None, *, arguments: Any = None
+    ) -> None:
         super().__init__()
+        check_arguments(arguments, type(self).__name__)
         self._rows, self._loss = dataset.rows, loss or dataset.loss or LossSettings()
         check_settled(self._loss, type(self).__name__)
         if self._loss.weights is not None:

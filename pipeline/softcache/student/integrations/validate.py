@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from softcache.errors import ConfigError, IncompleteCacheError
 from softcache.losses import LossSettings
@@ -13,7 +13,24 @@ from softcache.reader.dataset import cached_views
 if TYPE_CHECKING:
     from softcache.data.transforms import Views
 
-__all__ = ["check_cache", "check_images", "check_settled", "normalize_of"]
+__all__ = ["check_arguments", "check_cache", "check_images", "check_settled", "normalize_of"]
+
+_MIXES = (
+    "the teacher labeled no mixed image, and an average of targets is none; mixed views are the cache's "
+    "(views.mixup, views.cutmix)"
+)
+_REPEATS = (
+    "an epoch has one view of each sample, and repeats of it would show the same pixels, of fewer samples"
+)
+_PIXELS = "the pixels would not be those that the teacher labeled; the variety is that of the cache's views"
+_LOSS = "it is of the loss whose place [loss] takes"
+REFUSED_ARGUMENTS = {
+    _MIXES: ("mixup", "cutmix", "cutmix_minmax", "mixup_alpha", "cutmix_alpha"),
+    _REPEATS: ("aug_repeats", "epoch_repeats", "ra_sampler"),
+    _PIXELS: ("aug_splits", "auto_augment", "random_erase"),
+    _LOSS: ("bce_loss", "jsd_loss", "label_smoothing"),
+}
+"""Of timm's and torchvision's scripts, by the reason; off where they are None, false or 0."""
 
 
 def check_images(cache: Cache, who: str) -> None:
@@ -55,6 +72,21 @@ def check_settled(loss: LossSettings, who: str) -> None:
             f"{who}: loss has a schedule or a curriculum; expected a temperature and an alpha that stay; drop the tables, "
             "or use `softcache train-student`, whose loop moves them"
         )
+
+
+def check_arguments(arguments: Any, who: str) -> None:
+    """Raises where a script's arguments ask for what stored labels do not go with, or what would be ignored.
+
+    Args:
+        arguments: the namespace that timm's or torchvision's script parsed.
+
+    Raises:
+        ConfigError: one is set; it is named, with the reason.
+    """
+    for reason, names in REFUSED_ARGUMENTS.items():
+        for name in names:
+            if given := getattr(arguments, name, None):
+                raise ConfigError(f"{who}: --{name.replace('_', '-')} {given}: {reason}; leave it out")
 
 
 def normalize_of(cache: Cache, views: Views | None) -> Normalize:

@@ -2,6 +2,11 @@
 
     root/annotations/instances_train2017.json and instances_val2017.json, images in root/train2017 and root/val2017
     root/train.json and root/eval.json (or val.json), images in root/images
+    root/annotations/instances_train.json, images in root/images/train: CVAT's export
+    root/train/_annotations.coco.json, images beside it: Roboflow's
+    root/train/labels.json, images in root/train/data: FiftyOne's, exported once for each split
+
+The split that is held out may be named eval, val, valid, validation or test.
 
     {"images": [{"id", "file_name", "width", "height"}], "categories": [{"id", "name"}],
      "annotations": [{"image_id", "category_id", "bbox": [left, top, width, height], "iscrowd"}]}
@@ -28,7 +33,7 @@ import torch
 from softcache.data.sources.base import SOURCES
 from softcache.data.sources.detection.base import BoxAnnotations, DetectionSettings, digest_truths
 from softcache.data.sources.images.base import Split
-from softcache.data.sources.images.image_folder import ImageFolderSource
+from softcache.data.sources.images.image_folder import EVAL_FOLDERS, ImageFolderSource
 from softcache.errors import SourceError
 from softcache.hashing.digests import digest_source
 from softcache.runtime.files import parse_json
@@ -79,16 +84,22 @@ class CocoSource(ImageFolderSource):
         image = super().image(sample)
         width, height = self._sizes[sample]
         if tuple(image.shape[1:]) != (height, width):
+            turned = tuple(image.shape[1:]) == (width, height)
+            advice = (
+                "save it turned, without an EXIF orientation"
+                if turned
+                else "use the images that were annotated"
+            )
             raise SourceError(
-                f"image {self.root / self._keys[sample]}: {image.shape[2]}x{image.shape[1]} pixels; its annotations say "
-                f"{width}x{height}, so that boxes would be misplaced; use the images that were annotated"
+                f"image {self.root / self._keys[sample]}: {image.shape[2]}x{image.shape[1]} pixels as stored; its "
+                f"annotations say {width}x{height}, so that boxes would be misplaced; {advice}"
             )
         return image
 
 
 @SOURCES.register("detection/coco")
 class Coco(DetectionSettings):
-    """`root` has COCO's own folders, or `train.json`, `eval.json` and the folder `images`."""
+    """`root` has COCO's own folders, `train.json`, `eval.json` and the folder `images`, or an export of other tools."""
 
     name: str = "coco"
     root: str | None = None
@@ -106,7 +117,7 @@ def _open(settings: Coco, split: Split) -> CocoSource:
     if settings.root is None:
         raise SourceError(
             "source.root: missing; a coco folder has annotations/instances_train*.json and train*/, or train.json, "
-            "eval.json (or val.json) and images/"
+            "eval.json (or val.json) and images/, or what CVAT, Roboflow and FiftyOne export"
         )
     root = Path(settings.root).expanduser()
     train = _Annotations(*_place(root, "train"))
@@ -130,21 +141,38 @@ def _place(root: Path, split: Split) -> tuple[Path, Path]:
     """Returns where a split's annotations and images are.
 
     Raises:
-        SourceError: there are several such files.
+        SourceError: there are none, or several such files.
     """
-    names = ("train",) if split == "train" else ("eval", "val")
-    for name in names:
-        if (root / f"{name}.json").is_file():
-            return root / f"{name}.json", root / "images"
-    found = [path for name in names for path in sorted(root.glob(f"annotations/instances_{name}*.json"))]
-    if len(found) > 1:
-        raise SourceError(
-            f"source {root / 'annotations'}: {', '.join(path.name for path in found)}; expected one for {split}; move the "
-            "others away"
-        )
-    if found:
-        return found[0], root / found[0].stem.removeprefix("instances_")
-    return root / f"{names[0]}.json", root / "images"
+    for name in ("train",) if split == "train" else EVAL_FOLDERS:
+        found = [
+            (root / f"{name}.json", root / "images"),
+            *(
+                (path, _images_of(root, path))
+                for path in sorted(root.glob(f"annotations/instances_{name}*.json"))
+            ),
+            (root / name / "_annotations.coco.json", root / name),
+            (root / name / "labels.json", root / name / "data"),
+        ]
+        found = [(path, images) for path, images in found if path.is_file()]
+        if len(found) > 1:
+            raise SourceError(
+                f"source {root}: {', '.join(path.relative_to(root).as_posix() for path, _ in found)}; expected one file of "
+                f"annotations for {name}; move the others away"
+            )
+        if found:
+            return found[0]
+    raise SourceError(
+        f"source {root}: no annotations of the {split} split; expected annotations/instances_{split}*.json, {split}.json, "
+        f"{split}/_annotations.coco.json (Roboflow) or {split}/labels.json (FiftyOne)"
+        + ("" if split == "train" else f"; {split} may be named {', '.join(EVAL_FOLDERS[1:])}, too")
+    )
+
+
+def _images_of(root: Path, annotations: Path) -> Path:
+    """Returns where images are: beside the folder of annotations, as COCO has it, or in `images`, as CVAT does."""
+    name = annotations.stem.removeprefix("instances_")
+    inner = root / "images" / name
+    return inner if inner.is_dir() and not (root / name).is_dir() else root / name
 
 
 class _Annotations:

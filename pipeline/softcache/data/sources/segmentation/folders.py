@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from softcache.data.sources.base import SOURCES, Split
 from softcache.data.sources.files import files_below
 from softcache.data.sources.images.classes import find_classes
+from softcache.data.sources.images.custom import tried_samples
 from softcache.data.sources.images.image_folder import EVAL_FOLDERS, SUFFIXES, ImageFolderSource
 from softcache.data.sources.images.pictures import Names
 from softcache.data.sources.segmentation.base import IGNORED, SegmentationSettings
@@ -137,6 +138,33 @@ class MaskFolderSource(ImageFolderSource):
         )
 
 
+def _check_yes_or_no(source: MaskFolderSource) -> None:
+    """Checks that masks of two classes are not of one, with 255 for the other, as programs write black and white.
+
+    Raises:
+        SourceError: those that are looked at have one of the two classes, and pixels that are ignored.
+    """
+    if source.num_classes != 2:
+        return
+    values: set[int] = set()
+    for sample in tried_samples(source)[::TRIED_MASKS]:
+        try:
+            values.update(source._mask(sample).unique().tolist())
+        except ValueError:  # which `mask` names
+            return
+    if IGNORED in values and len(values) == 2:
+        (found,) = values - {IGNORED}
+        raise SourceError(
+            f"source {source.name}: masks of {source._first_value + found} ({source.class_names[found]!r}) and "
+            f"{list(source._ignore)} alone, which source.ignore leaves out, and none of {source.class_names[1 - found]!r}; "
+            f"where {list(source._ignore)} is that class, write {source._first_value + 1 - found} in its place"
+        )
+
+
+TRIED_MASKS = 4
+"""Every such of the samples that sources are tried on."""
+
+
 @SOURCES.register("segmentation/folders")
 class MaskFolders(SegmentationSettings):
     """Folders of images and masks, relative to `root`; {split} in them is `train_split` or `eval_split`.
@@ -196,7 +224,7 @@ class MaskFolders(SegmentationSettings):
             chosen = choose_samples(stems, split, eval_share=self.eval_share, shuffle=False)
             stems = [stems[number] for number in chosen.tolist()]
         pairs = self._pairs(root, images, masks, stems[: self.max_samples(split)])
-        return MaskFolderSource(
+        source = MaskFolderSource(
             f"folders/{split}",
             root,
             pairs,
@@ -204,6 +232,8 @@ class MaskFolders(SegmentationSettings):
             first_value=self.first_value,
             ignore=self.ignore,
         )
+        _check_yes_or_no(source)
+        return source
 
     def _split(self, root: Path, split: Split) -> str:
         """Returns what stands for {split}."""
