@@ -1,6 +1,7 @@
 """Image classifiers of transformers as teachers: their logits, their preprocessing, their names; CLIP and SigLIP."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -274,6 +275,13 @@ def test_a_checkpoint_without_its_head_is_no_teacher(folders, tmp_path):
     assert student(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
     fresh = build_model(f"hf-config:{tmp_path}", num_classes=5, input_shape=(3, 32, 32))
     assert fresh(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
+
+
+def test_a_folder_with_an_adapter_is_refused(folders, tmp_path):
+    shutil.copytree(folders / "vit", tmp_path / "vit")
+    (tmp_path / "vit" / "adapter_config.json").write_text("{}")
+    with pytest.raises(SpecError, match=r"vit has an adapter of peft .*merge_and_unload"):
+        teacher(f"hf:{tmp_path}/vit")
 
 
 def test_what_is_no_model_and_a_size_that_it_does_not_take_are_named(folders):

@@ -629,6 +629,23 @@ def test_a_checkpoint_that_is_run_by_a_class_of_its_own_is_refused(tmp_path, own
             build(f"hf-config:{tmp_path}")
 
 
+@pytest.mark.parametrize("is_merged", [False, True])
+def test_a_folder_with_an_adapter_is_refused_also_next_to_the_model_that_has_it(tmp_path, is_merged):
+    """transformers would put it onto the merged weights again."""
+    peft = pytest.importorskip("peft")
+    adapted = peft.get_peft_model(make("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path)
+    if is_merged:
+        adapted.merge_and_unload().save_pretrained(tmp_path)
+    for opened in (build, partial(Checkpoint, vocab_size=VOCAB, context=CONTEXT)):
+        with pytest.raises(SpecError, match=r"has an adapter of peft.*merge_and_unload"):
+            opened(f"hf:{tmp_path}")
+    if is_merged:
+        (tmp_path / "adapter_config.json").unlink()
+        (tmp_path / "adapter_model.safetensors").unlink()
+        build(f"hf:{tmp_path}")
+
+
 def test_a_configuration_that_leaves_out_weights_of_a_layer_is_refused(tmp_path):
     """transformers would drop the biases and warn; weights of a part for training, and a tied head's copy, are not needed."""
     model = make("llama", attention_bias=True, tie_word_embeddings=True)

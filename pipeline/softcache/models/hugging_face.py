@@ -26,6 +26,7 @@ from torch import nn
 
 from softcache.errors import MissingExtraError, SpecError
 from softcache.models.spec import ModelSpec
+from softcache.models.weights import refuse_adapter
 from softcache.runtime.logging import progress_bar
 
 __all__ = [
@@ -273,14 +274,17 @@ def _loaded(auto: Any, parsed: ModelSpec, may_miss: tuple[str, ...], **head: Any
 
 def _config(parsed: ModelSpec) -> Any:
     name, found = _place(parsed)
-    return _library().AutoConfig.from_pretrained(name, **found)
+    library = _library()
+    if hf_scheme(parsed) == "hf":
+        refuse_adapter(parsed.name, name, **{key: found[key] for key in found if key != "trust_remote_code"})
+    return library.AutoConfig.from_pretrained(name, **found)
 
 
 def _checked_config(parsed: ModelSpec) -> Any:
     """Returns a model's configuration; raises SpecError where there is none."""
     try:
         return _config(parsed)
-    except MissingExtraError:
+    except (MissingExtraError, SpecError):
         raise
     except Exception as error:  # the hub, JSON, and the file system have errors of their own
         raise SpecError(

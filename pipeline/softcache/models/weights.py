@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -14,6 +16,7 @@ __all__ = [
     "float32_weights",
     "frozen_names",
     "is_adapted",
+    "refuse_adapter",
     "select_device",
     "trained_state",
 ]
@@ -44,6 +47,27 @@ def float32_weights(model: nn.Module, spec: str) -> nn.Module:
 def is_adapted(model: nn.Module) -> bool:
     """Returns whether a model, or one inside, has adapters of peft."""
     return any(kind.__module__.startswith("peft.") for part in model.modules() for kind in type(part).__mro__)
+
+
+def refuse_adapter(spec: str, name: str, **hub: Any) -> None:
+    """Raises SpecError where a folder or repository holds an adapter of peft, alone or next to a model.
+
+    transformers would put it onto the model that lies next to it, also where that has it already (merge_and_unload), and
+    leaves out parts of it that only peft knows (DoRA).
+
+    Args:
+        name: of the folder, or on the hub.
+        hub: `revision`, `subfolder` and `cache_dir` of a hub name.
+    """
+    from transformers.utils import find_adapter_config_file
+
+    if find_adapter_config_file(name, **hub) is not None:
+        raise SpecError(
+            f"model {spec!r}: {name} has an adapter of peft (adapter_config.json), alone or beside a model that may have it "
+            f"already; expected whole weights; peft.PeftModel.from_pretrained(BASE_MODEL, {name!r}).merge_and_unload()"
+            ".save_pretrained(NEW_FOLDER) makes them (save the tokenizer there, too); where the adapter is merged already, "
+            "remove adapter_config.json; a module:factory may return what peft wraps"
+        )
 
 
 def frozen_names(model: nn.Module) -> set[str]:

@@ -33,6 +33,7 @@ from softcache.models.language.placement import Placement
 from softcache.models.language.probes import check_max_length
 from softcache.models.language.splitting import context_of, head_of
 from softcache.models.spec import ModelSpec, is_path, parse_spec, unknown_name
+from softcache.models.weights import refuse_adapter
 from softcache.runtime.optional import auto_tokenizer
 
 __all__ = ["auto_class", "build_language_model", "safe_arguments", "tokenizer_of"]
@@ -220,14 +221,16 @@ def pretrained(
 ) -> nn.Module:
     name, args, checkpointing = safe_arguments(spec, parsed)
     path = Path(name) / str(args.get("subfolder", ""))
+    hub = {key: args[key] for key in ("revision", "subfolder") if key in args}
+    transformers = transformers_library()
+    refuse_adapter(spec, name, **hub)
     if path.is_dir() and not any(path.glob("*.safetensors")):
         pickled = sorted(file.name for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pth"))
         raise SpecError(
             f"model {spec!r}: no *.safetensors in the folder; found {', '.join(pickled) or 'no weights'}; "
             "pickled weights can run code: load them where you trust them and save_pretrained(...) again"
         )
-    hub = {key: args[key] for key in ("revision", "subfolder") if key in args}
-    config = transformers_library().AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
     args |= exact_attention(spec, config, args)
     model, info = auto_class(config, auto).from_pretrained(
         name,

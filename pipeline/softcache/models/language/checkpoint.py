@@ -29,7 +29,7 @@ from softcache.models.language.causal_lm import (
 from softcache.models.language.encoder_decoder_parts import is_encoder_decoder
 from softcache.models.language.splitting import head_of, split
 from softcache.models.spec import architecture_of, parse_spec
-from softcache.models.weights import count_parameters
+from softcache.models.weights import count_parameters, refuse_adapter
 from softcache.runtime.files import read_json
 
 __all__ = ["Checkpoint"]
@@ -76,6 +76,7 @@ class Checkpoint:
         self.folder = Path(name)
         if not self.folder.is_dir():
             self.folder = _downloaded(spec, name, arguments.get("revision"))
+        refuse_adapter(spec, str(self.folder))
         self._files = _tensor_files(self.folder)
         if not self._files:
             raise SpecError(
