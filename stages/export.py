@@ -15,7 +15,7 @@ import click
 from softcache.runtime.display import format_duration
 from softcache.runtime.logging import log_info
 
-from .options import CACHE, LOCAL, json_option, log_option, print_json, print_table
+from .options import CACHE, LOCAL, PATH, json_option, log_option, print_json, print_table
 
 if TYPE_CHECKING:
     from softcache.runs.export import ExportSettings
@@ -61,7 +61,7 @@ def export_options(command: Callable) -> Callable:
 
 
 @click.command("export")
-@click.argument("run", metavar="RUN", type=LOCAL)
+@click.argument("run", metavar="RUN", type=PATH)
 @click.option(
     "--cache",
     "url",
@@ -75,17 +75,17 @@ def export_options(command: Callable) -> Callable:
 def export_command(
     run: str, url: str | None, out: str, settings: ExportSettings, max_drop: float, as_json: bool
 ) -> None:
-    """Export the student of RUN (the directory of a finished run): ONNX, torch.export, int8, a card, and a verified table.
+    """Export the student of RUN (a finished run's directory or URL): ONNX, torch.export, int8, a card, and a verified table.
 
     \b
     Example:
       softcache export runs/digits/students/cnn-width-8-cache-0123abcd --out exported
     """
-    export_and_print(Path(run), out, settings, url=url, cost=None, max_drop=max_drop, as_json=as_json)
+    export_and_print(run, out, settings, url=url, cost=None, max_drop=max_drop, as_json=as_json)
 
 
 def export_and_print(
-    run: Path,
+    run: str | Path,
     out: str,
     settings: ExportSettings,
     *,

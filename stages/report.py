@@ -10,13 +10,13 @@ import click
 
 from softcache.runtime.logging import log_info
 
-from .options import CACHE, LOCAL
+from .options import CACHE, LOCAL, PATH
 
 __all__ = ["report_command"]
 
 
 @click.command("report")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=LOCAL)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN…", type=PATH)
 @click.option(
     "--cache",
     "urls",
@@ -40,7 +40,7 @@ __all__ = ["report_command"]
     help="The page.",
 )
 def report_command(runs: tuple[str, ...], urls: tuple[str, ...], fidelity: Path | None, out: str) -> None:
-    """Write a page about RUN… (directories of finished runs, or folders of them): scores, curves, calibration, transfer.
+    """Write a page about RUN… (finished runs, or folders of them; paths or URLs): scores, curves, calibration, transfer.
 
     The page is one file and loads nothing from a server. Sections that need the teacher's weights show a note
     where they are missing.

@@ -571,9 +571,7 @@ def test_every_command_is_in_one_group():
     "arguments",
     [
         ("report", "runs", "--out", "URL"),
-        ("report", "URL"),
         ("export", "runs/x", "--out", "URL"),
-        ("export", "URL", "--out", "here"),
         ("fidelity", "runs/test/cache", "--out", "URL"),
         ("browse", "runs/test/cache", "--out", "URL"),
         ("query", "http://127.0.0.1:9/v1", "--out", "URL"),

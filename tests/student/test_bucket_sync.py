@@ -8,11 +8,13 @@ import pytest
 from softcache.cache.storage import lease
 from softcache.cache.storage.cloud.store import CloudObjects
 from softcache.cache.storage.open import open_objects
-from softcache.errors import CorruptionError, RunError
+from softcache.errors import CorruptionError, RunError, StorageError
 from softcache.runs import open_data, train_student
+from softcache.runs.report import open_report, open_run
 from softcache.student import bucket_sync
 from softcache.student import loop as student
 from softcache.student.bucket_sync import BucketSync
+from softcache.student.checkpoint import _writing
 from tests.support.caches import digits_config
 
 
@@ -206,3 +208,46 @@ def test_a_folder_that_is_thrown_away_is_made_again(bucket, machine, shared_cach
     metrics = train(shared_cache[2], f"{bucket}/run", epochs=1)
     shutil.rmtree(BucketSync(f"{bucket}/run").folder)
     assert train(shared_cache[2], f"{bucket}/run", epochs=1) == metrics
+
+
+def test_report_and_export_read_runs_of_a_bucket(bucket, machine, shared_cache, tmp_path, monkeypatch):
+    cache = shared_cache[2]
+    train(cache, f"{bucket}/runs/one")
+    train(cache, f"{bucket}/runs/two", seed=1)
+    again = stop_after(2, monkeypatch)
+    with pytest.raises(Killed):
+        train(cache, f"{bucket}/runs/half", epochs=3)
+    again()
+    machine("second")
+    report = open_report([f"{bucket}/runs/"], cache_url=cache.url)
+    assert [run.config.train.seed for run in report.runs] == [0, 1]
+    assert report.unfinished == [f"{bucket}/runs/half"]
+    one = open_run(f"{bucket}/runs/one", cache_url=cache.url)
+    assert one.student(one.runs[0])[1] is not None
+    with pytest.raises(
+        RunError, match=r"runs/half/: not finished \(no metrics.json\); run its command again"
+    ):
+        open_run(f"{bucket}/runs/half/")
+    with pytest.raises(RunError, match=r"/nothing: expected a run's directory .* found none"):
+        open_report([f"{bucket}/nothing"])
+    # The run is trained anew by another machine: what is copied here is not taken for it.
+    objects = open_objects(f"{bucket}/runs/one")
+    for path in objects.list(""):
+        objects.delete(path)
+    machine("first")
+    train(cache, f"{bucket}/runs/one", seed=2)
+    machine("second")
+    assert open_run(f"{bucket}/runs/one", cache_url=cache.url).runs[0].config.train.seed == 2
+
+
+@pytest.mark.parametrize(
+    "words", ["PytorchStreamWriter failed writing file data/0", "[enforce fail at inline_container.cc:672]"]
+)
+def test_a_disk_that_is_full_under_torch_is_one_message(tmp_path, words):
+    with (
+        pytest.raises(
+            StorageError, match=r"cannot be written: .*free some space .* the last checkpoint is kept"
+        ),
+        _writing(tmp_path),
+    ):
+        raise RuntimeError(f"{words}: unexpected pos 11008 vs 10900")

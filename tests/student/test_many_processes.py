@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -371,6 +372,10 @@ def test_a_process_that_is_gone_or_silent_ends_the_run_and_a_rerun_goes_on(tmp_p
 # -- the parts ---------------------------------------------------------------------------------------------
 
 
+STEP = {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "8"}
+"""Of the second process of `srun --ntasks 2` in a job of eight, on its second machine."""
+
+
 @pytest.fixture
 def second_of_two(monkeypatch):
     monkeypatch.setenv("RANK", "1")
@@ -384,6 +389,11 @@ def second_of_two(monkeypatch):
         ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4)),
         ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, (1, 2)),
         ({"PMI_RANK": "1", "PMI_SIZE": "2"}, (0, 1)),  # an array of independent jobs
+        ({**STEP, "MASTER_ADDR": "node1"}, (1, 2)),
+        (STEP, (0, 1)),
+        # A batch script, which is one process of a job of two, and what torchrun starts in a step of its own.
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "MASTER_ADDR": "node1"}, (0, 1)),
+        ({**STEP, "MASTER_ADDR": "node1", "RANK": "5", "WORLD_SIZE": "8"}, (5, 8)),
         ({"RANK": "3"}, (0, 1)),
         ({"RANK": "0", "WORLD_SIZE": "1"}, (0, 1)),
         ({"RANK": "", "WORLD_SIZE": "many"}, (0, 1)),
@@ -398,6 +408,41 @@ def test_a_launcher_says_which_process_this_is(monkeypatch, environment, expecte
     assert distributed.is_rank_zero() == (expected[0] == 0)
 
 
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        (STEP, ("1", "2", "0", "29500")),
+        ({**STEP, "MASTER_PORT": "7"}, ("1", "2", "0", "7")),
+        (
+            {
+                "OMPI_COMM_WORLD_RANK": "9",
+                "OMPI_COMM_WORLD_SIZE": "16",
+                "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+                "MASTER_PORT": "7",
+            },
+            ("9", "16", "1", "7"),
+        ),
+    ],
+)
+def test_accelerate_is_told_what_srun_and_mpirun_call_otherwise(monkeypatch, environment, expected):
+    """On GPUs it reads torchrun's names alone, and found one process of one."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in {**environment, "MASTER_ADDR": "node1"}.items():
+        monkeypatch.setenv(name, value)
+    told = []
+
+    def state(**options):
+        told.append(tuple(os.environ.get(name) for name in names))
+        return SimpleNamespace(num_processes=int(os.environ["WORLD_SIZE"]))
+
+    monkeypatch.setattr("accelerate.PartialState", state)
+    distributed.join(cpu=False, timeout_seconds=1)
+    assert told == [expected]
+
+
 @pytest.mark.parametrize("number", ["0", "1"])
 def test_jobs_of_a_launcher_without_an_address_are_independent(monkeypatch, tmp_path, shared_cache, number):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
@@ -408,7 +453,7 @@ def test_jobs_of_a_launcher_without_an_address_are_independent(monkeypatch, tmp_
     tables = {"train": {"epochs": 1, "device": "cpu"}}
     fit(shared_cache[2], tmp_path / number, tables=tables)
     assert (tmp_path / number / "metrics.json").exists()
-    expected = r"another run works on it.*set PMI_SIZE=2 and no MASTER_ADDR, so its processes are independent"
+    expected = r"another run works on it.*set OMPI_COMM_WORLD_SIZE=2 and no MASTER_ADDR, so its processes are independent"
     with (
         LocalObjects(tmp_path / "shared").claim(".lock"),
         pytest.raises(RunError, match=expected),

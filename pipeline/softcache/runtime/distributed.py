@@ -7,9 +7,9 @@ the others, whose next exchange then fails, find the report claimed and exit sil
 that is killed, the first of the others to notice prints it. A process that hangs is noticed by the timeout.
 
 Rank and number of the processes come from the launcher's environment variables: torchrun and `accelerate launch` set RANK
-and WORLD_SIZE. Those of MPI launchers and `srun` (PMI_SIZE, OMPI_COMM_WORLD_SIZE) count where MASTER_ADDR is set, too:
-without an address there is no group, and such processes are independent jobs, each of them the first of one. torch and
-accelerate are imported where a process needs them.
+and WORLD_SIZE. Those of MPI launchers and of `srun` (`_LAUNCHERS`) count where MASTER_ADDR is set, too: without an address
+there is no group, and such processes are independent jobs, each of them the first of one. torch and accelerate are imported
+where a process needs them.
 """
 
 from __future__ import annotations
@@ -43,27 +43,41 @@ __all__ = [
 STORE_SECONDS = 10.0
 # What gloo and the store say when the other end is gone or silent; NCCL has an error class of its own.
 _BROKEN = ("gloo", "Connection closed", "Connection reset", "Timed out waiting", "Broken pipe")
-_MPI_RANK = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-_MPI_SIZE = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+_LAUNCHERS = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+)
+"""What others than torchrun call a process's number, how many there are, and its number on its machine. Of Slurm the step's:
+SLURM_NTASKS is that of the job, and a batch script, which is one process, has it."""
+MASTER_PORT = "29500"
 
 
 def rank() -> int:
     """Returns this process's number, from 0; 0 where a run has one process."""
-    names = ("RANK", *_MPI_RANK) if os.environ.get("MASTER_ADDR") else ("RANK",)
-    return _first_number(names, 0) if num_ranks() > 1 else 0
+    names = _launcher()
+    return _number(names[0], 0) if names is not None and num_ranks() > 1 else 0
 
 
 def num_ranks() -> int:
     """Returns how many processes the run was started with."""
-    names = ("WORLD_SIZE", *_MPI_SIZE) if os.environ.get("MASTER_ADDR") else ("WORLD_SIZE",)
-    return max(1, _first_number(names, 1))
+    names = _launcher()
+    return 1 if names is None else max(1, _number(names[1], 1))
+
+
+def _launcher() -> tuple[str, str, str] | None:
+    """Returns the names of the variables by which the launcher of this run numbers its processes; None without one."""
+    known = (_TORCHRUN, *_LAUNCHERS) if os.environ.get("MASTER_ADDR") else (_TORCHRUN,)
+    return next((names for names in known if os.environ.get(names[1], "").isdecimal()), None)
 
 
 def describe_independence() -> str:
     """Returns why processes that a launcher started together are separate runs; nothing for any other process."""
     if os.environ.get("MASTER_ADDR") or num_ranks() > 1:
         return ""
-    found = next((name for name in _MPI_SIZE if _first_number((name,), 1) > 1), None)
+    found = next((names[1] for names in _LAUNCHERS if _number(names[1], 1) > 1), None)
     if found is None:
         return ""
     return (
@@ -72,10 +86,20 @@ def describe_independence() -> str:
     )
 
 
+def _speak_as_torchrun() -> None:
+    """Sets for torch and accelerate what torchrun sets, which is all that they read on GPUs."""
+    names = _launcher()
+    if num_ranks() > 1 and names is not None and names != _TORCHRUN:
+        os.environ.update(
+            zip(_TORCHRUN, (str(rank()), str(num_ranks()), str(_number(names[2], rank()))), strict=True)
+        )
+        os.environ.setdefault("MASTER_PORT", MASTER_PORT)
+
+
 @contextmanager
 def _without_mpi() -> Iterator[None]:
     """Hides the variables of an MPI launcher, which accelerate would take for those of a group."""
-    names = () if os.environ.get("MASTER_ADDR") else _MPI_SIZE
+    names = () if os.environ.get("MASTER_ADDR") else [names[1] for names in _LAUNCHERS]
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:
         yield
@@ -88,11 +112,9 @@ def is_rank_zero() -> bool:
     return rank() == 0
 
 
-def _first_number(names: tuple[str, ...], default: int) -> int:
-    for name in names:
-        if (found := os.environ.get(name, "")).isdecimal():
-            return int(found)
-    return default
+def _number(name: str, default: int) -> int:
+    found = os.environ.get(name, "")
+    return int(found) if found.isdecimal() else default
 
 
 def on_cpu(device: str) -> bool:
@@ -125,6 +147,7 @@ def join(*, cpu: bool, timeout_seconds: float) -> PartialState:
             f"the launcher set WORLD_SIZE={num_ranks()} and no MASTER_ADDR, so its processes cannot find each other; start "
             "them with torchrun or `accelerate launch`, set MASTER_ADDR and MASTER_PORT, or unset WORLD_SIZE"
         )
+    _speak_as_torchrun()
     options = {"timeout": timedelta(seconds=timeout_seconds)} if num_ranks() > 1 else {}
     with translate_errors(), _without_mpi():
         state = PartialState(cpu=cpu, **options)

@@ -30,7 +30,7 @@ from softcache.hashing.digests import digest_bytes
 from softcache.runtime.files import parse_json, replace_file, user_cache_folder
 from softcache.runtime.logging import log_info
 
-__all__ = ["BucketSync", "hold_lease"]
+__all__ = ["BucketSync", "find_runs", "hold_lease"]
 
 POINTER, STATE, METRICS, LEASE = "checkpoint.json", "checkpoint", "metrics.json", "run.lock"
 NOTE = ".bucket.json"
@@ -265,6 +265,29 @@ class BucketSync:
             raise StorageError(
                 f"run {self.url}: its local folder {self.folder} cannot be written: {error}; set SOFTCACHE_RUNS_DIR"
             ) from error
+
+
+def find_runs(url: str) -> tuple[list[str], list[str]]:
+    """Returns the URLs of finished runs in a bucket, and of those that are not finished.
+
+    Args:
+        url: of a run's directory, or of a folder of such.
+
+    Raises:
+        StorageError: the bucket refuses.
+    """
+    root = CloudObjects(url)
+    found: dict[str, set[str]] = {}
+    for path in root.list(""):
+        folder, _, name = path.rpartition("/")
+        if name in (METRICS, POINTER) and "/" not in folder:
+            found.setdefault(folder, set()).add(name)
+    if "" in found:
+        found = {"": found[""]}
+    finished = {f"{root.url}/{folder}".rstrip("/"): METRICS in found[folder] for folder in sorted(found)}
+    return [place for place in finished if finished[place]], [
+        place for place in finished if not finished[place]
+    ]
 
 
 def _object(name: str, sha256: str) -> str:

@@ -68,7 +68,7 @@ _UNREADABLE = (
     *(RuntimeError, OSError, ValueError, TypeError, LookupError, AttributeError, EOFError),
     *(UnpicklingError, SafetensorError, struct.error),
 )
-_TORCH_WRITER = "PytorchStreamWriter"  # in what torch.save raises where it cannot write
+_TORCH_WRITER = ("PytorchStreamWriter", "inline_container")  # in what torch.save raises where it cannot write
 _WHAT_NEXT = "remove the folder to begin this run anew, or restore it from a copy"
 
 
@@ -312,7 +312,7 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, SoftcacheError) or (
-            isinstance(error, RuntimeError) and _TORCH_WRITER not in str(error)
+            isinstance(error, RuntimeError) and not any(sign in str(error) for sign in _TORCH_WRITER)
         ):
             raise
         raise StorageError(

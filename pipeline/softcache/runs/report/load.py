@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from softcache.cache.storage.base import is_bucket
 from softcache.config.load import build_config
 from softcache.config.run import RunConfig
 from softcache.data.sources.base import Split
@@ -26,7 +27,8 @@ from softcache.runs.report.caches import describe_policy, find_caches
 from softcache.runs.report.differences import describe_settings, differing_settings
 from softcache.runtime.files import read_json
 from softcache.student import StudentSettings
-from softcache.student.checkpoint import diff_settings
+from softcache.student.bucket_sync import BucketSync, find_runs
+from softcache.student.checkpoint import diff_settings, hold_run
 from softcache.student.tasks import Task, TokenStudent
 from softcache.teacher.base import Teacher
 
@@ -77,7 +79,7 @@ class Report:
     data: Data
     cache: Cache | None
     teacher: Teacher | None
-    unfinished: list[Path] = field(default_factory=list)
+    unfinished: list[str | Path] = field(default_factory=list)
     missing: dict[str, str] = field(default_factory=dict)
     caches: list[Cache] = field(default_factory=list)
 
@@ -120,14 +122,14 @@ def open_report(paths: Sequence[str | Path], *, cache_url: str | Sequence[str] |
     """Returns the opened runs with their shared data, caches and teacher.
 
     Args:
-        paths: directories of runs, or folders of such directories.
+        paths: directories of runs, or folders of such directories; also URLs of a bucket, of which local copies are made.
         cache_url: where the cache is now, or the caches are; None: the location in the runs' config.
 
     Raises:
         RunError: a path holds no finished run, one that cannot be read, or of a modality without a report.
         IdentityError: the runs are of different data or caches, or what is there is not what they learnt from.
     """
-    folders, unfinished = _folders([Path(path) for path in paths])
+    folders, unfinished = _folders(paths)
     read = [_read(folder) for folder in folders]
     _check_same_identity(read)
     data = open_data(read[0].config)
@@ -184,33 +186,44 @@ def open_run(path: str | Path, *, cache_url: str | None = None) -> Report:
         RunError: there are several runs, or what `open_report` raises.
         IdentityError: what is there is not what it learnt from.
     """
-    folders, _ = _folders([Path(path)])
+    folders, _ = _folders([path])
     if len(folders) != 1:
         raise RunError(f"run {path}: expected one run; found {len(folders)} in it; name one's own directory")
     return open_report(folders, cache_url=cache_url)
 
 
-def _folders(paths: list[Path]) -> tuple[list[Path], list[Path]]:
+def _folders(paths: Sequence[str | Path]) -> tuple[list[Path], list[str | Path]]:
+    """Returns the directories of finished runs, those of a bucket as local copies, and what is not finished."""
     found: list[Path] = []
-    unfinished: list[Path] = []
-    for path in paths:
-        if (path / "config.json").exists():
-            if not (path / "metrics.json").exists():
-                raise RunError(
-                    f"run {path}: not finished (no metrics.json); run its command again to finish it"
-                )
-            found.append(path)
-            continue
-        inside = sorted(child.parent for child in path.glob("*/config.json"))
-        done = [child for child in inside if (child / "metrics.json").exists()]
+    unfinished: list[str | Path] = []
+    for given in paths:
+        done, left = _fetched(str(given)) if is_bucket(str(given)) else _inside(Path(given))
+        if not done and {Path(given), str(given).rstrip("/")} & {*left}:
+            raise RunError(f"run {given}: not finished (no metrics.json); run its command again to finish it")
         if not done:
             raise RunError(
-                f"run {path}: expected a run's directory (config.json, resolved.json, metrics.json), or a folder of "
+                f"run {given}: expected a run's directory (config.json, resolved.json, metrics.json), or a folder of "
                 "such; found none; `softcache train-students --config FILE` makes them under runs/NAME/students"
             )
         found += done
-        unfinished += [child for child in inside if child not in done]
+        unfinished += left
     return list({path.resolve(): path for path in found}.values()), unfinished
+
+
+def _inside(path: Path) -> tuple[list[Path], list[Path]]:
+    there = [path] if (path / "config.json").exists() else [p.parent for p in path.glob("*/config.json")]
+    done = [folder for folder in there if (folder / "metrics.json").exists()]
+    return sorted(done), sorted(set(there) - set(done))
+
+
+def _fetched(url: str) -> tuple[list[Path], list[str]]:
+    done, left = find_runs(url)
+    folders = []
+    for place in done:
+        mirror = BucketSync(place)
+        with hold_run(mirror.folder, mirror):
+            folders.append(mirror.folder)
+    return folders, left
 
 
 def _read(path: Path) -> Run:

@@ -144,7 +144,9 @@ def glance_section(report: Report, styles: Styles, held_out: Observed) -> Sectio
         section.missing.append("The teacher's score: it needs the teacher's weights or the cache.")
     if report.unfinished:
         section.missing.append(
-            "runs that are not finished: " + ", ".join(path.name for path in report.unfinished) + "."
+            "runs that are not finished: "
+            + ", ".join(str(place).rsplit("/", 1)[-1] for place in report.unfinished)
+            + "."
         )
     return section
 
