@@ -232,6 +232,20 @@ def test_another_worker_begins_where_the_first_cannot_write(shared_cache, capsys
         _prepared(Beginning(["w1"]), Job("{}", cache.url))
 
 
+def test_workers_that_die_as_they_begin_are_said_to_lack_memory(shared_cache):
+    class KilledWorker(Exception):
+        pass
+
+    class Dying(Client):
+        def submit(self, function, job, *, pure, workers):
+            raise KilledWorker("all those workers died")
+
+    with pytest.raises(
+        RunError, match=r"KilledWorker: all those workers died; .*memory: start workers with --memory-limit 0"
+    ):
+        _prepared(Dying(["w1"]), Job("{}", shared_cache[2].url))
+
+
 def test_no_logger_of_dask_prints_a_traceback_of_its_own(capsys):
     import distributed  # noqa: F401  sets up its loggers
 
@@ -507,7 +521,9 @@ def test_a_plain_capture_and_workers_share_a_cache(tmp_path, address):
 def test_workers_refuse_a_cache_of_something_else(tmp_path, address):
     make_cache(tmp_path / "cache")
     other = digits_config(teacher={"model": "tests.fakes:known_scaled"})
-    with pytest.raises(RunError, match=r"could not begin: .*made from something else"):
+    with pytest.raises(
+        RunError, match=r"(?s)could not begin: .*made from something else.*\(worker tcp://.*, in its folder /"
+    ):
         capture_on_dask(other, str(tmp_path / "cache"), address)
 
 

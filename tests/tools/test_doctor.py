@@ -14,6 +14,16 @@ from softcache.tools.doctor import store_access, versions
 STEPS = ["open", "write", "list", "read", "delete"]
 
 
+def test_a_relative_folder_that_is_there_is_not_said_to_be_missing(tmp_path, monkeypatch):
+    (tmp_path / "runs/cache").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for url in ("runs/cache", "~/runs/cache"):
+        assert store_access(url)["tried"] == url
+        assert store_access(url)["failed"] is None
+    assert store_access("runs/new")["tried"] == str(tmp_path / "runs")
+
+
 def test_a_folder_that_works_is_left_as_it_was(tmp_path):
     (tmp_path / "mine").write_text("kept")
     found = store_access(str(tmp_path))

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import stat
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -111,7 +112,9 @@ def staged_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written, flushed or renamed; `path` is then what it was.
     """
-    staged = path.with_name(f".{path.name}.{os.getpid()}")
+    staged = path.with_name(
+        f".{path.name}.{uuid.uuid4().hex[:8]}"
+    )  # a process number is that of many containers
     try:
         staged.touch()
         mode = stat.S_IMODE(staged.stat().st_mode)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from pydantic import TypeAdapter, ValidationError
+
 from softcache.errors import ConfigError
 
 __all__ = ["check_launcher"]
@@ -23,8 +25,8 @@ VARIABLES = {
     "use_megatron_lm": "ACCELERATE_USE_MEGATRON_LM",
     "use_parallelism_config": "ACCELERATE_USE_PARALLELISM_CONFIG",
 }
-_NONE = ("", "no", "none", "false", "f", "n", "off", "0")
-_TRUE = ("true", "t", "yes", "y", "on", "1")
+_BOOL = TypeAdapter(bool)
+"""Knows the words for true and false that accelerate knows, which may not be installed."""
 
 
 def check_launcher(of: str, does: Mapping[str, tuple[str, str]]) -> None:
@@ -40,9 +42,17 @@ def check_launcher(of: str, does: Mapping[str, tuple[str, str]]) -> None:
     """
     for option, (done, advice) in does.items():
         asked = os.environ.get(VARIABLES[option], "").strip().lower()
-        none = ("", "auto", "1") if option == "gradient_accumulation_steps" else _NONE
-        if asked not in (*none, done) and not (done == "true" and asked in _TRUE):
+        wanted = {"auto": "", "1": ""}.get(asked, asked) if option.endswith("_steps") else _plain(asked)
+        if wanted not in ("", done):
             raise ConfigError(
                 f"{of}: accelerate launch --{option} ({VARIABLES[option]}={asked}) would be ignored; expected {done!r}, "
                 f"which is what is done here; {advice}, or leave it out of the launch and of `accelerate config`"
             )
+
+
+def _plain(asked: str) -> str:
+    """Returns "true" for all words for it, nothing for those for false or none, and any other word as it is."""
+    try:
+        return "true" if _BOOL.validate_strings(asked) else ""
+    except ValidationError:
+        return "" if asked == "none" else asked

@@ -25,6 +25,7 @@ from softcache.cache.storage.locks import MARK
 from softcache.cache.storage.open import open_objects
 from softcache.errors import CorruptionError, SoftcacheError, StorageError
 from softcache.reader.memmap import default_folder
+from softcache.runtime.files import expand_home
 
 __all__ = ["devices", "free_space", "store_access", "versions"]
 
@@ -142,14 +143,15 @@ def _locks(objects: Objects) -> str:
 
 
 def _local_place(url: str) -> str:
-    """The nearest folder of a local path; other schemes are left to `open_objects`, which refuses them."""
+    """A local path, or the nearest folder above it that is there; `open_objects` refuses other schemes."""
     parts = urlsplit(url)
     if "://" in url and parts.scheme != "file":
         return url
-    place = _existing(Path(unquote(parts.path) if parts.scheme == "file" else url))
+    path = Path(unquote(parts.path) if parts.scheme == "file" else expand_home(url)).absolute()
+    place = _existing(path)
     if not place.is_dir():
         raise StorageError(f"{place}: is a file; expected a folder")
-    return str(place)
+    return url if place == path else str(place)
 
 
 def _steps(objects: Objects) -> Iterator[tuple[str, Callable[[], None]]]:

@@ -100,13 +100,18 @@ def _prepared(client: Any, job: Job) -> tuple[Objects, Manifest, str]:
             deaths += type(failed).__name__ == "KilledWorker"
             if 0 < deaths < MAX_ATTEMPTS:
                 continue
-            found = Prepared("", error=f"{type(failed).__name__}: {failed}")
+            lacking = (
+                "; a process that dies as it loads the teacher mostly lacks memory: start workers with --memory-limit 0, "
+                "or give them more"
+            )
+            found = Prepared("", error=f"{type(failed).__name__}: {failed}{lacking if deaths else ''}")
         if not found.error:
             break
         tried.add(found.worker)
         left = set(client.scheduler_info(n_workers=-1)["workers"]) - tried
         if not (found.is_storage and left and len(tried) < MAX_ATTEMPTS):
-            raise RunError(f"dask: the first worker could not begin: {found.error}")
+            where = f" (worker {found.worker}, in its folder {found.folder})" if found.folder else ""
+            raise RunError(f"dask: the first worker could not begin: {found.error}{where}")
         log_info(f"dask: worker {found.worker} could not begin: {found.error}; another one is asked")
     sha256, objects = found.manifest_sha256, open_objects(job.url)
     try:

@@ -142,12 +142,14 @@ class Prepared:
         manifest_sha256: of the cache; empty with an error.
         error: its text.
         is_storage: the error is of this worker's storage; another worker may have none.
+        folder: where the worker was started, in which it looks for relative paths.
     """
 
     worker: str
     manifest_sha256: str = ""
     error: str = ""
     is_storage: bool = False
+    folder: str = ""
 
 
 def prepare(job: Job) -> Prepared:
@@ -156,7 +158,9 @@ def prepare(job: Job) -> Prepared:
         with _OPENING:
             return Prepared(_address(), _open(job, create=True)[0].manifest_sha256)
     except Exception as error:
-        return Prepared(_address(), error=_format_error(error), is_storage=isinstance(error, OSError))
+        return Prepared(
+            _address(), error=_format_error(error), is_storage=isinstance(error, OSError), folder=os.getcwd()
+        )
 
 
 def label(job: Job, number: int, *, last: bool = False, alone: bool = False) -> Outcome:

@@ -21,6 +21,7 @@ import torch
 from softcache.data.sources.base import SOURCES
 from softcache.data.sources.images.base import ImageSourceSettings, InMemorySource, Source, Split
 from softcache.errors import SourceError
+from softcache.runtime.files import staged_file
 
 __all__ = ["TORCHVISION", "Torchvision"]
 
@@ -162,17 +163,13 @@ def _is_unpacked(packed: Path, target: Path) -> bool:
 
 def _unpack(packed: Path, target: Path) -> None:
     """Writes `target` at once or not at all, and only if its content matches its name."""
-    staged = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
+    with staged_file(target) as staged:
         with (
             gzip.open(packed) if packed.suffix == ".gz" else packed.open("rb") as file,
             staged.open("wb") as out,
         ):
             shutil.copyfileobj(file, out)
         _check_idx(staged, target.name, packed)
-        staged.replace(target)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def _check_idx(path: Path, name: str, origin: Path) -> None:
