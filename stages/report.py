@@ -51,7 +51,9 @@ def report_command(runs: tuple[str, ...], urls: tuple[str, ...], fidelity: Path 
     """
     from softcache.runs.report import build_sections, open_report, write_page
     from softcache.runs.report.plots import Styles, load_plotly
+    from softcache.tools.page import check_is_page
 
+    check_is_page(out, "report")
     load_plotly()
     report = open_report(runs, cache_url=urls)
     sections = build_sections(report, fidelity=fidelity, progress=lambda what: log_info(f"report: {what}"))

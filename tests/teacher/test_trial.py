@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from softcache.data.sources.segmentation.base import IGNORED
 from softcache.errors import ConfigError, LabelError
 from softcache.models.language import build_language_model
 from softcache.runs import capture_labels, open_data, open_teacher
@@ -16,6 +17,8 @@ from softcache.teacher.base import RowScores
 from softcache.teacher.capture.trial import TrialScores, try_teacher
 from softcache.teacher.image import ImageTeacher
 from softcache.teacher.language import LanguageTeacher
+from softcache.teacher.multi_label import MultiLabelTeacher
+from softcache.teacher.segmentation import SegmentationTeacher
 from tests.support.caches import digits_config
 from tests.support.text_caches import text_config
 
@@ -166,6 +169,100 @@ def test_a_teacher_that_was_not_trained_is_not_refused_for_classes_that_it_takes
     else:
         found = try_teacher(teacher, Two(range(512)), num_classes=2, batch_size=64)
         assert (found.rows, found.accuracy) == (256, 0.0)
+
+
+class Known:
+    """A split whose batches a function makes of sample numbers."""
+
+    class_names = ("sky", "road", "car")
+
+    def __init__(self, number, load, mean_rows=1.0):
+        self._number, self._load, self.mean_rows = number, load, mean_rows
+
+    def __len__(self):
+        return self._number
+
+    def load(self, samples, view, *, fingerprints):
+        return self._load(torch.tensor(samples))
+
+
+def teacher_of(kind, **members):
+    teacher = object.__new__(kind)
+    teacher.device, teacher.spec, teacher.num_classes = torch.device("cpu"), "my:net", 3
+    for name, member in members.items():
+        setattr(teacher, name, member)
+    return teacher
+
+
+def masks_of(samples):
+    """Three classes in bands of 40, 40 and 20 cells, the first row of which has no class."""
+    targets = torch.tensor([IGNORED, *[0] * 39, *[1] * 40, *[2] * 20]).repeat(len(samples))
+    cells = range(100)
+    rows = torch.arange(100 * len(samples))
+    split = lambda pieces: [None] * pieces
+    return SimpleNamespace(num_rows=len(rows), targets=targets, rows=rows, cells=cells, split=split)
+
+
+@pytest.mark.parametrize(
+    ("outputs", "sure", "is_refused"),
+    [
+        ([1, 2, 0], 5.0, True),
+        ([0, 1, 2], 5.0, False),
+        ([0, 0, 0], 5.0, False),  # all is sky
+        ([1, 2, 0], 0.2, False),  # hardly trained
+    ],
+)
+def test_masks_of_classes_in_another_order_are_refused_by_a_vote_for_each_class_of_each_image(
+    outputs, sure, is_refused
+):
+    def chunks(batch):
+        guessed = torch.tensor(outputs)[batch.targets.clamp(min=0)]
+        guessed[::7] = 0  # what it mistakes
+        return iter([nn.functional.one_hot(guessed, 3) * sure])
+
+    teacher = teacher_of(SegmentationTeacher, chunks=chunks)
+    data = Known(500, masks_of, mean_rows=100.0)
+    if is_refused:
+        with pytest.raises(
+            ConfigError, match=r"of \d\d rows of 3 classes .* 0 'sky' as 1 'road', 1 'road' as 2 'car'"
+        ):
+            try_teacher(teacher, data, num_classes=3, batch_size=4)
+    else:
+        assert try_teacher(teacher, data, num_classes=3, batch_size=4).rows >= 3200
+
+
+@pytest.mark.parametrize(("outputs", "is_refused"), [([2, 1, 0], True), ([0, 1, 2], False)])
+def test_several_classes_in_another_order_are_refused_by_the_images_that_have_one(outputs, is_refused):
+    def load(samples):
+        targets = nn.functional.one_hot(samples % 3, 3).float()
+        targets[samples % 5 == 0, 0] = 1  # the sky above, in which the teacher is surest
+        logits = 8 * targets[:, outputs] - 4
+        logits[samples % 5 == 0, 1] = 9
+        return SimpleNamespace(num_rows=len(samples), targets=targets, images=logits)
+
+    teacher = teacher_of(MultiLabelTeacher, logits=lambda images: images)
+    if is_refused:
+        with pytest.raises(ConfigError, match=r"0 'sky' as 2 'car', 2 'car' as 0 'sky'; give the order"):
+            try_teacher(teacher, Known(400, load), num_classes=3, batch_size=64)
+    else:
+        assert try_teacher(teacher, Known(400, load), num_classes=3, batch_size=64) is None
+
+
+def test_a_teacher_that_does_take_classes_for_each_other_labels_where_that_is_said(tmp_path, capfd):
+    table = {"model": "tests.fakes:nearest_mean_reversed"}
+    with pytest.raises(ConfigError, match=r"where it does .* set teacher\.check_class_order = false"):
+        capture(digits_config(teacher=table), tmp_path / "refused")
+    cache = capture(digits_config(teacher=table | {"check_class_order": False}), tmp_path / "cache")
+    assert cache.manifest.extensions == {"softcache.class_order": "not checked"}
+    assert "may be the source's classes in another order: of 1" in capfd.readouterr().err
+    assert capture(digits_config(), tmp_path / "usual").manifest.extensions == {}
+    with pytest.raises(ValueError, match=r"teacher\.check_class_order: of models of images"):
+        text_config(tmp_path, teacher={"model": "hf:gpt2", "check_class_order": False})
+
+
+def capture(config, url):
+    data = open_data(config)
+    return capture_labels(config, data, open_teacher(config, data), str(url))[0]
 
 
 def test_the_rows_of_a_trial_come_from_all_over_the_split():

@@ -228,6 +228,15 @@ def test_the_command_writes_one_file(digits, tmp_path, monkeypatch):
     assert len(data["details"]) == 10
     doubt = np.sort(Browser(digits).overview.doubt_S)
     assert sorted(data["doubt"])[-5:] == pytest.approx(doubt[-5:], abs=1e-4), "the least certain are there"
+    assert run("--out", "page.html", "--samples", "9").exit_code == 0, "a page may be written anew"
+    (tmp_path / "softcache.toml.bak").write_text("[source]")
+    result = run("--out", "softcache.toml.bak")
+    assert "page softcache.toml.bak: there is a file that is no page, and would be lost" in str(
+        result.exception
+    )
+    assert (tmp_path / "softcache.toml.bak").read_text() == "[source]"
+    (tmp_path / "pages").mkdir()
+    assert "page pages: is a folder; expected a file" in str(run("--out", "pages").exception)
     assert "--samples: is of the file" in run("--samples", "10").output
 
 

@@ -126,10 +126,13 @@ class RunConfig(Settings):
             raise ValueError(
                 f"labels.positions.stride: of images with masks; found source.modality = {modality.name!r}; drop it"
             )
-        if self.teacher is not None and self.teacher.class_map is not None and not modality.reads_class_map:
-            raise ValueError(
-                f"teacher.class_map: of models of images; source.modality = {modality.name!r} has none; drop it"
-            )
+        for key, default in (
+            (("class_map", None), ("check_class_order", True)) if self.teacher is not None else ()
+        ):
+            if getattr(self.teacher, key) is not default and not modality.reads_class_map:
+                raise ValueError(
+                    f"teacher.{key}: of models of images; source.modality = {modality.name!r} has none; drop it"
+                )
         return self
 
     @model_validator(mode="after")

@@ -50,7 +50,7 @@ class OtherOrder(NamedTuple):
 def find_other_order(
     targets_P: np.ndarray, guesses_P: np.ndarray, num_classes: int, usual: Sequence[Sequence[int]] = ()
 ) -> OtherOrder | None:
-    """Returns the classes whose places are exchanged; None without evidence.
+    """Returns the classes whose places are exchanged, by the order that would be right most often; None without evidence.
 
     The commonest guess of each class is found on half of its rows and counts on the other half. A teacher that only mistakes
     classes does not guess each of some classes as another one of them, no two as the same; nor, of `OPEN_SHARE` of the
@@ -65,12 +65,11 @@ def find_other_order(
     """
     is_class_P = (targets_P >= 0) & (targets_P < num_classes)
     targets_P, guesses_P = np.asarray(targets_P)[is_class_P], np.asarray(guesses_P)[is_class_P]
+    orders: list[OtherOrder | None] = []
     for outputs in (outputs for outputs in usual if len(outputs) == num_classes):
         seen = np.unique(targets_P).tolist()
         moved = {one: outputs[one] for one in seen if outputs[one] != one}
-        other_order = _compare(moved, targets_P, guesses_P)
-        if other_order is not None:
-            return other_order
+        orders.append(_compare(moved, targets_P, guesses_P))
     order_P = np.argsort(targets_P, kind="stable")
     targets_P, guesses_P = targets_P[order_P], guesses_P[order_P]
     found = _commonest_guesses(targets_P[::2], guesses_P[::2])
@@ -81,10 +80,8 @@ def find_other_order(
     while any(other not in closed for other in closed.values()):
         closed = {one: other for one, other in closed.items() if other in closed}
     for moved in (closed, alone if len(alone) >= max(FEWEST_OPEN, OPEN_SHARE * len(found)) else {}):
-        other_order = _compare(moved, targets_P, guesses_P)
-        if other_order is not None:
-            return other_order
-    return None
+        orders.append(_compare(moved, targets_P, guesses_P))
+    return max(filter(None, orders), key=lambda order: order.right_then, default=None)
 
 
 def _commonest_guesses(targets_P: np.ndarray, guesses_P: np.ndarray) -> dict[int, int]:

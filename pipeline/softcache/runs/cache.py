@@ -186,9 +186,12 @@ def prepare_cache(config: RunConfig, data: Data, teacher: Teacher, url: str) -> 
     """
     objects = open_objects(url, create=True)
     manifest, samples = plan_manifest(data.train, teacher, config.labels, config.capture)
+    checks_order = config.teacher is None or config.teacher.check_class_order
+    if not checks_order:
+        manifest = manifest.model_copy(update={"extensions": {"softcache.class_order": "not checked"}})
 
     def report() -> Any:
-        log_trial(teacher, data, batch_size=config.capture.batch_size)
+        log_trial(teacher, data, batch_size=config.capture.batch_size, check_order=checks_order)
         if not config.capture.evaluate:
             return manifest.teacher
         with progress_bar("teacher: evaluate", len(data.evaluation)) as advance:
@@ -202,13 +205,15 @@ def prepare_cache(config: RunConfig, data: Data, teacher: Teacher, url: str) -> 
     return objects, *create_cache(objects, manifest, samples, report=report, shared=shared)
 
 
-def log_trial(teacher: Teacher, data: Data, *, batch_size: int) -> None:
+def log_trial(teacher: Teacher, data: Data, *, batch_size: int, check_order: bool = True) -> None:
     """Logs how well the teacher predicts a few rows, and calls out one that only guesses.
 
     Raises:
         LabelError, ConfigError: as `try_teacher`.
     """
-    found = try_teacher(teacher, data.train, num_classes=data.num_classes, batch_size=batch_size)
+    found = try_teacher(
+        teacher, data.train, num_classes=data.num_classes, batch_size=batch_size, check_order=check_order
+    )
     if found is None:
         return
     score = teacher.describe_score(found.accuracy, found.perplexity)

@@ -31,7 +31,7 @@ from softcache.runtime.files import expand_home
 from softcache.settings import Settings
 from softcache.teacher.engines.base import AnyEngineSettings, TransformersSettings
 
-__all__ = ["Dtype", "RowScores", "Teacher", "TeacherFacts", "TeacherSettings"]
+__all__ = ["ClassVotes", "Dtype", "RowScores", "Teacher", "TeacherFacts", "TeacherSettings"]
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -47,12 +47,15 @@ class TeacherSettings(Settings):
         weights: a file of weights, `.safetensors` or a checkpoint that holds tensors alone; none: those that the spec
             names.
         class_map: a file that maps the classes of the teacher to those of the data.
+        check_class_order: whether a teacher whose guesses would be right if classes were exchanged is refused; false: it is
+            logged, and kept in the manifest.
         engine: what runs a language model.
     """
 
     model: str
     weights: str | None = None
     class_map: str | None = Field(None, min_length=1)
+    check_class_order: bool = True
     test_time_augmentation: Literal["flip"] | None = None
     engine: AnyEngineSettings = TransformersSettings()
 
@@ -152,12 +155,26 @@ class RowScores(NamedTuple):
     guess_loss: float = 0.0
 
 
+class ClassVotes(NamedTuple):
+    """First guesses that are independent of each other, by which another order of classes shows.
+
+    Attributes:
+        targets_P, guesses_P: ground truths, and the classes that are guessed, int64.
+        loss: mean negative log-likelihood of these guesses, nats.
+    """
+
+    targets_P: torch.Tensor
+    guesses_P: torch.Tensor
+    loss: float
+
+
 class Teacher(TeacherFacts, ABC):
     """A module in evaluation mode with its device and autocast dtype.
 
     Attributes:
         has_row_scores: whether each row has one ground-truth class, by which `score` scores it.
-        has_named_outputs: whether `score` scores outputs that stand for classes that a source may have in another order.
+        has_named_outputs: whether outputs stand for classes that a source may have in another order (`votes`).
+        fewest_samples: that such an order is looked for on, where the split has them.
         has_states: whether it is seen as a backbone and a head: `states`, `output_head`.
 
     Args:
@@ -168,6 +185,7 @@ class Teacher(TeacherFacts, ABC):
 
     has_row_scores = True
     has_named_outputs = False
+    fewest_samples = 0
     has_states = False
 
     def __init__(
@@ -307,6 +325,15 @@ class Teacher(TeacherFacts, ABC):
             start += len(logits_PV)
         guesses_P = torch.cat(guesses) if guesses else targets_P[:0]
         return RowScores(loss, int((guesses_P == targets_P).sum()), guesses_P.cpu(), guess_loss)
+
+    def votes(self, batch: Any, scored: RowScores | None) -> ClassVotes:
+        """Returns the guesses of a batch that are evidence of the order of classes, where outputs have names.
+
+        Args:
+            scored: by `score`, where rows have scores.
+        """
+        assert scored is not None
+        return ClassVotes(batch.targets, scored.guesses_P, scored.guess_loss / max(1, batch.num_rows))
 
     def describe_score(self, accuracy: float, perplexity: float) -> str:
         """Returns in words how well the teacher predicts rows."""

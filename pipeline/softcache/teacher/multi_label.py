@@ -16,7 +16,7 @@ from softcache.errors import ConfigError, LabelError
 from softcache.labels import BernoulliLabels
 from softcache.labels.sparsify import LabelSettings, bernoulli_faults, top_k_bernoulli
 from softcache.models.average_precision import multi_label_scores
-from softcache.teacher.base import RowScores
+from softcache.teacher.base import ClassVotes, RowScores
 from softcache.teacher.image import ImageTeacher
 
 __all__ = ["MultiLabelTeacher"]
@@ -25,7 +25,7 @@ __all__ = ["MultiLabelTeacher"]
 class MultiLabelTeacher(ImageTeacher):
     """A classifier with a sigmoid for each class, with its normalisation."""
 
-    has_row_scores, has_named_outputs, has_sigmoids = False, False, True
+    has_row_scores, has_sigmoids = False, True
 
     def identity(self) -> dict[str, dict[str, Any]]:
         found = super().identity()
@@ -86,6 +86,15 @@ class MultiLabelTeacher(ImageTeacher):
         raise LabelError(
             f"teacher {self.spec}: its classes are independent, and have no accuracy of rows; use `scores`"
         )
+
+    @torch.inference_mode()
+    def votes(self, batch: Any, scored: RowScores | None) -> ClassVotes:
+        """Returns the likeliest class of each image that has one class alone."""
+        is_one_B = batch.targets.sum(1) == 1
+        logits_BV = self.logits(batch.images)[is_one_B.to(self.device)].float().cpu()
+        best_B, guesses_B = logits_BV.max(1)
+        loss = -torch.nn.functional.logsigmoid(best_B).mean() if len(best_B) else torch.zeros(())
+        return ClassVotes(batch.targets[is_one_B].argmax(1), guesses_B, float(loss))
 
     def scores(
         self,

@@ -22,7 +22,7 @@ from softcache.labels import SoftLabels
 from softcache.labels.sparsify import LabelSettings
 from softcache.models.mean_iou import confusion_matrix, mask_scores
 from softcache.models.segmentation import build_segmenter, scaled_logits
-from softcache.teacher.base import RowScores
+from softcache.teacher.base import ClassVotes, RowScores
 from softcache.teacher.image import ImageTeacher
 
 __all__ = ["SegmentationTeacher"]
@@ -34,7 +34,7 @@ CHUNK_ELEMENTS = 2**24
 class SegmentationTeacher(ImageTeacher):
     """A model of semantic segmentation, with its normalisation."""
 
-    has_named_outputs = False  # a mask's pixels are not independent, as evidence of another order has to be
+    fewest_samples = 32
     build = staticmethod(build_segmenter)
 
     def codec(self, k: int, labels: LabelSettings, settings: CodecSettings) -> Codec:
@@ -83,18 +83,32 @@ class SegmentationTeacher(ImageTeacher):
     def score(self, batch: Any) -> RowScores:
         """Returns how well the rows of a batch are predicted, as if those without a class were as the others."""
         targets_P = batch.targets.to(self.device)
-        loss, start, guesses = 0.0, 0, []
+        loss, guess_loss, start, guesses = 0.0, 0.0, 0, []
         for logits_PV in self.chunks(batch):
             rows = slice(start, start + len(logits_PV))
             loss += float(
                 nn.functional.cross_entropy(logits_PV, targets_P[rows], reduction="sum", ignore_index=IGNORED)
             )
             guesses.append(logits_PV.argmax(-1))
+            guess_loss += float(nn.functional.cross_entropy(logits_PV, guesses[-1], reduction="sum"))
             start = rows.stop
         guesses_P = torch.cat(guesses)
         share = len(targets_P) / max(1, int((targets_P != IGNORED).sum()))
         correct = int((guesses_P == targets_P).sum())
-        return RowScores(loss * share, round(correct * share), guesses_P.cpu())
+        return RowScores(loss * share, round(correct * share), guesses_P.cpu(), guess_loss)
+
+    def votes(self, batch: Any, scored: RowScores | None) -> ClassVotes:
+        """Returns one guess for each class of each image: the commonest of its pixels, which are not independent."""
+        assert scored is not None
+        has_class_P = batch.targets != IGNORED
+        places_P = (_places(batch)[0] * self.num_classes + batch.targets)[has_class_P]  # of image and class
+        places_Q, inverse_P = places_P.unique(return_inverse=True)
+        counts_QV = torch.zeros(len(places_Q), self.num_classes, dtype=torch.int64)
+        counts_QV.index_put_(
+            (inverse_P, scored.guesses_P[has_class_P]), torch.ones_like(inverse_P), accumulate=True
+        )
+        loss = scored.guess_loss / max(1, batch.num_rows)
+        return ClassVotes(places_Q % self.num_classes, counts_QV.argmax(1), loss)
 
     @torch.inference_mode()
     def scores(

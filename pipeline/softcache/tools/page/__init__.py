@@ -15,7 +15,15 @@ import numpy as np
 from softcache.errors import StorageError
 from softcache.runtime.files import finite, replace_file
 
-__all__ = ["content_policy", "encode_picture", "escape_json", "read_asset", "to_page_json", "write_whole"]
+__all__ = [
+    "check_is_page",
+    "content_policy",
+    "encode_picture",
+    "escape_json",
+    "read_asset",
+    "to_page_json",
+    "write_whole",
+]
 
 SHARP = 64
 """Pixels of a picture's longer side up to which it is stored without loss."""
@@ -73,12 +81,32 @@ def encode_picture(image_CHW: Any, size: int) -> str:
     return f"data:image/{kind.lower()};base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def check_is_page(out: str | Path, what: str) -> None:
+    """Checks that what a page would take the place of is a page, or nothing.
+
+    Raises:
+        StorageError: it is another file, or a folder.
+    """
+    try:
+        with Path(out).open("rb") as file:
+            found = file.read(64)
+    except IsADirectoryError:
+        raise StorageError(f"{what} {out}: is a folder; expected a file; give --out a name in it") from None
+    except OSError:
+        return  # there is none, or writing says why not
+    if found and not found.lstrip().lower().startswith(b"<!doctype html"):
+        raise StorageError(
+            f"{what} {out}: there is a file that is no page, and would be lost; choose another --out"
+        )
+
+
 def write_whole(out: str | Path, html: str, what: str) -> int:
     """Writes a page, whole or not at all; returns its bytes.
 
     Raises:
-        StorageError: it cannot be written.
+        StorageError: it cannot be written, or would take the place of a file that is no page.
     """
+    check_is_page(out, what)
     out = Path(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
