@@ -212,6 +212,43 @@ def test_an_object_that_is_replaced_while_it_is_copied_is_no_mixture(bucket, mon
     assert not list((tmp_path / "files").iterdir())
 
 
+GLOBBED = [
+    ("a-b/x.txt", "a/x.txt", "a/b/y.txt", "z.txt", "a/.hidden.txt", ".git/x.txt"),
+    ("p8.txt", "p9.txt", "p10.txt", "._p8.txt", "p[8].txt"),
+]
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern"),
+    [
+        *(
+            (GLOBBED[0], pattern)
+            for pattern in ("**/*.txt", "a/**", "a/**/*.txt", "*/x.txt", "*.txt", "**/.h*.txt")
+        ),
+        *(
+            (GLOBBED[1], pattern)
+            for pattern in ("p{8..10}.txt", "*.txt", "{p9,p8}.txt", "p{9,1}*.txt", "p[8].txt", "p[89].txt")
+        ),
+    ],
+)
+def test_a_pattern_means_the_same_files_in_the_same_order_in_a_bucket(bucket, tmp_path, names, pattern):
+    """`**` was one folder there, hidden files were taken, and the order, which the digest has, was another."""
+    from softcache.cache.storage.cloud.store import CloudObjects
+    from softcache.data.sources.files import find_files
+
+    objects, settings = CloudObjects(f"{bucket}/corpus"), SimpleNamespace(data_dir=str(tmp_path / "kept"))
+    for name in names:
+        write(tmp_path / "corpus" / name, name)
+        objects.put(name, name.encode())
+    found = [
+        find_files(f"{place}/{pattern}", settings, kinds=[".txt"])
+        for place in (tmp_path / "corpus", f"{bucket}/corpus")
+    ]
+    here, there = ([path.read_text() for path in one.paths] for one in found)
+    assert here == there != []
+    assert found[0].digest == found[1].digest
+
+
 def test_files_in_a_bucket(bucket, opened, tmp_path):
     from softcache.cache.storage.cloud.store import CloudObjects
 

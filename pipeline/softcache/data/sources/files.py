@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property, partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -157,12 +157,14 @@ def find_files(given: str, settings: BuildSettings, *, kinds: Collection[str]) -
     if is_bucket(given):
         return _copied(given, settings, kinds)
     path = Path(given).expanduser()
-    if "{" in given and not path.exists():
+    is_glob = any(sign in given for sign in "*?[")
+    if "{" in given and not is_glob and not path.exists():
         found = [Path(os.path.abspath(Path(name).expanduser())) for name in expand_braces(given)]
         _check_all_there(given, [str(one) for one in found if not one.is_file()], len(found))
         return _of_kinds(given, found, kinds)
-    if any(sign in given for sign in "*?[") and not path.exists():
-        found = sorted(Path(os.path.abspath(name)) for name in glob.glob(str(path), recursive=True))
+    if is_glob and not path.exists():
+        names = {name for one in expand_braces(str(path)) for name in glob.glob(one, recursive=True)}
+        found = sorted(Path(os.path.abspath(name)) for name in names)
         return _of_kinds(given, [path for path in found if path.is_file()], kinds)
     if path.is_dir():
         root = path.resolve()
@@ -324,12 +326,17 @@ def _copied(url: str, settings: BuildSettings, kinds: Collection[str]) -> Corpus
         raise SourceError(
             f"source.path {url!r}: no such object; check the bucket and source.path ({error})"
         ) from error
-    if is_glob:
+    if is_glob and pattern in tags:  # a name, as of a file that is there
+        tags = {pattern: tags[pattern]}
+    elif is_glob:
         patterns = expand_braces(pattern)
         if "{" in pattern and not any(sign in pattern for sign in "*?["):
             _check_all_there(url, [name for name in patterns if name not in tags], len(patterns))
             tags = {name: tags[name] for name in patterns}
-        tags = {path: tag for path, tag in tags.items() if any(_matches(path, one) for one in patterns)}
+        else:
+            wanted = [one.split("/") for one in patterns]
+            found = [path for path in tags if any(_matches(path.split("/"), one) for one in wanted)]
+            tags = {path: tags[path] for path in sorted(found, key=PurePosixPath)}
     elif not is_file:
         tags = {
             path: tag for path, tag in tags.items() if not any(p.startswith(".") for p in path.split("/"))
@@ -351,10 +358,17 @@ def _copied(url: str, settings: BuildSettings, kinds: Collection[str]) -> Corpus
 
             _for_each(copy, sorted(tags), advance)
     if is_glob or is_file:
-        return _of_kinds(url, [folder / path for path in sorted(tags)], kinds)
+        return _of_kinds(url, [folder / path for path in tags], kinds)
     return CorpusFiles(url, folder, files_below(folder), is_folder=True)
 
 
-def _matches(path: str, pattern: str) -> bool:
-    parts, patterns = path.split("/"), pattern.split("/")
-    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+def _matches(parts: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether a path matches a pattern, each cut at its slashes, as `glob` has it: ** is any folders, * no hidden name."""
+    if not (parts and patterns):
+        return not parts and all(one == "**" for one in patterns)
+    is_hidden = parts[0].startswith(".")
+    if patterns[0] == "**":
+        return _matches(parts, patterns[1:]) or (not is_hidden and _matches(parts[1:], patterns))
+    if is_hidden and not patterns[0].startswith("."):
+        return False
+    return fnmatchcase(parts[0], patterns[0]) and _matches(parts[1:], patterns[1:])
