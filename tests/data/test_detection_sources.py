@@ -139,6 +139,7 @@ def test_coco_images_that_are_not_what_was_annotated_are_named(tmp_path):
         coco(tmp_path)
     for images, match in [
         ([entry, entry], "image id 7 comes twice"),
+        ([entry, entry | {"id": 8, "file_name": "./b.png"}], "file_name 'b.png' comes twice"),
         ([entry | {"file_name": "../images/b.png"}], "leaves the images' folder"),
     ]:
         with pytest.raises(SourceError, match=match):

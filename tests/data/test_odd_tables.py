@@ -97,6 +97,12 @@ def test_folders_whose_names_look_alike_say_what_differs(tmp_path):
         open_source(settings, split="train")
 
 
+def test_marks_that_are_not_shown_make_no_class_of_their_own():
+    for mark in ("\ufeff", "\u200b", "\u200e"):
+        with pytest.raises(SourceError, match="2 classes, two of which look like one"):
+            find_classes([f"{mark}cat", "cat"], given=None, order=None, where="here")
+
+
 def test_capital_letters_may_be_classes_of_their_own():
     assert find_classes(["a", "A"], given=None, order=None, where="letters").names == ("A", "a")
 

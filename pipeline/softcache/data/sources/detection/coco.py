@@ -23,6 +23,7 @@ file names.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -207,7 +208,7 @@ class _Annotations:
             ) from error
         self.num_annotations = len(self._boxes)
         self._check_unique("image id", [number for number, *_ in self._images])
-        self._check_unique("file_name", [file for _, file, _ in self._images])
+        self._check_unique("file_name", [os.path.normpath(file) for _, file, _ in self._images])
         self._check_unique("category id", [number for number, _ in self.categories])
         if not self._images or not self.categories:
             raise SourceError(

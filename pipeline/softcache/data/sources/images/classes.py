@@ -109,7 +109,9 @@ def alike_hint(these: Iterable[str], those: Iterable[str]) -> str:
 
 
 def _look(name: str) -> str:
-    return " ".join(unicodedata.normalize("NFC", name).split())
+    """Returns a name with composed letters and single spaces, without marks that are not shown, as of byte order."""
+    shown = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
+    return " ".join(unicodedata.normalize("NFC", shown).split())
 
 
 def sort_names(names: Iterable[str], order: ClassOrder | None) -> tuple[list[str], bool]:
