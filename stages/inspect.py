@@ -15,6 +15,7 @@ from softcache.labels.sampling import estimate_mass
 from softcache.modalities import percent
 from softcache.reader.cache import Cache
 from softcache.reader.open import open_cache
+from softcache.runtime.display import printable
 
 from .options import CACHE, json_option, print_json, print_table
 
@@ -63,6 +64,8 @@ def inspect_command(url: str, as_json: bool) -> None:
     click.echo(
         f"store     {report['store']}, {report['num_bytes']:,} bytes in {report['units_done']} of {report['units']} units"
     )
+    for name, value in report["extensions"].items():
+        click.echo(f"extension {name}: {printable(str(value))[:200]}")
     if not report["rows"]:
         return
     print_table(
@@ -132,7 +135,13 @@ def _print_drawn(drawn: dict[str, Any]) -> None:
 
 
 def _identity(cache: Cache) -> dict[str, Any]:
-    return {"cache": cache.url, "identity": cache.manifest.identity, "store": cache.manifest.store}
+    manifest = cache.manifest
+    return {
+        "cache": cache.url,
+        "identity": manifest.identity,
+        "store": manifest.store,
+        "extensions": manifest.extensions,
+    }
 
 
 def _storage(cache: Cache) -> dict[str, Any]:

@@ -417,6 +417,12 @@ def test_inspect_of_a_cache_that_was_only_begun(run, cache):
     result = run("inspect", cache)
     assert result.code == 0
     assert "0 of 10 units" in result.out
+    assert "extension" not in result.out
+    manifest = json.loads((cache / "manifest.json").read_text())
+    manifest["extensions"] = {"softcache.class_order": "not checked\x1b[2J"}
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    assert "extension softcache.class_order: not checked" in (shown := run("inspect", cache).out)
+    assert "\x1b" not in shown
     assert json.loads(run("inspect", cache, "--json").out)["rows"] == 0
 
 
