@@ -1,6 +1,8 @@
 """Places that a cache may lie in, and what may lie in a cache: each is read, or refused by one message."""
 
+import errno
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from softcache.cache.storage.base import is_bucket
+from softcache.cache.storage.base import check_machine, is_bucket
 from softcache.cache.storage.open import open_objects
 from softcache.errors import CorruptionError, ManifestError, SoftcacheError, StorageError
 from softcache.reader import units
@@ -149,6 +151,85 @@ def test_a_user_without_a_home_folder(cache, monkeypatch):
         open_cache(str(cache), memmap=MemmapSettings(required=True)).read(np.arange(8), 0)
     with pytest.raises(StorageError, match=r"no home folder; set SOFTCACHE_RUNS_DIR, XDG_CACHE_HOME or HOME"):
         BucketSync("s3://bucket/run")
+
+
+FEW_FILES = """
+import os
+import resource
+import sys
+
+import numpy as np
+
+from softcache.errors import SoftcacheError
+from softcache.reader.open import open_cache
+
+cache = open_cache(sys.argv[1])
+cache.read([0])
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
+for view in range(cache.num_views):
+    cache.read(np.random.default_rng(0).permutation(300), view)
+    cache.prefetch([(view, np.arange(300))])
+    cache.read(np.arange(300), view)
+cache.close()
+again = open_cache(sys.argv[1])
+again.read([0])
+held = []
+while True:
+    try:
+        held.append(open(os.devnull))
+    except OSError:
+        break
+try:
+    again.read(np.arange(300)[::-1], 1)
+except SoftcacheError as error:
+    print(type(error).__name__, error)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize(
+    "capture", [{"store": "zarr"}, {"store": "zarr", "codec": {"name": "packed"}}, {"store": "parquet"}]
+)
+def test_a_process_that_may_open_few_files_calls_no_label_damaged(tmp_path, capture):
+    """It was told to delete the markers of good units; with `ulimit -n 64` a hundred files were kept open."""
+    make_cache(tmp_path / "cache", capture={**capture, "unit_samples": 4, "chunk_samples": 2})
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_FILES, str(tmp_path / "cache")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert re.search(r"^StorageError .*cannot be read: Too many open files", done.stdout), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("NOT_FOUND: x [os_error_code='2']"), None),
+        (ValueError("DATA_LOSS: Invalid blosc-compressed data"), None),
+        (OSError("Couldn't deserialize thrift"), None),
+        (FileNotFoundError(errno.ENOENT, "no such file"), None),
+        (
+            ValueError("RESOURCE_EXHAUSTED: x [os_error_code='24']"),
+            r"unit 3: cannot be read: Too many open files; raise the limit",
+        ),
+        (
+            ValueError("UNAVAILABLE: x [os_error_code='116']"),
+            r"cannot be read: Stale file handle; see to it and run again",
+        ),
+        (
+            OSError(errno.EIO, "Input/output error"),
+            r"cannot be read: Input/output error; .* nothing says that it is damaged",
+        ),
+    ],
+)
+def test_what_the_machine_refuses_to_read_is_not_called_damaged(error, message):
+    if message is None:
+        check_machine(error, "unit 3")
+        return
+    with pytest.raises(StorageError, match=message):
+        check_machine(error, "unit 3")
 
 
 PRINTED = """

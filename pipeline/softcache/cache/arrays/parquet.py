@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from softcache.cache.arrays.parquet_footer import RowGroup, read_row_groups
 from softcache.cache.codecs import Column
 from softcache.cache.manifest import Manifest, Unit, owner_of
-from softcache.cache.storage.base import Objects, is_bucket
+from softcache.cache.storage.base import Objects, check_machine, is_bucket
 from softcache.errors import CacheNotFoundError, CorruptionError, StorageError
 from softcache.labels import STATS
 
@@ -203,9 +203,13 @@ class ParquetStore:
         except StorageError:  # not of the bytes: the storage does not answer
             raise
         except (pa.ArrowException, OSError, ValueError, KeyError, IndexError, CacheNotFoundError) as error:
-            raise CorruptionError(
+            where = (
                 f"cache {self._objects.url}: unit {unit.number} (view {unit.view}, samples {unit.start} to "
-                f"{unit.stop - 1}), {next(iter(self.shard_paths(unit)))}: cannot be decoded: {error}; delete the unit's "
+                f"{unit.stop - 1}), {next(iter(self.shard_paths(unit)))}"
+            )
+            check_machine(error, where)
+            raise CorruptionError(
+                f"{where}: cannot be decoded: {error}; delete the unit's "
                 "marker and rerun `softcache teacher-logits`, or restore the file"
             ) from error
         return out

@@ -32,7 +32,7 @@ from softcache.cache.arrays.zarr_parts import ZarrParts
 from softcache.cache.arrays.zarr_shards import ShardCutter
 from softcache.cache.codecs import Column
 from softcache.cache.manifest import Manifest, Unit
-from softcache.cache.storage.base import Objects
+from softcache.cache.storage.base import Objects, check_machine
 from softcache.errors import CorruptionError, StorageError
 from softcache.runtime.forks import ForkGuard
 
@@ -232,9 +232,13 @@ class ZarrStore:
         except StorageError:  # not of the bytes: the bucket does not answer
             raise
         except (ValueError, OSError) as error:
-            raise CorruptionError(
+            where = (
                 f"cache {self._objects.url}: unit {unit.number} (view {unit.view}, samples {unit.start} to "
-                f"{unit.stop - 1}){f', column {name}' if name else ''}: cannot be decoded: {error}; delete the unit's "
+                f"{unit.stop - 1}){f', column {name}' if name else ''}"
+            )
+            check_machine(error, where)
+            raise CorruptionError(
+                f"{where}: cannot be decoded: {error}; delete the unit's "
                 "marker and rerun `softcache teacher-logits`, or restore the shard"
             ) from error
         return out

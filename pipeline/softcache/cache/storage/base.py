@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
@@ -10,10 +13,26 @@ import pyarrow as pa
 
 from softcache.errors import CorruptionError, StorageError
 
-__all__ = ["SCHEMES", "Objects", "is_bucket", "size_error"]
+__all__ = ["SCHEMES", "Objects", "check_machine", "is_bucket", "size_error"]
 
 SCHEMES = ("s3", "gs", "az")
 """Of buckets; `cloud.errors.PROVIDERS` has the provider of each."""
+
+
+OF_THE_MACHINE = {
+    *(
+        errno.EMFILE,
+        errno.ENFILE,
+        errno.ENOMEM,
+        errno.EIO,
+        errno.EACCES,
+        errno.EPERM,
+        errno.EAGAIN,
+        errno.EINTR,
+    ),
+    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENETDOWN, errno.ENETUNREACH),
+}
+"""Error numbers of what cannot be read now, and is no worse for it."""
 
 
 class Objects(Protocol):
@@ -116,3 +135,23 @@ def size_error(where: str, found: int, max_bytes: int) -> CorruptionError:
     return CorruptionError(
         f"{where}: {found:,} bytes; at most {max_bytes:,} are expected there; restore it from a copy"
     )
+
+
+def check_machine(error: Exception, where: str) -> None:
+    """Raises StorageError where a decoder failed because the machine refused to read, and the bytes may be as they were.
+
+    Args:
+        error: of the decoder; TensorStore writes the system's error number into its text.
+        where: names what was read.
+    """
+    written = re.search(r"os_error_code='(\d+)'", str(error))
+    number = int(written[1]) if written else getattr(error, "errno", None)
+    if number in OF_THE_MACHINE:
+        to_do = (
+            "raise the limit of open files (ulimit -n)"
+            if number in (errno.EMFILE, errno.ENFILE)
+            else "see to it"
+        )
+        raise StorageError(
+            f"{where}: cannot be read: {os.strerror(number)}; {to_do} and run again: nothing says that it is damaged"
+        ) from error

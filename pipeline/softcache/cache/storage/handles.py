@@ -3,7 +3,9 @@ than reading a chunk of it."""
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -43,7 +45,7 @@ class OpenFiles:
 
     def __init__(self) -> None:
         self._files: OrderedDict[str, _OpenFile] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._most = threading.Lock(), KEPT_FILES
 
     def __reduce__(self) -> tuple[type[OpenFiles], tuple[()]]:
         return OpenFiles, ()
@@ -60,13 +62,25 @@ class OpenFiles:
         with self._lock:
             file = self._files.get(path)
         if file is None or file.signature != _signature(os.stat(path)):
-            file = _OpenFile(open_file())
+            file = self._opened(open_file)
         with self._lock:
             self._files[path] = file
             self._files.move_to_end(path)
-            while len(self._files) > KEPT_FILES:
+            while len(self._files) > self._most:
                 self._files.popitem(last=False)
         return file.read(start, stop)
+
+    def _opened(self, open_file: Callable[[], int]) -> _OpenFile:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]  # of which a run has other uses
+        self._most = KEPT_FILES if limit == resource.RLIM_INFINITY else min(KEPT_FILES, limit // 4)
+        try:
+            return _OpenFile(open_file())
+        except OSError as error:
+            if error.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+        with self._lock:
+            self._files.clear()
+        return _OpenFile(open_file())
 
 
 def _signature(found: os.stat_result) -> tuple[int, ...]:
