@@ -251,6 +251,11 @@ def test_sharegpt_is_read(opened):
     assert text_of(found) == text_of(opened([{"messages": ONE}], messages_column="messages"))
     with pytest.raises(SourceError, match="a message is from 'alien'; expected one of human, user"):
         opened([{"c": [{"from": "alien", "value": "x"}]}], messages_column="c")
+    dates = [{"role": role, "content": "2020-01-02"} for role in ("user", "assistant")]
+    with pytest.raises(
+        SourceError, match=r"content of a message is a datetime, .*expected text; write .* parquet"
+    ):
+        opened([{"messages": dates}], messages_column="messages")
 
 
 def test_of_a_prompt_and_its_completion_the_completion_is_learned(opened):

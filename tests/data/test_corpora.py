@@ -128,6 +128,32 @@ def test_compressed_files_are_read_as_what_they_hold(suffix, opened, tmp_path):
         opened(path=str(tmp_path / f"docs.jsonl.{suffix}"))
 
 
+def texts_of(table):
+    return [document.text for document in source_settings(table).documents("train")]
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_numbers_in_a_csv_are_texts_as_they_are_written(separator, table_of, tmp_path):
+    """The datasets library guesses a type for each 10,000 rows: 007 was 7 where all of a part are numbers."""
+    completions = [*(f"x{n}" for n in range(10_000)), "007", "1.10", "1e3", "", "NA"]
+    rows = ["p,c", *(f"q,{completion}" for completion in completions)]
+    path = write(
+        tmp_path / f"a.{'csv' if separator == ',' else 'tsv'}", "\n".join(rows).replace(",", separator)
+    )
+    pairs = {"prompt_column": "p", "completion_column": "c"}
+    assert texts_of(table_of(path=path, **pairs)) == [f"q{completion}" for completion in completions]
+    assert texts_of(
+        table_of(path=write(tmp_path / "n.csv", "text,id\n007,a\n1.10,b\n"), key_column="id")
+    ) == ["007", "1.10"]
+
+
+def test_dates_that_were_read_as_times_are_refused(opened, tmp_path):
+    rows = [{"p": "when? ", "c": f"2020-01-{day}"} for day in range(10, 20)]
+    path = write(tmp_path / "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(SourceError, match=r"column 'c' holds dates, .* is lost; expected texts; write a csv"):
+        opened(path=path, prompt_column="p", completion_column="c")
+
+
 def test_csv_tsv_and_arrow(opened, tmp_path):
     assert tokens_of(opened(path=write(tmp_path / "a.csv", CSV + '"NA w5",2\n'))) == [*TOKENS, [3, 5, 0]]
     assert tokens_of(opened(path=write(tmp_path / "a.tsv", CSV.replace(",", "\t")))) == TOKENS

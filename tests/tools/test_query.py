@@ -2,8 +2,12 @@
 
 import fcntl
 import json
+import socket
+import subprocess
+import sys
 import threading
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -125,6 +129,44 @@ def test_a_run_that_ended_goes_on(server, data, tmp_path):
     report = ask(server, data, path)
     assert (report.found, report.answered) == (6, len(data.source) - 6)
     assert len(set(keys_of(path))) == len(keys_of(path)) == len(data.source)
+
+
+def test_a_file_of_another_model_or_of_fewer_tokens_is_not_gone_on_with(server, data, tmp_path):
+    path = tmp_path / "responses.jsonl"
+    ask(server, data, path, k=3)
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:4]))
+    asked = len(server.requests)
+    with pytest.raises(
+        LabelError, match=r"jsonl, line 1, .*: [34] tokens a position; expected 6, .*--out another"
+    ):
+        ask(server, data, path, k=6)
+    with pytest.raises(
+        LabelError, match=r"line 1, .*: of model 'Qwen/Qwen3-8B'; expected 'other', .*--out another"
+    ):
+        ask(server, data, path, k=3, model="other")
+    assert len(server.requests) == asked
+    assert ask(server, data, path, k=2).found == 4
+
+
+def test_a_command_that_is_stopped_does_not_wait_for_a_server_that_is_silent(config, tmp_path):
+    settings = (
+        "import sys; from softcache.runs import open_data; from tests.support.text_caches import text_config; "
+        "from pathlib import Path; from softcache.tools.query import Server, query_server; import signal; "
+        "signal.signal(signal.SIGTERM, lambda *a: sys.exit(9)); "
+        f"source = open_data(text_config(Path({str(Path(config.source.path).parent)!r}), source={DOCUMENTS!r})).train.source; "
+        "query_server(Server(sys.argv[1], None, 1, 3600), source, sys.argv[2], k=3, model='m')"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        process = subprocess.Popen([sys.executable, "-c", settings, url, str(tmp_path / "a.jsonl")])
+        try:
+            connection, _ = silent.accept()  # a request is under way
+            process.terminate()
+            assert process.wait(timeout=120) == 9  # an hour, where its threads are waited for
+            connection.close()
+        finally:
+            process.kill()
 
 
 def test_what_is_wrong_has_one_message(server, data, tmp_path):

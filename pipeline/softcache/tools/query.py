@@ -17,9 +17,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -184,19 +185,28 @@ def query_server(
 
     Raises:
         StorageError: another run writes the file, or it cannot be written.
-        LabelError: the file holds something else, or the server's answers have no log-probabilities.
+        LabelError: the file holds something else, such as answers of another model or of fewer tokens, or the server's
+            answers have no log-probabilities.
         AlignmentError: the server saw other tokens than it was sent.
         EngineError: the server refuses a request, or every attempt at one failed.
     """
     started, report, path = time.monotonic(), QueryReport(), Path(path)
     with _opened(path) as file:
         keys = source.keys()
-        done = _answered(file, path, set(keys))
+        done, models = _answered(file, path, set(keys), k)
         report.found = len(done)
         count_found(progress, len(done))
         pending = (number for number, key in enumerate(keys) if key not in done)
         if len(done) < len(keys):
-            request = {"model": model or server.only_model(), "max_tokens": 1, "prompt_logprobs": k}
+            model = model or server.only_model()
+        if model is not None and (others := {name: place for name, place in models.items() if name != model}):
+            name, place = next(iter(others.items()))
+            raise LabelError(
+                f"{place}: of model {name!r}; expected {model!r}, as the others are asked for; a cache is of one teacher: "
+                "give --out another file, or --model its name"
+            )
+        if len(done) < len(keys):
+            request: dict[str, Any] = {"model": model, "max_tokens": 1, "prompt_logprobs": k}
             request |= {"return_token_ids": True, "temperature": 0.0}
             _ask_all(server, source, request, pending, file, path, concurrency, report, progress)
     report.seconds = time.monotonic() - started
@@ -234,17 +244,32 @@ def _ask_all(
         return line + b"\n"
 
     under_way: set[Future[bytes]] = set()
-    with ThreadPoolExecutor(concurrency, thread_name_prefix="softcache-query") as pool:
-        try:
-            for number in pending:
-                under_way.add(pool.submit(ask, number))
-                if len(under_way) >= concurrency:
-                    under_way = _write_finished(under_way, file, report, progress)
-            while under_way:
+    try:
+        for number in pending:
+            under_way.add(_in_thread(partial(ask, number)))
+            if len(under_way) >= concurrency:
                 under_way = _write_finished(under_way, file, report, progress)
-        finally:
-            stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+        while under_way:
+            under_way = _write_finished(under_way, file, report, progress)
+    finally:
+        stopped.set()
+
+
+def _in_thread(work: Callable[[], bytes]) -> Future[bytes]:
+    """The result of work in a thread that the process may leave behind.
+
+    Those of an executor are joined at exit: a command that was stopped would wait for a server that does not answer.
+    """
+    result: Future[bytes] = Future()
+
+    def run() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="softcache-query", daemon=True).start()
+    return result
 
 
 def _write_finished(
@@ -291,13 +316,14 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise StorageError(f"responses {path}: cannot be written: {error.strerror or error}") from error
 
 
-def _answered(file: BinaryIO, path: Path, keys: set[str]) -> set[str]:
-    """Returns the keys of the answers in a file, which then ends with its last whole line.
+def _answered(file: BinaryIO, path: Path, keys: set[str], k: int) -> tuple[set[str], dict[str, LineLocation]]:
+    """Returns the keys of the answers in a file, which then ends with its last whole line, and the first line of each model.
 
     Raises:
-        LabelError: a line is no answer, or of no sample of the source.
+        LabelError: a line is no answer, of no sample of the source, or was asked for fewer than `k` tokens a position.
     """
     done: set[str] = set()
+    models: dict[str, LineLocation] = {}
     end = 0
     file.seek(0)
     for number, line in enumerate(file, start=1):
@@ -311,8 +337,19 @@ def _answered(file: BinaryIO, path: Path, keys: set[str]) -> set[str]:
             raise LabelError(
                 f"{answer.place}: the source has no such sample; the file is of another source: give --out another file"
             )
-        if not answer.failed:
-            done.add(answer.key)
+        if answer.failed:
+            continue
+        given = parse_logprobs(answer)
+        # A row has one more where its actual token is not among the likeliest.
+        found = min((len(given.read(row)) for row in given.rows if row is not None), default=k)
+        if found < k:
+            raise LabelError(
+                f"{answer.place}: {found} tokens a position; expected {k}, as the others are asked for; give --out another "
+                f"file, or --k {found}"
+            )
+        done.add(answer.key)
+        if answer.model is not None:
+            models.setdefault(answer.model, answer.place)
     os.ftruncate(file.fileno(), end)
     file.seek(0, os.SEEK_END)
-    return done
+    return done, models

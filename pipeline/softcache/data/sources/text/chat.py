@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import date
+from datetime import date, time, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -247,6 +247,12 @@ def _messages(document: Document) -> list[dict[str, Any]]:
                     f"{', '.join(SHAREGPT_ROLES)}"
                 )
             message = {"role": SHAREGPT_ROLES[author], "content": message.pop("value", ""), **message}
+        if isinstance(message.get("content"), date | time | timedelta):
+            raise SourceError(
+                f"document {document.key!r}: the content of a message is a {type(message['content']).__name__}, as the "
+                "datasets library reads a column of dates, so how it is written is lost; expected text; write the file as "
+                "parquet with strings"
+            )
         messages.append(message)
     return messages
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from datetime import date, time, timedelta
 from functools import cached_property
 from typing import Any, Self
 
@@ -242,7 +243,11 @@ class HfDocuments:
 
     def _arguments(self) -> dict[str, Any]:
         digest = "" if self._files is None else self._files.digest
-        return load_arguments(self._settings, self._files, digest, self._KINDS)
+        arguments = load_arguments(self._settings, self._files, digest, self._KINDS)
+        if "keep_default_na" in arguments and not self._settings.has_tokens:
+            # Texts as they are written, not as the numbers (007, 1.10) that a part of a file may be read as.
+            arguments["converters"] = dict.fromkeys(self._columns, str)
+        return arguments
 
     @property
     def _wanted(self) -> list[str]:
@@ -357,6 +362,12 @@ class HfDocuments:
     def _checked(self, number: int, place: int, value: Any, kind: type) -> Any:
         if value is None:
             return kind()
+        if isinstance(value, date | time | timedelta):
+            raise SourceError(
+                f"source.path {self._settings.path!r}, row {number}: column {self._columns[place]!r} holds dates, which the "
+                "datasets library reads as times, so how they are written is lost; expected texts; write a csv file, or "
+                "parquet with a column of strings"
+            )
         if not isinstance(value, kind):
             raise SourceError(
                 f"source.path {self._settings.path!r}, row {number}: {type(value).__name__} in column "

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["ShardedEncoder", "Shards"]
 
 SHARD_SIZE, SHARD_DOCUMENTS = 2**24, 2**15
-SHARDS_VERSION = 3
+SHARDS_VERSION = 4
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["TokenSource", "digest_tokenizer", "load_tokenizer", "open_text"]
 
-TABLE_VERSION = 5
+TABLE_VERSION = 6
 
 
 def open_text(settings: TextSettings, *, split: Split) -> TokenSource:
