@@ -26,6 +26,14 @@ from .completion import COMPLETE_VAR
 __all__ = ["main", "softcache"]
 
 
+OF_THE_MACHINE = {
+    "No usable temporary directory": "no folder for temporary files can be written; set TMPDIR to one that can, such as a "
+    "volume of the container",
+    "failed to map segment": "a library cannot be loaded, for lack of memory; raise the limit (ulimit -v, the container's)",
+}
+"""What to do where Python or the loader of libraries fails before softcache comes to it, by a part of what they say."""
+
+
 @click.group(
     cls=LazyCommands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True},
@@ -61,9 +69,13 @@ def main() -> None:
             if is_rank_zero():
                 log_event("interrupted", text, signal=stopped.signum, resume=again)
             sys.exit(stopped.exit_code)
-        except Exception:
+        except Exception as error:
+            known = next((to_do for said, to_do in OF_THE_MACHINE.items() if said in str(error)), None)
             if claim_error_report():
-                raise
+                if known is None or not isinstance(error, OSError | ImportError):
+                    raise
+                text = f"{known} ({error})"
+                log_event("error", f"softcache: {text}", kind=type(error).__name__, message=text)
             sys.exit(1)
 
 

@@ -75,7 +75,7 @@ def verify(
         print_json(found | ({"unmarked": unmarked} if repair else {}))
     else:
         click.echo(f"cache {url}: {checked}; {len(faults)} faults")
-        if repair:
+        if repair and unmarked:
             click.echo(
                 f"{unmarked} damaged units unmarked; rerun `softcache teacher-logits`, which makes them again"
             )

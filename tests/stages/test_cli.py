@@ -14,6 +14,7 @@ import torch
 from click.testing import CliRunner
 
 from softcache import open_cache
+from softcache.stages import cli
 from softcache.stages.cli import main
 from softcache.stages.cli import softcache as group
 from softcache.stages.commands import COMMANDS, GROUPS
@@ -596,6 +597,33 @@ def test_a_url_is_no_local_path(place, arguments):
     result = CliRunner().invoke(group, ["s3://bucket/x" if one == "URL" else one for one in arguments])
     assert (result.exit_code, "s3://bucket/x: expected a path of this machine" in result.stderr) == (2, True)
     assert sorted(place.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("error", "to_do"),
+    [
+        (
+            FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/']"),
+            "set TMPDIR to one that can",
+        ),
+        (
+            ImportError("libtorch_cuda.so: failed to map segment from shared object"),
+            "for lack of memory; raise the limit",
+        ),
+    ],
+)
+def test_what_a_container_lacks_is_one_message(monkeypatch, capsys, error, to_do):
+    def fails(**options):
+        raise error
+
+    monkeypatch.setattr(cli, "softcache", fails)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main()
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("softcache: ")
+    assert to_do in lines[0]
+    assert str(error) in lines[0]
 
 
 @pytest.mark.parametrize("url", ["file:///tmp/run", "http://host/run", "s4://bucket/run"])
