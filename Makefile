@@ -12,13 +12,14 @@ VISION := $(VENV)/.vision
 # What images need, where nothing else is asked for and not all is there already.
 NEEDED := $(if $(wildcard $(STAMP)),$(STAMP),$(if $(filter configs/digits.toml configs/fashion-mnist.toml,$(CONFIG)),$(VISION),$(STAMP)))
 VLLM   := .venv-vllm
+OLDEST := .venv-oldest
 RUN    := $(VENV)/bin/softcache
 ARGS   := --config $(CONFIG) $(foreach pair,$(SET),--set '$(pair)')
 PICK   := $(if $(STUDENT),--student '$(STUDENT)')
 SWEEP  := $(strip $(if $(TRIALS),--trials '$(TRIALS)') $(if $(WORKERS),--workers '$(WORKERS)') $(if $(SEEDS),--seeds '$(SEEDS)'))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup teacher-logits train-student train-students sweep distill compare report train-teacher inspect verify fidelity materialize gc test test-fast test-programs test-pages docs package chaos check format test-vllm clean bench gpu
+.PHONY: help setup teacher-logits train-student train-students sweep distill compare report train-teacher inspect verify fidelity materialize gc test test-fast test-programs test-pages docs package chaos check format test-vllm test-oldest clean bench gpu
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -105,6 +106,15 @@ $(VLLM)/.installed: constraints-vllm.txt
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --no-compile --no-deps --requirement constraints-vllm.txt
 	$(VLLM)/bin/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed  ## run the tests with the oldest versions that pyproject.toml admits, in an environment of its own (9 GB)
+	$(OLDEST)/bin/python -m pytest
+$(OLDEST)/.installed: pyproject.toml
+	rm -rf $(OLDEST)
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv pip install --quiet --python $(OLDEST)/bin/python --resolution lowest-direct --editable '.[dev]'
 	@touch $@
 
 test-pages: setup  ## follow the pages of the docs that take long, half an hour

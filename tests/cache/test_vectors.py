@@ -63,16 +63,18 @@ def test_other_tools_find_the_frozen_columns_and_the_manifest_is_written_again_b
 
 def test_a_copy_in_the_other_store_has_the_same_rows_head_and_feature(place, tmp_path):
     cache = open_cache(place)
-    other = "parquet" if cache.manifest.store == "zarr" else "zarr"
-    copy = convert_cache(cache, str(tmp_path / "copy"), store=other)
+    store = "parquet" if cache.manifest.store == "zarr" else "zarr"
+    copy = convert_cache(cache, str(tmp_path / "copy"), store=store)
     back = convert_cache(copy, str(tmp_path / "back"), store=cache.manifest.store)
     assert copy.manifest.features == ("vectors",)
     assert list(verify_units(copy)) == []
-    one, two = (x.read(np.arange(len(cache))) for x in (cache, copy))
-    assert one.head == two.head
-    for name in one.arrays:
-        np.testing.assert_array_equal(one.arrays[name], two.arrays[name])
-    assert [m.shards for m in back.markers.values()] == [m.shards for m in cache.markers.values()]
+    one, *others = (x.read(np.arange(len(cache))) for x in (cache, copy, back))
+    for other in others:
+        assert one.head == other.head
+        for name in one.arrays:
+            np.testing.assert_array_equal(one.arrays[name], other.arrays[name])
+    if cache.manifest.store == "zarr":  # Parquet's bytes are those of a version of pyarrow
+        assert [m.shards for m in back.markers.values()] == [m.shards for m in cache.markers.values()]
 
 
 def test_encodings_round_to_nearest_and_are_decoded_alike_by_numpy_and_torch():

@@ -106,5 +106,11 @@ def test_a_decoder_that_masks_its_start_is_refused():
     model = make_model("t5gemma")
     check_split(model, split(model))
     model.config.decoder_start_token_id = 0
+    ids = {"input_ids": torch.tensor([[5, 6, 7]]), "use_cache": False}
+    first, other = (
+        model(**ids, decoder_input_ids=torch.tensor([[0, 5, last]])).logits[0, 0] for last in (6, 7)
+    )
+    if torch.equal(first, other):
+        pytest.skip("this version of transformers lets such a step attend to itself")
     with pytest.raises(SpecError, match="a later token changes the hidden states before it"):
         check_split(model, split(model))

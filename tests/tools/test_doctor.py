@@ -67,7 +67,7 @@ def test_bytes_that_come_back_changed_are_told(tmp_path, monkeypatch):
 
 def test_extras_are_those_that_softcache_declares():
     found = versions()["extras"]
-    assert found["cloud"].keys() == {"google-crc32c", "obstore"}
+    assert found["cloud"].keys() == {"obstore"}
     assert "dev" not in found
 
 

@@ -274,7 +274,13 @@ def _rounding(values: torch.Tensor) -> float:
 
 
 def _eps(values: torch.Tensor) -> float:
-    return max(torch.finfo(values.dtype).eps * 8, 1e-5)
+    """Returns the relative rounding to allow: of the dtype of the values, or that which autocast computed them in."""
+    device = values.device.type
+    dtypes = [
+        values.dtype,
+        *([torch.get_autocast_dtype(device)] if torch.is_autocast_enabled(device) else []),
+    ]
+    return max(1e-5, *(8 * torch.finfo(dtype).eps for dtype in dtypes))
 
 
 def _probe(parts: CausalParts) -> tuple[torch.Tensor, torch.Tensor]:
@@ -287,7 +293,10 @@ def _probe(parts: CausalParts) -> tuple[torch.Tensor, torch.Tensor]:
 
 @contextmanager
 def _evaluating(*modules: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every submodule gets its own mode back."""
+    """Evaluation mode without gradients; every submodule gets its own mode back.
+
+    Weights that an outer autocast made here have no gradients, and torch 2.10 would go on using them.
+    """
     modes = [(module, module.training) for root in modules for module in root.modules()]
     try:
         for root in modules:
@@ -297,6 +306,7 @@ def _evaluating(*modules: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        torch.clear_autocast_cache()
 
 
 def check_context(parts: BackboneHead, length: int, what: str) -> None:
