@@ -142,6 +142,7 @@ def draw(path: str | Path, results: dict[str, list[Figure]]) -> None:
         ax.axvline(1.0, color="#333333", linewidth=0.8)
         ax.set_title(title, loc="left", fontsize=10)
         ax.tick_params(labelsize=8)
+        ax.margins(x=0.12)  # room for the figure at the longest bar
         for place, (value, reach) in enumerate(zip(values, spread[1], strict=True)):
             ax.annotate(
                 f"{value:.2f}", (value + reach, place), xytext=(4, -3), textcoords="offset points", fontsize=8

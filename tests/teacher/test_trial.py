@@ -281,6 +281,7 @@ def test_the_rows_of_a_trial_come_from_all_over_the_split():
     teacher = SimpleNamespace(
         has_row_scores=True,
         has_named_outputs=False,
+        fewest_samples=0,
         check_forward=lambda batch: None,
         score=lambda batch: RowScores(0.0, 0, batch.targets),
     )

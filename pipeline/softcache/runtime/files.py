@@ -112,9 +112,8 @@ def staged_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written, flushed or renamed; `path` is then what it was.
     """
-    staged = path.with_name(
-        f".{path.name}.{uuid.uuid4().hex[:8]}"
-    )  # a process number is that of many containers
+    # Not by the number of the process, which many containers share.
+    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         staged.touch()
         mode = stat.S_IMODE(staged.stat().st_mode)

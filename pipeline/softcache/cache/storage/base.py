@@ -17,21 +17,8 @@ __all__ = ["SCHEMES", "Objects", "check_machine", "is_bucket", "size_error"]
 
 SCHEMES = ("s3", "gs", "az")
 """Of buckets; `cloud.errors.PROVIDERS` has the provider of each."""
-
-
-OF_THE_MACHINE = {
-    *(
-        errno.EMFILE,
-        errno.ENFILE,
-        errno.ENOMEM,
-        errno.EIO,
-        errno.EACCES,
-        errno.EPERM,
-        errno.EAGAIN,
-        errno.EINTR,
-    ),
-    *(errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.ENETDOWN, errno.ENETUNREACH),
-}
+_NAMES = "EMFILE ENFILE ENOMEM EIO EACCES EPERM EAGAIN EINTR ESTALE ETIMEDOUT ENOTCONN EHOSTDOWN ENETDOWN ENETUNREACH"
+OF_THE_MACHINE: set[int] = {getattr(errno, name) for name in _NAMES.split()}
 """Error numbers of what cannot be read now, and is no worse for it."""
 
 

@@ -78,7 +78,7 @@ def try_teacher(
         return None
     loss, correct, rows = 0.0, 0, 0
     votes: list[ClassVotes] = []
-    for samples in _spread(data, batch_size, getattr(teacher, "fewest_samples", 0)):
+    for samples in _spread(data, batch_size, teacher.fewest_samples):
         batch: Any = data.load(samples, 0, fingerprints=False)
         scored = None
         if teacher.has_row_scores:
