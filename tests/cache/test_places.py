@@ -216,11 +216,11 @@ def test_a_process_that_may_open_few_files_calls_no_label_damaged(tmp_path, capt
         ),
         (
             ValueError("UNAVAILABLE: x [os_error_code='116']"),
-            r"cannot be read: Stale file handle; see to it and run again",
+            r"cannot be read: Stale file handle; mend that and run again",
         ),
         (
             OSError(errno.EIO, "Input/output error"),
-            r"cannot be read: Input/output error; .* nothing says that it is damaged",
+            r"cannot be read: Input/output error; .*; this is no sign of damage",
         ),
     ],
 )

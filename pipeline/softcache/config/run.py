@@ -126,10 +126,10 @@ class RunConfig(Settings):
             raise ValueError(
                 f"labels.positions.stride: of images with masks; found source.modality = {modality.name!r}; drop it"
             )
-        for key, default in (
-            (("class_map", None), ("check_class_order", True)) if self.teacher is not None else ()
-        ):
-            if getattr(self.teacher, key) is not default and not modality.reads_class_map:
+        if self.teacher is not None and not modality.reads_class_map:
+            for key in self.teacher.model_dump(
+                include={"class_map", "check_class_order"}, exclude_defaults=True
+            ):
                 raise ValueError(
                     f"teacher.{key}: of models of images; source.modality = {modality.name!r} has none; drop it"
                 )

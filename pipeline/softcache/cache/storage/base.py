@@ -137,8 +137,8 @@ def check_machine(error: Exception, where: str) -> None:
         to_do = (
             "raise the limit of open files (ulimit -n)"
             if number in (errno.EMFILE, errno.ENFILE)
-            else "see to it"
+            else "mend that"
         )
         raise StorageError(
-            f"{where}: cannot be read: {os.strerror(number)}; {to_do} and run again: nothing says that it is damaged"
+            f"{where}: cannot be read: {os.strerror(number)}; {to_do} and run again; this is no sign of damage"
         ) from error

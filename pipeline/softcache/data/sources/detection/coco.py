@@ -3,7 +3,7 @@
     root/annotations/instances_train2017.json and instances_val2017.json, images in root/train2017 and root/val2017
     root/train.json and root/eval.json (or val.json), images in root/images
     root/annotations/instances_train.json, images in root/images/train: CVAT's export
-    root/train/_annotations.coco.json, images beside it: Roboflow's
+    root/train/_annotations.coco.json, images in the same folder: Roboflow's
     root/train/labels.json, images in root/train/data: FiftyOne's, exported once for each split
 
 The split that is held out may be named eval, val, valid, validation or test.
