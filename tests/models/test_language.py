@@ -23,6 +23,7 @@ from softcache.models.language import (
 )
 from softcache.models.language.causal_lm import exact_attention, transformers_library
 from softcache.models.language.checkpoint import Checkpoint
+from softcache.models.language.probes import _eps
 
 VOCAB, CONTEXT = 61, 16
 BUILTIN = [
@@ -173,6 +174,14 @@ def test_bfloat16_weights_and_autocast(tmp_path):
         loss = parts.logits(parts.hidden(tokens(), SEGMENTS).flatten(0, 1)).logsumexp(1).sum()
     loss.backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_the_rounding_that_is_allowed_is_that_of_autocast():
+    """float32 hidden states, as a norm in float32 leaves them, of products that were computed in bfloat16."""
+    states = torch.zeros(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _eps(states) == 8 * torch.finfo(torch.bfloat16).eps
+    assert _eps(states) == 1e-5
 
 
 def test_gradient_checkpointing_changes_no_gradient():
