@@ -15,7 +15,7 @@ import pytest
 from softcache.cache.storage.base import check_machine, is_bucket
 from softcache.cache.storage.open import open_objects
 from softcache.errors import CorruptionError, ManifestError, SoftcacheError, StorageError
-from softcache.reader import units
+from softcache.reader import manifest_watch
 from softcache.reader.memmap import MemmapSettings
 from softcache.reader.memmap.folder import _locked
 from softcache.reader.open import open_cache
@@ -93,7 +93,8 @@ def test_a_cache_that_another_one_replaces_while_it_is_read_is_refused(
     two_teachers, tmp_path, monkeypatch, request, store, kind, how
 ):
     """Every checksum of what is there now is right, and a unit is compared with its marker once: rows were of either teacher."""
-    monkeypatch.setattr(units, "RECHECK_SECONDS", {False: 0.0, True: 0.0})
+    for name in ("FOLDER_SECONDS", "BUCKET_SECONDS"):
+        monkeypatch.setattr(manifest_watch, name, 0.0)
     url = str(tmp_path / "cache") if kind == "folder" else request.getfixturevalue("bucket")
     place = open_objects(url, create=True)
     replace_objects(place, open_objects(two_teachers[store][0]))
@@ -113,7 +114,7 @@ def test_a_cache_that_another_one_replaces_while_it_is_read_is_refused(
 
 
 def test_a_cache_that_is_copied_over_itself_is_read_on(cache, monkeypatch):
-    monkeypatch.setattr(units, "RECHECK_SECONDS", {False: 0.0, True: 0.0})
+    monkeypatch.setattr(manifest_watch, "FOLDER_SECONDS", 0.0)
     found = open_cache(str(cache))
     before = found.read(np.arange(8), 0)
     shutil.copytree(cache, cache.with_name("copy"))

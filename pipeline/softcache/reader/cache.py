@@ -258,7 +258,7 @@ class Cache(CacheContents):
                 yield decoded.rows
                 progress(len(decoded.rows))
             yield from fingerprints
-            self.check_same(now=True)  # whoever opens the map later trusts it
+            self._watch.check(now=True)  # whoever opens the map later trusts it
             if self.markers.num_refreshed != refreshed:  # the map's key names what was there before
                 raise CorruptionError(f"{what}: units were made again while it was decoded; try again")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -28,7 +27,6 @@ from softcache.cache.samples import (
     read_samples,
 )
 from softcache.cache.shared import get_shared
-from softcache.cache.storage.base import is_bucket
 from softcache.cache.storage.open import open_objects
 from softcache.cache.units import (
     FinishedUnits,
@@ -41,14 +39,13 @@ from softcache.cache.units import (
 )
 from softcache.errors import CacheNotFoundError, CorruptionError, IncompleteCacheError, LabelError
 from softcache.hashing.digests import digest_bytes
+from softcache.reader.manifest_watch import ManifestWatch
 from softcache.reader.memmap import Record
 from softcache.reader.windows import Window
 
 __all__ = ["CacheReaderBase", "Chunk"]
 
 MANIFEST = "manifest.json"
-RECHECK_SECONDS = {False: 1.0, True: 10.0}
-"""How long a manifest that was read is taken for the one that is there: of a folder, of a bucket."""
 WRITTEN_SO = "its checksums are right, so it was written so: make it again with a teacher that you trust"
 
 
@@ -82,7 +79,7 @@ class CacheReaderBase:
         stored = self._objects.get(MANIFEST, max_bytes=MAX_MANIFEST_BYTES)
         self.manifest = Manifest.parse(stored, where=f"cache {self.url}")
         self.manifest_sha256 = digest_bytes(stored)
-        self._same_until = time.monotonic() + RECHECK_SECONDS[is_bucket(self.url)]
+        self._watch = ManifestWatch(self._objects, MANIFEST, self.manifest_sha256)
         self._store: Any = None
         self._index: UnitIndex | None = None
         self._markers: FinishedUnits | None = None
@@ -261,7 +258,7 @@ class CacheReaderBase:
         """Returns one decoded chunk from the store, its unit checked; called by several threads."""
         unit, start, stop = self._checked_part(*key)
         columns = self._opened_store().read(unit, start, stop, rows=self.rows.span(unit, start, stop))
-        self.check_same()
+        self._watch.check()
         fingerprints = columns["fingerprint"]
         return Chunk(self._record.pack(self._unpack(unit, columns)).view(np.uint64), fingerprints)
 
@@ -325,7 +322,7 @@ class CacheReaderBase:
                 self._codec.unpack_to(decoded.columns, places, window.columns)
         except LabelError:
             return False
-        self.check_same()
+        self._watch.check()
         return True
 
     def _checked_part(self, view: int, block: int) -> tuple[Unit, int, int]:
@@ -347,33 +344,6 @@ class CacheReaderBase:
                 self._check_shards(unit.number, marker)
                 self._checked.add(unit.number)
         return unit, start, min(start + plan.chunk_samples, unit.stop)
-
-    def check_same(self, *, now: bool = False) -> None:
-        """Raises where the cache that was opened has given its place to another one; asked after reading from it.
-
-        A unit is compared with its marker once, so that a part of it may be read long after, and out of what another teacher
-        wrote to the same place meanwhile: every checksum of which is right.
-
-        Args:
-            now: also where the manifest has just been looked at.
-
-        Raises:
-            CorruptionError: the manifest is another one, or gone.
-        """
-        if not now and time.monotonic() < self._same_until:
-            return
-        try:
-            found = digest_bytes(self._objects.get(MANIFEST, max_bytes=MAX_MANIFEST_BYTES))
-        except CacheNotFoundError:
-            found = ""
-        if found != self.manifest_sha256:
-            found = f"{found[:12]}… found" if found else "found none"
-            raise CorruptionError(
-                f"cache {self.url}: {MANIFEST} is not the one that was opened (sha256 {self.manifest_sha256[:12]}… "
-                f"expected, {found}): another cache was written here, or this one removed, while it was read; what was read "
-                "since may be of either: restore it, or open what is there now, and start the run anew"
-            )
-        self._same_until = time.monotonic() + RECHECK_SECONDS[is_bucket(self.url)]
 
     def _check_shards(self, number: int, marker: UnitMarker) -> None:
         """Compares a unit with its marker; where they differ, with the marker as it is now: it may have been made again."""
